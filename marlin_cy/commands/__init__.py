@@ -1,0 +1,1 @@
+"""The commands of ``marlin-cy``, a module each."""

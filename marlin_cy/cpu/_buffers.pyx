@@ -1,0 +1,78 @@
+"""Checked access to the arrays that callers pass in.
+
+Every check that a call makes on its buffers is here, so that messages read alike: the argument,
+what it got, what was expected.
+"""
+
+import ml_dtypes
+import numpy as np
+
+cimport numpy as cnp
+from libc.stdint cimport int64_t, uintptr_t
+
+from marlin_cy.cpu._dispatch cimport DTYPE_BF16, DTYPE_F16, DTYPE_F32
+
+cnp.import_array()
+
+cdef int BFLOAT16_NUM = np.dtype(ml_dtypes.bfloat16).num
+
+
+cdef object as_array(object array, str name):
+    if not cnp.PyArray_Check(array):
+        raise TypeError(f"{name}: got {type(array).__name__}, expected a numpy.ndarray")
+    if not cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array):
+        raise TypeError(f"{name}: got dtype {array.dtype.str!r}, which is not in this machine's byte order")
+    return array
+
+
+cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) except *:
+    """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows."""
+    as_array(array, name)
+    cdef cnp.ndarray a = <cnp.ndarray>array
+    cdef matrix m
+    cdef int num = cnp.PyArray_TYPE(a)
+    if num == cnp.NPY_FLOAT32:
+        m.dtype = DTYPE_F32
+    elif num == cnp.NPY_FLOAT16:
+        m.dtype = DTYPE_F16
+    elif num == BFLOAT16_NUM:
+        m.dtype = DTYPE_BF16
+    else:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
+    cdef int ndim = cnp.PyArray_NDIM(a)
+    if ndim != 1 and ndim != 2:
+        raise ValueError(f"{name}: got shape {array.shape}, expected [rows, {width}] or flat")
+    if not cnp.PyArray_IS_C_CONTIGUOUS(a):
+        raise ValueError(f"{name}: got strides {array.strides} for shape {array.shape}, expected C-contiguous rows")
+    if not cnp.PyArray_ISALIGNED(a):
+        raise ValueError(f"{name}: got data that is not aligned to its dtype {array.dtype}")
+    if writeable and not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError(f"{name}: got a read-only array, expected a writeable one")
+    cdef int64_t size = cnp.PyArray_SIZE(a)
+    if ndim == 2 and cnp.PyArray_DIM(a, 1) != width:
+        raise ValueError(f"{name}: got shape {array.shape}, expected [rows, {width}]")
+    if size % width:
+        raise ValueError(f"{name}: got {size} elements, expected a multiple of {width}, the row length")
+    m.data = <char *>cnp.PyArray_DATA(a)
+    m.rows = size // width
+    m.width = width
+    m.nbytes = cnp.PyArray_NBYTES(a)
+    return m
+
+
+cdef int refuse_overlap(matrix output, matrix input, str name) except -1:
+    cdef uintptr_t out = <uintptr_t>output.data, inp = <uintptr_t>input.data
+    if out < inp + input.nbytes and inp < out + output.nbytes:
+        raise ValueError(f"{name}: shares memory with the input, expected separate arrays")
+    return 0
+
+
+cdef const int *int32_vector(object array, str name, int64_t *length) except? NULL:
+    as_array(array, name)
+    cdef cnp.ndarray a = <cnp.ndarray>array
+    if cnp.PyArray_TYPE(a) != cnp.NPY_INT32:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected int32")
+    if cnp.PyArray_NDIM(a) != 1 or not cnp.PyArray_IS_C_CONTIGUOUS(a) or not cnp.PyArray_ISALIGNED(a):
+        raise ValueError(f"{name}: got shape {array.shape} with strides {array.strides}, expected a contiguous vector")
+    length[0] = cnp.PyArray_SIZE(a)
+    return <const int *>cnp.PyArray_DATA(a)

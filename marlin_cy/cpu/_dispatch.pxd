@@ -1,0 +1,66 @@
+"""The micro-kernel table, for the other extensions of this package."""
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+
+cdef extern from "ukernel.h" nogil:
+    enum:
+        TILE_N
+        PAIR_N
+        BLOCK_K
+        BLOCK_BYTES
+        GROUP_HEADER_BYTES
+        MAX_GROUP_K
+        GROUP_K_STEP
+        MAX_ROWS
+        DTYPE_F32
+        DTYPE_F16
+        DTYPE_BF16
+
+    ctypedef struct act_meta:
+        float scale
+        int32_t sum_split
+
+    ctypedef struct gemm_scratch:
+        pass
+
+    ctypedef struct gemm_task:
+        const uint8_t *header[2]
+        const uint8_t *body[2]
+        int num_groups
+        int group_blocks
+        int last_group_blocks
+        const int8_t *a
+        ptrdiff_t a_group_stride
+        ptrdiff_t a_row_stride
+        const act_meta *meta
+        ptrdiff_t meta_group_stride
+        const int32_t *rows
+        int m
+        int accumulate
+        float *out
+        gemm_scratch *scratch
+
+    ctypedef void gemm_fn(const gemm_task *task) noexcept nogil
+    ctypedef void quantize_row_fn(
+        const float *x, int64_t k, int group_size, int planes, int8_t *a, ptrdiff_t a_group_stride,
+        act_meta *meta, ptrdiff_t meta_group_stride) noexcept nogil
+    ctypedef void widen_fn(float *dst, const void *src, int dtype, int64_t n) noexcept nogil
+    ctypedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n) noexcept nogil
+    ctypedef void silu_mul_fn(float *dst, const float *gate, const float *up, int64_t n) noexcept nogil
+    ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
+
+    ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
+
+    ctypedef struct ukernel_table:
+        const char *name
+        gemm_fn *gemm_i16
+        gemm_fn *gemm_i8
+        quantize_row_fn *quantize_row
+        widen_fn *widen
+        narrow_fn *narrow
+        silu_mul_fn *silu_mul
+        axpy_fn *axpy
+        softmax_fn *softmax
+
+cdef const ukernel_table *table_of(str name) except NULL

@@ -1,0 +1,58 @@
+"""Products of quantised rows with packed experts: one flat list of work, one prange."""
+
+from libc.stdint cimport int8_t, int32_t, int64_t
+
+from marlin_cy.cpu._dispatch cimport MAX_ROWS, PAIR_N, act_meta, gemm_scratch, ukernel_table
+from marlin_cy.cpu._quantize cimport quantize_job
+from marlin_cy.cpu._store cimport CpuGptqStore, packed_view
+from marlin_cy.cpu._workspace cimport Workspace
+
+cdef enum:
+    OUT_FLOATS = 2 * MAX_ROWS * PAIR_N      # the sums of an item: at most two tasks
+
+cdef struct thread_area:
+    gemm_scratch scratch
+    float[OUT_FLOATS] out
+    float[PAIR_N] row
+
+cdef struct row_block:
+    int64_t expert
+    int64_t begin       # in the row lists
+    int64_t count       # 1 to MAX_ROWS
+
+cdef struct row_plan:
+    int64_t num_pairs           # rows to compute
+    int64_t num_blocks
+    int64_t num_quantized       # rows to quantise
+    int64_t *input_rows         # [num_quantized] row of the input
+    int32_t *row_orders         # [num_quantized] order of K that it is quantised in
+    int32_t *in_rows            # [num_pairs] quantised row
+    int64_t *out_rows           # [num_pairs] row of the output
+    row_block *blocks           # [num_blocks] runs of one expert's pairs
+
+cdef struct gemm_job:
+    const ukernel_table *table
+    packed_view store
+    int planes
+    const int8_t *a
+    const act_meta *meta
+    int64_t num_quantized
+    const int32_t *in_rows
+    const int64_t *out_rows
+    const row_block *blocks
+    int64_t num_blocks
+    int64_t column_begin        # columns of each expert to compute
+    int64_t column_end
+    int64_t inner               # > 0: columns are inner gates, then inner ups; the output is silu(gate) * up
+    char *output                # first element of the first column's place in row 0
+    int out_dtype
+    int64_t out_width           # elements from one output row to the next
+    const float *bias           # [column_end - column_begin], or NULL
+    thread_area *areas          # [num_threads]
+    float *slots                # [split_slots(job)][OUT_FLOATS]
+
+cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept
+cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store) noexcept
+cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil
+cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil
+cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil

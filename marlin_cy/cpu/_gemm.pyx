@@ -1,0 +1,511 @@
+"""Products of quantised rows with packed experts: one flat list of work, one prange.
+
+An *item* is a block of at most ``MAX_ROWS`` rows of one expert by two tiles of columns, over all of
+K. The micro-kernel sums it in float32 in the thread's own scratch; the epilogue adds the bias or
+applies ``silu(gate) * up``, converts, and writes the rows to where they belong.
+
+K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chunks in ascending order.
+That is so whether one thread computes them all or, where there are fewer items than would keep the
+threads busy, each chunk is an item of its own (split-K), which leaves its sums in a workspace slot. So
+the bits do not depend on the number of threads.
+"""
+
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdlib cimport qsort
+from libc.string cimport memset
+
+from marlin_cy.cpu._buffers cimport float_matrix, int32_vector, matrix, refuse_overlap
+from marlin_cy.cpu._dispatch cimport (
+    BLOCK_BYTES, BLOCK_K, DTYPE_F32, GROUP_HEADER_BYTES, TILE_N, gemm_fn, gemm_task,
+)
+from marlin_cy.cpu._quantize cimport (
+    place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
+)
+
+cdef enum:
+    CHUNK_K = 1024
+    # Fewer items than this per thread leave threads idle at the end: then K is split.
+    MIN_ITEMS_PER_THREAD = 4
+    # Items taken at a time, so that a thread streams neighbouring tiles, and how many such turns a
+    # thread should have at least, so that a slow one does not hold up the rest.
+    MAX_ITEMS_PER_TURN = 8
+    TURNS_PER_THREAD = 32
+
+
+# ---------------------------------------------------------------------------------------------
+# Items
+
+cdef inline int64_t first_tile(const gemm_job *job) noexcept nogil:
+    return job.column_begin // TILE_N
+
+
+cdef inline int64_t panels(const gemm_job *job) noexcept nogil:
+    """Items that the columns are cut into."""
+    if job.inner:
+        return (job.inner + TILE_N - 1) // TILE_N
+    return ((job.column_end + TILE_N - 1) // TILE_N - first_tile(job) + 1) // 2
+
+
+cdef inline int64_t num_chunks(const gemm_job *job) noexcept nogil:
+    return (job.store.packed_k + CHUNK_K - 1) // CHUNK_K
+
+
+cdef inline bint is_split(const gemm_job *job, int num_threads) noexcept nogil:
+    return num_chunks(job) > 1 and job.num_blocks * panels(job) < MIN_ITEMS_PER_THREAD * num_threads
+
+
+cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil:
+    """Slots of ``OUT_FLOATS`` floats that ``run_gemm`` needs at most, whatever the number of blocks."""
+    cdef int64_t most_items = MIN_ITEMS_PER_THREAD * num_threads
+    return most_items * num_chunks(job) if num_chunks(job) > 1 and panels(job) < most_items else 0
+
+
+cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, int64_t tile1, int64_t chunk_begin,
+                   int64_t chunk_end, float *out, gemm_scratch *scratch) noexcept nogil:
+    """Sum chunks of two tiles (``tile1`` < 0: of one) into ``out``."""
+    cdef packed_view store = job.store
+    cdef gemm_task task
+    cdef gemm_fn *gemm = job.table.gemm_i16 if job.planes == 2 else job.table.gemm_i8
+    cdef const uint8_t *expert = store.data + block.expert * store.expert_stride
+    cdef const uint8_t *record
+    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk, group, groups, k
+    cdef int t
+    task.group_blocks = store.group_size // BLOCK_K
+    task.a_row_stride = <int64_t>store.group_size * job.planes
+    task.a_group_stride = task.a_row_stride * job.num_quantized
+    task.meta_group_stride = job.num_quantized
+    task.rows = job.in_rows + block.begin
+    task.m = <int>block.count
+    task.out = out
+    task.scratch = scratch
+    task.header[1] = NULL
+    task.body[1] = NULL
+    for chunk in range(chunk_begin, chunk_end):
+        group = chunk * chunk_groups
+        groups = min(chunk_groups, store.num_groups - group)
+        k = group * store.group_size
+        for t in range(1 if tile1 < 0 else 2):
+            record = expert + (tile1 if t else tile0) * store.tile_stride
+            task.header[t] = record + group * GROUP_HEADER_BYTES
+            task.body[t] = record + store.header_bytes + k // BLOCK_K * BLOCK_BYTES
+        task.num_groups = <int>groups
+        task.last_group_blocks = <int>(
+            min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // BLOCK_K)
+        task.a = job.a + group * task.a_group_stride
+        task.meta = job.meta + group * task.meta_group_stride
+        task.accumulate = chunk > chunk_begin
+        gemm(&task)
+
+
+cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64_t chunk_end, float *out,
+                   gemm_scratch *scratch) noexcept nogil:
+    """The sums of an item over some chunks: of its first task at ``out``, of its second after them."""
+    cdef int64_t num_panels = panels(job)
+    cdef const row_block *block = job.blocks + item // num_panels
+    cdef int64_t panel = item % num_panels, tile, last_tile, up
+    if job.inner == 0:
+        tile = first_tile(job) + 2 * panel
+        last_tile = (job.column_end - 1) // TILE_N
+        run_task(job, block, tile, tile + 1 if tile < last_tile else -1, chunk_begin, chunk_end, out, scratch)
+        return
+    # The gates are one tile. Their ups are one too, or the ends of two when inner is an odd multiple of 8.
+    up = job.inner + panel * TILE_N
+    run_task(job, block, panel, up // TILE_N, chunk_begin, chunk_end, out, scratch)
+    if up % TILE_N and (up // TILE_N + 1) * TILE_N < job.store.n:
+        run_task(job, block, up // TILE_N + 1, -1, chunk_begin, chunk_end, out + MAX_ROWS * PAIR_N, scratch)
+
+
+# ---------------------------------------------------------------------------------------------
+# Epilogues
+
+cdef void store_item(const gemm_job *job, const row_block *block, int64_t panel, const float *out,
+                     float *row_buffer) noexcept nogil:
+    """Add the bias, convert, write."""
+    cdef int64_t tile_column = (first_tile(job) + 2 * panel) * TILE_N
+    cdef int64_t begin = max(tile_column, job.column_begin), end = min(tile_column + PAIR_N, job.column_end)
+    cdef int64_t element = 4 if job.out_dtype == DTYPE_F32 else 2, r, c
+    cdef const float *sums
+    cdef const float *bias = job.bias + begin - job.column_begin
+    cdef char *to
+    for r in range(block.count):
+        sums = out + r * PAIR_N + begin - tile_column
+        if job.bias is not NULL:
+            for c in range(end - begin):
+                row_buffer[c] = sums[c] + bias[c]
+            sums = row_buffer
+        to = job.output + (job.out_rows[block.begin + r] * job.out_width + begin - job.column_begin) * element
+        job.table.narrow(to, sums, job.out_dtype, end - begin)
+
+
+cdef void gate_item(const gemm_job *job, const row_block *block, int64_t panel, const float *out,
+                    float *row_buffer) noexcept nogil:
+    """``silu(gate) * up``, in float32."""
+    cdef int64_t column = panel * TILE_N, count = min(<int64_t>TILE_N, job.inner - panel * TILE_N), r, c
+    cdef int64_t offset = (job.inner + column) % TILE_N
+    cdef const float *up
+    for r in range(block.count):
+        up = out + r * PAIR_N + TILE_N
+        if offset:
+            for c in range(count):
+                row_buffer[c] = (
+                    up[offset + c] if offset + c < TILE_N else out[(MAX_ROWS + r) * PAIR_N + offset + c - TILE_N])
+            up = row_buffer
+        job.table.silu_mul(<float *>job.output + job.out_rows[block.begin + r] * job.out_width + column,
+                           out + r * PAIR_N, up, count)
+
+
+cdef void finish_item(const gemm_job *job, int64_t item, const float *out, float *row_buffer) noexcept nogil:
+    cdef int64_t num_panels = panels(job)
+    cdef const row_block *block = job.blocks + item // num_panels
+    if job.inner:
+        gate_item(job, block, item % num_panels, out, row_buffer)
+    else:
+        store_item(job, block, item % num_panels, out, row_buffer)
+
+
+# ---------------------------------------------------------------------------------------------
+# The flat list of work
+
+cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
+    cdef thread_area *area = job.areas + thread
+    sum_item(job, item, 0, num_chunks(job), area.out, &area.scratch)
+    finish_item(job, item, area.out, area.row)
+
+
+cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
+    cdef int64_t chunk = index % num_chunks(job)
+    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * OUT_FLOATS,
+             &job.areas[thread].scratch)
+
+
+cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
+    cdef int64_t chunks = num_chunks(job), chunk, i
+    cdef float *out = job.slots + item * chunks * OUT_FLOATS
+    cdef const float *slot
+    for chunk in range(1, chunks):
+        slot = out + chunk * OUT_FLOATS
+        for i in range(OUT_FLOATS):
+            out[i] += slot[i]
+    finish_item(job, item, out, job.areas[thread].row)
+
+
+cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
+    """Do a job on ``num_threads`` threads."""
+    cdef int64_t items = job.num_blocks * panels(job), i
+    cdef int64_t turn = min(<int64_t>MAX_ITEMS_PER_TURN, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
+    if not is_split(job, num_threads):
+        for i in prange(items, num_threads=num_threads, schedule="dynamic", chunksize=turn):
+            whole_item(job, i, threadid())
+        return
+    for i in prange(items * num_chunks(job), num_threads=num_threads, schedule="dynamic", chunksize=1):
+        split_item(job, i, threadid())
+    for i in prange(items, num_threads=num_threads, schedule="dynamic", chunksize=1):
+        join_item(job, i, threadid())
+
+
+# ---------------------------------------------------------------------------------------------
+# Row plans: which rows go through which expert
+
+cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil:
+    """Cut a run of one expert's pairs into blocks of nearly equal size; returns how many."""
+    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, part, first, last
+    for part in range(parts):
+        first, last = count * part // parts, count * (part + 1) // parts
+        blocks[part] = row_block(expert=expert, begin=begin + first, count=last - first)
+    return parts
+
+
+cdef int64_t max_blocks(int64_t runs, int64_t pairs) noexcept nogil:
+    return runs + pairs // MAX_ROWS
+
+
+cdef int64_t plan_bytes(int64_t pairs, int64_t runs, int64_t input_rows) noexcept nogil:
+    return (2 * pairs * <int64_t>sizeof(int64_t) + max_blocks(runs, pairs) * <int64_t>sizeof(row_block)
+            + (2 * pairs + input_rows) * <int64_t>sizeof(int32_t))
+
+
+cdef class RowPlanner:
+    """Collects (expert, input row, output row), quantising an input row once however often it is used.
+
+    Where experts have their own orders of K, a row is quantised for each of its uses instead.
+    """
+
+    cdef row_plan plan
+    cdef bint once_per_row
+    cdef int32_t *slot_of_row       # [input_rows] quantised row of each, -1 for none yet
+    cdef const int32_t *order_of
+    cdef int64_t run_expert, run_begin
+
+    cdef int begin(self, Workspace workspace, CpuGptqStore store, int64_t pairs, int64_t runs,
+                   int64_t input_rows) except -1:
+        cdef char *memory = <char *>workspace.reserve(&workspace.rows, plan_bytes(pairs, runs, input_rows))
+        memset(&self.plan, 0, sizeof(row_plan))
+        self.plan.input_rows = <int64_t *>memory
+        self.plan.out_rows = self.plan.input_rows + pairs
+        self.plan.blocks = <row_block *>(self.plan.out_rows + pairs)
+        self.plan.row_orders = <int32_t *>(self.plan.blocks + max_blocks(runs, pairs))
+        self.plan.in_rows = self.plan.row_orders + pairs
+        self.slot_of_row = self.plan.in_rows + pairs
+        self.once_per_row = len(store.group_orders) == 1
+        self.order_of = store.view.order_of
+        self.run_begin = 0
+        memset(self.slot_of_row, 0xff, input_rows * sizeof(int32_t))
+        return 0
+
+    cdef void start_run(self, int64_t expert) noexcept nogil:
+        """The pairs that follow are this expert's."""
+        if self.plan.num_pairs > self.run_begin and expert == self.run_expert:
+            return
+        self.end_run()
+        self.run_expert = expert
+
+    cdef void end_run(self) noexcept nogil:
+        self.plan.num_blocks += cut_into_blocks(
+            self.plan.blocks + self.plan.num_blocks, self.run_expert, self.run_begin,
+            self.plan.num_pairs - self.run_begin)
+        self.run_begin = self.plan.num_pairs
+
+    cdef void add(self, int64_t input_row, int64_t output_row) noexcept nogil:
+        cdef int32_t slot = self.slot_of_row[input_row] if self.once_per_row else -1
+        if slot < 0:
+            slot = <int32_t>self.plan.num_quantized
+            self.plan.num_quantized += 1
+            self.plan.input_rows[slot] = input_row
+            self.plan.row_orders[slot] = 0 if self.once_per_row else self.order_of[self.run_expert]
+            self.slot_of_row[input_row] = slot
+        self.plan.in_rows[self.plan.num_pairs] = slot
+        self.plan.out_rows[self.plan.num_pairs] = output_row
+        self.plan.num_pairs += 1
+
+
+cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept:
+    """What follows from the settings and the weights; the rest is zero."""
+    memset(job, 0, sizeof(quantize_job))
+    job.table, job.planes = workspace.table, workspace.planes
+    job.k, job.packed_k, job.group_size = store.k, store.view.packed_k, store.view.group_size
+    job.orders = store.view.orders
+
+
+cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store) noexcept:
+    """What follows from the settings and the weights, for all columns of an expert; the rest is zero."""
+    memset(job, 0, sizeof(gemm_job))
+    job.table, job.planes = workspace.table, workspace.planes
+    job.store = store.view
+    job.column_end = job.out_width = store.n
+
+
+cdef void set_output(gemm_job *job, const matrix *output, int64_t column) noexcept:
+    """Write to ``output``, the first column computed to its column ``column``."""
+    job.output = output.data + column * (4 if output.dtype == DTYPE_F32 else 2)
+    job.out_dtype = output.dtype
+    job.out_width = output.width
+
+
+cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan, const matrix *input, gemm_job *job,
+                  ) except -1:
+    """Quantise the rows of a plan and multiply them by their experts."""
+    cdef quantize_job quantize
+    cdef int64_t row_floats = row_buffer_floats(store.k, store.view.packed_k), slots
+    set_quantize_job(&quantize, workspace, store)
+    quantize.input, quantize.dtype = input.data, input.dtype
+    quantize.num_rows, quantize.input_rows = plan.num_quantized, plan.input_rows
+    quantize.row_orders = plan.row_orders
+    quantize.row_buffers = <float *>workspace.reserve(&workspace.floats, 4 * row_floats * workspace.num_threads)
+    place_quantized(&quantize, workspace.reserve(&workspace.quantized, quantized_bytes(
+        plan.num_quantized, store.view.packed_k, store.view.group_size, workspace.planes)))
+    job.a, job.meta, job.num_quantized = quantize.a, quantize.meta, plan.num_quantized
+    job.in_rows, job.out_rows = plan.in_rows, plan.out_rows
+    job.blocks, job.num_blocks = plan.blocks, plan.num_blocks
+    job.areas = <thread_area *>workspace.reserve(&workspace.threads, sizeof(thread_area) * workspace.num_threads)
+    slots = split_slots(job, workspace.num_threads)
+    if slots:
+        job.slots = <float *>workspace.reserve(&workspace.slots, slots * OUT_FLOATS * sizeof(float))
+    with nogil:
+        quantize_rows(&quantize, workspace.num_threads)
+        run_gemm(job, workspace.num_threads)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Entry points: check everything, then work
+
+cdef struct dispatch:
+    int64_t expert
+    int64_t in_row
+    int64_t out_row
+    int64_t m
+
+
+cdef int by_out_row(const void *a, const void *b) noexcept nogil:
+    cdef int64_t left = (<const dispatch *>a).out_row, right = (<const dispatch *>b).out_row
+    return (left > right) - (left < right)
+
+
+cdef int check_dispatches(const int64_t[:, ::1] dispatches, CpuGptqStore store, const matrix *input,
+                          const matrix *output) except -1:
+    cdef int64_t i, m
+    for i in range(dispatches.shape[0]):
+        if not 0 <= dispatches[i, 0] < store.num_experts:
+            raise IndexError(
+                f"dispatches[{i}]: got expert_idx {dispatches[i, 0]}, expected 0 to {store.num_experts - 1}")
+        m = dispatches[i, 3]
+        if m < 0:
+            raise ValueError(f"dispatches[{i}]: got m {m}, expected 0 or more")
+        if dispatches[i, 1] < 0 or dispatches[i, 1] > input.rows - m:
+            raise IndexError(f"dispatches[{i}]: got input rows {dispatches[i, 1]} to {dispatches[i, 1] + m}, "
+                             f"expected them within the input's {input.rows}")
+        if dispatches[i, 2] < 0 or dispatches[i, 2] > output.rows - m:
+            raise IndexError(f"dispatches[{i}]: got output rows {dispatches[i, 2]} to {dispatches[i, 2] + m}, "
+                             f"expected them within the output's {output.rows}")
+    return 0
+
+
+cdef int check_disjoint(dispatch *sorted_copy, const int64_t[:, ::1] dispatches) except -1:
+    """Refuse output rows that two dispatches write; ``sorted_copy`` has room for all of them."""
+    cdef int64_t i, count = 0
+    cdef dispatch *before
+    for i in range(dispatches.shape[0]):
+        if dispatches[i, 3]:
+            sorted_copy[count] = dispatch(dispatches[i, 0], dispatches[i, 1], dispatches[i, 2], dispatches[i, 3])
+            count += 1
+    qsort(sorted_copy, count, sizeof(dispatch), by_out_row)
+    for i in range(1, count):
+        before = sorted_copy + i - 1
+        if before.out_row + before.m > sorted_copy[i].out_row:
+            raise ValueError(
+                f"dispatches: got overlapping output rows {before.out_row} to {before.out_row + before.m} and "
+                f"{sorted_copy[i].out_row} to {sorted_copy[i].out_row + sorted_copy[i].m}, expected separate ones")
+    return 0
+
+
+def gemm_batched(Workspace workspace, CpuGptqStore store, input, const int64_t[:, ::1] dispatches, output):
+    """``MarlinExpertStack.gemm_phase_batched`` on packed weights."""
+    cdef matrix inp = float_matrix(input, "input", store.k, False)
+    cdef matrix out = float_matrix(output, "output", store.n, True)
+    cdef int64_t pairs = 0, input_rows = 0, count = dispatches.shape[0], i, r
+    cdef RowPlanner planner = RowPlanner()
+    cdef gemm_job job
+    refuse_overlap(out, inp, "output")
+    set_gemm_job(&job, workspace, store)
+    set_output(&job, &out, 0)
+    check_dispatches(dispatches, store, &inp, &out)
+    for i in range(count):
+        pairs += dispatches[i, 3]
+        if dispatches[i, 3]:
+            input_rows = max(input_rows, dispatches[i, 1] + dispatches[i, 3])
+    workspace.enter()
+    try:
+        if count > 1:
+            check_disjoint(<dispatch *>workspace.reserve(&workspace.rows, count * sizeof(dispatch)), dispatches)
+        if pairs == 0:
+            return
+        planner.begin(workspace, store, pairs, count, input_rows)
+        for i in range(count):
+            if dispatches[i, 3] == 0:
+                continue
+            planner.start_run(dispatches[i, 0])
+            for r in range(dispatches[i, 3]):
+                planner.add(dispatches[i, 1] + r, dispatches[i, 2] + r)
+        planner.end_run()
+        run_plan(workspace, store, &planner.plan, &inp, &job)
+    finally:
+        workspace.leave()
+
+
+cdef int check_routing(const int *sorted_ids, int64_t length, const int *experts, int64_t num_experts, int64_t past,
+                       int64_t block_size, int64_t pairs, CpuGptqStore store, char *seen) except -1:
+    cdef int64_t i
+    if past < 0 or past > length or past % block_size or past // block_size > num_experts:
+        raise ValueError(
+            f"num_tokens_past_padded: got {past}, expected a multiple of moe_block_size {block_size} of at most "
+            f"{min(length, num_experts * block_size)}, what sorted_token_ids and expert_ids hold")
+    for i in range(past // block_size):
+        if not -1 <= experts[i] < store.num_experts:
+            raise IndexError(f"expert_ids[{i}]: got {experts[i]}, expected -1 to {store.num_experts - 1}")
+    memset(seen, 0, pairs)
+    for i in range(past):
+        if sorted_ids[i] < 0:
+            raise IndexError(f"sorted_token_ids[{i}]: got {sorted_ids[i]}, expected 0 or more")
+        if sorted_ids[i] < pairs and experts[i // block_size] >= 0:
+            if seen[sorted_ids[i]]:
+                raise ValueError(f"sorted_token_ids[{i}]: got {sorted_ids[i]} a second time, expected each id once")
+            seen[sorted_ids[i]] = 1
+    return 0
+
+
+def gemm_vllm(Workspace workspace, CpuGptqStore store, input, sorted_token_ids, expert_ids,
+              int64_t num_tokens_past_padded, output, int64_t prob_m, int64_t moe_block_size, int64_t top_k):
+    """``MarlinExpertStack.gemm_phase_vllm`` on packed weights."""
+    cdef matrix inp = float_matrix(input, "input", store.k, False)
+    cdef matrix out = float_matrix(output, "output", store.n, True)
+    cdef int64_t length, num_experts, pairs, i, s
+    cdef const int *sorted_ids = int32_vector(sorted_token_ids, "sorted_token_ids", &length)
+    cdef const int *experts = int32_vector(expert_ids, "expert_ids", &num_experts)
+    cdef RowPlanner planner = RowPlanner()
+    cdef gemm_job job
+    refuse_overlap(out, inp, "output")
+    set_gemm_job(&job, workspace, store)
+    set_output(&job, &out, 0)
+    if moe_block_size < 1:
+        raise ValueError(f"moe_block_size: got {moe_block_size}, expected at least 1")
+    if top_k < 1:
+        raise ValueError(f"top_k: got {top_k}, expected at least 1")
+    if prob_m < 0 or prob_m > inp.rows:
+        raise ValueError(f"prob_m: got {prob_m}, expected 0 to {inp.rows}, the rows of input")
+    if prob_m > out.rows // top_k:
+        raise ValueError(f"prob_m * top_k: got {prob_m} * {top_k}, expected at most {out.rows}, the rows of output")
+    pairs = prob_m * top_k
+    workspace.enter()
+    try:
+        check_routing(sorted_ids, length, experts, num_experts, num_tokens_past_padded, moe_block_size, pairs, store,
+                      <char *>workspace.reserve(&workspace.rows, pairs + 1))
+        planner.begin(workspace, store, pairs, num_tokens_past_padded // moe_block_size + 1, prob_m)
+        for i in range(num_tokens_past_padded // moe_block_size):
+            if experts[i] < 0:
+                continue
+            planner.start_run(experts[i])
+            for s in range(i * moe_block_size, (i + 1) * moe_block_size):
+                if sorted_ids[s] < pairs:
+                    planner.add(sorted_ids[s] // top_k, sorted_ids[s])
+        planner.end_run()
+        if planner.plan.num_pairs:
+            run_plan(workspace, store, &planner.plan, &inp, &job)
+    finally:
+        workspace.leave()
+
+
+def linear(Workspace workspace, CpuGptqStore store, input, output, int64_t m, int64_t column_offset, int64_t width,
+           const float[::1] bias):
+    """Rows ``[0, m)`` by columns ``[column_offset, column_offset + width)`` of the stacked N."""
+    cdef matrix inp = float_matrix(input, "input", store.k, False)
+    cdef matrix out = float_matrix(output, "out", width, True)
+    cdef int64_t done = 0, expert, begin, end, row
+    cdef RowPlanner planner
+    cdef gemm_job job
+    refuse_overlap(out, inp, "out")
+    if m < 0 or m > inp.rows or m > out.rows:
+        raise ValueError(f"m: got {m}, expected 0 to {min(inp.rows, out.rows)}, the rows of input and out")
+    if m == 0:
+        return
+    workspace.enter()
+    try:
+        while done < width:
+            expert = (column_offset + done) // store.n
+            begin = (column_offset + done) % store.n
+            end = min(store.n, begin + width - done)
+            planner = RowPlanner()
+            planner.begin(workspace, store, m, 1, m)
+            planner.start_run(expert)
+            for row in range(m):
+                planner.add(row, row)
+            planner.end_run()
+            set_gemm_job(&job, workspace, store)
+            job.column_begin, job.column_end = begin, end
+            set_output(&job, &out, done)
+            if bias is not None:
+                job.bias = &bias[done]
+            run_plan(workspace, store, &planner.plan, &inp, &job)
+            done += end - begin
+    finally:
+        workspace.leave()

@@ -1,0 +1,26 @@
+"""Quantisation of activations, a row at a time, in parallel."""
+
+from libc.stdint cimport int8_t, int32_t, int64_t
+
+from marlin_cy.cpu._dispatch cimport act_meta, ukernel_table
+
+cdef struct quantize_job:
+    const ukernel_table *table
+    const char *input           # [*, k], row-major
+    int dtype
+    int64_t k                   # elements in an input row
+    int64_t packed_k            # elements in a quantised row
+    int group_size
+    int planes
+    int64_t num_rows            # rows to quantise
+    const int64_t *input_rows   # [num_rows], or NULL for 0 .. num_rows - 1
+    const int32_t *orders       # [*, packed_k], or NULL
+    const int32_t *row_orders   # [num_rows] which order each row takes; not read when orders is NULL
+    int8_t *a                   # [groups][num_rows][group_size * planes]
+    act_meta *meta              # [groups][num_rows]
+    float *row_buffers          # [threads][row_buffer_floats(k, packed_k)]
+
+cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil
+cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil
+cdef void place_quantized(quantize_job *job, void *memory) noexcept nogil
+cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil

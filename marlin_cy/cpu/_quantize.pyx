@@ -1,0 +1,67 @@
+"""Quantisation of activations, a row at a time, in parallel.
+
+Each row is brought to float32, its K put into the packed order where the weights have one, and
+quantised group by group by the ISA's ``quantize_row``. Formula: ``ukernels/ukernel.h``.
+"""
+
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport int8_t, int32_t, int64_t
+
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
+
+cdef enum:
+    CACHE_LINE = 64
+
+
+cdef inline int64_t round_up(int64_t value, int64_t multiple) noexcept nogil:
+    return (value + multiple - 1) // multiple * multiple
+
+
+cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil:
+    """Floats that a thread needs: one row as it comes, one in packed order."""
+    return round_up(k, CACHE_LINE // 4) + round_up(packed_k, CACHE_LINE // 4)
+
+
+cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil:
+    """Bytes of ``num_rows`` quantised rows and their scales."""
+    cdef int64_t cells = (packed_k + group_size - 1) // group_size * num_rows
+    return round_up(cells * group_size * planes, CACHE_LINE) + round_up(cells * <int64_t>sizeof(act_meta), CACHE_LINE)
+
+
+cdef void place_quantized(quantize_job *job, void *memory) noexcept nogil:
+    """Point ``a`` and ``meta`` into memory of :func:`quantized_bytes` bytes."""
+    cdef int64_t cells = (job.packed_k + job.group_size - 1) // job.group_size * job.num_rows
+    job.a = <int8_t *>memory
+    job.meta = <act_meta *>(<char *>memory + round_up(cells * job.group_size * job.planes, CACHE_LINE))
+
+
+cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil:
+    cdef int64_t source = row if job.input_rows is NULL else job.input_rows[row]
+    cdef int64_t element = 4 if job.dtype == DTYPE_F32 else 2, i
+    cdef const char *values = job.input + source * job.k * element
+    cdef const float *x = <const float *>values
+    cdef float *widened = job.row_buffers + thread * row_buffer_floats(job.k, job.packed_k)
+    cdef float *ordered = widened + round_up(job.k, CACHE_LINE // 4)
+    cdef const int32_t *order
+    cdef int64_t cell = <int64_t>job.group_size * job.planes
+    if job.dtype != DTYPE_F32:
+        job.table.widen(widened, values, job.dtype, job.k)
+        x = widened
+    if job.orders is not NULL:
+        order = job.orders + job.row_orders[row] * job.packed_k
+        for i in range(job.packed_k):
+            ordered[i] = x[order[i]] if order[i] >= 0 else 0
+        x = ordered
+    job.table.quantize_row(x, job.packed_k, job.group_size, job.planes, job.a + row * cell, job.num_rows * cell,
+                           job.meta + row, job.num_rows)
+
+
+cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:
+    """Quantise all rows of a job."""
+    cdef int64_t row
+    if job.num_rows < num_threads:
+        for row in range(job.num_rows):
+            quantize_one(job, row, 0)
+        return
+    for row in prange(job.num_rows, num_threads=num_threads, schedule="static"):
+        quantize_one(job, row, threadid())

@@ -1,0 +1,27 @@
+"""The packed weights of a stack, as the kernels' framework sees them."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t
+
+cdef struct packed_view:
+    const uint8_t *data
+    int64_t expert_stride
+    int64_t tile_stride
+    int64_t header_bytes
+    int64_t packed_k
+    int64_t n
+    int group_size
+    int num_groups
+    const int32_t *orders       # [num_orders][packed_k] row of K at each packed position, or NULL
+    const int32_t *order_of     # [num_experts]
+
+cdef class CpuGptqStore:
+    cdef packed_view view
+    cdef readonly int64_t num_experts
+    cdef readonly int64_t k
+    cdef readonly int64_t n
+    cdef readonly int64_t weight_group_size
+    cdef readonly object layout
+    cdef readonly object data
+    cdef readonly object orders
+    cdef readonly object order_of
+    cdef readonly list group_orders

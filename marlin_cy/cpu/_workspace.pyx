@@ -1,0 +1,86 @@
+"""Growable scratch memory, owned by a context and reused by its calls.
+
+Nothing is allocated inside a parallel loop: a call reserves what it needs, then releases the GIL.
+"""
+
+from libc.stdint cimport uintptr_t
+from libc.string cimport memset
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+
+from marlin_cy.cpu._dispatch cimport table_of
+
+from marlin_cy.cpu._dispatch import choose_isa
+from marlin_cy.errors import ContextInUse
+
+cdef enum:
+    ALIGNMENT = 64
+
+PLANES = {"int16": 2, "int8": 1}
+
+
+cdef class Workspace:
+    """Scratch memory and settings of one context.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1.
+    compute_dtype : {"int16", "int8"}
+        What activations are quantised to.
+    isa : str or None
+        Name of the ISA to use; None for the best (or the one that ``MARLIN_CY_ISA`` names).
+    """
+
+    def __cinit__(self, int num_threads, str compute_dtype, isa=None):
+        self.isa = choose_isa()[0] if isa is None else isa
+        self.table = table_of(self.isa)
+        self.num_threads = num_threads
+        self.planes = PLANES[compute_dtype]
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.threads.base)
+        PyMem_RawFree(self.rows.base)
+        PyMem_RawFree(self.quantized.base)
+        PyMem_RawFree(self.hidden.base)
+        PyMem_RawFree(self.floats.base)
+        PyMem_RawFree(self.slots.base)
+
+    cdef void *reserve(self, buffer *which, size_t size) except NULL:
+        """At least ``size`` bytes, aligned; what the buffer held is lost when it grows."""
+        if which.size >= size and which.data is not NULL:
+            return which.data
+        cdef void *base = PyMem_RawMalloc(size + ALIGNMENT)
+        if base is NULL:
+            raise MemoryError(f"workspace: could not allocate {size} bytes")
+        PyMem_RawFree(which.base)
+        which.base = base
+        which.data = <void *>(((<uintptr_t>base) + ALIGNMENT - 1) & ~(<uintptr_t>ALIGNMENT - 1))
+        which.size = size
+        return which.data
+
+    cdef int enter(self) except -1:
+        """Claim the workspace for one call; the GIL makes this atomic."""
+        if self.busy:
+            raise ContextInUse(
+                "ctx: in use by another thread; a context serves one thread at a time, so make one for each thread"
+            )
+        self.busy = True
+        return 0
+
+    cdef void leave(self) noexcept:
+        self.busy = False
+
+    def zero_slots(self):
+        """Zero the split-K slots."""
+        self.enter()
+        if self.slots.data is not NULL:
+            memset(self.slots.data, 0, self.slots.size)
+        self.leave()
+
+    @property
+    def nbytes(self):
+        """Bytes held."""
+        return (
+            self.threads.size + self.rows.size + self.quantized.size + self.hidden.size + self.floats.size
+            + self.slots.size
+        )

@@ -1,0 +1,384 @@
+"""The CPU backend: contexts, stacks and linear layers over the packed store."""
+
+import operator
+import os
+import threading
+
+import ml_dtypes
+import numpy as np
+
+from marlin_cy.cpu import _gemm, _moe, fork
+from marlin_cy.cpu._dispatch import choose_isa
+from marlin_cy.cpu._store import CpuGptqStore
+from marlin_cy.cpu._workspace import PLANES, Workspace
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
+
+__all__ = ["CpuBackend", "CpuContext", "CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
+
+N_TILE = 8  # views may begin and end in the middle of a packed tile of 16
+FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+
+
+def default_num_threads():
+    """``OMP_NUM_THREADS`` if it is set to a number, else the CPUs that this process may run on."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.strip().isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class CpuContext(Context):
+    """Threads, precision and workspace of CPU calls.
+
+    Parameters
+    ----------
+    backend : CpuBackend
+    num_threads : int, optional
+        Threads a call uses; the CPUs that this process may run on (or ``OMP_NUM_THREADS``) unless given.
+    compute_dtype : {"int16", "int8"}
+        What activations are quantised to, per row and group of K. "int16": relative error about 5e-5 on
+        normal data. "int8": about 1.4e-2, and up to twice as fast where arithmetic is the limit.
+    isa : str, optional
+        Instruction set to use; the best of this machine (or ``MARLIN_CY_ISA``) unless given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option that is not one of these.
+    """
+
+    def __init__(self, backend, num_threads=None, compute_dtype="int16", isa=None):
+        threads = default_num_threads() if num_threads is None else operator.index(num_threads)
+        if not 1 <= threads <= 4096:
+            raise ValueError(f"num_threads: got {threads}, expected 1 to 4096")
+        if compute_dtype not in PLANES:
+            raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected one of {', '.join(PLANES)}")
+        if isa is not None and not isinstance(isa, str):
+            raise TypeError(f"isa: got {type(isa).__name__}, expected str or None")
+        self._backend = backend
+        self._compute_dtype = compute_dtype
+        self.workspace = Workspace(threads, compute_dtype, isa)
+
+    def __repr__(self):
+        return f"CpuContext(num_threads={self.num_threads}, compute_dtype={self.compute_dtype!r}, isa={self.isa!r})"
+
+    @property
+    def backend(self):
+        return self._backend
+
+    @property
+    def num_threads(self):
+        """Threads a call uses."""
+        return self.workspace.num_threads
+
+    @property
+    def compute_dtype(self):
+        """ "int16" or "int8"."""
+        return self._compute_dtype
+
+    @property
+    def isa(self):
+        """Name of the instruction set in use."""
+        return self.workspace.isa
+
+
+def workspace_of(ctx):
+    """The workspace of a CPU context."""
+    if not isinstance(ctx, CpuContext):
+        raise TypeError(f"ctx: got {type(ctx).__name__}, expected a CpuContext from CpuBackend.new_context")
+    return ctx.workspace
+
+
+def as_dispatches(dispatches):
+    """int64 ``[D, 4]`` from what ``gemm_phase_batched`` accepts."""
+    if isinstance(dispatches, np.ndarray):
+        array = dispatches
+        if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64):
+            raise TypeError(f"dispatches: got dtype {array.dtype}, expected int64")
+        if array.ndim != 2 or array.shape[1] != 4:
+            raise ValueError(f"dispatches: got shape {array.shape}, expected [D, 4]")
+        return np.ascontiguousarray(array, np.int64)
+    rows = [tuple(map(operator.index, dispatch)) for dispatch in dispatches]
+    for position, row in enumerate(rows):
+        if len(row) != 4:
+            raise ValueError(
+                f"dispatches[{position}]: got {len(row)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)"
+            )
+    try:
+        return np.array(rows, np.int64).reshape(len(rows), 4)
+    except OverflowError:
+        raise IndexError("dispatches: got a number of more than 64 bits") from None
+
+
+class CpuMarlinExpertStack(MarlinExpertStack):
+    """Experts in packed int4 tiles.
+
+    Parameters
+    ----------
+    store : CpuGptqStore
+    num_experts, n_per_expert, k : int
+        Of the store.
+    """
+
+    def __init__(self, store, num_experts, n_per_expert, k):
+        if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
+            raise ValueError(
+                f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
+                f"[{k}, {n_per_expert}]"
+            )
+        self.store = store
+        self._metadata = WeightMetadata(
+            bits=4, group_size=store.weight_group_size, act_order=store.act_order, packed_bytes=store.data.nbytes
+        )
+
+    def __repr__(self):
+        return f"CpuMarlinExpertStack({self.num_experts} experts of [{self.k}, {self.n_per_expert}])"
+
+    @property
+    def n_per_expert(self):
+        return self.store.n
+
+    @property
+    def k(self):
+        return self.store.k
+
+    @property
+    def num_experts(self):
+        return self.store.num_experts
+
+    @property
+    def n_tile(self):
+        return N_TILE
+
+    @property
+    def metadata(self):
+        return self._metadata
+
+    def zero_workspace(self, ctx):
+        """Zero the split-K slots of the context. Calls write each slot before they read it, so this is optional."""
+        workspace_of(ctx).zero_slots()
+
+    def gemm_phase_batched(self, ctx, input, dispatches, output, k):
+        workspace = workspace_of(ctx)
+        if k != self.store.k:
+            raise ValueError(f"k: got {k}, expected {self.store.k}, the stack's")
+        fork.run(_gemm.gemm_batched, workspace, self.store, input, as_dispatches(dispatches), output)
+
+    def gemm_phase_vllm(
+        self,
+        ctx,
+        input,
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_past_padded,
+        output,
+        prob_m,
+        moe_block_size,
+        top_k,
+    ):
+        workspace = workspace_of(ctx)
+        if isinstance(num_tokens_past_padded, np.ndarray):
+            if num_tokens_past_padded.size != 1 or num_tokens_past_padded.dtype.kind not in "iu":
+                raise TypeError(
+                    f"num_tokens_past_padded: got shape {num_tokens_past_padded.shape} of "
+                    f"{num_tokens_past_padded.dtype}, expected one int32"
+                )
+            num_tokens_past_padded = num_tokens_past_padded.item()
+        fork.run(
+            _gemm.gemm_vllm,
+            workspace,
+            self.store,
+            input,
+            sorted_token_ids,
+            expert_ids,
+            num_tokens_past_padded,
+            output,
+            operator.index(prob_m),
+            operator.index(moe_block_size),
+            operator.index(top_k),
+        )
+
+    def make_expert_linear(self, expert_offset, expert_n, bias_host=None):
+        return CpuLinear(self, operator.index(expert_offset), operator.index(expert_n), bias_host)
+
+
+class CpuLinear(Linear):
+    """A view on columns of a stack; a layer of its own is a view on all of a stack of one expert.
+
+    Parameters
+    ----------
+    stack : CpuMarlinExpertStack
+    offset, width : int
+        Columns of the stacked N; multiples of the stack's ``n_tile``.
+    bias : array ``[width]``, optional
+    """
+
+    def __init__(self, stack, offset, width, bias=None):
+        store, total = stack.store, stack.num_experts * stack.n_per_expert
+        for name, value in (("expert_offset", offset), ("expert_n", width)):
+            if value % N_TILE:
+                raise ValueError(f"{name}: got {value}, expected a multiple of n_tile, {N_TILE}")
+        if offset < 0 or width <= 0 or offset + width > total:
+            raise IndexError(
+                f"expert_offset, expert_n: got columns {offset} to {offset + width}, expected a part of 0 to {total}"
+            )
+        first, last = offset // store.n, (offset + width - 1) // store.n
+        if len(set(store.order_of[first : last + 1])) > 1:
+            raise UnsupportedError(
+                f"expert_offset, expert_n: columns {offset} to {offset + width} span experts {first} to {last}, whose "
+                "rows of K are ordered differently (desc_act); make one view for each expert"
+            )
+        self.stack, self._offset, self._width = stack, offset, width
+        self._bias = None if bias is None else as_bias(bias, width)
+        self._metadata = WeightMetadata(
+            bits=4,
+            group_size=store.weight_group_size,
+            act_order=store.act_order,
+            packed_bytes=store.layout.expert_stride * width // store.n,
+        )
+
+    def __repr__(self):
+        return f"CpuLinear([{self.in_features}, {self.out_features}]{'' if self._bias is None else ' with bias'})"
+
+    @property
+    def in_features(self):
+        return self.stack.k
+
+    @property
+    def out_features(self):
+        return self._width
+
+    @property
+    def metadata(self):
+        return self._metadata
+
+    def forward(self, ctx, input, out, m):
+        fork.run(
+            _gemm.linear,
+            workspace_of(ctx),
+            self.stack.store,
+            input,
+            out,
+            operator.index(m),
+            self._offset,
+            self._width,
+            self._bias,
+        )
+
+
+def as_bias(bias, width):
+    """A float32 copy of a bias."""
+    bias = np.asarray(bias)
+    if bias.dtype not in FLOAT_DTYPES and bias.dtype != np.float64:
+        raise TypeError(f"bias: got dtype {bias.dtype}, expected float32, float16 or bfloat16")
+    if bias.shape != (width,):
+        raise ValueError(f"bias: got shape {bias.shape}, expected ({width},)")
+    return np.array(bias, np.float32, order="C")
+
+
+class CpuStackBuilder(StackBuilder):
+    """Packs weights straight into a new store."""
+
+    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx):
+        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx)
+        self._g_idx = g_idx
+        self._added = np.zeros((num_experts, n_per_expert), bool)
+        self._lock = threading.Lock()
+
+    def add(self, expert, column_offset, weight):
+        store = self._store
+        expert, column_offset = operator.index(expert), operator.index(column_offset)
+        end = column_offset + weight.n
+        if not 0 <= expert < store.num_experts:
+            raise IndexError(f"expert: got {expert}, expected 0 to {store.num_experts - 1}")
+        if column_offset % N_TILE or weight.n % N_TILE:
+            raise ValueError(f"column_offset: got columns {column_offset} to {end}, expected multiples of {N_TILE}")
+        if column_offset < 0 or end > store.n:
+            raise IndexError(f"column_offset: got columns {column_offset} to {end}, expected a part of 0 to {store.n}")
+        if (weight.k, weight.group_size) != (store.k, store.weight_group_size):
+            raise ValueError(
+                f"weight: got k {weight.k} and group_size {weight.group_size}, expected {store.k} and "
+                f"{store.weight_group_size}"
+            )
+        if not same_groups(weight.g_idx, self._g_idx[expert]):
+            raise UnsupportedError(
+                f"weight: its g_idx is not the one that expert {expert} of this stack was made with; parts of one "
+                "expert (gate and up) must order K alike, or be loaded as two stacks"
+            )
+        with self._lock:
+            columns = self._added[expert, column_offset:end]
+            if columns.any():
+                raise ValueError(f"column_offset: columns {column_offset} to {end} of expert {expert} were added before")
+            columns[:] = True
+        store.pack(expert, column_offset, weight)
+
+    def finish(self):
+        if not self._added.all():
+            expert, column = np.argwhere(~self._added)[0]
+            raise ValueError(f"finish: column {column} of expert {expert} was not added")
+        store = self._store
+        return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k)
+
+
+def same_groups(a, b):
+    """Whether two ``g_idx`` (None: K's own order) are equal."""
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)
+
+
+class CpuBackend(Backend):
+    """The CPU. A buffer is an ``ndarray``."""
+
+    @property
+    def name(self):
+        return "cpu"
+
+    def __repr__(self):
+        return f"CpuBackend(isa={choose_isa()[0]!r})"
+
+    def new_context(self, *, num_threads=None, compute_dtype="int16", isa=None):
+        """A :class:`CpuContext`; the options are documented there."""
+        return CpuContext(self, num_threads, compute_dtype, isa)
+
+    def from_host(self, array):
+        return np.ascontiguousarray(array)
+
+    def to_host(self, buffer):
+        return buffer
+
+    def empty(self, shape, dtype):
+        return np.empty(shape, dtype)
+
+    def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
+        num_experts, k, n_per_expert = map(operator.index, (num_experts, k, n_per_expert))
+        for name, value, multiple in (("num_experts", num_experts, 1), ("k", k, 32), ("n_per_expert", n_per_expert, 8)):
+            if value < 1 or value % multiple:
+                raise ValueError(f"{name}: got {value}, expected a positive multiple of {multiple}")
+        if g_idx is None or isinstance(g_idx, np.ndarray) and g_idx.ndim == 1:
+            g_idx = [g_idx] * num_experts
+        return CpuStackBuilder(num_experts, k, n_per_expert, group_size, list(g_idx))
+
+    def _linear(self, stack, bias):
+        return CpuLinear(stack, 0, stack.n_per_expert, bias)
+
+    def _route(self, ctx, router_logits, num_experts, top_k, norm_topk_prob):
+        return fork.run(_moe.route, workspace_of(ctx), router_logits, num_experts, top_k, norm_topk_prob)
+
+    def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
+        fork.run(
+            _moe.moe_forward,
+            workspace_of(ctx),
+            layer.gate_up.store,
+            layer.down.store,
+            hidden_states,
+            out,
+            router_logits,
+            topk_ids,
+            topk_weights,
+            layer.top_k if router_logits is not None else topk_ids.shape[1],
+            layer.norm_topk_prob,
+        )

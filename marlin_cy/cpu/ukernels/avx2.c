@@ -1,0 +1,195 @@
+/* AVX2: vpmaddubsw multiplies 32 unsigned weights by 32 signed activations and adds neighbours to 16
+ * bits. A weight is at most 15 and an activation at most 128 in magnitude, so a product of neighbours
+ * is at most 3840 and eight of them, the 32 values of K of four blocks, still fit 16 bits. Then one
+ * vpmaddwd a plane brings them to 32 bits, by 256 for plane 0 of two.
+ *
+ * Registers, of 16: `rows * planes` times two halves of 16-bit sums.
+ *   packed (weights unpacked on the way, for few rows):  4 * 2 sums, 4 weights, mask, activation, product
+ *   unpacked (the group was unpacked beforehand):        6 * 2 sums, 2 weights, activation, product
+ * The 32-bit sums live in memory, touched once every four blocks.
+ */
+#include "ukernel.h"
+
+#ifdef MARLIN_CY_X86
+#define ROWOPS static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#include "rowops.h"
+#include "ymm.h"
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+
+enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6, BLOCKS_PER_16BIT_SUM = 4 };
+
+/* rows, planes and packed are constants wherever this is inlined. */
+KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
+                      int planes, int packed)
+{
+    const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
+    const int8_t *a[UNPACKED_PLANE_ROWS];
+    __m256i total[UNPACKED_PLANE_ROWS][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const int32_t index = task->rows[row + r];
+        const __m256i sum_split = _mm256_set1_epi32(view->meta[index].sum_split);
+        a[r] = view->a + index * task->a_row_stride;
+        total[r][0] = _mm256_madd_epi16(header->minus_zero[0], sum_split);
+        total[r][1] = _mm256_madd_epi16(header->minus_zero[1], sum_split);
+    }
+    for (int block = 0; block < view->blocks; block += BLOCKS_PER_16BIT_SUM) {
+        __m256i sum16[UNPACKED_PLANE_ROWS][2];
+#pragma GCC unroll 4
+        for (int b = 0; b < BLOCKS_PER_16BIT_SUM; b++) {
+            __m256i w[2][2];
+            load_block(w, view->weights, block + b, packed);
+#pragma GCC unroll 2
+            for (int quad = 0; quad < 2; quad++)
+#pragma GCC unroll 8
+                for (int i = 0; i < rows * planes; i++) {
+                    const int r = i / planes, plane = i % planes;
+                    const __m256i x = broadcast_quad(a[r] + ((block + b) * planes + plane) * BLOCK_K + 4 * quad);
+                    for (int half = 0; half < 2; half++) {
+                        const __m256i product = _mm256_maddubs_epi16(w[quad][half], x);
+                        sum16[i][half] = b + quad == 0 ? product : _mm256_add_epi16(sum16[i][half], product);
+                        KEEP(sum16[i][half]);
+                    }
+                }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < rows * planes; i++)
+            for (int half = 0; half < 2; half++) {
+                const __m256i weight = planes == 2 && i % 2 == 0 ? by_256 : ones;
+                const __m256i sum32 = _mm256_madd_epi16(sum16[i][half], weight);
+                total[i / planes][half] = _mm256_add_epi32(total[i / planes][half], sum32);
+            }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++)
+            finish(task, view->g, row + r, view->column + 8 * half, total[r][half], header->scale[half],
+                   view->meta[task->rows[row + r]].scale);
+}
+
+#include "ymm_driver.h"
+
+TARGET static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+
+TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+
+/* 32 values at a time, four blocks: 32-bit values go down to bytes by two saturating packs, whose
+ * 128-bit halves one permutation of 32-bit lanes then puts in order. */
+TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes,
+                                                                  int8_t *a, ptrdiff_t a_group_stride, act_meta *meta,
+                                                                  ptrdiff_t meta_group_stride)
+{
+    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
+        const int size = k - begin < group_size ? (int)(k - begin) : group_size;
+        const float *const group = x + begin;
+        __m256i max_bits = _mm256_setzero_si256();
+        for (int i = 0; i < size; i += 8)
+            max_bits = _mm256_max_epu32(max_bits,
+                                        _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(group + i))));
+        __m128i max4 = _mm_max_epu32(_mm256_castsi256_si128(max_bits), _mm256_extracti128_si256(max_bits, 1));
+        max4 = _mm_max_epu32(max4, _mm_shuffle_epi32(max4, 0x4e));
+        max4 = _mm_max_epu32(max4, _mm_shuffle_epi32(max4, 0xb1));
+        const uint32_t amax_bits = (uint32_t)_mm_cvtsi128_si32(max4);
+        const float amax = bits_float(amax_bits);
+        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
+            memset(a, 0, (size_t)(size * planes));
+            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
+            meta->sum_split = 0;
+            continue;
+        }
+        const __m256 inverse = _mm256_set1_ps(qmax / amax);
+        __m256i sums = _mm256_setzero_si256();
+        for (int i = 0; i < size; i += 32) {
+            __m256i value[4];
+            for (int j = 0; j < 4; j++) {
+                value[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(group + i + 8 * j), inverse));
+                sums = _mm256_add_epi32(sums, value[j]);
+            }
+            if (planes == 1) {
+                const __m256i low = _mm256_packs_epi32(value[0], value[1]);
+                const __m256i high = _mm256_packs_epi32(value[2], value[3]);
+                const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+                _mm256_storeu_si256((__m256i *)(a + i), bytes);
+                continue;
+            }
+            __m256i both[4]; /* 16 bits: plane 0, then plane 1, of one block */
+            for (int j = 0; j < 4; j++) {
+                const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(value[j], 24), 24);
+                const __m256i high = _mm256_srai_epi32(_mm256_sub_epi32(value[j], low), 8);
+                both[j] = _mm256_packs_epi32(high, low);
+            }
+            for (int j = 0; j < 4; j += 2) {
+                const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(both[j], both[j + 1]), order);
+                _mm256_storeu_si256((__m256i *)(a + (i + 8 * j) * 2), bytes);
+            }
+        }
+        __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
+        sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1));
+        const int32_t sum = _mm_cvtsi128_si32(sum4);
+        meta->scale = amax / qmax;
+        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+    }
+}
+
+TARGET static void widen(float *dst, const void *src, int dtype, int64_t n)
+{
+    if (dtype == DTYPE_F32) {
+        memcpy(dst, src, (size_t)n * sizeof *dst);
+    } else if (dtype == DTYPE_BF16) {
+        widen_bf16(dst, src, n);
+    } else {
+        const uint16_t *half = src;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+        for (; i < n; i++)
+            dst[i] = _cvtsh_ss(half[i]);
+    }
+}
+
+TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n)
+{
+    if (dtype == DTYPE_F32) {
+        memcpy(dst, src, (size_t)n * sizeof *src);
+    } else if (dtype == DTYPE_BF16) {
+        narrow_bf16(dst, src, n);
+    } else {
+        uint16_t *half = dst;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i *)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+        for (; i < n; i++)
+            half[i] = _cvtss_sh(src[i], _MM_FROUND_TO_NEAREST_INT);
+    }
+}
+
+TARGET static void silu_mul(float *dst, const float *gate, const float *up, int64_t n)
+{
+    silu_mul_rows(dst, gate, up, n);
+}
+
+TARGET static void axpy(float *dst, const float *src, float weight, int64_t n)
+{
+    axpy_rows(dst, src, weight, n);
+}
+
+TARGET static void softmax(float *x, int64_t n) { softmax_row(x, n); }
+
+const ukernel_table ukernels_avx2 = {
+    .name = "avx2",
+    .gemm_i16 = gemm_i16,
+    .gemm_i8 = gemm_i8,
+    .quantize_row = quantize_row,
+    .widen = widen,
+    .narrow = narrow,
+    .silu_mul = silu_mul,
+    .axpy = axpy,
+    .softmax = softmax,
+};
+#endif

@@ -1,0 +1,167 @@
+/* Portable C: runs everywhere, and is what every other ISA is held to.
+ *
+ * Activations are put together from their planes, weights are unpacked to 16 bits one group at a
+ * time, and the products are 16 x 16 -> 32 bits in loops that compilers vectorise (SSE2, NEON).
+ */
+#define ROWOPS static inline
+#include "rowops.h"
+
+static float half_to_float(uint16_t half)
+{
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude >= 0x7c00) /* infinity, NaN (made quiet) */
+        return bits_float(sign | 0x7f800000 | magnitude << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
+    if (magnitude < 0x0400) /* subnormal: a whole number of 2^-24 */
+        return bits_float(float_bits((float)magnitude * 0x1p-24f) | sign);
+    return bits_float(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+static uint16_t float_to_half(float x)
+{
+    uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) /* NaN: quiet, payload kept */
+        return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+    if (magnitude >= 0x477ff000) /* 65520 and more round to infinity */
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* below 2^-14: adding 0.5 leaves units of 2^-24, rounded to even, in the low bits */
+        return (uint16_t)(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13));
+}
+
+static void widen(float *dst, const void *src, int dtype, int64_t n)
+{
+    if (dtype == DTYPE_F32)
+        memcpy(dst, src, (size_t)n * sizeof *dst);
+    else if (dtype == DTYPE_BF16)
+        widen_bf16(dst, src, n);
+    else
+        for (int64_t i = 0; i < n; i++)
+            dst[i] = half_to_float(((const uint16_t *)src)[i]);
+}
+
+static void narrow(void *dst, const float *src, int dtype, int64_t n)
+{
+    if (dtype == DTYPE_F32)
+        memcpy(dst, src, (size_t)n * sizeof *src);
+    else if (dtype == DTYPE_BF16)
+        narrow_bf16(dst, src, n);
+    else
+        for (int64_t i = 0; i < n; i++)
+            ((uint16_t *)dst)[i] = float_to_half(src[i]);
+}
+
+static void silu_mul(float *dst, const float *gate, const float *up, int64_t n) { silu_mul_rows(dst, gate, up, n); }
+
+static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }
+
+static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a, ptrdiff_t a_group_stride,
+                         act_meta *meta, ptrdiff_t meta_group_stride)
+{
+    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
+        const int size = k - begin < group_size ? (int)(k - begin) : group_size;
+        /* Magnitudes compare as the integers that their bits are, and a NaN is larger than infinity. */
+        uint32_t amax_bits = 0;
+        for (int i = 0; i < size; i++) {
+            uint32_t bits = float_bits(x[begin + i]) & 0x7fffffff;
+            amax_bits = bits > amax_bits ? bits : amax_bits;
+        }
+        const float amax = bits_float(amax_bits);
+        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
+            memset(a, 0, (size_t)(size * planes));
+            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
+            meta->sum_split = 0;
+            continue;
+        }
+        const float inverse = qmax / amax;
+        int32_t sum = 0;
+        for (int i = 0; i < size; i++) {
+            const int32_t value = (int32_t)rintf(x[begin + i] * inverse);
+            int8_t *block = a + i / BLOCK_K * (BLOCK_K * planes) + i % BLOCK_K;
+            sum += value;
+            if (planes == 2) {
+                const int32_t low = (int8_t)(uint8_t)(value & 255);
+                block[0] = (int8_t)((value - low) / 256);
+                block[BLOCK_K] = (int8_t)low;
+            } else {
+                block[0] = (int8_t)value;
+            }
+        }
+        meta->scale = amax / qmax;
+        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+    }
+}
+
+/* 16-bit weights [k][16] of one tile's group. */
+static void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks)
+{
+    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += BLOCK_K * TILE_N)
+        for (int t = 0; t < 4; t++)
+            for (int c = 0; c < TILE_N; c++) {
+                w[t * TILE_N + c] = blocks[4 * c + t] & 15;
+                w[(t + 4) * TILE_N + c] = blocks[4 * c + t] >> 4;
+            }
+}
+
+static inline void gemm(const gemm_task *task, int planes)
+{
+    int16_t *const weights = (int16_t *)(void *)task->scratch->weights;
+    float *const sums = task->scratch->sums;
+    const int num_tiles = task->header[1] ? 2 : 1;
+    const uint8_t *header[2] = {task->header[0], task->header[1]}, *body[2] = {task->body[0], task->body[1]};
+    const int8_t *a = task->a;
+    const act_meta *meta = task->meta;
+
+    for (int g = 0; g < task->num_groups; g++, a += task->a_group_stride, meta += task->meta_group_stride) {
+        const int last = g == task->num_groups - 1;
+        const int blocks = last ? task->last_group_blocks : task->group_blocks;
+        for (int t = 0; t < num_tiles; t++) {
+            float scale[TILE_N];
+            int32_t zero[TILE_N];
+            for (int c = 0; c < TILE_N; c++) {
+                scale[c] = half_to_float((uint16_t)(header[t][2 * c] | header[t][2 * c + 1] << 8));
+                zero[c] = header[t][2 * TILE_N + c];
+            }
+            unpack_group(weights, body[t], blocks);
+            for (int r = 0; r < task->m; r++) {
+                const int8_t *row = a + task->rows[r] * task->a_row_stride;
+                const act_meta *row_meta = meta + task->rows[r];
+                const int32_t total = (row_meta->sum_split >> 16) * 256 + (row_meta->sum_split & 0xffff);
+                int32_t dot[TILE_N] = {0};
+                for (int k = 0; k < blocks * BLOCK_K; k++) {
+                    const int8_t *value = row + k / BLOCK_K * (BLOCK_K * planes) + k % BLOCK_K;
+                    const int16_t x = (int16_t)(planes == 2 ? value[0] * 256 + value[BLOCK_K] : value[0]);
+                    for (int c = 0; c < TILE_N; c++)
+                        dot[c] += weights[k * TILE_N + c] * x;
+                }
+                float *sum = sums + r * PAIR_N + t * TILE_N, *out = task->out + r * PAIR_N + t * TILE_N;
+                for (int c = 0; c < TILE_N; c++) {
+                    const float s = row_meta->scale * scale[c];
+                    sum[c] = fmaf((float)(dot[c] - zero[c] * total), s, g ? sum[c] : 0.0f);
+                    if (last)
+                        out[c] = task->accumulate ? out[c] + sum[c] : sum[c];
+                }
+            }
+            header[t] += GROUP_HEADER_BYTES;
+            body[t] += blocks * BLOCK_BYTES;
+        }
+    }
+}
+
+static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+
+static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+
+static void softmax(float *x, int64_t n) { softmax_row(x, n); }
+
+const ukernel_table ukernels_generic = {
+    .name = "generic",
+    .gemm_i16 = gemm_i16,
+    .gemm_i8 = gemm_i8,
+    .quantize_row = quantize_row,
+    .widen = widen,
+    .narrow = narrow,
+    .silu_mul = silu_mul,
+    .axpy = axpy,
+    .softmax = softmax,
+};

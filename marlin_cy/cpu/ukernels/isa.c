@@ -1,0 +1,122 @@
+/* Install the generic kernels, then override them by what the CPU and the operating system allow. */
+#include "isa.h"
+
+#include <string.h>
+
+#ifdef MARLIN_CY_X86
+#include <cpuid.h>
+
+/* Register state that the operating system saves on a context switch (XCR0). Without it a CPU's
+ * instructions fault or, worse, lose their registers. */
+enum { XCR0_YMM = 0x6, XCR0_ZMM = 0xe6 };
+
+static uint32_t read_xcr0(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+typedef struct {
+    int avx2, avxvnni, avx512vnni, ymm, zmm;
+} features;
+
+static features detect(void)
+{
+    features found = {0};
+    uint32_t a, b, c, d, c1, d7;
+    if (!__get_cpuid(1, &a, &b, &c1, &d))
+        return found;
+    const int osxsave = c1 >> 27 & 1;
+    const uint32_t xcr0 = osxsave ? read_xcr0() : 0;
+    found.ymm = (xcr0 & XCR0_YMM) == XCR0_YMM;
+    found.zmm = (xcr0 & XCR0_ZMM) == XCR0_ZMM;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d7))
+        return found;
+    const uint32_t subleaves = a;
+    const int fma = c1 >> 12 & 1, f16c = c1 >> 29 & 1;
+    found.avx2 = (b >> 5 & 1) && fma && f16c;
+    const int avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
+    found.avx512vnni = found.avx2 && avx512 && (c >> 11 & 1);
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+        found.avxvnni = found.avx2 && (a >> 4 & 1);
+    return found;
+}
+#endif
+
+static const char *why(int cpu, int os, const char *has, const char *lacks)
+{
+    if (!cpu)
+        return lacks;
+    return os ? has : "the CPU has it, but the operating system does not save its registers";
+}
+
+int isa_list(isa_info *info)
+{
+    int count = 0;
+    info[count++] = (isa_info){"generic", 1, "portable C"};
+#ifdef MARLIN_CY_X86
+    const features found = detect();
+    info[count++] = (isa_info){"avx2", found.avx2 && found.ymm,
+                               why(found.avx2, found.ymm, "AVX2, FMA and F16C", "the CPU lacks AVX2, FMA or F16C")};
+#ifdef MARLIN_CY_AVXVNNI
+    info[count++] = (isa_info){"avxvnni", found.avxvnni && found.ymm,
+                               why(found.avxvnni, found.ymm, "AVX2 and AVX-VNNI", "the CPU lacks AVX-VNNI")};
+#else
+    info[count++] = (isa_info){"avxvnni", 0, "built by a compiler that does not know AVX-VNNI"};
+#endif
+    info[count++] = (isa_info){"avx512vnni", found.avx512vnni && found.zmm,
+                               why(found.avx512vnni, found.zmm, "AVX-512 F, DQ, BW, VL and VNNI",
+                                   "the CPU lacks AVX-512 F, DQ, BW, VL or VNNI")};
+#endif
+    return count;
+}
+
+#ifdef MARLIN_CY_X86
+static void override(ukernel_table *table, const ukernel_table *by)
+{
+    table->name = by->name;
+    if (by->gemm_i16)
+        table->gemm_i16 = by->gemm_i16;
+    if (by->gemm_i8)
+        table->gemm_i8 = by->gemm_i8;
+    if (by->quantize_row)
+        table->quantize_row = by->quantize_row;
+    if (by->widen)
+        table->widen = by->widen;
+    if (by->narrow)
+        table->narrow = by->narrow;
+    if (by->silu_mul)
+        table->silu_mul = by->silu_mul;
+    if (by->axpy)
+        table->axpy = by->axpy;
+    if (by->softmax)
+        table->softmax = by->softmax;
+}
+#endif
+
+const ukernel_table *isa_table(const char *name)
+{
+    static ukernel_table tables[ISA_MAX];
+    isa_info info[ISA_MAX];
+    const int count = isa_list(info);
+    for (int i = 0; i < count; i++) {
+        if (strcmp(info[i].name, name) != 0)
+            continue;
+        if (!info[i].available)
+            return NULL;
+        tables[i] = ukernels_generic;
+#ifdef MARLIN_CY_X86
+        if (i >= 1)
+            override(&tables[i], &ukernels_avx2);
+#ifdef MARLIN_CY_AVXVNNI
+        if (i == 2)
+            override(&tables[i], &ukernels_avxvnni);
+#endif
+        if (i == 3)
+            override(&tables[i], &ukernels_avx512vnni);
+#endif
+        return &tables[i];
+    }
+    return NULL;
+}

@@ -1,0 +1,86 @@
+/* Row operations in plain C, written once and compiled for each ISA by the file that includes this:
+ * the compiler vectorises them, and since every step is one IEEE operation (fused only where fmaf
+ * says so) the bits do not depend on how wide. ROWOPS is the functions' storage and target.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "ukernel.h"
+
+static inline uint32_t float_bits(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float bits_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* exp(x) to 2 units in the last place. Cephes' expf: x = n ln 2 + r, a polynomial in r, then n into
+ * the exponent in two halves, so that results down to the smallest subnormal and up to infinity come
+ * out right. */
+ROWOPS float exp_f32(float x)
+{
+    x = x > -104.0f ? x : -104.0f; /* a NaN too: its silu is NaN / 1 */
+    x = x < 89.0f ? x : 89.0f;
+    float n = rintf(x * 1.44269504f);
+    float r = fmaf(n, -0.693359375f, x);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p, r * r, r) + 1.0f;
+    int32_t whole = (int32_t)n, half = whole >> 1;
+    return p * bits_float((uint32_t)(half + 127) << 23) * bits_float((uint32_t)(whole - half + 127) << 23);
+}
+
+ROWOPS void silu_mul_rows(float *restrict dst, const float *restrict gate, const float *restrict up, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+ROWOPS void axpy_rows(float *restrict dst, const float *restrict src, float weight, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = fmaf(weight, src[i], dst[i]);
+}
+
+ROWOPS void widen_bf16(float *restrict dst, const uint16_t *restrict src, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = bits_float((uint32_t)src[i] << 16);
+}
+
+ROWOPS void narrow_bf16(uint16_t *restrict dst, const float *restrict src, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = float_bits(src[i]);
+        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        uint32_t quiet_nan = bits >> 16 | 0x40;
+        dst[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
+    }
+}
+
+ROWOPS void softmax_row(float *x, int64_t n)
+{
+    float largest = x[0], sum = 0.0f;
+    for (int64_t i = 1; i < n; i++)
+        largest = x[i] > largest ? x[i] : largest;
+    for (int64_t i = 0; i < n; i++) {
+        const float difference = x[i] - largest;
+        x[i] = difference == difference ? exp_f32(difference) : difference;
+    }
+    for (int64_t i = 0; i < n; i++)
+        sum += x[i];
+    for (int64_t i = 0; i < n; i++)
+        x[i] = x[i] / sum;
+}

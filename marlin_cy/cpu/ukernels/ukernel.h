@@ -1,0 +1,144 @@
+/* The contract between the framework (Cython: tiles, rows, threads, workspace) and the code that
+ * knows an instruction set. Every ISA fills one `ukernel_table`; a NULL entry is inherited from the
+ * ISA before it in isa.c.
+ *
+ * Whatever the ISA, the same input gives the same bits: integer sums are exact, and the float steps
+ * are those of marlin_cy/reference.py, in its order, each rounded to nearest even.
+ *
+ * PACKED TILE: 16 columns (TILE_N), all of K. `groups` is the number of groups, `blocks` is K / 8.
+ *
+ *   0                          48*groups      header_bytes                header_bytes + 64*blocks
+ *   | group 0 | group 1 | .... | pad to 64 B  | block 0 | block 1 | ....  |
+ *        |                                         |
+ *        | 16 x float16 scale, 16 x uint8 zero     | 16 lanes of 4 bytes, lane n = column n:
+ *                                                  |   byte t:  low nibble   q[8*block + t,     n]
+ *                                                  |            high nibble  q[8*block + t + 4, n]
+ *
+ * One 64-byte load, one `and`, one shift and `and` give two vectors in which every 32-bit lane holds
+ * four consecutive values of K of one column: the operand of vpdpbusd, vpmaddubsw and their like.
+ *
+ * QUANTISED ACTIVATIONS: group-major, so that the rows of one group lie together.
+ *
+ *   a    + group * a_group_stride + row * a_row_stride:   group_size * planes bytes,
+ *          per block of 8 values: plane 0 (8 bytes), then plane 1 (8 bytes) if there are two.
+ *          Two planes: value = 256 * plane0 + plane1. One plane: value = plane0. Each in -128..127.
+ *   meta + group * meta_group_stride + row:               scale, and the sum of the group's values.
+ */
+#ifndef MARLIN_CY_UKERNEL_H
+#define MARLIN_CY_UKERNEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    TILE_N = 16,             /* columns in a packed tile */
+    PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that a broadcast activation is used twice */
+    BLOCK_K = 8,             /* values of K in a block */
+    BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
+    GROUP_HEADER_BYTES = 48, /* 16 float16 scales and 16 uint8 zeros */
+    MAX_GROUP_K = 128,       /* the largest group: 128 * 15 * 32639 stays far below 2^31 */
+    GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
+    MAX_ROWS = 48,           /* rows of a task: their sums (6 KiB), activations of a group (12) and its weights (4) fit L1 */
+};
+
+enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
+
+/* Quantised groups whose largest magnitude is below this are taken as zero, so that neither
+ * qmax / amax nor amax / qmax leaves the range of normal floats. */
+#define QUANTIZE_MIN_AMAX 0x1p-100f
+
+/* Scale of one row's group, and the sum of its quantised values, split for a product with the zero
+ * point by one multiply-add of 16-bit pairs: sum = 256 * (sum_split >> 16) + (sum_split & 0xffff),
+ * the upper half signed. A scale of NaN marks a group that held a NaN or an infinity. */
+typedef struct {
+    float scale;
+    int32_t sum_split;
+} act_meta;
+
+/* What each thread owns: written and read by one task, meaningless afterwards. */
+typedef struct {
+    uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group; the ISA's own order */
+    float sums[MAX_ROWS * PAIR_N];             /* sums of the groups so far */
+} gemm_scratch;
+
+/* One task: m rows by one or two tiles, over `num_groups` consecutive groups.
+ *
+ *   sum[r][c] = 0
+ *   for g in groups:                                              (in ascending order)
+ *       t = sum_k a[g][rows[r]][k] * (q[k][c] - zero[g][c])       (exact, |t| < 2^31)
+ *       s = meta[g][rows[r]].scale * scale[g][c]                  (rounded)
+ *       sum[r][c] = fma((float)t, s, sum[r][c])                   (two roundings: of t, of the fma)
+ *   out[r][c] = accumulate ? out[r][c] + sum[r][c] : sum[r][c]
+ *
+ * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Everything that is
+ * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (8) and rows (4). Nothing
+ * overlaps. 1 <= m <= MAX_ROWS, num_groups >= 1.
+ */
+typedef struct {
+    const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
+    const uint8_t *body[2];   /* first group's first block, per tile */
+    int num_groups;
+    int group_blocks;      /* blocks in every group but the last */
+    int last_group_blocks; /* blocks in the last */
+    const int8_t *a;
+    ptrdiff_t a_group_stride, a_row_stride; /* bytes */
+    const act_meta *meta;
+    ptrdiff_t meta_group_stride; /* elements */
+    const int32_t *rows;         /* [m] */
+    int m;
+    int accumulate;
+    float *out;
+    gemm_scratch *scratch;
+} gemm_task;
+
+/* Quantise one row of k finite or non-finite floats, group by group (the last may be shorter):
+ *
+ *   amax = max |x|;  qmax = planes == 2 ? 32639 : 127
+ *   scale = amax / qmax;  value = rint(x * (qmax / amax))           (each operation rounded)
+ *   amax < QUANTIZE_MIN_AMAX: scale = 0, all values 0
+ *   a NaN or an infinity:     scale = NaN, all values 0
+ *
+ * a and meta point to the row's entry in group 0. */
+typedef void quantize_row_fn(const float *x, int64_t k, int group_size, int planes, int8_t *a,
+                             ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride);
+
+/* dst[i] = src[i], between float32 and `dtype`; to float16 and bfloat16 rounded to nearest even. */
+typedef void widen_fn(float *dst, const void *src, int dtype, int64_t n);
+typedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n);
+
+/* dst[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)); exp to 2 units in the last place. */
+typedef void silu_mul_fn(float *dst, const float *gate, const float *up, int64_t n);
+
+/* dst[i] = fma(weight, src[i], dst[i]) */
+typedef void axpy_fn(float *dst, const float *src, float weight, int64_t n);
+
+/* x[i] = exp(x[i] - max x) / sum of these, in place; the sum in ascending order; all NaN if any is. */
+typedef void softmax_fn(float *x, int64_t n);
+
+typedef void gemm_fn(const gemm_task *task);
+
+typedef struct {
+    const char *name;
+    gemm_fn *gemm_i16; /* two planes */
+    gemm_fn *gemm_i8;  /* one plane */
+    quantize_row_fn *quantize_row;
+    widen_fn *widen;
+    narrow_fn *narrow;
+    silu_mul_fn *silu_mul;
+    axpy_fn *axpy;
+    softmax_fn *softmax;
+} ukernel_table;
+
+/* One table an ISA; on other architectures than x86-64 only the first is compiled. */
+extern const ukernel_table ukernels_generic;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define MARLIN_CY_X86 1
+extern const ukernel_table ukernels_avx2;
+extern const ukernel_table ukernels_avx512vnni;
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define MARLIN_CY_AVXVNNI 1
+extern const ukernel_table ukernels_avxvnni;
+#endif
+#endif
+
+#endif

@@ -1,0 +1,95 @@
+/* What the two 256-bit ISAs share: a tile's 16 columns are two vectors ("halves" 0 and 1), each of
+ * eight 32-bit lanes, a lane a column.
+ */
+#include <immintrin.h>
+#include <string.h>
+
+#include "ukernel.h"
+
+#define YMM static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+
+/* Keeps a sum in a register and its additions in their order: without it GCC turns a chain of vector
+ * additions into a tree, and the chain's products are spilled to the stack. */
+#define KEEP(sum) __asm__("" : "+x"(sum))
+
+/* Four activations of one row and plane, in every lane. */
+YMM __m256i broadcast_quad(const int8_t *a)
+{
+    int32_t quad;
+    memcpy(&quad, a, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+
+/* Scales as floats, and minus the zero points as pairs (-zero, -256 * zero), the factor that
+ * act_meta.sum_split is made for. */
+typedef struct {
+    __m256 scale[2];
+    __m256i minus_zero[2];
+} group_header;
+
+YMM group_header load_header(const uint8_t *header)
+{
+    group_header h;
+    for (int half = 0; half < 2; half++) {
+        h.scale[half] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(header + 16 * half)));
+        const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(header + 32 + 8 * half)));
+        const __m256i minus = _mm256_sub_epi32(_mm256_setzero_si256(), zero);
+        h.minus_zero[half] = _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);
+    }
+    return h;
+}
+
+/* Unpacked order: per block 32 bytes of (values 0-3, half 0), (0-3, half 1), (4-7, 0), (4-7, 1). */
+YMM void unpack_group(uint8_t *w, const uint8_t *blocks, int num_blocks)
+{
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < 2 * num_blocks; i++) {
+        const __m256i packed = _mm256_load_si256((const __m256i *)(blocks + 32 * i));
+        uint8_t *to = w + i / 2 * 128 + i % 2 * 32;
+        _mm256_store_si256((__m256i *)to, _mm256_and_si256(packed, mask));
+        _mm256_store_si256((__m256i *)(to + 64), _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask));
+    }
+}
+
+/* The weights of one block as bytes: w[values 0-3 or 4-7][half]. `packed` is a constant. */
+YMM void load_block(__m256i w[2][2], const uint8_t *blocks, int b, int packed)
+{
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int half = 0; half < 2; half++) {
+        if (packed) {
+            const __m256i both = _mm256_load_si256((const __m256i *)(blocks + b * BLOCK_BYTES + 32 * half));
+            w[0][half] = _mm256_and_si256(both, mask);
+            w[1][half] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        } else {
+            w[0][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 32 * half));
+            w[1][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 64 + 32 * half));
+        }
+    }
+}
+
+/* One group of one tile, as the micro-kernel sees it. */
+typedef struct {
+    const uint8_t *weights; /* packed, or unpacked by unpack_group */
+    int blocks;
+    const int8_t *a;
+    const act_meta *meta;
+    int g;      /* index in the task */
+    int column; /* first column in the task's sums: 0 or 16 */
+} group_view;
+
+/* The float step of one row and half: `total` already has the zero point taken off. */
+YMM void finish(const gemm_task *task, int g, int row, int column, __m256i total, __m256 scale, float row_scale)
+{
+    float *const sums = task->scratch->sums + row * PAIR_N + column;
+    const __m256 s = _mm256_mul_ps(_mm256_set1_ps(row_scale), scale);
+    const __m256 before = g ? _mm256_load_ps(sums) : _mm256_setzero_ps();
+    __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, before);
+    if (g < task->num_groups - 1) {
+        _mm256_store_ps(sums, sum);
+        return;
+    }
+    float *const out = task->out + row * PAIR_N + column;
+    if (task->accumulate)
+        sum = _mm256_add_ps(_mm256_load_ps(out), sum);
+    _mm256_store_ps(out, sum);
+}

@@ -1,0 +1,64 @@
+"""The one form that every checkpoint format is brought to before a backend packs it.
+
+A weight is a matrix ``w[k, n] = scale[g, n] * (q[k, n] - zero[g, n])`` with ``g = g_idx[k]``, or
+``g = k // group_size`` when there is no ``g_idx``. The 4-bit codes stay packed: eight values of K
+to a 32-bit word, as GPTQ checkpoints already have them, so bringing one of those here copies
+nothing but its zero points.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Int4Weight", "pack_words", "unpack_words"]
+
+NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """One expert's (or one linear layer's) 4-bit weight in canonical form.
+
+    Attributes
+    ----------
+    words : uint32 ``[K/8, N]``
+        ``q[8*b + i, n]`` is bits ``4*i .. 4*i+3`` of ``words[b, n]``.
+    scale : float16 ``[G, N]``
+        Finite.
+    zero : uint8 ``[G, N]``
+        0 to 16.
+    group_size : int
+        Rows of K that share a scale; K itself when the checkpoint says -1. ``G = ceil(K / group_size)``.
+    g_idx : int32 ``[K]`` or None
+        The group of each row; None when that is ``k // group_size`` for every k.
+    """
+
+    words: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    group_size: int
+    g_idx: np.ndarray | None = None
+
+    @property
+    def k(self):
+        """Input width."""
+        return 8 * self.words.shape[0]
+
+    @property
+    def n(self):
+        """Output width."""
+        return self.words.shape[1]
+
+
+def unpack_words(words):
+    """``q``, uint8 ``[K, N]`` in 0..15, from uint32 ``[K/8, N]``. Slow and obvious."""
+    words = np.asarray(words).view(np.uint32)
+    q = (words[:, None, :] >> NIBBLE_SHIFTS[None, :, None]) & 15
+    return q.reshape(-1, words.shape[1]).astype(np.uint8)
+
+
+def pack_words(q):
+    """uint32 ``[K/8, N]`` from ``q``, integers ``[K, N]`` in 0..15: the inverse of :func:`unpack_words`."""
+    q = np.asarray(q).astype(np.uint32)
+    eights = q.reshape(q.shape[0] // 8, 8, q.shape[1])
+    return np.bitwise_or.reduce(eights << NIBBLE_SHIFTS[None, :, None], axis=1)

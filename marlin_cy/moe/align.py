@@ -1,0 +1,78 @@
+"""Grouping of routed tokens into blocks of one expert each."""
+
+import operator
+
+import numpy as np
+
+from marlin_cy.cpu._moe import align_block_size
+
+__all__ = ["moe_align_block_size"]
+
+
+def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
+    """Sort (token, choice) slots by expert and pad each expert's run to whole blocks.
+
+    Parameters
+    ----------
+    topk_ids : int32 or int64 ``[tokens, top_k]``
+        Expert of each slot, 0 to ``num_experts - 1``; -1 for a slot that takes no part.
+    block_size : int
+        Slots a block.
+    num_experts : int
+    expert_map : int32 ``[num_experts]``, optional
+        For expert parallelism: the local index of each expert, -1 for one that lives elsewhere. Blocks
+        of the latter are kept, with an expert id of -1.
+
+    Returns
+    -------
+    sorted_token_ids : int32 ``[capacity]``
+        Slot ids ``token * top_k + choice``, ascending within an expert; ``tokens * top_k`` is padding.
+        ``capacity`` is what the worst routing needs: ``tokens * top_k + num_experts * (block_size - 1)``.
+    expert_ids : int32 ``[ceil(capacity / block_size)]``
+        Expert of each block; -1 for blocks past the end.
+    num_tokens_past_padded : int32 ``[1]``
+        Slots used, padding included.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        Naming the argument.
+
+    Notes
+    -----
+    Source: vLLM's ``moe_align_block_size``, whose arrays these are.
+    """
+    block_size, num_experts = operator.index(block_size), operator.index(num_experts)
+    for name, value in (("block_size", block_size), ("num_experts", num_experts)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    ids = as_ids(topk_ids, "topk_ids", num_experts)
+    capacity = ids.size + num_experts * (block_size - 1)
+    if capacity > np.iinfo(np.int32).max:
+        raise ValueError(f"topk_ids: got {ids.size} slots, expected fewer than 2**31 with their padding")
+    if expert_map is not None:
+        expert_map = np.asarray(expert_map)
+        if expert_map.dtype.kind not in "iu":
+            raise TypeError(f"expert_map: got dtype {expert_map.dtype}, expected int32")
+        if expert_map.shape != (num_experts,):
+            raise ValueError(f"expert_map: got shape {expert_map.shape}, expected ({num_experts},)")
+    sorted_token_ids = np.empty(capacity, np.int32)
+    expert_ids = np.empty(-(-capacity // block_size), np.int32)
+    past = align_block_size(ids.reshape(-1), block_size, num_experts, sorted_token_ids, expert_ids)
+    if expert_map is not None:
+        used = expert_ids[: past // block_size]
+        used[:] = expert_map[used]
+    return sorted_token_ids, expert_ids, np.array([past], np.int32)
+
+
+def as_ids(topk_ids, name, num_experts):
+    """Expert ids as contiguous int32 ``[tokens, top_k]``, each -1 to ``num_experts - 1``."""
+    ids = np.asarray(topk_ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got dtype {ids.dtype}, expected int32 or int64")
+    if ids.ndim != 2:
+        raise ValueError(f"{name}: got shape {ids.shape}, expected [tokens, top_k]")
+    if ids.size and not (-1 <= int(ids.min()) and int(ids.max()) < num_experts):
+        at = tuple(map(int, np.argwhere((ids < -1) | (ids >= num_experts))[0]))
+        raise IndexError(f"{name}{list(at)}: got {ids[at]}, expected -1 to {num_experts - 1}")
+    return np.ascontiguousarray(ids, np.int32)

@@ -1,0 +1,143 @@
+"""The Mixture-of-Experts layer, on any backend."""
+
+import operator
+
+import ml_dtypes
+import numpy as np
+
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.moe.align import as_ids
+
+__all__ = ["ACTIVATIONS", "MoeLayer"]
+
+ACTIVATIONS = ("silu",)
+WEIGHT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+
+
+class MoeLayer:
+    """Route tokens, run their experts, and combine what these give.
+
+    For each token with chosen experts ``e_j`` and weights ``w_j``::
+
+        gate, up = split(x @ W_gate_up[e_j])
+        out = sum_j w_j * ((silu(gate) * up) @ W_down[e_j])        j in ascending order
+
+    Routing is a softmax over all experts' logits, then the ``top_k`` largest probabilities (of equal
+    ones the smaller index), then, with ``norm_topk_prob``, division by their sum.
+
+    Parameters
+    ----------
+    gate_up : MarlinExpertStack
+        ``[k, 2 * intermediate]`` an expert: gate columns first, then up columns.
+    down : MarlinExpertStack
+        ``[intermediate, k]`` an expert.
+    top_k : int
+        Experts a token.
+    activation : {"silu"}
+    norm_topk_prob : bool
+        Whether a token's weights are made to sum to 1.
+
+    Raises
+    ------
+    ValueError
+        Stacks that do not fit each other, or ``top_k`` out of range.
+    UnsupportedError
+        An activation that is not known.
+    """
+
+    def __init__(self, gate_up, down, *, top_k, activation="silu", norm_topk_prob=True):
+        if activation not in ACTIVATIONS:
+            raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if gate_up.num_experts != down.num_experts:
+            raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
+        if gate_up.n_per_expert != 2 * down.k:
+            raise ValueError(
+                f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice down's k: "
+                "gate columns, then up columns"
+            )
+        top_k = operator.index(top_k)
+        if not 1 <= top_k <= gate_up.num_experts:
+            raise ValueError(f"top_k: got {top_k}, expected 1 to {gate_up.num_experts}, the number of experts")
+        self.gate_up, self.down = gate_up, down
+        self.top_k, self.activation, self.norm_topk_prob = top_k, activation, bool(norm_topk_prob)
+
+    def __repr__(self):
+        return (
+            f"MoeLayer({self.num_experts} experts, top {self.top_k}, "
+            f"{self.hidden_size} -> {self.intermediate_size} -> {self.down.n_per_expert})"
+        )
+
+    @property
+    def num_experts(self):
+        """Experts in the layer."""
+        return self.gate_up.num_experts
+
+    @property
+    def hidden_size(self):
+        """Width of a token."""
+        return self.gate_up.k
+
+    @property
+    def intermediate_size(self):
+        """Width between the two products."""
+        return self.down.k
+
+    def __call__(self, ctx, hidden_states, router_logits, *, out=None):
+        """Route by ``router_logits`` and run the experts.
+
+        Parameters
+        ----------
+        ctx : Context
+        hidden_states : buffer ``[tokens, hidden_size]``
+            float32, float16 or bfloat16.
+        router_logits : buffer ``[tokens, num_experts]``
+            Of any of these dtypes. A row with a NaN or an infinity of positive sign gives NaN in that row.
+        out : buffer ``[tokens, hidden_size]``, optional
+            Where to put the result, of any of these dtypes; made like ``hidden_states`` unless given.
+
+        Returns
+        -------
+        buffer ``[tokens, hidden_size]``
+            ``out``.
+        """
+        out = self._output(ctx, hidden_states, out)
+        ctx.backend._moe_forward(ctx, self, hidden_states, out, router_logits, None, None)
+        return out
+
+    def forward_routed(self, ctx, hidden_states, topk_ids, topk_weights, *, out=None):
+        """Run the experts that the caller has chosen.
+
+        Parameters
+        ----------
+        ctx, hidden_states, out
+            As when called.
+        topk_ids : int32 or int64 ``[tokens, any number]``
+            Experts of each token; -1 takes no part.
+        topk_weights : float ``[tokens, any number]``
+            Their weights, used as they are.
+        """
+        ids = as_ids(topk_ids, "topk_ids", self.num_experts)
+        weights = np.asarray(topk_weights)
+        if weights.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"topk_weights: got dtype {weights.dtype}, expected float32")
+        if weights.shape != ids.shape:
+            raise ValueError(f"topk_weights: got shape {weights.shape}, expected {ids.shape}, as topk_ids")
+        if ids.shape[1] == 0:
+            raise ValueError(f"topk_ids: got shape {ids.shape}, expected at least one expert a token")
+        out = self._output(ctx, hidden_states, out)
+        ctx.backend._moe_forward(ctx, self, hidden_states, out, None, ids, np.ascontiguousarray(weights, np.float32))
+        return out
+
+    def route(self, ctx, router_logits):
+        """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
+        return ctx.backend._route(ctx, router_logits, self.num_experts, self.top_k, self.norm_topk_prob)
+
+    def _output(self, ctx, hidden_states, out):
+        if out is not None:
+            return out
+        shape = getattr(hidden_states, "shape", None)
+        if shape is None:
+            raise TypeError(f"hidden_states: got {type(hidden_states).__name__}, expected a buffer of the backend")
+        if len(shape) != 2:
+            raise ValueError(f"hidden_states: got shape {shape}, expected [tokens, {self.hidden_size}]")
+        return ctx.backend.empty((shape[0], self.down.n_per_expert), hidden_states.dtype)

@@ -1,0 +1,105 @@
+"""Cython extensions, OpenMP and the mapping of ``opencl/`` to ``marlin_cy.opencl``.
+
+There are no ISA flags here: the C files of ``marlin_cy/cpu/ukernels`` carry them function by
+function, so that one build runs on every CPU of its architecture.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+UKERNELS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.c"))
+HEADERS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.h"))
+OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+# Products and sums are fused where the source says fmaf and nowhere else: results must not depend
+# on what a compiler likes to contract.
+GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+MSVC_FLAGS = ["/O2", "/fp:precise"]
+
+
+def extension(name, sources=()):
+    return Extension(
+        f"marlin_cy.cpu.{name}",
+        [f"marlin_cy/cpu/{name}.pyx", *sources],
+        include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels"],
+        depends=HEADERS,
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    )
+
+
+class BuildExt(build_ext):
+    """Adds the compiler's flags, and OpenMP where the compiler has it."""
+
+    def build_extensions(self):
+        msvc = self.compiler.compiler_type == "msvc"
+        compile_args, link_args = self.openmp_flags(msvc)
+        if os.environ.get("MARLIN_CY_SANITIZE"):
+            sanitize = [f"-fsanitize={os.environ['MARLIN_CY_SANITIZE']}", "-fno-omit-frame-pointer", "-g"]
+            compile_args, link_args = compile_args + sanitize, link_args + sanitize
+        for ext in self.extensions:
+            ext.extra_compile_args = (MSVC_FLAGS if msvc else GCC_FLAGS) + compile_args
+            ext.extra_link_args = link_args
+        super().build_extensions()
+
+    def openmp_flags(self, msvc):
+        if msvc:
+            return ["/openmp"], []
+        candidates = [(["-fopenmp"], ["-fopenmp"])]
+        if sys.platform == "darwin":
+            candidates.append((["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(OPENMP_PROBE)
+            for compile_args, link_args in candidates:
+                command = [*self.compiler.compiler_so[:1], *compile_args, str(source), "-o", f"{folder}/probe", *link_args]
+                if subprocess.run(command, capture_output=True).returncode == 0:
+                    return compile_args, link_args
+        print("warning: no OpenMP with this compiler: marlin_cy will run on one thread", file=sys.stderr)
+        return [], []
+
+
+setup(
+    packages=[
+        "marlin_cy",
+        "marlin_cy.commands",
+        "marlin_cy.cpu",
+        "marlin_cy.formats",
+        "marlin_cy.integrations",
+        "marlin_cy.moe",
+        "marlin_cy.opencl",
+    ],
+    package_dir={"marlin_cy": "marlin_cy", "marlin_cy.opencl": "opencl"},
+    # The sdist holds all sources (MANIFEST.in); what is installed holds these files alone.
+    include_package_data=False,
+    package_data={"marlin_cy": ["data/*/*", "py.typed"], "marlin_cy.cpu": ["*.pxd"]},
+    ext_modules=cythonize(
+        [
+            extension("_dispatch", UKERNELS),
+            extension("_workspace"),
+            extension("_buffers"),
+            extension("_store"),
+            extension("_quantize"),
+            extension("_gemm"),
+            extension("_moe"),
+            extension("_bandwidth"),
+        ],
+        language_level=3,
+        compiler_directives={
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "embedsignature": True,
+        },
+        build_dir="build/cython",
+    ),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,168 @@
+"""Small synthetic GPTQ checkpoints, and ways to damage them."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from marlin_cy.formats import gptq
+
+PROJECTIONS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
+PROJECTIONS["qwen3_moe"] = PROJECTIONS["qwen2_moe"]
+BLOCKS = {"qwen2_moe": "mlp", "qwen3_moe": "mlp", "mixtral": "block_sparse_moe"}
+
+
+def random_weight(rng, k, n, group_size, *, checkpoint_format="gptq", sym=False):
+    """``(q, scale, zero)`` of a ``[k, n]`` weight, over all that the format can hold."""
+    groups = -(-k // group_size)
+    low = gptq.ZERO_OFFSETS[checkpoint_format]
+    zero = np.full((groups, n), 8) if sym else rng.integers(low, low + 16, (groups, n))
+    return rng.integers(0, 16, (k, n)), (rng.uniform(0.5, 2, (groups, n)) / 64).astype(np.float16), zero
+
+
+def random_tensors(rng, k, n, group_size):
+    """``(qweight, scales, qzeros)`` of a ``[k, n]`` weight, any bits."""
+    shapes = gptq.tensor_shapes(k, n, group_size)
+    qweight, qzeros = (
+        np.frombuffer(rng.bytes(4 * np.prod(shapes[name])), np.int32).reshape(shapes[name])
+        for name in ("qweight", "qzeros")
+    )
+    return qweight, np.full(shapes["scales"], 0.01, np.float16), qzeros
+
+
+def dequantised(q, scale, zero, g_idx):
+    """float64 ``[K, N]``."""
+    return scale.astype(np.float64)[g_idx] * (q - zero[g_idx])
+
+
+def write_checkpoint(
+    folder,
+    *,
+    model_type="qwen3_moe",
+    layers=2,
+    num_experts=3,
+    hidden=64,
+    inter=96,
+    group_size=64,
+    checkpoint_format="gptq",
+    sym=False,
+    desc_act=False,
+    shards=1,
+    seed=0,
+    with_weights=True,
+):
+    """Write a checkpoint folder; returns the float64 weight of every quantised linear layer, by name.
+
+    ``with_weights=False`` returns none and is fast: for large ones.
+    """
+    rng = np.random.default_rng(seed)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, weights = {}, {}
+
+    def add(name, k, n, g_idx):
+        size = k if group_size == -1 else group_size
+        if with_weights:
+            q, scale, zero = random_weight(rng, k, n, size, checkpoint_format=checkpoint_format, sym=sym)
+            parts = gptq.pack_gptq(q, scale, zero, checkpoint_format=checkpoint_format)
+            weights[name] = dequantised(q, scale, zero, g_idx)
+        else:
+            parts = random_tensors(rng, k, n, size)
+        for part, array in zip(("qweight", "scales", "qzeros", "g_idx"), (*parts, g_idx), strict=True):
+            tensors[f"{name}.{part}"] = array
+
+    def new_g_idx(k):
+        g_idx = np.arange(k, dtype=np.int32) // (k if group_size == -1 else group_size)
+        return rng.permutation(g_idx) if desc_act else g_idx
+
+    for layer in range(layers):
+        add(f"model.layers.{layer}.self_attn.q_proj", hidden, 32, new_g_idx(hidden))
+        tensors[f"model.layers.{layer}.self_attn.q_proj.bias"] = rng.standard_normal(32).astype(np.float16)
+        block = f"model.layers.{layer}.{BLOCKS[model_type]}"
+        tensors[f"{block}.gate.weight"] = rng.standard_normal((num_experts, hidden)).astype(np.float32)
+        for expert in range(num_experts):
+            gate, up, down = (f"{block}.experts.{expert}.{name}" for name in PROJECTIONS[model_type])
+            common = new_g_idx(hidden)
+            add(gate, hidden, inter, common)
+            add(up, hidden, inter, common)
+            add(down, inter, hidden, new_g_idx(inter))
+
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "hidden_size": hidden,
+        "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size": inter,
+        "hidden_act": "silu",
+    }
+    if model_type != "mixtral":
+        config["norm_topk_prob"] = True
+    quantization = {
+        "bits": 4,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": sym,
+        "quant_method": "gptq",
+        "checkpoint_format": checkpoint_format,
+    }
+    write_json(folder, "config.json", {**config, "quantization_config": quantization})
+    write_json(folder, "quantize_config.json", quantization)
+    write_tensors(folder, tensors, shards)
+    return weights
+
+
+def write_json(folder, name, value):
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_tensors(folder, tensors, shards=1):
+    """As one file, or as shards with an index."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        names = list(tensors)[shard::shards]
+        save_file({tensor: tensors[tensor] for tensor in names}, folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    write_json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def edit_json(folder, name, **changes):
+    """Change keys of a JSON object; None takes a key out, ``outer__inner`` reaches one level down."""
+    config = json.loads((folder / name).read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        *outer, key = key.split("__")
+        target = config[outer[0]] if outer else config
+        if value is None:
+            target.pop(key)
+        else:
+            target[key] = value
+    write_json(folder, name, config)
+
+
+def edit_tensor(folder, name, change, file="model.safetensors"):
+    """Replace a tensor by ``change(copy of it)``; None takes it out."""
+    tensors = load_file(folder / file)
+    array = change(tensors.pop(name, np.empty(0)).copy())
+    if array is not None:
+        tensors[name] = array
+    save_file(tensors, folder / file)
+
+
+def edit_header(path, change):
+    """Replace a safetensors file's header by ``change(header)``, keeping all other bytes."""
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+
+
+def truncate(path, size):
+    """Cut a file to ``size`` bytes; a negative size counts from its end."""
+    content = path.read_bytes()
+    path.write_bytes(content[:size])

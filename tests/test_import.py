@@ -1,0 +1,38 @@
+"""``import marlin_cy`` is quick and needs nothing that it does not declare."""
+
+import subprocess
+import sys
+
+import pytest
+
+# None in sys.modules makes Python treat a module as not installed.
+BLOCK = "import sys; sys.modules.update(torch=None, pyopencl=None)"
+
+
+def python(code):
+    """What a fresh interpreter prints when it runs ``code``."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_quick():
+    code = "import time; start = time.perf_counter(); import marlin_cy; print(time.perf_counter() - start)"
+    seconds = min(float(python(code)) for _ in range(5))
+    assert seconds < 0.3
+
+
+@pytest.mark.parametrize("module", ["torch", "pyopencl", "rich"])
+def test_import_leaves_alone(module):
+    assert python(f"import sys, marlin_cy; print({module!r} in sys.modules)") == "False\n"
+
+
+def test_works_without_torch_and_pyopencl():
+    code = f"""{BLOCK}
+import marlin_cy
+from marlin_cy import cli
+assert cli.main(["run", "--threads", "1", "--repeat", "1", "--json"]) == 0
+assert marlin_cy.available_backends()["cpu"] is None
+print(sys.modules["torch"], sys.modules["pyopencl"])
+"""
+    assert python(code).splitlines()[-1] == "None None"

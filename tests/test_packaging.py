@@ -1,0 +1,54 @@
+"""The sdist and the wheel hold all that they need: each is installed into an empty venv and run elsewhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
+NOT_IN_A_CLONE = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis", "results"
+)
+
+pytestmark = pytest.mark.slow
+
+
+def succeed(*command, **options):
+    """Run a command that must succeed; its output."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """``{"sdist": path, "wheel": path}``; the wheel was built from the sdist."""
+    folder = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
+    succeed(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_install_and_run_elsewhere(distributions, kind, tmp_path):
+    environment = tmp_path / "venv"
+    venv.create(environment, symlinks=os.name == "posix")
+    binaries = environment / ("Scripts" if os.name == "nt" else "bin")
+    succeed(sys.executable, "-m", "pip", "--python", binaries / "python", "install", distributions[kind])
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    report = json.loads(succeed(binaries / "marlin-cy", "run", "--json", cwd=elsewhere))
+    assert report["ok"] is True
+    assert len(report["layers"]) == 4
+    assert Path(report["checkpoint"]).is_relative_to(environment.resolve())
+    found = json.loads(succeed(binaries / "python", "-m", "marlin_cy", "doctor", "--json", cwd=elsewhere))
+    assert found["backends"]["cpu"] is None
