@@ -17,15 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_cy.backends import get_backend
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import gptq
 from marlin_cy.interface import Backend, Linear
+from marlin_cy.moe.layer import ACTIVATIONS, MoeLayer
 from marlin_cy.safetensors_file import SafetensorsFolder, read_json
 
 __all__ = ["FAMILIES", "Checkpoint", "Family", "MoeSpec", "QuantizationConfig", "open_checkpoint"]
 
 METHODS = ("gptq",)
-ACTIVATIONS = ("silu",)
 TENSOR_DTYPES = {"qweight": "I32", "scales": "F16", "qzeros": "I32", "g_idx": "I32"}
 
 
@@ -161,8 +162,6 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None) -> 
         A ``backend``, ``progress`` or ``num_threads`` that is none.
     """
     if isinstance(backend, str):
-        from marlin_cy.backends import get_backend
-
         backend = get_backend(backend)
     if not isinstance(backend, Backend):
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
@@ -310,7 +309,7 @@ class Checkpoint:
             if f"{module}.{tensor}" in self._tensors
         )
 
-    def moe_layer(self, layer):
+    def moe_layer(self, layer) -> MoeLayer:
         """Load the routed experts of a MoE layer.
 
         gate and up share one stack, gate's columns first. Experts are packed in parallel, and the
@@ -325,7 +324,7 @@ class Checkpoint:
 
         Returns
         -------
-        marlin_cy.moe.MoeLayer
+        MoeLayer
 
         Raises
         ------
@@ -336,8 +335,6 @@ class Checkpoint:
         UnsupportedError
             Experts with a bias, or whose gate and up order K differently (``desc_act``).
         """
-        from marlin_cy.moe import MoeLayer
-
         self._check_layer(layer)
         spec = self.moe_spec
         hidden, inter = spec.hidden_size, spec.intermediate_size

@@ -12,6 +12,7 @@ outputs nor its context.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from marlin_cy.arguments import integer, sequence
 from marlin_cy.formats import gptq
 
 __all__ = ["Backend", "Context", "Linear", "MarlinExpertStack", "StackBuilder", "WeightMetadata"]
@@ -296,7 +297,7 @@ class Backend(ABC):
         ----------
         num_experts, k, n_per_expert : int
         group_size : int
-            As in :class:`~marlin_cy.formats.canonical.Int4Weight`.
+            As in :meth:`load_gptq`.
         g_idx : int32 ``[k]``, or a sequence of ``num_experts`` of these (or None), optional
             Group of each row of K: one for all experts, or one an expert.
         """
@@ -339,6 +340,7 @@ class Backend(ABC):
         checkpoint_format : {"gptq", "gptq_v2"}
             Source: AutoGPTQ and GPTQModel, ``quantize_config.json``.
         """
+        k, n = integer("k", k), integer("n", n)
         weight = gptq.to_canonical(
             qweight,
             scales,
@@ -367,6 +369,9 @@ class Backend(ABC):
         bits, group_size, k, n_per_expert, checkpoint_format
             As in :meth:`load_gptq`.
         """
+        k, n_per_expert = integer("k", k), integer("n_per_expert", n_per_expert)
+        for name, entries in (("qweights", qweights), ("scales", scales), ("qzeros", qzeros)):
+            sequence(name, entries)
         g_idx_of = gptq.g_idx_per_expert(g_idx, len(qweights), k)
         for name, entries in (("scales", scales), ("qzeros", qzeros)):
             if len(entries) != len(qweights):
@@ -396,10 +401,7 @@ class Backend(ABC):
             k,
             n_per_expert,
             group_size=first.group_size,
-            g_idx=[
-                gptq.normalised_g_idx(g, k, first.group_size, f" of expert {expert}")
-                for expert, g in enumerate(g_idx_of)
-            ],
+            g_idx=g_idx_of,
         )
         builder.add(0, 0, first)
         for expert in range(1, len(qweights)):

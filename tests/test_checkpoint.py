@@ -25,7 +25,6 @@ from checkpoint_files import (
 )
 from safetensors.numpy import load_file, save_file
 
-import marlin_cy.moe
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoint import FAMILIES, MoeSpec, QuantizationConfig, open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -44,6 +43,7 @@ class RecordingBuilder(StackBuilder):
     """Dequantises what it is given, and counts it."""
 
     def __init__(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
+        self.num_experts, self.k, self.n_per_expert = num_experts, k, n_per_expert
         self.weights = np.full((num_experts, k, n_per_expert), np.nan)
         self.group_size = group_size
         self.g_idx = g_idx
@@ -77,17 +77,7 @@ class RecordingBackend(Backend):
     def new_context(self, **options):
         raise NotImplementedError
 
-    from_host = to_host = empty = _moe_forward = new_context
-
-
-@pytest.fixture(autouse=True)
-def moe_layer_class(monkeypatch):
-    """A MoE layer that only remembers, too."""
-
-    def layer(gate_up, down, **options):
-        return SimpleNamespace(gate_up=gate_up, down=down, options=options)
-
-    monkeypatch.setattr(marlin_cy.moe, "MoeLayer", layer, raising=False)
+    from_host = to_host = empty = _route = _moe_forward = new_context
 
 
 def open_recording(folder, **options):
@@ -133,7 +123,7 @@ def test_loads_what_was_written(tmp_path, variant):
             )
             np.testing.assert_array_equal(layer.gate_up.weights[expert], np.concatenate([gate, up], axis=1))
             np.testing.assert_array_equal(layer.down.weights[expert], down)
-        assert layer.options == {"top_k": 2, "activation": "silu", "norm_topk_prob": True}
+        assert (layer.top_k, layer.activation, layer.norm_topk_prob) == (2, "silu", True)
         assert checkpoint.linears == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
         linear = checkpoint.linear(Q_PROJ)
         np.testing.assert_array_equal(linear.weight, weights[Q_PROJ])
@@ -728,11 +718,26 @@ print((status("VmHWM") - before) / packed)
 
 
 class TestOnTheCpu:
-    """With the real backend and the real layer."""
+    """With a real backend."""
 
-    @pytest.fixture(autouse=True)
-    def moe_layer_class(self):
-        """Left as it is."""
+    @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+    def test_experts_compute_what_was_written(self, tmp_path, variant):
+        weights = write_checkpoint(tmp_path, seed=11, **variant)
+        backend = get_backend("cpu")
+        context = backend.new_context()
+        checkpoint = open_checkpoint(tmp_path, backend)
+        family, layer = checkpoint.family, checkpoint.moe_layer(1)
+        for expert in range(3):
+            gate, up, down = (
+                weights[family.expert.format(layer=1, expert=expert, projection=projection)]
+                for projection in (family.gate, family.up, family.down)
+            )
+            for stack, weight in ((layer.gate_up, np.concatenate([gate, up], axis=1)), (layer.down, down)):
+                rows = np.random.default_rng(expert).standard_normal((3, stack.k)).astype(np.float32)
+                output = np.zeros((3, stack.n_per_expert), np.float32)
+                stack.gemm_phase_batched(context, rows, [(expert, 0, 0, 3)], output, stack.k)
+                expected = rows.astype(np.float64) @ weight
+                assert np.linalg.norm(output - expected) <= 1e-4 * np.linalg.norm(expected)
 
     def test_recorded_activations(self):
         """Each layer of the shipped checkpoint gives what was recorded when it was made."""

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, its messages."""
 
+import io
 import json
 import os
 import re
@@ -10,10 +11,11 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from marlin_cy import __version__, cli
-from marlin_cy.commands import doctor, run
+from marlin_cy.commands import doctor, output, run
 from marlin_cy.commands.measure import ERROR_BOUNDS
 
 BUILT_IN = files("marlin_cy") / run.BUILT_IN
@@ -25,7 +27,6 @@ RUN_KEYS = {
     "threads",
     "compute_dtype",
     "activations",
-    "repeats",
     "load_seconds",
     "read_bandwidth_bytes_per_second",
     "error_bound",
@@ -106,6 +107,7 @@ def test_run_built_in_json(compute_dtype):
         assert (layer["num_experts"], layer["hidden_size"], layer["intermediate_size"]) == (8, 256, 256)
         assert (layer["top_k"], layer["tokens"]) == (2, 128)
         assert 1 <= layer["experts_hit"] <= 8
+        assert layer["repeats"] >= 5
         rate = layer["weight_bytes"] / layer["seconds"]
         assert layer["weight_bytes_per_second"] == pytest.approx(rate)
         assert layer["read_share"] == pytest.approx(rate / report["read_bandwidth_bytes_per_second"])
@@ -122,7 +124,8 @@ def test_run_built_in_table():
 def test_run_says_threads_and_repeats(capsys, quick_bandwidth):
     assert cli.main(["run", "--json", "--threads", "1", "--repeat", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["threads"], report["repeats"]) == (1, 3)
+    assert report["threads"] == 1
+    assert [layer["repeats"] for layer in report["layers"]] == [3] * 4
     assert report["read_bandwidth_bytes_per_second"] == 10e9
 
 
@@ -316,6 +319,27 @@ def test_doctor_speaks_when_nothing_was_compiled(capsys, monkeypatch):
     assert (found["isa"], found["openmp"], found["ok"]) == (None, None, False)
     assert cli.main(["doctor"]) == 1
     assert "marlin_cy.cpu cannot be imported" in capsys.readouterr().out
+
+
+def test_progress_of_a_long_load(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(output, "console", lambda stream: terminal)
+    monkeypatch.setattr(output, "PROGRESS_AFTER_SECONDS", 0.0)
+    with output.LoadProgress() as progress:
+        progress.parts = 2
+        for progress.finished in range(2):
+            progress(1, 2, f"layer {progress.finished}")
+    drawn = terminal.file.getvalue()
+    assert "loading layer 0" in drawn
+    assert "loading layer 1" in drawn
+
+
+def test_no_progress_of_a_short_load(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(output, "console", lambda stream: terminal)
+    with output.LoadProgress() as progress:
+        progress(1, 1, "layer 0")
+    assert terminal.file.getvalue() == ""
 
 
 @pytest.mark.parametrize(

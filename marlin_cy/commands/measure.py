@@ -8,6 +8,11 @@ import numpy as np
 
 __all__ = ["ERROR_BOUNDS", "LayerResult", "measure_layer"]
 
+# Unless told otherwise, a layer is timed for so long, and so often: on a machine that others use too,
+# a median over a few milliseconds may see nothing but the others.
+LEAST_SECONDS = 0.2
+LEAST_REPEATS = 5
+
 # Relative error (Frobenius) of a layer's output, by compute dtype: two products and an activation,
 # each at the error of its dtype on normal data, with room for activations that are less kind.
 ERROR_BOUNDS = {"int16": 2e-4, "int8": 3e-2}
@@ -27,8 +32,10 @@ class LayerResult:
     relative_error : float or None
         Frobenius norm of the difference to the recorded output, over that of the recorded output;
         None where nothing was recorded or the output is not finite.
+    repeats : int
+        How many forward passes were timed.
     seconds : float
-        Median time of a forward pass.
+        Their median time.
     weight_bytes : int
         Packed bytes of the experts that were hit.
     weight_bytes_per_second : float
@@ -45,6 +52,7 @@ class LayerResult:
     experts_hit: int
     finite: bool
     relative_error: float | None
+    repeats: int
     seconds: float
     weight_bytes: int
     weight_bytes_per_second: float
@@ -60,7 +68,7 @@ class LayerResult:
 
 
 def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
-    """Run a layer once for its output, then ``repeats`` times for its speed.
+    """Run a layer once for its output, then several times for its speed.
 
     Parameters
     ----------
@@ -69,7 +77,8 @@ def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
         The layer's number in the model.
     layer : MoeLayer
     fed : LayerActivations
-    repeats : int
+    repeats : int or None
+        Timed passes; None for as many as take 0.2 seconds, but at least 5.
     read_bandwidth : float
         Bytes per second at which the machine reads memory with the context's threads.
 
@@ -78,7 +87,8 @@ def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
     LayerResult
     """
     out = layer(context, fed.hidden_states, fed.router_logits)
-    seconds = statistics.median(_pass_seconds(context, layer, fed) for _ in range(repeats))
+    pass_seconds = _time_passes(context, layer, fed, repeats)
+    seconds = statistics.median(pass_seconds)
     finite = bool(np.isfinite(out.astype(np.float32)).all())
     topk_ids, _ = layer.route(context, fed.router_logits)
     experts_hit = np.unique(topk_ids).size
@@ -94,6 +104,7 @@ def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
         experts_hit=experts_hit,
         finite=finite,
         relative_error=_relative_error(out, fed.moe_output) if finite and fed.moe_output is not None else None,
+        repeats=len(pass_seconds),
         seconds=seconds,
         weight_bytes=weight_bytes,
         weight_bytes_per_second=weight_bytes / seconds,
@@ -101,10 +112,14 @@ def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
     )
 
 
-def _pass_seconds(context, layer, fed):
-    start = time.perf_counter()
-    layer(context, fed.hidden_states, fed.router_logits)
-    return time.perf_counter() - start
+def _time_passes(context, layer, fed, repeats):
+    """The seconds that each pass took."""
+    seconds = []
+    while len(seconds) < (repeats or LEAST_REPEATS) or (repeats is None and sum(seconds) < LEAST_SECONDS):
+        start = time.perf_counter()
+        layer(context, fed.hidden_states, fed.router_logits)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _relative_error(out, expected):

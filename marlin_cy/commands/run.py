@@ -4,7 +4,7 @@ The object that ``--json`` prints has these keys, and each of ``layers`` the fie
 `marlin_cy.commands.measure.LayerResult`:
 
 ``version``, ``checkpoint`` (its path), ``backend``, ``isa``, ``threads``, ``compute_dtype``,
-``activations`` (what was fed, in words), ``repeats``, ``load_seconds``,
+``activations`` (what was fed, in words), ``load_seconds``,
 ``read_bandwidth_bytes_per_second``, ``error_bound``, ``layers``, ``failures`` (sentences), ``ok``.
 """
 
@@ -49,7 +49,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--tokens", type=_positive, metavar="N", help="the first N tokens alone (default: all; 128 random)"
     )
-    parser.add_argument("--repeat", type=_positive, default=10, metavar="N", help="timed passes a layer (default: 10)")
+    parser.add_argument("--repeat", type=_positive, metavar="N", help="timed passes a layer (default: 0.2 seconds)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -111,7 +111,6 @@ def _measure(folder, arguments):
         "threads": context.num_threads,
         "compute_dtype": arguments.compute_dtype,
         "activations": activations.description,
-        "repeats": arguments.repeat,
         "load_seconds": load_seconds,
         "read_bandwidth_bytes_per_second": bandwidth,
         "error_bound": bound,

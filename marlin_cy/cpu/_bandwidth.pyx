@@ -4,6 +4,7 @@ import mmap
 import statistics
 import time
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
@@ -130,25 +131,30 @@ def read_bandwidth(num_threads, size_bytes=None, repeats=9):
     cdef int64_t part_bytes = run_lines * LINE_BYTES * STREAMS
     cdef int threads = num_threads
 
-    buffer = mmap.mmap(-1, part_bytes * threads)
+    memory = mmap.mmap(-1, part_bytes * threads)
     try:
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-        return part_bytes * threads / median_pass_seconds(buffer, part_bytes, threads, repeats)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return part_bytes * threads / median_pass_seconds(memory, part_bytes, threads, repeats)
     finally:
-        buffer.close()
+        memory.close()
 
 
-cdef median_pass_seconds(char[::1] memory, int64_t part_bytes, int threads, repeats):
+cdef median_pass_seconds(memory, int64_t part_bytes, int threads, repeats):
     cdef uint64_t checksum
+    cdef Py_buffer buffer
     seconds = []
-    with nogil:
-        touch_parts(&memory[0], part_bytes, threads)
-    for _ in range(repeats):
-        start = time.perf_counter()
+    PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE)
+    try:
         with nogil:
-            checksum = read_parts(&memory[0], part_bytes, threads)
-        seconds.append(time.perf_counter() - start)
-        if checksum != 0:
-            raise RuntimeError("memory read back otherwise than it was written")
+            touch_parts(<char *>buffer.buf, part_bytes, threads)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            with nogil:
+                checksum = read_parts(<const char *>buffer.buf, part_bytes, threads)
+            seconds.append(time.perf_counter() - start)
+            if checksum != 0:
+                raise RuntimeError("memory read back otherwise than it was written")
+    finally:
+        PyBuffer_Release(&buffer)
     return statistics.median(seconds)

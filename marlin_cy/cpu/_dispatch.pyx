@@ -44,13 +44,14 @@ def isas():
 
 
 cdef const ukernel_table *table_of(str name) except NULL:
-    cdef const ukernel_table *table = isa_table(name.encode())
-    if table is not NULL:
-        return table
+    cdef const ukernel_table *table
     reasons = {isa["name"]: isa["reason"] for isa in isas()}
-    if name in reasons:
+    if name not in reasons:
+        raise ValueError(f"isa: got {name!r}, expected one of {', '.join(reasons)}")
+    table = isa_table(name.encode())
+    if table is NULL:
         raise ValueError(f"isa: got {name!r}, which this machine cannot run: {reasons[name]}")
-    raise ValueError(f"isa: got {name!r}, expected one of {', '.join(reasons)}")
+    return table
 
 
 def choose_isa():

@@ -353,10 +353,10 @@ cdef int check_dispatches(const int64_t[:, ::1] dispatches, CpuGptqStore store, 
         if m < 0:
             raise ValueError(f"dispatches[{i}]: got m {m}, expected 0 or more")
         if dispatches[i, 1] < 0 or dispatches[i, 1] > input.rows - m:
-            raise IndexError(f"dispatches[{i}]: got input rows {dispatches[i, 1]} to {dispatches[i, 1] + m}, "
+            raise IndexError(f"dispatches[{i}]: got {m} input rows from {dispatches[i, 1]} on, "
                              f"expected them within the input's {input.rows}")
         if dispatches[i, 2] < 0 or dispatches[i, 2] > output.rows - m:
-            raise IndexError(f"dispatches[{i}]: got output rows {dispatches[i, 2]} to {dispatches[i, 2] + m}, "
+            raise IndexError(f"dispatches[{i}]: got {m} output rows from {dispatches[i, 2]} on, "
                              f"expected them within the output's {output.rows}")
     return 0
 
@@ -418,8 +418,8 @@ cdef int check_routing(const int *sorted_ids, int64_t length, const int *experts
     cdef int64_t i
     if past < 0 or past > length or past % block_size or past // block_size > num_experts:
         raise ValueError(
-            f"num_tokens_past_padded: got {past}, expected a multiple of moe_block_size {block_size} of at most "
-            f"{min(length, num_experts * block_size)}, what sorted_token_ids and expert_ids hold")
+            f"num_tokens_past_padded: got {past}, expected a multiple of moe_block_size {block_size}, within the "
+            f"{length} sorted_token_ids and the {num_experts} blocks of expert_ids")
     for i in range(past // block_size):
         if not -1 <= experts[i] < store.num_experts:
             raise IndexError(f"expert_ids[{i}]: got {experts[i]}, expected -1 to {store.num_experts - 1}")

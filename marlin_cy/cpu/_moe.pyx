@@ -239,7 +239,7 @@ cdef void forward_slice(layer_job *job, const int32_t *ids, int64_t tokens, cons
 
     job.quantize_input.num_rows = g.num_pairs if job.ordered else tokens
     job.quantize_input.input_rows = g.input_rows if job.ordered else NULL
-    job.quantize_input.row_orders = g.gate_orders
+    job.quantize_input.row_orders = g.gate_orders if job.ordered else NULL
     place_quantized(&job.quantize_input, job.quantized)
     quantize_rows(&job.quantize_input, num_threads)
 

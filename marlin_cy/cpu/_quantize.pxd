@@ -15,7 +15,7 @@ cdef struct quantize_job:
     int64_t num_rows            # rows to quantise
     const int64_t *input_rows   # [num_rows], or NULL for 0 .. num_rows - 1
     const int32_t *orders       # [*, packed_k], or NULL
-    const int32_t *row_orders   # [num_rows] which order each row takes; not read when orders is NULL
+    const int32_t *row_orders   # [num_rows] which order each row takes, or NULL for the first
     int8_t *a                   # [groups][num_rows][group_size * planes]
     act_meta *meta              # [groups][num_rows]
     float *row_buffers          # [threads][row_buffer_floats(k, packed_k)]

@@ -48,7 +48,7 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
         job.table.widen(widened, values, job.dtype, job.k)
         x = widened
     if job.orders is not NULL:
-        order = job.orders + job.row_orders[row] * job.packed_k
+        order = job.orders + (0 if job.row_orders is NULL else job.row_orders[row] * job.packed_k)
         for i in range(job.packed_k):
             ordered[i] = x[order[i]] if order[i] >= 0 else 0
         x = ordered

@@ -1,21 +1,25 @@
 """The CPU backend: contexts, stacks and linear layers over the packed store."""
 
-import operator
 import os
 import threading
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
 
+from marlin_cy.arguments import integer
 from marlin_cy.cpu import _gemm, _moe, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES, Workspace
 from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats import gptq
+from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
 
 __all__ = ["CpuBackend", "CpuContext", "CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
 
+MAX_ZERO = 16
 N_TILE = 8  # views may begin and end in the middle of a packed tile of 16
 FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -51,10 +55,10 @@ class CpuContext(Context):
     """
 
     def __init__(self, backend, num_threads=None, compute_dtype="int16", isa=None):
-        threads = default_num_threads() if num_threads is None else operator.index(num_threads)
+        threads = default_num_threads() if num_threads is None else integer("num_threads", num_threads)
         if not 1 <= threads <= 4096:
             raise ValueError(f"num_threads: got {threads}, expected 1 to 4096")
-        if compute_dtype not in PLANES:
+        if not isinstance(compute_dtype, str) or compute_dtype not in PLANES:
             raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected one of {', '.join(PLANES)}")
         if isa is not None and not isinstance(isa, str):
             raise TypeError(f"isa: got {type(isa).__name__}, expected str or None")
@@ -101,16 +105,22 @@ def as_dispatches(dispatches):
         if array.ndim != 2 or array.shape[1] != 4:
             raise ValueError(f"dispatches: got shape {array.shape}, expected [D, 4]")
         return np.ascontiguousarray(array, np.int64)
-    rows = [tuple(map(operator.index, dispatch)) for dispatch in dispatches]
-    for position, row in enumerate(rows):
-        if len(row) != 4:
-            raise ValueError(
-                f"dispatches[{position}]: got {len(row)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)"
-            )
-    try:
-        return np.array(rows, np.int64).reshape(len(rows), 4)
-    except OverflowError:
-        raise IndexError("dispatches: got a number of more than 64 bits") from None
+    if not isinstance(dispatches, Iterable):
+        raise TypeError(f"dispatches: got {type(dispatches).__name__}, expected a sequence of 4-tuples or int64 [D, 4]")
+    rows = [as_dispatch(f"dispatches[{position}]", dispatch) for position, dispatch in enumerate(dispatches)]
+    return np.array(rows, np.int64).reshape(len(rows), 4)
+
+
+def as_dispatch(name, dispatch):
+    """Four ints of at most 64 bits."""
+    if not isinstance(dispatch, Iterable):
+        raise TypeError(f"{name}: got {dispatch!r}, expected (expert_idx, in_row_offset, out_row_offset, m)")
+    numbers = [integer(name, number) for number in dispatch]
+    if len(numbers) != 4:
+        raise ValueError(
+            f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)"
+        )
+    return numbers
 
 
 class CpuMarlinExpertStack(MarlinExpertStack):
@@ -163,7 +173,7 @@ class CpuMarlinExpertStack(MarlinExpertStack):
 
     def gemm_phase_batched(self, ctx, input, dispatches, output, k):
         workspace = workspace_of(ctx)
-        if k != self.store.k:
+        if integer("k", k) != self.store.k:
             raise ValueError(f"k: got {k}, expected {self.store.k}, the stack's")
         fork.run(_gemm.gemm_batched, workspace, self.store, input, as_dispatches(dispatches), output)
 
@@ -181,11 +191,8 @@ class CpuMarlinExpertStack(MarlinExpertStack):
     ):
         workspace = workspace_of(ctx)
         if isinstance(num_tokens_past_padded, np.ndarray):
-            if num_tokens_past_padded.size != 1 or num_tokens_past_padded.dtype.kind not in "iu":
-                raise TypeError(
-                    f"num_tokens_past_padded: got shape {num_tokens_past_padded.shape} of "
-                    f"{num_tokens_past_padded.dtype}, expected one int32"
-                )
+            if num_tokens_past_padded.size != 1:
+                raise ValueError(f"num_tokens_past_padded: got shape {num_tokens_past_padded.shape}, expected one int32")
             num_tokens_past_padded = num_tokens_past_padded.item()
         fork.run(
             _gemm.gemm_vllm,
@@ -194,15 +201,17 @@ class CpuMarlinExpertStack(MarlinExpertStack):
             input,
             sorted_token_ids,
             expert_ids,
-            num_tokens_past_padded,
+            integer("num_tokens_past_padded", num_tokens_past_padded),
             output,
-            operator.index(prob_m),
-            operator.index(moe_block_size),
-            operator.index(top_k),
+            integer("prob_m", prob_m),
+            integer("moe_block_size", moe_block_size),
+            integer("top_k", top_k),
         )
 
     def make_expert_linear(self, expert_offset, expert_n, bias_host=None):
-        return CpuLinear(self, operator.index(expert_offset), operator.index(expert_n), bias_host)
+        return CpuLinear(
+            self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host
+        )
 
 
 class CpuLinear(Linear):
@@ -262,7 +271,7 @@ class CpuLinear(Linear):
             self.stack.store,
             input,
             out,
-            operator.index(m),
+            integer("m", m),
             self._offset,
             self._width,
             self._bias,
@@ -290,7 +299,8 @@ class CpuStackBuilder(StackBuilder):
 
     def add(self, expert, column_offset, weight):
         store = self._store
-        expert, column_offset = operator.index(expert), operator.index(column_offset)
+        expert, column_offset = integer("expert", expert), integer("column_offset", column_offset)
+        check_weight(weight)
         end = column_offset + weight.n
         if not 0 <= expert < store.num_experts:
             raise IndexError(f"expert: got {expert}, expected 0 to {store.num_experts - 1}")
@@ -303,7 +313,8 @@ class CpuStackBuilder(StackBuilder):
                 f"weight: got k {weight.k} and group_size {weight.group_size}, expected {store.k} and "
                 f"{store.weight_group_size}"
             )
-        if not same_groups(weight.g_idx, self._g_idx[expert]):
+        g_idx = gptq.normalised_g_idx(weight.g_idx, store.k, store.weight_group_size)
+        if not same_groups(g_idx, self._g_idx[expert]):
             raise UnsupportedError(
                 f"weight: its g_idx is not the one that expert {expert} of this stack was made with; parts of one "
                 "expert (gate and up) must order K alike, or be loaded as two stacks"
@@ -321,6 +332,28 @@ class CpuStackBuilder(StackBuilder):
             raise ValueError(f"finish: column {column} of expert {expert} was not added")
         store = self._store
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k)
+
+
+def check_weight(weight):
+    """Refuse a weight whose arrays are not those that its class describes."""
+    if not isinstance(weight, Int4Weight):
+        raise TypeError(f"weight: got {type(weight).__name__}, expected Int4Weight")
+    for name, dtype in (("words", np.uint32), ("scale", np.float16), ("zero", np.uint8)):
+        array = getattr(weight, name)
+        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+            raise TypeError(
+                f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, expected {np.dtype(dtype)}"
+            )
+        if array.ndim != 2:
+            raise ValueError(f"weight.{name}: got shape {array.shape}, expected two dimensions")
+    if integer("weight.group_size", weight.group_size) < 1:
+        raise ValueError(f"weight.group_size: got {weight.group_size}, expected at least 1")
+    groups = (-(-weight.k // weight.group_size), weight.n)
+    for name in ("scale", "zero"):
+        if getattr(weight, name).shape != groups:
+            raise ValueError(f"weight.{name}: got shape {getattr(weight, name).shape}, expected {groups}")
+    if weight.zero.max(initial=0) > MAX_ZERO:
+        raise ValueError(f"weight.zero: got {weight.zero.max()}, expected 0 to {MAX_ZERO}")
 
 
 def same_groups(a, b):
@@ -354,13 +387,17 @@ class CpuBackend(Backend):
         return np.empty(shape, dtype)
 
     def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
-        num_experts, k, n_per_expert = map(operator.index, (num_experts, k, n_per_expert))
+        num_experts, k = integer("num_experts", num_experts), integer("k", k)
+        n_per_expert = integer("n_per_expert", n_per_expert)
         for name, value, multiple in (("num_experts", num_experts, 1), ("k", k, 32), ("n_per_expert", n_per_expert, 8)):
             if value < 1 or value % multiple:
                 raise ValueError(f"{name}: got {value}, expected a positive multiple of {multiple}")
-        if g_idx is None or isinstance(g_idx, np.ndarray) and g_idx.ndim == 1:
-            g_idx = [g_idx] * num_experts
-        return CpuStackBuilder(num_experts, k, n_per_expert, group_size, list(g_idx))
+        group_size = gptq.checked_group_size(bits=4, group_size=group_size, k=k, n=n_per_expert)
+        g_idx = [
+            gptq.normalised_g_idx(groups, k, group_size, f" of expert {expert}")
+            for expert, groups in enumerate(gptq.g_idx_per_expert(g_idx, num_experts, k))
+        ]
+        return CpuStackBuilder(num_experts, k, n_per_expert, group_size, g_idx)
 
     def _linear(self, stack, bias):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
@@ -369,6 +406,9 @@ class CpuBackend(Backend):
         return fork.run(_moe.route, workspace_of(ctx), router_logits, num_experts, top_k, norm_topk_prob)
 
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
+        for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+            if not isinstance(stack, CpuMarlinExpertStack):
+                raise TypeError(f"ctx: got a CPU context, but the layer's {name} is a {type(stack).__name__}")
         fork.run(
             _moe.moe_forward,
             workspace_of(ctx),

@@ -12,10 +12,9 @@ means: ``"gptq"`` stores the zero point minus one, so it is 1 to 16 and is never
 bits; ``"gptq_v2"`` stores the zero point, 0 to 15.
 """
 
-import operator
-
 import numpy as np
 
+from marlin_cy.arguments import integer, sequence
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 
@@ -104,10 +103,10 @@ def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", labe
     TypeError, ValueError, UnsupportedError
         As :func:`to_canonical`.
     """
-    bits = _integer(f"bits{label}", bits)
-    group_size = _integer(f"group_size{label}", group_size)
+    bits = integer(f"bits{label}", bits)
+    group_size = integer(f"group_size{label}", group_size)
     for name, size, unit in (("k", k, 32), ("n", n, 8)):
-        size = _integer(f"{name}{label}", size)
+        size = integer(f"{name}{label}", size)
         if size <= 0 or size % unit:
             raise ValueError(f"{name}{label}: got {size}, expected a positive multiple of {unit}")
     if not isinstance(checkpoint_format, str) or checkpoint_format not in ZERO_OFFSETS:
@@ -186,7 +185,7 @@ def g_idx_per_expert(g_idx, num_experts, k) -> list:
         return [g_idx] * num_experts
     if ndim not in (None, 2):
         raise ValueError(f"g_idx: got {ndim} dimensions, expected ({k},) or ({num_experts}, {k})")
-    entries = list(g_idx)
+    entries = list(sequence("g_idx", g_idx))
     if len(entries) != num_experts:
         raise ValueError(f"g_idx: got {len(entries)} entries, expected one an expert: {num_experts}")
     return entries
@@ -259,10 +258,3 @@ def _array(name, value, dtypes, shape):
     if array.shape != shape:
         raise ValueError(f"{name}: got shape {array.shape}, expected {expected}")
     return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))
-
-
-def _integer(name, value):
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an int") from None

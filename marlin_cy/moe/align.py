@@ -1,9 +1,8 @@
 """Grouping of routed tokens into blocks of one expert each."""
 
-import operator
-
 import numpy as np
 
+from marlin_cy.arguments import integer
 from marlin_cy.cpu._moe import align_block_size
 
 __all__ = ["moe_align_block_size"]
@@ -42,7 +41,7 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
     -----
     Source: vLLM's ``moe_align_block_size``, whose arrays these are.
     """
-    block_size, num_experts = operator.index(block_size), operator.index(num_experts)
+    block_size, num_experts = integer("block_size", block_size), integer("num_experts", num_experts)
     for name, value in (("block_size", block_size), ("num_experts", num_experts)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
@@ -56,6 +55,8 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
             raise TypeError(f"expert_map: got dtype {expert_map.dtype}, expected int32")
         if expert_map.shape != (num_experts,):
             raise ValueError(f"expert_map: got shape {expert_map.shape}, expected ({num_experts},)")
+        if expert_map.min() < -1 or expert_map.max() > np.iinfo(np.int32).max:
+            raise IndexError(f"expert_map: got {expert_map.min()} to {expert_map.max()}, expected -1 or a local index")
     sorted_token_ids = np.empty(capacity, np.int32)
     expert_ids = np.empty(-(-capacity // block_size), np.int32)
     past = align_block_size(ids.reshape(-1), block_size, num_experts, sorted_token_ids, expert_ids)
@@ -66,8 +67,11 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
 
 
 def as_ids(topk_ids, name, num_experts):
-    """Expert ids as contiguous int32 ``[tokens, top_k]``, each -1 to ``num_experts - 1``."""
-    ids = np.asarray(topk_ids)
+    """A copy of expert ids as int32 ``[tokens, top_k]``, each -1 to ``num_experts - 1``.
+
+    A copy, so that what was checked is what is used, whoever else writes to ``topk_ids``.
+    """
+    ids = as_array(topk_ids, name)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name}: got dtype {ids.dtype}, expected int32 or int64")
     if ids.ndim != 2:
@@ -75,4 +79,12 @@ def as_ids(topk_ids, name, num_experts):
     if ids.size and not (-1 <= int(ids.min()) and int(ids.max()) < num_experts):
         at = tuple(map(int, np.argwhere((ids < -1) | (ids >= num_experts))[0]))
         raise IndexError(f"{name}{list(at)}: got {ids[at]}, expected -1 to {num_experts - 1}")
-    return np.ascontiguousarray(ids, np.int32)
+    return np.array(ids, np.int32, order="C")
+
+
+def as_array(value, name):
+    """``np.asarray(value)``, of a regular shape."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: got {type(value).__name__} ({error}), expected [tokens, top_k]") from None

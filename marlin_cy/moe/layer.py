@@ -1,12 +1,12 @@
 """The Mixture-of-Experts layer, on any backend."""
 
-import operator
-
 import ml_dtypes
 import numpy as np
 
+from marlin_cy.arguments import integer
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.moe.align import as_ids
+from marlin_cy.interface import Context
+from marlin_cy.moe.align import as_array, as_ids
 
 __all__ = ["ACTIVATIONS", "MoeLayer"]
 
@@ -48,6 +48,9 @@ class MoeLayer:
     def __init__(self, gate_up, down, *, top_k, activation="silu", norm_topk_prob=True):
         if activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        for name, stack in (("gate_up", gate_up), ("down", down)):
+            if not all(hasattr(stack, attribute) for attribute in ("num_experts", "k", "n_per_expert")):
+                raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
         if gate_up.num_experts != down.num_experts:
             raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
         if gate_up.n_per_expert != 2 * down.k:
@@ -55,7 +58,7 @@ class MoeLayer:
                 f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice down's k: "
                 "gate columns, then up columns"
             )
-        top_k = operator.index(top_k)
+        top_k = integer("top_k", top_k)
         if not 1 <= top_k <= gate_up.num_experts:
             raise ValueError(f"top_k: got {top_k}, expected 1 to {gate_up.num_experts}, the number of experts")
         self.gate_up, self.down = gate_up, down
@@ -100,8 +103,11 @@ class MoeLayer:
         buffer ``[tokens, hidden_size]``
             ``out``.
         """
-        out = self._output(ctx, hidden_states, out)
-        ctx.backend._moe_forward(ctx, self, hidden_states, out, router_logits, None, None)
+        if router_logits is None:
+            raise TypeError("router_logits: got None, expected a buffer of the backend")
+        backend = backend_of(ctx)
+        out = self._output(backend, hidden_states, out)
+        backend._moe_forward(ctx, self, hidden_states, out, router_logits, None, None)
         return out
 
     def forward_routed(self, ctx, hidden_states, topk_ids, topk_weights, *, out=None):
@@ -117,22 +123,24 @@ class MoeLayer:
             Their weights, used as they are.
         """
         ids = as_ids(topk_ids, "topk_ids", self.num_experts)
-        weights = np.asarray(topk_weights)
+        weights = as_array(topk_weights, "topk_weights")
         if weights.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"topk_weights: got dtype {weights.dtype}, expected float32")
         if weights.shape != ids.shape:
             raise ValueError(f"topk_weights: got shape {weights.shape}, expected {ids.shape}, as topk_ids")
         if ids.shape[1] == 0:
             raise ValueError(f"topk_ids: got shape {ids.shape}, expected at least one expert a token")
-        out = self._output(ctx, hidden_states, out)
-        ctx.backend._moe_forward(ctx, self, hidden_states, out, None, ids, np.ascontiguousarray(weights, np.float32))
+        weights = np.array(weights, np.float32, order="C")  # a copy, as ids are: out may overlap neither
+        backend = backend_of(ctx)
+        out = self._output(backend, hidden_states, out)
+        backend._moe_forward(ctx, self, hidden_states, out, None, ids, weights)
         return out
 
     def route(self, ctx, router_logits):
         """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
-        return ctx.backend._route(ctx, router_logits, self.num_experts, self.top_k, self.norm_topk_prob)
+        return backend_of(ctx)._route(ctx, router_logits, self.num_experts, self.top_k, self.norm_topk_prob)
 
-    def _output(self, ctx, hidden_states, out):
+    def _output(self, backend, hidden_states, out):
         if out is not None:
             return out
         shape = getattr(hidden_states, "shape", None)
@@ -140,4 +148,11 @@ class MoeLayer:
             raise TypeError(f"hidden_states: got {type(hidden_states).__name__}, expected a buffer of the backend")
         if len(shape) != 2:
             raise ValueError(f"hidden_states: got shape {shape}, expected [tokens, {self.hidden_size}]")
-        return ctx.backend.empty((shape[0], self.down.n_per_expert), hidden_states.dtype)
+        return backend.empty((shape[0], self.down.n_per_expert), hidden_states.dtype)
+
+
+def backend_of(ctx):
+    """The backend that made a context."""
+    if not isinstance(ctx, Context):
+        raise TypeError(f"ctx: got {type(ctx).__name__}, expected a Context from a backend's new_context")
+    return ctx.backend

@@ -18,7 +18,7 @@
 enum {
     PLANE_ROWS = 8,
     UNPACKED_BLOCK = 4 * BLOCK_BYTES, /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
-    PREFETCH_BYTES = 1024,            /* ahead in each of the two streams of packed weights */
+    PREFETCH_BYTES = 2048,            /* ahead in each of the two streams; 1024 reads 3% less, 4096 no more, none 15% less */
 };
 
 typedef struct {
@@ -31,6 +31,9 @@ typedef struct {
     __m512 scale[2];
     __m512i minus_zero[2]; /* pairs (-zero, -256 * zero), the factor that act_meta.sum_split is made for */
 } group_view;
+
+/* Pins a sum to its register: without it GCC copies sums around the loop and stores some of them. */
+#define KEEP(sum) __asm__("" : "+v"(sum))
 
 KERNEL __m512i broadcast_quad(const int8_t *a)
 {
@@ -98,8 +101,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
             for (int i = 0; i < rows * planes; i++) {
                 const int r = i / planes, plane = i % planes;
                 const __m512i x = broadcast_quad(a[r] + (block * planes + plane) * BLOCK_K + 4 * quad);
-                for (int t = 0; t < tiles; t++)
+                for (int t = 0; t < tiles; t++) {
                     sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], w[quad][t], x);
+                    KEEP(sum[i][t]);
+                }
             }
     }
     const int last = view->g == task->num_groups - 1;

@@ -36,8 +36,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
             for (int i = 0; i < rows * planes; i++) {
                 const int r = i / planes, plane = i % planes;
                 const __m256i x = broadcast_quad(a[r] + (block * planes + plane) * BLOCK_K + 4 * quad);
-                for (int half = 0; half < 2; half++)
+                for (int half = 0; half < 2; half++) {
                     sum[i][half] = _mm256_dpbusd_avx_epi32(sum[i][half], w[quad][half], x);
+                    KEEP(sum[i][half]);
+                }
             }
     }
 #pragma GCC unroll 8

@@ -8,8 +8,10 @@
 
 #define YMM static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
-/* Keeps a sum in a register and its additions in their order: without it GCC turns a chain of vector
- * additions into a tree, and the chain's products are spilled to the stack. */
+enum { PREFETCH_BYTES = 4096 }; /* ahead in the stream of packed weights */
+
+/* Pins a sum to its register and its additions to their order: without it GCC turns a chain of vector
+ * additions into a tree whose products go to the stack, and copies sums around the loop. */
 #define KEEP(sum) __asm__("" : "+x"(sum))
 
 /* Four activations of one row and plane, in every lane. */
@@ -44,6 +46,8 @@ YMM void unpack_group(uint8_t *w, const uint8_t *blocks, int num_blocks)
 {
     const __m256i mask = _mm256_set1_epi8(15);
     for (int i = 0; i < 2 * num_blocks; i++) {
+        if (i % 2 == 0)
+            _mm_prefetch((const char *)blocks + 32 * i + PREFETCH_BYTES, _MM_HINT_T0);
         const __m256i packed = _mm256_load_si256((const __m256i *)(blocks + 32 * i));
         uint8_t *to = w + i / 2 * 128 + i % 2 * 32;
         _mm256_store_si256((__m256i *)to, _mm256_and_si256(packed, mask));
@@ -55,6 +59,8 @@ YMM void unpack_group(uint8_t *w, const uint8_t *blocks, int num_blocks)
 YMM void load_block(__m256i w[2][2], const uint8_t *blocks, int b, int packed)
 {
     const __m256i mask = _mm256_set1_epi8(15);
+    if (packed)
+        _mm_prefetch((const char *)blocks + b * BLOCK_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
     for (int half = 0; half < 2; half++) {
         if (packed) {
             const __m256i both = _mm256_load_si256((const __m256i *)(blocks + b * BLOCK_BYTES + 32 * half));

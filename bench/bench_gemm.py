@@ -1,0 +1,163 @@
+"""How fast the CPU expert stacks are, against the machine's memory and against PyTorch.
+
+``python bench/bench_gemm.py`` prints tables over the shapes of real models; ``--show`` measures the
+claims that the library is held to. Both save what they measured as JSON. See README.md beside this file.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+# An installed marlin_cy comes first; without one, the package built in place beside this folder.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from machine import available_memory, describe, restrict_to, siblings_among, spread_over_cores
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODEL_NAMES = ("qwen3", "mixtral", "deepseek-v3")
+COMPUTE_DTYPES = ("int16", "int8")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SCHEMA_VERSION = 1
+
+
+def main(argv=None):
+    """Run the benchmark; returns the exit code."""
+    arguments = parse(argv)
+    try:
+        cpus = arguments.cpus or (spread_over_cores(arguments.threads) if arguments.threads else None)
+        if cpus:
+            restrict_to(cpus)
+        document = measure(arguments)
+    except ValueError as error:
+        print(f"bench_gemm.py: error: {error}", file=sys.stderr)
+        return 2
+    output = arguments.output or RESULTS / f"{document['mode']}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    print(f"\nSaved to {output}")
+    return 0
+
+
+def parse(argv):
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--show", action="store_true", help="measure the claims instead of the tables")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="on N CPUs, on different cores where possible")
+    parser.add_argument("--cpus", type=_list(int), metavar="A,B", help="run on these CPUs alone")
+    parser.add_argument(
+        "--isa", type=_list(str), default=(), metavar="A,B", help="default: the best here; --show takes one"
+    )
+    parser.add_argument("--models", type=_list(str), default=MODEL_NAMES, metavar="A,B", help=",".join(MODEL_NAMES))
+    parser.add_argument("--rows", type=_list(int), default=ROWS, metavar="A,B", help="rows an expert")
+    parser.add_argument("--tokens", type=_list(int), default=TOKENS, metavar="A,B", help="tokens of a whole layer")
+    parser.add_argument(
+        "--compute-dtypes", type=_list(str), default=COMPUTE_DTYPES, metavar="A,B", help=",".join(COMPUTE_DTYPES)
+    )
+    parser.add_argument("--no-torch", action="store_true", help="leave the peers out")
+    parser.add_argument("--memory", type=float, metavar="GB", help="for weights (default: half of what is available)")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default: 9; 11 with --show)")
+    parser.add_argument("--min-ms", type=float, default=25.0, metavar="MS", help="length of a block (default: 25)")
+    parser.add_argument("--pause-ms", type=float, default=10.0, metavar="MS", help="sleep before a block (default: 10)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: a new file in bench/results/")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two short rounds: does it run at all?")
+    arguments = parser.parse_args(argv)
+    for name, known in (("models", MODEL_NAMES), ("compute_dtypes", COMPUTE_DTYPES)):
+        unknown = set(getattr(arguments, name)) - set(known)
+        if unknown:
+            parser.error(f"--{name.replace('_', '-')}: got {', '.join(sorted(unknown))}, expected {', '.join(known)}")
+    if arguments.show and len(arguments.isa) > 1:
+        parser.error("--isa: got several, --show takes one")
+    if arguments.cpus and arguments.threads and len(set(arguments.cpus)) < arguments.threads:
+        parser.error(f"--threads: got {arguments.threads}, more than --cpus names")
+    return arguments
+
+
+def measure(arguments):
+    """The JSON document."""
+    # Only here: these load OpenMP runtimes, which must see the CPUs that were chosen.
+    from show import ShowSettings, run_show
+    from sweep import Settings, run_sweep
+    from torch_peers import TorchPeers
+
+    from marlin_cy import get_backend
+    from marlin_cy.commands.output import console
+
+    backend = get_backend("cpu")
+    contexts = [backend.new_context(num_threads=arguments.threads, isa=isa) for isa in arguments.isa or [None]]
+    threads = contexts[0].num_threads
+    peers = TorchPeers(threads, wanted=not arguments.no_torch)
+    machine = describe(contexts[0], peers.report())
+    screen = console()
+    _print_machine(screen, machine)
+    timing = {
+        "repeats": arguments.repeats or (2 if arguments.quick else 11 if arguments.show else 9),
+        "min_seconds": 1e-3 if arguments.quick else arguments.min_ms * 1e-3,
+        "pause_seconds": 1e-3 if arguments.quick else arguments.pause_ms * 1e-3,
+        "quick": arguments.quick,
+    }
+    document = {
+        "schema": SCHEMA_VERSION,
+        "mode": "show" if arguments.show else "sweep",
+        "command": sys.argv[1:],
+        "machine": machine,
+        "timing": timing,
+    }
+    if arguments.show:
+        settings = ShowSettings(isa=contexts[0].isa, threads=threads, **timing)
+        return document | run_show(backend, peers, settings, screen)
+
+    from shapes import MODELS, TINY
+
+    settings = Settings(
+        models=(TINY,) if arguments.quick else tuple(MODELS[name] for name in arguments.models),
+        rows=(1, 16) if arguments.quick else tuple(arguments.rows),
+        tokens=(1, 16) if arguments.quick else tuple(arguments.tokens),
+        compute_dtypes=tuple(arguments.compute_dtypes),
+        isas=tuple(context.isa for context in contexts),
+        memory_bytes=int(arguments.memory * 1e9 if arguments.memory else available_memory() // 2),
+        **timing,
+    )
+    return document | {"results": run_sweep(backend, threads, peers, settings, screen)}
+
+
+def _print_machine(screen, machine):
+    torch = machine["torch"]
+    peers = f"torch {torch['version']} ({torch['cpu_capability']})" if torch["version"] else "no torch"
+    screen.print(
+        f"{machine['cpu']}: CPUs {','.join(map(str, machine['cpus']))}, threads {machine['threads']}, "
+        f"ISA {machine['isa']}, {peers}"
+    )
+    for name, value in machine["environment"].items():
+        screen.print(f"{name}={value}")
+    for peer, reason in torch["missing"].items():
+        screen.print(f"{peer}: {reason}")
+    if machine["load_average"] > 0.5:
+        screen.print(
+            f"[yellow]Load average {machine['load_average']:.1f} at the start: others use this machine.[/yellow]"
+        )
+    if siblings_among(machine["cpus"]):
+        screen.print("[yellow]Some of these CPUs share a core; --cpus chooses others.[/yellow]")
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return value
+
+
+def _list(kind):
+    """A parser of values separated by commas."""
+
+    def values(text):
+        return tuple(kind(part) for part in text.split(","))
+
+    values.__name__ = f"list of {kind.__name__}"
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

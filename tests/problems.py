@@ -1,0 +1,139 @@
+"""Random problems in GPTQ form, with what they mean."""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from marlin_cy import reference
+from marlin_cy.formats import gptq
+from marlin_cy.formats.canonical import Int4Weight, pack_words
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+G_IDX_MODES = ("none", "common", "per_expert", "unequal")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The weights of a stack.
+
+    ``q``, ``scale`` and ``zero`` have a leading axis of experts; ``g_idx`` is a list of one an expert.
+    ``group_size`` may be -1; ``group`` is what it means.
+    """
+
+    q: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    group_size: int
+    g_idx: list
+    checkpoint_format: str
+
+    @property
+    def num_experts(self):
+        return self.q.shape[0]
+
+    @property
+    def k(self):
+        return self.q.shape[1]
+
+    @property
+    def n(self):
+        return self.q.shape[2]
+
+    @property
+    def group(self):
+        return self.k if self.group_size == -1 else self.group_size
+
+    def tensors(self):
+        """``(qweights, scales, qzeros)``, each a list of one an expert."""
+        packed = [
+            gptq.pack_gptq(*parts, checkpoint_format=self.checkpoint_format)
+            for parts in zip(self.q, self.scale, self.zero, strict=True)
+        ]
+        return tuple(map(list, zip(*packed, strict=True)))
+
+    def sizes(self):
+        """Keyword arguments of ``load_gptq_stacked``."""
+        return {
+            "bits": 4,
+            "group_size": self.group_size,
+            "k": self.k,
+            "n_per_expert": self.n,
+            "checkpoint_format": self.checkpoint_format,
+        }
+
+    def stack(self, backend):
+        g_idx = None if all(entry is None for entry in self.g_idx) else self.g_idx
+        return backend.load_gptq_stacked(*self.tensors(), g_idx, **self.sizes())
+
+    def linear(self, backend, bias=None):
+        """The first expert as a layer of its own."""
+        qweights, scales, qzeros = self.tensors()
+        sizes = self.sizes()
+        sizes["n"] = sizes.pop("n_per_expert")
+        return backend.load_gptq(qweights[0], scales[0], qzeros[0], self.g_idx[0], bias, **sizes)
+
+    def canonical(self, expert, columns=slice(None)):
+        """An expert, or some of its columns, as ``Int4Weight``."""
+        return Int4Weight(
+            pack_words(self.q[expert][:, columns]),
+            self.scale[expert][:, columns],
+            self.zero[expert][:, columns],
+            self.group,
+            self.g_idx[expert],
+        )
+
+    def dense(self, expert):
+        """float64 ``[K, N]``."""
+        return reference.dequantize(
+            self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert]
+        )
+
+    def dense_all(self):
+        """One of these an expert."""
+        return [self.dense(expert) for expert in range(self.num_experts)]
+
+    def reference(self, expert, x, compute_dtype="int16"):
+        """What the CPU computes for float32 ``x``, to the last bit."""
+        return reference.gemm(
+            x, self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert], compute_dtype
+        )
+
+
+def random_problem(rng, num_experts, k, n, group_size, *, g_idx="none", checkpoint_format="gptq", sym=False):
+    """Weights of every code and every zero point that the format can hold, with scales of either sign."""
+    group = k if group_size == -1 else group_size
+    groups = -(-k // group)
+    low = gptq.ZERO_OFFSETS[checkpoint_format]
+    shape = (num_experts, groups, n)
+    return Problem(
+        q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),
+        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(np.float16),
+        zero=(np.full(shape, 8) if sym else rng.integers(low, low + 16, shape)).astype(np.uint8),
+        group_size=group_size,
+        g_idx=random_g_idx(rng, num_experts, k, group, g_idx),
+        checkpoint_format=checkpoint_format,
+    )
+
+
+def random_g_idx(rng, num_experts, k, group, mode):
+    """none; common: one shuffle for all; per_expert: each its own; unequal: groups of any length, some empty."""
+    groups = -(-k // group)
+    in_order = np.arange(k, dtype=np.int32) // group
+    if mode == "none":
+        return [None] * num_experts
+    if mode == "common":
+        return [rng.permutation(in_order)] * num_experts
+    if mode == "per_expert":  # one of them in K's own order
+        return [None if expert == 1 else rng.permutation(in_order) for expert in range(num_experts)]
+    return [rng.integers(0, groups, k).astype(np.int32) for _ in range(num_experts)]
+
+
+def activations(rng, m, k, dtype=np.float32):
+    """Normal, with each row at its own magnitude."""
+    return (rng.standard_normal((m, k)) * 2.0 ** rng.integers(-4, 5, (m, 1))).astype(dtype)
+
+
+def as_given(x):
+    """Activations as the kernels see them, float32."""
+    return np.asarray(x).astype(np.float32)

@@ -1,0 +1,226 @@
+"""The CPU's numbers are those of ``marlin_cy.reference``, to the last bit, on every instruction set."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from asserts import GuardedArray, assert_same_bits, relative_error
+from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
+
+from marlin_cy import reference
+from marlin_cy.formats.canonical import Int4Weight, pack_words
+
+CODES_16 = np.arange(1 << 16, dtype=np.uint16)
+
+
+def product(stack, ctx, x, expert=0, dtype=np.float32):
+    out = GuardedArray((len(x), stack.n_per_expert), dtype)
+    stack.gemm_phase_batched(ctx, x, [(expert, 0, 0, len(x))], out.array, stack.k)
+    out.assert_guards()
+    return out.array
+
+
+def one_expert(backend, q, scale, zero, group_size):
+    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size)
+    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(np.float16), zero.astype(np.uint8), group_size))
+    return builder.finish()
+
+
+def selection(backend, k, scale=1.0):
+    """A stack whose column ``n`` is row ``n``, times ``scale``: one code of 1 among zeros."""
+    q = np.eye(k, dtype=np.uint8)
+    return one_expert(backend, q, np.full((k // 32, k), scale), np.zeros((k // 32, k)), 32)
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, g_idx):
+    for _ in range(2):
+        k, n, m = 32 * int(rng.integers(1, 40)), 8 * int(rng.integers(1, 12)), int(rng.integers(1, 60))
+        checkpoint_format = rng.choice(["gptq", "gptq_v2"])
+        problem = random_problem(rng, 2, k, n, group_size, g_idx=g_idx, checkpoint_format=checkpoint_format)
+        print(f"k {k}, n {n}, m {m}")
+        stack, x = problem.stack(cpu_backend), activations(rng, m, k)
+        ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=2)
+        for expert in range(2):
+            assert_same_bits(product(stack, ctx, x, expert), problem.reference(expert, x, compute_dtype))
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
+def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m):
+    """Register tiles and row blocks, and one row more and less."""
+    problem = random_problem(rng, 1, 160, 56, 64)
+    x = activations(rng, m, 160)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
+    assert_same_bits(product(problem.stack(cpu_backend), ctx, x), problem.reference(0, x, compute_dtype))
+
+
+@pytest.mark.parametrize("n", range(8, 80, 8))
+def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n):
+    problem = random_problem(rng, 2, 96, n, 32)
+    x = activations(rng, 3, 96)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
+    assert_same_bits(product(problem.stack(cpu_backend), ctx, x, 1), problem.reference(1, x, compute_dtype))
+
+
+@pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size):
+    """Around the chunks of 1024 in which K is summed."""
+    problem = random_problem(rng, 1, k, 8, group_size)
+    x = activations(rng, 3, k)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
+    assert_same_bits(product(problem.stack(cpu_backend), ctx, x), problem.reference(0, x, compute_dtype))
+
+
+def test_extreme_codes(cpu_backend, isa, compute_dtype):
+    """The largest sums that a group can have, of either sign: no intermediate overflows."""
+    k, n = 256, 16
+    x = np.ones((4, k), np.float32)
+    x[1] = -1
+    x[2, ::2] = -1
+    x[3, 0] = 1e-3
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
+    for code in (0, 15):
+        for zero in (0, 16):
+            q = np.full((k, n), code, np.uint8)
+            parts = np.full((2, n), 0.5, np.float16), np.full((2, n), zero, np.uint8)
+            expected = reference.gemm(x, q, *parts, 128, compute_dtype=compute_dtype)
+            assert_same_bits(product(one_expert(cpu_backend, q, *parts, 128), ctx, x), expected)
+
+
+def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype):
+    halves = CODES_16.view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    k, n = 64, 64
+    scale, zero = rng.choice(halves, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
+    q, x = rng.integers(0, 16, (k, n)).astype(np.uint8), activations(rng, 5, k)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
+    expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype)
+    assert_same_bits(product(one_expert(cpu_backend, q, scale, zero, 32), ctx, x), expected)
+
+
+FLOAT32 = np.finfo(np.float32)
+ROWS = {
+    "zeros": [0.0, -0.0],
+    "largest": [FLOAT32.max, -FLOAT32.max],
+    "largest and tiny": [FLOAT32.max, FLOAT32.tiny],
+    "smallest normal": [FLOAT32.tiny],
+    "denormal": [FLOAT32.smallest_subnormal, -FLOAT32.smallest_subnormal],
+    "just below the least magnitude": [np.nextafter(reference.MIN_AMAX, np.float32(0))],
+    "the least magnitude": [reference.MIN_AMAX, -reference.MIN_AMAX],
+    "denormal beside normal": [1.0, FLOAT32.smallest_subnormal],
+    "halfway between steps": [32639.0, *(i + 0.5 for i in range(-40, 40))],
+    "NaN": [1.0, np.nan],
+    "negative NaN": [1.0, -np.nan],
+    "infinity": [1.0, np.inf],
+    "negative infinity": [-np.inf, 1.0],
+    "both infinities": [np.inf, -np.inf],
+}
+
+
+@pytest.mark.parametrize("values", ROWS.values(), ids=ROWS)
+def test_special_activations(cpu_backend, rng, isa, compute_dtype, values):
+    """One row of them among ordinary ones, in one group and in all."""
+    k = 160
+    problem = random_problem(rng, 1, k, 24, 64)
+    x = activations(rng, 7, k)
+    x[2, 64:128] = np.resize(np.array(values, np.float32), 64)
+    x[4] = np.resize(np.array(values, np.float32), k)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = problem.reference(0, x, compute_dtype)
+    result = product(problem.stack(cpu_backend), ctx, x)
+    assert_same_bits(result, expected)
+    finite = np.isfinite(np.array(values)).all()
+    assert np.isnan(result[[2, 4]]).all() if not finite else not np.isnan(result[2]).any()
+    assert not np.isnan(np.delete(result, [2, 4], axis=0)).any()
+
+
+@pytest.mark.parametrize("column", [0, 31, 32, 95, 127])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row(cpu_backend, rng, isa, compute_dtype, column, value, dtype):
+    problem = random_problem(rng, 1, 128, 24, 32, g_idx="unequal")
+    stack = problem.stack(cpu_backend)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
+    x = activations(rng, 50, 128, DTYPES[dtype])
+    clean = product(stack, ctx, x, dtype=DTYPES[dtype])
+    x[17, column] = value
+    result = product(stack, ctx, x, dtype=DTYPES[dtype])
+    assert np.isnan(result[17].astype(np.float32)).all()
+    assert_same_bits(np.delete(result, 17, axis=0), np.delete(clean, 17, axis=0))
+
+
+@pytest.mark.parametrize(("name", "bound"), [("int16", 1e-4), ("int8", 2e-2)])
+def test_relative_error(cpu_backend, rng, name, bound):
+    problem = random_problem(rng, 1, 2048, 256, 128)
+    x = rng.standard_normal((32, 2048)).astype(np.float32)
+    result = product(problem.stack(cpu_backend), cpu_backend.new_context(compute_dtype=name), x)
+    assert relative_error(result, x.astype(np.float64) @ problem.dense(0)) <= bound
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_input_is_widened_exactly(cpu_backend, isa, dtype):
+    """All 65536 codes of a 16-bit type give what their float32 values do."""
+    x = CODES_16.view(DTYPES[dtype]).reshape(-1, 32)
+    ctx = cpu_backend.new_context(isa=isa)
+    stack = selection(cpu_backend, 32)
+    with np.errstate(invalid="ignore"):
+        assert_same_bits(product(stack, ctx, x), product(stack, ctx, as_given(x)))
+        # One code at a time, so that none hides behind a larger one; what is exact, comes back as it was.
+        alone = np.zeros((1 << 16, 32), DTYPES[dtype])
+        alone[:, 5] = CODES_16.view(DTYPES[dtype])
+        wide = as_given(alone)
+    result = product(stack, ctx, alone)
+    assert_same_bits(result, product(stack, ctx, wide))
+    live = np.isfinite(wide[:, 5]) & (np.abs(wide[:, 5]) >= reference.MIN_AMAX)
+    np.testing.assert_allclose(result[live, 5], wide[live, 5], rtol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_outputs_are_narrowed_to_nearest_even(cpu_backend, rng, isa, dtype):
+    """Random bits, and the neighbourhoods of all halfway points, through a bias on a product of zero."""
+    target = DTYPES[dtype]
+    values = CODES_16.view(target)
+    values = values[np.isfinite(values.astype(np.float32))].astype(np.float32)
+    ordered = np.unique(values)
+    halfway = (ordered[1:] / 2 + ordered[:-1] / 2).astype(np.float32)
+    bits = np.frombuffer(rng.bytes(1 << 18), np.float32)
+    special = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, FLOAT32.max, -FLOAT32.max, 65504, 65519.996, 65520, 1e-45])
+    steps = [np.nextafter(halfway, np.float32(limit)) for limit in (-np.inf, np.inf)]
+    bias = np.concatenate([values, halfway, *steps, bits, special.astype(np.float32)]).astype(np.float32)
+    bias = np.pad(bias, (0, -len(bias) % 8))
+    q = np.zeros((32, len(bias)), np.uint8)
+    stack = one_expert(cpu_backend, q, np.ones((1, len(bias))), np.zeros((1, len(bias))), 32)
+    out = GuardedArray((1, len(bias)), target)
+    x = np.zeros((1, 32), np.float32)
+    stack.make_expert_linear(0, len(bias), bias).forward(cpu_backend.new_context(isa=isa), x, out.array, 1)
+    out.assert_guards()
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (bias + np.float32(0)).astype(target)  # a product of +0 makes -0 into +0
+    assert_same_bits(out.array[0], expected)
+
+
+def test_reference_fma_rounds_once(rng):
+    """Against exact rational arithmetic: random, and cases in which two roundings would give another result."""
+    from fractions import Fraction
+
+    a, b = (rng.standard_normal(300).astype(np.float32) for _ in range(2))
+    c = (-a * b * (1 + rng.choice([0, 2.0**-23, 2.0**-40, 1e-3], 300))).astype(np.float32)
+    tie = np.float32(1 + 2.0**-12), np.float32(1 - 2.0**-12 + 2.0**-24), np.float32(2.0**-24)
+    a, b, c = (np.append(array, value) for array, value in zip((a, b, c), tie, strict=True))
+    for i, result in enumerate(reference.fma_f32(a, b, c)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        below, above = np.nextafter(result, np.float32(-np.inf)), np.nextafter(result, np.float32(np.inf))
+        distance = abs(Fraction(float(result)) - exact)
+        assert all(distance <= abs(Fraction(float(other)) - exact) for other in (below, above))
+
+
+def test_reference_values_fit_their_planes(rng):
+    for name, qmax in reference.QMAX.items():
+        values, _ = reference.quantize(activations(rng, 50, 128), 32, name)
+        assert np.abs(values).max() == qmax
+
+
+def test_bfloat16_is_the_type_of_ml_dtypes():
+    assert DTYPES["bfloat16"] == np.dtype(ml_dtypes.bfloat16)

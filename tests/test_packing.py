@@ -1,0 +1,224 @@
+"""The packed store: the fast packer against plain NumPy, its size, its alignment, its builder."""
+
+import threading
+
+import numpy as np
+import pytest
+from problems import G_IDX_MODES, random_g_idx, random_problem
+
+from marlin_cy.cpu.layout import group_order, pack_tiles
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats.canonical import Int4Weight
+
+CACHE_LINE = 64
+
+
+def packed(store, expert):
+    begin = expert * store.layout.expert_stride
+    return store.data[begin : begin + store.layout.expert_stride]
+
+
+def builder_for(backend, problem):
+    return backend.new_stack_builder(
+        problem.num_experts, problem.k, problem.n, group_size=problem.group_size, g_idx=problem.g_idx
+    )
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("group_size", [32, 128, 256, -1])
+@pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
+def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx):
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
+    store = problem.stack(cpu_backend).store
+    for expert in range(3):
+        order = store.group_orders[store.order_of[expert]]
+        expected = pack_tiles(problem.q[expert], problem.scale[expert], problem.zero[expert], order, store.layout)
+        np.testing.assert_array_equal(packed(store, expert), expected)
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("group_size", [32, 64, 256, -1])
+def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx):
+    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx)
+    store = problem.stack(cpu_backend).store
+    for expert in range(3):
+        w, q = store.unpack(expert)
+        np.testing.assert_array_equal(q, problem.q[expert])
+        np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+@pytest.mark.parametrize("g_idx", ["none", "per_expert"])
+def test_columns_in_parts(cpu_backend, rng, g_idx):
+    """In any cuts at multiples of 8, in any order, from several threads."""
+    problem = random_problem(rng, 3, 288, 120, 32, g_idx=g_idx)
+    expected = problem.stack(cpu_backend).store.data
+    builder = builder_for(cpu_backend, problem)
+    cuts = [0, 8, 24, 64, 72, 120]
+    parts = [(e, a, b) for e in range(3) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [parts[i] for i in rng.permutation(len(parts))]
+
+    def add(share):
+        for expert, begin, end in share:
+            builder.add(expert, begin, problem.canonical(expert, slice(begin, end)))
+
+    workers = [threading.Thread(target=add, args=(parts[i::4],)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    np.testing.assert_array_equal(builder.finish().store.data, expected)
+
+
+def test_every_tile_starts_a_cache_line(cpu_backend, rng):
+    for k, n, group_size in ((32, 8, 32), (288, 24, 32), (160, 40, 64), (96, 56, -1)):
+        store = random_problem(rng, 2, k, n, group_size).stack(cpu_backend).store
+        assert store.data.ctypes.data % CACHE_LINE == 0
+        assert store.layout.tile_stride % CACHE_LINE == 0
+        assert store.layout.header_bytes % CACHE_LINE == 0
+        assert store.layout.expert_stride == store.layout.tiles * store.layout.tile_stride
+        assert store.data.nbytes == 2 * store.layout.expert_stride
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_size_beside_the_checkpoint(cpu_backend, rng, checkpoint_format):
+    problem = random_problem(rng, 2, 2048, 1536, 128, checkpoint_format=checkpoint_format)
+    checkpoint = sum(array.nbytes for arrays in problem.tensors() for array in arrays)
+    assert problem.stack(cpu_backend).metadata.packed_bytes <= 1.05 * checkpoint
+
+
+def test_store_shares_equal_orders(cpu_backend, rng):
+    assert len(random_problem(rng, 4, 128, 8, 32).stack(cpu_backend).store.group_orders) == 1
+    common = random_problem(rng, 4, 128, 8, 32, g_idx="common")
+    assert len(common.stack(cpu_backend).store.group_orders) == 1
+    copies = [entry.copy() for entry in common.g_idx]
+    assert len(cpu_backend.new_stack_builder(4, 128, 8, group_size=32, g_idx=copies)._store.group_orders) == 1
+
+
+@pytest.mark.parametrize("mode", ["common", "unequal"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_group_order(rng, mode, group_size):
+    """Each row once, in runs of one group that are whole packed groups, padded where they are short."""
+    k = 416
+    (g_idx,) = random_g_idx(rng, 1, k, group_size, mode)
+    order = group_order(g_idx, k, group_size)
+    kept = order.rows[order.rows >= 0]
+    assert sorted(kept) == list(range(k))
+    assert order.packed_k == len(order.rows)
+    assert order.packed_k % 32 == 0
+    for position, row in enumerate(order.rows):
+        if row >= 0:
+            assert order.scale_rows[position // group_size] == g_idx[row]
+
+
+class TestMisuse:
+    """A builder that refuses a weight goes on as if it had not been given."""
+
+    @pytest.fixture
+    def problem(self, rng):
+        return random_problem(rng, 2, 64, 32, 32)
+
+    @pytest.fixture
+    def builder(self, cpu_backend, problem):
+        builder = builder_for(cpu_backend, problem)
+        builder.add(0, 0, problem.canonical(0, slice(0, 16)))
+        yield builder
+        builder.add(0, 16, problem.canonical(0, slice(16, 32)))
+        builder.add(1, 0, problem.canonical(1))
+        np.testing.assert_array_equal(builder.finish().store.data, problem.stack(cpu_backend).store.data)
+
+    @pytest.mark.parametrize(
+        ("expert", "column", "exception", "message"),
+        [
+            (0, 0, ValueError, "column_offset: columns 0 to 16 of expert 0 were added before"),
+            (0, 8, ValueError, "column_offset: columns 8 to 24 of expert 0 were added before"),
+            (0, 4, ValueError, "column_offset: got columns 4 to 20, expected multiples of 8"),
+            (0, 24, IndexError, "column_offset: got columns 24 to 40, expected a part of 0 to 32"),
+            (0, -8, IndexError, "column_offset: got columns -8 to 8, expected a part of 0 to 32"),
+            (0, 2**63 - 8, IndexError, "column_offset: got columns"),
+            (0, 2**70, ValueError, "column_offset: got a number of 71 bits"),
+            (0, 16.0, TypeError, "column_offset: got 16.0, expected an int"),
+            (2, 16, IndexError, "expert: got 2, expected 0 to 1"),
+            (-1, 16, IndexError, "expert: got -1, expected 0 to 1"),
+            (2**70, 16, ValueError, "expert: got a number of 71 bits"),
+            (None, 16, TypeError, "expert: got None, expected an int"),
+        ],
+    )
+    def test_place(self, builder, problem, expert, column, exception, message):
+        with pytest.raises(exception, match=message):
+            builder.add(expert, column, problem.canonical(0, slice(0, 16)))
+
+    @pytest.mark.parametrize(
+        ("changes", "exception", "message"),
+        [
+            ({"words": np.zeros((4, 16), np.uint32)}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(1, 16"),
+            ({"words": np.zeros((8, 12), np.uint32)}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(2, 12"),
+            ({"words": np.zeros((8, 16), np.int64)}, TypeError, "weight.words: got int64, expected uint32"),
+            ({"words": np.zeros(16, np.uint32)}, ValueError, r"weight.words: got shape \(16,\), expected two dim"),
+            ({"words": [[0] * 16] * 8}, TypeError, "weight.words: got list, expected uint32"),
+            ({"scale": np.zeros((1, 16), np.float16)}, ValueError, r"weight.scale: got shape \(1, 16\)"),
+            ({"scale": np.zeros((2, 8), np.float16)}, ValueError, r"weight.scale: got shape \(2, 8\)"),
+            ({"scale": np.zeros((2, 16), np.float32)}, TypeError, "weight.scale: got float32, expected float16"),
+            ({"scale": np.zeros((2, 16), ">f2")}, TypeError, "weight.scale: got >f2, expected float16"),
+            ({"zero": np.zeros((3, 16), np.uint8)}, ValueError, r"weight.zero: got shape \(3, 16\)"),
+            ({"zero": np.full((2, 16), 17, np.uint8)}, ValueError, "weight.zero: got 17, expected 0 to 16"),
+            ({"zero": None}, TypeError, "weight.zero: got NoneType, expected uint8"),
+            ({"group_size": 64}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(1, 16\)"),
+            ({"group_size": 0}, ValueError, "weight.group_size: got 0, expected at least 1"),
+            ({"group_size": "32"}, TypeError, "weight.group_size: got '32', expected an int"),
+            ({"g_idx": np.zeros(64, np.int32)}, UnsupportedError, "weight: its g_idx is not the one that expert 0"),
+            ({"g_idx": np.full(64, 2, np.int32)}, IndexError, "g_idx: got 2 at row 0, expected 0 to 1"),
+            ({"g_idx": np.zeros(63, np.int32)}, ValueError, r"g_idx: got shape \(63,\)"),
+        ],
+    )
+    def test_weight(self, builder, problem, changes, exception, message):
+        right = problem.canonical(0, slice(16, 32))
+        wrong = Int4Weight(**{**vars(right), **changes})
+        with pytest.raises(exception, match=message):
+            builder.add(0, 16, wrong)
+
+    def test_weight_of_another_size(self, builder, rng):
+        wide = random_problem(rng, 1, 96, 16, 32).canonical(0)
+        with pytest.raises(ValueError, match="weight: got k 96 and group_size 32, expected 64 and 32"):
+            builder.add(0, 16, wide)
+        with pytest.raises(TypeError, match="weight: got NoneType, expected Int4Weight"):
+            builder.add(0, 16, None)
+
+    def test_finished_too_early(self, builder):
+        with pytest.raises(ValueError, match="finish: column 16 of expert 0 was not added"):
+            builder.finish()
+
+    def test_gate_and_up_in_different_orders(self, cpu_backend, rng):
+        first, second = random_g_idx(rng, 1, 64, 32, "common") + random_g_idx(rng, 1, 64, 32, "common")
+        weight = random_problem(rng, 1, 64, 16, 32).canonical(0)
+        builder = cpu_backend.new_stack_builder(1, 64, 32, group_size=32, g_idx=[first])
+        builder.add(0, 0, Int4Weight(**{**vars(weight), "g_idx": first}))
+        for g_idx in (second, None):
+            with pytest.raises(UnsupportedError, match="order K alike, or be loaded as two stacks"):
+                builder.add(0, 16, Int4Weight(**{**vars(weight), "g_idx": g_idx}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "exception", "message"),
+    [
+        ({"num_experts": 0}, ValueError, "num_experts: got 0, expected a positive multiple of 1"),
+        ({"num_experts": 2.0}, TypeError, "num_experts: got 2.0, expected an int"),
+        ({"k": 40}, ValueError, "k: got 40, expected a positive multiple of 32"),
+        ({"k": 2**70}, ValueError, "k: got a number of 71 bits"),
+        ({"n_per_expert": 12}, ValueError, "n_per_expert: got 12, expected a positive multiple of 8"),
+        ({"n_per_expert": None}, TypeError, "n_per_expert: got None, expected an int"),
+        ({"group_size": 0}, ValueError, "group_size: got 0, expected a positive number"),
+        ({"group_size": -5}, ValueError, "group_size: got -5"),
+        ({"group_size": 48}, UnsupportedError, "group_size: got 48, supported are 32, 64"),
+        ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries, expected one an expert: 2"),
+        ({"g_idx": [None] * 3}, ValueError, "g_idx: got 3 entries"),
+        ({"g_idx": 7}, TypeError, "g_idx: got int, expected a sequence"),
+        ({"g_idx": np.zeros(32, np.int32)}, ValueError, r"g_idx: got shape \(32,\), expected \(64,\)"),
+        ({"g_idx": np.full(64, 2, np.int32)}, IndexError, "g_idx of expert 0: got 2 at row 0, expected 0 to 1"),
+        ({"g_idx": [None, np.full(64, -1, np.int32)]}, IndexError, "g_idx of expert 1: got -1 at row 0"),
+        ({"g_idx": [None, np.zeros(64)]}, TypeError, "g_idx of expert 1: got dtype float64"),
+    ],
+)
+def test_builder_refuses(cpu_backend, changes, exception, message):
+    arguments = {"num_experts": 2, "k": 64, "n_per_expert": 16, "group_size": 32, **changes}
+    with pytest.raises(exception, match=message):
+        cpu_backend.new_stack_builder(**arguments)
