@@ -38,11 +38,15 @@ def extension(name, sources=()):
 class BuildExt(build_ext):
     """Adds the compiler's flags, and OpenMP where the compiler has it."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extensions(self):
         msvc = self.compiler.compiler_type == "msvc"
         compile_args, link_args = self.openmp_flags(msvc)
         if os.environ.get("MARLIN_CY_SANITIZE"):
-            sanitize = [f"-fsanitize={os.environ['MARLIN_CY_SANITIZE']}", "-fno-omit-frame-pointer", "-g"]
+            sanitize = [f"-fsanitize={os.environ['MARLIN_CY_SANITIZE']}", "-fno-omit-frame-pointer", "-g", "-O1"]
             compile_args, link_args = compile_args + sanitize, link_args + sanitize
         for ext in self.extensions:
             ext.extra_compile_args = (MSVC_FLAGS if msvc else GCC_FLAGS) + compile_args

@@ -6,7 +6,7 @@ __all__ = ["integer", "sequence"]
 
 
 def integer(name, value):
-    """``value`` as an int of at most 64 bits.
+    """``value`` as an int that fits 64 bits with its sign.
 
     Raises
     ------
@@ -21,8 +21,8 @@ def integer(name, value):
         number = None
     if number is None:
         raise TypeError(f"{name}: got {value!r}, expected an int")
-    if number.bit_length() > 63:
-        raise ValueError(f"{name}: got a number of {number.bit_length()} bits, expected at most 63")
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{name}: got a number of {number.bit_length()} bits, expected one of 64 with its sign")
     return number
 
 

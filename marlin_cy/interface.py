@@ -372,6 +372,14 @@ class Backend(ABC):
         k, n_per_expert = integer("k", k), integer("n_per_expert", n_per_expert)
         for name, entries in (("qweights", qweights), ("scales", scales), ("qzeros", qzeros)):
             sequence(name, entries)
+        group_size = gptq.checked_group_size(
+            bits=bits,
+            group_size=group_size,
+            k=k,
+            n=n_per_expert,
+            checkpoint_format=checkpoint_format,
+            n_name="n_per_expert",
+        )
         g_idx_of = gptq.g_idx_per_expert(g_idx, len(qweights), k)
         for name, entries in (("scales", scales), ("qzeros", qzeros)):
             if len(entries) != len(qweights):
@@ -400,7 +408,7 @@ class Backend(ABC):
             len(qweights),
             k,
             n_per_expert,
-            group_size=first.group_size,
+            group_size=group_size,
             g_idx=g_idx_of,
         )
         builder.add(0, 0, first)

@@ -39,9 +39,7 @@ def vllm(stack, ctx, x, routing, rows, prob_m, block_size, top_k, dtype=np.float
     out = GuardedArray((rows, stack.n_per_expert), dtype)
     buffer = backend.from_host(out.array)
     sorted_ids, expert_ids, past = map(backend.from_host, routing)
-    stack.gemm_phase_vllm(
-        ctx, backend.from_host(x), sorted_ids, expert_ids, past, buffer, prob_m, block_size, top_k
-    )
+    stack.gemm_phase_vllm(ctx, backend.from_host(x), sorted_ids, expert_ids, past, buffer, prob_m, block_size, top_k)
     result = backend.to_host(buffer)
     out.assert_guards()
     return result
@@ -133,9 +131,7 @@ class TestBatched:
     def test_dtypes(self, backend, rng, dtype_in, dtype_out):
         problem = random_problem(rng, 2, 160, 40, 64)
         x = activations(rng, 6, 160, DTYPES[dtype_in])
-        result = batched(
-            problem.stack(backend), backend.new_context(), x, [(1, 0, 0, 6)], 7, DTYPES[dtype_out]
-        )
+        result = batched(problem.stack(backend), backend.new_context(), x, [(1, 0, 0, 6)], 7, DTYPES[dtype_out])
         w = problem.dense(1)
         assert result.dtype == DTYPES[dtype_out]
         assert_close(result[:6], as_given(x) @ w, gemm_bound(as_given(x), w, DTYPES[dtype_out]))
@@ -238,9 +234,7 @@ class TestVllm:
         ids = np.stack([rng.choice(5, top_k, replace=False) for _ in range(tokens)])
         routing = marlin_cy.moe_align_block_size(ids, block_size, 5)
         rows = tokens * top_k + 3
-        result = vllm(
-            problem.stack(backend), backend.new_context(), x, routing, rows, tokens, block_size, top_k
-        )
+        result = vllm(problem.stack(backend), backend.new_context(), x, routing, rows, tokens, block_size, top_k)
         expected = reference.gemm_phase_vllm(
             x.astype(np.float64),
             problem.dense_all(),
@@ -298,9 +292,7 @@ class TestVllm:
         out = backend.from_host(np.zeros((4, 16), np.float32))
         arrays = map(backend.from_host, (x, sorted_ids, expert_ids))
         stack.gemm_phase_vllm(ctx, *arrays, form(int(past[0])), out, 4, 2, 1)
-        assert_same_bits(
-            backend.to_host(out), vllm(stack, ctx, x, (sorted_ids, expert_ids, past), 4, 4, 2, 1)
-        )
+        assert_same_bits(backend.to_host(out), vllm(stack, ctx, x, (sorted_ids, expert_ids, past), 4, 4, 2, 1))
 
     @pytest.mark.parametrize("prob_m", [0, 3])
     def test_nothing_to_do(self, backend, rng, prob_m):
@@ -422,15 +414,11 @@ class TestLoading:
         arrays = map(np.stack, problem.tensors())
         stack = backend.load_gptq_stacked(*arrays, np.stack(problem.g_idx), **problem.sizes())
         dispatches = [(0, 0, 0, 2), (1, 0, 2, 2)]
-        assert_same_bits(
-            batched(stack, ctx, x, dispatches, 4), batched(problem.stack(backend), ctx, x, dispatches, 4)
-        )
+        assert_same_bits(batched(stack, ctx, x, dispatches, 4), batched(problem.stack(backend), ctx, x, dispatches, 4))
 
     def test_ordinary_g_idx_is_none(self, backend, rng):
         problem = random_problem(rng, 2, 64, 16, 32)
-        stack = backend.load_gptq_stacked(
-            *problem.tensors(), np.arange(64, dtype=np.int32) // 32, **problem.sizes()
-        )
+        stack = backend.load_gptq_stacked(*problem.tensors(), np.arange(64, dtype=np.int32) // 32, **problem.sizes())
         assert not stack.metadata.act_order
 
     def test_builder_takes_an_ordinary_g_idx(self, backend, rng):

@@ -108,7 +108,9 @@ def test_options_refused(cpu_backend, options, exception, message):
         cpu_backend.new_context(**options)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("3", 3), ("3,2", 3), (" 5 ", 5), ("0", None), ("x", None), ("", None)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3", 3), ("3,2", 3), (" 5 ", 5), ("0", None), ("x", None), ("", None)]
+)
 def test_default_number_of_threads(monkeypatch, value, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert cpu.default_num_threads() == (expected or len(os.sched_getaffinity(0)))

@@ -51,7 +51,9 @@ def check(layer, x, ids, weights, result):
 
 class TestAlign:
     @pytest.mark.parametrize("block_size", [1, 2, 3, 16, 64])
-    @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 3), (1, 1, 1), (7, 2, 4), (50, 4, 4), (20, 3, 128)])
+    @pytest.mark.parametrize(
+        ("tokens", "top_k", "experts"), [(0, 2, 3), (1, 1, 1), (7, 2, 4), (50, 4, 4), (20, 3, 128)]
+    )
     @pytest.mark.parametrize("with_map", [False, True])
     def test_matches_the_reference(self, rng, block_size, tokens, top_k, experts, with_map):
         ids = rng.integers(-1, experts, (tokens, top_k)).astype(rng.choice([np.int32, np.int64]))
@@ -217,6 +219,13 @@ class TestLayer:
         ids[::20] = 3
         result = backend.to_host(moe.forward_routed(ctx, backend.from_host(x[:60]), ids, np.ones(ids.shape)))
         check(layer, x[:60], ids, np.ones(ids.shape), result)
+
+    @pytest.mark.parametrize("g_idx", G_IDX_MODES)
+    def test_no_experts_chosen(self, backend, rng, g_idx):
+        moe, x = Layer(rng, g_idx=g_idx).on(backend), activations(rng, 4, 96)
+        ids, weights = np.full((4, 2), -1), np.ones((4, 2), np.float32)
+        result = moe.forward_routed(backend.new_context(), backend.from_host(x), ids, weights)
+        assert (backend.to_host(result) == 0).all()
 
     def test_routing_by_hand_is_routing(self, backend, rng):
         layer, ctx = Layer(rng), backend.new_context()

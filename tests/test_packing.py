@@ -150,8 +150,16 @@ class TestMisuse:
     @pytest.mark.parametrize(
         ("changes", "exception", "message"),
         [
-            ({"words": np.zeros((4, 16), np.uint32)}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(1, 16"),
-            ({"words": np.zeros((8, 12), np.uint32)}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(2, 12"),
+            (
+                {"words": np.zeros((4, 16), np.uint32)},
+                ValueError,
+                r"weight.scale: got shape \(2, 16\), expected \(1, 16",
+            ),
+            (
+                {"words": np.zeros((8, 12), np.uint32)},
+                ValueError,
+                r"weight.scale: got shape \(2, 16\), expected \(2, 12",
+            ),
             ({"words": np.zeros((8, 16), np.int64)}, TypeError, "weight.words: got int64, expected uint32"),
             ({"words": np.zeros(16, np.uint32)}, ValueError, r"weight.words: got shape \(16,\), expected two dim"),
             ({"words": [[0] * 16] * 8}, TypeError, "weight.words: got list, expected uint32"),

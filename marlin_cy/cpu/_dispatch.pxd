@@ -47,7 +47,11 @@ cdef extern from "ukernel.h" nogil:
         act_meta *meta, ptrdiff_t meta_group_stride) noexcept nogil
     ctypedef void widen_fn(float *dst, const void *src, int dtype, int64_t n) noexcept nogil
     ctypedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n) noexcept nogil
-    ctypedef void silu_mul_fn(float *dst, const float *gate, const float *up, int64_t n) noexcept nogil
+    ctypedef void store_rows_fn(
+        char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias, int n,
+        int dtype) noexcept nogil
+    ctypedef void gate_rows_fn(
+        float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums) noexcept nogil
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
 
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
@@ -59,7 +63,8 @@ cdef extern from "ukernel.h" nogil:
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow
-        silu_mul_fn *silu_mul
+        store_rows_fn *store_rows
+        gate_rows_fn *gate_rows
         axpy_fn *axpy
         softmax_fn *softmax
 

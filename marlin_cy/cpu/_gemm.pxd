@@ -8,12 +8,11 @@ from marlin_cy.cpu._store cimport CpuGptqStore, packed_view
 from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum:
-    OUT_FLOATS = 2 * MAX_ROWS * PAIR_N      # the sums of an item: at most two tasks
+    OUT_FLOATS = MAX_ROWS * PAIR_N      # the sums of an item
 
 cdef struct thread_area:
     gemm_scratch scratch
     float[OUT_FLOATS] out
-    float[PAIR_N] row
 
 cdef struct row_block:
     int64_t expert

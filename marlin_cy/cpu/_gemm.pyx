@@ -20,11 +20,12 @@ from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, BLOCK_K, DTYPE_F32, GROUP_HEADER_BYTES, TILE_N, gemm_fn, gemm_task,
 )
 from marlin_cy.cpu._quantize cimport (
-    place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
+    group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
 )
 
 cdef enum:
     CHUNK_K = 1024
+    ROW_STEP = 8
     # Fewer items than this per thread leave threads idle at the end: then K is split.
     MIN_ITEMS_PER_THREAD = 4
     # Items taken at a time, so that a thread streams neighbouring tiles, and how many such turns a
@@ -73,8 +74,8 @@ cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, i
     cdef int t
     task.group_blocks = store.group_size // BLOCK_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
-    task.a_group_stride = task.a_row_stride * job.num_quantized
-    task.meta_group_stride = job.num_quantized
+    task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
+    task.meta_group_stride = group_rows(job.num_quantized)
     task.rows = job.in_rows + block.begin
     task.m = <int>block.count
     task.out = out
@@ -100,68 +101,39 @@ cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, i
 
 cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64_t chunk_end, float *out,
                    gemm_scratch *scratch) noexcept nogil:
-    """The sums of an item over some chunks: of its first task at ``out``, of its second after them."""
+    """The sums of an item over some chunks."""
     cdef int64_t num_panels = panels(job)
     cdef const row_block *block = job.blocks + item // num_panels
-    cdef int64_t panel = item % num_panels, tile, last_tile, up
+    cdef int64_t panel = item % num_panels, tile, last_tile
     if job.inner == 0:
         tile = first_tile(job) + 2 * panel
         last_tile = (job.column_end - 1) // TILE_N
         run_task(job, block, tile, tile + 1 if tile < last_tile else -1, chunk_begin, chunk_end, out, scratch)
         return
-    # The gates are one tile. Their ups are one too, or the ends of two when inner is an odd multiple of 8.
-    up = job.inner + panel * TILE_N
-    run_task(job, block, panel, up // TILE_N, chunk_begin, chunk_end, out, scratch)
-    if up % TILE_N and (up // TILE_N + 1) * TILE_N < job.store.n:
-        run_task(job, block, up // TILE_N + 1, -1, chunk_begin, chunk_end, out + MAX_ROWS * PAIR_N, scratch)
+    # inner is the K of the second product, so a multiple of 32: the ups of a tile of gates are a tile too.
+    run_task(job, block, panel, job.inner // TILE_N + panel, chunk_begin, chunk_end, out, scratch)
 
 
 # ---------------------------------------------------------------------------------------------
 # Epilogues
 
-cdef void store_item(const gemm_job *job, const row_block *block, int64_t panel, const float *out,
-                     float *row_buffer) noexcept nogil:
-    """Add the bias, convert, write."""
-    cdef int64_t tile_column = (first_tile(job) + 2 * panel) * TILE_N
-    cdef int64_t begin = max(tile_column, job.column_begin), end = min(tile_column + PAIR_N, job.column_end)
-    cdef int64_t element = 4 if job.out_dtype == DTYPE_F32 else 2, r, c
-    cdef const float *sums
-    cdef const float *bias = job.bias + begin - job.column_begin
-    cdef char *to
-    for r in range(block.count):
-        sums = out + r * PAIR_N + begin - tile_column
-        if job.bias is not NULL:
-            for c in range(end - begin):
-                row_buffer[c] = sums[c] + bias[c]
-            sums = row_buffer
-        to = job.output + (job.out_rows[block.begin + r] * job.out_width + begin - job.column_begin) * element
-        job.table.narrow(to, sums, job.out_dtype, end - begin)
-
-
-cdef void gate_item(const gemm_job *job, const row_block *block, int64_t panel, const float *out,
-                    float *row_buffer) noexcept nogil:
-    """``silu(gate) * up``, in float32."""
-    cdef int64_t column = panel * TILE_N, count = min(<int64_t>TILE_N, job.inner - panel * TILE_N), r, c
-    cdef int64_t offset = (job.inner + column) % TILE_N
-    cdef const float *up
-    for r in range(block.count):
-        up = out + r * PAIR_N + TILE_N
-        if offset:
-            for c in range(count):
-                row_buffer[c] = (
-                    up[offset + c] if offset + c < TILE_N else out[(MAX_ROWS + r) * PAIR_N + offset + c - TILE_N])
-            up = row_buffer
-        job.table.silu_mul(<float *>job.output + job.out_rows[block.begin + r] * job.out_width + column,
-                           out + r * PAIR_N, up, count)
-
-
-cdef void finish_item(const gemm_job *job, int64_t item, const float *out, float *row_buffer) noexcept nogil:
-    cdef int64_t num_panels = panels(job)
+cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noexcept nogil:
+    """Write an item's sums to the rows of the output that they belong to."""
+    cdef int64_t num_panels = panels(job), panel = item % num_panels
     cdef const row_block *block = job.blocks + item // num_panels
+    cdef const int64_t *rows = job.out_rows + block.begin
+    cdef const float *bias = NULL
+    cdef int64_t tile_column, begin, end, element = 4 if job.out_dtype == DTYPE_F32 else 2
     if job.inner:
-        gate_item(job, block, item % num_panels, out, row_buffer)
-    else:
-        store_item(job, block, item % num_panels, out, row_buffer)
+        job.table.gate_rows(<float *>job.output + panel * TILE_N, job.out_width, rows, <int>block.count, sums)
+        return
+    tile_column = (first_tile(job) + 2 * panel) * TILE_N
+    begin, end = max(tile_column, job.column_begin), min(tile_column + PAIR_N, job.column_end)
+    if job.bias is not NULL:
+        bias = job.bias + begin - job.column_begin
+    job.table.store_rows(
+        job.output + (begin - job.column_begin) * element, job.out_width * element, rows, <int>block.count,
+        sums + begin - tile_column, bias, <int>(end - begin), job.out_dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,7 +142,7 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *out, float
 cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef thread_area *area = job.areas + thread
     sum_item(job, item, 0, num_chunks(job), area.out, &area.scratch)
-    finish_item(job, item, area.out, area.row)
+    finish_item(job, item, area.out)
 
 
 cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
@@ -179,7 +151,7 @@ cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept no
              &job.areas[thread].scratch)
 
 
-cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
+cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), chunk, i
     cdef float *out = job.slots + item * chunks * OUT_FLOATS
     cdef const float *slot
@@ -187,7 +159,7 @@ cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogi
         slot = out + chunk * OUT_FLOATS
         for i in range(OUT_FLOATS):
             out[i] += slot[i]
-    finish_item(job, item, out, job.areas[thread].row)
+    finish_item(job, item, out)
 
 
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
@@ -201,18 +173,23 @@ cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
     for i in prange(items * num_chunks(job), num_threads=num_threads, schedule="dynamic", chunksize=1):
         split_item(job, i, threadid())
     for i in prange(items, num_threads=num_threads, schedule="dynamic", chunksize=1):
-        join_item(job, i, threadid())
+        join_item(job, i)
 
 
 # ---------------------------------------------------------------------------------------------
 # Row plans: which rows go through which expert
 
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil:
-    """Cut a run of one expert's pairs into blocks of nearly equal size; returns how many."""
-    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, part, first, last
+    """Cut a run of one expert's pairs into blocks; returns how many.
+
+    Blocks are as even as they can be in whole steps of ``ROW_STEP`` rows, which micro-kernels take at
+    full speed; what is left over is in the last.
+    """
+    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, steps = (count + ROW_STEP - 1) // ROW_STEP, part
+    cdef int64_t first, end
     for part in range(parts):
-        first, last = count * part // parts, count * (part + 1) // parts
-        blocks[part] = row_block(expert=expert, begin=begin + first, count=last - first)
+        first, end = steps * part // parts * ROW_STEP, min(steps * (part + 1) // parts * ROW_STEP, count)
+        blocks[part] = row_block(expert=expert, begin=begin + first, count=end - first)
     return parts
 
 

@@ -16,9 +16,14 @@ cdef struct quantize_job:
     const int64_t *input_rows   # [num_rows], or NULL for 0 .. num_rows - 1
     const int32_t *orders       # [*, packed_k], or NULL
     const int32_t *row_orders   # [num_rows] which order each row takes, or NULL for the first
-    int8_t *a                   # [groups][num_rows][group_size * planes]
-    act_meta *meta              # [groups][num_rows]
+    int8_t *a                   # [groups][group_rows(num_rows)][group_size * planes]
+    act_meta *meta              # [groups][group_rows(num_rows)]
     float *row_buffers          # [threads][row_buffer_floats(k, packed_k)]
+
+cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
+    """Rows from one group to the next: an odd number, so that the groups of a row, which a micro-kernel
+    reads again for every tile, do not all fall into the same sets of the cache."""
+    return num_rows | 1
 
 cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil
 cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil

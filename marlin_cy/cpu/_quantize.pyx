@@ -24,13 +24,13 @@ cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil:
 
 cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil:
     """Bytes of ``num_rows`` quantised rows and their scales."""
-    cdef int64_t cells = (packed_k + group_size - 1) // group_size * num_rows
+    cdef int64_t cells = (packed_k + group_size - 1) // group_size * group_rows(num_rows)
     return round_up(cells * group_size * planes, CACHE_LINE) + round_up(cells * <int64_t>sizeof(act_meta), CACHE_LINE)
 
 
 cdef void place_quantized(quantize_job *job, void *memory) noexcept nogil:
     """Point ``a`` and ``meta`` into memory of :func:`quantized_bytes` bytes."""
-    cdef int64_t cells = (job.packed_k + job.group_size - 1) // job.group_size * job.num_rows
+    cdef int64_t cells = (job.packed_k + job.group_size - 1) // job.group_size * group_rows(job.num_rows)
     job.a = <int8_t *>memory
     job.meta = <act_meta *>(<char *>memory + round_up(cells * job.group_size * job.planes, CACHE_LINE))
 
@@ -43,7 +43,7 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
     cdef float *widened = job.row_buffers + thread * row_buffer_floats(job.k, job.packed_k)
     cdef float *ordered = widened + round_up(job.k, CACHE_LINE // 4)
     cdef const int32_t *order
-    cdef int64_t cell = <int64_t>job.group_size * job.planes
+    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows)
     if job.dtype != DTYPE_F32:
         job.table.widen(widened, values, job.dtype, job.k)
         x = widened
@@ -52,8 +52,8 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
         for i in range(job.packed_k):
             ordered[i] = x[order[i]] if order[i] >= 0 else 0
         x = ordered
-    job.table.quantize_row(x, job.packed_k, job.group_size, job.planes, job.a + row * cell, job.num_rows * cell,
-                           job.meta + row, job.num_rows)
+    job.table.quantize_row(x, job.packed_k, job.group_size, job.planes, job.a + row * cell, stride * cell,
+                           job.meta + row, stride)
 
 
 cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:

@@ -117,9 +117,7 @@ def as_dispatch(name, dispatch):
         raise TypeError(f"{name}: got {dispatch!r}, expected (expert_idx, in_row_offset, out_row_offset, m)")
     numbers = [integer(name, number) for number in dispatch]
     if len(numbers) != 4:
-        raise ValueError(
-            f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)"
-        )
+        raise ValueError(f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)")
     return numbers
 
 
@@ -134,6 +132,8 @@ class CpuMarlinExpertStack(MarlinExpertStack):
     """
 
     def __init__(self, store, num_experts, n_per_expert, k):
+        if not isinstance(store, CpuGptqStore):
+            raise TypeError(f"store: got {type(store).__name__}, expected CpuGptqStore")
         if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
             raise ValueError(
                 f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
@@ -192,7 +192,9 @@ class CpuMarlinExpertStack(MarlinExpertStack):
         workspace = workspace_of(ctx)
         if isinstance(num_tokens_past_padded, np.ndarray):
             if num_tokens_past_padded.size != 1:
-                raise ValueError(f"num_tokens_past_padded: got shape {num_tokens_past_padded.shape}, expected one int32")
+                raise ValueError(
+                    f"num_tokens_past_padded: got shape {num_tokens_past_padded.shape}, expected one int32"
+                )
             num_tokens_past_padded = num_tokens_past_padded.item()
         fork.run(
             _gemm.gemm_vllm,
@@ -209,9 +211,7 @@ class CpuMarlinExpertStack(MarlinExpertStack):
         )
 
     def make_expert_linear(self, expert_offset, expert_n, bias_host=None):
-        return CpuLinear(
-            self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host
-        )
+        return CpuLinear(self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host)
 
 
 class CpuLinear(Linear):
@@ -280,7 +280,10 @@ class CpuLinear(Linear):
 
 def as_bias(bias, width):
     """A float32 copy of a bias."""
-    bias = np.asarray(bias)
+    try:
+        bias = np.asarray(bias)
+    except ValueError as error:
+        raise ValueError(f"bias: got {type(bias).__name__} ({error}), expected ({width},)") from None
     if bias.dtype not in FLOAT_DTYPES and bias.dtype != np.float64:
         raise TypeError(f"bias: got dtype {bias.dtype}, expected float32, float16 or bfloat16")
     if bias.shape != (width,):
@@ -322,7 +325,9 @@ class CpuStackBuilder(StackBuilder):
         with self._lock:
             columns = self._added[expert, column_offset:end]
             if columns.any():
-                raise ValueError(f"column_offset: columns {column_offset} to {end} of expert {expert} were added before")
+                raise ValueError(
+                    f"column_offset: columns {column_offset} to {end} of expert {expert} were added before"
+                )
             columns[:] = True
         store.pack(expert, column_offset, weight)
 

@@ -83,7 +83,7 @@ def to_canonical(
     )
 
 
-def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", label="") -> int:
+def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", label="", n_name="n") -> int:
     """The rows of K that share a scale, after all sizes were checked; -1 becomes ``k``.
 
     Parameters
@@ -97,6 +97,8 @@ def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", labe
     checkpoint_format : {"gptq", "gptq_v2"}
     label : str
         As in :func:`to_canonical`.
+    n_name : str
+        What the caller calls ``n``, for messages.
 
     Raises
     ------
@@ -105,7 +107,7 @@ def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", labe
     """
     bits = integer(f"bits{label}", bits)
     group_size = integer(f"group_size{label}", group_size)
-    for name, size, unit in (("k", k, 32), ("n", n, 8)):
+    for name, size, unit in (("k", k, 32), (n_name, n, 8)):
         size = integer(f"{name}{label}", size)
         if size <= 0 or size % unit:
             raise ValueError(f"{name}{label}: got {size}, expected a positive multiple of {unit}")

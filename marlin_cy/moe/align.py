@@ -76,7 +76,7 @@ def as_ids(topk_ids, name, num_experts):
         raise TypeError(f"{name}: got dtype {ids.dtype}, expected int32 or int64")
     if ids.ndim != 2:
         raise ValueError(f"{name}: got shape {ids.shape}, expected [tokens, top_k]")
-    if ids.size and not (-1 <= int(ids.min()) and int(ids.max()) < num_experts):
+    if ids.size and (int(ids.min()) < -1 or int(ids.max()) >= num_experts):
         at = tuple(map(int, np.argwhere((ids < -1) | (ids >= num_experts))[0]))
         raise IndexError(f"{name}{list(at)}: got {ids[at]}, expected -1 to {num_experts - 1}")
     return np.array(ids, np.int32, order="C")

@@ -65,8 +65,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            finish(task, view->g, row + r, view->column + 8 * half, total[r][half], header->scale[half],
-                   view->meta[task->rows[row + r]].scale);
+            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header->scale[half],
+                      view->meta[task->rows[row + r]].scale);
 }
 
 #include "ymm_driver.h"
@@ -153,10 +153,12 @@ TARGET static void widen(float *dst, const void *src, int dtype, int64_t n)
     }
 }
 
-TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n)
+KERNEL void narrow_values(void *dst, const float *src, int dtype, int64_t n)
 {
     if (dtype == DTYPE_F32) {
-        memcpy(dst, src, (size_t)n * sizeof *src);
+        float *to = dst;
+        for (int64_t i = 0; i < n; i++)
+            to[i] = src[i];
     } else if (dtype == DTYPE_BF16) {
         narrow_bf16(dst, src, n);
     } else {
@@ -169,9 +171,23 @@ TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n)
     }
 }
 
-TARGET static void silu_mul(float *dst, const float *gate, const float *up, int64_t n)
+TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n) { narrow_values(dst, src, dtype, n); }
+
+/* A whole pair of tiles, nearly always: then the length is a constant and the loops are straight code. */
+TARGET static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
+                              const float *bias, int n, int dtype)
 {
-    silu_mul_rows(dst, gate, up, n);
+    if (n == PAIR_N && !bias && dtype == DTYPE_F32)
+        store_sums(dst, row_bytes, rows, m, sums, NULL, PAIR_N, DTYPE_F32);
+    else if (n == PAIR_N && !bias && dtype == DTYPE_BF16)
+        store_sums(dst, row_bytes, rows, m, sums, NULL, PAIR_N, DTYPE_BF16);
+    else
+        store_sums(dst, row_bytes, rows, m, sums, bias, n, dtype);
+}
+
+TARGET static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums)
+{
+    gate_sums(dst, row_floats, rows, m, sums);
 }
 
 TARGET static void axpy(float *dst, const float *src, float weight, int64_t n)
@@ -188,7 +204,8 @@ const ukernel_table ukernels_avx2 = {
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,
-    .silu_mul = silu_mul,
+    .store_rows = store_rows,
+    .gate_rows = gate_rows,
     .axpy = axpy,
     .softmax = softmax,
 };

@@ -9,6 +9,7 @@
 
 #ifdef MARLIN_CY_X86
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
@@ -27,7 +28,6 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    int g;
     __m512 scale[2];
     __m512i minus_zero[2]; /* pairs (-zero, -256 * zero), the factor that act_meta.sum_split is made for */
 } group_view;
@@ -107,22 +107,23 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
                 }
             }
     }
-    const int last = view->g == task->num_groups - 1;
+    /* Locals: the compiler must assume that a vector store changes what task points to. */
+    const int32_t *const index = task->rows + row;
+    const act_meta *const metas = view->meta;
+    float *const sums = task->scratch->sums + row * PAIR_N;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const act_meta *meta = view->meta + task->rows[row + r];
-        float *const sums = task->scratch->sums + (row + r) * PAIR_N, *const out = task->out + (row + r) * PAIR_N;
+        const act_meta *const meta = metas + index[r];
+        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
+        const __m512 row_scale = _mm512_set1_ps(meta->scale);
         for (int t = 0; t < tiles; t++) {
+            float *const place = sums + r * PAIR_N + t * TILE_N;
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
-            total = _mm512_dpwssd_epi32(total, view->minus_zero[t], _mm512_set1_epi32(meta->sum_split));
-            const __m512 s = _mm512_mul_ps(_mm512_set1_ps(meta->scale), view->scale[t]);
-            const __m512 before = view->g ? _mm512_load_ps(sums + t * TILE_N) : _mm512_setzero_ps();
-            __m512 after = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, before);
-            if (last && task->accumulate)
-                after = _mm512_add_ps(_mm512_load_ps(out + t * TILE_N), after);
-            _mm512_store_ps((last ? out : sums) + t * TILE_N, after);
+            total = _mm512_dpwssd_epi32(total, view->minus_zero[t], sum_split);
+            const __m512 s = _mm512_mul_ps(row_scale, view->scale[t]);
+            _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, _mm512_load_ps(place)));
         }
     }
 }
@@ -153,10 +154,11 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         .a = task->a,
         .meta = task->meta,
     };
-    for (view.g = 0; view.g < task->num_groups; view.g++) {
-        view.blocks = view.g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+    memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
+    for (int g = 0; g < task->num_groups; g++) {
+        view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         for (int t = 0; t < tiles; t++)
-            load_header(&view, t, task->header[t] + view.g * GROUP_HEADER_BYTES);
+            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES);
         if (task->m * planes <= PLANE_ROWS) {
             rows_of_group(task, &view, planes, tiles, 1);
         } else {
@@ -168,6 +170,12 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
+    for (int r = 0; r < task->m; r++)
+        for (int t = 0; t < tiles; t++) {
+            float *const out = task->out + r * PAIR_N + t * TILE_N;
+            const __m512 sum = _mm512_load_ps(task->scratch->sums + r * PAIR_N + t * TILE_N);
+            _mm512_store_ps(out, task->accumulate ? _mm512_add_ps(_mm512_load_ps(out), sum) : sum);
+        }
 }
 
 KERNEL void gemm(const gemm_task *task, int planes)
@@ -178,9 +186,56 @@ KERNEL void gemm(const gemm_task *task, int planes)
         gemm_tiles(task, planes, 1);
 }
 
+/* 16 values at a time. vpmovdb keeps the low bytes, which is plane 1 as it is; plane 0 is what remains
+ * of value + 128, so that a low byte of 128 and more, negative in plane 1, carries. */
+TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
+                                ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
+{
+    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), half = _mm512_set1_epi32(128);
+    for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
+        const int size = k - begin < group_size ? (int)(k - begin) : group_size;
+        const float *const group = x + begin;
+        __m512i max_bits = _mm512_setzero_si512();
+        for (int i = 0; i < size; i += 16)
+            max_bits = _mm512_max_epu32(max_bits, _mm512_and_si512(magnitude, _mm512_loadu_si512(group + i)));
+        const uint32_t amax_bits = _mm512_reduce_max_epu32(max_bits);
+        float amax;
+        memcpy(&amax, &amax_bits, sizeof amax);
+        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
+            memset(a, 0, (size_t)(size * planes));
+            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
+            meta->sum_split = 0;
+            continue;
+        }
+        const __m512 inverse = _mm512_set1_ps(qmax / amax);
+        __m512i sums = _mm512_setzero_si512();
+        for (int i = 0; i < size; i += 16) {
+            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(group + i), inverse));
+            const __m128i low = _mm512_cvtepi32_epi8(value);
+            sums = _mm512_add_epi32(sums, value);
+            if (planes == 1) {
+                _mm_storeu_si128((__m128i *)(a + i), low);
+                continue;
+            }
+            const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(value, half), 8));
+            _mm_storeu_si128((__m128i *)(a + 2 * i), _mm_unpacklo_epi64(high, low));
+            _mm_storeu_si128((__m128i *)(a + 2 * i + 16), _mm_unpackhi_epi64(high, low));
+        }
+        const int32_t sum = _mm512_reduce_add_epi32(sums);
+        meta->scale = amax / qmax;
+        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+    }
+}
+
 TARGET static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
 
 TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
 
-const ukernel_table ukernels_avx512vnni = {.name = "avx512vnni", .gemm_i16 = gemm_i16, .gemm_i8 = gemm_i8};
+const ukernel_table ukernels_avx512vnni = {
+    .name = "avx512vnni",
+    .gemm_i16 = gemm_i16,
+    .gemm_i8 = gemm_i8,
+    .quantize_row = quantize_row,
+};
 #endif

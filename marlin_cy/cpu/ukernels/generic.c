@@ -39,7 +39,7 @@ static void widen(float *dst, const void *src, int dtype, int64_t n)
             dst[i] = half_to_float(((const uint16_t *)src)[i]);
 }
 
-static void narrow(void *dst, const float *src, int dtype, int64_t n)
+static inline void narrow_values(void *dst, const float *src, int dtype, int64_t n)
 {
     if (dtype == DTYPE_F32)
         memcpy(dst, src, (size_t)n * sizeof *src);
@@ -50,7 +50,18 @@ static void narrow(void *dst, const float *src, int dtype, int64_t n)
             ((uint16_t *)dst)[i] = float_to_half(src[i]);
 }
 
-static void silu_mul(float *dst, const float *gate, const float *up, int64_t n) { silu_mul_rows(dst, gate, up, n); }
+static void narrow(void *dst, const float *src, int dtype, int64_t n) { narrow_values(dst, src, dtype, n); }
+
+static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias,
+                       int n, int dtype)
+{
+    store_sums(dst, row_bytes, rows, m, sums, bias, n, dtype);
+}
+
+static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums)
+{
+    gate_sums(dst, row_floats, rows, m, sums);
+}
 
 static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }
 
@@ -161,7 +172,8 @@ const ukernel_table ukernels_generic = {
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,
-    .silu_mul = silu_mul,
+    .store_rows = store_rows,
+    .gate_rows = gate_rows,
     .axpy = axpy,
     .softmax = softmax,
 };

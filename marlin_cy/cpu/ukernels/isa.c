@@ -86,8 +86,10 @@ static void override(ukernel_table *table, const ukernel_table *by)
         table->widen = by->widen;
     if (by->narrow)
         table->narrow = by->narrow;
-    if (by->silu_mul)
-        table->silu_mul = by->silu_mul;
+    if (by->store_rows)
+        table->store_rows = by->store_rows;
+    if (by->gate_rows)
+        table->gate_rows = by->gate_rows;
     if (by->axpy)
         table->axpy = by->axpy;
     if (by->softmax)

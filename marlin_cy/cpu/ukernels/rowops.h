@@ -42,10 +42,13 @@ ROWOPS float exp_f32(float x)
     return p * bits_float((uint32_t)(half + 127) << 23) * bits_float((uint32_t)(whole - half + 127) << 23);
 }
 
-ROWOPS void silu_mul_rows(float *restrict dst, const float *restrict gate, const float *restrict up, int64_t n)
+ROWOPS void gate_sums(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums)
 {
-    for (int64_t i = 0; i < n; i++)
-        dst[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+    for (int r = 0; r < m; r++, sums += PAIR_N) {
+        float *restrict row = dst + rows[r] * row_floats;
+        for (int i = 0; i < TILE_N; i++)
+            row[i] = sums[i] / (1.0f + exp_f32(-sums[i])) * sums[TILE_N + i];
+    }
 }
 
 ROWOPS void axpy_rows(float *restrict dst, const float *restrict src, float weight, int64_t n)
@@ -67,6 +70,24 @@ ROWOPS void narrow_bf16(uint16_t *restrict dst, const float *restrict src, int64
         uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         uint32_t quiet_nan = bits >> 16 | 0x40;
         dst[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
+    }
+}
+
+ROWOPS void narrow_values(void *dst, const float *src, int dtype, int64_t n);
+
+/* `narrow_values` is the including file's conversion to float16, bfloat16 or float32. */
+ROWOPS void store_sums(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias,
+                       int n, int dtype)
+{
+    for (int r = 0; r < m; r++, sums += PAIR_N) {
+        float biased[PAIR_N];
+        const float *values = sums;
+        if (bias) {
+            for (int i = 0; i < n; i++)
+                biased[i] = sums[i] + bias[i];
+            values = biased;
+        }
+        narrow_values(dst + rows[r] * row_bytes, values, dtype, n);
     }
 }
 

@@ -106,8 +106,17 @@ typedef void quantize_row_fn(const float *x, int64_t k, int group_size, int plan
 typedef void widen_fn(float *dst, const void *src, int dtype, int64_t n);
 typedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n);
 
-/* dst[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)); exp to 2 units in the last place. */
-typedef void silu_mul_fn(float *dst, const float *gate, const float *up, int64_t n);
+/* Write a task's sums to where they belong. Row r of `sums` is at sums + r * PAIR_N and goes to
+ * dst + rows[r] * row_bytes; n is a multiple of 8.
+ *
+ *   dst[i] = sums[i] + bias[i] (bias may be NULL), rounded to `dtype` as by narrow */
+typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
+                           const float *bias, int n, int dtype);
+
+/* The same for a task whose first tile holds gates and whose second holds ups: 16 float32 a row.
+ *
+ *   dst[i] = silu(sums[i]) * sums[TILE_N + i],  silu(x) = x / (1 + exp(-x)), exp to 2 units in the last place */
+typedef void gate_rows_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums);
 
 /* dst[i] = fma(weight, src[i], dst[i]) */
 typedef void axpy_fn(float *dst, const float *src, float weight, int64_t n);
@@ -124,7 +133,8 @@ typedef struct {
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
-    silu_mul_fn *silu_mul;
+    store_rows_fn *store_rows;
+    gate_rows_fn *gate_rows;
     axpy_fn *axpy;
     softmax_fn *softmax;
 } ukernel_table;

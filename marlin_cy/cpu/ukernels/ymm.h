@@ -79,23 +79,23 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    int g;      /* index in the task */
-    int column; /* first column in the task's sums: 0 or 16 */
+    float *sums; /* the tile's first column in row 0 of the task's sums */
 } group_view;
 
 /* The float step of one row and half: `total` already has the zero point taken off. */
-YMM void finish(const gemm_task *task, int g, int row, int column, __m256i total, __m256 scale, float row_scale)
+YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
 {
-    float *const sums = task->scratch->sums + row * PAIR_N + column;
     const __m256 s = _mm256_mul_ps(_mm256_set1_ps(row_scale), scale);
-    const __m256 before = g ? _mm256_load_ps(sums) : _mm256_setzero_ps();
-    __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, before);
-    if (g < task->num_groups - 1) {
-        _mm256_store_ps(sums, sum);
-        return;
-    }
-    float *const out = task->out + row * PAIR_N + column;
-    if (task->accumulate)
-        sum = _mm256_add_ps(_mm256_load_ps(out), sum);
-    _mm256_store_ps(out, sum);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
+}
+
+/* What a task leaves: the sums of its groups, or these added to what was there. */
+YMM void finish(const gemm_task *task, int columns)
+{
+    for (int r = 0; r < task->m; r++)
+        for (int c = 0; c < columns; c += 8) {
+            float *const out = task->out + r * PAIR_N + c;
+            const __m256 sum = _mm256_load_ps(task->scratch->sums + r * PAIR_N + c);
+            _mm256_store_ps(out, task->accumulate ? _mm256_add_ps(_mm256_load_ps(out), sum) : sum);
+        }
 }

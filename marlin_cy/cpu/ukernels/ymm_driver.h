@@ -26,12 +26,13 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 KERNEL void gemm(const gemm_task *task, int planes)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
+    memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
         const uint8_t *body = task->body[t];
-        group_view view = {.a = task->a, .meta = task->meta, .column = t * TILE_N};
-        for (view.g = 0; view.g < task->num_groups; view.g++) {
-            const group_header header = load_header(task->header[t] + view.g * GROUP_HEADER_BYTES);
-            view.blocks = view.g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+        group_view view = {.a = task->a, .meta = task->meta, .sums = task->scratch->sums + t * TILE_N};
+        for (int g = 0; g < task->num_groups; g++) {
+            const group_header header = load_header(task->header[t] + g * GROUP_HEADER_BYTES);
+            view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
             if (task->m * planes <= PACKED_PLANE_ROWS) {
                 view.weights = body;
                 rows_of_group(task, &view, &header, planes, 1);
@@ -45,4 +46,5 @@ KERNEL void gemm(const gemm_task *task, int planes)
             view.meta += task->meta_group_stride;
         }
     }
+    finish(task, num_tiles * TILE_N);
 }
