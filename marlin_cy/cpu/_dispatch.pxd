@@ -27,6 +27,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct gemm_task:
         const uint8_t *header[2]
         const uint8_t *body[2]
+        const uint8_t *next[2]
         int num_groups
         int group_blocks
         int last_group_blocks

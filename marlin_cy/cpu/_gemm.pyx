@@ -62,15 +62,37 @@ cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil:
     return most_items * num_chunks(job) if num_chunks(job) > 1 and panels(job) < most_items else 0
 
 
-cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, int64_t tile1, int64_t chunk_begin,
-                   int64_t chunk_end, float *out, gemm_scratch *scratch) noexcept nogil:
-    """Sum chunks of two tiles (``tile1`` < 0: of one) into ``out``."""
-    cdef packed_view store = job.store
-    cdef gemm_task task
+cdef struct tile_pair:
+    const uint8_t *tile[2]      # packed tiles; the second is NULL where an item has one
+
+
+cdef tile_pair tiles_of(const gemm_job *job, int64_t item) noexcept nogil:
+    """The packed tiles of an item."""
+    cdef int64_t num_panels = panels(job), panel = item % num_panels, tile
+    cdef const uint8_t *expert = job.store.data + job.blocks[item // num_panels].expert * job.store.expert_stride
+    cdef tile_pair pair
+    if job.inner:
+        # inner is the K of the second product, so a multiple of 32: the ups of a tile of gates are a tile too.
+        pair.tile[0] = expert + panel * job.store.tile_stride
+        pair.tile[1] = pair.tile[0] + job.inner // TILE_N * job.store.tile_stride
+    else:
+        tile = first_tile(job) + 2 * panel
+        pair.tile[0] = expert + tile * job.store.tile_stride
+        pair.tile[1] = pair.tile[0] + job.store.tile_stride if tile < (job.column_end - 1) // TILE_N else NULL
+    return pair
+
+
+cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64_t chunk_end, float *out,
+                   gemm_scratch *scratch) noexcept nogil:
+    """The sums of an item over some chunks."""
+    cdef const packed_view *store = &job.store
+    cdef const row_block *block = job.blocks + item // panels(job)
     cdef gemm_fn *gemm = job.table.gemm_i16 if job.planes == 2 else job.table.gemm_i8
-    cdef const uint8_t *expert = store.data + block.expert * store.expert_stride
-    cdef const uint8_t *record
-    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk, group, groups, k
+    cdef tile_pair pair = tiles_of(job, item)
+    cdef tile_pair following = tiles_of(job, min(item + 1, job.num_blocks * panels(job) - 1))
+    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // BLOCK_K * BLOCK_BYTES
+    cdef int64_t chunk, group, groups
+    cdef gemm_task task
     cdef int t
     task.group_blocks = store.group_size // BLOCK_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
@@ -80,16 +102,19 @@ cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, i
     task.m = <int>block.count
     task.out = out
     task.scratch = scratch
-    task.header[1] = NULL
-    task.body[1] = NULL
     for chunk in range(chunk_begin, chunk_end):
         group = chunk * chunk_groups
         groups = min(chunk_groups, store.num_groups - group)
-        k = group * store.group_size
-        for t in range(1 if tile1 < 0 else 2):
-            record = expert + (tile1 if t else tile0) * store.tile_stride
-            task.header[t] = record + group * GROUP_HEADER_BYTES
-            task.body[t] = record + store.header_bytes + k // BLOCK_K * BLOCK_BYTES
+        for t in range(2):
+            if pair.tile[t] is NULL:
+                task.header[t] = task.body[t] = NULL
+                continue
+            task.header[t] = pair.tile[t] + group * GROUP_HEADER_BYTES
+            task.body[t] = pair.tile[t] + store.header_bytes + chunk * chunk_bytes
+            if chunk + 1 < chunk_end:
+                task.next[t] = task.body[t] + chunk_bytes
+            else:
+                task.next[t] = following.tile[0] if following.tile[t] is NULL else following.tile[t]
         task.num_groups = <int>groups
         task.last_group_blocks = <int>(
             min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // BLOCK_K)
@@ -97,21 +122,6 @@ cdef void run_task(const gemm_job *job, const row_block *block, int64_t tile0, i
         task.meta = job.meta + group * task.meta_group_stride
         task.accumulate = chunk > chunk_begin
         gemm(&task)
-
-
-cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64_t chunk_end, float *out,
-                   gemm_scratch *scratch) noexcept nogil:
-    """The sums of an item over some chunks."""
-    cdef int64_t num_panels = panels(job)
-    cdef const row_block *block = job.blocks + item // num_panels
-    cdef int64_t panel = item % num_panels, tile, last_tile
-    if job.inner == 0:
-        tile = first_tile(job) + 2 * panel
-        last_tile = (job.column_end - 1) // TILE_N
-        run_task(job, block, tile, tile + 1 if tile < last_tile else -1, chunk_begin, chunk_end, out, scratch)
-        return
-    # inner is the K of the second product, so a multiple of 32: the ups of a tile of gates are a tile too.
-    run_task(job, block, panel, job.inner // TILE_N + panel, chunk_begin, chunk_end, out, scratch)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 #pragma GCC unroll 4
         for (int b = 0; b < BLOCKS_PER_16BIT_SUM; b++) {
             __m256i w[2][2];
-            load_block(w, view->weights, block + b, packed);
+            load_block(w, view, block + b, packed);
 #pragma GCC unroll 2
             for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8

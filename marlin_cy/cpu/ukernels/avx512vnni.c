@@ -24,6 +24,7 @@ enum {
 
 typedef struct {
     const uint8_t *packed[2]; /* blocks of this group, per tile */
+    const uint8_t *ahead[2];  /* what to prefetch while they are read, a block a block */
     const uint8_t *unpacked;  /* the same as bytes, both tiles */
     int blocks;
     const int8_t *a;
@@ -50,13 +51,13 @@ KERNEL void load_header(group_view *view, int t, const uint8_t *header)
     view->minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
 }
 
-KERNEL void unpack_group(uint8_t *w, const uint8_t *const packed[2], int blocks, int tiles)
+KERNEL void unpack_group(uint8_t *w, const group_view *view, int tiles)
 {
     const __m512i mask = _mm512_set1_epi8(15);
-    for (int b = 0; b < blocks; b++, w += UNPACKED_BLOCK)
+    for (int b = 0; b < view->blocks; b++, w += UNPACKED_BLOCK)
         for (int t = 0; t < tiles; t++) {
-            const __m512i both = _mm512_load_si512(packed[t] + b * BLOCK_BYTES);
-            _mm_prefetch((const char *)packed[t] + b * BLOCK_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
+            const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
+            _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
             _mm512_store_si512(w + t * BLOCK_BYTES, _mm512_and_si512(both, mask));
             _mm512_store_si512(w + (2 + t) * BLOCK_BYTES, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
         }
@@ -69,7 +70,7 @@ KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles
     for (int t = 0; t < tiles; t++) {
         if (packed) {
             const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
-            _mm_prefetch((const char *)view->packed[t] + b * BLOCK_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
+            _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
             w[0][t] = _mm512_and_si512(both, mask);
             w[1][t] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
         } else {
@@ -155,14 +156,18 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         .meta = task->meta,
     };
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
+    const ptrdiff_t bytes = task_bytes(task);
     for (int g = 0; g < task->num_groups; g++) {
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        for (int t = 0; t < tiles; t++)
+        for (int t = 0; t < tiles; t++) {
+            const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_BYTES;
+            view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES);
+        }
         if (task->m * planes <= PLANE_ROWS) {
             rows_of_group(task, &view, planes, tiles, 1);
         } else {
-            unpack_group(task->scratch->weights, view.packed, view.blocks, tiles);
+            unpack_group(task->scratch->weights, &view, tiles);
             rows_of_group(task, &view, planes, tiles, 0);
         }
         for (int t = 0; t < tiles; t++)

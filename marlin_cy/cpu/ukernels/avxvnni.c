@@ -29,7 +29,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     for (int block = 0; block < view->blocks; block++) {
         __m256i w[2][2];
-        load_block(w, view->weights, block, packed);
+        load_block(w, view, block, packed);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8

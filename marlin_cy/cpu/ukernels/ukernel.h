@@ -72,11 +72,12 @@ typedef struct {
  *
  * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Everything that is
  * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (8) and rows (4). Nothing
- * overlaps. 1 <= m <= MAX_ROWS, num_groups >= 1.
+ * overlaps; next may be any address. 1 <= m <= MAX_ROWS, num_groups >= 1.
  */
 typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
+    const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
     int num_groups;
     int group_blocks;      /* blocks in every group but the last */
     int last_group_blocks; /* blocks in the last */
@@ -90,6 +91,12 @@ typedef struct {
     float *out;
     gemm_scratch *scratch;
 } gemm_task;
+
+/* Bytes of a task's blocks, in each tile. */
+static inline ptrdiff_t task_bytes(const gemm_task *task)
+{
+    return ((ptrdiff_t)(task->num_groups - 1) * task->group_blocks + task->last_group_blocks) * BLOCK_BYTES;
+}
 
 /* Quantise one row of k finite or non-finite floats, group by group (the last may be shorter):
  *

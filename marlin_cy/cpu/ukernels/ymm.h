@@ -41,14 +41,24 @@ YMM group_header load_header(const uint8_t *header)
     return h;
 }
 
+/* One group of one tile, as the micro-kernel sees it. */
+typedef struct {
+    const uint8_t *weights; /* packed, or unpacked by unpack_group */
+    const uint8_t *ahead;   /* what to prefetch while packed weights are read, a block a block */
+    int blocks;
+    const int8_t *a;
+    const act_meta *meta;
+    float *sums; /* the tile's first column in row 0 of the task's sums */
+} group_view;
+
 /* Unpacked order: per block 32 bytes of (values 0-3, half 0), (0-3, half 1), (4-7, 0), (4-7, 1). */
-YMM void unpack_group(uint8_t *w, const uint8_t *blocks, int num_blocks)
+YMM void unpack_group(uint8_t *w, const group_view *view)
 {
     const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < 2 * num_blocks; i++) {
+    for (int i = 0; i < 2 * view->blocks; i++) {
         if (i % 2 == 0)
-            _mm_prefetch((const char *)blocks + 32 * i + PREFETCH_BYTES, _MM_HINT_T0);
-        const __m256i packed = _mm256_load_si256((const __m256i *)(blocks + 32 * i));
+            _mm_prefetch((const char *)view->ahead + 32 * i, _MM_HINT_T0);
+        const __m256i packed = _mm256_load_si256((const __m256i *)(view->weights + 32 * i));
         uint8_t *to = w + i / 2 * 128 + i % 2 * 32;
         _mm256_store_si256((__m256i *)to, _mm256_and_si256(packed, mask));
         _mm256_store_si256((__m256i *)(to + 64), _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask));
@@ -56,11 +66,12 @@ YMM void unpack_group(uint8_t *w, const uint8_t *blocks, int num_blocks)
 }
 
 /* The weights of one block as bytes: w[values 0-3 or 4-7][half]. `packed` is a constant. */
-YMM void load_block(__m256i w[2][2], const uint8_t *blocks, int b, int packed)
+YMM void load_block(__m256i w[2][2], const group_view *view, int b, int packed)
 {
+    const uint8_t *const blocks = view->weights;
     const __m256i mask = _mm256_set1_epi8(15);
     if (packed)
-        _mm_prefetch((const char *)blocks + b * BLOCK_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)view->ahead + b * BLOCK_BYTES, _MM_HINT_T0);
     for (int half = 0; half < 2; half++) {
         if (packed) {
             const __m256i both = _mm256_load_si256((const __m256i *)(blocks + b * BLOCK_BYTES + 32 * half));
@@ -72,15 +83,6 @@ YMM void load_block(__m256i w[2][2], const uint8_t *blocks, int b, int packed)
         }
     }
 }
-
-/* One group of one tile, as the micro-kernel sees it. */
-typedef struct {
-    const uint8_t *weights; /* packed, or unpacked by unpack_group */
-    int blocks;
-    const int8_t *a;
-    const act_meta *meta;
-    float *sums; /* the tile's first column in row 0 of the task's sums */
-} group_view;
 
 /* The float step of one row and half: `total` already has the zero point taken off. */
 YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)

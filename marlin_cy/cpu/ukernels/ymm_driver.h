@@ -26,18 +26,21 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 KERNEL void gemm(const gemm_task *task, int planes)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
+    const ptrdiff_t bytes = task_bytes(task);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
-        const uint8_t *body = task->body[t];
+        const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
         group_view view = {.a = task->a, .meta = task->meta, .sums = task->scratch->sums + t * TILE_N};
         for (int g = 0; g < task->num_groups; g++) {
             const group_header header = load_header(task->header[t] + g * GROUP_HEADER_BYTES);
             view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+            const ptrdiff_t ahead = body - task->body[t] + PREFETCH_BYTES;
+            view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
+            view.weights = body;
             if (task->m * planes <= PACKED_PLANE_ROWS) {
-                view.weights = body;
                 rows_of_group(task, &view, &header, planes, 1);
             } else {
-                unpack_group(task->scratch->weights, body, view.blocks);
+                unpack_group(task->scratch->weights, &view);
                 view.weights = task->scratch->weights;
                 rows_of_group(task, &view, &header, planes, 0);
             }
