@@ -13,6 +13,9 @@ cdef enum:
 cdef struct thread_area:
     gemm_scratch scratch
     float[OUT_FLOATS] out
+    int64_t next_item           # of this thread's share of the list; all threads take from it
+    int64_t end_item
+    int64_t[6] padding          # to a whole number of cache lines
 
 cdef struct row_block:
     int64_t expert

@@ -10,7 +10,7 @@ threads busy, each chunk is an item of its own (split-K), which leaves its sums 
 the bits do not depend on the number of threads.
 """
 
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport qsort
 from libc.string cimport memset
@@ -28,10 +28,27 @@ cdef enum:
     ROW_STEP = 8
     # Fewer items than this per thread leave threads idle at the end: then K is split.
     MIN_ITEMS_PER_THREAD = 4
-    # Items taken at a time, so that a thread streams neighbouring tiles, and how many such turns a
-    # thread should have at least, so that a slow one does not hold up the rest.
+    # Items taken at a time, and how many such turns a thread should have at least, so that one that is
+    # slow, or has other work to do, does not hold up the rest.
     MAX_ITEMS_PER_TURN = 8
     TURNS_PER_THREAD = 32
+
+
+cdef extern from *:
+    """
+    #ifdef _MSC_VER
+    #include <intrin.h>
+    static int64_t fetch_add(int64_t *value, int64_t increment) { return _InterlockedExchangeAdd64(value, increment); }
+    #else
+    static int64_t fetch_add(int64_t *value, int64_t increment)
+    {
+        return __atomic_fetch_add(value, increment, __ATOMIC_RELAXED);
+    }
+    #endif
+    """
+    int64_t fetch_add(int64_t *value, int64_t increment) nogil
+
+ctypedef void item_fn(const gemm_job *job, int64_t item, int thread) noexcept nogil
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,7 +178,7 @@ cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept no
              &job.areas[thread].scratch)
 
 
-cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
+cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), chunk, i
     cdef float *out = job.slots + item * chunks * OUT_FLOATS
     cdef const float *slot
@@ -172,18 +189,41 @@ cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
     finish_item(job, item, out)
 
 
+cdef void work(const gemm_job *job, int thread, int num_threads, int64_t turn, item_fn *do_item) noexcept nogil:
+    """Do a thread's own share of the list, then what others have not yet taken of theirs."""
+    cdef int64_t begin, item
+    cdef int other
+    cdef thread_area *area
+    for other in range(num_threads):
+        area = job.areas + (thread + other) % num_threads
+        begin = fetch_add(&area.next_item, turn)
+        while begin < area.end_item:
+            for item in range(begin, min(begin + turn, area.end_item)):
+                do_item(job, item, thread)
+            begin = fetch_add(&area.next_item, turn)
+
+
+cdef void share_out(const gemm_job *job, int64_t items, int64_t max_turn, int num_threads,
+                    item_fn *do_item) noexcept nogil:
+    """One prange over the list. Each thread begins at its own share of it: there it streams neighbouring
+    tiles, and mostly multiplies rows that it has quantised itself and still has in its cache."""
+    cdef int64_t turn = min(max_turn, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
+    cdef int thread
+    for thread in range(num_threads):
+        job.areas[thread].next_item = items * thread // num_threads
+        job.areas[thread].end_item = items * (thread + 1) // num_threads
+    for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
+        work(job, thread, num_threads, turn, do_item)
+
+
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
     """Do a job on ``num_threads`` threads."""
-    cdef int64_t items = job.num_blocks * panels(job), i
-    cdef int64_t turn = min(<int64_t>MAX_ITEMS_PER_TURN, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
-    if not is_split(job, num_threads):
-        for i in prange(items, num_threads=num_threads, schedule="dynamic", chunksize=turn):
-            whole_item(job, i, threadid())
-        return
-    for i in prange(items * num_chunks(job), num_threads=num_threads, schedule="dynamic", chunksize=1):
-        split_item(job, i, threadid())
-    for i in prange(items, num_threads=num_threads, schedule="dynamic", chunksize=1):
-        join_item(job, i)
+    cdef int64_t items = job.num_blocks * panels(job)
+    if is_split(job, num_threads):
+        share_out(job, items * num_chunks(job), 1, num_threads, split_item)
+        share_out(job, items, 1, num_threads, join_item)
+    else:
+        share_out(job, items, MAX_ITEMS_PER_TURN, num_threads, whole_item)
 
 
 # ---------------------------------------------------------------------------------------------

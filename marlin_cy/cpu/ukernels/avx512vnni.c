@@ -19,7 +19,7 @@
 enum {
     PLANE_ROWS = 8,
     UNPACKED_BLOCK = 4 * BLOCK_BYTES, /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
-    PREFETCH_BYTES = 2048,            /* ahead in each of the two streams; 1024 reads 3% less, 4096 no more, none 15% less */
+    PREFETCH_BYTES = 3072,            /* ahead in each of the two streams: 1024 reads 6% less, 8192 8% less */
 };
 
 typedef struct {
