@@ -22,7 +22,7 @@ enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6, BLOCKS_PER_16BIT_SUM = 4 
 
 /* rows, planes and packed are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                      int planes, int packed)
+                         int planes, int packed)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
     const int8_t *a[UNPACKED_PLANE_ROWS];
@@ -77,9 +77,8 @@ TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
 
 /* 32 values at a time, four blocks: 32-bit values go down to bytes by two saturating packs, whose
  * 128-bit halves one permutation of 32-bit lanes then puts in order. */
-TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes,
-                                                                  int8_t *a, ptrdiff_t a_group_stride, act_meta *meta,
-                                                                  ptrdiff_t meta_group_stride)
+TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
+                                ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
 {
     const float qmax = planes == 2 ? 32639.0f : 127.0f;
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);

@@ -72,53 +72,55 @@ int isa_list(isa_info *info)
     return count;
 }
 
+/* The kernels of each ISA of isa_list, and the ISA whose entries it inherits where it has none. */
+static const struct {
+    const ukernel_table *kernels;
+    int parent;
+} lineage[] = {
+    {&ukernels_generic, -1},
 #ifdef MARLIN_CY_X86
-static void override(ukernel_table *table, const ukernel_table *by)
-{
-    table->name = by->name;
-    if (by->gemm_i16)
-        table->gemm_i16 = by->gemm_i16;
-    if (by->gemm_i8)
-        table->gemm_i8 = by->gemm_i8;
-    if (by->quantize_row)
-        table->quantize_row = by->quantize_row;
-    if (by->widen)
-        table->widen = by->widen;
-    if (by->narrow)
-        table->narrow = by->narrow;
-    if (by->store_rows)
-        table->store_rows = by->store_rows;
-    if (by->gate_rows)
-        table->gate_rows = by->gate_rows;
-    if (by->axpy)
-        table->axpy = by->axpy;
-    if (by->softmax)
-        table->softmax = by->softmax;
-}
+    {&ukernels_avx2, 0},
+#ifdef MARLIN_CY_AVXVNNI
+    {&ukernels_avxvnni, 1},
+#else
+    {NULL, 1},
 #endif
+    {&ukernels_avx512vnni, 1},
+#endif
+};
+
+static void install(ukernel_table *table, int isa)
+{
+    if (lineage[isa].parent >= 0)
+        install(table, lineage[isa].parent);
+    const ukernel_table *by = lineage[isa].kernels;
+#define OVERRIDE(entry)      \
+    if (by->entry)           \
+        table->entry = by->entry
+    OVERRIDE(name);
+    OVERRIDE(gemm_i16);
+    OVERRIDE(gemm_i8);
+    OVERRIDE(quantize_row);
+    OVERRIDE(widen);
+    OVERRIDE(narrow);
+    OVERRIDE(store_rows);
+    OVERRIDE(gate_rows);
+    OVERRIDE(axpy);
+    OVERRIDE(softmax);
+#undef OVERRIDE
+}
 
 const ukernel_table *isa_table(const char *name)
 {
     static ukernel_table tables[ISA_MAX];
     isa_info info[ISA_MAX];
     const int count = isa_list(info);
-    for (int i = 0; i < count; i++) {
-        if (strcmp(info[i].name, name) != 0)
-            continue;
-        if (!info[i].available)
-            return NULL;
-        tables[i] = ukernels_generic;
-#ifdef MARLIN_CY_X86
-        if (i >= 1)
-            override(&tables[i], &ukernels_avx2);
-#ifdef MARLIN_CY_AVXVNNI
-        if (i == 2)
-            override(&tables[i], &ukernels_avxvnni);
-#endif
-        if (i == 3)
-            override(&tables[i], &ukernels_avx512vnni);
-#endif
-        return &tables[i];
-    }
+    for (int isa = 0; isa < count; isa++)
+        if (strcmp(info[isa].name, name) == 0) {
+            if (!info[isa].available)
+                return NULL;
+            install(&tables[isa], isa);
+            return &tables[isa];
+        }
     return NULL;
 }

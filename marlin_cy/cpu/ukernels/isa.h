@@ -15,7 +15,7 @@ typedef struct {
 /* All ISAs of this architecture, from the most general to the most specific; returns how many. */
 int isa_list(isa_info *info);
 
-/* The complete table of an ISA (entries that it lacks inherited from the one before it), or NULL
+/* The complete table of an ISA (entries that it lacks inherited from a more general one), or NULL
  * when the name is unknown or this machine cannot run it. */
 const ukernel_table *isa_table(const char *name);
 

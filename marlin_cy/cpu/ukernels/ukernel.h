@@ -1,6 +1,6 @@
 /* The contract between the framework (Cython: tiles, rows, threads, workspace) and the code that
- * knows an instruction set. Every ISA fills one `ukernel_table`; a NULL entry is inherited from the
- * ISA before it in isa.c.
+ * knows an instruction set. Every ISA fills one `ukernel_table`; a NULL entry is inherited from
+ * the more general ISA that isa.c names.
  *
  * Whatever the ISA, the same input gives the same bits: integer sums are exact, and the float steps
  * are those of marlin_cy/reference.py, in its order, each rounded to nearest even.
