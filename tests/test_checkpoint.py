@@ -26,10 +26,11 @@ from checkpoint_files import (
 from safetensors.numpy import load_file, save_file
 
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoint import FAMILIES, MoeSpec, QuantizationConfig, open_checkpoint
+from marlin_cy.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 from marlin_cy.interface import Backend, StackBuilder
+from marlin_cy.model_config import FAMILIES, MoeSpec, QuantizationConfig
 from marlin_cy.safetensors_file import SafetensorsFile
 
 SHIPPED = Path(__file__).parents[1] / "marlin_cy" / "data" / "tiny-qwen3-moe-gptq-int4"
