@@ -4,9 +4,10 @@ import threading
 
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, random_g_idx, random_problem
+from problems import G_IDX_MODES, activations, random_g_idx, random_problem
 
-from marlin_cy.cpu.layout import group_order, pack_tiles
+from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
+from marlin_cy.cpu.layout import TileLayout, group_order, pack_tiles
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight
 
@@ -84,6 +85,25 @@ def test_size_beside_the_checkpoint(cpu_backend, rng, checkpoint_format):
     problem = random_problem(rng, 2, 2048, 1536, 128, checkpoint_format=checkpoint_format)
     checkpoint = sum(array.nbytes for arrays in problem.tensors() for array in arrays)
     assert problem.stack(cpu_backend).metadata.packed_bytes <= 1.05 * checkpoint
+
+
+def test_stack_of_more_than_2_to_the_31_bytes(cpu_backend, rng):
+    """Only the last expert is packed: pages of the others are never touched, and so cost no memory."""
+    problem = random_problem(rng, 1, 4096, 64, 128)
+    size = TileLayout(4096, 64, 128).expert_stride
+    num_experts = 2**31 // size + 2
+    store = CpuGptqStore(num_experts, 4096, 64, 128, [None] * num_experts)
+    store.pack(num_experts - 1, 0, problem.canonical(0))
+    stack = CpuMarlinExpertStack(store, num_experts, 64, 4096)
+    x, out = activations(rng, 3, 4096), np.empty((3, 64), np.float32)
+    stack.gemm_phase_batched(cpu_backend.new_context(), x, [(num_experts - 1, 0, 0, 3)], out, 4096)
+    assert store.data.nbytes > 2**31
+    np.testing.assert_array_equal(out, problem.reference(0, x))
+
+
+def test_refuses_what_memory_cannot_hold(cpu_backend):
+    with pytest.raises(MemoryError, match=r"packed weights: could not allocate \d+ bytes"):
+        cpu_backend.new_stack_builder(2**20, 2**17, 2**17, group_size=128)
 
 
 def test_store_shares_equal_orders(cpu_backend, rng):

@@ -25,7 +25,10 @@ def allocate_pages(int64_t nbytes):
     Streaming gigabytes of weights through 4 KiB pages costs a page walk every 64 cache lines.
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, nbytes, **private)
+    try:
+        pages = mmap.mmap(-1, nbytes, **private)
+    except OSError as error:
+        raise MemoryError(f"packed weights: could not allocate {nbytes} bytes ({error.strerror})") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
