@@ -1,7 +1,7 @@
 /* Portable C: runs everywhere, and is what every other ISA is held to.
  *
  * Activations are put together from their planes, weights are unpacked to 16 bits one group at a
- * time, and the products are 16 x 16 -> 32 bits in loops that compilers vectorise (SSE2, NEON).
+ * time, and the products are 16 x 16 -> 32 bits, summed along K in a loop that compilers vectorise.
  */
 #define ROWOPS static inline
 #include "rowops.h"
@@ -103,58 +103,68 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
     }
 }
 
-/* 16-bit weights [k][16] of one tile's group. */
+/* 16-bit weights [column][k] of one tile's group. */
 static void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks)
 {
-    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += BLOCK_K * TILE_N)
-        for (int t = 0; t < 4; t++)
-            for (int c = 0; c < TILE_N; c++) {
-                w[t * TILE_N + c] = blocks[4 * c + t] & 15;
-                w[(t + 4) * TILE_N + c] = blocks[4 * c + t] >> 4;
+    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += BLOCK_K)
+        for (int c = 0; c < TILE_N; c++)
+            for (int t = 0; t < 4; t++) {
+                w[c * MAX_GROUP_K + t] = blocks[4 * c + t] & 15;
+                w[c * MAX_GROUP_K + t + 4] = blocks[4 * c + t] >> 4;
             }
+}
+
+/* One row's group as 16-bit values. */
+static inline void join_planes(int16_t *restrict x, const int8_t *restrict a, int num_blocks, int planes)
+{
+    for (int b = 0; b < num_blocks; b++, x += BLOCK_K, a += BLOCK_K * planes)
+        for (int i = 0; i < BLOCK_K; i++)
+            x[i] = (int16_t)(planes == 2 ? a[i] * 256 + a[i + BLOCK_K] : a[i]);
+}
+
+/* The form that compilers turn into pmaddwd or smlal. */
+static int32_t dot_product(const int16_t *restrict w, const int16_t *restrict x, int k)
+{
+    int32_t dot = 0;
+    for (int i = 0; i < k; i++)
+        dot += w[i] * x[i];
+    return dot;
 }
 
 static inline void gemm(const gemm_task *task, int planes)
 {
+    enum { TILE_WEIGHTS = TILE_N * MAX_GROUP_K };
     int16_t *const weights = (int16_t *)(void *)task->scratch->weights;
     float *const sums = task->scratch->sums;
     const int num_tiles = task->header[1] ? 2 : 1;
-    const uint8_t *header[2] = {task->header[0], task->header[1]}, *body[2] = {task->body[0], task->body[1]};
-    const int8_t *a = task->a;
-    const act_meta *meta = task->meta;
+    const uint8_t *body[2] = {task->body[0], task->body[1]};
 
-    for (int g = 0; g < task->num_groups; g++, a += task->a_group_stride, meta += task->meta_group_stride) {
+    for (int g = 0; g < task->num_groups; g++) {
         const int last = g == task->num_groups - 1;
         const int blocks = last ? task->last_group_blocks : task->group_blocks;
+        float scale[PAIR_N];
+        int32_t zero[PAIR_N];
         for (int t = 0; t < num_tiles; t++) {
-            float scale[TILE_N];
-            int32_t zero[TILE_N];
+            const uint8_t *header = task->header[t] + g * GROUP_HEADER_BYTES;
             for (int c = 0; c < TILE_N; c++) {
-                scale[c] = half_to_float((uint16_t)(header[t][2 * c] | header[t][2 * c + 1] << 8));
-                zero[c] = header[t][2 * TILE_N + c];
+                scale[t * TILE_N + c] = half_to_float((uint16_t)(header[2 * c] | header[2 * c + 1] << 8));
+                zero[t * TILE_N + c] = header[2 * TILE_N + c];
             }
-            unpack_group(weights, body[t], blocks);
-            for (int r = 0; r < task->m; r++) {
-                const int8_t *row = a + task->rows[r] * task->a_row_stride;
-                const act_meta *row_meta = meta + task->rows[r];
-                const int32_t total = (row_meta->sum_split >> 16) * 256 + (row_meta->sum_split & 0xffff);
-                int32_t dot[TILE_N] = {0};
-                for (int k = 0; k < blocks * BLOCK_K; k++) {
-                    const int8_t *value = row + k / BLOCK_K * (BLOCK_K * planes) + k % BLOCK_K;
-                    const int16_t x = (int16_t)(planes == 2 ? value[0] * 256 + value[BLOCK_K] : value[0]);
-                    for (int c = 0; c < TILE_N; c++)
-                        dot[c] += weights[k * TILE_N + c] * x;
-                }
-                float *sum = sums + r * PAIR_N + t * TILE_N, *out = task->out + r * PAIR_N + t * TILE_N;
-                for (int c = 0; c < TILE_N; c++) {
-                    const float s = row_meta->scale * scale[c];
-                    sum[c] = fmaf((float)(dot[c] - zero[c] * total), s, g ? sum[c] : 0.0f);
-                    if (last)
-                        out[c] = task->accumulate ? out[c] + sum[c] : sum[c];
-                }
-            }
-            header[t] += GROUP_HEADER_BYTES;
+            unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks);
             body[t] += blocks * BLOCK_BYTES;
+        }
+        for (int r = 0; r < task->m; r++) {
+            const act_meta *meta = task->meta + g * task->meta_group_stride + task->rows[r];
+            const int32_t total = (meta->sum_split >> 16) * 256 + (meta->sum_split & 0xffff);
+            float *sum = sums + r * PAIR_N, *out = task->out + r * PAIR_N;
+            int16_t x[MAX_GROUP_K];
+            join_planes(x, task->a + g * task->a_group_stride + task->rows[r] * task->a_row_stride, blocks, planes);
+            for (int c = 0; c < num_tiles * TILE_N; c++) {
+                const int32_t dot = dot_product(weights + c * MAX_GROUP_K, x, blocks * BLOCK_K);
+                sum[c] = fmaf((float)(dot - zero[c] * total), meta->scale * scale[c], g ? sum[c] : 0.0f);
+                if (last)
+                    out[c] = task->accumulate ? out[c] + sum[c] : sum[c];
+            }
         }
     }
 }
