@@ -179,12 +179,12 @@ cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept no
 
 
 cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
-    cdef int64_t chunks = num_chunks(job), chunk, i
+    cdef int64_t chunks = num_chunks(job), written = job.blocks[item // panels(job)].count * PAIR_N, chunk, i
     cdef float *out = job.slots + item * chunks * OUT_FLOATS
     cdef const float *slot
     for chunk in range(1, chunks):
         slot = out + chunk * OUT_FLOATS
-        for i in range(OUT_FLOATS):
+        for i in range(written):
             out[i] += slot[i]
     finish_item(job, item, out)
 
@@ -329,8 +329,8 @@ cdef void set_output(gemm_job *job, const matrix *output, int64_t column) noexce
     job.out_width = output.width
 
 
-cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan, const matrix *input, gemm_job *job,
-                  ) except -1:
+cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan, const matrix *input,
+                  gemm_job *job) except -1:
     """Quantise the rows of a plan and multiply them by their experts."""
     cdef quantize_job quantize
     cdef int64_t row_floats = row_buffer_floats(store.k, store.view.packed_k), slots

@@ -12,6 +12,7 @@
 
 #ifdef MARLIN_CY_X86
 #define ROWOPS static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#include "quantize.h"
 #include "rowops.h"
 #include "ymm.h"
 
@@ -94,13 +95,9 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
         max4 = _mm_max_epu32(max4, _mm_shuffle_epi32(max4, 0x4e));
         max4 = _mm_max_epu32(max4, _mm_shuffle_epi32(max4, 0xb1));
         const uint32_t amax_bits = (uint32_t)_mm_cvtsi128_si32(max4);
-        const float amax = bits_float(amax_bits);
-        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
-            memset(a, 0, (size_t)(size * planes));
-            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
-            meta->sum_split = 0;
+        const float amax = group_amax(amax_bits, a, size * planes, meta);
+        if (amax == 0.0f)
             continue;
-        }
         const __m256 inverse = _mm256_set1_ps(qmax / amax);
         __m256i sums = _mm256_setzero_si256();
         for (int i = 0; i < size; i += 32) {
@@ -131,8 +128,7 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
         sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
         sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1));
         const int32_t sum = _mm_cvtsi128_si32(sum4);
-        meta->scale = amax / qmax;
-        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+        *meta = group_meta(amax / qmax, sum);
     }
 }
 

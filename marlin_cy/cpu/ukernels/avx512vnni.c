@@ -9,8 +9,9 @@
 
 #ifdef MARLIN_CY_X86
 #include <immintrin.h>
-#include <math.h>
 #include <string.h>
+
+#include "quantize.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 #define KERNEL \
@@ -205,14 +206,9 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
         for (int i = 0; i < size; i += 16)
             max_bits = _mm512_max_epu32(max_bits, _mm512_and_si512(magnitude, _mm512_loadu_si512(group + i)));
         const uint32_t amax_bits = _mm512_reduce_max_epu32(max_bits);
-        float amax;
-        memcpy(&amax, &amax_bits, sizeof amax);
-        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
-            memset(a, 0, (size_t)(size * planes));
-            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
-            meta->sum_split = 0;
+        const float amax = group_amax(amax_bits, a, size * planes, meta);
+        if (amax == 0.0f)
             continue;
-        }
         const __m512 inverse = _mm512_set1_ps(qmax / amax);
         __m512i sums = _mm512_setzero_si512();
         for (int i = 0; i < size; i += 16) {
@@ -228,8 +224,7 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
             _mm_storeu_si128((__m128i *)(a + 2 * i + 16), _mm_unpackhi_epi64(high, low));
         }
         const int32_t sum = _mm512_reduce_add_epi32(sums);
-        meta->scale = amax / qmax;
-        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+        *meta = group_meta(amax / qmax, sum);
     }
 }
 

@@ -4,6 +4,7 @@
  * time, and the products are 16 x 16 -> 32 bits, summed along K in a loop that compilers vectorise.
  */
 #define ROWOPS static inline
+#include "quantize.h"
 #include "rowops.h"
 
 static float half_to_float(uint16_t half)
@@ -77,13 +78,9 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
             uint32_t bits = float_bits(x[begin + i]) & 0x7fffffff;
             amax_bits = bits > amax_bits ? bits : amax_bits;
         }
-        const float amax = bits_float(amax_bits);
-        if (amax_bits >= 0x7f800000 || amax < QUANTIZE_MIN_AMAX) {
-            memset(a, 0, (size_t)(size * planes));
-            meta->scale = amax_bits >= 0x7f800000 ? NAN : 0.0f;
-            meta->sum_split = 0;
+        const float amax = group_amax(amax_bits, a, size * planes, meta);
+        if (amax == 0.0f)
             continue;
-        }
         const float inverse = qmax / amax;
         int32_t sum = 0;
         for (int i = 0; i < size; i++) {
@@ -98,8 +95,7 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
                 block[0] = (int8_t)value;
             }
         }
-        meta->scale = amax / qmax;
-        meta->sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16);
+        *meta = group_meta(amax / qmax, sum);
     }
 }
 

@@ -1,0 +1,30 @@
+/* What quantize_row does once a group, the same for every ISA. */
+#ifndef MARLIN_CY_QUANTIZE_H
+#define MARLIN_CY_QUANTIZE_H
+
+#include <math.h>
+#include <string.h>
+
+#include "ukernel.h"
+
+/* The largest magnitude of a group, from its bits. When the group has no scale of its own (all tiny, or
+ * a NaN or an infinity among its values) its `bytes` values are set to 0, its meta to say so, and the
+ * result is 0: there is nothing left to do. */
+static inline float group_amax(uint32_t amax_bits, int8_t *a, int bytes, act_meta *meta)
+{
+    const int finite = amax_bits < 0x7f800000;
+    float amax;
+    memcpy(&amax, &amax_bits, sizeof amax);
+    if (finite && amax >= QUANTIZE_MIN_AMAX)
+        return amax;
+    memset(a, 0, (size_t)bytes);
+    *meta = (act_meta){finite ? 0.0f : NAN, 0};
+    return 0.0f;
+}
+
+static inline act_meta group_meta(float scale, int32_t sum)
+{
+    return (act_meta){scale, (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16)};
+}
+
+#endif
