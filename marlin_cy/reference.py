@@ -8,7 +8,7 @@ a bound.
 
 import numpy as np
 
-from marlin_cy.cpu.layout import group_order, packed_group_size
+from marlin_cy.formats.order import group_order, packed_group_size
 
 __all__ = [
     "QMAX",

@@ -7,9 +7,10 @@ import pytest
 from problems import G_IDX_MODES, activations, random_g_idx, random_problem
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
-from marlin_cy.cpu.layout import TileLayout, group_order, pack_tiles
+from marlin_cy.cpu.layout import TileLayout, pack_tiles
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight
+from marlin_cy.formats.order import group_order
 
 CACHE_LINE = 64
 

@@ -11,7 +11,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, GROUP_HEADER_BYTES, TILE_N
 
-from marlin_cy.cpu.layout import TileLayout, group_order, packed_group_size, unpack_tiles
+from marlin_cy.cpu.layout import TileLayout, unpack_tiles
+from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
 
 cdef enum:
     # Blocks of K that are packed for all tiles before the next are: their source, 32 rows of N words,
@@ -97,24 +98,12 @@ cdef class CpuGptqStore:
     """
 
     def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx):
-        distinct, order_of = {}, np.empty(num_experts, np.int32)
-        for expert, groups in enumerate(g_idx):
-            key = None if groups is None else groups.tobytes()
-            if key not in distinct:
-                distinct[key] = (len(distinct), group_order(groups, k, group_size))
-            order_of[expert] = distinct[key][0]
         self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
-        self.group_orders = [order for _, order in distinct.values()]
-        self.order_of = order_of
+        self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = TileLayout(packed_k, n, packed_group_size(group_size))
         self.data = allocate_pages(num_experts * self.layout.expert_stride)
-        self.orders = None
-        if any(order.rows is not None for order in self.group_orders):
-            self.orders = np.full((len(self.group_orders), packed_k), -1, np.int32)
-            for index, order in enumerate(self.group_orders):
-                rows = np.arange(k) if order.rows is None else order.rows
-                self.orders[index, : len(rows)] = rows
+        self.orders = rows_of_orders(self.group_orders, k)
         cdef const uint8_t[::1] data = self.data
         cdef const int32_t[::1] orders_of_experts = self.order_of
         cdef const int32_t[:, ::1] orders

@@ -5,68 +5,19 @@ one after another, experts too, each tile a multiple of 64 bytes::
 
     | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
 
-K is cut into groups of :func:`packed_group_size` rows. A weight group that is longer than that is
-several packed groups with the same scale and zero point.
+K is cut into groups, see ``marlin_cy.formats.order``.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["GroupOrder", "TileLayout", "group_order", "pack_tiles", "packed_group_size", "unpack_tiles"]
+__all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
 
 TILE_N = 16
 BLOCK_K = 8
 BLOCK_BYTES = 64
 GROUP_HEADER_BYTES = 48
-MAX_GROUP_K = 128
-GROUP_K_STEP = 32
-
-
-def packed_group_size(group_size):
-    """Rows of K that are quantised together: the weight's group, at most 128 of them."""
-    return min(group_size, MAX_GROUP_K)
-
-
-@dataclass(frozen=True)
-class GroupOrder:
-    """Where each packed row of K comes from.
-
-    Attributes
-    ----------
-    rows : int32 ``[packed_k]`` or None
-        Row of K at each packed position, -1 for padding (a weight of 0); None for K's own order.
-    scale_rows : int32 ``[packed_groups]``
-        Row of ``scale`` and ``zero`` that each packed group uses.
-    packed_k : int
-        Rows after packing: K, more when ``g_idx`` makes groups of unequal lengths.
-    """
-
-    rows: np.ndarray | None
-    scale_rows: np.ndarray
-    packed_k: int
-
-
-def group_order(g_idx, k, group_size):
-    """The order in which rows of K are packed, so that each group's rows lie together.
-
-    Rows of one group keep their order. A group whose length is not a multiple of the packed group
-    size is padded to one, except the last.
-    """
-    step = packed_group_size(group_size)
-    if g_idx is None:
-        scale_rows = np.arange(0, k, step) // group_size
-        return GroupOrder(None, scale_rows.astype(np.int32), k)
-    rows, scale_rows = [], []
-    for group in np.unique(g_idx):
-        members = np.flatnonzero(g_idx == group)
-        pieces = -(-len(members) // step)
-        rows.append(np.pad(members, (0, pieces * step - len(members)), constant_values=-1))
-        scale_rows += [group] * pieces
-    rows = np.concatenate(rows)
-    last_row = int(np.flatnonzero(rows >= 0)[-1])
-    packed_k = -(-(last_row + 1) // GROUP_K_STEP) * GROUP_K_STEP
-    return GroupOrder(rows[:packed_k].astype(np.int32), np.array(scale_rows, np.int32), packed_k)
 
 
 @dataclass(frozen=True)

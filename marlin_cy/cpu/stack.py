@@ -1,26 +1,23 @@
 """The CPU backend: contexts, stacks and linear layers over the packed store."""
 
 import os
-import threading
 from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
 
 from marlin_cy.arguments import integer
+from marlin_cy.builder import N_TILE, CheckedStackBuilder, checked_stack_sizes
 from marlin_cy.cpu import _gemm, _moe, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES, Workspace
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import Int4Weight
-from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
+from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, WeightMetadata
+from marlin_cy.moe.chosen import as_topk
 
 __all__ = ["CpuBackend", "CpuContext", "CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
 
-MAX_ZERO = 16
-N_TILE = 8  # views may begin and end in the middle of a packed tile of 16
 FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
@@ -291,81 +288,19 @@ def as_bias(bias, width):
     return np.array(bias, np.float32, order="C")
 
 
-class CpuStackBuilder(StackBuilder):
+class CpuStackBuilder(CheckedStackBuilder):
     """Packs weights straight into a new store."""
 
     def __init__(self, num_experts, k, n_per_expert, group_size, g_idx):
         self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx)
-        self._g_idx = g_idx
-        self._added = np.zeros((num_experts, n_per_expert), bool)
-        self._lock = threading.Lock()
+        super().__init__(num_experts, k, n_per_expert, group_size, g_idx)
 
-    def add(self, expert, column_offset, weight):
-        store = self._store
-        expert, column_offset = integer("expert", expert), integer("column_offset", column_offset)
-        check_weight(weight)
-        end = column_offset + weight.n
-        if not 0 <= expert < store.num_experts:
-            raise IndexError(f"expert: got {expert}, expected 0 to {store.num_experts - 1}")
-        if column_offset % N_TILE or weight.n % N_TILE:
-            raise ValueError(f"column_offset: got columns {column_offset} to {end}, expected multiples of {N_TILE}")
-        if column_offset < 0 or end > store.n:
-            raise IndexError(f"column_offset: got columns {column_offset} to {end}, expected a part of 0 to {store.n}")
-        if (weight.k, weight.group_size) != (store.k, store.weight_group_size):
-            raise ValueError(
-                f"weight: got k {weight.k} and group_size {weight.group_size}, expected {store.k} and "
-                f"{store.weight_group_size}"
-            )
-        g_idx = gptq.normalised_g_idx(weight.g_idx, store.k, store.weight_group_size)
-        if not same_groups(g_idx, self._g_idx[expert]):
-            raise UnsupportedError(
-                f"weight: its g_idx is not the one that expert {expert} of this stack was made with; parts of one "
-                "expert (gate and up) must order K alike, or be loaded as two stacks"
-            )
-        with self._lock:
-            columns = self._added[expert, column_offset:end]
-            if columns.any():
-                raise ValueError(
-                    f"column_offset: columns {column_offset} to {end} of expert {expert} were added before"
-                )
-            columns[:] = True
-        store.pack(expert, column_offset, weight)
+    def _pack(self, expert, column_offset, weight):
+        self._store.pack(expert, column_offset, weight)
 
-    def finish(self):
-        if not self._added.all():
-            expert, column = np.argwhere(~self._added)[0]
-            raise ValueError(f"finish: column {column} of expert {expert} was not added")
+    def _stack(self):
         store = self._store
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k)
-
-
-def check_weight(weight):
-    """Refuse a weight whose arrays are not those that its class describes."""
-    if not isinstance(weight, Int4Weight):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected Int4Weight")
-    for name, dtype in (("words", np.uint32), ("scale", np.float16), ("zero", np.uint8)):
-        array = getattr(weight, name)
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
-            raise TypeError(
-                f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, expected {np.dtype(dtype)}"
-            )
-        if array.ndim != 2:
-            raise ValueError(f"weight.{name}: got shape {array.shape}, expected two dimensions")
-    if integer("weight.group_size", weight.group_size) < 1:
-        raise ValueError(f"weight.group_size: got {weight.group_size}, expected at least 1")
-    groups = (-(-weight.k // weight.group_size), weight.n)
-    for name in ("scale", "zero"):
-        if getattr(weight, name).shape != groups:
-            raise ValueError(f"weight.{name}: got shape {getattr(weight, name).shape}, expected {groups}")
-    if weight.zero.max(initial=0) > MAX_ZERO:
-        raise ValueError(f"weight.zero: got {weight.zero.max()}, expected 0 to {MAX_ZERO}")
-
-
-def same_groups(a, b):
-    """Whether two ``g_idx`` (None: K's own order) are equal."""
-    if a is None or b is None:
-        return a is b
-    return np.array_equal(a, b)
 
 
 class CpuBackend(Backend):
@@ -392,23 +327,16 @@ class CpuBackend(Backend):
         return np.empty(shape, dtype)
 
     def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
-        num_experts, k = integer("num_experts", num_experts), integer("k", k)
-        n_per_expert = integer("n_per_expert", n_per_expert)
-        for name, value, multiple in (("num_experts", num_experts, 1), ("k", k, 32), ("n_per_expert", n_per_expert, 8)):
-            if value < 1 or value % multiple:
-                raise ValueError(f"{name}: got {value}, expected a positive multiple of {multiple}")
-        group_size = gptq.checked_group_size(bits=4, group_size=group_size, k=k, n=n_per_expert)
-        g_idx = [
-            gptq.normalised_g_idx(groups, k, group_size, f" of expert {expert}")
-            for expert, groups in enumerate(gptq.g_idx_per_expert(g_idx, num_experts, k))
-        ]
-        return CpuStackBuilder(num_experts, k, n_per_expert, group_size, g_idx)
+        return CpuStackBuilder(*checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx))
 
     def _linear(self, stack, bias):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
 
     def _route(self, ctx, router_logits, num_experts, top_k, norm_topk_prob):
         return fork.run(_moe.route, workspace_of(ctx), router_logits, num_experts, top_k, norm_topk_prob)
+
+    def _topk(self, topk_ids, topk_weights, num_experts):
+        return as_topk(topk_ids, topk_weights, num_experts)
 
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
         for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):

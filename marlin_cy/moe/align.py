@@ -4,6 +4,7 @@ import numpy as np
 
 from marlin_cy.arguments import integer
 from marlin_cy.cpu._moe import align_block_size
+from marlin_cy.moe.chosen import as_ids
 
 __all__ = ["moe_align_block_size"]
 
@@ -64,27 +65,3 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
         used = expert_ids[: past // block_size]
         used[:] = expert_map[used]
     return sorted_token_ids, expert_ids, np.array([past], np.int32)
-
-
-def as_ids(topk_ids, name, num_experts):
-    """A copy of expert ids as int32 ``[tokens, top_k]``, each -1 to ``num_experts - 1``.
-
-    A copy, so that what was checked is what is used, whoever else writes to ``topk_ids``.
-    """
-    ids = as_array(topk_ids, name)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name}: got dtype {ids.dtype}, expected int32 or int64")
-    if ids.ndim != 2:
-        raise ValueError(f"{name}: got shape {ids.shape}, expected [tokens, top_k]")
-    if ids.size and (int(ids.min()) < -1 or int(ids.max()) >= num_experts):
-        at = tuple(map(int, np.argwhere((ids < -1) | (ids >= num_experts))[0]))
-        raise IndexError(f"{name}{list(at)}: got {ids[at]}, expected -1 to {num_experts - 1}")
-    return np.array(ids, np.int32, order="C")
-
-
-def as_array(value, name):
-    """``np.asarray(value)``, of a regular shape."""
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: got {type(value).__name__} ({error}), expected [tokens, top_k]") from None
