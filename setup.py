@@ -84,7 +84,11 @@ setup(
     package_dir={"marlin_cy": "marlin_cy", "marlin_cy.opencl": "opencl"},
     # The sdist holds all sources (MANIFEST.in); what is installed holds these files alone.
     include_package_data=False,
-    package_data={"marlin_cy": ["data/*/*", "py.typed"], "marlin_cy.cpu": ["*.pxd"]},
+    package_data={
+        "marlin_cy": ["data/*/*", "py.typed"],
+        "marlin_cy.cpu": ["*.pxd"],
+        "marlin_cy.opencl": ["kernels/*.cl"],
+    },
     ext_modules=cythonize(
         [
             extension("_dispatch", UKERNELS),

@@ -5,7 +5,15 @@ A caller's mistake (wrong dtype, shape, range) is a built-in ``TypeError``, ``Va
 below say what those three cannot.
 """
 
-__all__ = ["BackendUnavailable", "CheckpointError", "ContextInUse", "MarlinError", "UnsupportedError"]
+__all__ = [
+    "BackendUnavailable",
+    "BuildError",
+    "CheckpointError",
+    "ContextInUse",
+    "DeviceMemoryError",
+    "MarlinError",
+    "UnsupportedError",
+]
 
 
 class MarlinError(Exception):
@@ -22,6 +30,36 @@ class BackendUnavailable(MarlinError, ImportError):
 
 class ContextInUse(MarlinError, RuntimeError):
     """A :class:`~marlin_cy.interface.Context` was entered by two threads at once."""
+
+
+class BuildError(MarlinError, RuntimeError):
+    """A device's compiler refused a program.
+
+    Parameters
+    ----------
+    program : str
+        The file whose program it was.
+    options : sequence of str
+        The compiler's options.
+    device : str
+        The device's name.
+    log : str
+        What the compiler said.
+    """
+
+    def __init__(self, program, options, device, log):
+        self.program = program
+        self.options = tuple(options)
+        self.device = device
+        self.log = log
+        super().__init__(f"{program} does not build on {device} with options {' '.join(options) or '(none)'}:\n{log}")
+
+    def __reduce__(self):
+        return type(self), (self.program, self.options, self.device, self.log)
+
+
+class DeviceMemoryError(MarlinError, MemoryError):
+    """A device has too little memory. The message says what was asked for and what there is."""
 
 
 class CheckpointError(MarlinError, ValueError):

@@ -1,6 +1,18 @@
-"""The OpenCL backend's place. It holds no kernels, and says so."""
+"""The OpenCL backend.
 
-from importlib.util import find_spec
+``stack.py`` implements the interface; below it, in the order in which a call goes through them::
+
+    device.py     platforms, devices, which one is taken and what it can do
+    tiers.py      which kernels suit it
+    store.py      packed weights in device memory         layout.py   the same in plain NumPy
+    buffers.py    checks arrays
+    context.py    queue and workspace                     program.py  compiles and keeps programs
+    gemm.py       one product: which kernels, which grid  prepare.py  rows as a kernel reads them
+    moe.py        routing, both products, combination     kernels/    the device's code
+    selfcheck.py  a tier's kernels against NumPy
+
+PyOpenCL is imported when the backend is asked for, not before.
+"""
 
 from marlin_cy.errors import BackendUnavailable
 
@@ -8,23 +20,40 @@ __all__ = ["availability", "backend"]
 
 
 def availability():
-    """Why the backend cannot be used.
+    """Whether the backend can run here.
 
     Returns
     -------
     str or None
-        The reason; None would mean that it works. PyOpenCL is looked for, not imported.
+        None if it can; else what is missing, and what to do: PyOpenCL, a platform, a device, or a
+        driver that works.
     """
-    pyopencl = "PyOpenCL is installed" if find_spec("pyopencl") else "PyOpenCL is not installed"
-    return f"this version of marlin_cy has no OpenCL kernels ({pyopencl})"
+    try:
+        from marlin_cy.opencl.device import reason_unavailable
+    except ModuleNotFoundError as error:
+        if error.name not in ("pyopencl", "platformdirs"):
+            raise
+        return "PyOpenCL is not installed; pip install 'marlin-cy[opencl]'"
+    except ImportError as error:
+        return f"PyOpenCL is installed but cannot be imported ({error}); pip install --force-reinstall pyopencl"
+    return reason_unavailable()
 
 
 def backend(**options):
     """The OpenCL backend.
 
+    Parameters
+    ----------
+    **options
+        Those of :class:`~marlin_cy.opencl.stack.OpenClBackend`.
+
     Raises
     ------
     BackendUnavailable
-        Always: see :func:`availability`.
+        It cannot run here: see :func:`availability`.
     """
-    raise BackendUnavailable(f"backend 'opencl': {availability()}; use backend 'cpu'")
+    if reason := availability():
+        raise BackendUnavailable(f"backend 'opencl': {reason}")
+    from marlin_cy.opencl.stack import OpenClBackend
+
+    return OpenClBackend(**options)

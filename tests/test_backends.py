@@ -1,7 +1,7 @@
 """Backends by name."""
 
-import subprocess
-import sys
+import os
+import re
 
 import pytest
 
@@ -14,24 +14,33 @@ def test_cpu():
     assert marlin_cy.get_backend("cpu").name == "cpu"
 
 
-def test_opencl_says_why_it_is_unavailable_and_what_to_do():
-    with pytest.raises(BackendUnavailable, match=r"'opencl'.*no OpenCL kernels.*use backend 'cpu'"):
-        marlin_cy.get_backend("opencl")
+def test_opencl():
+    """Its ways not to be available are in ``test_opencl_device.py``."""
+    reason = marlin_cy.available_backends()["opencl"]
+    if reason:
+        with pytest.raises(BackendUnavailable, match=re.escape(f"backend 'opencl': {reason}")):
+            marlin_cy.get_backend("opencl")
+    else:
+        assert marlin_cy.get_backend("opencl").name == "opencl"
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_opencl_says_whether_pyopencl_is_there(monkeypatch, installed):
-    from marlin_cy import opencl
+@pytest.mark.skipif(not os.environ.get("CI"), reason="CI is not set: this machine need not have OpenCL")
+def test_ci_has_opencl():
+    """Elsewhere the OpenCL tests may be skipped, with a reason; not where the project's tests count."""
+    assert marlin_cy.available_backends()["opencl"] is None
 
-    monkeypatch.setattr(opencl, "find_spec", lambda name: object() if installed else None)
-    assert f"PyOpenCL is {'' if installed else 'not '}installed" in opencl.availability()
+
+def test_opencl_refuses_an_unknown_option(monkeypatch):
+    monkeypatch.setattr("marlin_cy.opencl.availability", lambda: None)
+    pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+    with pytest.raises(TypeError, match="abacus"):
+        marlin_cy.get_backend("opencl", abacus=True)
 
 
 def test_available_backends():
     reasons = marlin_cy.available_backends()
     assert reasons.keys() == {"cpu", "opencl"}
     assert reasons["cpu"] is None
-    assert isinstance(reasons["opencl"], str)
 
 
 def test_a_backend_that_cannot_be_imported(monkeypatch):
@@ -50,9 +59,3 @@ def test_unknown_name():
 def test_name_of_another_type(name):
     with pytest.raises(TypeError, match=r"name: got .*, expected str"):
         marlin_cy.get_backend(name)
-
-
-def test_asking_what_is_available_does_not_import_pyopencl():
-    code = "import sys, marlin_cy; marlin_cy.available_backends(); print('pyopencl' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "False\n", done.stderr

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,17 @@ def distributions(tmp_path_factory):
     return {"sdist": sdist, "wheel": wheel}
 
 
+def test_kernels_are_in_both(distributions):
+    kernels = {path.name for path in (ROOT / "opencl" / "kernels").glob("*.cl")}
+    assert "common.cl" in kernels
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        packed = [Path(name) for name in wheel.namelist()]
+    assert {path.name for path in packed if path.parent == Path("marlin_cy/opencl/kernels")} == kernels
+    with tarfile.open(distributions["sdist"]) as sdist:
+        packed = [Path(name) for name in sdist.getnames()]
+    assert {path.name for path in packed if path.match("*/opencl/kernels/*.cl")} == kernels
+
+
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
 def test_install_and_run_elsewhere(distributions, kind, tmp_path):
     environment = tmp_path / "venv"
@@ -52,3 +65,8 @@ def test_install_and_run_elsewhere(distributions, kind, tmp_path):
     assert Path(report["checkpoint"]).is_relative_to(environment.resolve())
     found = json.loads(succeed(binaries / "python", "-m", "marlin_cy", "doctor", "--json", cwd=elsewhere))
     assert found["backends"]["cpu"] is None
+    assert "pip install 'marlin-cy[opencl]'" in found["backends"]["opencl"]
+    find = "import marlin_cy.opencl; print(marlin_cy.opencl.__path__[0])"
+    installed = Path(succeed(binaries / "python", "-c", find, cwd=elsewhere).strip())
+    assert installed.is_relative_to(environment.resolve())
+    assert (installed / "kernels" / "common.cl").read_text() == (ROOT / "opencl/kernels/common.cl").read_text()

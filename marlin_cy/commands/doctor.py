@@ -11,8 +11,9 @@ not be found out is null:
 ``openmp``: ``enabled``, ``version`` (the date that OpenMP's ``_OPENMP`` gives, 0 without it), or null
 ``memory``: ``bandwidth_one_thread``, ``bandwidth_all_threads``, ``transparent_huge_pages``
 ``backends``: from each name to null, or to the reason why it is missing
+``opencl``: null without PyOpenCL, else what the top of ``doctor_opencl.py`` lists
 ``versions``: ``python``, ``numpy``, ``ml_dtypes``, ``safetensors``, ``marlin_cy``
-``ok``: whether any backend works, with the instruction set that the environment asks for
+``ok``: whether any backend works, with the instruction set and the device that the environment asks for
 """
 
 import os
@@ -24,7 +25,8 @@ from pathlib import Path
 from rich.markup import escape
 
 from marlin_cy import __version__, available_backends
-from marlin_cy.commands.output import console, gigabytes, print_json, table
+from marlin_cy.commands import doctor_opencl
+from marlin_cy.commands.output import console, gigabytes, mark, print_json, table
 
 __all__ = ["HELP", "add_arguments", "execute", "report"]
 
@@ -52,11 +54,13 @@ def report():
     """What was found: the object that ``--json`` prints."""
     backends = available_backends()
     compiled = _compiled_report() if backends["cpu"] is None else _uncompiled_report()
+    opencl = doctor_opencl.report()
     return {
         "version": __version__,
         "cpu": {"model": cpu_model(), "architecture": platform.machine()},
         **compiled,
         "backends": backends,
+        "opencl": opencl,
         "versions": {
             "python": platform.python_version(),
             "numpy": version("numpy"),
@@ -64,7 +68,9 @@ def report():
             "safetensors": version("safetensors"),
             "marlin_cy": __version__,
         },
-        "ok": None in backends.values() and (compiled["isa"] is None or compiled["isa"]["chosen"] is not None),
+        "ok": None in backends.values()
+        and (compiled["isa"] is None or compiled["isa"]["chosen"] is not None)
+        and (backends["opencl"] is not None or opencl["chosen"] is not None),
     }
 
 
@@ -127,9 +133,6 @@ def huge_pages_state():
 
 
 def _print_tables(found):
-    def mark(good):
-        return "[green]yes[/green]" if good else "[red]no[/red]"
-
     def known(value, suffix=""):
         return "unknown" if value is None else f"{value}{suffix}"
 
@@ -167,6 +170,9 @@ def _print_tables(found):
     for name, reason in found["backends"].items():
         backends.add_row(name, mark(reason is None), escape(reason or ""))
     screen.print(backends)
+
+    if found["opencl"]:
+        doctor_opencl.print_tables(screen, found["opencl"])
 
     screen.print()
     screen.print(", ".join(f"{name} {number}" for name, number in found["versions"].items()))

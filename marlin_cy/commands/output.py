@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["LoadProgress", "console", "gigabytes", "print_json", "table"]
+__all__ = ["LoadProgress", "console", "gigabytes", "mark", "print_json", "table"]
 
 # A pipe has no width, and a table cut to a guess is of no use to whoever reads it.
 PIPE_WIDTH = 200
@@ -32,6 +32,11 @@ def table(*columns):
 def print_json(document):
     """Print a document of JSON's own types; NaN is not among them and raises ValueError."""
     print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def mark(good):
+    """A yes or a no, in colour, for a table's cell."""
+    return "[green]yes[/green]" if good else "[red]no[/red]"
 
 
 def gigabytes(bytes_per_second):

@@ -1,0 +1,47 @@
+"""The OpenCL devices to test on, and the least that loading weights needs of one."""
+
+import copy
+import threading
+from functools import cache
+
+import pyopencl as cl
+import pytest
+
+from marlin_cy.opencl.device import list_devices, reason_unusable
+from marlin_cy.opencl.program import ProgramCache
+
+DEVICES = [device for device in list_devices() if reason_unusable(device) is None]
+
+each_device = pytest.mark.parametrize("device", DEVICES, ids=[device.platform.name.strip() for device in DEVICES])
+
+
+class Runtime:
+    """A context with its queues and programs; a stack is its store."""
+
+    def __init__(self, device):
+        self.device = device
+        self.context = cl.Context([device])
+        self.programs = ProgramCache(self.context, device)
+        self.queue = cl.CommandQueue(self.context)
+        self.loading_queue = cl.CommandQueue(self.context)
+        self.loading_lock = threading.Lock()
+        self.max_alloc_bytes = device.max_mem_alloc_size
+
+    def make_stack(self, store):
+        return store
+
+    def buffer(self, array):
+        """A device copy of an ndarray."""
+        return cl.Buffer(self.context, cl.mem_flags.READ_WRITE | cl.mem_flags.COPY_HOST_PTR, hostbuf=array)
+
+
+@cache
+def kept_runtime(device):
+    return Runtime(device)
+
+
+def runtime_of(device, **changes):
+    """The device's runtime, with other attributes where given; programs and context are shared."""
+    runtime = copy.copy(kept_runtime(device))
+    vars(runtime).update(changes)
+    return runtime
