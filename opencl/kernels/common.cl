@@ -1,0 +1,271 @@
+// What all kernels share: element types, the packed weight's layout, and which rows a tile works on.
+//
+// Programs are this file followed by one other. Everything below is OpenCL C 1.2 without extensions.
+//
+// Build options
+//   INPUT_TYPE, OUTPUT_TYPE   0 float32, 1 float16, 2 bfloat16 (stored as ushort)
+//   PARTS                     buffers that the stack's experts are spread over
+//   SYMMETRIC                 1: every zero point is 8 and none are stored
+//   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
+//   ROWS                      rows (tokens) in a tile
+//   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input may load all at once
+
+#ifndef INPUT_TYPE
+#define INPUT_TYPE 0
+#endif
+#ifndef OUTPUT_TYPE
+#define OUTPUT_TYPE 0
+#endif
+#ifndef PARTS
+#define PARTS 1
+#endif
+#ifndef SYMMETRIC
+#define SYMMETRIC 0
+#endif
+#ifndef ROUTED
+#define ROUTED 0
+#endif
+#ifndef ROWS
+#define ROWS 8
+#endif
+#ifndef ALIGNED
+#define ALIGNED 0
+#endif
+
+// Element types --------------------------------------------------------------------------------
+
+#define TYPE_0 float
+#define TYPE_1 half
+#define TYPE_2 ushort
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define INPUT JOIN(TYPE_, INPUT_TYPE)
+#define OUTPUT JOIN(TYPE_, OUTPUT_TYPE)
+
+static inline float bfloat16_to_float(ushort bits) { return as_float((uint)bits << 16); }
+
+// Round to nearest, ties to even; a NaN stays one.
+static inline ushort float_to_bfloat16(float value)
+{
+    uint bits = as_uint(value);
+    uint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (ushort)(isnan(value) ? ((bits >> 16) | 0x40u) : rounded);
+}
+
+// Two float16, or eight, in memory order.
+static inline float2 halves_to_float2(uint bits) { return vload_half2(0, (const half *)&bits); }
+static inline float8 halves_to_float8(uint4 bits)
+{
+    return (float8)(halves_to_float2(bits.x), halves_to_float2(bits.y), halves_to_float2(bits.z),
+                    halves_to_float2(bits.w));
+}
+
+static inline float8 bfloat16s_to_float8(uint4 bits)
+{
+    const uint4 even = bits << 16, odd = bits & 0xffff0000u;
+    return as_float8((uint8)(even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w));
+}
+
+#define DEFINE_LOAD(code, body1, body8)                                                              \
+    static inline float JOIN(load_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body1; }   \
+    static inline float8 JOIN(load8_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body8; }
+#if ALIGNED // as uint4: compilers split loads of eight shorts
+DEFINE_LOAD(0, p[i], (float8)(((__global const float4 *)(p + i))[0], ((__global const float4 *)(p + i))[1]))
+DEFINE_LOAD(1, vload_half(i, p), halves_to_float8(*(__global const uint4 *)(p + i)))
+DEFINE_LOAD(2, bfloat16_to_float(p[i]), bfloat16s_to_float8(*(__global const uint4 *)(p + i)))
+#else
+DEFINE_LOAD(0, p[i], vload8(0, p + i))
+DEFINE_LOAD(1, vload_half(i, p), vload_half8(0, p + i))
+DEFINE_LOAD(2, bfloat16_to_float(p[i]), as_float8(convert_uint8(vload8(0, p + i)) << 16))
+#endif
+
+static inline void store_0(float value, __global float *p, ulong i) { p[i] = value; }
+static inline void store_1(float value, __global half *p, ulong i) { vstore_half_rte(value, i, p); }
+static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = float_to_bfloat16(value); }
+
+// Element i (or i to i + 7) of a buffer of INPUT as float; a float into a buffer of OUTPUT.
+#define load_input JOIN(load_, INPUT_TYPE)
+#define load8_input JOIN(load8_, INPUT_TYPE)
+#define store_output JOIN(store_, OUTPUT_TYPE)
+
+// The packed weight ----------------------------------------------------------------------------
+//
+// K is padded to blocks of 64 rows, N to strips of 16 columns. One expert is, in uints,
+//
+//   words   [strips][k_blocks][32 lanes][4 steps]
+//   scales  [strips][groups][8]        column g in the low half, column g + 8 in the high half, g = 0..7;
+//                                      by a power of two, the largest of the stack is 2^14 to 2^15
+//   zeros   [strips][groups][8]        as bytes in ushorts, alike; left out when SYMMETRIC
+//
+// padded to expert_words. Lane = 4 * g + t of step s holds, of columns g and g + 8 of the strip, rows
+//
+//   64 * block + 32 * (s / 2) + 8 * t + 4 * (s % 2) + {0, 1, 2, 3}
+//
+// in nibbles {0, 4, 2, 6} for column g and {1, 5, 3, 7} for column g + 8. So a lane's rows of two
+// steps are eight in a row; (word & 0x0f0f0f0f) is column g as four bytes in row order 0, 2, 1, 3, and
+// the nibbles 0 and 4 fall where two float16 of a 32-bit register have their lowest bits. The order is
+// that of mma.m16n8k16's first operand, as in Marlin (Frantar et al., "MARLIN: Mixed-Precision
+// Auto-Regressive Parallel Inference on Large Language Models", 2024), with K permuted within 32 rows.
+//
+// A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7.
+
+#define STRIP_N 16
+#define BLOCK_K 64
+#define BLOCK_WORDS 128
+
+#if PARTS == 1
+#define WEIGHT_PARTS __global const uint *restrict w0
+#define PART_OF(part) (w0)
+#elif PARTS == 2
+#define WEIGHT_PARTS __global const uint *restrict w0, __global const uint *restrict w1
+#define PART_OF(part) ((part) == 0 ? w0 : w1)
+#elif PARTS == 4
+#define WEIGHT_PARTS                                                                                 \
+    __global const uint *restrict w0, __global const uint *restrict w1,                              \
+        __global const uint *restrict w2, __global const uint *restrict w3
+#define PART_OF(part) ((part) < 2 ? ((part) == 0 ? w0 : w1) : ((part) == 2 ? w2 : w3))
+#elif PARTS == 8
+#define WEIGHT_PARTS                                                                                 \
+    __global const uint *restrict w0, __global const uint *restrict w1,                              \
+        __global const uint *restrict w2, __global const uint *restrict w3,                          \
+        __global const uint *restrict w4, __global const uint *restrict w5,                          \
+        __global const uint *restrict w6, __global const uint *restrict w7
+#define PART_OF(part)                                                                                \
+    ((part) < 4 ? ((part) < 2 ? ((part) == 0 ? w0 : w1) : ((part) == 2 ? w2 : w3))                   \
+                : ((part) < 6 ? ((part) == 4 ? w4 : w5) : ((part) == 6 ? w6 : w7)))
+#else
+#error "PARTS must be 1, 2, 4 or 8"
+#endif
+
+// The arguments of every gemm kernel that describe its weights.
+//   experts_per_part   experts in each buffer but the last
+//   expert_words       uints from one expert to the next
+//   k                  rows of packed K: a multiple of 32
+//   n                  columns of an expert
+//   groups             packed groups
+//   weight_factor      what every product is multiplied by at the end (a power of two)
+#define WEIGHT_ARGS                                                                                  \
+    WEIGHT_PARTS, const uint num_experts, const uint experts_per_part, const ulong expert_words,     \
+        const uint k, const uint n, const uint groups, const uint group_shift, const float weight_factor
+
+#if PARTS == 1
+#define EXPERT_BASE(expert) (w0 + (uint)(expert) * expert_words)
+#else
+#define EXPERT_BASE(expert)                                                                          \
+    (PART_OF((uint)(expert) / experts_per_part) + ((uint)(expert) % experts_per_part) * expert_words)
+#endif
+#define STRIPS ((n + STRIP_N - 1) / STRIP_N)
+#define K_BLOCKS ((k + BLOCK_K - 1) / BLOCK_K)
+
+// Which rows -----------------------------------------------------------------------------------
+//
+// A row tile is up to ROWS rows of one expert. ROUTED: tile i is part i % parts of block i / parts of
+// the routing arrays, where a block of block_size slots has parts = ceil(block_size / ROWS). Listed: tile i is
+//   list[8 * i ..] = expert, first column, columns, first output column, first input row,
+//                    first output row, rows, 0
+// where the columns are within the expert and the first is a multiple of 8.
+
+#if ROUTED
+//   past, past_limit   slots in use: *past, and never more than past_limit
+//   valid              ids below this are rows, others are padding
+//   slot_input         1: slot s reads input row s (rows gathered by slot); 0: id i reads row i / top_k
+#define WORK_ARGS                                                                                    \
+    __global const int *restrict sorted_ids, const ulong sorted_offset,                              \
+        __global const int *restrict expert_ids, const ulong expert_offset,                          \
+        __global const int *restrict past, const ulong past_offset, const int past_limit,            \
+        const int valid, const int block_size, const int top_k, const int slot_input
+#define WORK                                                                                         \
+    sorted_ids + sorted_offset, expert_ids + expert_offset, past + past_offset, past_limit, valid,   \
+        block_size, top_k, slot_input
+#define WORK_PARAMS                                                                                  \
+    __global const int *restrict sorted_ids, __global const int *restrict expert_ids,                \
+        __global const int *restrict past, const int past_limit, const int valid,                    \
+        const int block_size, const int top_k, const int slot_input
+#else
+#define WORK_ARGS __global const int *restrict list, const int listed
+#define WORK list, listed
+#define WORK_PARAMS __global const int *restrict list, const int listed
+#endif
+
+typedef struct {
+    int expert;        // -1: nothing to do
+    int first;         // first slot (ROUTED) or row
+    int rows;          // slots to look at, at most ROWS
+    uint column;       // first column within the expert, a multiple of 8
+    uint columns;      // how many
+    uint out_column;   // where the first of them goes in an output row
+    int out_first;     // first output row (listed)
+} Tile;
+
+// How many row tiles there are.
+static inline int num_row_tiles(WORK_PARAMS)
+{
+#if ROUTED
+    int parts = (block_size + ROWS - 1) / ROWS;
+    return clamp(past[0], 0, past_limit) / block_size * parts;
+#else
+    return listed;
+#endif
+}
+
+// As many, without reading memory: no fewer than num_row_tiles.
+static inline int max_row_tiles(WORK_PARAMS)
+{
+#if ROUTED
+    return past_limit / block_size * ((block_size + ROWS - 1) / ROWS);
+#else
+    return listed;
+#endif
+}
+
+// Whether tile i < max_row_tiles() is one of the num_row_tiles().
+static inline bool row_tile_exists(Tile tile, WORK_PARAMS)
+{
+#if ROUTED
+    return tile.first < past[0];
+#else
+    return true;
+#endif
+}
+
+static inline Tile row_tile(int i, uint num_experts, uint n, WORK_PARAMS)
+{
+    Tile tile;
+#if ROUTED
+    int parts = (block_size + ROWS - 1) / ROWS;
+    int block = parts == 1 ? i : i / parts, part = i - block * parts;  // divisions by a variable are slow
+    int expert = expert_ids[block];
+    tile.expert = (uint)expert < num_experts ? expert : -1;
+    tile.first = block * block_size + part * ROWS;
+    tile.rows = min(ROWS, block_size - part * ROWS);
+    tile.column = 0;
+    tile.columns = n;
+    tile.out_column = 0;
+    tile.out_first = 0;
+#else
+    __global const int *entry = list + 8 * (ulong)i;
+    tile.expert = entry[0];
+    tile.column = (uint)entry[1];
+    tile.columns = (uint)entry[2];
+    tile.out_column = (uint)entry[3];
+    tile.first = entry[4];
+    tile.out_first = entry[5];
+    tile.rows = entry[6];
+#endif
+    return tile;
+}
+
+// The input row of row r of a tile (in.x) and its output row (in.y); -1, -1 for padding.
+static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
+{
+    if (r >= tile.rows)
+        return (int2)(-1, -1);
+#if ROUTED
+    int id = sorted_ids[tile.first + r];
+    if ((uint)id >= (uint)valid)
+        return (int2)(-1, -1);
+    return (int2)(slot_input ? tile.first + r : top_k == 1 ? id : (int)((uint)id / (uint)top_k), id);
+#else
+    return (int2)(tile.first + r, tile.out_first + r);
+#endif
+}

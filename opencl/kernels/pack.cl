@@ -1,0 +1,95 @@
+// Packing on the device: from canonical form (formats/canonical.py) to the layout drawn in common.cl.
+//
+// Each launch writes columns [column_offset, column_offset + n) of one expert, whose first word is
+// packed[base]; both are multiples of 8, so a launch may own only half of the columns of a strip, which
+// are half of the nibbles of its words: those words are read, changed and written, so no two launches
+// for one strip may run at once. The expert was all zeros before; padding is never written.
+//
+// Scales and zeros are written as the ushorts and bytes that they are, on little-endian devices.
+
+// Rows 0 to 3 of a column, four nibbles, to where a word has them: nibbles 0, 4, 2, 6.
+static inline uint spread(uint rows)
+{
+    return (rows & 0xfu) | ((rows & 0xf0u) << 12) | (rows & 0xf00u) | ((rows & 0xf000u) << 12);
+}
+
+// Eight packed rows of a column, a nibble each, from row `first` of packed K on.
+//   words    [K / 8][n]
+//   rows     row of K of each packed row, -1 for padding; null: K's own order
+static inline uint eight_rows(__global const uint *words, uint n, __global const int *rows, uint packed_k, uint first,
+                              uint column)
+{
+    if (first >= packed_k)
+        return 0;
+    if (!rows)
+        return words[(ulong)(first / 8) * n + column];
+    uint gathered = 0;
+    for (uint i = 0; i < 8; i++) {
+        int row = rows[first + i];
+        if (row >= 0)
+            gathered |= (words[(ulong)(row / 8) * n + column] >> (4 * (row % 8)) & 15u) << (4 * i);
+    }
+    return gathered;
+}
+
+// Global size (32 * strips touched, k_blocks): one work-item packs one lane of a block, its four words.
+//   words    [K / 8][n]
+//   rows     [packed_k] from rows_offset on; or null
+__kernel void pack_words(__global const uint *restrict words, const uint n, __global const int *restrict rows,
+                         const ulong rows_offset, const uint packed_k, __global uint *restrict packed,
+                         const ulong base, const uint column_offset)
+{
+    uint lane = get_global_id(0) % 32;
+    uint strip = column_offset / STRIP_N + get_global_id(0) / 32;
+    uint block = get_global_id(1), k_blocks = get_global_size(1);
+    if (rows)
+        rows += rows_offset;
+
+    uint result[4] = {0, 0, 0, 0};
+    uint mine = 0; // the nibbles that this launch owns
+    for (uint half_strip = 0; half_strip < 2; half_strip++) {
+        // Below column_offset this wraps around, to far more than n.
+        uint column = strip * STRIP_N + 8 * half_strip + lane / 4 - column_offset;
+        if (column >= n)
+            continue;
+        mine |= 0x0f0f0f0fu << (4 * half_strip);
+        for (uint half_block = 0; half_block < 2; half_block++) {
+            uint first = BLOCK_K * block + 32 * half_block + 8 * (lane % 4);
+            uint eight = eight_rows(words, n, rows, packed_k, first, column);
+            result[2 * half_block] |= spread(eight) << (4 * half_strip);
+            result[2 * half_block + 1] |= spread(eight >> 16) << (4 * half_strip);
+        }
+    }
+    ulong word = base + ((ulong)strip * k_blocks + block) * BLOCK_WORDS;
+    __global uint4 *place = (__global uint4 *)(packed + word) + lane;
+    uint4 four = (uint4)(result[0], result[1], result[2], result[3]);
+    *place = mine == 0xffffffffu ? four : four | (*place & ~mine);
+}
+
+// Global size (n, groups): one work-item packs the scale and the zero point of a column and a group.
+//   scale, zero    float16 bits and bytes [*][n]
+//   scale_rows     int32 at scale_rows_offset: [groups] row of them that each packed group uses, -1 for padding
+__kernel void pack_scales(__global const ushort *restrict scale, __global const uchar *restrict zero, const uint n,
+                          __global const int *restrict scale_rows, const ulong scale_rows_offset,
+                          __global uint *restrict packed, const ulong scale_base, const ulong zero_base,
+                          const uint column_offset)
+{
+    uint from = get_global_id(0), column = column_offset + from;
+    uint group = get_global_id(1), groups = get_global_size(1);
+    int row = scale_rows[scale_rows_offset + group];
+    if (row < 0)
+        return;
+    ulong source = (ulong)row * n + from;
+    ulong place = ((ulong)(column / STRIP_N) * groups + group) * STRIP_N + 2 * (column % 8) + column % STRIP_N / 8;
+    ((__global ushort *)(packed + scale_base))[place] = scale[source];
+    ((__global uchar *)(packed + zero_base))[place] = zero[source];
+}
+
+// Global size (scales of an expert, experts): multiply the scales of all experts of a part.
+//   scale_base   uints from an expert's first word to its scales
+__kernel void rescale(__global uint *restrict packed, const ulong expert_words, const ulong scale_base,
+                      const float factor)
+{
+    __global half *scales = (__global half *)(packed + get_global_id(1) * expert_words + scale_base);
+    vstore_half_rte(factor * vload_half(get_global_id(0), scales), get_global_id(0), scales);
+}

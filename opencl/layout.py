@@ -1,0 +1,141 @@
+"""The packed weight's layout, in plain NumPy: its sizes, and what the tests hold the device's packer against.
+
+It is drawn in ``kernels/common.cl``. Sizes are in uint32 ("words") unless said otherwise.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["ExpertLayout", "expert_layout", "pack_expert", "unpack_expert"]
+
+STRIP_N = 16
+BLOCK_K = 64
+BLOCK_WORDS = 128
+EXPERT_ALIGNMENT = 64
+MAX_GROUP_SHIFT = 7
+ROW_NIBBLES = (0, 4, 2, 6)  # of a word's four rows, in the strip's first eight columns; one higher in the others
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Sizes of one packed expert.
+
+    Attributes
+    ----------
+    packed_k : int
+        Rows: a multiple of 32.
+    n : int
+        Columns: a multiple of 8.
+    group_shift : int
+        A group has ``2**group_shift`` rows.
+    """
+
+    packed_k: int
+    n: int
+    group_shift: int
+
+    @property
+    def strips(self):
+        """Strips of 16 columns; the last may be half padding."""
+        return -(-self.n // STRIP_N)
+
+    @property
+    def k_blocks(self):
+        """Blocks of 64 rows; the last may be half padding."""
+        return -(-self.packed_k // BLOCK_K)
+
+    @property
+    def groups(self):
+        """Packed groups."""
+        return -(-self.packed_k // (1 << self.group_shift))
+
+    @property
+    def words(self):
+        """The codes; the scales follow them."""
+        return self.strips * self.k_blocks * BLOCK_WORDS
+
+    @property
+    def scale_offset(self):
+        """Where the scales begin."""
+        return self.words
+
+    @property
+    def zero_offset(self):
+        """Where the zero points begin."""
+        return self.words + self.strips * self.groups * STRIP_N // 2
+
+    @property
+    def expert_words(self):
+        """From one expert to the next."""
+        end = self.zero_offset + self.strips * self.groups * STRIP_N // 4
+        return -(-end // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+
+
+def expert_layout(packed_k, n, packed_group_size):
+    """The layout for packed groups of so many rows; where that is no power of two there is but one of them."""
+    power_of_two = packed_group_size & (packed_group_size - 1) == 0
+    return ExpertLayout(packed_k, n, packed_group_size.bit_length() - 1 if power_of_two else MAX_GROUP_SHIFT)
+
+
+def place(row, column):
+    """``(strip, block, lane, step, nibble)`` of a packed row and a column."""
+    strip, half, g = column // STRIP_N, column % STRIP_N // 8, column % 8
+    block, half_block, t = row // BLOCK_K, row % BLOCK_K // 32, row % 32 // 8
+    return strip, block, 4 * g + t, 2 * half_block + row % 8 // 4, ROW_NIBBLES[row % 4] + half
+
+
+def pack_expert(q, scale, zero, order, layout):
+    """One packed expert, uint32 ``[layout.expert_words]``, by loops one can check by hand.
+
+    Parameters
+    ----------
+    q : uint8 ``[K, N]`` in 0..15
+    scale : float16 ``[G, N]``
+    zero : uint8 ``[G, N]``
+    order : GroupOrder
+    layout : ExpertLayout
+        Its ``packed_k`` may be larger than the order's: the rest is zeros.
+    """
+    expert = np.zeros(layout.expert_words, np.uint32)
+    words, scales, zeros = sections(expert, layout)
+    rows = np.arange(order.packed_k) if order.rows is None else order.rows
+    for column in range(layout.n):
+        for position, row in enumerate(rows):
+            if row >= 0:
+                strip, block, lane, step, nibble = place(position, column)
+                words[strip, block, lane, step] |= np.uint32(q[row, column]) << np.uint32(4 * nibble)
+        strip, half, g = column // STRIP_N, column % STRIP_N // 8, column % 8
+        for group, scale_row in enumerate(order.scale_rows):
+            scales[strip, group, g] |= np.uint32(scale[scale_row, column].view(np.uint16)) << np.uint32(16 * half)
+            zeros[strip, group, g] |= np.uint16(zero[scale_row, column]) << np.uint16(8 * half)
+    return expert
+
+
+def unpack_expert(expert, order, layout, k):
+    """``(q, scale, zero)`` of one packed expert, each ``[k, n]`` by rows of K: uint8, float16 and uint8."""
+    words, scales, zeros = sections(expert, layout)
+    rows = np.arange(order.packed_k) if order.rows is None else order.rows
+    shape = k, layout.n
+    q, scale, zero = np.zeros(shape, np.uint8), np.zeros(shape, np.float16), np.zeros(shape, np.uint8)
+    for position, row in enumerate(rows):
+        if row < 0:
+            continue
+        group = position >> layout.group_shift
+        for column in range(layout.n):
+            strip, block, lane, step, nibble = place(position, column)
+            q[row, column] = words[strip, block, lane, step] >> np.uint32(4 * nibble) & np.uint32(15)
+            half, g = column % STRIP_N // 8, column % 8
+            scale[row, column] = np.uint16(scales[strip, group, g] >> np.uint32(16 * half) & 0xFFFF).view(np.float16)
+            zero[row, column] = zeros[strip, group, g] >> np.uint16(8 * half) & 0xFF
+    return q, scale, zero
+
+
+def sections(expert, layout):
+    """Views of one packed expert: words uint32 ``[strips, k_blocks, 32, 4]``, scales uint32 and zeros uint16
+    ``[strips, groups, 8]``."""
+    groups = layout.strips, layout.groups, 8
+    words = expert[: layout.words].reshape(layout.strips, layout.k_blocks, 32, 4)
+    scales = expert[layout.scale_offset : layout.zero_offset].reshape(groups)
+    zeros = expert[layout.zero_offset :].view(np.uint16)[: np.prod(groups)].reshape(groups)
+    return words, scales, zeros

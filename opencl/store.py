@@ -1,0 +1,378 @@
+"""The packed weights of a stack in device memory, and the builder that packs them there.
+
+The layout is drawn in ``kernels/common.cl`` and written out in plain NumPy in ``layout.py``.
+"""
+
+import math
+import threading
+import weakref
+from contextlib import contextmanager
+
+import numpy as np
+import pyopencl as cl
+
+from marlin_cy.builder import CheckedStackBuilder
+from marlin_cy.errors import DeviceMemoryError
+from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
+from marlin_cy.opencl.device import capabilities
+from marlin_cy.opencl.layout import STRIP_N, expert_layout
+
+__all__ = ["OpenClGptqStore", "OpenClStackBuilder", "memory_errors", "zeroed_buffers"]
+
+PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
+STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
+SYMMETRIC_ZERO = 8
+SCALE_EXPONENT = 15  # stored scales are below 2**15
+HALF_MAGNITUDE, HALF_MAX = np.uint16(0x7FFF), np.uint16(0x7BFF)
+OUT_OF_MEMORY = (
+    cl.status_code.MEM_OBJECT_ALLOCATION_FAILURE,
+    cl.status_code.OUT_OF_RESOURCES,
+    cl.status_code.OUT_OF_HOST_MEMORY,
+    cl.status_code.INVALID_BUFFER_SIZE,
+)
+
+
+class OpenClGptqStore:
+    """The int4 weights of ``num_experts`` experts in one buffer, or in several where one may not be so large.
+
+    Made empty (all weights zero); :class:`OpenClStackBuilder` fills it.
+
+    Parameters
+    ----------
+    runtime : object
+        ``context``, ``device``, ``loading_queue`` (in-order) with ``loading_lock``, ``max_alloc_bytes``.
+    num_experts, k, n : int
+        Experts, and the shape ``[k, n]`` of each.
+    group_size : int
+        Rows of K that share a scale.
+    g_idx : sequence of int32 ``[k]`` or None, one an expert
+        Group of each row; None for ``row // group_size``.
+
+    Attributes
+    ----------
+    layout : ExpertLayout
+    parts : list of pyopencl.Buffer
+        1, 2, 4 or 8; where fewer hold all experts, the last is repeated.
+    experts_per_part : int
+        Experts in each part but the last.
+    order : pyopencl.Buffer or None
+        int32 ``[1 or num_experts, packed_k]``: row of K at each packed position, -1 for padding. One row
+        if that is common to all experts; None if it is K's own order.
+    group_orders : list of GroupOrder, the distinct ones
+    order_of : int32 ``[num_experts]``
+        Which of them each expert uses.
+    symmetric : bool
+        Every zero point is 8. As ``weight_factor``, known when the builder has finished.
+    weight_factor : float
+        A power of two: what stored scales have to be multiplied by.
+    nbytes : int
+        Device memory of the weights.
+
+    Raises
+    ------
+    DeviceMemoryError
+        The device has too little memory, or none of its buffers may hold an eighth of the experts.
+        Nothing stays allocated, and the context is as it was.
+    """
+
+    def __init__(self, runtime, num_experts, k, n, group_size, g_idx):
+        self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
+        self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
+        packed_k = max(order.packed_k for order in self.group_orders)
+        self.layout = expert_layout(packed_k, n, packed_group_size(group_size))
+        self.symmetric, self.weight_factor = False, 1.0
+        self.device = runtime.device
+        expert_bytes = 4 * self.expert_words
+        self.nbytes = num_experts * expert_bytes
+        what = f"packed weights: {num_experts} experts of [{k}, {n}] in at most {PARTS[-1]} buffers"
+        self.experts_per_part, count = cut_into_parts(num_experts, runtime.max_alloc_bytes // expert_bytes)
+        if not count or self.nbytes > self.device.global_mem_size:
+            raise too_little_memory(runtime, self.nbytes, what)
+        experts = [
+            min(self.experts_per_part, num_experts - first) for first in range(0, num_experts, self.experts_per_part)
+        ]
+        self._buffers = zeroed_buffers(runtime, [expert_bytes * number for number in experts], what)
+        self.parts = self._buffers + self._buffers[-1:] * (count - len(experts))
+        live_stores.add(self)
+        rows = rows_of_orders(self.group_orders, k)
+        try:
+            if rows is None:
+                self.order = None
+            else:
+                self.order = uploaded(runtime, rows if len(rows) == 1 else rows[self.order_of], "orders of K")
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self):
+        """Give the weights' memory back without waiting for the garbage collector."""
+        live_stores.discard(self)
+        while self._buffers:
+            self._buffers.pop().release()
+
+    @property
+    def packed_k(self):
+        """Rows as the kernels see them: K, more where groups were padded."""
+        return self.layout.packed_k
+
+    @property
+    def groups(self):
+        """Packed groups."""
+        return self.layout.groups
+
+    @property
+    def group_shift(self):
+        """A packed group has ``2**group_shift`` rows."""
+        return self.layout.group_shift
+
+    @property
+    def expert_words(self):
+        """uint32 from one expert to the next."""
+        return self.layout.expert_words
+
+    @property
+    def act_order(self):
+        """True when some expert's rows of K are packed in another order than their own."""
+        return self.order is not None
+
+    def place(self, expert):
+        """``(part, word)`` at which an expert begins."""
+        part, index = divmod(expert, self.experts_per_part)
+        return self.parts[part], index * self.expert_words
+
+    def read(self, queue, expert):
+        """One packed expert, uint32 ``[expert_words]``. For tests and inspection."""
+        part, word = self.place(expert)
+        packed = np.empty(self.expert_words, np.uint32)
+        cl.enqueue_copy(queue, packed, part, src_offset=4 * word)
+        return packed
+
+
+class OpenClStackBuilder(CheckedStackBuilder):
+    """Packs weights on the device: what is uploaded is what a checkpoint holds, a few columns at a time.
+
+    Parameters
+    ----------
+    runtime : object
+        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store)``.
+    num_experts, k, n_per_expert, group_size, g_idx
+        As :func:`~marlin_cy.builder.checked_stack_sizes` returns them.
+
+    Raises
+    ------
+    DeviceMemoryError
+        As :class:`OpenClGptqStore`; also when adding.
+    """
+
+    def __init__(self, runtime, num_experts, k, n_per_expert, group_size, g_idx):
+        self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx)
+        try:
+            super().__init__(num_experts, k, n_per_expert, group_size, g_idx)
+            self._runtime = runtime
+            self._pack_words = runtime.programs.kernel("pack", "pack_words")
+            self._pack_scales = runtime.programs.kernel("pack", "pack_scales")
+            self._staging = Staging(runtime, k, n_per_expert, group_size)
+            scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
+            for rows, order in zip(scale_rows, store.group_orders, strict=True):
+                rows[: len(order.scale_rows)] = order.scale_rows
+            self._scale_rows = uploaded(runtime, scale_rows, "rows of scales")
+        except BaseException:
+            store.release()
+            raise
+        self._symmetric = True
+        self._largest = np.uint16(0)  # magnitude of a scale, as the bits of a float16, which order like it
+
+    def _pack(self, expert, column_offset, weight):
+        runtime, staging = self._runtime, self._staging
+        symmetric = bool((weight.zero == SYMMETRIC_ZERO).all())
+        largest = (weight.scale.view(np.uint16) & HALF_MAGNITUDE).max(initial=0)
+        for begin in range(0, weight.n, staging.columns):
+            columns = slice(begin, begin + staging.columns)
+            arrays = [np.ascontiguousarray(part[:, columns]) for part in (weight.words, weight.scale, weight.zero)]
+            with runtime.loading_lock, memory_errors(runtime, staging.nbytes, "staging of weights"):
+                staging.upload(arrays)
+                self._launch(expert, column_offset + begin, arrays[0].shape[1])
+        with self._lock:
+            self._symmetric = self._symmetric and symmetric
+            self._largest = max(self._largest, largest)
+
+    def _launch(self, expert, column_offset, n):
+        """Pack what lies in the staging buffers; the lock is held."""
+        store, queue, staging = self._store, self._runtime.loading_queue, self._staging
+        layout, order = store.layout, int(store.order_of[expert])
+        part, base = store.place(expert)
+        strips = (column_offset + n - 1) // STRIP_N - column_offset // STRIP_N + 1
+        self._pack_words(
+            queue,
+            (32 * strips, layout.k_blocks),
+            None,
+            staging.words,
+            np.uint32(n),
+            store.order,
+            np.uint64(0 if len(store.group_orders) == 1 else expert * layout.packed_k),
+            np.uint32(layout.packed_k),
+            part,
+            np.uint64(base),
+            np.uint32(column_offset),
+        )
+        self._pack_scales(
+            queue,
+            (n, layout.groups),
+            None,
+            staging.scale,
+            staging.zero,
+            np.uint32(n),
+            self._scale_rows,
+            np.uint64(order * layout.groups),
+            part,
+            np.uint64(base + layout.scale_offset),
+            np.uint64(base + layout.zero_offset),
+            np.uint32(column_offset),
+        )
+
+    def _stack(self):
+        runtime, store = self._runtime, self._store
+        if self._staging is not None:
+            with runtime.loading_lock, memory_errors(runtime, store.nbytes, "packing of weights"):
+                store.symmetric = self._symmetric
+                self._normalise()
+                # Other queues may read the weights from here on.
+                runtime.loading_queue.finish()
+            self._staging = self._scale_rows = None
+        return runtime.make_stack(store)
+
+    def _normalise(self):
+        """Bring the largest scale to 2**14 or more and below 2**15, all by one power of two.
+
+        Tensor-core kernels multiply float16 codes by them, so none may overflow, and small ones should keep their
+        bits. Larger ones are halved, and subnormal ones beside them lose a bit; otherwise nothing is lost.
+        """
+        if not self._largest:
+            return
+        store = self._store
+        largest = float(min(self._largest, HALF_MAX).view(np.float16))
+        factor = 2.0 ** (SCALE_EXPONENT - math.frexp(largest)[1])
+        kernel = self._runtime.programs.kernel("pack", "rescale")
+        for index, buffer in enumerate(store._buffers):
+            experts = min(store.experts_per_part, store.num_experts - index * store.experts_per_part)
+            kernel(
+                self._runtime.loading_queue,
+                (2 * (store.layout.zero_offset - store.layout.scale_offset), experts),
+                None,
+                buffer,
+                np.uint64(store.expert_words),
+                np.uint64(store.layout.scale_offset),
+                np.float32(factor),
+            )
+        store.weight_factor = 1 / factor
+
+
+class Staging:
+    """Device buffers for some columns of a canonical weight on its way.
+
+    Attributes
+    ----------
+    columns : int
+        How many at a time.
+    words, scale, zero : pyopencl.Buffer
+    nbytes : int
+    """
+
+    def __init__(self, runtime, k, n, group_size):
+        groups = -(-k // group_size)
+        column_bytes = k // 2, 2 * groups, groups
+        limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
+        self.columns = min(n, max(limit // STRIP_N, 1) * STRIP_N)
+        self.nbytes = self.columns * sum(column_bytes)
+        self._queue = runtime.loading_queue
+        with memory_errors(runtime, self.nbytes, "staging of weights"):
+            self.words, self.scale, self.zero = (
+                cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY, self.columns * nbytes) for nbytes in column_bytes
+            )
+
+    def upload(self, arrays):
+        """Copy words, scales and zeros; returns when the arrays are no longer read."""
+        for buffer, array in zip((self.words, self.scale, self.zero), arrays, strict=True):
+            cl.enqueue_copy(self._queue, buffer, array, is_blocking=True)
+
+
+class LiveStores:
+    """Which stores hold device memory."""
+
+    def __init__(self):
+        self._stores = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, store):
+        with self._lock:
+            self._stores.add(store)
+
+    def discard(self, store):
+        with self._lock:
+            self._stores.discard(store)
+
+    def nbytes(self, device):
+        """Bytes held on a device, in all contexts."""
+        with self._lock:
+            return sum(store.nbytes for store in self._stores if store.device == device)
+
+
+live_stores = LiveStores()
+
+
+def cut_into_parts(num_experts, most):
+    """``(experts a part, parts)``, of which none may hold more than ``most``; ``(0, 0)`` if there are not enough."""
+    for count in PARTS:
+        experts = -(-num_experts // count)
+        if experts <= most:
+            return experts, count
+    return 0, 0
+
+
+def uploaded(runtime, array, what):
+    """A buffer that holds an array."""
+    array = np.ascontiguousarray(array)
+    with memory_errors(runtime, array.nbytes, what):
+        return cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY | cl.mem_flags.COPY_HOST_PTR, hostbuf=array)
+
+
+def zeroed_buffers(runtime, sizes, what):
+    """Buffers of so many bytes, all or none. Written to at once, as drivers allocate when a buffer is first used."""
+    buffers = []
+    try:
+        with memory_errors(runtime, sum(sizes), what):
+            for size in sizes:
+                buffers.append(cl.Buffer(runtime.context, cl.mem_flags.READ_WRITE, size))
+                with runtime.loading_lock:
+                    cl.enqueue_fill_buffer(runtime.loading_queue, buffers[-1], np.uint32(0), 0, size)
+                    runtime.loading_queue.finish()
+    except BaseException:
+        for buffer in buffers:
+            buffer.release()
+        raise
+    return buffers
+
+
+@contextmanager
+def memory_errors(runtime, nbytes, what):
+    """What OpenCL raises when memory is short, as :class:`~marlin_cy.errors.DeviceMemoryError`."""
+    try:
+        yield
+    except cl.Error as error:
+        if error.code not in OUT_OF_MEMORY:
+            raise
+        raise too_little_memory(runtime, nbytes, what) from error
+
+
+def too_little_memory(runtime, nbytes, what):
+    """The error that says what was asked for, and what there is."""
+    device = runtime.device
+    there = f"{device.global_mem_size} bytes"
+    if "cl_amd_device_attribute_query" in capabilities(device).extensions:
+        there += f", {1024 * device.global_free_memory_amd[0]} of them free"
+    elif held := live_stores.nbytes(device):
+        there += f", of which packed weights hold {held}"
+    return DeviceMemoryError(
+        f"{what}: {nbytes} bytes do not fit; {device.name.strip()} has {there}, in buffers of at most "
+        f"{runtime.max_alloc_bytes}"
+    )
