@@ -311,6 +311,10 @@ class Backend(ABC):
         """``(topk_ids, topk_weights)`` of each row of logits."""
 
     @abstractmethod
+    def _topk(self, topk_ids, topk_weights, num_experts):
+        """What a caller chose, ``(topk_ids, topk_weights)``, checked, as :meth:`_moe_forward` takes it."""
+
+    @abstractmethod
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
         """A MoE layer's forward pass; the arguments were checked by :class:`~marlin_cy.moe.MoeLayer`."""
 

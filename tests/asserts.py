@@ -66,6 +66,48 @@ def gemm_bound(x, w, out_dtype=np.float32, compute_dtype="int16"):
     return quantisation + sums + unit_roundoff(out_dtype) * (magnitude + quantisation) + 2.0**-24
 
 
+# A sum of n rounding errors, each as likely up as down and at most u, exceeds LIKELY * sqrt(n) * u once in 10^7
+# (Hoeffding's inequality; Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019).
+LIKELY = 6
+
+
+def product_bound(backend, x, w, out_dtype=np.float32):
+    """How far a backend's ``x @ w`` may lie from the float64 product, ``[M, N]``.
+
+    The CPU, and OpenCL's "subgroup" tier where it multiplies integers, quantise activations: see
+    :func:`gemm_bound`. Otherwise products are summed in float32, in an order of the kernel's own: K
+    roundings of at most the whole sum's magnitude, which act as independent ones. "mma" rounds activations
+    and weights to float16 before, two more independent errors a product; and tensor cores cut off
+    what float32 cannot hold, once for 16 rows of K, always towards zero.
+    """
+    if arithmetic_of(backend) == "planes":
+        return gemm_bound(x, w, out_dtype)
+    x, w = np.abs(np.asarray(x, np.float64)), np.abs(w)
+    magnitude, k = x @ w, x.shape[1]
+    off = (4 + min(k, LIKELY * k**0.5)) * unit_roundoff(np.float32) * magnitude
+    if arithmetic_of(backend) == "float16":
+        off += LIKELY * 2**0.5 * unit_roundoff(np.float16) * np.sqrt(x**2 @ w**2)
+        off += k / 16 * 2 * unit_roundoff(np.float32) * magnitude
+    return off + unit_roundoff(out_dtype) * (magnitude + off) + 2.0**-24
+
+
+def arithmetic_of(backend):
+    """What a backend multiplies: "planes" (activations as 16-bit integers), "float32" or "float16"."""
+    if backend.name == "cpu":
+        return "planes"
+    prepared_type = backend.tier.inputs(backend.runtime.capabilities).prepared_type
+    return ("float32", "float16", "planes")[prepared_type]
+
+
+def assert_agree(backend, actual, expected, bound):
+    """Two ways to compute the same: the same bits on the CPU, elsewhere each within ``bound`` of what is right."""
+    if backend.name == "cpu":
+        assert_same_bits(actual, expected)
+    else:
+        assert actual.dtype == expected.dtype
+        assert_close(actual, expected, 2 * bound)
+
+
 class GuardedArray:
     """An array carved out of a larger allocation, all of it filled with ``GUARD``.
 
@@ -91,3 +133,42 @@ class GuardedArray:
         self.assert_guards()
         body = self._body if rows is None else self._body.reshape(len(self.array), -1)[rows]
         assert (body == GUARD).all(), "written where nothing should be"
+
+
+class GuardedBuffer:
+    """A :class:`GuardedArray` as a backend's buffer, with its guards around it on the device, too.
+
+    Attributes
+    ----------
+    buffer
+        For the backend's calls.
+    """
+
+    def __init__(self, backend, shape, dtype):
+        self._backend, self._host = backend, GuardedArray(shape, dtype)
+        if backend.name == "cpu":
+            self._memory, self.buffer = None, self._host.array
+            return
+        from pyopencl.array import Array
+
+        self._memory = backend.from_host(self._host._memory)
+        self.buffer = Array(
+            self._memory.queue,
+            self._host.array.shape,
+            self._host.array.dtype,
+            data=self._memory.base_data,
+            offset=len(self._host._outside[0]),
+        )
+
+    def result(self):
+        """What the buffer holds, on the host; fails if something outside it was written."""
+        if self._memory is not None:
+            self._memory.events.extend(self.buffer.events)
+            self._host._memory[:] = self._backend.to_host(self._memory)
+        self._host.assert_guards()
+        return self._host.array
+
+    def assert_untouched(self, rows=None):
+        """As :meth:`GuardedArray.assert_untouched`."""
+        self.result()
+        self._host.assert_untouched(rows)

@@ -1,7 +1,10 @@
 """What the tests share: printed seeds, and the backends, instruction sets and precisions to run on."""
 
+import functools
 import os
+import re
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,15 +24,65 @@ def rng(request):
     return np.random.default_rng(seed)
 
 
-@pytest.fixture(params=[name for name, reason in marlin_cy.available_backends().items() if reason is None])
+# Compiled programs are not left in the user's cache.
+os.environ.setdefault("MARLIN_CY_CACHE_DIR", "")
+
+
+class OpenClPlace(NamedTuple):
+    """A tier on a device; ``missing`` is why it cannot run there, or None."""
+
+    device: int
+    tier: str
+    missing: str | None
+    label: str
+
+
+def opencl_places():
+    """Every tier on every OpenCL device found; none where the backend does not work."""
+    if marlin_cy.available_backends()["opencl"] is not None:
+        return []
+    from marlin_cy.opencl import device, tiers
+
+    return [
+        OpenClPlace(number, tier, missing, re.sub(r"[^\w:]+", "-", f"opencl:{device.describe(found)}:{tier}"))
+        for number, found in enumerate(device.list_devices())
+        if device.reason_unusable(found) is None
+        for tier, missing in tiers.explain(device.capabilities(found))
+    ]
+
+
+OPENCL_PLACES = opencl_places()
+USABLE_PLACES = {place.label: place for place in OPENCL_PLACES if place.missing is None}
+# Every device once, with its most general tier: for what does not depend on the tier.
+DEVICE_LABELS = ["cpu", *{place.device: place.label for place in USABLE_PLACES.values()}.values()]
+
+
+@functools.cache
+def backend_called(name):
+    """A backend by its label; one for all tests, so that they share compiled programs."""
+    if name == "cpu":
+        return marlin_cy.get_backend("cpu")
+    place = USABLE_PLACES[name]
+    return marlin_cy.get_backend("opencl", device=place.device, tier=place.tier)
+
+
+@pytest.fixture(params=["cpu", *USABLE_PLACES])
 def backend(request):
-    """Every backend that works here; ``test_contract.py`` skips, with the reason, for each that does not."""
-    return marlin_cy.get_backend(request.param)
+    """Every backend that works here, OpenCL once for each device and tier.
+
+    ``test_contract.py`` skips, with the reason, for each that does not.
+    """
+    return backend_called(request.param)
+
+
+@pytest.fixture(params=USABLE_PLACES)
+def opencl_backend(request):
+    return backend_called(request.param)
 
 
 @pytest.fixture
 def cpu_backend():
-    return marlin_cy.get_backend("cpu")
+    return backend_called("cpu")
 
 
 @pytest.fixture(params=[name for name, isa in ISAS.items() if isa["available"]])

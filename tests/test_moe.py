@@ -2,7 +2,14 @@
 
 import numpy as np
 import pytest
-from asserts import GuardedArray, assert_close, assert_same_bits, gemm_bound, unit_roundoff
+from asserts import (
+    GuardedArray,
+    GuardedBuffer,
+    assert_close,
+    assert_same_bits,
+    product_bound,
+    unit_roundoff,
+)
 from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
 
 import marlin_cy
@@ -25,28 +32,33 @@ class Layer:
     def expected(self, x, ids, weights):
         return reference.moe_layer(as_given(x), self.gate_up.dense_all(), self.down.dense_all(), ids, weights)
 
-    def bound(self, x, ids, weights, dtype=np.float32):
-        """The bounds of both products, carried through ``silu(gate) * up`` (whose slope is below 1.1) and the sum."""
+    def bound(self, backend, x, ids, weights, dtype=np.float32):
+        """The bounds of both products, carried through ``silu(gate) * up`` (whose slope is below 1.1) and the sum.
+
+        On a device, what lies between is float16 where ``x`` is.
+        """
+        between = np.float16 if backend.name != "cpu" and x.dtype == np.float16 else np.float32
         bound = np.zeros((len(x), self.down.n))
         for token, row in enumerate(as_given(x).astype(np.float64)):
             for expert, weight in zip(ids[token], weights[token], strict=True):
                 if expert < 0:
                     continue
                 w1, w2 = self.gate_up.dense(expert), self.down.dense(expert)
-                off_gate, off_up = np.split(gemm_bound(row[None], w1)[0], 2)
+                off_gate, off_up = np.split(product_bound(backend, row[None], w1, between)[0], 2)
                 gate, up = np.split(row @ w1, 2)
                 inner = np.abs(reference.silu(gate) * up)
                 off = 1.1 * off_gate * (np.abs(up) + off_up) + np.abs(reference.silu(gate)) * off_up
                 off = off + 8 * FLOAT32 * (inner + off)
                 product = (inner + off) @ np.abs(w2)
-                error = off @ np.abs(w2) + gemm_bound((inner + off)[None], w2)[0]
+                error = off @ np.abs(w2) + product_bound(backend, (inner + off)[None], w2, between)[0]
                 bound[token] += np.abs(weight) * (error + 16 * FLOAT32 * product)
                 bound[token] += unit_roundoff(dtype) * np.abs(weight) * (product + error)
         return bound + 2.0**-24
 
 
-def check(layer, x, ids, weights, result):
-    assert_close(result, layer.expected(x, ids, weights), layer.bound(x, ids, weights, result.dtype))
+def check(backend, layer, x, ids, weights, result):
+    bound = layer.bound(backend, x, ids, weights, result.dtype)
+    assert_close(result, layer.expected(x, ids, weights), bound)
 
 
 class TestAlign:
@@ -97,7 +109,7 @@ class TestRouting:
         layer = Layer(rng, experts=logits.shape[1], hidden=32, inner=32).on(
             backend, top_k=top_k, norm_topk_prob=normalise
         )
-        return layer.route(ctx, backend.from_host(logits))
+        return tuple(map(backend.to_host, layer.route(ctx, backend.from_host(logits))))
 
     @pytest.mark.parametrize("normalise", [True, False])
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,7 +165,7 @@ class TestLayer:
         layer, ctx = Layer(rng, hidden=hidden, inner=inner), backend.new_context()
         x, logits = activations(rng, 9, hidden), rng.standard_normal((9, 5)).astype(np.float32)
         result = backend.to_host(layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits)))
-        check(layer, x, *reference.route(logits, 2), result)
+        check(backend, layer, x, *reference.route(logits, 2), result)
 
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
     @pytest.mark.parametrize("normalise", [True, False])
@@ -163,7 +175,7 @@ class TestLayer:
         result = layer.on(backend, top_k=top_k, norm_topk_prob=normalise)(
             ctx, backend.from_host(x), backend.from_host(logits)
         )
-        check(layer, x, *reference.route(logits, top_k, normalise), backend.to_host(result))
+        check(backend, layer, x, *reference.route(logits, top_k, normalise), backend.to_host(result))
 
     @pytest.mark.parametrize("dtype_in", DTYPES)
     @pytest.mark.parametrize("dtype_out", [None, *DTYPES])
@@ -171,29 +183,29 @@ class TestLayer:
         layer, ctx = Layer(rng), backend.new_context()
         x = activations(rng, 6, 96, DTYPES[dtype_in])
         logits = rng.standard_normal((6, 5)).astype(DTYPES[dtype_in])
-        out = None if dtype_out is None else GuardedArray((6, 96), DTYPES[dtype_out])
-        given = None if out is None else backend.from_host(out.array)
+        out = None if dtype_out is None else GuardedBuffer(backend, (6, 96), DTYPES[dtype_out])
+        given = None if out is None else out.buffer
         result = layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits), out=given)
         if out is not None:
             assert result is given
-            out.assert_guards()
+            out.result()
         result = backend.to_host(result)
         assert result.dtype == DTYPES[dtype_out or dtype_in]
-        check(layer, x, *reference.route(as_given(logits), 2), result)
+        check(backend, layer, x, *reference.route(as_given(logits), 2), result)
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_g_idx(self, backend, rng, g_idx):
         layer, ctx = Layer(rng, g_idx=g_idx), backend.new_context()
         x, logits = activations(rng, 9, 96), rng.standard_normal((9, 5)).astype(np.float32)
         result = layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits))
-        check(layer, x, *reference.route(logits, 2), backend.to_host(result))
+        check(backend, layer, x, *reference.route(logits, 2), backend.to_host(result))
 
     def test_output_of_another_width(self, backend, rng):
         layer, ctx = Layer(rng, hidden=64, inner=32, width=40), backend.new_context()
         x, logits = activations(rng, 3, 64), rng.standard_normal((3, 5)).astype(np.float32)
         result = backend.to_host(layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits)))
         assert result.shape == (3, 40)
-        check(layer, x, *reference.route(logits, 2), result)
+        check(backend, layer, x, *reference.route(logits, 2), result)
 
     @pytest.mark.parametrize("choices", [1, 3, 9])
     @pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
@@ -205,7 +217,7 @@ class TestLayer:
         ids[4] = -1
         weights = rng.standard_normal((12, choices)).astype(np.float32)
         result = backend.to_host(layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, weights))
-        check(layer, x, ids, weights, result)
+        check(backend, layer, x, ids, weights, result)
         assert (result[4] == 0).all()
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
@@ -218,7 +230,7 @@ class TestLayer:
         ids = np.full((60, 1), -1)
         ids[::20] = 3
         result = backend.to_host(moe.forward_routed(ctx, backend.from_host(x[:60]), ids, np.ones(ids.shape)))
-        check(layer, x[:60], ids, np.ones(ids.shape), result)
+        check(backend, layer, x[:60], ids, np.ones(ids.shape), result)
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_no_experts_chosen(self, backend, rng, g_idx):
@@ -258,7 +270,7 @@ class TestLayer:
             expected = moe.forward_routed(ctx, x[part], ids[part], weights[part])
             assert_same_bits(out.array[part], expected)
         part = slice(slice_tokens - 1, slice_tokens + 1)
-        check(layer, x[part], ids[part], weights[part], out.array[part])
+        check(cpu_backend, layer, x[part], ids[part], weights[part], out.array[part])
 
     def test_out_may_lie_over_ids_and_weights(self, cpu_backend, rng):
         """They are copied when they are checked."""

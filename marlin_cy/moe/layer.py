@@ -1,17 +1,12 @@
 """The Mixture-of-Experts layer, on any backend."""
 
-import ml_dtypes
-import numpy as np
-
 from marlin_cy.arguments import integer
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Context
-from marlin_cy.moe.align import as_array, as_ids
 
 __all__ = ["ACTIVATIONS", "MoeLayer"]
 
 ACTIVATIONS = ("silu",)
-WEIGHT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
 class MoeLayer:
@@ -117,21 +112,14 @@ class MoeLayer:
         ----------
         ctx, hidden_states, out
             As when called.
-        topk_ids : int32 or int64 ``[tokens, any number]``
-            Experts of each token; -1 takes no part.
-        topk_weights : float ``[tokens, any number]``
-            Their weights, used as they are.
+        topk_ids : int32 or int64 array ``[tokens, any number]``, or int32 buffer
+            Experts of each token; -1 takes no part. Arrays on the host are checked and copied. A buffer on
+            a device is not read back: there, ids out of range take no part either.
+        topk_weights : float array, or float32 buffer ``[tokens, any number]``
+            Their weights, used as they are; where the ids are.
         """
-        ids = as_ids(topk_ids, "topk_ids", self.num_experts)
-        weights = as_array(topk_weights, "topk_weights")
-        if weights.dtype not in WEIGHT_DTYPES:
-            raise TypeError(f"topk_weights: got dtype {weights.dtype}, expected float32")
-        if weights.shape != ids.shape:
-            raise ValueError(f"topk_weights: got shape {weights.shape}, expected {ids.shape}, as topk_ids")
-        if ids.shape[1] == 0:
-            raise ValueError(f"topk_ids: got shape {ids.shape}, expected at least one expert a token")
-        weights = np.array(weights, np.float32, order="C")  # a copy, as ids are: out may overlap neither
         backend = backend_of(ctx)
+        ids, weights = backend._topk(topk_ids, topk_weights, self.num_experts)
         out = self._output(backend, hidden_states, out)
         backend._moe_forward(ctx, self, hidden_states, out, None, ids, weights)
         return out

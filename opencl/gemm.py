@@ -1,0 +1,278 @@
+"""Products of rows with packed experts: which kernels, with which arguments, on how many work-groups.
+
+A product is at most three launches: rows are prepared (where the kernel does not read them as they are:
+another element type, or another order of K), multiplied, and, where K was split, the sums of its runs
+are added up. What is decided for a kind of call (its :class:`Plan`) is decided once per context and store.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyopencl as cl
+
+from marlin_cy.opencl.buffers import Vector
+from marlin_cy.opencl.prepare import prepare
+from marlin_cy.opencl.tiers import FLOAT16, FLOAT16_ROWS, FLOAT32, FLOAT32_ROWS, PLANES, Configuration, Problem
+
+__all__ = ["Listed", "Routed", "multiply"]
+
+BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
+WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT)  # after the parts
+PRODUCT_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
+REDUCE_ARGUMENTS = (UINT, UINT, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
+ROUTED_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, INT, INT)
+LISTED_ARGUMENTS = (BUFFER, INT)
+ALIGNED_ELEMENTS = 8
+REDUCE_LOCAL_SIZE = 64
+# What a gemm that reads prepared rows takes its input for.
+PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
+
+
+class Routed(NamedTuple):
+    """Rows by vLLM's routing arrays, on the device."""
+
+    sorted_ids: Vector
+    expert_ids: Vector
+    past: Vector | None  # None: ``limit`` alone counts
+    limit: int  # slots
+    valid: int  # ids below this are rows of the output
+    block_size: int
+    top_k: int
+
+    def kind(self):
+        """What calls for which the same configuration suits have in common."""
+        return self.block_size, self.valid.bit_length(), self.limit.bit_length()
+
+    def arguments(self, ctx, by_slot):
+        """The arguments of common.cl's WORK_ARGS."""
+        past = self.past
+        return (
+            self.sorted_ids.data,
+            self.sorted_ids.offset,
+            self.expert_ids.data,
+            self.expert_ids.offset,
+            ctx.unlimited() if past is None else past.data,
+            0 if past is None else past.offset,
+            self.limit,
+            self.valid,
+            self.block_size,
+            self.top_k,
+            by_slot,
+        )
+
+
+class Listed(NamedTuple):
+    """Rows by a list made on the host.
+
+    ``runs`` is int32 ``[runs, 7]``: expert, first column, columns, first output column, first input row,
+    first output row, rows. With ``one_order`` they are one view's: all experts order K alike, and all
+    runs are the same rows, from 0 on.
+    """
+
+    runs: np.ndarray
+    one_order: bool = False
+
+    def kind(self):
+        """What calls for which the same configuration suits have in common."""
+        return len(self.runs).bit_length(), self.total_rows().bit_length(), int(self.runs[:, 2].max())
+
+    def total_rows(self):
+        """Rows of all runs."""
+        return int(self.runs[:, 6].sum(dtype=np.int64))
+
+    def tiles(self, rows):
+        """int32 ``[tiles, 8]`` for the device: the runs cut into tiles of at most ``rows`` rows."""
+        parts = -(-self.runs[:, 6] // rows)
+        run = np.repeat(np.arange(len(parts)), parts)
+        done = (np.arange(len(run)) - np.repeat(np.cumsum(parts) - parts, parts)) * rows
+        tiles = np.zeros((len(run), 8), np.int32)
+        tiles[:, :7] = self.runs[run]
+        tiles[:, 4] += done
+        tiles[:, 5] += done
+        tiles[:, 6] = np.minimum(rows, tiles[:, 6] - done)
+        return tiles
+
+    def span(self):
+        """``(first, count, work)``: the input rows from the first to the last, and the work as counted from there."""
+        runs = self.runs.copy()
+        first = int(runs[:, 4].min())
+        count = int((runs[:, 4].astype(np.int64) + runs[:, 6]).max()) - first
+        runs[:, 4] -= first
+        return first, count, self._replace(runs=runs)
+
+    def mapped(self):
+        """``(map, work)``: int32 ``[rows, 2]``, the input row and the expert of each row, and the work on these."""
+        if self.one_order:
+            m = int(self.runs[0, 6])
+            expert = np.full(m, self.runs[0, 0], np.int32)
+            return np.stack([np.arange(m, dtype=np.int32), expert], axis=1), self
+        runs = self.runs.copy()
+        m = runs[:, 6].astype(np.int64)
+        begins = np.cumsum(m) - m
+        run = np.repeat(np.arange(len(m)), m)
+        row_map = np.stack([runs[run, 4] + np.arange(len(run)) - begins[run], runs[run, 0]], axis=1)
+        runs[:, 4] = begins
+        return np.ascontiguousarray(row_map, np.int32), self._replace(runs=runs)
+
+
+class Plan(NamedTuple):
+    """What is decided for a kind of call: kernels, their arguments that stay, and sizes of the grid."""
+
+    configuration: Configuration
+    gemm: cl.Kernel
+    reduce: cl.Kernel | None
+    weights: tuple
+    prepared: bool
+    column_tiles: int
+    max_groups: int
+
+
+def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, label):
+    """Enqueue a product; the caller has checked everything and holds the context.
+
+    Parameters
+    ----------
+    ctx : OpenClContext
+    stack : OpenClMarlinExpertStack
+    rows, out : Rows
+    work : Routed or Listed
+    bias : pyopencl.Buffer, optional
+        float32, by output column.
+    silu : bool
+        Rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``silu(gate) * up``.
+    waits : list of pyopencl.Event, optional
+        What the first launch has to wait for.
+    label : str
+        What the events are called.
+
+    Returns
+    -------
+    pyopencl.Event
+        Of the last launch.
+    """
+    store = stack.store
+    routed = type(work) is Routed
+    aligned = rows.offset % ALIGNED_ELEMENTS == 0
+    plans = ctx.plans_of(store)
+    key = rows.type_code, aligned, out.type_code, silu, bias is None, work.kind()
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, bias is not None, silu)
+    configuration, queue, limit = plan.configuration, ctx.queue, plan.max_groups
+    data, offset, row_factor, by_slot = rows.data, rows.offset, None, 0
+    if plan.prepared:
+        types = ROUTED_ARGUMENTS if routed else None
+        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, silu, waits, label)
+        offset, waits = 0, None
+    if routed:
+        row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
+        work_arguments = work.arguments(ctx, by_slot)
+    else:
+        tiles = work.tiles(configuration.rows)
+        row_tiles = len(tiles)
+        work_arguments = ctx.upload("row tiles", tiles), row_tiles
+    splits, local, partial = configuration.splits, configuration.local_size, None
+    if splits > 1:
+        partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
+    event = plan.gemm(
+        queue,
+        (min(row_tiles * plan.column_tiles * splits, limit) * local,),
+        (local,),
+        *plan.weights,
+        data,
+        offset,
+        row_factor,
+        out.data,
+        out.offset,
+        out.width,
+        bias,
+        partial,
+        row_tiles,
+        splits,
+        *work_arguments,
+        wait_for=waits,
+    )
+    ctx.log(label, event)
+    if splits > 1:
+        event = plan.reduce(
+            queue,
+            (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
+            (REDUCE_LOCAL_SIZE,),
+            store.num_experts,
+            store.n,
+            out.data,
+            out.offset,
+            out.width,
+            bias,
+            partial,
+            row_tiles,
+            splits,
+            *work_arguments,
+        )
+        ctx.log(f"{label}: reduce_splits", event)
+    return event
+
+
+def make_plan(ctx, store, rows, out, work, aligned, with_bias, silu):
+    """Choose a configuration, and build its kernels."""
+    tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
+    inputs, routed = tier.inputs(device), type(work) is Routed
+    direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
+    prepared = silu or store.act_order or not direct
+    if routed:
+        columns, runs = store.n, min(work.limit // work.block_size, work.valid)
+        most = work.limit // work.block_size
+        run_rows = min(work.block_size, work.valid)
+    else:
+        columns, runs = int(work.runs[:, 2].max()), len(work.runs)
+        run_rows = -(-work.total_rows() // runs)
+        most = runs
+    layout = store.layout
+    problem = Problem(
+        rows=run_rows,
+        runs=runs,
+        most_runs=most,
+        k=layout.packed_k,
+        n=columns,
+        group_rows=1 << layout.group_shift,
+        device=device,
+    )
+    configuration = tier.configurations(problem)[0]
+    split = configuration.splits > 1
+    shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": int(with_bias)}
+    gemm_macros = {
+        **dict(configuration.macros),
+        **shape,
+        "INPUT_TYPE": PREPARED_INPUT_TYPE[inputs.prepared_type] if prepared else rows.type_code,
+        "ALIGNED": int(prepared or aligned),
+        "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
+        "SPLIT": int(split),
+        "PARTS": len(store.parts),
+        "SYMMETRIC": int(store.symmetric),
+    }
+    work_types = ROUTED_ARGUMENTS if routed else LISTED_ARGUMENTS
+    return Plan(
+        configuration=configuration,
+        gemm=ctx.kernel(
+            configuration.file or tier.file,
+            "gemm",
+            gemm_macros,
+            (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work_types,
+            tier.options(device),
+        ),
+        reduce=ctx.kernel("reduce", "reduce_splits", shape, REDUCE_ARGUMENTS + work_types) if split else None,
+        weights=(
+            *store.parts,
+            store.num_experts,
+            store.experts_per_part,
+            layout.expert_words,
+            layout.packed_k,
+            layout.n,
+            layout.groups,
+            layout.group_shift,
+            store.weight_factor,
+        ),
+        prepared=prepared,
+        column_tiles=-(-layout.n // configuration.columns),
+        max_groups=device.compute_units * configuration.groups_per_unit,
+    )

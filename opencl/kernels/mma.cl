@@ -1,0 +1,248 @@
+// What the kernels for NVIDIA tensor cores (compute capability 8.0 and later) share: PTX, and how to use it.
+//
+// Weights are the 16-row operand of mma.m16n8k16 and eight tokens its columns. A lane's word of packed
+// nibbles is one fragment of 16 columns by 16 rows of K, and 16 bytes of a token's row are its fragments for
+// two steps, so neither side needs a shuffle, nor ldmatrix. Input is float16.
+//
+// Three kernels divide the work:
+//   gemm_mma_direct    few products in all: everything is asked for at once, straight into registers
+//   gemm_mma_streamed  few rows an expert: weight bytes are what takes time, K is split over waves
+//   gemm_mma_tiled     many rows an expert: tensor cores are what takes time, waves share the tokens
+//
+// Build options of all three, besides those of common.cl
+//   ROWS              8 * r: rows of a tile (direct: 8)
+//   WAVES             of 32 work-items; the local size is 32 * WAVES
+//   STRIPS_PER_WAVE   strips of 16 columns that a wave computes
+//   DEPTH             blocks of K that are on their way at once
+//   GROUP_32          1: groups of 32 rows; 0: of 64 or 128
+//   ROW_FACTOR        1: products of input row i are multiplied by row_factor[i]
+//   BIAS              1: bias[output column] is added
+//   SPLIT             1: K is cut into `splits` runs, whose sums go to `partial` (not in tiled)
+//
+// They use more local memory than the driver reports: it says 48 KiB and gives what the hardware has.
+// With -DNO_PTX all compiles without PTX, to no purpose but to check the rest.
+
+#ifndef WAVES
+#define WAVES 8
+#endif
+#ifndef STRIPS_PER_WAVE
+#define STRIPS_PER_WAVE 2
+#endif
+#ifndef DEPTH
+#define DEPTH 2
+#endif
+#ifndef GROUP_32
+#define GROUP_32 0
+#endif
+#ifndef ROW_FACTOR
+#define ROW_FACTOR 0
+#endif
+#ifndef BIAS
+#define BIAS 0
+#endif
+#ifndef SPLIT
+#define SPLIT 0
+#endif
+
+#define S STRIPS_PER_WAVE
+#define TOKEN_TILES (ROWS / 8)
+#define LANES 32
+#define HALVES (1 + GROUP_32)  // groups in a block of K
+
+#define GEMM_ARGS                                                                                    \
+    WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \
+        __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \
+        const ulong output_offset, const uint output_stride, __global const float *restrict bias,    \
+        __global float *restrict partial, const uint tiles_capacity, const int splits, WORK_ARGS
+
+// PTX --------------------------------------------------------------------------------------------
+//
+// Pairs of float16 are 32-bit registers, as there is no cl_khr_fp16.
+
+#ifdef NO_PTX
+#define ASM(...)
+#define ORDERED_ASM(...)
+#else
+#define ASM asm
+#define ORDERED_ASM asm volatile
+#endif
+
+static inline uint half2_sub(uint a, uint b)
+{
+    uint d = 0;
+    ASM("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+static inline uint half2_mul(uint a, uint b)
+{
+    uint d = 0;
+    ASM("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+static inline uint half2_fma(uint a, uint b, uint c)
+{
+    uint d = 0;
+    ASM("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+static inline float2 half2_to_float2(uint pair)
+{
+    float low = 0, high = 0;
+    ASM("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high) : "r"(pair));
+    return (float2)(low, high);
+}
+
+// A lane's sums: columns g and g + 8 (a's rows) of tokens 2t and 2t + 1 (b's columns), as x, y and z, w.
+static inline float4 mma(uint4 a, uint b0, uint b1, float4 c)
+{
+    float d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+    ASM("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
+    return (float4)(d0, d1, d2, d3);
+}
+
+static inline uint ballot(bool condition)
+{
+    uint mask = 0;
+    ORDERED_ASM("{ .reg .pred p; setp.ne.u32 p, %1, 0; vote.sync.ballot.b32 %0, p, 0xffffffff; }"
+                 : "=r"(mask) : "r"((uint)condition));
+    return mask;
+}
+
+// 16 bytes that are read once: past the first-level cache.
+static inline uint4 load_once(__global const uint4 *p)
+{
+    uint x = 0, y = 0, z = 0, w = 0;
+    ORDERED_ASM("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p));
+    return (uint4)(x, y, z, w);
+}
+
+// 16 or 4 bytes to local memory without passing through registers. Copies between two commits are a group;
+// a work-item waits until only so many groups of its own are under way.
+#define LOCAL_ADDRESS(pointer) ((uint)(size_t)(pointer))
+static inline void copy_async(uint to, __global const void *from)
+{
+    ORDERED_ASM("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+}
+static inline void copy_async4(uint to, __global const void *from)
+{
+    ORDERED_ASM("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(from) : "memory");
+}
+static inline void commit_copies(void) { ORDERED_ASM("cp.async.commit_group;" : : : "memory"); }
+#define AWAIT_COPIES(left) ORDERED_ASM("cp.async.wait_group %0;" : : "n"(left) : "memory")
+
+// Weights ----------------------------------------------------------------------------------------
+
+// Sections of an expert.
+typedef struct {
+    __global const uint4 *words;    // [strips][blocks][32]
+    __global const uint *scales;    // [strips][groups][8]
+    __global const ushort *zeros;   // [strips][groups][8]
+} Expert;
+
+static inline Expert expert_at(__global const uint *base, uint strips, uint blocks, uint groups)
+{
+    Expert expert;
+    expert.words = (__global const uint4 *)base;
+    expert.scales = base + (ulong)strips * blocks * BLOCK_WORDS;
+    expert.zeros = (__global const ushort *)(expert.scales + (ulong)strips * groups * 8);
+    return expert;
+}
+
+// Of a lane's two zero points (bytes), from the four bytes that its copy brought.
+#define MY_ZEROS(bytes) ((bytes) >> (g & 1) * 16 & 0xffffu)
+
+// Nibbles as they are, under no exponent: subnormal float16, q * 2^-24 in column g and q * 2^-20 in column
+// g + 8. Tensor cores take them exactly, and what they are off by is put right with the scales.
+#define EVEN_UNIT 0x1p-24f
+#define ODD_UNIT 0x1p-20f
+static inline uint4 codes(uint word)
+{
+    const uint next = word >> 8;
+    return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
+}
+
+// What the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens' values.
+static inline float4 start_of(float4 x, uint zeros)
+{
+#if SYMMETRIC
+    const float even = -8 * EVEN_UNIT, odd = -8 * ODD_UNIT;
+#else
+    const float even = -EVEN_UNIT * (zeros & 0xffu), odd = -ODD_UNIT * (zeros >> 8);
+#endif
+    return (float4)(even * x.x, even * x.y, odd * x.z, odd * x.w);
+}
+
+// Sums of the 16-byte fragments x and y of eight tokens over one block of K, one or two groups.
+static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)
+{
+    const uint4 ones = (uint4)(0x3c003c00u);
+    float4 sum = mma(ones, x.x, x.y, (float4)(0));
+    sum = mma(ones, x.z, x.w, sum);
+    sums[0] = sum;
+    sum = mma(ones, y.x, y.y, GROUP_32 ? (float4)(0) : sum);
+    sums[GROUP_32] = mma(ones, y.z, y.w, sum);
+}
+
+// The products of one strip and one block with eight tokens, added to their totals.
+static inline float4 add_block(float4 total, uint4 words, uint4 x, uint4 y, const float4 token_sums[HALVES],
+                               const float2 scale[HALVES], const uint zeros[HALVES])
+{
+    float4 sum = start_of(token_sums[0], zeros[0]);
+    sum = mma(codes(words.x), x.x, x.y, sum);
+    sum = mma(codes(words.y), x.z, x.w, sum);
+#if GROUP_32
+    total += sum * scale[0].xxyy;
+    sum = start_of(token_sums[1], zeros[1]);
+#endif
+    sum = mma(codes(words.z), y.x, y.y, sum);
+    sum = mma(codes(words.w), y.z, y.w, sum);
+    return total + sum * scale[GROUP_32].xxyy;
+}
+
+// Sums of waves that split K -----------------------------------------------------------------------
+//
+// Local memory holds [WAVES][ROWS][SUMS_STRIDE] floats; work-items add up and store what is LANES * WAVES
+// apart in [ROWS][SUM_COLUMNS].
+
+#define SUM_COLUMNS (STRIP_N * S)
+#define SUMS_STRIDE (SUM_COLUMNS + 4)  // 4 keeps a store's 32 lanes on 32 banks
+#define OUTPUTS ((ROWS * SUM_COLUMNS + LANES * WAVES - 1) / (LANES * WAVES))
+#define OUTPUT_ROW(o) ((item + (o) * LANES * WAVES) / SUM_COLUMNS)
+
+// One wave's totals for strip s and token tile i.
+static inline void put_sums(__local float *sums, float4 total, uint wave, uint s, uint i, uint g, uint t)
+{
+    __local float *token = sums + (wave * ROWS + 8 * i + 2 * t) * SUMS_STRIDE + STRIP_N * s + g;
+    token[0] = total.x;
+    token[SUMS_STRIDE] = total.y;
+    token[8] = total.z;
+    token[SUMS_STRIDE + 8] = total.w;
+}
+
+// A macro for the kernel's arguments; row: int2, as of row_of(tile, OUTPUT_ROW(o), WORK).
+#define STORE_SUMS(o, row, first_strip, row_index, part)                                             \
+    {                                                                                                \
+        const uint r = OUTPUT_ROW(o), c = (item + (o) * LANES * WAVES) % SUM_COLUMNS;                \
+        const uint column = STRIP_N * (first_strip) + c;                                             \
+        if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
+            float sum = 0;                                                                           \
+            _Pragma("unroll") for (int w = 0; w < WAVES; w++)                                        \
+                sum += sums[(w * ROWS + r) * SUMS_STRIDE + c];                                       \
+            sum *= weight_factor / (c & 8 ? ODD_UNIT : EVEN_UNIT);                                   \
+            if (ROW_FACTOR)                                                                          \
+                sum *= row_factor[(row).x];                                                          \
+            const uint to = tile.out_column + (column - tile.column);                                \
+            if (SPLIT)                                                                               \
+                partial[(((ulong)(part) * tiles_capacity + (row_index)) * ROWS + r) * n + (column - tile.column)] = sum; \
+            else                                                                                     \
+                store_output(BIAS ? sum + bias[to] : sum, output,                                    \
+                             output_offset + (ulong)(row).y * output_stride + to);                   \
+        }                                                                                            \
+    }

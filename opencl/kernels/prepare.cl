@@ -1,0 +1,195 @@
+// prepare_rows: rows of activations in the order of packed K, padded, of one element type.
+//
+//   output[i][j] = x[order[j]] * 2^-e,  row_factor[i] = 2^e
+//
+// with x the row that prepared row i comes from; an order of -1, or j beyond the row, gives 0. A work-group a
+// prepared row, of a local size that is a multiple of 16 up to 256; the grid has as many work-groups as rows (GATHER 2:
+// slots).
+//
+// Build options
+//   INPUT_TYPE      of common.cl
+//   PREPARED_TYPE   0: float32, e = 0 and row_factor is not used
+//                   1: float16; 2^e brings the row's largest magnitude into [2^13, 2^14). A row of zeros has e = 0,
+//                      and so has one with a NaN or an infinity, which keeps them
+//   SILU            1: input rows are gate (k_in), then up (k_in), and x[j] = silu(gate[j]) * up[j] in float32 (0)
+//   GATHER          0: row i from row i, in K's own order (0)
+//                   1: the same, by one order for all: order int32 [k_out]
+//                   2: row i is slot i of the routing arrays (ROUTED=1), from row id / top_k, by its expert's order:
+//                      order int32 [num_experts][k_out]. Slots not in use are left as they are
+//                   3: row i from row map[i].x, by the order of expert map[i].y; order as for 2
+//
+// Arguments
+//   input, input_offset    INPUT rows of k_in (SILU: 2 * k_in) elements; the offset in elements
+//   output, row_factor     [rows][k_out] (planes: [rows][row bytes]), [rows]
+//   k_in, k_out            elements of a row; k_out >= k_in where GATHER is 0
+//   order                  GATHER 1, 2, 3; else NULL
+//   num_experts, WORK_ARGS of common.cl      GATHER 2 only
+//   map                    int2 [rows]       GATHER 3 only
+//
+// Integer planes: each group of K (of 2^GROUP_SHIFT) is quantised by itself to 16 bits, scale = max |x| / 32639,
+// value = rint(x / scale) = 256 * high + low with signed bytes. A prepared row is, in bytes,
+//
+//   [k_out / 8] of 16        for 8 rows of K: high of rows 0 2 1 3, high of rows 4 6 5 7, low of rows 0 2 1 3, low of
+//                            rows 4 6 5 7; the order of rows is that of (word & 0x0f0f0f0f) in the packed weight
+//   [groups] of 8            scale (float), sum of the group's values (int); groups = ceil(k_out / 2^GROUP_SHIFT)
+//
+// padded to a multiple of 16: 2 * k_out + 16 * ceil(groups / 2) bytes. A group with a NaN or an infinity has the scale
+// NaN and values of 0.
+
+#ifndef PREPARED_TYPE
+#define PREPARED_TYPE 0
+#endif
+#ifndef SILU
+#define SILU 0
+#endif
+#ifndef GATHER
+#define GATHER 0
+#endif
+#if GATHER == 2 && !ROUTED
+#error "GATHER=2 needs ROUTED=1"
+#endif
+
+#if GATHER == 2
+#define GATHER_ARGS , const uint num_experts, WORK_ARGS
+#elif GATHER == 3
+#define GATHER_ARGS , __global const int2 *restrict map
+#else
+#define GATHER_ARGS
+#endif
+#if PREPARED_TYPE == 2
+#define PREPARED uint
+#else
+#define PREPARED JOIN(TYPE_, PREPARED_TYPE)
+#define store_prepared JOIN(store_, PREPARED_TYPE)
+#endif
+#define MAX_LOCAL 256
+
+// Element j of a row: of x, before any order.
+static inline float row_value(__global const INPUT *row, uint j, uint k_in)
+{
+#if SILU
+    const float gate = load_input(row, j);
+    return gate / (1 + exp(-gate)) * load_input(row, (ulong)k_in + j);
+#else
+    return load_input(row, j);
+#endif
+}
+
+static inline float prepared_value(__global const INPUT *row, uint j, uint k_in, __global const int *order)
+{
+#if GATHER
+    const int from = order[j];
+#else
+    const int from = j;
+#endif
+    return (uint)from < k_in ? row_value(row, from, k_in) : 0;
+}
+
+#if PREPARED_TYPE == 2
+#define QMAX 32639.0f // 256 * 127 + 127, the largest that two signed bytes can say
+#define MIN_AMAX 0x1p-100f // below, neither amax / QMAX nor QMAX / amax need be a normal number
+#define GROUP_OCTETS (1 << (GROUP_SHIFT - 3))
+
+static inline uint plane_word(int v0, int v1, int v2, int v3)
+{
+    return (v0 & 255) | (v2 & 255) << 8 | (v1 & 255) << 16 | (uint)(v3 & 255) << 24;
+}
+#endif
+
+__kernel void prepare_rows(
+    __global const INPUT *restrict input, const ulong input_offset,
+    __global PREPARED *restrict output,
+    __global float *restrict row_factor,
+    const uint k_in, const uint k_out,
+    __global const int *restrict order
+    GATHER_ARGS)
+{
+    const uint i = get_group_id(0), item = get_local_id(0), items = get_local_size(0);
+    long from = i;
+    __global const int *row_order = order;
+#if GATHER == 2
+    // One slot to a row tile, whatever the size of blocks.
+    from = -1;
+    if (i < (uint)clamp(past[past_offset], 0, past_limit)) {
+        const int expert = expert_ids[expert_offset + i / block_size];
+        const int id = sorted_ids[sorted_offset + i];
+        if ((uint)expert < num_experts && (uint)id < (uint)valid) {
+            from = id / top_k;
+            row_order = order + (ulong)expert * k_out;
+        }
+    }
+#elif GATHER == 3
+    from = map[i].x;
+    row_order = order + (ulong)map[i].y * k_out;
+#endif
+    if (from < 0)
+        return; // the whole work-group
+    __global const INPUT *row = input + input_offset + (ulong)from * k_in * (SILU ? 2 : 1);
+#if PREPARED_TYPE == 2
+    // A work-item takes 8 elements in each turn; the items of a group share their maxima and sums.
+    __local uint largest[MAX_LOCAL];
+    __local int value_sums[MAX_LOCAL];
+    const uint octets = k_out / 8, groups = (k_out + (1 << GROUP_SHIFT) - 1) >> GROUP_SHIFT;
+    const uint row_words = k_out / 2 + (groups + 1) / 2 * 4;
+    __global uint *to = output + (ulong)i * row_words;
+    for (uint turn = 0; turn < octets; turn += items) {
+        const uint octet = turn + item, leader = item / GROUP_OCTETS * GROUP_OCTETS;
+        float x[8];
+        uint most = 0; // magnitudes as bits: infinities and NaNs are above all else
+        for (uint j = 0; j < 8; j++) {
+            x[j] = octet < octets ? prepared_value(row, 8 * octet + j, k_in, row_order) : 0;
+            most = max(most, as_uint(x[j]) & 0x7fffffffu);
+        }
+        largest[item] = most;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (uint other = leader; other < leader + GROUP_OCTETS; other++)
+            most = max(most, largest[other]);
+        const bool finite = most < 0x7f800000u, usable = finite && as_float(most) >= MIN_AMAX;
+        const float inverse = usable ? QMAX / as_float(most) : 0;
+        int high[8], low[8], sum = 0;
+        for (uint j = 0; j < 8; j++) {
+            const int value = usable ? clamp((int)rint(x[j] * inverse), -(int)QMAX, (int)QMAX) : 0;
+            sum += value;
+            high[j] = (value + 128) >> 8;
+            low[j] = value - 256 * high[j];
+        }
+        if (octet < octets)
+            vstore4((uint4)(plane_word(high[0], high[1], high[2], high[3]),
+                            plane_word(high[4], high[5], high[6], high[7]),
+                            plane_word(low[0], low[1], low[2], low[3]),
+                            plane_word(low[4], low[5], low[6], low[7])),
+                    octet, to);
+        value_sums[item] = sum;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (item == leader && octet < octets) {
+            for (uint other = leader + 1; other < leader + GROUP_OCTETS; other++)
+                sum += value_sums[other];
+            const float scale = usable ? as_float(most) / QMAX : finite ? 0.0f : NAN;
+            vstore2((uint2)(as_uint(scale), as_uint(sum)), octet / GROUP_OCTETS, to + k_out / 2);
+        }
+    }
+#else
+    const ulong to = (ulong)i * k_out;
+#if PREPARED_TYPE == 1
+    __local uint largest[MAX_LOCAL];
+    // Magnitudes as bits: infinities and NaNs are above all else.
+    uint most = 0;
+    for (uint j = item; j < k_out; j += items)
+        most = max(most, as_uint(prepared_value(row, j, k_in, row_order)) & 0x7fffffffu);
+    largest[item] = most;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint other = 0; other < items; other++)
+        most = max(most, largest[other]);
+    int e = 0;
+    if (most > 0 && most < 0x7f800000u)
+        e = max(ilogb(as_float(most)) - 13, -126); // 2^e is a normal number
+    for (uint j = item; j < k_out; j += items)
+        store_prepared(ldexp(prepared_value(row, j, k_in, row_order), -e), output, to + j);
+    if (item == 0)
+        row_factor[i] = ldexp(1.0f, e);
+#else
+    for (uint j = item; j < k_out; j += items)
+        store_prepared(prepared_value(row, j, k_in, row_order), output, to + j);
+#endif
+#endif
+}

@@ -1,0 +1,73 @@
+"""A tier's kernels against NumPy, on a device that has just been met."""
+
+import threading
+
+import numpy as np
+import pyopencl as cl
+
+from marlin_cy import reference
+from marlin_cy.errors import BuildError
+from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.moe.align import moe_align_block_size
+from marlin_cy.opencl.tiers import FLOAT16_ROWS
+
+__all__ = ["TOLERANCE", "reason_wrong"]
+
+EXPERTS, K, N, GROUP_SIZE = 3, 320, 40, 64  # a last block of K that is half full, a last strip that is half empty
+TOKENS, TOP_K = 20, 2
+TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel that is wrong anywhere 1e-2 and more
+
+_known = {}
+_lock = threading.Lock()
+
+
+def reason_wrong(backend):
+    """None if the tier of a backend (which is taken as it is) computes what it should here, else what is wrong.
+
+    Asked once in a process for each device and tier.
+    """
+    key = backend.device.int_ptr, backend.tier.name
+    with _lock:
+        if key not in _known:
+            _known[key] = _reason_wrong(backend)
+        return _known[key]
+
+
+def _reason_wrong(backend):
+    try:
+        error = relative_error(backend)
+    except BuildError as problem:
+        return f"its program does not compile: {problem}"
+    except cl.Error as problem:
+        return f"its kernels do not run: {problem}"
+    if not error <= TOLERANCE:  # a NaN is wrong, too
+        return f"its results are wrong: relative error {error:.2g}, expected at most {TOLERANCE:g}"
+    return None
+
+
+def relative_error(backend):
+    """Of products by a routed stack with zero points: the norm of what is off over that of what is right."""
+    rng = np.random.default_rng(0)
+    q = rng.integers(0, 16, (EXPERTS, K, N)).astype(np.uint8)
+    scale = rng.uniform(0.5, 2, (EXPERTS, K // GROUP_SIZE, N)).astype(np.float16)
+    zero = rng.integers(1, 17, scale.shape).astype(np.uint8)
+    builder = backend.new_stack_builder(EXPERTS, K, N, group_size=GROUP_SIZE)
+    for expert in range(EXPERTS):
+        builder.add(expert, 0, Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], GROUP_SIZE, None))
+    stack = builder.finish()
+    # What its products read most often, so that these programs are needed anyhow.
+    halves = backend.tier.inputs(backend.runtime.capabilities).prepared_type == FLOAT16_ROWS
+    dtype = np.float16 if halves else np.float32
+    x = rng.standard_normal((TOKENS, K)).astype(dtype)
+    ids = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :TOP_K]
+    weights = [reference.dequantize(q[e], scale[e], zero[e], GROUP_SIZE) for e in range(EXPERTS)]
+    expected = np.stack([x[i].astype(np.float64) @ weights[e] for i, chosen in enumerate(ids) for e in chosen])
+    errors = []
+    ctx = backend.new_context()
+    for block_size in (4, 32):
+        routing = map(backend.from_host, moe_align_block_size(ids, block_size, EXPERTS))
+        out = backend.from_host(np.full((TOKENS * TOP_K, N), np.nan, dtype))
+        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
+        actual = backend.to_host(out).astype(np.float64)
+        errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return max(errors)
