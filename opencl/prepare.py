@@ -15,6 +15,7 @@ ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT, UINT, BUFFER)
 NO_ORDER, ONE_ORDER, BY_SLOT, MAPPED = range(4)
 MAX_ITEMS = 256  # work-items in a work-group; a power of two
 CPU_ITEMS = 32
+ROW_STEP = 8  # elements that a work-item takes at a time; rows are multiples of 32
 
 
 class Prepared(NamedTuple):
@@ -80,6 +81,7 @@ def prepare(ctx, store, rows, work, routed_types, silu, waits, label):
         "prepare_rows",
         {
             "INPUT_TYPE": rows.type_code,
+            "ALIGNED": int(rows.offset % ROW_STEP == 0),
             "PREPARED_TYPE": prepared_type,
             "SILU": int(silu),
             "GATHER": gather,
@@ -88,7 +90,9 @@ def prepare(ctx, store, rows, work, routed_types, silu, waits, label):
         },
         ARGUMENTS + gather_types,
     )
-    items = min(CPU_ITEMS if device.is_cpu else MAX_ITEMS, device.max_work_group_size)
+    # A work-item for every 8 elements of a row.
+    items = CPU_ITEMS if device.is_cpu else min(max(32, 1 << (layout.packed_k // ROW_STEP - 1).bit_length()), MAX_ITEMS)
+    items = min(items, device.max_work_group_size)
     event = kernel(
         ctx.queue,
         (count * items,),

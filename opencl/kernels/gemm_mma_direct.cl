@@ -10,7 +10,7 @@
 #error "ROWS must be 8"
 #endif
 
-__attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
+WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     __local float sums[WAVES * ROWS * SUMS_STRIDE];
     const uint item = get_local_id(0), lane = item % LANES, wave = item / LANES, g = lane / 4, t = lane % 4;

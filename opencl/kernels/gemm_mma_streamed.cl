@@ -95,7 +95,7 @@ static inline int input_row(Routing routing, uint row_index, uint i, uint g, WOR
 #define FIRST_STRIP_OF(routing) ((uint)(routing).entry.y / STRIP_N)
 #endif
 
-__attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
+WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     // Each wave's ring of stages, which each lane fills for itself and reads alone; the waves' sums.
     __local uint4 rings[WAVES * DEPTH * STAGE_BYTES / 16];
@@ -106,7 +106,7 @@ __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GE
     const uint parts_of_k = SPLIT ? splits : 1;
     const Position step = position_of(get_num_groups(0), column_tiles, parts_of_k);
     __local uchar *ring = (__local uchar *)rings + wave * DEPTH * STAGE_BYTES;
-    const uint ring_at = LOCAL_ADDRESS(ring);
+    const LocalAddress ring_at = local_address(ring);
     const uint share = SPLIT ? (blocks + splits - 1) / splits : blocks;
     const uint run = (share + WAVES - 1) / WAVES;
 
@@ -150,8 +150,8 @@ __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GE
                 ahead = routing_of(copied.row, g, WORK);                                             \
         }                                                                                            \
         if (copy_block < copy_end) {                                                                 \
-            const uint to = ring_at + copy_stage * STAGE_BYTES + lane * 16;                          \
-            const uint to4 = ring_at + copy_stage * STAGE_BYTES + lane * 4;                          \
+            const LocalAddress to = ring_at + copy_stage * STAGE_BYTES + lane * 16;                          \
+            const LocalAddress to4 = ring_at + copy_stage * STAGE_BYTES + lane * 4;                          \
             _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
                 copy_async(to + s * LANES * 16, words[s] + copy_block * LANES);                      \
             const bool second = BLOCK_K * copy_block + 32 < k; /* K may end in the middle of a block */ \

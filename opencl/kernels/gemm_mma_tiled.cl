@@ -92,7 +92,7 @@ static inline uint4 weights_of(uint word, Group group)
 #endif
 }
 
-__attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
+WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     // A token's 128 bytes are 16-byte chunks; in odd rows the halves change places, so that the eight
     // lanes that read at once (two tokens, four chunks) meet all banks.
@@ -101,7 +101,7 @@ __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GE
     const uint strips = STRIPS, blocks = K_BLOCKS;
     const uint column_tiles = (strips * STRIP_N + COLUMNS - 1) / COLUMNS;
     const uint tiles = num_row_tiles(WORK) * column_tiles;
-    const uint stages_at = LOCAL_ADDRESS(stages);
+    const LocalAddress stages_at = local_address(stages);
 
     for (uint index = get_group_id(0); index < tiles; index += get_num_groups(0)) {
         const Tile tile = row_tile(index / column_tiles, num_experts, n, WORK);
@@ -123,7 +123,7 @@ __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GE
         const uint chunk = item % CHUNKS;
         __global const INPUT *from[COPIES];
         bool live[COPIES];  // rows that are not leave their column of products undefined, which nobody reads
-        uint to[COPIES];
+        LocalAddress to[COPIES];
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
             const uint r = item / CHUNKS + i * (LANES * WAVES / CHUNKS);
@@ -163,8 +163,8 @@ __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GE
                     else                                                                             \
                         *(__local uint4 *)((__local uchar *)stages + (to[i] - stages_at) + at) = (uint4)(0); \
                 }                                                                                    \
-            const uint mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;          \
-            const uint mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;          \
+            const LocalAddress mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;          \
+            const LocalAddress mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;          \
             _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
                 copy_async(mine + s * LANES * 16, words[s] + copied * LANES);                                 \
             _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                       \

@@ -1,4 +1,6 @@
-// What the kernels for NVIDIA tensor cores (compute capability 8.0 and later) share: PTX, and how to use it.
+// needs ptx.cl
+//
+// What the kernels for NVIDIA tensor cores (compute capability 8.0 and later) share.
 //
 // Weights are the 16-row operand of mma.m16n8k16 and eight tokens its columns. A lane's word of packed
 // nibbles is one fragment of 16 columns by 16 rows of K, and 16 bytes of a token's row are its fragments for
@@ -20,7 +22,6 @@
 //   SPLIT             1: K is cut into `splits` runs, whose sums go to `partial` (not in tiled)
 //
 // They use more local memory than the driver reports: it says 48 KiB and gives what the hardware has.
-// With -DNO_PTX all compiles without PTX, to no purpose but to check the rest.
 
 #ifndef WAVES
 #define WAVES 8
@@ -54,88 +55,6 @@
         __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \
         const ulong output_offset, const uint output_stride, __global const float *restrict bias,    \
         __global float *restrict partial, const uint tiles_capacity, const int splits, WORK_ARGS
-
-// PTX --------------------------------------------------------------------------------------------
-//
-// Pairs of float16 are 32-bit registers, as there is no cl_khr_fp16.
-
-#ifdef NO_PTX
-#define ASM(...)
-#define ORDERED_ASM(...)
-#else
-#define ASM asm
-#define ORDERED_ASM asm volatile
-#endif
-
-static inline uint half2_sub(uint a, uint b)
-{
-    uint d = 0;
-    ASM("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-static inline uint half2_mul(uint a, uint b)
-{
-    uint d = 0;
-    ASM("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-static inline uint half2_fma(uint a, uint b, uint c)
-{
-    uint d = 0;
-    ASM("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-static inline float2 half2_to_float2(uint pair)
-{
-    float low = 0, high = 0;
-    ASM("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-        : "=f"(low), "=f"(high) : "r"(pair));
-    return (float2)(low, high);
-}
-
-// A lane's sums: columns g and g + 8 (a's rows) of tokens 2t and 2t + 1 (b's columns), as x, y and z, w.
-static inline float4 mma(uint4 a, uint b0, uint b1, float4 c)
-{
-    float d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-    ASM("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
-    return (float4)(d0, d1, d2, d3);
-}
-
-static inline uint ballot(bool condition)
-{
-    uint mask = 0;
-    ORDERED_ASM("{ .reg .pred p; setp.ne.u32 p, %1, 0; vote.sync.ballot.b32 %0, p, 0xffffffff; }"
-                 : "=r"(mask) : "r"((uint)condition));
-    return mask;
-}
-
-// 16 bytes that are read once: past the first-level cache.
-static inline uint4 load_once(__global const uint4 *p)
-{
-    uint x = 0, y = 0, z = 0, w = 0;
-    ORDERED_ASM("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p));
-    return (uint4)(x, y, z, w);
-}
-
-// 16 or 4 bytes to local memory without passing through registers. Copies between two commits are a group;
-// a work-item waits until only so many groups of its own are under way.
-#define LOCAL_ADDRESS(pointer) ((uint)(size_t)(pointer))
-static inline void copy_async(uint to, __global const void *from)
-{
-    ORDERED_ASM("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
-}
-static inline void copy_async4(uint to, __global const void *from)
-{
-    ORDERED_ASM("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(from) : "memory");
-}
-static inline void commit_copies(void) { ORDERED_ASM("cp.async.commit_group;" : : : "memory"); }
-#define AWAIT_COPIES(left) ORDERED_ASM("cp.async.wait_group %0;" : : "n"(left) : "memory")
 
 // Weights ----------------------------------------------------------------------------------------
 

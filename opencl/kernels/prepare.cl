@@ -60,7 +60,6 @@
 #define PREPARED uint
 #else
 #define PREPARED JOIN(TYPE_, PREPARED_TYPE)
-#define store_prepared JOIN(store_, PREPARED_TYPE)
 #endif
 #define MAX_LOCAL 256
 
@@ -83,6 +82,27 @@ static inline float prepared_value(__global const INPUT *row, uint j, uint k_in,
     const int from = j;
 #endif
     return (uint)from < k_in ? row_value(row, from, k_in) : 0;
+}
+
+// Elements 8 * octet to 8 * octet + 7.
+static inline float8 prepared_values(__global const INPUT *row, uint octet, uint k_in, __global const int *order)
+{
+    const uint j = 8 * octet;
+#if GATHER
+    return (float8)(prepared_value(row, j, k_in, order), prepared_value(row, j + 1, k_in, order),
+                    prepared_value(row, j + 2, k_in, order), prepared_value(row, j + 3, k_in, order),
+                    prepared_value(row, j + 4, k_in, order), prepared_value(row, j + 5, k_in, order),
+                    prepared_value(row, j + 6, k_in, order), prepared_value(row, j + 7, k_in, order));
+#else
+    if (j >= k_in) // a multiple of 32, as k_out is
+        return (float8)(0);
+#if SILU
+    const float8 gate = load8_input(row, j);
+    return gate / (1 + exp(-gate)) * load8_input(row, (ulong)k_in + j);
+#else
+    return load8_input(row, j);
+#endif
+#endif
 }
 
 #if PREPARED_TYPE == 2
@@ -169,27 +189,36 @@ __kernel void prepare_rows(
         }
     }
 #else
+    // Work-items take 8 elements at a time. Those of float16 are computed twice, as the first time finds the factor.
     const ulong to = (ulong)i * k_out;
+    const uint octets = k_out / 8;
 #if PREPARED_TYPE == 1
     __local uint largest[MAX_LOCAL];
-    // Magnitudes as bits: infinities and NaNs are above all else.
-    uint most = 0;
-    for (uint j = item; j < k_out; j += items)
-        most = max(most, as_uint(prepared_value(row, j, k_in, row_order)) & 0x7fffffffu);
-    largest[item] = most;
+    uint8 magnitudes = (uint8)(0); // as bits: infinities and NaNs are above all else
+    for (uint octet = item; octet < octets; octet += items)
+        magnitudes = max(magnitudes, as_uint8(prepared_values(row, octet, k_in, row_order)) & 0x7fffffffu);
+    const uint4 four = max(magnitudes.lo, magnitudes.hi);
+    largest[item] = max(max(four.x, four.y), max(four.z, four.w));
     barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint other = 0; other < items; other++)
-        most = max(most, largest[other]);
+    for (uint count = items; count > 1;) {
+        const uint upper = (count + 1) / 2;
+        if (item < count - upper)
+            largest[item] = max(largest[item], largest[item + upper]);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        count = upper;
+    }
+    const uint most = largest[0];
     int e = 0;
     if (most > 0 && most < 0x7f800000u)
         e = max(ilogb(as_float(most)) - 13, -126); // 2^e is a normal number
-    for (uint j = item; j < k_out; j += items)
-        store_prepared(ldexp(prepared_value(row, j, k_in, row_order), -e), output, to + j);
     if (item == 0)
         row_factor[i] = ldexp(1.0f, e);
+    const float factor = ldexp(1.0f, -e);
+    for (uint octet = item; octet < octets; octet += items)
+        vstore_half8_rte(prepared_values(row, octet, k_in, row_order) * factor, octet, output + to);
 #else
-    for (uint j = item; j < k_out; j += items)
-        store_prepared(prepared_value(row, j, k_in, row_order), output, to + j);
+    for (uint octet = item; octet < octets; octet += items)
+        vstore8(prepared_values(row, octet, k_in, row_order), octet, output + to);
 #endif
 #endif
 }

@@ -1,0 +1,152 @@
+// NVIDIA's instructions that OpenCL C has no functions for, as inline PTX; the name of each is in its statement.
+//
+// Pairs of float16 are 32-bit registers, as that driver has no cl_khr_fp16. A wave is 32 work-items.
+//
+// With -DEMULATE_PTX the same functions are OpenCL C with sub-groups of 32, so that the kernels can be tested
+// where there is no such GPU (Intel's CPU runtime). With -DNO_PTX they are empty, which checks that the rest compiles.
+
+#ifdef EMULATE_PTX
+
+#pragma OPENCL EXTENSION cl_khr_subgroup_shuffle : enable
+#pragma OPENCL EXTENSION cl_khr_subgroup_ballot : enable
+#define WAVE_OF_32 __attribute__((intel_reqd_sub_group_size(32)))
+
+static inline float2 half2_to_float2(uint pair)
+{
+    const ushort bits[2] = {(ushort)pair, (ushort)(pair >> 16)};
+    return vload_half2(0, (const __private half *)bits);
+}
+
+static inline uint float2_to_half2(float2 pair)
+{
+    ushort bits[2];
+    vstore_half2_rte(pair, 0, (__private half *)bits);
+    return bits[0] | (uint)bits[1] << 16;
+}
+
+static inline uint half2_sub(uint a, uint b) { return float2_to_half2(half2_to_float2(a) - half2_to_float2(b)); }
+static inline uint half2_mul(uint a, uint b) { return float2_to_half2(half2_to_float2(a) * half2_to_float2(b)); }
+static inline uint half2_fma(uint a, uint b, uint c)
+{
+    return float2_to_half2(fma(half2_to_float2(a), half2_to_float2(b), half2_to_float2(c)));
+}
+
+// Row g of a lies in lanes 4g to 4g + 3 (x, z: the row itself, y, w: row g + 8), column c of b in lanes 4c to 4c + 3.
+__attribute__((noinline)) static float4 mma(uint4 a, uint b0, uint b1, float4 c)
+{
+    const uint lane = get_sub_group_local_id(), g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (uint i = 0; i < 4; i++) {
+        const float2 x = half2_to_float2(sub_group_shuffle(a.x, 4 * g + i));
+        const float2 y = half2_to_float2(sub_group_shuffle(a.y, 4 * g + i));
+        const float2 z = half2_to_float2(sub_group_shuffle(a.z, 4 * g + i));
+        const float2 w = half2_to_float2(sub_group_shuffle(a.w, 4 * g + i));
+        const float2 even0 = half2_to_float2(sub_group_shuffle(b0, 8 * t + i));
+        const float2 even1 = half2_to_float2(sub_group_shuffle(b1, 8 * t + i));
+        const float2 odd0 = half2_to_float2(sub_group_shuffle(b0, 8 * t + 4 + i));
+        const float2 odd1 = half2_to_float2(sub_group_shuffle(b1, 8 * t + 4 + i));
+        c += (float4)(dot(x, even0) + dot(z, even1), dot(x, odd0) + dot(z, odd1), dot(y, even0) + dot(w, even1),
+                      dot(y, odd0) + dot(w, odd1));
+    }
+    return c;
+}
+
+static inline uint ballot(bool condition) { return sub_group_ballot(condition).x; }
+static inline uint4 load_once(__global const uint4 *p) { return *p; }
+
+typedef size_t LocalAddress;
+static inline LocalAddress local_address(__local const void *p) { return (size_t)p; }
+static inline void copy_async(LocalAddress to, __global const void *from)
+{
+    *(__local uint4 *)to = *(__global const uint4 *)from;
+}
+static inline void copy_async4(LocalAddress to, __global const void *from)
+{
+    *(__local uint *)to = *(__global const uint *)from;
+}
+static inline void commit_copies(void) {}
+#define AWAIT_COPIES(left)
+
+#else
+
+#ifdef NO_PTX
+#define ASM(...)
+#define ORDERED_ASM(...)
+#else
+#define ASM asm
+#define ORDERED_ASM asm volatile
+#endif
+#define WAVE_OF_32
+
+static inline uint half2_sub(uint a, uint b)
+{
+    uint d = 0;
+    ASM("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+static inline uint half2_mul(uint a, uint b)
+{
+    uint d = 0;
+    ASM("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+static inline uint half2_fma(uint a, uint b, uint c)
+{
+    uint d = 0;
+    ASM("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+static inline float2 half2_to_float2(uint pair)
+{
+    float low = 0, high = 0;
+    ASM("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high) : "r"(pair));
+    return (float2)(low, high);
+}
+
+// A lane's sums: columns g and g + 8 (a's rows) of tokens 2t and 2t + 1 (b's columns), as x, y and z, w.
+static inline float4 mma(uint4 a, uint b0, uint b1, float4 c)
+{
+    float d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+    ASM("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
+    return (float4)(d0, d1, d2, d3);
+}
+
+static inline uint ballot(bool condition)
+{
+    uint mask = 0;
+    ORDERED_ASM("{ .reg .pred p; setp.ne.u32 p, %1, 0; vote.sync.ballot.b32 %0, p, 0xffffffff; }"
+                 : "=r"(mask) : "r"((uint)condition));
+    return mask;
+}
+
+// 16 bytes that are read once: past the first-level cache.
+static inline uint4 load_once(__global const uint4 *p)
+{
+    uint x = 0, y = 0, z = 0, w = 0;
+    ORDERED_ASM("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p));
+    return (uint4)(x, y, z, w);
+}
+
+// 16 or 4 bytes to local memory without passing through registers. Copies between two commits are a group;
+// a work-item waits until only so many groups of its own are under way.
+typedef uint LocalAddress;
+static inline LocalAddress local_address(__local const void *p) { return (uint)(size_t)p; }
+static inline void copy_async(LocalAddress to, __global const void *from)
+{
+    ORDERED_ASM("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+}
+static inline void copy_async4(LocalAddress to, __global const void *from)
+{
+    ORDERED_ASM("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(from) : "memory");
+}
+static inline void commit_copies(void) { ORDERED_ASM("cp.async.commit_group;" : : : "memory"); }
+#define AWAIT_COPIES(left) ORDERED_ASM("cp.async.wait_group %0;" : : "n"(left) : "memory")
+
+#endif
