@@ -16,7 +16,16 @@ them, ``moe/`` builds layers on either, ``reference.py`` says in NumPy what ever
 from importlib import import_module
 
 from marlin_cy.backends import available_backends, get_backend
-from marlin_cy.errors import BackendUnavailable, CheckpointError, ContextInUse, MarlinError, UnsupportedError
+from marlin_cy.errors import (
+    BackendUnavailable,
+    BuildError,
+    CheckpointError,
+    ContextInUse,
+    DeviceError,
+    DeviceMemoryError,
+    MarlinError,
+    UnsupportedError,
+)
 from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack
 
 __version__ = "0.1.0"
@@ -31,9 +40,12 @@ _LAZY = {
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "BuildError",
     "CheckpointError",
     "Context",
     "ContextInUse",
+    "DeviceError",
+    "DeviceMemoryError",
     "Linear",
     "MarlinError",
     "MarlinExpertStack",

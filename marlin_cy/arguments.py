@@ -15,6 +15,8 @@ def integer(name, value):
     ValueError
         Too large for the 64-bit sizes that the kernels compute with.
     """
+    if type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -10,6 +10,7 @@ __all__ = [
     "BuildError",
     "CheckpointError",
     "ContextInUse",
+    "DeviceError",
     "DeviceMemoryError",
     "MarlinError",
     "UnsupportedError",
@@ -56,6 +57,14 @@ class BuildError(MarlinError, RuntimeError):
 
     def __reduce__(self):
         return type(self), (self.program, self.options, self.device, self.log)
+
+
+class DeviceError(MarlinError, RuntimeError):
+    """A device fails, or is gone. The message names it, and what its driver says; ``__cause__`` is the driver's error.
+
+    What the failed call would have written may hold anything. Nothing else has changed: the same call may be
+    made again. If the device was lost, so are all buffers and stacks on it, and every call says so again.
+    """
 
 
 class DeviceMemoryError(MarlinError, MemoryError):

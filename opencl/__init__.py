@@ -10,6 +10,8 @@
     gemm.py       one product: which kernels, which grid  prepare.py  rows as a kernel reads them
     moe.py        routing, both products, combination     kernels/    the device's code
     selfcheck.py  a tier's kernels against NumPy
+    tuning.py     which configurations are fastest here
+    timing.py     what events say
 
 PyOpenCL is imported when the backend is asked for, not before.
 """

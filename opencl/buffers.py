@@ -21,6 +21,7 @@ __all__ = [
     "examined",
     "float_rows",
     "int32_vector",
+    "mark_written",
     "refuse_overlap",
     "wait_list",
 ]
@@ -57,12 +58,15 @@ class Examined:
     It is kept with the array, and holds as long as the array's own attributes are the same objects.
     """
 
-    __slots__ = ("begin", "context", "data", "dtype", "end", "offset", "rows", "shape", "strides", "vector", "whole")
+    __slots__ = (
+        *("begin", "context", "data", "dtype", "end", "offset", "rows", "shape", "strides", "vector", "whole"),
+        "writer",  # the event of the last call that wrote the array, and that call's queue
+    )
 
     def __init__(self, array, name, context):
         self.data, self.offset, self.context = array.base_data, array.offset, context
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
-        self.rows, self.vector = {}, None
+        self.rows, self.vector, self.writer = {}, None, (None, None)
         self.whole = self.begin = self.end = 0
         data = self.data
         if not array.dtype.isnative:
@@ -170,12 +174,26 @@ def refuse_overlap(output, input, name):
         raise ValueError(f"{name}: shares memory with the input, expected separate arrays")
 
 
+def mark_written(array, event, queue):
+    """Remember that a call on a queue wrote an array, so that :func:`wait_list` need not ask the driver."""
+    found = array.__dict__.get(KEPT)
+    if found is not None:
+        found.writer = event, queue
+
+
 def wait_list(queue, arrays):
     """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``; None for none."""
     events = None
     for array in arrays:
         for event in array.events:
-            if event.command_queue != queue:
+            found = array.__dict__.get(KEPT)
+            if found is not None and found.writer[0] is event and found.writer[1] is queue:
+                continue
+            try:
+                here = event.command_queue == queue
+            except cl.Error:  # its queue is gone, and not every driver's events keep theirs
+                here = False
+            if not here:
                 events = [event] if events is None else [*events, event]
     return events
 

@@ -9,7 +9,8 @@ import pyopencl as cl
 
 from marlin_cy.errors import ContextInUse
 from marlin_cy.interface import Context
-from marlin_cy.opencl.store import zeroed_buffers
+from marlin_cy.opencl.buffers import mark_written
+from marlin_cy.opencl.store import device_error, driver_errors, zeroed_buffers
 
 __all__ = ["OpenClContext"]
 
@@ -21,8 +22,10 @@ class OpenClContext(Context):
     """An in-order command queue and the workspace of what is enqueued there.
 
     Calls check their arguments, enqueue their kernels and return; ``Backend.to_host`` (or
-    :meth:`finish`) waits. Buffers that other queues write must be finished, or say so by their
-    ``events``, as :class:`pyopencl.array.Array` does.
+    :meth:`finish`) waits. A device that fails does so in the call itself, in a later one, or where it is
+    waited for: always by :class:`~marlin_cy.errors.DeviceError`, after which the context is as usable as the
+    device. Buffers that other queues write must be finished, or say so by their ``events``, as
+    :class:`pyopencl.array.Array` does.
 
     Parameters
     ----------
@@ -39,9 +42,10 @@ class OpenClContext(Context):
     def __init__(self, backend, queue=None):
         runtime = backend.runtime
         if queue is None:
-            queue = cl.CommandQueue(
-                runtime.context, runtime.device, properties=cl.command_queue_properties.PROFILING_ENABLE
-            )
+            with driver_errors(runtime):
+                queue = cl.CommandQueue(
+                    runtime.context, runtime.device, properties=cl.command_queue_properties.PROFILING_ENABLE
+                )
         check_queue(queue, runtime)
         self._backend, self._queue = backend, queue
         self._lock = threading.Lock()
@@ -74,8 +78,9 @@ class OpenClContext(Context):
         return sum(buffer.size for buffer in self._workspace.values())
 
     def finish(self):
-        """Wait until everything that was enqueued has been done."""
-        self._queue.finish()
+        """Wait until everything that was enqueued has been done; a :class:`DeviceError` says that it was not."""
+        with driver_errors(self._backend.runtime):
+            self._queue.finish()
 
     @contextmanager
     def profile(self):
@@ -102,8 +107,10 @@ class OpenClContext(Context):
             )
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
         self._lock.release()
+        if isinstance(error, cl.Error):
+            raise device_error(self._backend.runtime, error) from error
 
     def reserve(self, purpose, nbytes):
         """The workspace buffer of a purpose, of at least ``nbytes``, with whatever it held."""
@@ -141,8 +148,9 @@ class OpenClContext(Context):
         """A buffer of the largest int32: a count on the device that the host's limit alone decides."""
         buffer = self._workspace.get("unlimited")
         if buffer is None:
-            buffer = self.reserve("unlimited", 4)
+            (buffer,) = zeroed_buffers(self._backend.runtime, [4], "workspace (unlimited)")
             cl.enqueue_fill(self._queue, buffer, MAX_INT32.to_bytes(4, "little"), 4)
+            self._workspace["unlimited"] = buffer  # not before it holds what it should
         return buffer
 
     def log(self, label, event):
@@ -153,8 +161,8 @@ class OpenClContext(Context):
 
     def written(self, array, event):
         """Whoever uses ``array`` in another queue has to wait for ``event``, which comes after all before it."""
-        del array.events[:]
-        array.add_event(event)
+        array.events[:] = (event,)
+        mark_written(array, event, self._queue)
 
     def plans_of(self, store):
         """What was decided for the products with a store: a dict."""

@@ -8,13 +8,22 @@ are added up. What is decided for a kind of call (its :class:`Plan`) is decided 
 from typing import NamedTuple
 
 import numpy as np
-import pyopencl as cl
 
 from marlin_cy.opencl.buffers import Vector
+from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.prepare import prepare
-from marlin_cy.opencl.tiers import FLOAT16, FLOAT16_ROWS, FLOAT32, FLOAT32_ROWS, PLANES, Configuration, Problem
+from marlin_cy.opencl.tiers import (
+    FLOAT16,
+    FLOAT16_ROWS,
+    FLOAT32,
+    FLOAT32_ROWS,
+    PLANES,
+    SHARED_COUNTERS,
+    Configuration,
+    Problem,
+)
 
-__all__ = ["Listed", "Routed", "multiply"]
+__all__ = ["Listed", "Routed", "multiply", "problem_of"]
 
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
 WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT)  # after the parts
@@ -24,6 +33,7 @@ ROUTED_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, 
 LISTED_ARGUMENTS = (BUFFER, INT)
 ALIGNED_ELEMENTS = 8
 REDUCE_LOCAL_SIZE = 64
+MAX_GROUPS = 1 << 22  # so that work-items are counted in 32 bits
 # What a gemm that reads prepared rows takes its input for.
 PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
 
@@ -116,14 +126,27 @@ class Listed(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is decided for a kind of call: kernels, their arguments that stay, and sizes of the grid."""
+    """What is decided for a kind of call.
+
+    Attributes
+    ----------
+    configuration : Configuration
+    gemm : Launch
+    reduce : Launch or None
+        Where K is split.
+    prepared : bool
+        Whether rows have to be made ready first.
+    shares : int
+        What each row tile can be shared out in, by columns and K.
+    max_groups : int
+        Work-groups in a grid.
+    """
 
     configuration: Configuration
-    gemm: cl.Kernel
-    reduce: cl.Kernel | None
-    weights: tuple
+    gemm: Launch
+    reduce: Launch | None
     prepared: bool
-    column_tiles: int
+    shares: int
     max_groups: int
 
 
@@ -172,34 +195,19 @@ def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, 
         row_tiles = len(tiles)
         work_arguments = ctx.upload("row tiles", tiles), row_tiles
     splits, local, partial = configuration.splits, configuration.local_size, None
+    work_groups = min(row_tiles * plan.shares, limit)
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
+    elif configuration.quantum:
+        partial = ctx.reserve("shared tiles", configuration.shared_bytes(work_groups))
     event = plan.gemm(
         queue,
-        (min(row_tiles * plan.column_tiles * splits, limit) * local,),
+        (work_groups * local,),
         (local,),
-        *plan.weights,
-        data,
-        offset,
-        row_factor,
-        out.data,
-        out.offset,
-        out.width,
-        bias,
-        partial,
-        row_tiles,
-        splits,
-        *work_arguments,
-        wait_for=waits,
-    )
-    ctx.log(label, event)
-    if splits > 1:
-        event = plan.reduce(
-            queue,
-            (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
-            (REDUCE_LOCAL_SIZE,),
-            store.num_experts,
-            store.n,
+        (
+            data,
+            offset,
+            row_factor,
             out.data,
             out.offset,
             out.width,
@@ -208,9 +216,38 @@ def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, 
             row_tiles,
             splits,
             *work_arguments,
+        ),
+        waits,
+    )
+    ctx.log(label, event)
+    if splits > 1:
+        event = plan.reduce(
+            queue,
+            (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
+            (REDUCE_LOCAL_SIZE,),
+            (out.data, out.offset, out.width, bias, partial, row_tiles, splits, *work_arguments),
         )
         ctx.log(f"{label}: reduce_splits", event)
     return event
+
+
+def problem_of(store, work, device):
+    """The :class:`~marlin_cy.opencl.tiers.Problem` that some work on a store is."""
+    if type(work) is Routed:
+        most = work.limit // work.block_size
+        columns, runs, rows = store.n, min(most, work.valid), min(work.block_size, work.valid)
+    else:
+        columns, most = int(work.runs[:, 2].max()), len(work.runs)
+        runs, rows = most, -(-work.total_rows() // most)
+    return Problem(
+        rows=rows,
+        runs=runs,
+        most_runs=most,
+        k=store.layout.packed_k,
+        n=columns,
+        group_rows=1 << store.layout.group_shift,
+        device=device,
+    )
 
 
 def make_plan(ctx, store, rows, out, work, aligned, with_bias, silu):
@@ -219,25 +256,8 @@ def make_plan(ctx, store, rows, out, work, aligned, with_bias, silu):
     inputs, routed = tier.inputs(device), type(work) is Routed
     direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
     prepared = silu or store.act_order or not direct
-    if routed:
-        columns, runs = store.n, min(work.limit // work.block_size, work.valid)
-        most = work.limit // work.block_size
-        run_rows = min(work.block_size, work.valid)
-    else:
-        columns, runs = int(work.runs[:, 2].max()), len(work.runs)
-        run_rows = -(-work.total_rows() // runs)
-        most = runs
     layout = store.layout
-    problem = Problem(
-        rows=run_rows,
-        runs=runs,
-        most_runs=most,
-        k=layout.packed_k,
-        n=columns,
-        group_rows=1 << layout.group_shift,
-        device=device,
-    )
-    configuration = tier.configurations(problem)[0]
+    configuration = ctx.backend.runtime.tuned.configuration(tier, problem_of(store, work, device), store.symmetric)
     split = configuration.splits > 1
     shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": int(with_bias)}
     gemm_macros = {
@@ -251,28 +271,41 @@ def make_plan(ctx, store, rows, out, work, aligned, with_bias, silu):
         "SYMMETRIC": int(store.symmetric),
     }
     work_types = ROUTED_ARGUMENTS if routed else LISTED_ARGUMENTS
+    weights = (
+        *store.parts,
+        store.num_experts,
+        store.experts_per_part,
+        layout.expert_words,
+        layout.packed_k,
+        layout.n,
+        layout.groups,
+        layout.group_shift,
+        store.weight_factor,
+    )
+    programs = ctx.backend.runtime.programs
+    gemm = Launch(
+        programs.kernel(configuration.file or tier.file, "gemm", gemm_macros, tier.options(device)),
+        (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work_types,
+        weights,
+    )
+    reduce = None
+    if split:
+        reduce = Launch(
+            programs.kernel("reduce", "reduce_splits", shape),
+            REDUCE_ARGUMENTS + work_types,
+            (store.num_experts, store.n),
+        )
+    shares = -(-layout.n // configuration.columns) * configuration.splits
+    if configuration.quantum:
+        shares *= -(-layout.packed_k // configuration.quantum)
     return Plan(
         configuration=configuration,
-        gemm=ctx.kernel(
-            configuration.file or tier.file,
-            "gemm",
-            gemm_macros,
-            (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work_types,
-            tier.options(device),
-        ),
-        reduce=ctx.kernel("reduce", "reduce_splits", shape, REDUCE_ARGUMENTS + work_types) if split else None,
-        weights=(
-            *store.parts,
-            store.num_experts,
-            store.experts_per_part,
-            layout.expert_words,
-            layout.packed_k,
-            layout.n,
-            layout.groups,
-            layout.group_shift,
-            store.weight_factor,
-        ),
+        gemm=gemm,
+        reduce=reduce,
         prepared=prepared,
-        column_tiles=-(-layout.n // configuration.columns),
-        max_groups=device.compute_units * configuration.groups_per_unit,
+        shares=shares,
+        max_groups=min(
+            device.compute_units * configuration.groups_per_unit,
+            SHARED_COUNTERS if configuration.quantum else MAX_GROUPS,
+        ),
     )

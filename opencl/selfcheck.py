@@ -6,7 +6,7 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy import reference
-from marlin_cy.errors import BuildError
+from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.tiers import FLOAT16_ROWS
@@ -38,7 +38,7 @@ def _reason_wrong(backend):
         error = relative_error(backend)
     except BuildError as problem:
         return f"its program does not compile: {problem}"
-    except cl.Error as problem:
+    except (cl.Error, DeviceError) as problem:
         return f"its kernels do not run: {problem}"
     if not error <= TOLERANCE:  # a NaN is wrong, too
         return f"its results are wrong: relative error {error:.2g}, expected at most {TOLERANCE:g}"

@@ -30,7 +30,8 @@ from marlin_cy.opencl.device import Capabilities, capabilities, describe, open_d
 from marlin_cy.opencl.gemm import Listed, Routed, multiply
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
-from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder
+from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors
+from marlin_cy.opencl.tuning import Tuned
 
 __all__ = ["OpenClBackend", "OpenClLinear", "OpenClMarlinExpertStack", "Runtime"]
 
@@ -53,6 +54,8 @@ class Runtime:
         Held while commands that belong together are enqueued there.
     max_alloc_bytes : int
         The largest single buffer.
+    tuned : Tuned
+        Which configurations were found to be fastest on the device.
     """
 
     context: cl.Context
@@ -62,6 +65,7 @@ class Runtime:
     loading_queue: cl.CommandQueue
     loading_lock: threading.Lock
     max_alloc_bytes: int
+    tuned: Tuned
 
     def make_stack(self, store):
         """The stack over a filled store."""
@@ -129,7 +133,7 @@ class OpenClMarlinExpertStack(MarlinExpertStack):
     def zero_workspace(self, ctx):
         """Zero the split-K sums of the context. Calls write each before they read it, so this is optional."""
         with opencl_context(ctx) as ctx:
-            ctx.zero(["partial sums"])
+            ctx.zero(["partial sums", "shared tiles"])
 
     def gemm_phase_batched(self, ctx, input, dispatches, output, k):
         ctx = opencl_context(ctx)
@@ -357,7 +361,10 @@ class OpenClBackend(Backend):
     """An OpenCL device. A buffer is a :class:`pyopencl.array.Array` on the backend's context.
 
     Gemm and layer calls take device arrays only; an ``ndarray`` is refused with a ``TypeError`` that
-    names :meth:`from_host`. (What a caller chose for ``MoeLayer.forward_routed`` may be on either side.)
+    names :meth:`from_host`, which copies. (What a caller chose for ``MoeLayer.forward_routed`` may be on either side.)
+
+    A device or driver that fails raises :class:`~marlin_cy.errors.DeviceError`, whatever the call; one that has too
+    little memory, :class:`~marlin_cy.errors.DeviceMemoryError`. Contexts stay usable as far as the device is.
 
     Parameters
     ----------
@@ -407,6 +414,7 @@ class OpenClBackend(Backend):
             loading_queue=cl.CommandQueue(opened.context, opened.device),
             loading_lock=threading.Lock(),
             max_alloc_bytes=largest,
+            tuned=Tuned(found),
         )
         self._queue, self._forced, self._tier = queue, tier, None
         self._tier_lock = threading.Lock()
@@ -472,7 +480,8 @@ class OpenClBackend(Backend):
         array = np.ascontiguousarray(array)
         buffer = self.empty(array.shape, array.dtype)
         if array.size:
-            cl.enqueue_copy(self.runtime.loading_queue, buffer.base_data, as_bytes(array))
+            with memory_errors(self.runtime, array.nbytes, f"array of shape {array.shape}"):
+                cl.enqueue_copy(self.runtime.loading_queue, buffer.base_data, as_bytes(array))
         return buffer
 
     def to_host(self, buffer):
@@ -481,17 +490,20 @@ class OpenClBackend(Backend):
         check_contiguous(buffer, "buffer")
         host = np.empty(buffer.shape, buffer.dtype)
         if host.size:
-            cl.enqueue_copy(
-                self.runtime.loading_queue,
-                as_bytes(host),
-                buffer.base_data,
-                src_offset=buffer.offset,
-                wait_for=buffer.events or None,
-            )
+            with driver_errors(self.runtime):
+                cl.enqueue_copy(
+                    self.runtime.loading_queue,
+                    as_bytes(host),
+                    buffer.base_data,
+                    src_offset=buffer.offset,
+                    wait_for=buffer.events or None,
+                )
         return host
 
     def empty(self, shape, dtype):
-        return Array(self.runtime.loading_queue, shape, dtype)
+        nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        with memory_errors(self.runtime, nbytes, f"array of shape {shape}"):
+            return Array(self.runtime.loading_queue, shape, dtype)
 
     def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
         return OpenClStackBuilder(self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx))

@@ -12,12 +12,19 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.builder import CheckedStackBuilder
-from marlin_cy.errors import DeviceMemoryError
+from marlin_cy.errors import DeviceError, DeviceMemoryError
 from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
 from marlin_cy.opencl.device import capabilities
 from marlin_cy.opencl.layout import STRIP_N, expert_layout
 
-__all__ = ["OpenClGptqStore", "OpenClStackBuilder", "memory_errors", "zeroed_buffers"]
+__all__ = [
+    "OpenClGptqStore",
+    "OpenClStackBuilder",
+    "device_error",
+    "driver_errors",
+    "memory_errors",
+    "zeroed_buffers",
+]
 
 PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
 STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
@@ -87,7 +94,7 @@ class OpenClGptqStore:
         what = f"packed weights: {num_experts} experts of [{k}, {n}] in at most {PARTS[-1]} buffers"
         self.experts_per_part, count = cut_into_parts(num_experts, runtime.max_alloc_bytes // expert_bytes)
         if not count or self.nbytes > self.device.global_mem_size:
-            raise too_little_memory(runtime, self.nbytes, what)
+            raise too_little_memory(runtime, f"{what}: {self.nbytes} bytes do not fit")
         experts = [
             min(self.experts_per_part, num_experts - first) for first in range(0, num_experts, self.experts_per_part)
         ]
@@ -355,24 +362,44 @@ def zeroed_buffers(runtime, sizes, what):
 
 @contextmanager
 def memory_errors(runtime, nbytes, what):
-    """What OpenCL raises when memory is short, as :class:`~marlin_cy.errors.DeviceMemoryError`."""
+    """What OpenCL raises when ``nbytes`` are allocated, as :class:`~marlin_cy.errors.DeviceMemoryError`.
+
+    What has nothing to do with memory becomes a :class:`~marlin_cy.errors.DeviceError`.
+    """
     try:
         yield
     except cl.Error as error:
         if error.code not in OUT_OF_MEMORY:
-            raise
-        raise too_little_memory(runtime, nbytes, what) from error
+            raise device_error(runtime, error) from error
+        raise too_little_memory(runtime, f"{what}: {nbytes} bytes do not fit") from error
 
 
-def too_little_memory(runtime, nbytes, what):
-    """The error that says what was asked for, and what there is."""
-    device = runtime.device
-    there = f"{device.global_mem_size} bytes"
-    if "cl_amd_device_attribute_query" in capabilities(device).extensions:
-        there += f", {1024 * device.global_free_memory_amd[0]} of them free"
-    elif held := live_stores.nbytes(device):
-        there += f", of which packed weights hold {held}"
-    return DeviceMemoryError(
-        f"{what}: {nbytes} bytes do not fit; {device.name.strip()} has {there}, in buffers of at most "
-        f"{runtime.max_alloc_bytes}"
+@contextmanager
+def driver_errors(runtime):
+    """What OpenCL raises, as :func:`device_error`."""
+    try:
+        yield
+    except cl.Error as error:
+        raise device_error(runtime, error) from error
+
+
+def device_error(runtime, error):
+    """What an error of the driver's is raised as: DeviceError, or DeviceMemoryError where it says so."""
+    if error.code in OUT_OF_MEMORY and error.code != cl.status_code.OUT_OF_RESOURCES:  # a word for any failure
+        return too_little_memory(runtime, f"the buffers of a call do not fit ({error})")
+    found = capabilities(runtime.device)  # asked before: what is lost may not answer
+    return DeviceError(
+        f"{found.name} ({found.platform}): the driver fails ({error}); if it goes on failing, the device is lost with "
+        "all that it held: make the backend anew, and load the weights again"
     )
+
+
+def too_little_memory(runtime, problem):
+    """The error that says what was asked for, and what there is."""
+    found = capabilities(runtime.device)
+    there = f"{found.global_memory} bytes"
+    if "cl_amd_device_attribute_query" in found.extensions:
+        there += f", {1024 * runtime.device.global_free_memory_amd[0]} of them free"
+    elif held := live_stores.nbytes(runtime.device):
+        there += f", of which packed weights hold {held}"
+    return DeviceMemoryError(f"{problem}; {found.name} has {there}, in buffers of at most {runtime.max_alloc_bytes}")

@@ -16,6 +16,9 @@ ALL_TYPES = frozenset((FLOAT32, FLOAT16, BFLOAT16))
 FLOAT32_ROWS, FLOAT16_ROWS, PLANES = range(3)  # PREPARED_TYPE of prepare.cl
 
 
+SHARED_COUNTERS = 16384  # as in gemm_mma_streamed.cl; no more work-groups can share tiles
+
+
 @dataclass(frozen=True)
 class Configuration:
     """How a kernel is built and launched.
@@ -32,6 +35,8 @@ class Configuration:
         Local memory of a work-group.
     file : str or None
         The ``.cl`` file of its ``gemm``, without the suffix, where it is not the tier's.
+    quantum : int
+        Rows of K that are the least a work-group takes of a tile, where work-groups share tiles; else 0.
     macros : tuple of (str, int)
         What else the program is built with: the tier's own.
     splits : int
@@ -48,6 +53,12 @@ class Configuration:
     splits: int = 1
     groups_per_unit: int = 8
     file: str | None = None
+    quantum: int = 0
+
+    def shared_bytes(self, work_groups):
+        """Device memory for sums of tiles that work-groups share: counters, and two tiles of each."""
+        tile = -(-self.rows * self.columns // self.local_size) * self.local_size
+        return 4 * (SHARED_COUNTERS + 2 * work_groups * tile)
 
 
 class Problem(NamedTuple):
@@ -190,8 +201,9 @@ class WavedTable(NamedTuple):
         A core runs a work-group on its own, so more than one wave has no loads to hide. More rows would reuse
         weights more often, but PoCL compiles 8 rows for three seconds and 32 for ten, and a CPU has a backend
         of its own.
-    few
-        A GPU with few rows waits for weights: eight waves along K, so that many loads are in flight.
+    few, few_short
+        A GPU with few rows waits for weights: waves along K, so that many loads are in flight. ``few_short`` is
+        for less than 1024 rows of K.
     many
         With many rows it waits for activations: waves share them, and a work-item holds up to 64 sums.
     small
@@ -200,6 +212,7 @@ class WavedTable(NamedTuple):
 
     cpu: tuple
     few: tuple
+    few_short: tuple
     many: tuple
     small: tuple
 
@@ -208,9 +221,10 @@ class WavedTable(NamedTuple):
         device = problem.device
         if device.is_cpu:
             return [with_splits(problem, candidate, device.compute_units) for candidate in self.cpu]
-        table = self.few if problem.rows <= max(candidate.rows for candidate in self.few) else self.many
+        few = self.few if problem.k >= 1024 else self.few_short
+        table = few if problem.rows <= max(candidate.rows for candidate in few) else self.many
         candidates = fitting([*by_rows(table, problem.rows), *self.small], device)
-        return [with_splits(problem, candidate, 4 * device.compute_units) for candidate in candidates]
+        return [with_splits(problem, candidate, device.compute_units) for candidate in candidates]
 
     def missing(self, device):
         """What a device lacks for the smallest of them."""
@@ -227,10 +241,16 @@ FEW_ROWS = (
     waved(4, k_waves=4, wave_strips=2),
     waved(8, k_waves=2, wave_strips=2, row_step=2),
 )
+FEW_SHORT_ROWS = (
+    waved(1, k_waves=4, wave_strips=2),
+    waved(4, k_waves=2, wave_strips=2),
+    waved(8, k_waves=2, wave_strips=2, row_step=2),
+)
 SMALL = (waved(8, k_waves=2), waved(8))
 PORTABLE = WavedTable(
     cpu=(waved(8, macros=(("UNROLL", 0),)),),
     few=FEW_ROWS,
+    few_short=FEW_SHORT_ROWS,
     many=(
         waved(16, k_waves=2, wave_strips=2, row_step=2),
         staged(32, column_waves=4, row_waves=2, wave_strips=2),
@@ -241,6 +261,7 @@ PORTABLE = WavedTable(
 SUBGROUP = WavedTable(
     cpu=(waved(8, macros=(("UNROLL", 0),)),),
     few=FEW_ROWS,
+    few_short=FEW_SHORT_ROWS,
     many=(
         waved(16, k_waves=2, wave_strips=2, row_step=2),
         waved(32, column_waves=4, row_waves=2, wave_strips=2),
@@ -324,6 +345,7 @@ def streamed(rows, strips, waves, depth, groups_per_unit):
         local_bytes=waves * depth * stage + sums_bytes(rows, strips, waves),
         macros=mma_macros(waves, strips, depth),
         groups_per_unit=groups_per_unit,
+        quantum=64 * waves,
     )
 
 
@@ -365,7 +387,7 @@ def mma_configurations(problem):
     group_32 = ("GROUP_32", int(problem.group_rows == 32))
     return [
         with_splits(problem, replace(candidate, macros=(*candidate.macros, group_32)), device.compute_units // 2)
-        if candidate.file != "gemm_mma_tiled"  # which does not split K
+        if candidate.file == "gemm_mma_direct"  # streamed shares tiles, tiled has many
         else replace(candidate, macros=(*candidate.macros, group_32))
         for candidate in (mma_few(problem) if problem.rows <= 8 else mma_many(problem))
         if candidate.local_bytes <= limit

@@ -53,7 +53,7 @@ def opencl_places():
 
 OPENCL_PLACES = opencl_places()
 USABLE_PLACES = {place.label: place for place in OPENCL_PLACES if place.missing is None}
-# Every device once, with its most general tier: for what does not depend on the tier.
+# Every device once, with its most general tier.
 DEVICE_LABELS = ["cpu", *{place.device: place.label for place in USABLE_PLACES.values()}.values()]
 
 
@@ -77,6 +77,18 @@ def backend(request):
 
 @pytest.fixture(params=USABLE_PLACES)
 def opencl_backend(request):
+    return backend_called(request.param)
+
+
+@pytest.fixture(params=DEVICE_LABELS)
+def device_backend(request):
+    """Every backend, OpenCL once for each device: for what does not depend on the tier."""
+    return backend_called(request.param)
+
+
+@pytest.fixture(params=DEVICE_LABELS[1:])
+def device_alone(request):
+    """OpenCL alone, once for each device."""
     return backend_called(request.param)
 
 

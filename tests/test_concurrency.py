@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from asserts import GuardedArray, assert_same_bits
+from asserts import GuardedBuffer, assert_same_bits
 from problems import activations, random_problem
 
 import marlin_cy
@@ -26,25 +26,30 @@ watches_memory = pytest.mark.skipif(
 )
 
 
+def new_context(backend, num_threads):
+    """A context, on the CPU of so many threads."""
+    return backend.new_context(num_threads=num_threads) if backend.name == "cpu" else backend.new_context()
+
+
 class Work:
     """A product to compute over and over, and what it should give."""
 
     def __init__(self, backend, rng, *, k=1056, n=64, m=40):
+        self.backend, self.m = backend, m
         self.stack = random_problem(rng, 2, k, n, 32).stack(backend)
-        self.x = activations(rng, m, k)
-        self.expected = self.on(backend.new_context(num_threads=1))
+        self.x = backend.from_host(activations(rng, m, k))
+        self.expected = self.on(new_context(backend, 1))
 
     def on(self, ctx):
-        out = GuardedArray((len(self.x), self.stack.n_per_expert), np.float32)
+        out = GuardedBuffer(self.backend, (self.m, self.stack.n_per_expert), np.float32)
         try:
-            half = len(self.x) // 2
+            half = self.m // 2
             dispatches = [(1, 0, half, half), (0, half, 0, half)]
-            self.stack.gemm_phase_batched(ctx, self.x, dispatches, out.array, self.stack.k)
+            self.stack.gemm_phase_batched(ctx, self.x, dispatches, out.buffer, self.stack.k)
         except ContextInUse:
             out.assert_untouched()
             raise
-        out.assert_guards()
-        return out.array
+        return out.result()
 
 
 def python(code):
@@ -139,19 +144,19 @@ def test_every_method_refuses_a_context_in_use(cpu_backend, rng):
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_many_threads_with_contexts_of_their_own(cpu_backend, rng, num_threads):
-    work = Work(cpu_backend, rng)
+def test_many_threads_with_contexts_of_their_own(device_backend, rng, num_threads):
+    work = Work(device_backend, rng)
 
     def use():
-        ctx = cpu_backend.new_context(num_threads=num_threads)
+        ctx = new_context(device_backend, num_threads)
         for _ in range(10):
             assert_same_bits(work.on(ctx), work.expected)
 
     in_threads([use] * 6)
 
 
-def test_a_context_moves_between_threads(cpu_backend, rng):
-    work, ctx = Work(cpu_backend, rng), cpu_backend.new_context(num_threads=2)
+def test_a_context_moves_between_threads(device_backend, rng):
+    work, ctx = Work(device_backend, rng), new_context(device_backend, 2)
     for _ in range(5):
         in_threads([lambda: assert_same_bits(work.on(ctx), work.expected)])
     assert_same_bits(work.on(ctx), work.expected)
@@ -293,14 +298,16 @@ def test_fork(rng, code):
 
 def small_calls(backend, rng):
     """Small calls of everything, right and wrong, by name."""
-    ctx = backend.new_context(num_threads=1)
+    ctx, device = new_context(backend, 1), backend.from_host
     gate_up, down = random_problem(rng, 2, 32, 64, 32).stack(backend), random_problem(rng, 2, 32, 32, 32)
     stack = down.stack(backend)
     layer = marlin_cy.MoeLayer(gate_up, stack, top_k=1)
     linear = stack.make_expert_linear(8, 16, np.ones(16, np.float32))
-    x, out, narrow = np.ones((2, 32), np.float32), np.empty((2, 32), np.float32), np.empty((2, 16), np.float32)
-    logits, ids, weights = np.ones((2, 2), np.float32), np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
-    routing = marlin_cy.moe_align_block_size(ids, 2, 2)
+    x, out, narrow = (device(np.ones((2, width), np.float32)) for width in (32, 32, 16))
+    logits, few = (device(np.ones((rows, 2), np.float32)) for rows in (2, 1))
+    ids, weights = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
+    routing = [device(part) for part in marlin_cy.moe_align_block_size(ids, 2, 2)]
+    wrong = device(np.zeros(1, np.int32))
     tensors = down.tensors()
     right, too_far, overlapping = ([(0, 0, 0, 1), (1, 1, 1, 1)], [(0, 0, 0, 1), (1, 1, 1, 2)], [(0, 0, 0, 1)] * 2)
 
@@ -311,24 +318,28 @@ def small_calls(backend, rng):
             return
         raise AssertionError("accepted")
 
-    return {
+    calls = {
         "batched": lambda: stack.gemm_phase_batched(ctx, x, right, out, 32),
         "batched, refused": lambda: refused(stack.gemm_phase_batched, ctx, x, too_far, out, 32),
         "batched, overlapping": lambda: refused(stack.gemm_phase_batched, ctx, x, overlapping, out, 32),
         "vllm": lambda: stack.gemm_phase_vllm(ctx, x, *routing, out, 2, 2, 1),
-        "vllm, refused": lambda: refused(stack.gemm_phase_vllm, ctx, x, routing[0] * 0, *routing[1:], out, 2, 2, 1),
+        "vllm, refused": lambda: refused(stack.gemm_phase_vllm, ctx, x, routing[0], wrong, 8, out, 2, 2, 1),
         "linear": lambda: linear.forward(ctx, x, narrow, 2),
         "linear, refused": lambda: refused(linear.forward, ctx, x, narrow.T, 2),
         "view": lambda: stack.make_expert_linear(8, 16, np.ones(16, np.float32)),
         "layer": lambda: layer(ctx, x, logits),
-        "layer, refused": lambda: refused(layer, ctx, x, logits[:1]),
+        "layer, refused": lambda: refused(layer, ctx, x, few),
         "routed": lambda: layer.forward_routed(ctx, x, ids, weights),
         "route": lambda: layer.route(ctx, logits),
         "align": lambda: marlin_cy.moe_align_block_size(ids, 2, 2),
-        "context": lambda: stack.gemm_phase_batched(backend.new_context(num_threads=1), x, right, out, 32),
+        "context": lambda: stack.gemm_phase_batched(new_context(backend, 1), x, right, out, 32),
         "load": lambda: backend.load_gptq_stacked(*tensors, **down.sizes()),
         "load, refused": lambda: refused(lambda: backend.load_gptq_stacked(*tensors, 5, **down.sizes())),
     }
+    if backend.name == "cpu":  # a device's arrays are not looked into
+        again = routing[0] * 0, *routing[1:]
+        calls["vllm, repeated"] = lambda: refused(stack.gemm_phase_vllm, ctx, x, *again, out, 2, 2, 1)
+    return calls
 
 
 def of_all(backend, rng):
@@ -351,12 +362,12 @@ def of_leaks(backend, rng):
     return lambda: kept.append(np.ones(100))
 
 
-def left_behind(calls, warm_up, source):
+def left_behind(calls, warm_up, source, name="cpu", **options):
     """``(blocks, bytes)``: how many of Python's blocks, and of the process's pages, calls leave behind.
 
     To be measured in a process of its own, whose heap holds no holes that would hide a leak.
     """
-    function = source(marlin_cy.get_backend("cpu"), np.random.default_rng(0))
+    function = source(marlin_cy.get_backend(name, **options), np.random.default_rng(0))
 
     def repeat(times):
         for _ in range(times):
@@ -368,18 +379,32 @@ def left_behind(calls, warm_up, source):
     return tuple(after - start for start, after in zip(before, repeat(calls), strict=True))
 
 
-def measured(source, calls, warm_up):
-    code = f"import test_concurrency as t; print(*t.left_behind({calls}, {warm_up}, t.{source}))"
+def measured(source, calls, warm_up, backend="'cpu'"):
+    code = f"import test_concurrency as t; print(*t.left_behind({calls}, {warm_up}, t.{source}, {backend}))"
     return map(int, python(code).split())
 
 
+WATCHED = ["of_all", *(f"of_one({name!r})" for name in ("batched", "vllm", "layer", "batched, refused", "context"))]
+
+
 @watches_memory
-@pytest.mark.parametrize(
-    "source", ["of_all", *(f"of_one({name!r})" for name in ("batched", "vllm", "layer", "batched, refused", "context"))]
-)
+@pytest.mark.parametrize("source", WATCHED)
 def test_ten_thousand_calls_leave_nothing(source):
     blocks, resident = measured(source, calls=10_000, warm_up=2000)
     assert blocks < 200
+    assert resident < 1 << 20
+
+
+@watches_memory
+@pytest.mark.parametrize("source", [*WATCHED, "of_one('load')"])
+def test_calls_of_a_device_leave_nothing(device_alone, source):
+    from marlin_cy.opencl.device import list_devices
+
+    number = list_devices().index(device_alone.device)
+    backend = f"'opencl', device={number}, tier={device_alone.tier.name!r}"
+    calls = 1500
+    blocks, resident = measured(source, calls, 500, backend)
+    assert blocks < calls / 2
     assert resident < 1 << 20
 
 

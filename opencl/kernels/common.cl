@@ -219,10 +219,11 @@ static inline int max_row_tiles(WORK_PARAMS)
 }
 
 // Whether tile i < max_row_tiles() is one of the num_row_tiles().
-static inline bool row_tile_exists(Tile tile, WORK_PARAMS)
+static inline bool row_tile_exists(int i, WORK_PARAMS)
 {
 #if ROUTED
-    return tile.first < past[0];
+    const int parts = (block_size + ROWS - 1) / ROWS, block = parts == 1 ? i : i / parts;
+    return (block + 1) * block_size <= past[0];
 #else
     return true;
 #endif

@@ -10,6 +10,10 @@
 #error "ROWS must be 8"
 #endif
 
+// Where the sum of row r and a column of the expert waits for those of the other parts of K.
+#define PARTIAL_AT(r, column)                                                                        \
+    ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))
+
 WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     __local float sums[WAVES * ROWS * SUMS_STRIDE];
@@ -27,7 +31,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
         // All that routing says of the tile is asked for at once.
         const Tile tile = row_tile(row_index, num_experts, n, WORK);
         const int row = row_of(tile, g, WORK).x;
-        if (!row_tile_exists(tile, WORK))
+        if (!row_tile_exists(row_index, WORK))
             break;
         const uint first_strip = tile.column / STRIP_N + column * S;
         if (tile.expert < 0 || first_strip >= strips)
@@ -87,7 +91,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
 #pragma unroll 1
         for (int o = 0; o < OUTPUTS; o++) {
             const int2 out_row = row_of(tile, OUTPUT_ROW(o), WORK);
-            STORE_SUMS(o, out_row, first_strip, row_index, part)
+            STORE_SUM(o, out_row, SUM_OF_WAVES(o))
         }
         barrier(CLK_LOCAL_MEM_FENCE);  // the sums have been read
     }

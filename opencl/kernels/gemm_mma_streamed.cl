@@ -13,34 +13,37 @@
 #define SCALES_AT (LANES * 16 * (S + 2 * TOKEN_TILES))
 #define ZEROS_AT (SCALES_AT + LANES * 4 * HALVES * S)
 
-// Tiles in the order in which a work-group takes them: column tiles fastest, then parts of K, then rows.
-typedef struct {
-    uint column, part, row;
-} Position;
+// Work-groups share out the blocks of all tiles evenly, in runs of quanta of WAVES blocks; so a tile may be the work
+// of several. Each then leaves its sums in `partial`, and the last to arrive adds them up, in the order of K. That is
+// "stream-K" (Osama et al., "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on
+// the GPU", 2023), and much like Marlin's stripes.
+//
+// partial: COUNTERS uints, zero before and after each launch; then, for each work-group, two times the sums of a tile.
+#define COUNTERS 16384  // and no more work-groups
 
-static inline Position position_of(uint index, uint column_tiles, uint parts_of_k)
+// Quanta first to end - 1 of a tile; of the work-group's own, `left` from first on.
+typedef struct {
+    uint column, row, first, end, left;
+} Segment;
+
+static inline Segment next_segment(Segment segment, uint column_tiles, uint quanta)
 {
-    Position position;
-    position.column = index % column_tiles;
-    position.part = index / column_tiles % parts_of_k;
-    position.row = index / column_tiles / parts_of_k;
-    return position;
+    segment.left -= segment.end - segment.first;
+    segment.first = 0;
+    segment.end = min(quanta, segment.left);
+    segment.column++;
+    if (segment.column == column_tiles) {
+        segment.column = 0;
+        segment.row++;
+    }
+    return segment;
 }
 
-static inline Position advance(Position position, Position step, uint column_tiles, uint parts_of_k)
+static inline ulong first_quantum(uint group, uint groups, ulong total) { return group * total / groups; }
+// The group that a quantum is the work of.
+static inline uint group_of_quantum(ulong quantum, uint groups, ulong total)
 {
-    position.column += step.column;
-    position.part += step.part;
-    position.row += step.row;
-    if (position.column >= column_tiles) {
-        position.column -= column_tiles;
-        position.part++;
-    }
-    if (position.part >= parts_of_k) {
-        position.part -= parts_of_k;
-        position.row++;
-    }
-    return position;
+    return ((quantum + 1) * groups - 1) / total;
 }
 
 // What routing says of a row tile, as it lies in memory: asked for long before it is looked at.
@@ -87,6 +90,11 @@ static inline int input_row(Routing routing, uint row_index, uint i, uint g, WOR
 #endif
 }
 
+#define PARTIAL_AT(r, column) 0
+#if SPLIT
+#error "not with SPLIT: work-groups share tiles anyhow"
+#endif
+
 #if ROUTED
 #define EXPERT_OF(routing) (routing).expert
 #define FIRST_STRIP_OF(routing) 0u
@@ -100,35 +108,47 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
     // Each wave's ring of stages, which each lane fills for itself and reads alone; the waves' sums.
     __local uint4 rings[WAVES * DEPTH * STAGE_BYTES / 16];
     __local float sums[WAVES * ROWS * SUMS_STRIDE];
+    __local uint arrived;
     const uint item = get_local_id(0), lane = item % LANES, wave = item / LANES, g = lane / 4, t = lane % 4;
     const uint strips = STRIPS, blocks = K_BLOCKS;
     const uint column_tiles = (strips + S - 1) / S;
-    const uint parts_of_k = SPLIT ? splits : 1;
-    const Position step = position_of(get_num_groups(0), column_tiles, parts_of_k);
+    const uint quanta = (blocks + WAVES - 1) / WAVES;
     __local uchar *ring = (__local uchar *)rings + wave * DEPTH * STAGE_BYTES;
     const LocalAddress ring_at = local_address(ring);
-    const uint share = SPLIT ? (blocks + splits - 1) / splits : blocks;
-    const uint run = (share + WAVES - 1) / WAVES;
+    __global uint *counters = (__global uint *)partial;
+
+    const uint own = get_group_id(0), work_groups = get_num_groups(0);
+    const ulong total_quanta = (ulong)num_row_tiles(WORK) * column_tiles * quanta;
+    const ulong begin_quantum = first_quantum(own, work_groups, total_quanta);
+    Segment segment;
+    segment.left = first_quantum(own + 1, work_groups, total_quanta) - begin_quantum;
+    if (segment.left == 0)
+        return;
+    const uint first_tile = begin_quantum / quanta;
+    segment.first = begin_quantum - (ulong)first_tile * quanta;
+    segment.end = min(quanta, segment.first + segment.left);
+    segment.row = first_tile / column_tiles;
+    segment.column = first_tile - segment.row * column_tiles;
+    bool is_first = true;
 
     // Copies run DEPTH - 1 blocks ahead of the products, into the next tile where this one ends.
-    Position copied = position_of(get_group_id(0), column_tiles, parts_of_k);
+    Segment copied = segment;
     uint copy_block = 0, copy_end = 0, copy_stage = 0;
     __global const uint4 *words[S];
     __global const uint *scales[S];
     __global const ushort *zeros[S];
     __global const INPUT *rows[TOKEN_TILES];
     bool live[TOKEN_TILES];  // rows that are not leave their column of products undefined, which nobody reads
-    Routing ahead;
-    if (copied.row < max_row_tiles(WORK))  // asked for together with the number of tiles, not after it
-        ahead = routing_of(copied.row, g, WORK);
-    const uint row_tiles = num_row_tiles(WORK);
+    Routing ahead = routing_of(copied.row, g, WORK);
 
 #define COPY_NEXT()                                                                                  \
     {                                                                                                \
-        while (copy_block >= copy_end && copied.row < row_tiles) {                                   \
+        while (copy_block >= copy_end && copied.left) {                                              \
             const int expert = EXPERT_OF(ahead);                                                     \
-            copy_block = copied.part * share + wave * run;                                           \
-            copy_end = (uint)expert < num_experts ? min(min(copy_block + run, (copied.part + 1) * share), blocks) : 0; \
+            const uint end = min(copied.end * WAVES, blocks);                                        \
+            const uint run = (end - copied.first * WAVES + WAVES - 1) / WAVES;                       \
+            copy_block = copied.first * WAVES + wave * run;                                          \
+            copy_end = (uint)expert < num_experts ? min(copy_block + run, end) : 0;                  \
             if (copy_block < copy_end) {                                                             \
                 const Expert from = expert_at(EXPERT_BASE(expert), strips, blocks, groups);          \
                 _Pragma("unroll") for (int s = 0; s < S; s++)                                        \
@@ -145,8 +165,9 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                     rows[i] = input + input_offset + (ulong)max(row, 0) * k + 8 * t;                 \
                 }                                                                                    \
             }                                                                                        \
-            copied = advance(copied, step, column_tiles, parts_of_k);                                \
-            if (copied.row < row_tiles)                                                              \
+            const uint row_before = copied.row;                                                      \
+            copied = next_segment(copied, column_tiles, quanta);                                     \
+            if (copied.left && copied.row != row_before)                                             \
                 ahead = routing_of(copied.row, g, WORK);                                             \
         }                                                                                            \
         if (copy_block < copy_end) {                                                                 \
@@ -186,21 +207,22 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                 (__global const uint *)(zeros[s] + group * 8 - (g & 1)));
 #endif
     uint stage_index = 0, in_flight = 0;
-    Position position = copied;
-    Tile next_tile;
-    if (position.row < row_tiles)
-        next_tile = row_tile(position.row, num_experts, n, WORK);
-    while (position.row < row_tiles) {
+    Tile next_tile = row_tile(segment.row, num_experts, n, WORK);
+    while (segment.left) {
         const Tile tile = next_tile;
-        const Position here = position;
-        position = advance(position, step, column_tiles, parts_of_k);
-        if (position.row < row_tiles)
-            next_tile = row_tile(position.row, num_experts, n, WORK);
+        const Segment here = segment;
+        const bool here_first = is_first;
+        is_first = false;
+        segment = next_segment(segment, column_tiles, quanta);
+        if (segment.left && segment.row != here.row)
+            next_tile = row_tile(segment.row, num_experts, n, WORK);
         if (tile.expert < 0)
             continue;
         const uint first_strip = tile.column / STRIP_N + here.column * S;
-        const uint begin = here.part * share + wave * run;
-        const uint end = min(min(begin + run, (here.part + 1) * share), blocks);
+        const uint stop = min(here.end * WAVES, blocks);
+        const uint run = (stop - here.first * WAVES + WAVES - 1) / WAVES;
+        const uint begin = here.first * WAVES + wave * run;
+        const uint end = min(begin + run, stop);
 
         float4 total[S][TOKEN_TILES];
 #pragma unroll
@@ -253,9 +275,50 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             for (int i = 0; i < TOKEN_TILES; i++)
                 put_sums(sums, total[s][i], wave, s, i, g, t);
         barrier(CLK_LOCAL_MEM_FENCE);
+        float results[OUTPUTS];
 #pragma unroll
         for (int o = 0; o < OUTPUTS; o++)
-            STORE_SUMS(o, out_rows[o], first_strip, here.row, here.part)
+            results[o] = SUM_OF_WAVES(o);
+        bool stores = here.first == 0 && here.end == quanta;
+        if (!stores) {
+            // [work-group][its first segment or its last][output][work-item]
+            __global float *slots = partial + COUNTERS;
+#define SLOT(group, second, o) (((2 * (ulong)(group) + (second)) * OUTPUTS + (o)) * (LANES * WAVES) + item)
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; o++)
+                slots[SLOT(own, !here_first, o)] = results[o];
+            device_fence();
+            barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+            const ulong tile_quantum = ((ulong)here.row * column_tiles + here.column) * quanta;
+            const uint first_group = group_of_quantum(tile_quantum, work_groups, total_quanta);
+            if (item == 0) {
+                const uint mine = here.end - here.first;
+                arrived = atomic_add(counters + first_group, mine) + mine;
+                if (arrived == quanta)
+                    counters[first_group] = 0;
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            stores = arrived == quanta;
+            if (stores) {
+                device_fence();
+                const uint last_group = group_of_quantum(tile_quantum + quanta - 1, work_groups, total_quanta);
+#pragma unroll
+                for (int o = 0; o < OUTPUTS; o++)
+                    results[o] = 0;
+                for (uint group = first_group; group <= last_group; group++) {
+                    const ulong from = first_quantum(group, work_groups, total_quanta);
+                    if (first_quantum(group + 1, work_groups, total_quanta) == from)
+                        continue;
+#pragma unroll
+                    for (int o = 0; o < OUTPUTS; o++)
+                        results[o] += load_coherent(slots + SLOT(group, from < tile_quantum, o));
+                }
+            }
+        }
+        if (stores)
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; o++)
+                STORE_SUM(o, out_rows[o], results[o])
         barrier(CLK_LOCAL_MEM_FENCE);  // the sums have been read
     }
     AWAIT_COPIES(0);

@@ -246,7 +246,7 @@ __kernel void gemm(
         const int run = turn / column_tiles % runs;
         const int tile_index = turn / column_tiles / runs;
         const Tile tile = row_tile(tile_index, num_experts, n, WORK);
-        if (!row_tile_exists(tile, WORK))
+        if (!row_tile_exists(tile_index, WORK))
             break; // nor do those that follow
 
         // Strips of the tile, and blocks of K. Nothing to do: no blocks and no rows, but the same barriers.

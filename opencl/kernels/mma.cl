@@ -19,7 +19,7 @@
 //   GROUP_32          1: groups of 32 rows; 0: of 64 or 128
 //   ROW_FACTOR        1: products of input row i are multiplied by row_factor[i]
 //   BIAS              1: bias[output column] is added
-//   SPLIT             1: K is cut into `splits` runs, whose sums go to `partial` (not in tiled)
+//   SPLIT             1: K is cut into `splits` runs, whose sums go to `partial` (direct only)
 //
 // They use more local memory than the driver reports: it says 48 KiB and gives what the hardware has.
 
@@ -134,6 +134,7 @@ static inline float4 add_block(float4 total, uint4 words, uint4 x, uint4 y, cons
 #define SUMS_STRIDE (SUM_COLUMNS + 4)  // 4 keeps a store's 32 lanes on 32 banks
 #define OUTPUTS ((ROWS * SUM_COLUMNS + LANES * WAVES - 1) / (LANES * WAVES))
 #define OUTPUT_ROW(o) ((item + (o) * LANES * WAVES) / SUM_COLUMNS)
+#define OUTPUT_COLUMN(o) ((item + (o) * LANES * WAVES) % SUM_COLUMNS)
 
 // One wave's totals for strip s and token tile i.
 static inline void put_sums(__local float *sums, float4 total, uint wave, uint s, uint i, uint g, uint t)
@@ -145,23 +146,29 @@ static inline void put_sums(__local float *sums, float4 total, uint wave, uint s
     token[SUMS_STRIDE + 8] = total.w;
 }
 
-// A macro for the kernel's arguments; row: int2, as of row_of(tile, OUTPUT_ROW(o), WORK).
-#define STORE_SUMS(o, row, first_strip, row_index, part)                                             \
+// Of all waves.
+#define SUM_OF_WAVES(o) sum_of_waves(sums, OUTPUT_ROW(o), OUTPUT_COLUMN(o))
+static inline float sum_of_waves(__local const float *sums, uint r, uint c)
+{
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WAVES; w++)
+        sum += sums[(w * ROWS + r) * SUMS_STRIDE + c];
+    return sum;
+}
+
+// Where a kernel stores sum o of the tile whose first strip is first_strip; row: as of row_of(tile, OUTPUT_ROW(o), WORK).
+#define STORE_SUM(o, row, sum)                                                                       \
     {                                                                                                \
-        const uint r = OUTPUT_ROW(o), c = (item + (o) * LANES * WAVES) % SUM_COLUMNS;                \
-        const uint column = STRIP_N * (first_strip) + c;                                             \
+        const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                \
         if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
-            float sum = 0;                                                                           \
-            _Pragma("unroll") for (int w = 0; w < WAVES; w++)                                        \
-                sum += sums[(w * ROWS + r) * SUMS_STRIDE + c];                                       \
-            sum *= weight_factor / (c & 8 ? ODD_UNIT : EVEN_UNIT);                                   \
-            if (ROW_FACTOR)                                                                          \
-                sum *= row_factor[(row).x];                                                          \
             const uint to = tile.out_column + (column - tile.column);                                \
+            const float result = (sum) * (weight_factor / (column & 8 ? ODD_UNIT : EVEN_UNIT)) *     \
+                                 (ROW_FACTOR ? row_factor[(row).x] : 1);                             \
             if (SPLIT)                                                                               \
-                partial[(((ulong)(part) * tiles_capacity + (row_index)) * ROWS + r) * n + (column - tile.column)] = sum; \
+                partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \
             else                                                                                     \
-                store_output(BIAS ? sum + bias[to] : sum, output,                                    \
+                store_output(BIAS ? result + bias[to] : result, output,                              \
                              output_offset + (ulong)(row).y * output_stride + to);                   \
         }                                                                                            \
     }

@@ -1,0 +1,93 @@
+"""The tensor-core kernels where there are no tensor cores: with their PTX emulated (``kernels/ptx.cl``).
+
+Intel's CPU runtime has what that takes, sub-groups of 32 with shuffles; the README says how to run it. On an
+NVIDIA GPU the contract tests run the kernels as they are.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from asserts import GuardedBuffer, assert_close, product_bound
+from conftest import OPENCL_PLACES
+from problems import activations, random_problem
+
+import marlin_cy
+from marlin_cy import reference
+
+cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+if not OPENCL_PLACES:
+    pytest.skip("no OpenCL device", allow_module_level=True)
+
+from marlin_cy.opencl import device as devices  # noqa: E402
+from marlin_cy.opencl import tiers  # noqa: E402
+from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
+
+NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
+EMULATING = [device for device in devices.list_devices() if devices.capabilities(device).extensions >= NEEDED]
+CONFIGURATIONS = {
+    "direct": tiers.direct(1, 2, 2),
+    "direct, K split": dataclasses.replace(tiers.direct(2, 2, 1), splits=2),
+    "streamed": tiers.streamed(8, 1, 2, 2, 4),
+    "streamed, 16 rows": tiers.streamed(16, 2, 1, 3, 3),
+    "tiled": tiers.tiled(16, 1, 2, 2),
+}
+
+
+def emulating(configuration):
+    """A backend whose products use one configuration of the tier."""
+    backend = OpenClBackend(device=EMULATING[0], tier="portable")
+
+    def configurations(problem):
+        group_32 = ("GROUP_32", int(problem.group_rows == 32))
+        return [dataclasses.replace(configuration, macros=(*configuration.macros, group_32))]
+
+    backend._tier = dataclasses.replace(
+        tiers.tier_named("mma"),
+        configurations=configurations,
+        options=lambda device: ("-cl-std=CL3.0", "-DEMULATE_PTX"),
+    )
+    return backend
+
+
+@pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
+@pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize(("group_size", "sym"), [(32, False), (128, True)])
+class TestEmulated:
+    def test_routed(self, rng, configuration, group_size, sym):
+        """Few work-groups, so that several share a tile; a block of no expert; rows that nobody names."""
+        backend = emulating(configuration)
+        problem = random_problem(rng, 4, 352, 40, group_size, checkpoint_format="gptq_v2" if sym else "gptq", sym=sym)
+        stack, ctx = problem.stack(backend), backend.new_context()
+        x = activations(rng, 19, 352, np.float16)
+        ids = rng.integers(0, 4, (19, 2))
+        sorted_ids, experts, past = marlin_cy.moe_align_block_size(ids, 12, 4)
+        experts[1] = -1
+        expected = np.zeros((40, 40))
+        reference.gemm_phase_vllm(
+            x.astype(np.float64), problem.dense_all(), sorted_ids, experts, past[0], expected, 19, 12, 2
+        )
+        bound = np.zeros((40, 40))
+        for slot in range(past[0]):
+            pair, expert = sorted_ids[slot], experts[slot // 12]
+            if expert >= 0 and pair < 38:
+                bound[pair] = product_bound(backend, x[pair // 2][None], problem.dense(expert))[0]
+        routing = [backend.from_host(array) for array in (sorted_ids, experts, past)]
+        for _ in range(2):  # counters are as they were
+            out = GuardedBuffer(backend, (40, 40), np.float32)
+            stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out.buffer, 19, 12, 2)
+            result = out.result().copy()
+            named = bound.any(axis=1)
+            assert_close(result[named], expected[named], bound[named])
+            out.assert_untouched(np.flatnonzero(~named))
+
+    def test_view_with_bias_in_another_order(self, rng, configuration, group_size, sym):
+        backend = emulating(configuration)
+        problem = random_problem(rng, 2, 256, 56, group_size, g_idx="common", sym=sym)
+        bias = rng.standard_normal(64).astype(np.float32)
+        view, ctx = problem.stack(backend).make_expert_linear(24, 64, bias), backend.new_context()
+        x = activations(rng, 21, 256)
+        out = GuardedBuffer(backend, (21, 64), np.float32)
+        view.forward(ctx, backend.from_host(x), out.buffer, 21)
+        w = np.concatenate(problem.dense_all(), axis=1)[:, 24:88]
+        assert_close(out.result(), x.astype(np.float64) @ w + bias, 2 * product_bound(backend, x, w) + 2.0**-20)
