@@ -1,4 +1,4 @@
-"""How fast the CPU expert stacks are, against the machine's memory and against PyTorch.
+"""How fast the expert stacks are: on the CPU against the machine's memory and PyTorch, on OpenCL against CUDA.
 
 ``python bench/bench_gemm.py`` prints tables over the shapes of real models; ``--show`` measures the
 claims that the library is held to. Both save what they measured as JSON. See README.md beside this file.
@@ -20,6 +20,9 @@ MODEL_NAMES = ("qwen3", "mixtral", "deepseek-v3")
 COMPUTE_DTYPES = ("int16", "int8")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CPU_OPTIONS = ("threads", "cpus", "isa")
+SHOW_PARTS = ("1", "2", "3", "layer", "host", "compile")  # rows of the table of products; what surrounds them
+OPENCL_OPTIONS = ("tiers", "device", "only", "launches", "block_size")
 SCHEMA_VERSION = 1
 
 
@@ -30,7 +33,7 @@ def main(argv=None):
         cpus = arguments.cpus or (spread_over_cores(arguments.threads) if arguments.threads else None)
         if cpus:
             restrict_to(cpus)
-        document = measure(arguments)
+        document = measure_opencl(arguments) if arguments.backend == "opencl" else measure(arguments)
     except ValueError as error:
         print(f"bench_gemm.py: error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +47,7 @@ def main(argv=None):
 def parse(argv):
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", default="cpu", choices=("cpu", "opencl"), help="default: cpu")
     parser.add_argument("--show", action="store_true", help="measure the claims instead of the tables")
     parser.add_argument("--threads", type=_positive, metavar="N", help="on N CPUs, on different cores where possible")
     parser.add_argument("--cpus", type=_list(int), metavar="A,B", help="run on these CPUs alone")
@@ -52,7 +56,7 @@ def parse(argv):
     )
     parser.add_argument("--models", type=_list(str), default=MODEL_NAMES, metavar="A,B", help=",".join(MODEL_NAMES))
     parser.add_argument("--rows", type=_list(int), default=ROWS, metavar="A,B", help="rows an expert")
-    parser.add_argument("--tokens", type=_list(int), default=TOKENS, metavar="A,B", help="tokens of a whole layer")
+    parser.add_argument("--tokens", type=_list(int), metavar="A,B", help="tokens of a whole layer, or of a claim")
     parser.add_argument(
         "--compute-dtypes", type=_list(str), default=COMPUTE_DTYPES, metavar="A,B", help=",".join(COMPUTE_DTYPES)
     )
@@ -61,10 +65,22 @@ def parse(argv):
     parser.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default: 9; 11 with --show)")
     parser.add_argument("--min-ms", type=float, default=25.0, metavar="MS", help="length of a block (default: 25)")
     parser.add_argument("--pause-ms", type=float, default=10.0, metavar="MS", help="sleep before a block (default: 10)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: a new file in bench/results/")
+    parser.add_argument("--output", "--json", type=Path, metavar="FILE", help="default: a new file in bench/results/")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two short rounds: does it run at all?")
+    opencl = parser.add_argument_group("with --backend opencl")
+    opencl.add_argument("--tiers", type=_list(str), metavar="A,B", help="default: best,portable")
+    opencl.add_argument("--device", metavar="DEVICE", help="an index, or a part of its name (default: the best)")
+    opencl.add_argument(
+        "--only", type=_list(str), metavar="A,B", help=f"parts of --show (default: {','.join(SHOW_PARTS)})"
+    )
+    opencl.add_argument("--launches", type=_positive, metavar="N", help="a cell of --show (default: 24)")
+    opencl.add_argument("--block-size", type=_positive, metavar="N", help="of the routing (default: the tier's choice)")
     arguments = parser.parse_args(argv)
-    for name, known in (("models", MODEL_NAMES), ("compute_dtypes", COMPUTE_DTYPES)):
+    others = CPU_OPTIONS if arguments.backend == "opencl" else OPENCL_OPTIONS
+    if given := [name for name in others if getattr(arguments, name)]:
+        parser.error(f"--{given[0].replace('_', '-')}: not with --backend {arguments.backend}")
+    arguments.only = arguments.only or SHOW_PARTS
+    for name, known in (("models", MODEL_NAMES), ("compute_dtypes", COMPUTE_DTYPES), ("only", SHOW_PARTS)):
         unknown = set(getattr(arguments, name)) - set(known)
         if unknown:
             parser.error(f"--{name.replace('_', '-')}: got {', '.join(sorted(unknown))}, expected {', '.join(known)}")
@@ -114,13 +130,57 @@ def measure(arguments):
     settings = Settings(
         models=(TINY,) if arguments.quick else tuple(MODELS[name] for name in arguments.models),
         rows=(1, 16) if arguments.quick else tuple(arguments.rows),
-        tokens=(1, 16) if arguments.quick else tuple(arguments.tokens),
+        tokens=(1, 16) if arguments.quick else arguments.tokens or TOKENS,
         compute_dtypes=tuple(arguments.compute_dtypes),
         isas=tuple(context.isa for context in contexts),
         memory_bytes=int(arguments.memory * 1e9 if arguments.memory else available_memory() // 2),
         **timing,
     )
     return document | {"results": run_sweep(backend, threads, peers, settings, screen)}
+
+
+def measure_opencl(arguments):
+    """The JSON document of ``--backend opencl``."""
+    from opencl_calls import open_tiers
+    from opencl_machine import describe_device
+    from opencl_show import ShowSettings, run_show
+    from opencl_sweep import Settings, run_sweep
+    from shapes import MODELS, TINY
+
+    from marlin_cy.commands.output import console
+
+    backends = open_tiers(arguments.tiers or ("best", "portable"), arguments.device)
+    screen = console()
+    machine = describe_device(backends)
+    screen.print(
+        f"{machine['device']} ({machine['platform']}, driver {machine['driver']}), tiers {', '.join(machine['tiers'])}"
+    )
+    document = {
+        "schema": SCHEMA_VERSION,
+        "mode": "opencl-show" if arguments.show else "opencl-sweep",
+        "command": sys.argv[1:],
+        "machine": machine,
+    }
+    if arguments.show:
+        settings = ShowSettings(
+            backends=backends,
+            parts=arguments.only,
+            tokens=arguments.tokens,
+            launches=arguments.launches,
+            block_size=arguments.block_size,
+            quick=arguments.quick,
+        )
+        return document | run_show(settings, screen)
+    settings = Settings(
+        backends=backends,
+        models=(TINY,) if arguments.quick else tuple(MODELS[name] for name in arguments.models),
+        rows=(1, 16) if arguments.quick else tuple(arguments.rows),
+        tokens=(1, 16) if arguments.quick else arguments.tokens or TOKENS,
+        memory_bytes=int(arguments.memory * 1e9) if arguments.memory else None,
+        repeats=arguments.repeats or (2 if arguments.quick else 24),
+        quick=arguments.quick,
+    )
+    return document | run_sweep(settings, screen)
 
 
 def _print_machine(screen, machine):

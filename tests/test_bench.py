@@ -7,16 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from marlin_cy import available_backends
+
 SCRIPT = Path(__file__).parents[1] / "bench" / "bench_gemm.py"
 SPREAD = {"median", "p10", "p90"}
 
 
-def run_bench(tmp_path, *arguments):
+needs_opencl = pytest.mark.skipif(
+    available_backends()["opencl"] is not None, reason=str(available_backends()["opencl"])
+)
+
+
+def run_quickly(tmp_path, *arguments):
     output = tmp_path / "result.json"
-    command = [sys.executable, SCRIPT, "--quick", "--no-torch", "--output", output, *arguments]
+    command = [sys.executable, SCRIPT, "--quick", "--output", output, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    document = json.loads(output.read_text())
+    return json.loads(output.read_text())
+
+
+def run_bench(tmp_path, *arguments):
+    document = run_quickly(tmp_path, "--no-torch", *arguments)
     assert document["machine"]["threads"] >= 1
     assert document["machine"]["isa"]
     return document
@@ -47,12 +58,63 @@ def test_show_has_every_line(tmp_path):
     assert lines["3"]["skipped"] == lines["4"]["skipped"] == "left out"
 
 
+@needs_opencl
+def test_opencl_sweep_measures_products_and_layers(tmp_path):
+    document = run_quickly(tmp_path, "--backend", "opencl", "--tiers", "portable")
+    assert document["machine"]["device"]
+    assert document["copy_bytes_per_second"] > 1e8
+    assert {(row["kind"], row.get("projection"), row["rows"]) for row in document["results"]} == {
+        (kind, projection, rows)
+        for kind, projection in (("gemm", "gate_up"), ("gemm", "down"), ("layer", None))
+        for rows in (1, 16)
+    }
+    for row in document["results"]:
+        assert row["tier"] == "portable"
+        assert row["us"].keys() == SPREAD
+        assert row["us"]["median"] > 0
+        assert row["gbps"] > 0
+        assert row["gflops"] > 0
+
+
+@needs_opencl
+def test_opencl_show_has_every_part(tmp_path):
+    document = run_quickly(tmp_path, "--backend", "opencl", "--show", "--tiers", "best,portable")
+    tiers = document["machine"]["tiers"]
+    assert "portable" in tiers
+    cells = document["gemm"]
+    assert len({(cell["shape"], cell["tokens"], cell["tier"]) for cell in cells}) == len(cells) == 9 * len(tiers)
+    for cell in cells:
+        assert cell["checks"]["error"], cell
+        assert cell["launches"] >= 5
+        assert cell["us"]["median"] > 0
+        assert cell["cuda_marlin_us"] is None
+    for layer in document["layer"]:
+        assert layer["us"] >= layer["products_us"] > 0
+        assert {"route", "align", "gate_up", "down", "combine"} <= layer["labels_us"].keys()
+    assert [one["tokens"] for one in document["layer"]] == [1, 16]
+    assert {one["tier"] for one in document["host"]} == set(tiers)
+    assert [one["state"] for one in document["compile"]] == ["empty cache", "binaries on disk"]
+    for one in document["compile"]:
+        assert one["second call"] < one["first call"]
+
+
+@needs_opencl
+def test_opencl_show_of_a_part(tmp_path):
+    document = run_quickly(tmp_path, "--backend", "opencl", "--show", "--only", "2", "--tokens", "4", "--launches", "5")
+    assert {(cell["tokens"], cell["launches"]) for cell in document["gemm"]} == {(4, 5)}
+    assert len({cell["shape"] for cell in document["gemm"]}) == 1
+    assert document["layer"] == document["host"] == document["compile"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--models", "gpt"], "--models: got gpt, expected qwen3"),
         (["--isa", "mmx"], "isa: got 'mmx'"),
         (["--threads", "100000"], "--threads: got 100000"),
+        (["--backend", "opencl", "--threads", "2"], "--threads: not with --backend opencl"),
+        (["--tiers", "portable"], "--tiers: not with --backend cpu"),
+        (["--backend", "opencl", "--only", "4"], "--only: got 4, expected 1, 2, 3, layer"),
     ],
 )
 def test_wrong_options_are_refused(arguments, message):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from importlib.resources import files
 
+import ml_dtypes
 import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from marlin_cy import __version__, cli
+from marlin_cy import __version__, available_backends, cli
 from marlin_cy.commands import doctor, output, run
 from marlin_cy.commands.measure import ERROR_BOUNDS
 
@@ -34,8 +35,13 @@ RUN_KEYS = {
     "failures",
     "ok",
 }
-DOCTOR_KEYS = {"version", "cpu", "isa", "threads", "openmp", "memory", "backends", "versions", "ok"}
+DOCTOR_KEYS = {"version", "cpu", "isa", "threads", "openmp", "memory", "backends", "opencl", "versions", "ok"}
 ESCAPE = "\x1b"
+
+
+needs_opencl = pytest.mark.skipif(
+    available_backends()["opencl"] is not None, reason=str(available_backends()["opencl"])
+)
 
 
 def start(*arguments, **environment):
@@ -196,9 +202,65 @@ def test_run_refuses_an_activations_file_that_is_not_there(capsys, quick_bandwid
     assert_refused(code, capsys.readouterr(), "none.safetensors")
 
 
-def test_run_refuses_a_backend_that_is_missing(capsys):
-    code = cli.main(["run", "--backend", "opencl"])
-    assert_refused(code, capsys.readouterr(), "opencl", "use backend 'cpu'")
+def test_run_refuses_a_backend_that_is_missing(tmp_path):
+    done = start("run", "--backend", "opencl", OCL_ICD_VENDORS=str(tmp_path / "none"))
+    assert_refused(done.returncode, (done.stdout, done.stderr), "backend 'opencl'", "pip install")
+
+
+@needs_opencl
+def test_run_on_opencl_json(capsys):
+    assert cli.main(["run", "--backend", "opencl", "--json", "--tier", "portable"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    cpu_keys = {"isa", "threads", "compute_dtype", "read_bandwidth_bytes_per_second"}
+    own_keys = {"device", "platform", "driver", "tier", "copy_bandwidth_bytes_per_second"}
+    assert report.keys() == RUN_KEYS - cpu_keys | own_keys
+    assert (report["ok"], report["backend"], report["tier"]) == (True, "opencl", "portable")
+    assert report["copy_bandwidth_bytes_per_second"] > 1e8
+    assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2, 3]
+    for layer in report["layers"]:
+        assert layer["relative_error"] <= report["error_bound"] == 1e-5
+        assert layer["tokens"] == 128
+        assert 1 <= layer["experts_hit"] <= 8
+        assert 0 < layer["kernel_seconds"] <= layer["seconds"]
+        assert 0 < layer["device_seconds"] <= layer["seconds"]
+        rate = layer["weight_bytes"] / layer["device_seconds"]
+        assert layer["weight_bytes_per_second"] == pytest.approx(rate)
+        assert layer["copy_share"] == pytest.approx(rate / report["copy_bandwidth_bytes_per_second"])
+
+
+@needs_opencl
+def test_run_on_opencl_table(capsys):
+    assert cli.main(["run", "--backend", "opencl", "--repeat", "2", "--tokens", "3", "--device", "0"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ *\d +8 × 256 → 256 +2 +3 .*%$", out, re.MULTILINE)) == 4
+    assert "on opencl (" in out
+    assert "all layers within it" in out
+
+
+@needs_opencl
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_run_on_opencl_bounds_errors_by_dtype(capsys, save_activations, dtype):
+    recorded = load_file(BUILT_IN / run.ACTIVATIONS_FILE)
+    halved = {name.replace(".", "__"): array.astype(dtype) for name, array in recorded.items()}
+    activations = save_activations(**halved)
+    assert cli.main(["run", "--backend", "opencl", "--json", "--repeat", "1", "--activations", str(activations)]) == 0
+    assert json.loads(capsys.readouterr().out)["error_bound"] == {np.float16: 1e-3}.get(dtype, 5e-3)
+
+
+@needs_opencl
+def test_run_on_opencl_fails_when_the_error_bound_is_exceeded(capsys, save_activations):
+    recorded = load_file(BUILT_IN / run.ACTIVATIONS_FILE)["layers.2.moe_output"]
+    activations = save_activations(layers__2__moe_output=recorded * np.float32(1.01))
+    assert cli.main(["run", "--backend", "opencl", "--repeat", "1", "--activations", str(activations)]) == 1
+    out, err = capsys.readouterr()
+    assert "exceeded" in out
+    assert re.search(r"^marlin-cy: error: layer 2: relative error 0\.0(10|099)", err)
+
+
+@needs_opencl
+def test_run_refuses_an_opencl_device_that_is_not_there(capsys):
+    code = cli.main(["run", "--backend", "opencl", "--device", "abacus"])
+    assert_refused(code, capsys.readouterr(), "device: got 'abacus'")
 
 
 def test_run_refuses_an_unknown_isa():
@@ -217,6 +279,11 @@ def test_run_refuses_an_unknown_isa():
         ["run", "--tokens", "1.5"],
         ["run", "--compute-dtype", "int4"],
         ["run", "--backend", "abacus"],
+        ["run", "--backend", "opencl", "--threads", "2"],
+        ["run", "--backend", "opencl", "--compute-dtype", "int16"],
+        ["run", "--tier", "portable"],
+        ["run", "--device", "0"],
+        ["run", "--backend", "opencl", "--tier", "warp"],
         ["run", "one", "two"],
         ["doctor", "--loud"],
     ],
@@ -282,7 +349,6 @@ def test_doctor_json():
     assert found["memory"]["bandwidth_one_thread"] > 1e8
     assert found["backends"].keys() == {"cpu", "opencl"}
     assert found["backends"]["cpu"] is None
-    assert "OpenCL" in found["backends"]["opencl"]
     assert found["versions"].keys() == {"python", "numpy", "ml_dtypes", "safetensors", "marlin_cy"}
     assert found["ok"] is True
 
@@ -294,7 +360,7 @@ def test_doctor_tables():
     for words in ("CPU", "threads", "OpenMP", "memory read, one thread", "transparent huge pages", "backend", "numpy"):
         assert words in done.stdout
     assert re.search(r"^generic .*yes", done.stdout, re.MULTILINE)
-    assert re.search(r"^opencl +no +\S", done.stdout, re.MULTILINE)
+    assert re.search(r"^opencl +(yes|no +\S)", done.stdout, re.MULTILINE)
     assert "OMP_NUM_THREADS 1" in done.stdout
 
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-__all__ = ["ERROR_BOUNDS", "LayerResult", "measure_layer"]
+__all__ = ["ERROR_BOUNDS", "CpuLayerResult", "LayerResult", "common_figures", "measure_layer", "repeated"]
 
 # Unless told otherwise, a layer is timed for so long, and so often: on a machine that others use too,
 # a median over a few milliseconds may see nothing but the others.
@@ -20,7 +20,7 @@ ERROR_BOUNDS = {"int16": 2e-4, "int8": 3e-2}
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """What one layer showed.
+    """What one layer showed, on any backend.
 
     Attributes
     ----------
@@ -35,12 +35,10 @@ class LayerResult:
     repeats : int
         How many forward passes were timed.
     seconds : float
-        Their median time.
+        Their median time, as the caller sees it.
     weight_bytes : int
         Packed bytes of the experts that were hit.
     weight_bytes_per_second : float
-    read_share : float
-        ``weight_bytes_per_second`` over the machine's read bandwidth with the same threads.
     """
 
     layer: int
@@ -56,7 +54,6 @@ class LayerResult:
     seconds: float
     weight_bytes: int
     weight_bytes_per_second: float
-    read_share: float
 
     def failure(self, bound):
         """A sentence on what is wrong with it, or None."""
@@ -67,8 +64,21 @@ class LayerResult:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class CpuLayerResult(LayerResult):
+    """What one layer showed on the CPU.
+
+    Attributes
+    ----------
+    read_share : float
+        ``weight_bytes_per_second`` over the machine's read bandwidth with the same threads.
+    """
+
+    read_share: float
+
+
 def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
-    """Run a layer once for its output, then several times for its speed.
+    """Run a layer on the CPU: once for its output, then several times for its speed.
 
     Parameters
     ----------
@@ -87,39 +97,58 @@ def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
     LayerResult
     """
     out = layer(context, fed.hidden_states, fed.router_logits)
-    pass_seconds = _time_passes(context, layer, fed, repeats)
+
+    def one_pass():
+        start = time.perf_counter()
+        layer(context, fed.hidden_states, fed.router_logits)
+        return time.perf_counter() - start
+
+    pass_seconds = repeated(one_pass, repeats)
     seconds = statistics.median(pass_seconds)
-    finite = bool(np.isfinite(out.astype(np.float32)).all())
     topk_ids, _ = layer.route(context, fed.router_logits)
-    experts_hit = np.unique(topk_ids).size
-    packed_bytes = layer.gate_up.metadata.packed_bytes + layer.down.metadata.packed_bytes
-    weight_bytes = packed_bytes * experts_hit // layer.num_experts
-    return LayerResult(
-        layer=index,
-        num_experts=layer.num_experts,
-        hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-        top_k=layer.top_k,
-        tokens=len(fed.hidden_states),
-        experts_hit=experts_hit,
-        finite=finite,
-        relative_error=_relative_error(out, fed.moe_output) if finite and fed.moe_output is not None else None,
+    common = common_figures(index, layer, fed, out, topk_ids)
+    return CpuLayerResult(
+        **common,
         repeats=len(pass_seconds),
         seconds=seconds,
-        weight_bytes=weight_bytes,
-        weight_bytes_per_second=weight_bytes / seconds,
-        read_share=weight_bytes / seconds / read_bandwidth,
+        weight_bytes_per_second=common["weight_bytes"] / seconds,
+        read_share=common["weight_bytes"] / seconds / read_bandwidth,
     )
 
 
-def _time_passes(context, layer, fed, repeats):
-    """The seconds that each pass took."""
+def repeated(one_pass, repeats):
+    """What the calls of ``one_pass``, which returns its seconds, return: ``repeats`` calls, or 0.2 seconds of them."""
     seconds = []
     while len(seconds) < (repeats or LEAST_REPEATS) or (repeats is None and sum(seconds) < LEAST_SECONDS):
-        start = time.perf_counter()
-        layer(context, fed.hidden_states, fed.router_logits)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(one_pass())
     return seconds
+
+
+def common_figures(index, layer, fed, out, topk_ids):
+    """The fields of a :class:`LayerResult` that are no times.
+
+    Parameters
+    ----------
+    index, layer, fed
+        As in :func:`measure_layer`.
+    out, topk_ids : ndarray
+        The layer's output, and the experts that it took.
+    """
+    finite = bool(np.isfinite(out.astype(np.float32)).all())
+    hit = np.unique(topk_ids).size
+    packed_bytes = layer.gate_up.metadata.packed_bytes + layer.down.metadata.packed_bytes
+    return {
+        "layer": index,
+        "num_experts": layer.num_experts,
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "top_k": layer.top_k,
+        "tokens": len(fed.hidden_states),
+        "experts_hit": hit,
+        "finite": finite,
+        "relative_error": _relative_error(out, fed.moe_output) if finite and fed.moe_output is not None else None,
+        "weight_bytes": packed_bytes * hit // layer.num_experts,
+    }
 
 
 def _relative_error(out, expected):

@@ -45,10 +45,15 @@ def gigabytes(bytes_per_second):
 
 
 class LoadProgress:
-    """A progress bar on stderr for loads of more than a second; none where stderr is no terminal.
+    """A progress bar on stderr for what takes more than a second; none where stderr is no terminal.
 
     A context manager; what it gives is called as ``progress(done, total, description)``, for one
     part of the work after the other.
+
+    Parameters
+    ----------
+    verb : str
+        What is being done.
 
     Attributes
     ----------
@@ -58,13 +63,13 @@ class LoadProgress:
         How many of them are done.
     """
 
-    def __init__(self):
+    def __init__(self, verb="loading"):
         self.parts = 1
         self.finished = 0
         self._console = console(sys.stderr)
         # Drawn only when called: a thread that redraws would take time from what is measured between loads.
         self._bar = Progress(
-            TextColumn("loading {task.description}"),
+            TextColumn(f"{verb} {{task.description}}"),
             BarColumn(),
             TimeRemainingColumn(),
             console=self._console,

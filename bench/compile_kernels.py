@@ -1,0 +1,243 @@
+"""Compile every kernel file offline, for devices that are not here.
+
+    python bench/compile_kernels.py [--target gfx90a] [--file gemm] [--show] [--quick]
+
+AMD GPUs and NVIDIA's by clang, Intel's as SPIR-V. Every file is compiled for every target, in several
+variants that together have every branch of it. Inline PTX is compiled for NVIDIA alone; elsewhere
+``-DNO_PTX`` leaves it out, so that the rest of those files is checked, too. Nothing runs.
+
+What it needs, by Debian's package names: clang; for Intel, llvm-spirv of the same version, and spirv-tools
+to validate; for NVIDIA, ptxas to assemble (left out where it is missing). ``--show`` prints the commands.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from marlin_cy.opencl.program import kernel_files, source
+
+FLAGS = [
+    "-x",
+    "cl",
+    "-Xclang",
+    "-finclude-default-header",
+    "-Werror=implicit-function-declaration",
+    "-Werror=incompatible-pointer-types",
+]
+GROUPS_32, GROUPS_128 = {"GROUP_32": 1}, {"GROUP_32": 0}
+ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
+HALVES = {"INPUT_TYPE": 1, "OUTPUT_TYPE": 1}
+BFLOATS = {"INPUT_TYPE": 2, "OUTPUT_TYPE": 2}
+SPLIT = {"SPLIT": 1, "ROW_FACTOR": 1}
+FEW = {"ROWS": 8, "K_WAVES": 8, "WAVE_STRIPS": 2}
+MANY = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 4, "COLUMN_WAVES": 2, "WAVE_STRIPS": 2, "ROW_STEP": 4}
+MMA = [
+    {**HALVES, **ROUTED, "ROWS": 8},
+    {**HALVES, **GROUPS_32, **SPLIT, "ROWS": 8, "PARTS": 8},
+    {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
+]
+# Macro sets by file; every branch of a file comes up in one. A file that is not here is compiled as it is.
+PROGRAMS = {
+    "gemm_portable": [
+        {},
+        {"UNROLL": 0, "PARTS": 8, "BIAS": 1},
+        {**FEW, **ROUTED, **HALVES},
+        {**FEW, **BFLOATS, **SPLIT, "ROUTED": 1, "PARTS": 2},
+        {**MANY, **ROUTED, **HALVES, "STAGED": 1},
+        {**MANY, **SPLIT, "STAGED": 1, "PARTS": 4},
+    ],
+    "gemm_subgroup": [
+        {},
+        {**FEW, **ROUTED, **HALVES},
+        {**FEW, **ROUTED, "DOT": 1},
+        {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
+        {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
+    ],
+    "gemm_mma_direct": MMA,
+    "gemm_mma_streamed": [*MMA, {**HALVES, **ROUTED, "ROWS": 16, "STRIPS_PER_WAVE": 4, "WAVES": 4}],
+    "gemm_mma_tiled": [
+        {**HALVES, **ROUTED, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
+        {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 32, "PARTS": 8},
+        {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 16, "DEPTH": 4, "WAVES": 4},
+    ],
+    "prepare": [
+        {**kind, "GATHER": gather, "ROUTED": int(gather == 2)}
+        for gather in range(4)
+        for kind in (
+            {"PREPARED_TYPE": 0, "INPUT_TYPE": 0},
+            {"PREPARED_TYPE": 1, "INPUT_TYPE": 1, "SILU": 1},
+            {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7},
+        )
+    ],
+    "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
+    "moe": [{}, HALVES, BFLOATS],
+    "pack": [{}],
+}
+
+
+class Target(NamedTuple):
+    """What is compiled for.
+
+    Attributes
+    ----------
+    commands : callable
+        The commands that turn ``folder/program.cl`` into code, from their flags and ``folder``.
+    missing : callable
+        The programs that this machine lacks for it, as text; None for nothing.
+    subgroups : str
+        The version of OpenCL C that has sub-groups here.
+    macros : callable
+        Macros that a file needs here, from its name.
+    skip : callable
+        Whether a program (file, macros) is not for this target.
+    """
+
+    commands: Callable
+    missing: Callable
+    subgroups: str = "CL2.0"
+    macros: Callable = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
+    skip: Callable = lambda file, macros: False
+
+
+def newest(*names):
+    """The newest version, as in ``"-19"`` or ``""``, of which all these programs are here; None for none."""
+    for version in (*(f"-{number}" for number in range(30, 13, -1)), ""):
+        if all(shutil.which(name + version) for name in names):
+            return version
+    return None
+
+
+def lacking(*names):
+    return lambda: None if newest(*names) is not None else f"{' and '.join(names)} of one version"
+
+
+def amd(name):
+    def commands(flags, folder):
+        machine = ["-target", "amdgcn-amd-amdhsa", f"-mcpu={name}", "-nogpulib"]
+        return [
+            [f"clang{newest('clang')}", *flags, *machine, "-O3", "-S", f"{folder}/program.cl", "-o", f"{folder}/out.s"]
+        ]
+
+    # Its integer dot products are built-in functions of clang, not those of OpenCL.
+    return Target(commands, lacking("clang"), skip=lambda file, macros: "DOT" in macros)
+
+
+def spirv(flags, folder):
+    version = newest("clang", "llvm-spirv")
+    bitcode = ["-target", "spir64", "-Xclang", "-disable-llvm-passes", "-emit-llvm", "-c"]
+    commands = [
+        [f"clang{version}", *flags, *bitcode, f"{folder}/program.cl", "-o", f"{folder}/out.bc"],
+        # From 1.4 on entry points list all variables; the translator leaves constants out.
+        [f"llvm-spirv{version}", "--spirv-max-version=1.3", f"{folder}/out.bc", "-o", f"{folder}/out.spv"],
+    ]
+    return [*commands, ["spirv-val", f"{folder}/out.spv"]] if shutil.which("spirv-val") else commands
+
+
+def nvidia(name):
+    def commands(flags, folder):
+        machine = ["-target", "nvptx64-nvidia-cuda", "-Xclang", "-target-cpu", "-Xclang", name]
+        machine += ["-Xclang", "-target-feature", "-Xclang", "+ptx80", "-Dasm=__asm__"]
+        ptx = [
+            f"clang{newest('clang')}",
+            *flags,
+            *machine,
+            "-O3",
+            "-S",
+            f"{folder}/program.cl",
+            "-o",
+            f"{folder}/out.ptx",
+        ]
+        # Functions of OpenCL remain external: -c leaves them so.
+        cubin = ["ptxas", f"-arch={name}", "-c", f"{folder}/out.ptx", "-o", f"{folder}/out.cubin"]
+        return [ptx, cubin] if shutil.which("ptxas") else [ptx]
+
+    return Target(
+        commands, lacking("clang"), macros=lambda file: {}, skip=lambda file, macros: not file.startswith("gemm_mma")
+    )
+
+
+TARGETS = {
+    "gfx90a": amd("gfx90a"),
+    "gfx1100": amd("gfx1100"),
+    "spir64": Target(spirv, lacking("clang", "llvm-spirv"), subgroups="CL3.0"),
+    "sm_80": nvidia("sm_80"),
+    "sm_90": nvidia("sm_90"),
+}
+
+
+class Program(NamedTuple):
+    """A file with its macros, for a target."""
+
+    file: str
+    macros: dict
+    target: str
+
+    def __str__(self):
+        return " ".join([self.target, self.file, *(f"{name}={value}" for name, value in self.macros.items())])
+
+    def commands(self, folder):
+        """Those that compile it, in turn, in a folder that has its ``program.cl``."""
+        target, macros = TARGETS[self.target], self.macros
+        if macros.get("DOT"):
+            macros = {**macros, "__opencl_c_integer_dot_product_input_4x8bit_packed": 1}
+        standard = target.subgroups if self.file == "gemm_subgroup" else "CL1.2"
+        defined = [f"-D{name}={value}" for name, value in {**macros, **target.macros(self.file)}.items()]
+        return target.commands([*FLAGS, f"-cl-std={standard}", *defined], folder)
+
+    def problem(self):
+        """None if it compiles, else what the compiler says."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "program.cl").write_text(source(self.file))
+            for command in self.commands(folder):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode != 0:
+                    return f"{command[0]}: {done.stdout}{done.stderr}"
+        return None
+
+
+def programs(target, quick=False):
+    """All programs for a target; with ``quick`` the last of each file, which has most in it."""
+    found = [
+        [Program(file, macros, target) for macros in PROGRAMS.get(file, [{}]) if not TARGETS[target].skip(file, macros)]
+        for file in kernel_files()
+    ]
+    return [program for variants in found for program in (variants[-1:] if quick else variants)]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, help="this one alone, not all")
+    parser.add_argument("--file", default="", help="files whose name contains this")
+    parser.add_argument("--show", action="store_true", help="print the commands and run none")
+    parser.add_argument("--quick", action="store_true", help="one variant of each file")
+    args = parser.parse_args(arguments)
+    jobs, failures = [], 0
+    for name, target in TARGETS.items():
+        if args.target in (None, name):
+            if reason := target.missing():
+                print(f"FAILED {name}: needs {reason}")
+                failures += 1
+                continue
+            jobs += [program for program in programs(name, args.quick) if args.file in program.file]
+    if args.show:
+        for job in jobs:
+            for command in job.commands("FOLDER"):
+                print(" ".join(command))
+        return int(failures > 0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for job, problem in zip(jobs, pool.map(Program.problem, jobs), strict=True):
+            failures += problem is not None
+            print(f"FAILED {job}\n{problem}" if problem else f"ok     {job}", flush=True)
+    print(f"{len(jobs)} programs, {failures} failed")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

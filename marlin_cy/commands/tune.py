@@ -1,0 +1,162 @@
+"""Find the fastest kernels of an OpenCL device for a model's products, and keep them for all later calls.
+
+The object that ``--json`` prints has these keys: ``version``, ``device``, ``driver``, ``tier``, ``file`` (where
+results are kept) and ``results``, a list of ``k``, ``n``, ``experts``, ``group_size``, ``top_k``, ``tokens``, ``rows``
+(of an expert that come together), ``default_us``, ``best_us``, ``configuration`` (an object), ``tried``, ``refused``
+(a list of ``configuration``, ``reason``).
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.markup import escape
+
+from marlin_cy import __version__, open_checkpoint
+from marlin_cy.commands.opencl_options import add_opencl_options, open_opencl
+from marlin_cy.commands.output import LoadProgress, console, print_json, table
+from marlin_cy.errors import MarlinError
+
+__all__ = ["HELP", "add_arguments", "execute"]
+
+HELP = "find the fastest OpenCL kernels for a model's products on this device"
+TOKENS = (1, 4, 16, 64, 256, 1024)
+TOP_K = 8
+
+
+def add_arguments(parser):
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder: its MoE layers' products"
+    )
+    parser.add_argument(
+        "--shape", action="append", type=_sizes(4), metavar="K,N,E,GROUP", help="a product: E experts of [K, N]"
+    )
+    parser.add_argument("--backend", default="opencl", choices=["opencl"], help="the only one that is tuned")
+    add_opencl_options(parser)
+    parser.add_argument("--tokens", type=_sizes(), default=TOKENS, metavar="A,B", help="default: 1 to 1024")
+    parser.add_argument("--top-k", type=int, default=TOP_K, metavar="N", help="with --shape: experts of a token")
+    parser.add_argument("--asymmetric", action="store_true", help="with --shape: with zero points")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(refuse=parser.error)
+
+
+def execute(arguments):
+    """Run the command; returns the exit code."""
+    if (arguments.checkpoint is None) == (arguments.shape is None):
+        arguments.refuse("got neither CHECKPOINT nor --shape, or both: expected one of them")
+    if arguments.top_k < 1:
+        arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
+    backend = open_opencl(arguments)
+    # Only here: it needs PyOpenCL.
+    from marlin_cy.opencl import tuning
+
+    tier, device = backend.tier, backend.runtime.capabilities
+    # Before anything is measured: what cannot be kept need not be.
+    file = tuning.keep(device, tier, [])
+    results = []
+    with LoadProgress("tuning") as progress:
+        shapes = list(_shapes(arguments, backend))
+        progress.parts = len(shapes)
+        for progress.finished, shape in enumerate(shapes):
+            try:
+                measured = tuning.tune(backend, shape, arguments.tokens, progress)
+            except (ValueError, TypeError) as error:
+                raise MarlinError(f"--shape: {error}") from error
+            tuning.keep(device, tier, measured)
+            results += measured
+    report = {
+        "version": __version__,
+        "device": device.name,
+        "driver": device.driver_version,
+        "tier": tier.name,
+        "file": str(file),
+    }
+    if arguments.json:
+        print_json(report | {"results": [_as_json(result, tuning) for result in results]})
+    else:
+        _print_table(report, results)
+    return 0
+
+
+def _shapes(arguments, backend):
+    from marlin_cy.opencl.tuning import Shape
+
+    if arguments.shape is not None:
+        for k, n, experts, group_size in arguments.shape:
+            yield Shape(k, n, experts, group_size, min(arguments.top_k, experts), symmetric=not arguments.asymmetric)
+        return
+    with open_checkpoint(arguments.checkpoint, backend=backend) as checkpoint:
+        spec, quantization = checkpoint.moe_spec, checkpoint.quantization
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    for k, n in ((hidden, 2 * inner), (inner, hidden)):
+        group_size = k if quantization.group_size == -1 else quantization.group_size
+        yield Shape(k, n, spec.num_experts, group_size, spec.top_k, gathered=k == inner, symmetric=quantization.sym)
+
+
+def _as_json(result, tuning):
+    shape = result.shape
+    return {
+        "k": shape.k,
+        "n": shape.n,
+        "experts": shape.experts,
+        "group_size": shape.group_size,
+        "top_k": shape.top_k,
+        "tokens": result.tokens,
+        "rows": result.rows,
+        "default_us": result.default_seconds * 1e6,
+        "best_us": result.best_seconds * 1e6,
+        "configuration": tuning.as_entry(result.best),
+        "tried": result.tried,
+        "refused": [
+            {"configuration": tuning.as_entry(configuration), "reason": reason}
+            for configuration, reason in result.refused
+        ],
+    }
+
+
+def _print_table(report, results):
+    screen = console()
+    screen.print(escape(f"{report['device']}, driver {report['driver']}, tier {report['tier']}"))
+    screen.print()
+    rows = table("K, N, experts", ">tokens", ">rows an\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration")
+    for result in results:
+        shape = result.shape
+        rows.add_row(
+            f"{shape.k}, {shape.n}, {shape.experts}",
+            str(result.tokens),
+            str(result.rows),
+            f"{result.default_seconds * 1e6:.1f}",
+            f"{result.best_seconds * 1e6:.1f}",
+            str(result.tried),
+            "the default" if result.best == result.default else escape(_words(result.best)),
+        )
+    screen.print(rows)
+    screen.print()
+    for result in results:
+        for configuration, reason in result.refused:
+            where = f"{result.shape.k}, {result.shape.n}, {result.tokens} tokens"
+            screen.print(f"[yellow]Refused[/yellow] for {where}: {escape(_words(configuration))}: {escape(reason)}")
+    screen.print(escape(f"Kept in {report['file']}; backends that are made from here on use it."))
+
+
+def _words(configuration):
+    """A configuration in few words."""
+    macros = " ".join(f"{name}={value}" for name, value in configuration.macros)
+    kernel = f"{configuration.file}: " if configuration.file else ""
+    return f"{kernel}{configuration.rows} × {configuration.columns}, splits {configuration.splits}, {macros}"
+
+
+def _sizes(count=None):
+    """A parser of positive numbers separated by commas."""
+
+    def sizes(text):
+        try:
+            numbers = tuple(map(int, text.split(",")))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1 or count not in (None, len(numbers)):
+            wanted = "numbers" if count is None else f"{count} numbers"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {wanted} of at least 1, separated by commas")
+        return numbers
+
+    return sizes

@@ -1,0 +1,64 @@
+"""Every ``.cl`` file compiles for GPUs that are not here: ``bench/compile_kernels.py``, one variant a file."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+
+from marlin_cy.opencl.program import kernel_files  # noqa: E402
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "compile_kernels.py"
+
+
+def loaded():
+    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = loaded()
+
+
+def need(target):
+    if reason := check.TARGETS[target].missing():
+        pytest.skip(f"{target} needs {reason}")
+
+
+@pytest.mark.parametrize("target", check.TARGETS)
+def test_compiles(target):
+    need(target)
+    problems = [
+        f"{program}\n{problem}" for program in check.programs(target, quick=True) if (problem := program.problem())
+    ]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("target", ["gfx90a", "gfx1100", "spir64"])
+def test_every_file_is_compiled(target):
+    assert {program.file for program in check.programs(target)} == set(kernel_files())
+    assert {program.file for program in check.programs(target, quick=True)} == set(kernel_files())
+
+
+def test_the_table_names_files_that_exist():
+    assert set(check.PROGRAMS) <= set(kernel_files())
+
+
+def test_a_file_that_does_not_compile(monkeypatch, capsys):
+    need("gfx90a")
+    monkeypatch.setattr(check, "source", lambda file: '#line 7 "a.cl"\n__kernel void a(void) { no_such_name(); }\n')
+    assert check.main(["--target", "gfx90a", "--file", "pack"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED gfx90a pack" in said
+    assert "a.cl:7" in said
+    assert "no_such_name" in said
+
+
+def test_commands_are_shown(capsys):
+    need("gfx90a")
+    assert check.main(["--target", "gfx90a", "--file", "mma", "--show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len([program for program in check.programs("gfx90a") if "mma" in program.file])
+    assert all("-mcpu=gfx90a" in line and "-DNO_PTX=1" in line for line in lines)
