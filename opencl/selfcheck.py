@@ -1,5 +1,7 @@
 """A tier's kernels against NumPy, on a device that has just been met."""
 
+import copy
+import dataclasses
 import threading
 
 import numpy as np
@@ -63,11 +65,21 @@ def relative_error(backend):
     weights = [reference.dequantize(q[e], scale[e], zero[e], GROUP_SIZE) for e in range(EXPERTS)]
     expected = np.stack([x[i].astype(np.float64) @ weights[e] for i, chosen in enumerate(ids) for e in chosen])
     errors = []
-    ctx = backend.new_context()
-    for block_size in (4, 32):
-        routing = map(backend.from_host, moe_align_block_size(ids, block_size, EXPERTS))
-        out = backend.from_host(np.full((TOKENS * TOP_K, N), np.nan, dtype))
-        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
-        actual = backend.to_host(out).astype(np.float64)
-        errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-    return max(errors)
+    for configuration in backend.tier.checked:
+        ctx = with_configuration(backend, configuration).new_context()
+        for block_size in (4, 32):
+            routing = map(backend.from_host, moe_align_block_size(ids, block_size, EXPERTS))
+            out = backend.from_host(np.full((TOKENS * TOP_K, N), np.nan, dtype))
+            stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
+            actual = backend.to_host(out).astype(np.float64)
+            errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return np.max(errors)  # NaN if one of them is
+
+
+def with_configuration(backend, configuration):
+    """A backend whose products all use one configuration; itself for None."""
+    if configuration is None:
+        return backend
+    other = copy.copy(backend)
+    other._tier = dataclasses.replace(backend.tier, configurations=lambda problem: [configuration])
+    return other

@@ -123,6 +123,8 @@ class Tier:
         Slots of a block of the routing arrays, from the average rows of an expert.
     options : callable
         The compiler's, a tuple of str, from the device's capabilities.
+    checked : tuple of Configuration or None
+        What the check at first use runs; None for what products of its size use.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Tier:
     configurations: Callable
     block_size: Callable
     options: Callable = lambda device: ()
+    checked: tuple = (None,)
 
 
 def splits_for(problem, configuration, tiles_wanted):
@@ -438,7 +441,15 @@ def with_splits(problem, configuration, tiles_wanted):
 
 
 TIERS = (
-    Tier("mma", "gemm_mma_streamed", mma_inputs, mma_missing, mma_configurations, mma_block_size),
+    Tier(
+        "mma",
+        "gemm_mma_streamed",
+        mma_inputs,
+        mma_missing,
+        mma_configurations,
+        mma_block_size,
+        checked=(direct(1, 4, 2), streamed(8, 2, 2, 2, 2), tiled(32, 2, 4, 3)),
+    ),
     Tier(
         "subgroup",
         "gemm_subgroup",

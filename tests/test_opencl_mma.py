@@ -20,7 +20,7 @@ if not OPENCL_PLACES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
 from marlin_cy.opencl import device as devices  # noqa: E402
-from marlin_cy.opencl import tiers  # noqa: E402
+from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 
 NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
@@ -91,3 +91,11 @@ class TestEmulated:
         view.forward(ctx, backend.from_host(x), out.buffer, 21)
         w = np.concatenate(problem.dense_all(), axis=1)[:, 24:88]
         assert_close(out.result(), x.astype(np.float64) @ w + bias, 2 * product_bound(backend, x, w) + 2.0**-20)
+
+
+@pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
+def test_check_at_first_use():
+    """Every kernel of the tier is checked, not only the one that small products use."""
+    backend = emulating(None)
+    backend._tier = dataclasses.replace(backend._tier, checked=(tiers.direct(1, 2, 1), tiers.streamed(8, 1, 2, 2, 2)))
+    assert selfcheck.relative_error(backend) < 1e-3

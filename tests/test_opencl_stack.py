@@ -405,6 +405,12 @@ class TestTiers:
     def fresh_checks(self, monkeypatch):
         monkeypatch.setattr(selfcheck, "_known", {})
 
+    def test_a_nan_anywhere_is_seen(self, portable, monkeypatch):
+        assert portable.tier  # checked before
+        results = iter([portable.to_host, lambda buffer: np.full(buffer.shape, np.nan, buffer.dtype)])
+        monkeypatch.setattr(portable, "to_host", lambda buffer: next(results)(buffer))
+        assert np.isnan(selfcheck.relative_error(portable))
+
     @pytest.fixture
     def place(self):
         return PORTABLE_PLACES[0]
