@@ -261,11 +261,11 @@ class GemmCase:
             self.ctx, self.inputs, *routing, self.out, self.pairs // self.top_k, self.block_size, self.top_k
         )
 
-    def launch_times(self, budget_seconds, least=5):
+    def launch_times(self, budget_seconds, least=5, dam=None):
         """:class:`Times` of launches after a warm-up; fewer, but ``least``, where all take longer than the budget."""
         seconds = warm_up(self.ctx, self.calls)
         count = max(least, min(len(self.calls), int(budget_seconds / max(seconds, 1e-9))))
-        return [times_of(events) for events in profiled(self.ctx, self.calls[:count])]
+        return [times_of(events) for events in profiled(self.ctx, self.calls[:count], dam)]
 
     def error(self, x, rng, rows=3):
         """Relative error (Frobenius) of sampled rows of one launch against float64; infinite if rows were not written.

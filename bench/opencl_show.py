@@ -129,12 +129,16 @@ class _Show:
 
     def products(self):
         """Time, error and bandwidth of each cell, on each tier."""
+        dam_bytes = 0 if self.settings.quick else DAM_BYTES
+        self.dams = {name: Dam(ctx, dam_bytes) for name, ctx in self.contexts.items()}
         for number in range(len(self.shapes)):
             if str(number + 1) not in self.settings.parts:
                 continue
             self.row(number)
             if number == 2:  # no other part needs the largest
                 self.weights.pop(number).release()
+        for dam in self.dams.values():
+            dam.release()
 
     def row(self, number):
         """One shape, at each number of tokens."""
@@ -150,7 +154,7 @@ class _Show:
             all_ids = [random_ids(rng, tokens, shape.experts) for _ in range(launches)]
             for tier, ctx in self.contexts.items():
                 case = GemmCase(weights, ctx, inputs, all_ids, settings.block_size)
-                times = case.launch_times(SECONDS_A_CELL)
+                times = case.launch_times(SECONDS_A_CELL, dam=self.dams[tier])
                 self.gemm.append(self.cell(tier, tokens, case, times, case.error(x, rng)))
                 self.screen.print(_brief(self.gemm[-1]))
 

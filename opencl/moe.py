@@ -25,7 +25,7 @@ BUFFER, INT, UINT, ULONG = None, np.int32, np.uint32, np.uint64  # for Kernel.se
 ROUTE_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, INT, BUFFER, ULONG, BUFFER, ULONG)
 ALIGN_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, BUFFER)
 COMBINE_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT, BUFFER, ULONG, UINT, UINT)
-ROUTE_ITEMS, ALIGN_ITEMS, COMBINE_ITEMS = 64, 256, 64  # work-items in a work-group; the first two as in moe.cl
+ROUTE_ITEMS, ALIGN_ITEMS, COMBINE_ITEMS = 32, 256, 64  # work-items in a work-group; the first two as in moe.cl
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
 SLICE_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from opencl_devices import each_device, runtime_of  # noqa: E402
 FLOAT32 = unit_roundoff(np.float32)
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 GUARD = 3  # elements before and behind each output
-ROUTE_ITEMS, ALIGN_ITEMS = 64, 256
+ROUTE_ITEMS, ALIGN_ITEMS = 32, 256
 
 
 class Output:

@@ -4,7 +4,7 @@
 
 // Work-items in a group of `route` and of `align`: powers of two.
 #ifndef ROUTE_ITEMS
-#define ROUTE_ITEMS 64
+#define ROUTE_ITEMS 32
 #endif
 #ifndef ALIGN_ITEMS
 #define ALIGN_ITEMS 256
