@@ -78,7 +78,7 @@ class RecordingBackend(Backend):
     def new_context(self, **options):
         raise NotImplementedError
 
-    from_host = to_host = empty = _route = _moe_forward = new_context
+    from_host = to_host = empty = _route = _topk = _moe_forward = new_context
 
 
 def open_recording(folder, **options):
