@@ -3,11 +3,12 @@
 ``stack.py`` implements the interface; below it, in the order in which a call goes through them::
 
     device.py     platforms, devices, which one is taken and what it can do
-    tiers.py      which kernels suit it
+    tiers.py      which kernels suit it: waved.py (any vendor), mma.py (NVIDIA), configuration.py (their sizes)
     store.py      packed weights in device memory         layout.py   the same in plain NumPy
     buffers.py    checks arrays
     context.py    queue and workspace                     program.py  compiles and keeps programs
     gemm.py       one product: which kernels, which grid  prepare.py  rows as a kernel reads them
+                                                          launch.py   launches at little cost
     moe.py        routing, both products, combination     kernels/    the device's code
     selfcheck.py  a tier's kernels against NumPy
     tuning.py     which configurations are fastest here

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from marlin_cy.opencl.buffers import Vector
-from marlin_cy.opencl.launch import Launch
-from marlin_cy.opencl.prepare import prepare
-from marlin_cy.opencl.tiers import (
+from marlin_cy.opencl.configuration import (
     FLOAT16,
     FLOAT16_ROWS,
     FLOAT32,
@@ -22,6 +20,8 @@ from marlin_cy.opencl.tiers import (
     Configuration,
     Problem,
 )
+from marlin_cy.opencl.launch import Launch
+from marlin_cy.opencl.prepare import prepare
 
 __all__ = ["Listed", "Routed", "multiply", "problem_of"]
 
@@ -232,7 +232,7 @@ def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, 
 
 
 def problem_of(store, work, device):
-    """The :class:`~marlin_cy.opencl.tiers.Problem` that some work on a store is."""
+    """The :class:`~marlin_cy.opencl.configuration.Problem` that some work on a store is."""
     if type(work) is Routed:
         most = work.limit // work.block_size
         columns, runs, rows = store.n, min(most, work.valid), min(work.block_size, work.valid)

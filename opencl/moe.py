@@ -16,8 +16,8 @@ from marlin_cy.opencl.buffers import (
     refuse_overlap,
     wait_list,
 )
+from marlin_cy.opencl.configuration import FLOAT16, FLOAT32
 from marlin_cy.opencl.gemm import Routed, multiply
-from marlin_cy.opencl.tiers import FLOAT16, FLOAT32
 
 __all__ = ["device_topk", "forward", "route"]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pyopencl as cl
 
-from marlin_cy.opencl.tiers import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
+from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 
 __all__ = ["Prepared", "prepare"]
 

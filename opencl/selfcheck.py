@@ -11,7 +11,7 @@ from marlin_cy import reference
 from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.tiers import FLOAT16_ROWS
+from marlin_cy.opencl.configuration import FLOAT16_ROWS
 
 __all__ = ["TOLERANCE", "reason_wrong"]
 

@@ -438,7 +438,7 @@ class OpenClBackend(Backend):
 
     @property
     def tier(self):
-        """The :class:`~marlin_cy.opencl.tiers.Tier` in use; chosen, and checked, when first asked for.
+        """The :class:`~marlin_cy.opencl.configuration.Tier` in use; chosen, and checked, when first asked for.
 
         Raises
         ------

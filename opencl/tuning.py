@@ -29,9 +29,9 @@ from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
+from marlin_cy.opencl.configuration import Configuration
 from marlin_cy.opencl.gemm import Routed, problem_of
 from marlin_cy.opencl.program import CACHE_VARIABLE, cache_folder
-from marlin_cy.opencl.tiers import Configuration
 from marlin_cy.opencl.timing import times_of
 
 __all__ = ["Shape", "Tuned", "Tuning", "candidates", "tune", "tuning_file"]

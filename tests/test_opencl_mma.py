@@ -20,17 +20,17 @@ if not OPENCL_PLACES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
 from marlin_cy.opencl import device as devices  # noqa: E402
-from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
+from marlin_cy.opencl import mma, selfcheck, tiers  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 
 NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
 EMULATING = [device for device in devices.list_devices() if devices.capabilities(device).extensions >= NEEDED]
 CONFIGURATIONS = {
-    "direct": tiers.direct(1, 2, 2),
-    "direct, K split": dataclasses.replace(tiers.direct(2, 2, 1), splits=2),
-    "streamed": tiers.streamed(8, 1, 2, 2, 4),
-    "streamed, 16 rows": tiers.streamed(16, 2, 1, 3, 3),
-    "tiled": tiers.tiled(16, 1, 2, 2),
+    "direct": mma.direct(1, 2, 2),
+    "direct, K split": dataclasses.replace(mma.direct(2, 2, 1), splits=2),
+    "streamed": mma.streamed(8, 1, 2, 2, 4),
+    "streamed, 16 rows": mma.streamed(16, 2, 1, 3, 3),
+    "tiled": mma.tiled(16, 1, 2, 2),
 }
 
 
@@ -97,5 +97,5 @@ class TestEmulated:
 def test_check_at_first_use():
     """Every kernel of the tier is checked, not only the one that small products use."""
     backend = emulating(None)
-    backend._tier = dataclasses.replace(backend._tier, checked=(tiers.direct(1, 2, 1), tiers.streamed(8, 1, 2, 2, 2)))
+    backend._tier = dataclasses.replace(backend._tier, checked=(mma.direct(1, 2, 1), mma.streamed(8, 1, 2, 2, 2)))
     assert selfcheck.relative_error(backend) < 1e-3

@@ -19,7 +19,8 @@ if not OPENCL_PLACES:
 
 from pyopencl.array import Array, to_device  # noqa: E402
 
-from marlin_cy.opencl import gemm, moe, selfcheck, tiers  # noqa: E402
+from marlin_cy.opencl import gemm, moe, selfcheck, tiers, waved  # noqa: E402
+from marlin_cy.opencl.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 
 PORTABLE_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "portable"]
@@ -337,22 +338,22 @@ class TestConfigurations:
     @pytest.mark.parametrize(
         "configuration",
         [
-            tiers.PORTABLE.few[0],
-            tiers.PORTABLE.few[-1],
-            tiers.PORTABLE.many[0],
-            dataclasses.replace(tiers.PORTABLE.cpu[0], splits=4),
-            dataclasses.replace(tiers.PORTABLE.cpu[0], groups_per_unit=1),
+            waved.PORTABLE_TABLE.few[0],
+            waved.PORTABLE_TABLE.few[-1],
+            waved.PORTABLE_TABLE.many[0],
+            dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=4),
+            dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], groups_per_unit=1),
         ],
         ids=["few rows, 1", "few rows, 16", "many rows", "splits", "few work-groups"],
     )
     def test_portable(self, portable, rng, configuration):
         device = portable.runtime.capabilities
-        if not tiers.fitting([configuration], device):
+        if not fitting([configuration], device):
             pytest.skip("its work-groups are too large for this device")
         self.check(with_configuration(portable, configuration), rng)
 
     def test_splits(self, backend, rng):
-        problem = tiers.Problem(rows=4, runs=4, most_runs=4, k=1056, n=40, group_rows=32, device=None)
+        problem = Problem(rows=4, runs=4, most_runs=4, k=1056, n=40, group_rows=32, device=None)
         problem = problem._replace(device=backend.runtime.capabilities)
         configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=3)
         self.check(with_configuration(backend, configuration), rng)
@@ -371,7 +372,7 @@ class TestConfigurations:
             assert_close(result[row, None], one.astype(np.float64) @ w, product_bound(backend, one, w))
 
     def test_splits_with_views_and_biases(self, portable, rng):
-        configuration = dataclasses.replace(tiers.PORTABLE.cpu[0], splits=2)
+        configuration = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=2)
         backend = with_configuration(portable, configuration)
         problem = random_problem(rng, 2, 1056, 40, 32)
         x, bias = activations(rng, 11, 1056), rng.standard_normal(48).astype(np.float32)
@@ -388,7 +389,7 @@ class TestConfigurations:
         small = dataclasses.replace(device, max_work_group_size=32)
         for tier in tiers.TIERS:
             for rows in (1, 2, 7, 8, 9, 64, 1000):
-                problem = tiers.Problem(rows, 8, 8, 4096, 512, 128, device)
+                problem = Problem(rows, 8, 8, 4096, 512, 128, device)
                 first, *_ = tier.configurations(problem)
                 assert first.rows >= min(rows, 32)
                 assert first.splits * 256 <= 4096
@@ -433,7 +434,7 @@ class TestTiers:
 
     def test_a_tier_that_does_not_compile(self, monkeypatch, place, rng):
         portable = tiers.tier_named("portable")
-        broken = dataclasses.replace(tiers.PORTABLE.cpu[0], macros=(("K_WAVES", 0),))
+        broken = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], macros=(("K_WAVES", 0),))
         best = dataclasses.replace(portable, name="best", configurations=lambda problem: [broken])
         monkeypatch.setattr(tiers, "TIERS", (best, portable))
         backend = OpenClBackend(device=place.device)
