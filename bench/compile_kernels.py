@@ -40,7 +40,7 @@ FEW = {"ROWS": 8, "K_WAVES": 8, "WAVE_STRIPS": 2}
 MANY = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 4, "COLUMN_WAVES": 2, "WAVE_STRIPS": 2, "ROW_STEP": 4}
 MMA = [
     {**HALVES, **ROUTED, "ROWS": 8},
-    {**HALVES, **GROUPS_32, **SPLIT, "ROWS": 8, "PARTS": 8},
+    {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 8, "PARTS": 8},
     {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
 ]
 # Macro sets by file; every branch of a file comes up in one. A file that is not here is compiled as it is.
@@ -60,7 +60,7 @@ PROGRAMS = {
         {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
         {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
     ],
-    "gemm_mma_direct": MMA,
+    "gemm_mma_direct": [*MMA, {**HALVES, **SPLIT, "ROWS": 8}],
     "gemm_mma_streamed": [*MMA, {**HALVES, **ROUTED, "ROWS": 16, "STRIPS_PER_WAVE": 4, "WAVES": 4}],
     "gemm_mma_tiled": [
         {**HALVES, **ROUTED, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
