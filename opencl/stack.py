@@ -30,7 +30,7 @@ from marlin_cy.opencl.device import Capabilities, capabilities, describe, open_d
 from marlin_cy.opencl.gemm import Listed, Routed, multiply
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
-from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors
+from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors, uploaded
 from marlin_cy.opencl.tuning import Tuned
 
 __all__ = ["OpenClBackend", "OpenClLinear", "OpenClMarlinExpertStack", "Runtime"]
@@ -292,10 +292,7 @@ class OpenClLinear(Linear):
         self.stack, self._offset, self._width = stack, offset, width
         self._bias = None
         if bias is not None:
-            bias = as_bias(bias, width)
-            self._bias = cl.Buffer(
-                store.parts[0].context, cl.mem_flags.READ_ONLY | cl.mem_flags.COPY_HOST_PTR, hostbuf=bias
-            )
+            self._bias = uploaded(store.runtime, as_bias(bias, width), "bias")
         self._metadata = WeightMetadata(
             bits=4,
             group_size=store.weight_group_size,
@@ -405,13 +402,19 @@ class OpenClBackend(Backend):
                 raise BackendUnavailable(
                     f"backend 'opencl': tier {tier.name!r} cannot run on {describe(opened.device)}: {reason}"
                 )
+        try:
+            loading_queue = cl.CommandQueue(opened.context, opened.device)
+        except cl.Error as error:
+            raise BackendUnavailable(
+                f"backend 'opencl': {describe(opened.device)} takes no command queue ({error}); choose another device"
+            ) from error
         self.device_reason = opened.reason
         self.runtime = Runtime(
             context=opened.context,
             device=opened.device,
             capabilities=found,
             programs=ProgramCache(opened.context, opened.device),
-            loading_queue=cl.CommandQueue(opened.context, opened.device),
+            loading_queue=loading_queue,
             loading_lock=threading.Lock(),
             max_alloc_bytes=largest,
             tuned=Tuned(found),

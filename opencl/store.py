@@ -23,6 +23,7 @@ __all__ = [
     "device_error",
     "driver_errors",
     "memory_errors",
+    "uploaded",
     "zeroed_buffers",
 ]
 
@@ -57,6 +58,7 @@ class OpenClGptqStore:
 
     Attributes
     ----------
+    runtime : object
     layout : ExpertLayout
     parts : list of pyopencl.Buffer
         1, 2, 4 or 8; where fewer hold all experts, the last is repeated.
@@ -88,7 +90,7 @@ class OpenClGptqStore:
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = expert_layout(packed_k, n, packed_group_size(group_size))
         self.symmetric, self.weight_factor = False, 1.0
-        self.device = runtime.device
+        self.runtime, self.device = runtime, runtime.device
         expert_bytes = 4 * self.expert_words
         self.nbytes = num_experts * expert_bytes
         what = f"packed weights: {num_experts} experts of [{k}, {n}] in at most {PARTS[-1]} buffers"

@@ -239,6 +239,21 @@ def test_a_launch_that_runs_out_of_memory(call, monkeypatch):
     assert_same_bits(call.right(), call.expected)
 
 
+def test_a_bias_that_does_not_fit(backend, rng, monkeypatch):
+    stack = random_problem(rng, 1, K, N, 32).stack(backend)
+    with monkeypatch.context() as patch:
+        patch.setattr(cl, "Buffer", failing("MEM_OBJECT_ALLOCATION_FAILURE"))
+        with pytest.raises(DeviceMemoryError, match=rf"bias: {4 * N} bytes do not fit"):
+            stack.make_expert_linear(0, N, np.ones(N, np.float32))
+
+
+def test_a_device_without_queues(backend, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cl, "CommandQueue", failing("OUT_OF_RESOURCES"))
+        with pytest.raises(BackendUnavailable, match="takes no command queue .*OUT_OF_RESOURCES"):
+            OpenClBackend(device=backend.device)
+
+
 # Programs that do not compile -------------------------------------------------------------------
 
 
