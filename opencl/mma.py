@@ -114,7 +114,7 @@ def mma_few(problem):
     first, second, *others = by_size
     streams = [first, second, *others] if few_tiles else [second, first, *others]
     if strips <= 12:
-        return [all_at_once, direct(6, 16, 2), direct(6, 8, 2), direct(4, 8, 2), direct(1, 8, 4), *streams]
+        return [all_at_once, direct(3, 16, 2), direct(6, 8, 2), direct(8, 12, 1), direct(2, 8, 4), *streams]
     return [*streams, all_at_once]
 
 

@@ -61,14 +61,18 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                     for (int h = 0; h < HALVES; h++) {
                         const uint group = min((BLOCK_K * block + 32 * h) >> group_shift, groups - 1);
                         const uint at = (strip * groups + group) * 8 + g;
-                        scales[d][s][h] = expert.scales[at];
+                        scales[d][s][h] = load_early_word(expert.scales + at);
                         zeros[d][s][h] = SYMMETRIC ? 0 : expert.zeros[at];
                     }
                 }
                 const bool reads = exists && row >= 0;
-                x[d][0] = reads ? token[block * 8] : (uint4)(0);
-                x[d][1] = reads && BLOCK_K * block + 32 < k ? token[block * 8 + 4] : (uint4)(0);
+                x[d][0] = x[d][1] = (uint4)(0);
+                if (reads)
+                    x[d][0] = load_early(token + block * 8);
+                if (reads && BLOCK_K * block + 32 < k)
+                    x[d][1] = load_early(token + block * 8 + 4);
             }
+            issue_loads();
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 float4 token_sums[HALVES];

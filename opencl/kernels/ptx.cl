@@ -53,6 +53,9 @@ __attribute__((noinline)) static float4 mma(uint4 a, uint b0, uint b1, float4 c)
 
 static inline uint ballot(bool condition) { return sub_group_ballot(condition).x; }
 static inline uint4 load_once(__global const uint4 *p) { return *p; }
+static inline uint4 load_early(__global const uint4 *p) { return *p; }
+static inline uint load_early_word(__global const uint *p) { return *p; }
+static inline void issue_loads(void) {}
 
 typedef size_t LocalAddress;
 static inline LocalAddress local_address(__local const void *p) { return (size_t)p; }
@@ -131,14 +134,28 @@ static inline uint ballot(bool condition)
     return mask;
 }
 
-// 16 bytes that are read once: past the first-level cache.
+// Loads that are all under way before the first is waited for: they stay in front of issue_loads(). The assembler
+// moves others down to where they are used, one behind the other. load_once: past the first-level cache.
 static inline uint4 load_once(__global const uint4 *p)
 {
     uint x = 0, y = 0, z = 0, w = 0;
-    ORDERED_ASM("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p));
+    ORDERED_ASM("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p) : "memory");
     return (uint4)(x, y, z, w);
 }
+static inline uint4 load_early(__global const uint4 *p)
+{
+    uint x = 0, y = 0, z = 0, w = 0;
+    ORDERED_ASM("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p) : "memory");
+    return (uint4)(x, y, z, w);
+}
+static inline uint load_early_word(__global const uint *p)
+{
+    uint v = 0;
+    ORDERED_ASM("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+static inline void issue_loads(void) { ORDERED_ASM("bar.warp.sync 0xffffffff;" : : : "memory"); }
 
 // 16 or 4 bytes to local memory without passing through registers. Copies between two commits are a group;
 // a work-item waits until only so many groups of its own are under way.
