@@ -56,7 +56,8 @@ PROGRAMS = {
     "gemm_subgroup": [
         {},
         {**FEW, **ROUTED, **HALVES},
-        {**FEW, **ROUTED, "DOT": 1},
+        {**FEW, **ROUTED, **HALVES, "SHUFFLE": 1},
+        {**FEW, **ROUTED, "DOT": 1, "SHUFFLE": 1},
         {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
         {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
     ],
@@ -125,8 +126,8 @@ def amd(name):
             [f"clang{newest('clang')}", *flags, *machine, "-O3", "-S", f"{folder}/program.cl", "-o", f"{folder}/out.s"]
         ]
 
-    # Its integer dot products are built-in functions of clang, not those of OpenCL.
-    return Target(commands, lacking("clang"), skip=lambda file, macros: "DOT" in macros)
+    # Its integer dot products and shuffles are built-in functions of clang, not those of OpenCL.
+    return Target(commands, lacking("clang"), skip=lambda file, macros: "DOT" in macros or "SHUFFLE" in macros)
 
 
 def spirv(flags, folder):

@@ -1,6 +1,6 @@
 """The tiers for devices of any vendor: "portable" and "subgroup", whose kernels are cut up alike.
 
-The heads of ``gemm_portable.cl`` and ``gemm_subgroup.cl`` say what their macros are.
+The heads of ``waved.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` say what their macros are.
 """
 
 from dataclasses import replace
@@ -115,16 +115,12 @@ PORTABLE_TABLE = WavedTable(
     ),
     small=SMALL,
 )
-SUBGROUP_TABLE = WavedTable(
-    cpu=(waved(8, macros=(("UNROLL", 0),)),),
-    few=FEW_ROWS,
-    few_short=FEW_SHORT_ROWS,
+SUBGROUP_TABLE = PORTABLE_TABLE._replace(
     many=(
         waved(16, k_waves=2, wave_strips=2, row_step=2),
         waved(32, column_waves=4, row_waves=2, wave_strips=2),
         waved(64, column_waves=2, row_waves=4, wave_strips=2),
     ),
-    small=SMALL,
 )
 
 
@@ -150,8 +146,9 @@ def subgroup_inputs(device):
 
 
 def subgroup_configurations(problem):
-    dot = ("DOT", int(problem.device.integer_dot_product))
-    return [replace(candidate, macros=(*candidate.macros, dot)) for candidate in SUBGROUP_TABLE(problem)]
+    device = problem.device
+    macros = ("DOT", int(device.integer_dot_product)), ("SHUFFLE", int("cl_khr_subgroup_shuffle" in device.extensions))
+    return [replace(candidate, macros=(*candidate.macros, *macros)) for candidate in SUBGROUP_TABLE(problem)]
 
 
 def subgroup_options(device):

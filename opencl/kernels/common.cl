@@ -8,6 +8,7 @@
 //   SYMMETRIC                 1: every zero point is 8 and none are stored
 //   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
 //   ROWS                      rows (tokens) in a tile
+//   BIAS, SPLIT, ROW_FACTOR   1: a gemm uses its arguments bias; partial and splits; row_factor
 //   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input may load all at once
 
 #ifndef INPUT_TYPE
@@ -30,6 +31,15 @@
 #endif
 #ifndef ALIGNED
 #define ALIGNED 0
+#endif
+#ifndef BIAS
+#define BIAS 0
+#endif
+#ifndef SPLIT
+#define SPLIT 0
+#endif
+#ifndef ROW_FACTOR
+#define ROW_FACTOR 0
 #endif
 
 // Element types --------------------------------------------------------------------------------
@@ -165,6 +175,8 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //                    first output row, rows, 0
 // where the columns are within the expert and the first is a multiple of 8.
 
+// WORK_ARGS: of a kernel. WORK: those of a call in a kernel. WORK_PARAMS, WORK_NAMES: of a function, and what it passes on.
+
 #if ROUTED
 //   past, past_limit   slots in use: *past, and never more than past_limit
 //   valid              ids below this are rows, others are padding
@@ -181,10 +193,12 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
     __global const int *restrict sorted_ids, __global const int *restrict expert_ids,                \
         __global const int *restrict past, const int past_limit, const int valid,                    \
         const int block_size, const int top_k, const int slot_input
+#define WORK_NAMES sorted_ids, expert_ids, past, past_limit, valid, block_size, top_k, slot_input
 #else
 #define WORK_ARGS __global const int *restrict list, const int listed
 #define WORK list, listed
 #define WORK_PARAMS __global const int *restrict list, const int listed
+#define WORK_NAMES list, listed
 #endif
 
 typedef struct {
@@ -270,3 +284,13 @@ static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
     return (int2)(tile.first + r, tile.out_first + r);
 #endif
 }
+
+// The arguments of every gemm.
+//   row_factor           products of input row i are multiplied by row_factor[i]
+//   bias                 bias[output column] is added
+//   partial, splits      K is cut into `splits` runs, whose sums wait in `partial` for reduce_splits
+#define GEMM_ARGS                                                                                    \
+    WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \
+        __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \
+        const ulong output_offset, const uint output_stride, __global const float *restrict bias,    \
+        __global float *restrict partial, const uint tiles_capacity, const int splits, WORK_ARGS

@@ -171,8 +171,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                 ahead = routing_of(copied.row, g, WORK);                                             \
         }                                                                                            \
         if (copy_block < copy_end) {                                                                 \
-            const LocalAddress to = ring_at + copy_stage * STAGE_BYTES + lane * 16;                          \
-            const LocalAddress to4 = ring_at + copy_stage * STAGE_BYTES + lane * 4;                          \
+            const LocalAddress to = ring_at + copy_stage * STAGE_BYTES + lane * 16;                  \
+            const LocalAddress to4 = ring_at + copy_stage * STAGE_BYTES + lane * 4;                  \
             _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
                 copy_async(to + s * LANES * 16, words[s] + copy_block * LANES);                      \
             const bool second = BLOCK_K * copy_block + 32 < k; /* K may end in the middle of a block */ \

@@ -133,16 +133,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             to[i] = stages_at + (r * CHUNKS + (chunk ^ ((r & 1) * 4))) * 16;
         }
         const Expert expert = expert_at(EXPERT_BASE(tile.expert), strips, blocks, groups);
-        __global const uint4 *words[S];
-        __global const uint *scales[S];
-        __global const ushort *zeros[S];
-#pragma unroll
-        for (int s = 0; s < S; s++) {
-            const uint strip = min(first_strip + s, strips - 1);
-            words[s] = expert.words + (ulong)strip * blocks * LANES + lane;
-            scales[s] = expert.scales + strip * groups * 8 + g;
-            zeros[s] = expert.zeros + strip * groups * 8 + g;
-        }
+        const Source source = source_of(expert, first_strip, strips, blocks, groups, lane);
 
         float4 total[S][TOKEN_TILES];
 #pragma unroll
@@ -163,29 +154,12 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                     else                                                                             \
                         *(__local uint4 *)((__local uchar *)stages + (to[i] - stages_at) + at) = (uint4)(0); \
                 }                                                                                    \
-            const LocalAddress mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;          \
-            const LocalAddress mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;          \
-            _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
-                copy_async(mine + s * LANES * 16, words[s] + copied * LANES);                                 \
-            _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                       \
-            {                                                                                        \
-                const uint group = min((BLOCK_K * copied + 32 * h) >> group_shift, groups - 1);      \
-                _Pragma("unroll") for (int s = 0; s < S; s++)                                        \
-                {                                                                                    \
-                    copy_async4(mine4 + SCALES_AT + (h * S + s) * LANES * 4, scales[s] + group * 8); \
-                    COPY_ZEROS(h, s, group)                                                          \
-                }                                                                                    \
-            }                                                                                        \
+            const LocalAddress mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;  \
+            const LocalAddress mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;  \
+            COPY_WEIGHTS(mine, mine4, source, copied)                                                \
         }                                                                                            \
         commit_copies();                                                                             \
     }
-#if SYMMETRIC
-#define COPY_ZEROS(h, s, group)
-#else  // pairs of bytes: the 4 that contain them
-#define COPY_ZEROS(h, s, group)                                                                      \
-    copy_async4(mine4 + ZEROS_AT + (h * S + s) * LANES * 4,                                          \
-                (__global const uint *)(zeros[s] + group * 8 - (g & 1)));
-#endif
         barrier(CLK_LOCAL_MEM_FENCE);  // the last tile's stages have been read
 #pragma unroll 1
         for (uint d = 0; d < DEPTH - 1; d++)
@@ -214,7 +188,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                     if (half_block < HALVES) {                                                       \
                         const uint at = (half_block * S + s) * LANES;                                \
                         group[s] = group_of(mine4[SCALES_AT / 4 + at],                               \
-                                            SYMMETRIC ? 0 : MY_ZEROS(mine4[ZEROS_AT / 4 + at])); \
+                                            SYMMETRIC ? 0 : MY_ZEROS(mine4[ZEROS_AT / 4 + at]));     \
                     }                                                                                \
                     a[s][0] = weights_of(half_block ? w[s].z : w[s].x, group[s]);                    \
                     a[s][1] = weights_of(half_block ? w[s].w : w[s].y, group[s]);                    \

@@ -1,12 +1,8 @@
+// needs waved.cl
+//
 // gemm, tier "subgroup": cl_khr_fp16 and sub-groups; DOT=1: the integer dot product as well.
 //
-// The work-group is that of gemm_portable.cl: a wave is 32 work-items, one for each lane 4 * g + t of a packed block;
-//
-//   work-item = lane + 32 * (k_wave + K_WAVES * (column_wave + COLUMN_WAVES * row_wave))
-//
-//   k_wave        takes every K_WAVES-th 128 rows of K
-//   column_wave   takes WAVE_STRIPS strips of 16 columns
-//   row_wave      takes every ROW_WAVES-th row of the tile
+// A k_wave takes every K_WAVES-th 128 rows of K.
 //
 // Work-items are numbered by sub-group, so the four t of a column are next to each other in a sub-group of any size
 // from 4: where the device has shuffles they add up a column without local memory, which the k_waves alone use then.
@@ -18,28 +14,14 @@
 //   DOT=1   input rows are integer planes (prepare_rows with PREPARED_TYPE=2: see there). The sum is exact:
 //           256 * dot(high, q) + dot(low, q) - zero * sum(a)
 //
-// An output depends on K_WAVES and the number of splits only, never on the other rows.
+// Build options besides those of waved.cl
+//   DOT       1: integer planes (0)
+//   SHUFFLE   1: sums of t by sub_group_shuffle_xor (where cl_khr_subgroup_shuffle is defined)
 //
-// Build options besides those of common.cl
-//   DOT                                1: integer planes (0)
-//   SHUFFLE                            1: sums of t by sub_group_shuffle_xor (where cl_khr_subgroup_shuffle is defined)
-//   K_WAVES, COLUMN_WAVES, ROW_WAVES   as above (8, 1, 1)
-//   WAVE_STRIPS                        strips of a wave: 1, 2 or 4 (1)
-//   ROW_STEP                           rows of a wave that are skipped together when there are fewer (1)
-//   UNROLL                             1: loops over rows are unrolled, so that sums stay in registers; 0: programs
-//                                      compile in a fraction of the time, for CPUs (1)
-//   BIAS, SPLIT, ROW_FACTOR            1: the arguments of these names are used (0)
-//
-// What the host must respect
-//   DOT=1          INPUT_TYPE 0, though the rows are bytes: input row i starts at input_offset + i * row_bytes / 4 with
-//                  row_bytes = 2 * k + 16 * ceil(groups / 2), and input_offset is a multiple of 4
-//   ROWS           a multiple of ROW_WAVES * ROW_STEP; a work-item holds ROWS / ROW_WAVES * 2 * WAVE_STRIPS sums, each
-//                  two registers (DOT: three)
-//   local size     32 * K_WAVES * COLUMN_WAVES * ROW_WAVES
-//   tile columns   16 * WAVE_STRIPS * COLUMN_WAVES
-//   local memory   16 * waves * (16 * WAVE_STRIPS * REDUCE_ROWS + 8) + 8 * ROWS bytes, a quarter of the first term with
-//                  SHUFFLE; waves is K_WAVES * COLUMN_WAVES * ROW_WAVES, and REDUCE_ROWS is min(ROWS / ROW_WAVES,
-//                  max(1, 32 / (waves * WAVE_STRIPS)))
+// What the host must respect, besides
+//   DOT=1     INPUT_TYPE 0, though the rows are bytes: input row i starts at input_offset + i * row_bytes / 4 with
+//             row_bytes = 2 * k + 16 * ceil(groups / 2), and input_offset is a multiple of 4
+//   ROWS      each sum of a work-item is two registers (DOT: three)
 
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #ifdef cl_khr_subgroups
@@ -49,105 +31,6 @@
 #ifndef DOT
 #define DOT 0
 #endif
-#ifndef SHUFFLE
-#ifdef cl_khr_subgroup_shuffle
-#define SHUFFLE 1
-#else
-#define SHUFFLE 0
-#endif
-#endif
-#ifndef K_WAVES
-#define K_WAVES 8
-#endif
-#ifndef COLUMN_WAVES
-#define COLUMN_WAVES 1
-#endif
-#ifndef ROW_WAVES
-#define ROW_WAVES 1
-#endif
-#ifndef WAVE_STRIPS
-#define WAVE_STRIPS 1
-#endif
-#ifndef ROW_STEP
-#define ROW_STEP 1
-#endif
-#ifndef UNROLL
-#define UNROLL 1
-#endif
-#ifndef BIAS
-#define BIAS 0
-#endif
-#ifndef SPLIT
-#define SPLIT 0
-#endif
-#ifndef ROW_FACTOR
-#define ROW_FACTOR 0
-#endif
-
-#define LANES 32
-#define WAVES (K_WAVES * COLUMN_WAVES * ROW_WAVES)
-#define LOCAL_SIZE (LANES * WAVES)
-#define WAVE_ROWS (ROWS / ROW_WAVES)
-#define WAVE_COLUMNS (STRIP_N * WAVE_STRIPS)
-#define TILE_COLUMNS (WAVE_COLUMNS * COLUMN_WAVES)
-#if ROWS % (ROW_WAVES * ROW_STEP) != 0
-#error "ROWS must be a multiple of ROW_WAVES * ROW_STEP"
-#endif
-
-#if UNROLL
-#define UNROLL_ROWS WAVE_ROWS
-#define UNROLL_STEPS (WAVE_ROWS / ROW_STEP)
-#else
-#define UNROLL_ROWS 1
-#define UNROLL_STEPS 1
-#endif
-
-// Rows of each wave that are summed over k_waves and t in one round.
-#define ROW_SUMS (4 * WAVES * WAVE_COLUMNS)
-#if ROW_SUMS * WAVE_ROWS <= 2048
-#define REDUCE_ROWS WAVE_ROWS
-#elif ROW_SUMS <= 2048
-#define REDUCE_ROWS (2048 / ROW_SUMS)
-#else
-#define REDUCE_ROWS 1
-#endif
-#define SLICE (REDUCE_ROWS * WAVE_COLUMNS + 8) // 8 more, so that the four t of a column fall into different banks
-#define SLICES (SHUFFLE ? K_WAVES : 4 * K_WAVES) // terms of an output in local memory
-
-// K is cut between chunks of 128 rows, for splits and k_waves: whole groups, whatever their length.
-#define CHUNK_BLOCKS 2
-
-// What a lane reads of one block of a strip; scales and zeros once for each 32 rows.
-typedef struct {
-    uint4 words;
-    uint2 scales;
-#if !SYMMETRIC
-    ushort2 zeros;
-#endif
-} Block;
-
-// A lane's view of one expert.
-typedef struct {
-    __global const uint4 *words;
-    __global const uint *scales;
-#if !SYMMETRIC
-    __global const ushort *zeros;
-#endif
-} Lane;
-
-static inline Block load_block(Lane at, uint strip, uint block, uint k_blocks, uint groups, uint group_shift)
-{
-    Block loaded;
-    uint first = strip * groups, last = groups - 1;
-    uint group0 = (first + min((block * BLOCK_K) >> group_shift, last)) * 8;
-    uint group1 = (first + min((block * BLOCK_K + 32) >> group_shift, last)) * 8;
-    loaded.words = at.words[(strip * k_blocks + block) * LANES];
-    loaded.scales = (uint2)(at.scales[group0], at.scales[group1]);
-#if !SYMMETRIC
-    loaded.zeros = (ushort2)(at.zeros[group0], at.zeros[group1]);
-#endif
-    return loaded;
-}
 
 #if DOT
 
@@ -214,24 +97,13 @@ static inline Part add_products(Part part, Activations a, Weights w)
 #endif
 
 __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1)))
-__kernel void gemm(
-    WEIGHT_ARGS,
-    __global const INPUT *restrict input, const ulong input_offset,
-    __global const float *restrict row_factor,
-    __global OUTPUT *restrict output, const ulong output_offset, const uint output_stride,
-    __global const float *restrict bias,
-    __global float *restrict partial, const uint tiles_capacity, const int splits,
-    WORK_ARGS)
+__kernel void gemm(GEMM_ARGS)
 {
-    __local float scratch[WAVES * (SHUFFLE ? 1 : 4) * SLICE];
+    __local float scratch[SUMS_SIZE];
     __local int in_rows[ROWS], out_rows[ROWS];
 
-    const int item = get_sub_group_id() * get_max_sub_group_size() + get_sub_group_local_id();
-    const int lane = item % LANES, g = lane / 4, t = lane % 4;
-    const int k_wave = item / LANES % K_WAVES;
-    const int column_wave = item / (LANES * K_WAVES) % COLUMN_WAVES;
-    const int row_wave = item / (LANES * K_WAVES * COLUMN_WAVES);
-
+    const Place place = place_of(get_sub_group_id() * get_max_sub_group_size() + get_sub_group_local_id());
+    const int t = place.t, k_wave = place.k_wave, row_wave = place.row_wave;
     const uint strips = STRIPS, k_blocks = K_BLOCKS;
     const int column_tiles = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
 #if SPLIT
@@ -241,52 +113,28 @@ __kernel void gemm(
 #endif
     const long tiles = (long)max_row_tiles(WORK) * runs * column_tiles;
 
-    for (long turn = get_group_id(0); turn < tiles; turn += get_num_groups(0)) {
-        const int column_tile = turn % column_tiles;
-        const int run = turn / column_tiles % runs;
-        const int tile_index = turn / column_tiles / runs;
-        const Tile tile = row_tile(tile_index, num_experts, n, WORK);
-        if (!row_tile_exists(tile_index, WORK))
+    for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
+        const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);
+        if (!row_tile_exists(turn.index, WORK))
             break; // nor do those that follow
-
-        // Strips of the tile, and blocks of K. Nothing to do: no blocks and no rows, but the same barriers.
-        const uint end_column = tile.column + tile.columns;
-        const uint tile_strip = tile.column / STRIP_N + column_tile * (TILE_COLUMNS / STRIP_N);
-        const bool live = (uint)tile.expert < num_experts && tile_strip * STRIP_N < end_column;
-        const uint chunks = (k_blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
-        const uint first_block = (uint)((ulong)chunks * run / runs) * CHUNK_BLOCKS;
-        const uint end_block = live ? min((uint)((ulong)chunks * (run + 1) / runs) * CHUNK_BLOCKS, k_blocks) : 0;
-        const uint wave_strip = tile_strip + column_wave * WAVE_STRIPS;
-        const bool wave_live = wave_strip * STRIP_N < end_column;
-
-        __global const uint *weights = EXPERT_BASE(live ? tile.expert : 0);
-        Lane at;
-        at.words = (__global const uint4 *)weights + lane;
-        at.scales = weights + (ulong)strips * k_blocks * BLOCK_WORDS + g;
-#if !SYMMETRIC
-        at.zeros = (__global const ushort *)(at.scales - g + strips * groups * 8) + g;
-#endif
+        const uint end_block = turn.end_block, wave_strip = turn.strip + place.column_wave * WAVE_STRIPS;
+        const Lane at = lane_of(EXPERT_BASE(turn.live ? turn.tile.expert : 0), place, strips, k_blocks, groups);
 
         // The first weights are on their way before anything waits for the rows.
-        uint block = first_block + k_wave * CHUNK_BLOCKS;
+        uint block = turn.first_block + k_wave * CHUNK_BLOCKS;
         Block next[WAVE_STRIPS];
         if (block < end_block)
-#pragma unroll
-            for (int s = 0; s < WAVE_STRIPS; s++)
-                next[s] = load_block(at, min(wave_strip + s, strips - 1), block, k_blocks, groups, group_shift);
+            load_blocks(next, at, wave_strip, strips, block, k_blocks, groups, group_shift);
 
-        for (int r = item; r < ROWS; r += LOCAL_SIZE) {
-            int2 row = live ? row_of(tile, r, WORK) : (int2)(-1, -1);
+        for (int r = place.item; r < ROWS; r += LOCAL_SIZE) {
+            const int2 row = turn.live ? row_of(turn.tile, r, WORK) : (int2)(-1, -1);
             in_rows[r] = row.x;
             out_rows[r] = row.y;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        int rows = 0, some_row = 0; // up to the last that is not padding, and one that is not
-        for (int r = 0; r < ROWS; r++)
-            if (in_rows[r] >= 0) {
-                rows = r + 1;
-                some_row = in_rows[r];
-            }
+        const int2 used = rows_in_use(in_rows);
+        const int rows = used.x, some_row = used.y;
+        const bool wave_live = wave_strip * STRIP_N < turn.end_column;
         const int wave_rows = wave_live ? (rows - row_wave + ROW_WAVES - 1) / ROW_WAVES : 0;
 
         float sums[WAVE_ROWS][2 * WAVE_STRIPS];
@@ -318,10 +166,7 @@ __kernel void gemm(
             // The other block of the chunk, or the wave's next chunk.
             const uint next_block = block % CHUNK_BLOCKS == 0 ? block + 1 : block + CHUNK_BLOCKS * K_WAVES - 1;
             if (next_block < end_block)
-#pragma unroll
-                for (int s = 0; s < WAVE_STRIPS; s++)
-                    next[s] = load_block(at, min(wave_strip + s, strips - 1), next_block, k_blocks, groups,
-                                         group_shift);
+                load_blocks(next, at, wave_strip, strips, next_block, k_blocks, groups, group_shift);
 
             for (int half_block = 0; half_block < 2; half_block++) {
                 const uint row_k = block * BLOCK_K + 32 * half_block;
@@ -402,56 +247,7 @@ __kernel void gemm(
             }
 #endif
 
-        // Add up, REDUCE_ROWS rows of each wave at a time, and store.
-        for (int first = 0; first * ROW_WAVES < rows; first += REDUCE_ROWS) {
-            __local float *slice = scratch + ((row_wave * COLUMN_WAVES + column_wave) * SLICES +
-                                              (SHUFFLE ? k_wave : 4 * k_wave + t)) * SLICE;
-#pragma unroll UNROLL_ROWS
-            for (int r = 0; r < REDUCE_ROWS; r++)
-#pragma unroll
-                for (int c = 0; c < 2 * WAVE_STRIPS; c++)
-                    if (!SHUFFLE || t == r % 4)
-                        slice[r * WAVE_COLUMNS + 8 * c + g] = sums[r][c];
-            // The next round's sums move to the front: private arrays are indexed by constants only.
-#pragma unroll UNROLL_ROWS
-            for (int r = 0; r + REDUCE_ROWS < WAVE_ROWS; r++)
-#pragma unroll
-                for (int c = 0; c < 2 * WAVE_STRIPS; c++)
-                    sums[r][c] = sums[r + REDUCE_ROWS][c];
-            barrier(CLK_LOCAL_MEM_FENCE);
-            for (int i = item; i < REDUCE_ROWS * ROW_WAVES * TILE_COLUMNS; i += LOCAL_SIZE) {
-                const int c = i % TILE_COLUMNS, from_wave = i / TILE_COLUMNS % ROW_WAVES;
-                const int r = i / (TILE_COLUMNS * ROW_WAVES);
-                const int tile_row = (first + r) * ROW_WAVES + from_wave;
-                const uint column = tile_strip * STRIP_N + c;
-                const int out_row = tile_row < ROWS ? out_rows[tile_row] : -1;
-                if (out_row < 0 || column < tile.column || column >= end_column)
-                    continue;
-                __local const float *term = scratch +
-                                            (from_wave * COLUMN_WAVES + c / WAVE_COLUMNS) * SLICES * SLICE +
-                                            r * WAVE_COLUMNS + c % WAVE_COLUMNS;
-                float sum = 0;
-                for (int i_term = 0; i_term < SLICES; i_term++)
-                    sum += term[i_term * SLICE];
-                sum *= weight_factor;
-#if ROW_FACTOR
-                sum *= row_factor[in_rows[tile_row]];
-#endif
-                const uint tile_column = column - tile.column;
-#if SPLIT
-                const ulong to = ((ulong)run * tiles_capacity + tile_index) * ROWS + tile_row;
-                partial[to * n + tile_column] = sum;
-#else
-#if BIAS
-                sum += bias[tile.out_column + tile_column];
-#endif
-                store_output(sum, output + output_offset,
-                             (ulong)out_row * output_stride + tile.out_column + tile_column);
-#endif
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-        }
-        if (rows == 0) // the rows of the next tile overwrite these
-            barrier(CLK_LOCAL_MEM_FENCE);
+        add_up_and_store(scratch, sums, in_rows, out_rows, rows, place, turn, n, weight_factor, row_factor, output,
+                         output_offset, output_stride, bias, partial, tiles_capacity);
     }
 }

@@ -17,9 +17,7 @@
 //   STRIPS_PER_WAVE   strips of 16 columns that a wave computes
 //   DEPTH             blocks of K that are on their way at once
 //   GROUP_32          1: groups of 32 rows; 0: of 64 or 128
-//   ROW_FACTOR        1: products of input row i are multiplied by row_factor[i]
-//   BIAS              1: bias[output column] is added
-//   SPLIT             1: K is cut into `splits` runs, whose sums go to `partial` (direct only)
+//   SPLIT             in direct only
 //
 // They use more local memory than the driver reports: it says 48 KiB and gives what the hardware has.
 
@@ -35,26 +33,11 @@
 #ifndef GROUP_32
 #define GROUP_32 0
 #endif
-#ifndef ROW_FACTOR
-#define ROW_FACTOR 0
-#endif
-#ifndef BIAS
-#define BIAS 0
-#endif
-#ifndef SPLIT
-#define SPLIT 0
-#endif
 
 #define S STRIPS_PER_WAVE
 #define TOKEN_TILES (ROWS / 8)
 #define LANES 32
 #define HALVES (1 + GROUP_32)  // groups in a block of K
-
-#define GEMM_ARGS                                                                                    \
-    WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \
-        __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \
-        const ulong output_offset, const uint output_stride, __global const float *restrict bias,    \
-        __global float *restrict partial, const uint tiles_capacity, const int splits, WORK_ARGS
 
 // Weights ----------------------------------------------------------------------------------------
 
@@ -76,6 +59,46 @@ static inline Expert expert_at(__global const uint *base, uint strips, uint bloc
 
 // Of a lane's two zero points (bytes), from the four bytes that its copy brought.
 #define MY_ZEROS(bytes) ((bytes) >> (g & 1) * 16 & 0xffffu)
+
+// For kernels that copy weights to local memory: where a lane's words, scales and zeros of S strips are.
+typedef struct {
+    __global const uint4 *words[S];
+    __global const uint *scales[S];
+    __global const ushort *zeros[S];
+} Source;
+
+static inline Source source_of(Expert expert, uint first_strip, uint strips, uint blocks, uint groups, uint lane)
+{
+    Source source;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        const uint strip = min(first_strip + s, strips - 1), group = strip * groups * 8 + lane / 4;
+        source.words[s] = expert.words + (ulong)strip * blocks * LANES + lane;
+        source.scales[s] = expert.scales + group;
+        source.zeros[s] = expert.zeros + group;
+    }
+    return source;
+}
+
+// Copy one block: words to `to` on, scales and zeros (the 4 bytes that contain the lane's 2) to `to4` + SCALES_AT and
+// ZEROS_AT on, which the kernels define.
+#define COPY_WEIGHTS(to, to4, source, block)                                                         \
+    {                                                                                                \
+        _Pragma("unroll") for (int s = 0; s < S; s++)                                                \
+            copy_async((to) + s * LANES * 16, (source).words[s] + (block) * LANES);                  \
+        _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                           \
+        {                                                                                            \
+            const uint group = min((BLOCK_K * (block) + 32 * h) >> group_shift, groups - 1) * 8;     \
+            _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
+            {                                                                                        \
+                const uint at = (h * S + s) * LANES * 4;                                             \
+                copy_async4((to4) + SCALES_AT + at, (source).scales[s] + group);                     \
+                if (!SYMMETRIC)                                                                      \
+                    copy_async4((to4) + ZEROS_AT + at,                                               \
+                                (__global const uint *)((source).zeros[s] + group - (g & 1)));       \
+            }                                                                                        \
+        }                                                                                            \
+    }
 
 // Nibbles as they are, under no exponent: subnormal float16, q * 2^-24 in column g and q * 2^-20 in column
 // g + 8. Tensor cores take them exactly, and what they are off by is put right with the scales.

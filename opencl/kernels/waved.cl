@@ -1,0 +1,250 @@
+// What gemm_portable and gemm_subgroup share: how waves divide a tile, and how they add up.
+//
+// A wave is 32 work-items, one for each lane of a packed block: lane 4 * g + t multiplies columns g and
+// g + 8 of its wave's strips by rows 8 * t .. 8 * t + 7 of every 32 of K. A work-group has
+//
+//   work-item = lane + 32 * (k_wave + K_WAVES * (column_wave + COLUMN_WAVES * row_wave))
+//
+//   k_wave        takes a part of K
+//   column_wave   takes WAVE_STRIPS strips of 16 columns
+//   row_wave      takes every ROW_WAVES-th row of the tile
+//
+// and at the end of a tile adds up the sums of each output in local memory, in ascending order. An output depends on
+// K_WAVES and the number of splits only, never on the other rows.
+//
+// Build options besides those of common.cl
+//   K_WAVES, COLUMN_WAVES, ROW_WAVES   as above (8, 1, 1)
+//   WAVE_STRIPS                        strips of a wave: 1, 2 or 4 (1)
+//   ROW_STEP                           rows of a wave that are skipped together when there are fewer (1)
+//   UNROLL                             1: loops over rows are unrolled, so that sums stay in registers; 0: programs
+//                                      compile in a fraction of the time, for CPUs (1)
+//   SHUFFLE                            1: the kernel has added up the four t of a column before add_up_and_store (0)
+//
+// What the host must respect
+//   ROWS           a multiple of ROW_WAVES * ROW_STEP; a work-item holds ROWS / ROW_WAVES * 2 * WAVE_STRIPS sums
+//   local size     32 * K_WAVES * COLUMN_WAVES * ROW_WAVES
+//   tile columns   16 * WAVE_STRIPS * COLUMN_WAVES
+//   local memory   16 * waves * (16 * WAVE_STRIPS * REDUCE_ROWS + 8) + 8 * ROWS bytes for the sums, a quarter of the
+//                  first term with SHUFFLE; waves is K_WAVES * COLUMN_WAVES * ROW_WAVES, and REDUCE_ROWS is
+//                  min(ROWS / ROW_WAVES, max(1, 32 / (waves * WAVE_STRIPS)))
+
+#ifndef K_WAVES
+#define K_WAVES 8
+#endif
+#ifndef COLUMN_WAVES
+#define COLUMN_WAVES 1
+#endif
+#ifndef ROW_WAVES
+#define ROW_WAVES 1
+#endif
+#ifndef WAVE_STRIPS
+#define WAVE_STRIPS 1
+#endif
+#ifndef ROW_STEP
+#define ROW_STEP 1
+#endif
+#ifndef UNROLL
+#define UNROLL 1
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE 0
+#endif
+
+#define LANES 32
+#define WAVES (K_WAVES * COLUMN_WAVES * ROW_WAVES)
+#define LOCAL_SIZE (LANES * WAVES)
+#define WAVE_ROWS (ROWS / ROW_WAVES)
+#define WAVE_COLUMNS (STRIP_N * WAVE_STRIPS)
+#define TILE_COLUMNS (WAVE_COLUMNS * COLUMN_WAVES)
+#if ROWS % (ROW_WAVES * ROW_STEP) != 0
+#error "ROWS must be a multiple of ROW_WAVES * ROW_STEP"
+#endif
+
+#if UNROLL
+#define UNROLL_ROWS WAVE_ROWS
+#define UNROLL_STEPS (WAVE_ROWS / ROW_STEP)
+#else
+#define UNROLL_ROWS 1
+#define UNROLL_STEPS 1
+#endif
+
+// Rows of each wave that are summed over k_waves and t in one round.
+#define ROW_SUMS (4 * WAVES * WAVE_COLUMNS)
+#if ROW_SUMS * WAVE_ROWS <= 2048
+#define REDUCE_ROWS WAVE_ROWS
+#elif ROW_SUMS <= 2048
+#define REDUCE_ROWS (2048 / ROW_SUMS)
+#else
+#define REDUCE_ROWS 1
+#endif
+#define SLICE (REDUCE_ROWS * WAVE_COLUMNS + 8) // 8 more, so that the four t of a column fall into different banks
+#define SLICES (SHUFFLE ? K_WAVES : 4 * K_WAVES) // terms of an output in local memory
+#define SUMS_SIZE (WAVES * (SHUFFLE ? 1 : 4) * SLICE) // floats
+
+// K is cut between chunks of 128 rows: whole groups, whatever their length.
+#define CHUNK_BLOCKS 2
+
+// Where a work-item stands in its work-group.
+typedef struct {
+    int item, lane, g, t, k_wave, column_wave, row_wave;
+} Place;
+
+static inline Place place_of(int item)
+{
+    Place place;
+    place.item = item;
+    place.lane = item % LANES;
+    place.g = place.lane / 4;
+    place.t = place.lane % 4;
+    place.k_wave = item / LANES % K_WAVES;
+    place.column_wave = item / (LANES * K_WAVES) % COLUMN_WAVES;
+    place.row_wave = item / (LANES * K_WAVES * COLUMN_WAVES);
+    return place;
+}
+
+// What a work-group does in one turn: strips of a row tile, and blocks of K. Nothing to do: no blocks and no rows,
+// but the same barriers.
+typedef struct {
+    Tile tile;
+    int index, run; // of the row tile, and of K
+    uint strip, end_column, first_block, end_block;
+    bool live;
+} Turn;
+
+static inline Turn turn_of(long number, int column_tiles, int runs, uint num_experts, uint n, uint k_blocks, WORK_PARAMS)
+{
+    Turn turn;
+    const int column_tile = number % column_tiles;
+    turn.run = number / column_tiles % runs;
+    turn.index = number / column_tiles / runs;
+    turn.tile = row_tile(turn.index, num_experts, n, WORK_NAMES);
+    turn.end_column = turn.tile.column + turn.tile.columns;
+    turn.strip = turn.tile.column / STRIP_N + column_tile * (TILE_COLUMNS / STRIP_N);
+    turn.live = (uint)turn.tile.expert < num_experts && turn.strip * STRIP_N < turn.end_column;
+    const uint chunks = (k_blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
+    turn.first_block = (uint)((ulong)chunks * turn.run / runs) * CHUNK_BLOCKS;
+    turn.end_block = turn.live ? min((uint)((ulong)chunks * (turn.run + 1) / runs) * CHUNK_BLOCKS, k_blocks) : 0;
+    return turn;
+}
+
+// What a lane reads of one block of a strip; scales and zeros once for each 32 rows.
+typedef struct {
+    uint4 words;
+    uint2 scales;
+#if !SYMMETRIC
+    ushort2 zeros;
+#endif
+} Block;
+
+// A lane's view of one expert.
+typedef struct {
+    __global const uint4 *words;
+    __global const uint *scales;
+#if !SYMMETRIC
+    __global const ushort *zeros;
+#endif
+} Lane;
+
+static inline Block load_block(Lane at, uint strip, uint block, uint k_blocks, uint groups, uint group_shift)
+{
+    Block loaded;
+    uint first = strip * groups, last = groups - 1;
+    uint group0 = (first + min((block * BLOCK_K) >> group_shift, last)) * 8;
+    uint group1 = (first + min((block * BLOCK_K + 32) >> group_shift, last)) * 8;
+    loaded.words = at.words[(strip * k_blocks + block) * LANES];
+    loaded.scales = (uint2)(at.scales[group0], at.scales[group1]);
+#if !SYMMETRIC
+    loaded.zeros = (ushort2)(at.zeros[group0], at.zeros[group1]);
+#endif
+    return loaded;
+}
+
+static inline Lane lane_of(__global const uint *weights, Place place, uint strips, uint k_blocks, uint groups)
+{
+    Lane at;
+    at.words = (__global const uint4 *)weights + place.lane;
+    at.scales = weights + (ulong)strips * k_blocks * BLOCK_WORDS + place.g;
+#if !SYMMETRIC
+    at.zeros = (__global const ushort *)(at.scales - place.g + strips * groups * 8) + place.g;
+#endif
+    return at;
+}
+
+// A block of each of a wave's strips.
+static inline void load_blocks(Block loaded[WAVE_STRIPS], Lane at, uint wave_strip, uint strips, uint block,
+                               uint k_blocks, uint groups, uint group_shift)
+{
+#pragma unroll
+    for (int s = 0; s < WAVE_STRIPS; s++)
+        loaded[s] = load_block(at, min(wave_strip + s, strips - 1), block, k_blocks, groups, group_shift);
+}
+
+// Rows of a tile up to the last that is not padding (x), and the input row of one that is not (y).
+static inline int2 rows_in_use(__local const int *in_rows)
+{
+    int2 used = 0;
+    for (int r = 0; r < ROWS; r++)
+        if (in_rows[r] >= 0)
+            used = (int2)(r + 1, in_rows[r]);
+    return used;
+}
+
+// Add up a tile's sums, REDUCE_ROWS rows of each wave at a time, and store. All work-items call it.
+// PoCL 3.0 crashes when it has to inline a static function with barriers itself, after the compiler.
+__attribute__((always_inline)) static inline void add_up_and_store(
+    __local float *scratch, float sums[WAVE_ROWS][2 * WAVE_STRIPS], __local const int *in_rows,
+    __local const int *out_rows, int rows, Place at, Turn turn, uint n, float weight_factor,
+    __global const float *row_factor, __global OUTPUT *output, ulong output_offset, uint output_stride,
+    __global const float *bias, __global float *partial, uint tiles_capacity)
+{
+    __local float *slice = scratch + ((at.row_wave * COLUMN_WAVES + at.column_wave) * SLICES +
+                                      (SHUFFLE ? at.k_wave : 4 * at.k_wave + at.t)) * SLICE;
+    for (int first = 0; first * ROW_WAVES < rows; first += REDUCE_ROWS) {
+#pragma unroll UNROLL_ROWS
+        for (int r = 0; r < REDUCE_ROWS; r++)
+#pragma unroll
+            for (int c = 0; c < 2 * WAVE_STRIPS; c++)
+                if (!SHUFFLE || at.t == r % 4)
+                    slice[r * WAVE_COLUMNS + 8 * c + at.g] = sums[r][c];
+        // The next round's sums move to the front: private arrays are indexed by constants only.
+#pragma unroll UNROLL_ROWS
+        for (int r = 0; r + REDUCE_ROWS < WAVE_ROWS; r++)
+#pragma unroll
+            for (int c = 0; c < 2 * WAVE_STRIPS; c++)
+                sums[r][c] = sums[r + REDUCE_ROWS][c];
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (int i = at.item; i < REDUCE_ROWS * ROW_WAVES * TILE_COLUMNS; i += LOCAL_SIZE) {
+            const int c = i % TILE_COLUMNS, from_wave = i / TILE_COLUMNS % ROW_WAVES;
+            const int r = i / (TILE_COLUMNS * ROW_WAVES);
+            const int tile_row = (first + r) * ROW_WAVES + from_wave;
+            const uint column = turn.strip * STRIP_N + c;
+            const int out_row = tile_row < ROWS ? out_rows[tile_row] : -1;
+            if (out_row < 0 || column < turn.tile.column || column >= turn.end_column)
+                continue;
+            __local const float *term = scratch +
+                                        (from_wave * COLUMN_WAVES + c / WAVE_COLUMNS) * SLICES * SLICE +
+                                        r * WAVE_COLUMNS + c % WAVE_COLUMNS;
+            float sum = 0;
+            for (int i_term = 0; i_term < SLICES; i_term++)
+                sum += term[i_term * SLICE];
+            sum *= weight_factor;
+#if ROW_FACTOR
+            sum *= row_factor[in_rows[tile_row]];
+#endif
+            const uint tile_column = column - turn.tile.column;
+#if SPLIT
+            const ulong to = ((ulong)turn.run * tiles_capacity + turn.index) * ROWS + tile_row;
+            partial[to * n + tile_column] = sum;
+#else
+#if BIAS
+            sum += bias[turn.tile.out_column + tile_column];
+#endif
+            store_output(sum, output + output_offset,
+                         (ulong)out_row * output_stride + turn.tile.out_column + tile_column);
+#endif
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (rows == 0) // the rows of the next tile overwrite these
+        barrier(CLK_LOCAL_MEM_FENCE);
+}
