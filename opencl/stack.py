@@ -10,10 +10,9 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
-from marlin_cy.builder import N_TILE, checked_stack_sizes
-from marlin_cy.cpu.stack import as_bias, as_dispatches
-from marlin_cy.errors import BackendUnavailable, UnsupportedError
-from marlin_cy.interface import Backend, Linear, MarlinExpertStack, WeightMetadata
+from marlin_cy.builder import checked_stack_sizes
+from marlin_cy.errors import BackendUnavailable
+from marlin_cy.interface import Backend
 from marlin_cy.moe.chosen import as_topk
 from marlin_cy.opencl import moe, tiers
 from marlin_cy.opencl.buffers import (
@@ -32,6 +31,7 @@ from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors, uploaded
 from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.packed import PackedLinear, PackedStack, as_dispatches
 
 __all__ = ["OpenClBackend", "OpenClLinear", "OpenClMarlinExpertStack", "Runtime"]
 
@@ -79,7 +79,7 @@ def opencl_context(ctx):
     return ctx
 
 
-class OpenClMarlinExpertStack(MarlinExpertStack):
+class OpenClMarlinExpertStack(PackedStack):
     """Experts in packed int4 strips, in device memory.
 
     Routing arrays of :meth:`gemm_phase_vllm` stay on the device and are never read back. So what they
@@ -94,41 +94,7 @@ class OpenClMarlinExpertStack(MarlinExpertStack):
         Of the store.
     """
 
-    def __init__(self, store, num_experts, n_per_expert, k):
-        if not isinstance(store, OpenClGptqStore):
-            raise TypeError(f"store: got {type(store).__name__}, expected OpenClGptqStore")
-        if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
-            raise ValueError(
-                f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
-                f"[{k}, {n_per_expert}]"
-            )
-        self.store = store
-        self._metadata = WeightMetadata(
-            bits=4, group_size=store.weight_group_size, act_order=store.act_order, packed_bytes=store.nbytes
-        )
-
-    def __repr__(self):
-        return f"OpenClMarlinExpertStack({self.num_experts} experts of [{self.k}, {self.n_per_expert}])"
-
-    @property
-    def n_per_expert(self):
-        return self.store.n
-
-    @property
-    def k(self):
-        return self.store.k
-
-    @property
-    def num_experts(self):
-        return self.store.num_experts
-
-    @property
-    def n_tile(self):
-        return N_TILE
-
-    @property
-    def metadata(self):
-        return self._metadata
+    store_type = OpenClGptqStore
 
     def zero_workspace(self, ctx):
         """Zero the split-K sums of the context. Calls write each before they read it, so this is optional."""
@@ -262,59 +228,15 @@ def check_disjoint(dispatches):
         )
 
 
-class OpenClLinear(Linear):
-    """A view on columns of a stack; a layer of its own is a view on all of a stack of one expert.
-
-    Parameters
-    ----------
-    stack : OpenClMarlinExpertStack
-    offset, width : int
-        Columns of the stacked N; multiples of the stack's ``n_tile``.
-    bias : array ``[width]``, optional
-        On the host; copied.
-    """
+class OpenClLinear(PackedLinear):
+    """A view on columns of an :class:`OpenClMarlinExpertStack`; parameters as for the base class."""
 
     def __init__(self, stack, offset, width, bias=None):
-        store, total = stack.store, stack.num_experts * stack.n_per_expert
-        for name, value in (("expert_offset", offset), ("expert_n", width)):
-            if value % N_TILE:
-                raise ValueError(f"{name}: got {value}, expected a multiple of n_tile, {N_TILE}")
-        if offset < 0 or width <= 0 or offset + width > total:
-            raise IndexError(
-                f"expert_offset, expert_n: got columns {offset} to {offset + width}, expected a part of 0 to {total}"
-            )
-        first, last = offset // store.n, (offset + width - 1) // store.n
-        if len(set(store.order_of[first : last + 1])) > 1:
-            raise UnsupportedError(
-                f"expert_offset, expert_n: columns {offset} to {offset + width} span experts {first} to {last}, whose "
-                "rows of K are ordered differently (desc_act); make one view for each expert"
-            )
-        self.stack, self._offset, self._width = stack, offset, width
-        self._bias = None
-        if bias is not None:
-            self._bias = uploaded(store.runtime, as_bias(bias, width), "bias")
-        self._metadata = WeightMetadata(
-            bits=4,
-            group_size=store.weight_group_size,
-            act_order=store.act_order,
-            packed_bytes=4 * store.expert_words * width // store.n,
-        )
-        self._experts = expert_columns(store.n, offset, width)
+        super().__init__(stack, offset, width, bias)
+        self._experts = expert_columns(stack.store.n, offset, width)
 
-    def __repr__(self):
-        return f"OpenClLinear([{self.in_features}, {self.out_features}]{'' if self._bias is None else ' with bias'})"
-
-    @property
-    def in_features(self):
-        return self.stack.k
-
-    @property
-    def out_features(self):
-        return self._width
-
-    @property
-    def metadata(self):
-        return self._metadata
+    def _placed(self, bias):
+        return uploaded(self.stack.store.runtime, bias, "bias")
 
     def forward(self, ctx, input, out, m):
         ctx, m = opencl_context(ctx), integer("m", m)

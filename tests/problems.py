@@ -1,5 +1,6 @@
 """Random problems in GPTQ form, with what they mean."""
 
+import threading
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -127,6 +128,23 @@ def random_g_idx(rng, num_experts, k, group, mode):
     if mode == "per_expert":  # one of them in K's own order
         return [None if expert == 1 else rng.permutation(in_order) for expert in range(num_experts)]
     return [rng.integers(0, groups, k).astype(np.int32) for _ in range(num_experts)]
+
+
+def add_in_parts(builder, problem, rng):
+    """Fill a builder for 120 columns by cuts at multiples of 8, in any order, from several threads."""
+    cuts = [0, 8, 24, 64, 72, 120]
+    parts = [(e, a, b) for e in range(problem.num_experts) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [parts[i] for i in rng.permutation(len(parts))]
+
+    def add(share):
+        for expert, begin, end in share:
+            builder.add(expert, begin, problem.canonical(expert, slice(begin, end)))
+
+    workers = [threading.Thread(target=add, args=(parts[i::4],)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def activations(rng, m, k, dtype=np.float32):

@@ -1,11 +1,10 @@
 """The OpenCL store: packing on the device against plain NumPy, parts, threads, and too little memory."""
 
 import gc
-import threading
 
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, random_problem
+from problems import G_IDX_MODES, add_in_parts, random_problem
 
 cl = pytest.importorskip("pyopencl")
 
@@ -107,19 +106,7 @@ class TestPacking:
         runtime = runtime_of(device)
         problem = random_problem(rng, 3, 96, 120, 32, g_idx=g_idx)
         builder = builder_for(runtime, problem)
-        cuts = [0, 8, 24, 64, 72, 120]
-        parts = [(e, a, b) for e in range(3) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-        parts = [parts[i] for i in rng.permutation(len(parts))]
-
-        def add(share):
-            for expert, begin, end in share:
-                builder.add(expert, begin, problem.canonical(expert, slice(begin, end)))
-
-        workers = [threading.Thread(target=add, args=(parts[i::4],)) for i in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        add_in_parts(builder, problem, rng)
         assert_packed(runtime, builder.finish(), problem)
 
     @pytest.mark.parametrize("g_idx", ["none", "unequal"])

@@ -1,10 +1,8 @@
 """The packed store: the fast packer against plain NumPy, its size, its alignment, its builder."""
 
-import threading
-
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, activations, random_g_idx, random_problem
+from problems import G_IDX_MODES, activations, add_in_parts, random_g_idx, random_problem
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
@@ -55,19 +53,7 @@ def test_columns_in_parts(cpu_backend, rng, g_idx):
     problem = random_problem(rng, 3, 288, 120, 32, g_idx=g_idx)
     expected = problem.stack(cpu_backend).store.data
     builder = builder_for(cpu_backend, problem)
-    cuts = [0, 8, 24, 64, 72, 120]
-    parts = [(e, a, b) for e in range(3) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    parts = [parts[i] for i in rng.permutation(len(parts))]
-
-    def add(share):
-        for expert, begin, end in share:
-            builder.add(expert, begin, problem.canonical(expert, slice(begin, end)))
-
-    workers = [threading.Thread(target=add, args=(parts[i::4],)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    add_in_parts(builder, problem, rng)
     np.testing.assert_array_equal(builder.finish().store.data, expected)
 
 

@@ -21,6 +21,7 @@ cdef class CpuGptqStore:
     cdef readonly int64_t n
     cdef readonly int64_t weight_group_size
     cdef readonly object layout
+    cdef readonly int64_t nbytes
     cdef readonly object data
     cdef readonly object orders
     cdef readonly object order_of

@@ -91,7 +91,9 @@ cdef class CpuGptqStore:
     Attributes
     ----------
     layout : TileLayout
-    data : uint8 ``[num_experts * layout.expert_stride]``
+    nbytes : int
+        Of the packed weights.
+    data : uint8 ``[nbytes]``
     group_orders : list of GroupOrder, the distinct ones
     order_of : int32 ``[num_experts]``
         Which of them each expert uses.
@@ -102,7 +104,8 @@ cdef class CpuGptqStore:
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = TileLayout(packed_k, n, packed_group_size(group_size))
-        self.data = allocate_pages(num_experts * self.layout.expert_stride)
+        self.nbytes = num_experts * self.layout.expert_stride
+        self.data = allocate_pages(self.nbytes)
         self.orders = rows_of_orders(self.group_orders, k)
         cdef const uint8_t[::1] data = self.data
         cdef const int32_t[::1] orders_of_experts = self.order_of

@@ -1,24 +1,20 @@
 """The CPU backend: contexts, stacks and linear layers over the packed store."""
 
 import os
-from collections.abc import Iterable
 
-import ml_dtypes
 import numpy as np
 
 from marlin_cy.arguments import integer
-from marlin_cy.builder import N_TILE, CheckedStackBuilder, checked_stack_sizes
+from marlin_cy.builder import CheckedStackBuilder, checked_stack_sizes
 from marlin_cy.cpu import _gemm, _moe, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES, Workspace
-from marlin_cy.errors import UnsupportedError
-from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, WeightMetadata
+from marlin_cy.interface import Backend, Context
 from marlin_cy.moe.chosen import as_topk
+from marlin_cy.packed import PackedLinear, PackedStack, as_dispatches
 
 __all__ = ["CpuBackend", "CpuContext", "CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
-
-FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 def default_num_threads():
@@ -93,32 +89,7 @@ def workspace_of(ctx):
     return ctx.workspace
 
 
-def as_dispatches(dispatches):
-    """int64 ``[D, 4]`` from what ``gemm_phase_batched`` accepts."""
-    if isinstance(dispatches, np.ndarray):
-        array = dispatches
-        if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64):
-            raise TypeError(f"dispatches: got dtype {array.dtype}, expected int64")
-        if array.ndim != 2 or array.shape[1] != 4:
-            raise ValueError(f"dispatches: got shape {array.shape}, expected [D, 4]")
-        return np.ascontiguousarray(array, np.int64)
-    if not isinstance(dispatches, Iterable):
-        raise TypeError(f"dispatches: got {type(dispatches).__name__}, expected a sequence of 4-tuples or int64 [D, 4]")
-    rows = [as_dispatch(f"dispatches[{position}]", dispatch) for position, dispatch in enumerate(dispatches)]
-    return np.array(rows, np.int64).reshape(len(rows), 4)
-
-
-def as_dispatch(name, dispatch):
-    """Four ints of at most 64 bits."""
-    if not isinstance(dispatch, Iterable):
-        raise TypeError(f"{name}: got {dispatch!r}, expected (expert_idx, in_row_offset, out_row_offset, m)")
-    numbers = [integer(name, number) for number in dispatch]
-    if len(numbers) != 4:
-        raise ValueError(f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)")
-    return numbers
-
-
-class CpuMarlinExpertStack(MarlinExpertStack):
+class CpuMarlinExpertStack(PackedStack):
     """Experts in packed int4 tiles.
 
     Parameters
@@ -128,41 +99,7 @@ class CpuMarlinExpertStack(MarlinExpertStack):
         Of the store.
     """
 
-    def __init__(self, store, num_experts, n_per_expert, k):
-        if not isinstance(store, CpuGptqStore):
-            raise TypeError(f"store: got {type(store).__name__}, expected CpuGptqStore")
-        if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
-            raise ValueError(
-                f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
-                f"[{k}, {n_per_expert}]"
-            )
-        self.store = store
-        self._metadata = WeightMetadata(
-            bits=4, group_size=store.weight_group_size, act_order=store.act_order, packed_bytes=store.data.nbytes
-        )
-
-    def __repr__(self):
-        return f"CpuMarlinExpertStack({self.num_experts} experts of [{self.k}, {self.n_per_expert}])"
-
-    @property
-    def n_per_expert(self):
-        return self.store.n
-
-    @property
-    def k(self):
-        return self.store.k
-
-    @property
-    def num_experts(self):
-        return self.store.num_experts
-
-    @property
-    def n_tile(self):
-        return N_TILE
-
-    @property
-    def metadata(self):
-        return self._metadata
+    store_type = CpuGptqStore
 
     def zero_workspace(self, ctx):
         """Zero the split-K slots of the context. Calls write each slot before they read it, so this is optional."""
@@ -211,55 +148,11 @@ class CpuMarlinExpertStack(MarlinExpertStack):
         return CpuLinear(self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host)
 
 
-class CpuLinear(Linear):
-    """A view on columns of a stack; a layer of its own is a view on all of a stack of one expert.
+class CpuLinear(PackedLinear):
+    """A view on columns of a :class:`CpuMarlinExpertStack`; parameters as for the base class."""
 
-    Parameters
-    ----------
-    stack : CpuMarlinExpertStack
-    offset, width : int
-        Columns of the stacked N; multiples of the stack's ``n_tile``.
-    bias : array ``[width]``, optional
-    """
-
-    def __init__(self, stack, offset, width, bias=None):
-        store, total = stack.store, stack.num_experts * stack.n_per_expert
-        for name, value in (("expert_offset", offset), ("expert_n", width)):
-            if value % N_TILE:
-                raise ValueError(f"{name}: got {value}, expected a multiple of n_tile, {N_TILE}")
-        if offset < 0 or width <= 0 or offset + width > total:
-            raise IndexError(
-                f"expert_offset, expert_n: got columns {offset} to {offset + width}, expected a part of 0 to {total}"
-            )
-        first, last = offset // store.n, (offset + width - 1) // store.n
-        if len(set(store.order_of[first : last + 1])) > 1:
-            raise UnsupportedError(
-                f"expert_offset, expert_n: columns {offset} to {offset + width} span experts {first} to {last}, whose "
-                "rows of K are ordered differently (desc_act); make one view for each expert"
-            )
-        self.stack, self._offset, self._width = stack, offset, width
-        self._bias = None if bias is None else as_bias(bias, width)
-        self._metadata = WeightMetadata(
-            bits=4,
-            group_size=store.weight_group_size,
-            act_order=store.act_order,
-            packed_bytes=store.layout.expert_stride * width // store.n,
-        )
-
-    def __repr__(self):
-        return f"CpuLinear([{self.in_features}, {self.out_features}]{'' if self._bias is None else ' with bias'})"
-
-    @property
-    def in_features(self):
-        return self.stack.k
-
-    @property
-    def out_features(self):
-        return self._width
-
-    @property
-    def metadata(self):
-        return self._metadata
+    def _placed(self, bias):
+        return bias
 
     def forward(self, ctx, input, out, m):
         fork.run(
@@ -273,19 +166,6 @@ class CpuLinear(Linear):
             self._width,
             self._bias,
         )
-
-
-def as_bias(bias, width):
-    """A float32 copy of a bias."""
-    try:
-        bias = np.asarray(bias)
-    except ValueError as error:
-        raise ValueError(f"bias: got {type(bias).__name__} ({error}), expected ({width},)") from None
-    if bias.dtype not in FLOAT_DTYPES and bias.dtype != np.float64:
-        raise TypeError(f"bias: got dtype {bias.dtype}, expected float32, float16 or bfloat16")
-    if bias.shape != (width,):
-        raise ValueError(f"bias: got shape {bias.shape}, expected ({width},)")
-    return np.array(bias, np.float32, order="C")
 
 
 class CpuStackBuilder(CheckedStackBuilder):
