@@ -33,6 +33,8 @@ __version__ = "0.1.0"
 # What is found on first use: the kernels and the checkpoint reader are not needed to import the package.
 _LAZY = {
     "MoeLayer": "marlin_cy.moe",
+    "Routing": "marlin_cy.moe",
+    "SharedExpert": "marlin_cy.moe",
     "moe_align_block_size": "marlin_cy.moe",
     "open_checkpoint": "marlin_cy.checkpoint",
 }
@@ -50,6 +52,8 @@ __all__ = [
     "MarlinError",
     "MarlinExpertStack",
     "MoeLayer",
+    "Routing",
+    "SharedExpert",
     "UnsupportedError",
     "available_backends",
     "get_backend",

@@ -3,17 +3,19 @@
 import threading
 from abc import abstractmethod
 
+import ml_dtypes
 import numpy as np
 
 from marlin_cy.arguments import integer
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import Int4Weight
+from marlin_cy.formats.canonical import CODES, SCALE_DTYPES, Int4Weight
 from marlin_cy.interface import StackBuilder
 
-__all__ = ["N_TILE", "CheckedStackBuilder", "check_weight", "checked_stack_sizes", "same_groups"]
+__all__ = ["N_TILE", "CheckedStackBuilder", "as_bias", "check_weight", "checked_stack_sizes", "same_groups"]
 
 MAX_ZERO = 16
+BIAS_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 N_TILE = 8
 """Columns in the unit at which weights and views may begin and end: half a packed tile or strip of 16."""
 
@@ -24,13 +26,15 @@ class CheckedStackBuilder(StackBuilder):
     Parameters
     ----------
     num_experts, k, n_per_expert, group_size : int
-        As :func:`checked_stack_sizes` returns them.
+        As :func:`checked_stack_sizes` returns them, and so the rest.
     g_idx : list of int32 ``[k]`` or None, one an expert
-        As :func:`checked_stack_sizes` returns it.
+    codes : str
+    scale_dtype : dtype
     """
 
-    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx):
+    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
         self._k, self._group_size, self._g_idx = k, group_size, g_idx
+        self._codes, self._scale_dtype = codes, scale_dtype
         self._added = np.zeros((num_experts, n_per_expert), bool)
         self._lock = threading.Lock()
 
@@ -39,8 +43,8 @@ class CheckedStackBuilder(StackBuilder):
         """Write a weight that fits; may run in several threads at once for different columns."""
 
     @abstractmethod
-    def _stack(self):
-        """The stack, after all columns were packed."""
+    def _stack(self, bias):
+        """The stack, after all columns were packed; ``bias`` is float32 ``[num_experts, n_per_expert]`` or None."""
 
     def add(self, expert, column_offset, weight):
         num_experts, n = self._added.shape
@@ -57,6 +61,11 @@ class CheckedStackBuilder(StackBuilder):
             raise ValueError(
                 f"weight: got k {weight.k} and group_size {weight.group_size}, expected {self._k} and "
                 f"{self._group_size}"
+            )
+        if (weight.codes, weight.scale.dtype) != (self._codes, self._scale_dtype):
+            raise ValueError(
+                f"weight: got codes {weight.codes!r} with {weight.scale.dtype} scales, expected {self._codes!r} with "
+                f"{self._scale_dtype}"
             )
         g_idx = gptq.normalised_g_idx(weight.g_idx, self._k, self._group_size)
         if not same_groups(g_idx, self._g_idx[expert]):
@@ -78,14 +87,28 @@ class CheckedStackBuilder(StackBuilder):
                 columns[:] = False
             raise
 
-    def finish(self):
+    def finish(self, bias=None):
         if not self._added.all():
             expert, column = np.argwhere(~self._added)[0]
             raise ValueError(f"finish: column {column} of expert {expert} was not added")
-        return self._stack()
+        return self._stack(None if bias is None else as_bias(bias, self._added.shape))
 
 
-def checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx):
+def as_bias(bias, shape):
+    """A float32 copy of a bias."""
+    expected = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+    try:
+        bias = np.asarray(bias)
+    except ValueError as error:
+        raise ValueError(f"bias: got {type(bias).__name__} ({error}), expected {expected}") from None
+    if bias.dtype not in BIAS_DTYPES:
+        raise TypeError(f"bias: got dtype {bias.dtype}, expected float32, float16 or bfloat16")
+    if bias.shape != tuple(shape):
+        raise ValueError(f"bias: got shape {bias.shape}, expected {expected}")
+    return np.array(bias, np.float32, order="C")
+
+
+def checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
     """The arguments of ``new_stack_builder``, checked: -1 resolved, ``g_idx`` a list of one (or None) an expert.
 
     Raises
@@ -103,28 +126,45 @@ def checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx):
         gptq.normalised_g_idx(groups, k, group_size, f" of expert {expert}")
         for expert, groups in enumerate(gptq.g_idx_per_expert(g_idx, num_experts, k))
     ]
-    return num_experts, k, n_per_expert, group_size, g_idx
+    if not isinstance(codes, str) or codes not in CODES:
+        raise ValueError(f"codes: got {codes!r}, expected one of {', '.join(CODES)}")
+    try:
+        scale_dtype = np.dtype(scale_dtype)
+    except TypeError as error:
+        raise TypeError(f"scale_dtype: got {scale_dtype!r} ({error}), expected float16 or bfloat16") from None
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype: got {scale_dtype}, expected float16 or bfloat16")
+    return num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
 
 
 def check_weight(weight):
     """Refuse a weight whose arrays are not those that its class describes."""
     if not isinstance(weight, Int4Weight):
         raise TypeError(f"weight: got {type(weight).__name__}, expected Int4Weight")
-    for name, dtype in (("words", np.uint32), ("scale", np.float16), ("zero", np.uint8)):
+    if weight.codes not in CODES:
+        raise ValueError(f"weight.codes: got {weight.codes!r}, expected one of {', '.join(CODES)}")
+    has_zero = weight.codes == "uint4"
+    if not has_zero and weight.zero is not None:
+        raise TypeError(f"weight.zero: got {type(weight.zero).__name__}, expected None with {weight.codes!r} codes")
+    parts = {"words": (np.dtype(np.uint32),), "scale": SCALE_DTYPES}
+    if has_zero:
+        parts["zero"] = (np.dtype(np.uint8),)
+    for name, dtypes in parts.items():
         array = getattr(weight, name)
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
             raise TypeError(
-                f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, expected {np.dtype(dtype)}"
+                f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, "
+                f"expected {' or '.join(map(str, dtypes))}"
             )
         if array.ndim != 2:
             raise ValueError(f"weight.{name}: got shape {array.shape}, expected two dimensions")
     if integer("weight.group_size", weight.group_size) < 1:
         raise ValueError(f"weight.group_size: got {weight.group_size}, expected at least 1")
     groups = (-(-weight.k // weight.group_size), weight.n)
-    for name in ("scale", "zero"):
+    for name in ("scale", "zero") if has_zero else ("scale",):
         if getattr(weight, name).shape != groups:
             raise ValueError(f"weight.{name}: got shape {getattr(weight, name).shape}, expected {groups}")
-    if weight.zero.max(initial=0) > MAX_ZERO:
+    if has_zero and weight.zero.max(initial=0) > MAX_ZERO:
         raise ValueError(f"weight.zero: got {weight.zero.max()}, expected 0 to {MAX_ZERO}")
 
 

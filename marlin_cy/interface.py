@@ -12,6 +12,8 @@ outputs nor its context.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
+
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.formats import gptq
 
@@ -121,6 +123,14 @@ class MarlinExpertStack(ABC):
     @abstractmethod
     def metadata(self) -> WeightMetadata:
         """Bits, group size and the rest; ``packed_bytes`` counts all experts."""
+
+    @property
+    @abstractmethod
+    def bias(self):
+        """What is added to each expert's product, float32 ``[num_experts, n_per_expert]`` on the host, or None.
+
+        :meth:`gemm_phase_batched`, :meth:`gemm_phase_vllm` and MoE layers add it; a view has its own.
+        """
 
     @property
     def requires_vllm_moe(self) -> bool:
@@ -261,8 +271,14 @@ class StackBuilder(ABC):
         """
 
     @abstractmethod
-    def finish(self) -> MarlinExpertStack:
-        """The stack. Every column of every expert must have been added."""
+    def finish(self, bias=None) -> MarlinExpertStack:
+        """The stack. Every column of every expert must have been added.
+
+        Parameters
+        ----------
+        bias : float array ``[num_experts, n_per_expert]``, optional
+            Added to every row of an expert's product, in float32; copied.
+        """
 
 
 class Backend(ABC):
@@ -290,7 +306,9 @@ class Backend(ABC):
         """An uninitialised buffer."""
 
     @abstractmethod
-    def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None) -> StackBuilder:
+    def new_stack_builder(
+        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
+    ) -> StackBuilder:
         """A builder for a stack whose weights arrive one by one.
 
         Parameters
@@ -300,6 +318,10 @@ class Backend(ABC):
             As in :meth:`load_gptq`.
         g_idx : int32 ``[k]``, or a sequence of ``num_experts`` of these (or None), optional
             Group of each row of K: one for all experts, or one an expert.
+        codes : {"uint4", "e2m1"}
+            What the weights' codes stand for, see :class:`~marlin_cy.formats.canonical.Int4Weight`.
+        scale_dtype : {float16, bfloat16}
+            Of the weights' scales.
         """
 
     @abstractmethod
@@ -307,8 +329,8 @@ class Backend(ABC):
         """The linear layer that a stack of one expert is."""
 
     @abstractmethod
-    def _route(self, ctx, router_logits, num_experts, top_k, norm_topk_prob):
-        """``(topk_ids, topk_weights)`` of each row of logits."""
+    def _route(self, ctx, router_logits, routing):
+        """``(topk_ids, topk_weights)`` of each row of logits, by a :class:`~marlin_cy.moe.routing.Routing`."""
 
     @abstractmethod
     def _topk(self, topk_ids, topk_weights, num_experts):

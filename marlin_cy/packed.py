@@ -7,17 +7,14 @@ equal where rows of K are ordered alike) and ``nbytes``.
 from abc import abstractmethod
 from collections.abc import Iterable
 
-import ml_dtypes
 import numpy as np
 
 from marlin_cy.arguments import integer
-from marlin_cy.builder import N_TILE
+from marlin_cy.builder import N_TILE, as_bias
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Linear, MarlinExpertStack, WeightMetadata
 
 __all__ = ["PackedLinear", "PackedStack", "as_dispatches"]
-
-FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 class PackedStack(MarlinExpertStack):
@@ -28,11 +25,12 @@ class PackedStack(MarlinExpertStack):
     store : ``store_type``
     num_experts, n_per_expert, k : int
         Of the store.
+    bias : float32 ``[num_experts, n_per_expert]``, optional
     """
 
     store_type: type
 
-    def __init__(self, store, num_experts, n_per_expert, k):
+    def __init__(self, store, num_experts, n_per_expert, k, bias=None):
         if not isinstance(store, self.store_type):
             raise TypeError(f"store: got {type(store).__name__}, expected {self.store_type.__name__}")
         if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
@@ -40,7 +38,7 @@ class PackedStack(MarlinExpertStack):
                 f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
                 f"[{k}, {n_per_expert}]"
             )
-        self.store = store
+        self.store, self._bias = store, bias
         self._metadata = WeightMetadata(
             bits=4, group_size=store.weight_group_size, act_order=store.act_order, packed_bytes=store.nbytes
         )
@@ -67,6 +65,10 @@ class PackedStack(MarlinExpertStack):
     @property
     def metadata(self):
         return self._metadata
+
+    @property
+    def bias(self):
+        return self._bias
 
 
 class PackedLinear(Linear):
@@ -97,7 +99,7 @@ class PackedLinear(Linear):
                 "rows of K are ordered differently (desc_act); make one view for each expert"
             )
         self.stack, self._offset, self._width = stack, offset, width
-        self._bias = None if bias is None else self._placed(as_bias(bias, width))
+        self._bias = None if bias is None else self._placed(as_bias(bias, (width,)))
         self._metadata = WeightMetadata(
             bits=4,
             group_size=store.weight_group_size,
@@ -126,19 +128,6 @@ class PackedLinear(Linear):
     @abstractmethod
     def _placed(self, bias):
         """A float32 bias, where the backend's kernels read it."""
-
-
-def as_bias(bias, width):
-    """A float32 copy of a bias."""
-    try:
-        bias = np.asarray(bias)
-    except ValueError as error:
-        raise ValueError(f"bias: got {type(bias).__name__} ({error}), expected ({width},)") from None
-    if bias.dtype not in FLOAT_DTYPES and bias.dtype != np.float64:
-        raise TypeError(f"bias: got dtype {bias.dtype}, expected float32, float16 or bfloat16")
-    if bias.shape != (width,):
-        raise ValueError(f"bias: got shape {bias.shape}, expected ({width},)")
-    return np.array(bias, np.float32, order="C")
 
 
 def as_dispatches(dispatches):

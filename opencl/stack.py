@@ -430,14 +430,18 @@ class OpenClBackend(Backend):
         with memory_errors(self.runtime, nbytes, f"array of shape {shape}"):
             return Array(self.runtime.loading_queue, shape, dtype)
 
-    def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
-        return OpenClStackBuilder(self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx))
+    def new_stack_builder(
+        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
+    ):
+        return OpenClStackBuilder(
+            self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+        )
 
     def _linear(self, stack, bias):
         return OpenClLinear(stack, 0, stack.n_per_expert, bias)
 
-    def _route(self, ctx, router_logits, num_experts, top_k, norm_topk_prob):
-        return moe.route(opencl_context(ctx), router_logits, num_experts, top_k, norm_topk_prob)
+    def _route(self, ctx, router_logits, routing):
+        return moe.route(opencl_context(ctx), router_logits, routing.num_experts, routing.top_k, routing.norm_topk_prob)
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         if not isinstance(topk_ids, Array) and not isinstance(topk_weights, Array):

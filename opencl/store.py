@@ -164,7 +164,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
     ----------
     runtime : object
         As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store)``.
-    num_experts, k, n_per_expert, group_size, g_idx
+    num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
         As :func:`~marlin_cy.builder.checked_stack_sizes` returns them.
 
     Raises
@@ -173,10 +173,10 @@ class OpenClStackBuilder(CheckedStackBuilder):
         As :class:`OpenClGptqStore`; also when adding.
     """
 
-    def __init__(self, runtime, num_experts, k, n_per_expert, group_size, g_idx):
+    def __init__(self, runtime, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
         self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx)
         try:
-            super().__init__(num_experts, k, n_per_expert, group_size, g_idx)
+            super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
             self._runtime = runtime
             self._pack_words = runtime.programs.kernel("pack", "pack_words")
             self._pack_scales = runtime.programs.kernel("pack", "pack_scales")
@@ -239,7 +239,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             np.uint32(column_offset),
         )
 
-    def _stack(self):
+    def _stack(self, bias):
         runtime, store = self._runtime, self._store
         if self._staging is not None:
             with runtime.loading_lock, memory_errors(runtime, store.nbytes, "packing of weights"):

@@ -171,16 +171,16 @@ class CpuLinear(PackedLinear):
 class CpuStackBuilder(CheckedStackBuilder):
     """Packs weights straight into a new store."""
 
-    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx):
+    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
         self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx)
-        super().__init__(num_experts, k, n_per_expert, group_size, g_idx)
+        super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
 
     def _pack(self, expert, column_offset, weight):
         self._store.pack(expert, column_offset, weight)
 
-    def _stack(self):
+    def _stack(self, bias):
         store = self._store
-        return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k)
+        return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, bias)
 
 
 class CpuBackend(Backend):
@@ -206,14 +206,20 @@ class CpuBackend(Backend):
     def empty(self, shape, dtype):
         return np.empty(shape, dtype)
 
-    def new_stack_builder(self, num_experts, k, n_per_expert, *, group_size, g_idx=None):
-        return CpuStackBuilder(*checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx))
+    def new_stack_builder(
+        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
+    ):
+        return CpuStackBuilder(
+            *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+        )
 
     def _linear(self, stack, bias):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
 
-    def _route(self, ctx, router_logits, num_experts, top_k, norm_topk_prob):
-        return fork.run(_moe.route, workspace_of(ctx), router_logits, num_experts, top_k, norm_topk_prob)
+    def _route(self, ctx, router_logits, routing):
+        return fork.run(
+            _moe.route, workspace_of(ctx), router_logits, routing.num_experts, routing.top_k, routing.norm_topk_prob
+        )
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         return as_topk(topk_ids, topk_weights, num_experts)

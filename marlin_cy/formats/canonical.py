@@ -1,18 +1,37 @@
 """The one form that every checkpoint format is brought to before a backend packs it.
 
-A weight is a matrix ``w[k, n] = scale[g, n] * (q[k, n] - zero[g, n])`` with ``g = g_idx[k]``, or
-``g = k // group_size`` when there is no ``g_idx``. The 4-bit codes stay packed: eight values of K
-to a 32-bit word, as GPTQ checkpoints already have them, so bringing one of those here copies
-nothing but its zero points.
+A weight is a matrix ``w[k, n] = scale[g, n] * (value(q[k, n]) - zero[g, n])`` with ``g = g_idx[k]``,
+or ``g = k // group_size`` when there is no ``g_idx``. What a 4-bit code ``q`` stands for:
+
+=========  ==========================================================================================
+``codes``  ``value(q)``
+=========  ==========================================================================================
+"uint4"    the code itself, 0 to 15
+"e2m1"     a 4-bit float: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and their negatives for 8 to 15; there
+           are no zero points. Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3
+=========  ==========================================================================================
+
+The codes stay packed: eight values of K to a 32-bit word, as GPTQ checkpoints already have them, so
+bringing one of those here copies nothing but its zero points.
 """
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
-__all__ = ["Int4Weight", "pack_words", "unpack_words"]
+__all__ = ["CODES", "E2M1_VALUES", "SCALE_DTYPES", "Int4Weight", "pack_words", "unpack_words"]
 
 NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+
+CODES = ("uint4", "e2m1")
+"""What 4-bit codes may stand for."""
+
+SCALE_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+"""What scales may be stored in. A power of two of MXFP4, 2**-127 to 2**127, is a bfloat16."""
+
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""The value of each 4-bit float."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +42,24 @@ class Int4Weight:
     ----------
     words : uint32 ``[K/8, N]``
         ``q[8*b + i, n]`` is bits ``4*i .. 4*i+3`` of ``words[b, n]``.
-    scale : float16 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
         Finite.
-    zero : uint8 ``[G, N]``
+    zero : uint8 ``[G, N]``, or None with ``codes="e2m1"``
         0 to 16.
     group_size : int
         Rows of K that share a scale; K itself when the checkpoint says -1. ``G = ceil(K / group_size)``.
     g_idx : int32 ``[K]`` or None
         The group of each row; None when that is ``k // group_size`` for every k.
+    codes : {"uint4", "e2m1"}
+        What a code stands for.
     """
 
     words: np.ndarray
     scale: np.ndarray
-    zero: np.ndarray
+    zero: np.ndarray | None
     group_size: int
     g_idx: np.ndarray | None = None
+    codes: str = "uint4"
 
     @property
     def k(self):

@@ -1,12 +1,55 @@
 """The Mixture-of-Experts layer, on any backend."""
 
-from marlin_cy.arguments import integer
+import ml_dtypes
+import numpy as np
+
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Context
+from marlin_cy.moe.routing import Routing
 
-__all__ = ["ACTIVATIONS", "MoeLayer"]
+__all__ = ["ACTIVATIONS", "MoeLayer", "SharedExpert"]
 
-ACTIVATIONS = ("silu",)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
+GATE_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+
+
+class SharedExpert:
+    """An expert that every token goes to, beside the routed ones.
+
+    For one token ``x``, this is added to what the routed experts give::
+
+        g * ((act(gate) * up) @ W_down)      gate, up = split(x @ W_gate_up)
+        g = 1, or 1 / (1 + exp(-(x . gate_weight)))
+
+    Parameters
+    ----------
+    gate_up, down : MarlinExpertStack
+        Of one expert each; widths as in :class:`MoeLayer`, but for an intermediate size of its own.
+    gate_weight : float array ``[k]``, optional
+        On the host; kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+
+    def __init__(self, gate_up, down, gate_weight=None):
+        check_stacks(gate_up, down)
+        if gate_up.num_experts != 1:
+            raise ValueError(f"gate_up: got {gate_up.num_experts} experts, expected one")
+        self.gate_up, self.down = gate_up, down
+        self.gate_weight = None
+        if gate_weight is not None:
+            gate_weight = np.asarray(gate_weight)
+            if gate_weight.dtype not in GATE_DTYPES:
+                raise TypeError(f"gate_weight: got dtype {gate_weight.dtype}, expected float32")
+            if gate_weight.shape != (gate_up.k,):
+                raise ValueError(f"gate_weight: got shape {gate_weight.shape}, expected ({gate_up.k},)")
+            self.gate_weight = np.array(gate_weight, np.float32)
+
+    def __repr__(self):
+        return f"SharedExpert({self.gate_up.k} -> {self.down.k} -> {self.down.n_per_expert})"
 
 
 class MoeLayer:
@@ -15,10 +58,21 @@ class MoeLayer:
     For each token with chosen experts ``e_j`` and weights ``w_j``::
 
         gate, up = split(x @ W_gate_up[e_j])
-        out = sum_j w_j * ((silu(gate) * up) @ W_down[e_j])        j in ascending order
+        out = sum_j w_j * ((act(gate) * up) @ W_down[e_j])         j in ascending order
 
-    Routing is a softmax over all experts' logits, then the ``top_k`` largest probabilities (of equal
-    ones the smaller index), then, with ``norm_topk_prob``, division by their sum.
+    How experts and weights are chosen is documented in :class:`~marlin_cy.moe.routing.Routing`, whose
+    parameters this class takes. The activations, with names and formulas as in transformers and vLLM:
+
+    ===========  ==============================================================================
+    "silu"       ``gate / (1 + exp(-gate)) * up``
+    "gelu"       ``gate * 0.5 * (1 + erf(gate / sqrt(2))) * up``
+    "gelu_tanh"  ``gate * 0.5 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))) * up``
+    "swigluoai"  with ``gate = min(gate, 7)`` and ``up = min(max(up, -7), 7)``:
+                 ``gate / (1 + exp(-1.702 * gate)) * (up + 1)``. Source: gpt-oss.
+    ===========  ==============================================================================
+
+    Where the stacks have a bias, it is added before the activation, and to an expert's output before its
+    weight is applied.
 
     Parameters
     ----------
@@ -28,42 +82,70 @@ class MoeLayer:
         ``[intermediate, k]`` an expert.
     top_k : int
         Experts a token.
-    activation : {"silu"}
-    norm_topk_prob : bool
-        Whether a token's weights are made to sum to 1.
+    activation : {"silu", "gelu", "gelu_tanh", "swigluoai"}
+    apply_router_weight_on_input : bool
+        Multiply a token by its weight before the first product instead of after the second; ``top_k`` must
+        be 1. Source: vLLM's argument of that name, for Llama 4.
+    shared_expert : SharedExpert, optional
+        Added to the output; on the same backend, with the same activation.
+    norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor
+        As in :class:`~marlin_cy.moe.routing.Routing`.
+
+    Attributes
+    ----------
+    routing : Routing
 
     Raises
     ------
-    ValueError
-        Stacks that do not fit each other, or ``top_k`` out of range.
+    TypeError, ValueError
+        Stacks that do not fit each other, or a routing that is none.
     UnsupportedError
         An activation that is not known.
     """
 
-    def __init__(self, gate_up, down, *, top_k, activation="silu", norm_topk_prob=True):
+    def __init__(
+        self,
+        gate_up,
+        down,
+        *,
+        top_k,
+        activation="silu",
+        apply_router_weight_on_input=False,
+        shared_expert=None,
+        **routing,
+    ):
         if activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        for name, stack in (("gate_up", gate_up), ("down", down)):
-            if not all(hasattr(stack, attribute) for attribute in ("num_experts", "k", "n_per_expert")):
-                raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
-        if gate_up.num_experts != down.num_experts:
-            raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
-        if gate_up.n_per_expert != 2 * down.k:
-            raise ValueError(
-                f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice down's k: "
-                "gate columns, then up columns"
-            )
-        top_k = integer("top_k", top_k)
-        if not 1 <= top_k <= gate_up.num_experts:
-            raise ValueError(f"top_k: got {top_k}, expected 1 to {gate_up.num_experts}, the number of experts")
-        self.gate_up, self.down = gate_up, down
-        self.top_k, self.activation, self.norm_topk_prob = top_k, activation, bool(norm_topk_prob)
+        check_stacks(gate_up, down)
+        self.routing = Routing(gate_up.num_experts, top_k, **routing)
+        if apply_router_weight_on_input and self.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input: got top_k {self.top_k}, expected 1")
+        if shared_expert is not None:
+            if not isinstance(shared_expert, SharedExpert):
+                raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
+            widths = shared_expert.gate_up.k, shared_expert.down.n_per_expert
+            if widths != (gate_up.k, down.n_per_expert):
+                raise ValueError(
+                    f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
+                )
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.apply_router_weight_on_input, self.shared_expert = bool(apply_router_weight_on_input), shared_expert
 
     def __repr__(self):
         return (
             f"MoeLayer({self.num_experts} experts, top {self.top_k}, "
             f"{self.hidden_size} -> {self.intermediate_size} -> {self.down.n_per_expert})"
         )
+
+    @property
+    def top_k(self):
+        """Experts a token."""
+        return self.routing.top_k
+
+    @property
+    def norm_topk_prob(self):
+        """Whether a token's weights are made to sum to 1."""
+        return self.routing.norm_topk_prob
 
     @property
     def num_experts(self):
@@ -126,7 +208,7 @@ class MoeLayer:
 
     def route(self, ctx, router_logits):
         """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
-        return backend_of(ctx)._route(ctx, router_logits, self.num_experts, self.top_k, self.norm_topk_prob)
+        return backend_of(ctx)._route(ctx, router_logits, self.routing)
 
     def _output(self, backend, hidden_states, out):
         if out is not None:
@@ -144,3 +226,17 @@ def backend_of(ctx):
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx: got {type(ctx).__name__}, expected a Context from a backend's new_context")
     return ctx.backend
+
+
+def check_stacks(gate_up, down):
+    """Refuse two stacks that are not the two products of one layer."""
+    for name, stack in (("gate_up", gate_up), ("down", down)):
+        if not all(hasattr(stack, attribute) for attribute in ("num_experts", "k", "n_per_expert")):
+            raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
+    if gate_up.num_experts != down.num_experts:
+        raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
+    if gate_up.n_per_expert != 2 * down.k:
+        raise ValueError(
+            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice down's k: "
+            "gate columns, then up columns"
+        )
