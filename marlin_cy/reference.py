@@ -8,11 +8,13 @@ a bound.
 
 import numpy as np
 
+from marlin_cy.formats.canonical import E2M1_VALUES, unpack_words
 from marlin_cy.formats.order import group_order, packed_group_size
 
 __all__ = [
     "QMAX",
     "dequantize",
+    "dequantize_weight",
     "fma_f32",
     "gemm",
     "gemm_phase_batched",
@@ -33,6 +35,14 @@ def dequantize(q, scale, zero, group_size, g_idx=None):
     """``w``, float64 ``[K, N]``: ``scale[g] * (q - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``."""
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
     return scale.astype(np.float64)[groups] * (q.astype(np.float64) - zero.astype(np.float64)[groups])
+
+
+def dequantize_weight(weight):
+    """``w``, float64 ``[K, N]``, of an :class:`~marlin_cy.formats.canonical.Int4Weight`."""
+    codes = unpack_words(weight.words)
+    values = E2M1_VALUES[codes] if weight.codes == "e2m1" else codes
+    zero = np.zeros(weight.scale.shape) if weight.zero is None else weight.zero
+    return dequantize(values, weight.scale, zero, weight.group_size, weight.g_idx)
 
 
 def fma_f32(a, b, c):

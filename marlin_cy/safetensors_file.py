@@ -161,17 +161,40 @@ class SafetensorsFile:
             return array.byteswap()
         return array if array.flags.aligned else array.copy()
 
-    def release(self, name):
+    def raw(self, name) -> np.ndarray:
+        """A tensor's bytes, a read-only uint8 view, whatever its dtype.
+
+        Raises
+        ------
+        CheckpointError, ValueError
+            As :meth:`tensor`.
+        """
+        info = self.info(name)
+        if self._map is None:
+            raise ValueError(f"{self.path} was closed")
+        return np.ndarray((info.nbytes,), np.uint8, buffer=self._map, offset=info.begin)
+
+    def release(self, name, index=None):
         """Let the operating system take back the memory that a tensor's bytes were read into.
 
         Neighbours that were read in with them go as well. Nothing is lost: views stay valid, and using
         one reads the file again.
+
+        Parameters
+        ----------
+        name : str
+        index : int, optional
+            Only this entry of the tensor's first axis.
         """
         if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         info = self.info(name)
-        begin = max(0, info.begin - NEIGHBOURHOOD) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = min(info.end + NEIGHBOURHOOD, len(self._map))
+        first, last = info.begin, info.end
+        if index is not None:
+            step = info.nbytes // info.shape[0]
+            first, last = info.begin + index * step, info.begin + (index + 1) * step
+        begin = max(0, first - NEIGHBOURHOOD) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(last + NEIGHBOURHOOD, len(self._map))
         self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def close(self):
@@ -217,6 +240,11 @@ class SafetensorsFolder:
             )
 
     @property
+    def source(self):
+        """The file that says which tensors there are."""
+        return self._source
+
+    @property
     def names(self):
         """The names of all tensors."""
         return list(self._file_of)
@@ -239,9 +267,13 @@ class SafetensorsFolder:
         """As :meth:`SafetensorsFile.tensor`."""
         return self.file_of(name).tensor(name)
 
-    def release(self, name):
+    def raw(self, name) -> np.ndarray:
+        """As :meth:`SafetensorsFile.raw`."""
+        return self.file_of(name).raw(name)
+
+    def release(self, name, index=None):
         """As :meth:`SafetensorsFile.release`."""
-        self.file_of(name).release(name)
+        self.file_of(name).release(name, index)
 
     def close(self):
         """As :meth:`SafetensorsFile.close`, for every file."""

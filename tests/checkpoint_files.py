@@ -4,14 +4,36 @@ import json
 import struct
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from marlin_cy.families import FAMILIES
 from marlin_cy.formats import gptq
+from marlin_cy.formats.canonical import E2M1_VALUES
 
-PROJECTIONS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
-PROJECTIONS["qwen3_moe"] = PROJECTIONS["qwen2_moe"]
-BLOCKS = {"qwen2_moe": "mlp", "qwen3_moe": "mlp", "mixtral": "block_sparse_moe"}
+# What differs between the configurations of families; the rest is the same for all.
+CONFIGS = {
+    "qwen2_moe": {"norm_topk_prob": True},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_5_moe_text": {},
+    "mixtral": {},
+    "deepseek_v2": {
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 16.0,
+    },
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe": {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+}
 
 
 def random_weight(rng, k, n, group_size, *, checkpoint_format="gptq", sym=False):
@@ -52,11 +74,17 @@ def write_checkpoint(
     shards=1,
     seed=0,
     with_weights=True,
+    shared=None,
+    expert_bias=False,
+    dense_layers=(),
+    prefix="model.layers",
 ):
     """Write a checkpoint folder; returns the float64 weight of every quantised linear layer, by name.
 
-    ``with_weights=False`` returns none and is fast: for large ones.
+    ``with_weights=False`` returns none and is fast: for large ones. ``shared`` is the width of a shared expert,
+    ``expert_bias`` gives experts biases, ``dense_layers`` have experts that are not quantised.
     """
+    family = FAMILIES[model_type]
     rng = np.random.default_rng(seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,16 +106,33 @@ def write_checkpoint(
         return rng.permutation(g_idx) if desc_act else g_idx
 
     for layer in range(layers):
-        add(f"model.layers.{layer}.self_attn.q_proj", hidden, 32, new_g_idx(hidden))
-        tensors[f"model.layers.{layer}.self_attn.q_proj.bias"] = rng.standard_normal(32).astype(np.float16)
-        block = f"model.layers.{layer}.{BLOCKS[model_type]}"
+        add(f"{prefix}.{layer}.self_attn.q_proj", hidden, 32, new_g_idx(hidden))
+        tensors[f"{prefix}.{layer}.self_attn.q_proj.bias"] = rng.standard_normal(32).astype(np.float16)
+        block = f"{prefix}.{layer}.{family.block}"
         tensors[f"{block}.gate.weight"] = rng.standard_normal((num_experts, hidden)).astype(np.float32)
+        if family.scoring == "sigmoid":
+            tensors[f"{block}.gate.e_score_correction_bias"] = rng.standard_normal(num_experts).astype(np.float32)
         for expert in range(num_experts):
-            gate, up, down = (f"{block}.experts.{expert}.{name}" for name in PROJECTIONS[model_type])
+            gate, up, down = (f"{block}.experts.{expert}.{name}" for name in (family.gate, family.up, family.down))
+            if layer in dense_layers:
+                for name, shape in ((gate, (inter, hidden)), (up, (inter, hidden)), (down, (hidden, inter))):
+                    tensors[f"{name}.weight"] = rng.standard_normal(shape).astype(np.float16)
+                continue
             common = new_g_idx(hidden)
             add(gate, hidden, inter, common)
             add(up, hidden, inter, common)
             add(down, inter, hidden, new_g_idx(inter))
+            if expert_bias:
+                for name, n in ((gate, inter), (up, inter), (down, hidden)):
+                    tensors[f"{name}.bias"] = rng.standard_normal(n).astype(np.float16)
+        if shared:
+            common = new_g_idx(hidden)
+            expert = f"{block}.{family.shared_expert}"
+            add(f"{expert}.{family.gate}", hidden, shared, common)
+            add(f"{expert}.{family.up}", hidden, shared, common)
+            add(f"{expert}.{family.down}", shared, hidden, new_g_idx(shared))
+            if family.shared_gate:
+                tensors[f"{block}.{family.shared_gate}.weight"] = rng.standard_normal((1, hidden)).astype(np.float16)
 
     config = {
         "model_type": model_type,
@@ -95,11 +140,14 @@ def write_checkpoint(
         "num_local_experts": num_experts,
         "num_experts_per_tok": 2,
         "hidden_size": hidden,
-        "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size": inter,
+        family.intermediate_size: inter,
         "hidden_act": "silu",
+        **CONFIGS[model_type],
     }
-    if model_type != "mixtral":
-        config["norm_topk_prob"] = True
+    if shared:
+        config |= (
+            {"shared_expert_intermediate_size": shared} if family.shared_gate else {"n_shared_experts": shared // inter}
+        )
     quantization = {
         "bits": 4,
         "group_size": group_size,
@@ -112,6 +160,46 @@ def write_checkpoint(
     write_json(folder, "quantize_config.json", quantization)
     write_tensors(folder, tensors, shards)
     return weights
+
+
+def write_gpt_oss(folder, *, layers=1, num_experts=4, hidden=64, inter=96, seed=0):
+    """Write a checkpoint of gpt-oss's form; returns the experts' weights and biases by name, float64.
+
+    Gate and up columns lie in turn, as the format has them.
+    """
+    rng = np.random.default_rng(seed)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, expected = {}, {}
+    for layer in range(layers):
+        block = f"model.layers.{layer}.mlp"
+        for part, shape in (("weight", (num_experts, hidden)), ("bias", (num_experts,))):
+            tensors[f"{block}.router.{part}"] = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+        for name, k, n in (("gate_up_proj", hidden, 2 * inter), ("down_proj", inter, hidden)):
+            codes = rng.integers(0, 16, (num_experts, n, k))
+            exponents = rng.integers(117, 125, (num_experts, n, k // 32))
+            pairs = codes[..., 0::2] | codes[..., 1::2] << 4
+            tensors[f"{block}.experts.{name}_blocks"] = pairs.astype(np.uint8).reshape(num_experts, n, k // 32, 16)
+            tensors[f"{block}.experts.{name}_scales"] = exponents.astype(np.uint8)
+            bias = rng.standard_normal((num_experts, n)).astype(ml_dtypes.bfloat16)
+            tensors[f"{block}.experts.{name}_bias"] = bias
+            scales = np.repeat(2.0 ** (exponents - 127.0), 32, axis=2)
+            expected[f"{block}.experts.{name}"] = (E2M1_VALUES[codes] * scales).transpose(0, 2, 1)
+            expected[f"{block}.experts.{name}_bias"] = bias.astype(np.float64)
+    config = {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": layers,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "hidden_act": "silu",
+        "swiglu_limit": 7.0,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    }
+    write_json(folder, "config.json", config)
+    write_tensors(folder, tensors)
+    return expected
 
 
 def write_json(folder, name, value):

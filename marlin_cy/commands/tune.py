@@ -14,7 +14,7 @@ from rich.markup import escape
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.commands.opencl_options import add_opencl_options, open_opencl
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
-from marlin_cy.errors import MarlinError
+from marlin_cy.errors import CheckpointError, MarlinError
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -86,11 +86,13 @@ def _shapes(arguments, backend):
             yield Shape(k, n, experts, group_size, min(arguments.top_k, experts), symmetric=not arguments.asymmetric)
         return
     with open_checkpoint(arguments.checkpoint, backend=backend) as checkpoint:
-        spec, quantization = checkpoint.moe_spec, checkpoint.quantization
+        if not checkpoint.moe_layers:
+            raise CheckpointError("the checkpoint has no MoE layers", file=arguments.checkpoint)
+        spec, group_sizes = checkpoint.moe_spec, checkpoint.expert_group_sizes(checkpoint.moe_layers[0])
+        symmetric = getattr(checkpoint.scheme, "sym", True)
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    for k, n in ((hidden, 2 * inner), (inner, hidden)):
-        group_size = k if quantization.group_size == -1 else quantization.group_size
-        yield Shape(k, n, spec.num_experts, group_size, spec.top_k, gathered=k == inner, symmetric=quantization.sym)
+    for (k, n), group_size in zip(((hidden, 2 * inner), (inner, hidden)), group_sizes, strict=True):
+        yield Shape(k, n, spec.num_experts, group_size, spec.top_k, gathered=k == inner, symmetric=symmetric)
 
 
 def _as_json(result, tuning):

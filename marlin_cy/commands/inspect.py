@@ -1,0 +1,163 @@
+"""Show what a checkpoint's folder holds and what would be loaded of it, without loading it.
+
+The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
+format), ``family``, ``moe`` (the fields of `marlin_cy.families.MoeSpec`), ``layers``, ``moe_layers``,
+``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``bytes`` (``total``, ``experts``, ``linears``,
+``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from marlin_cy import __version__, open_checkpoint
+from marlin_cy.commands.output import console, print_json, table
+
+__all__ = ["HELP", "add_arguments", "execute"]
+
+HELP = "show a checkpoint's format, layers, sizes, and anything unusual"
+
+
+def add_arguments(parser):
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a packed one")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the checksums of all of a packed folder's tensors"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def execute(arguments):
+    """Run the command; returns the exit code."""
+    with open_checkpoint(arguments.checkpoint, verify=arguments.verify) as checkpoint:
+        report = describe(checkpoint)
+    report["verified"] = bool(arguments.verify and report["format"] == "packed")
+    if arguments.json:
+        print_json(report)
+    else:
+        print_report(report)
+    return 0
+
+
+def describe(checkpoint):
+    """What there is to say of an open checkpoint: the object that ``--json`` prints, but for ``verified``."""
+    names = checkpoint.tensor_names
+    size = {name: checkpoint.tensor_info(name).nbytes for name in names}
+    quantized = set(checkpoint.quantized_tensors)
+    experts = sum(checkpoint.expert_bytes(layer) for layer in checkpoint.moe_layers)
+    in_quantized = sum(size[name] for name in quantized)
+    return {
+        "version": __version__,
+        "checkpoint": str(checkpoint.path),
+        "format": checkpoint.format,
+        "settings": settings(checkpoint),
+        "family": checkpoint.family.name,
+        "moe": dataclasses.asdict(checkpoint.moe_spec),
+        "layers": checkpoint.num_layers,
+        "moe_layers": checkpoint.moe_layers,
+        "dense_moe_layers": checkpoint.dense_moe_layers,
+        "quantized_linears": len(checkpoint.linears),
+        "bytes": {
+            "total": sum(size.values()),
+            "experts": experts,
+            "linears": max(in_quantized - experts, 0),
+            "others": sum(size.values()) - max(in_quantized, experts),
+        },
+        "unusual": unusual(checkpoint),
+    }
+
+
+def settings(checkpoint):
+    """The format's own settings, as JSON has them."""
+    if checkpoint.scheme is None:
+        return checkpoint.config["quantization_config"]
+    return {
+        name: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for name, value in dataclasses.asdict(checkpoint.scheme).items()
+    }
+
+
+def unusual(checkpoint):
+    """Sentences about what one might not expect."""
+    found = []
+    if checkpoint.dense_moe_layers:
+        found.append(f"MoE layers whose experts are not quantised, and not loaded: {runs(checkpoint.dense_moe_layers)}")
+    if not checkpoint.moe_layers:
+        found.append("no MoE layer has quantised experts")
+    beyond = sorted(
+        {
+            int(number)
+            for name in checkpoint.tensor_names
+            if name.startswith(f"{checkpoint.layer_prefix}.")
+            and (number := name.removeprefix(f"{checkpoint.layer_prefix}.").split(".")[0]).isdecimal()
+            and int(number) >= checkpoint.num_layers
+        }
+    )
+    if beyond:
+        found.append(
+            f"tensors of layers beyond num_hidden_layers ({checkpoint.num_layers}), not loaded: {runs(beyond)}"
+        )
+    if (
+        checkpoint.scheme is not None
+        and checkpoint.scheme.order is not None
+        and getattr(checkpoint.scheme, "desc_act", False)
+    ):
+        found.append("rows of K in an order of their own (desc_act): activations are gathered, which costs time")
+    stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
+    strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64"})
+    if strange:
+        found.append(f"tensors of dtype {', '.join(strange)}")
+    return found
+
+
+def runs(numbers):
+    """``"0, 3-7"``."""
+    parts, begin = [], None
+    for position, number in enumerate(numbers):
+        if begin is None:
+            begin = number
+        if position + 1 == len(numbers) or numbers[position + 1] != number + 1:
+            parts.append(f"{begin}" if begin == number else f"{begin}-{number}")
+            begin = None
+    return ", ".join(parts)
+
+
+def print_report(report):
+    moe, size = report["moe"], report["bytes"]
+    rows = table("", "")
+    rows.show_header = False
+    rows.add_row("checkpoint", report["checkpoint"])
+    rows.add_row("format", f"{report['format']}: " + ", ".join(f"{k} {v}" for k, v in flat(report["settings"])))
+    rows.add_row("family", report["family"])
+    rows.add_row("layers", f"{report['layers']}; experts quantised in {runs(report['moe_layers']) or 'none'}")
+    rows.add_row(
+        "experts",
+        f"{moe['num_experts']}, top {moe['top_k']}; {moe['hidden_size']} -> {moe['intermediate_size']} -> "
+        f"{moe['hidden_size']}, {moe['activation']}"
+        + (f"; shared expert of {moe['shared_intermediate_size']}" if moe["shared_intermediate_size"] else ""),
+    )
+    rows.add_row("routing", routing_words(moe))
+    rows.add_row("other quantised linears", str(report["quantized_linears"]))
+    rows.add_row(
+        "tensors",
+        f"{size['total'] / 1e6:.1f} MB: experts {size['experts'] / 1e6:.1f}, other quantised linears "
+        f"{size['linears'] / 1e6:.1f}, not quantised {size['others'] / 1e6:.1f}",
+    )
+    if report["verified"]:
+        rows.add_row("checksums", "all tensors as they were written")
+    for sentence in report["unusual"]:
+        rows.add_row("unusual", sentence)
+    console().print(rows)
+
+
+def flat(settings):
+    """``(name, value)`` of the settings that are not nested."""
+    return [(name, value) for name, value in settings.items() if not isinstance(value, dict | list)]
+
+
+def routing_words(moe):
+    words = [moe["scoring"], "weights sum to 1" if moe["norm_topk_prob"] else "weights as they are"]
+    if moe["num_groups"] > 1:
+        words.append(f"{moe['topk_groups']} of {moe['num_groups']} groups by {moe['group_score']}")
+    if moe["routed_scaling_factor"] != 1:
+        words.append(f"scaled by {moe['routed_scaling_factor']:g}")
+    return ", ".join(words)

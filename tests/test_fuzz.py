@@ -1,0 +1,175 @@
+"""Damaged checkpoint folders of every format: a CheckpointError or an UnsupportedError, or they load; nothing else.
+
+``MARLIN_CY_FUZZ_EXAMPLES=10000 python -m pytest tests/test_fuzz.py`` tries as many of each format.
+"""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_files import write_checkpoint, write_gpt_oss
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from marlin_cy import open_checkpoint
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.packed_folder import write_packed
+
+EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))
+SOURCES = ("gptq", "gptq desc_act", "mixtral shards", "deepseek_v3", "gpt_oss", "packed", "packed desc_act")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    sizes = {"layers": 1, "num_experts": 2, "hidden": 64, "inter": 32, "group_size": 32}
+    write_checkpoint(root / "gptq", **sizes)
+    write_checkpoint(root / "gptq desc_act", desc_act=True, **sizes)
+    write_checkpoint(root / "mixtral shards", model_type="mixtral", shards=2, **sizes)
+    write_checkpoint(root / "deepseek_v3", model_type="deepseek_v3", shared=32, **sizes)
+    write_gpt_oss(root / "gpt_oss", num_experts=2, hidden=64, inter=32)
+    for name in ("gptq", "gptq desc_act"):
+        with open_checkpoint(root / name) as checkpoint:
+            write_packed(checkpoint, root / name.replace("gptq", "packed"))
+    return root
+
+
+numbers = st.one_of(
+    st.integers(-2, 10),
+    st.sampled_from([16, 31, 32, 33, 64, 128, 2**31 - 1, 2**31, 2**32, 2**63, 10**30, -(2**63)]),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+def paths_in(value, at=()):
+    """The place of every value in a JSON document."""
+    yield at
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from paths_in(child, (*at, key))
+
+
+def mutate_json(data, document):
+    """A JSON document with one value replaced, removed, renamed or swapped with another."""
+    places = sorted((path for path in paths_in(document) if path), key=str)
+    if not places:
+        return data.draw(json_values)
+    path = data.draw(st.sampled_from(places))
+    *outer, key = path
+    target = document
+    for step in outer:
+        target = target[step]
+    action = data.draw(st.sampled_from(["replace", "nudge", "remove", "rename", "swap"]))
+    note(f"{action} {path}")
+    if action == "remove":
+        del target[key]
+    elif action == "rename" and isinstance(target, dict):
+        target[data.draw(st.text(max_size=6))] = target.pop(key)
+    elif action == "swap":
+        other = data.draw(st.sampled_from(places))
+        value = document
+        for step in other:
+            value = value[step]
+        target[key] = json.loads(json.dumps(value))
+    elif action == "nudge" and isinstance(target[key], int):
+        target[key] += data.draw(st.sampled_from([-1, 1, 8, -8, 32]))
+    else:
+        target[key] = data.draw(json_values)
+    return document
+
+
+def mutate_text(data, content):
+    """Bytes with some of them changed, cut out, or put in."""
+    begin = data.draw(st.integers(0, max(len(content) - 1, 0)))
+    end = min(len(content), begin + data.draw(st.integers(0, 16)))
+    note(f"bytes {begin} to {end}")
+    return content[:begin] + data.draw(st.binary(max_size=16)) + content[end:]
+
+
+def mutate_tensors(data, content):
+    """A safetensors file with another header, cut, or with other bytes."""
+    (length,) = struct.unpack_from("<Q", content)
+    action = data.draw(st.sampled_from(["header", "header", "header text", "cut", "values"]))
+    note(action)
+    if action == "header":
+        text = json.dumps(mutate_json(data, json.loads(content[8 : 8 + length]))).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    if action == "header text":
+        text = mutate_text(data, content[8 : 8 + length])
+        return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    if action == "cut":
+        return content[: data.draw(st.integers(0, len(content)))]
+    values = np.frombuffer(content, np.uint8).copy()
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    places = rng.integers(8 + length, len(values), data.draw(st.integers(1, 200)))
+    values[places] = rng.choice([0, 0x7F, 0xFF, 0xFC, 0x80], len(places))
+    return values.tobytes()
+
+
+def mutate(data, folder):
+    file = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
+    path = folder / file
+    note(file)
+    if data.draw(st.integers(0, 30)) == 0:
+        path.unlink()
+    elif file.endswith(".safetensors"):
+        path.write_bytes(mutate_tensors(data, path.read_bytes()))
+    elif data.draw(st.integers(0, 4)) == 0:
+        path.write_bytes(mutate_text(data, path.read_bytes()))
+    else:
+        path.write_text(json.dumps(mutate_json(data, json.loads(path.read_text()))), encoding="utf-8")
+
+
+def use(folder, verify):
+    """Load everything there is."""
+    with open_checkpoint(folder, num_threads=1, verify=verify) as checkpoint:
+        for layer in checkpoint.moe_layers:
+            checkpoint.router_weight(layer)
+            checkpoint.router_bias(layer)
+            checkpoint.expert_bytes(layer)
+            checkpoint.moe_layer(layer, shared_expert=False)
+            if checkpoint.moe_spec.shared_intermediate_size:
+                checkpoint.moe_layer(layer)
+        for name in checkpoint.linears:
+            checkpoint.linear(name)
+        for name in checkpoint.tensor_names:
+            checkpoint.raw_tensor(name)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_damage_is_said(folders, source):
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(st.data())
+    def check(data):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            shutil.copytree(folders / source, folder)
+            for _ in range(data.draw(st.integers(1, 3))):
+                mutate(data, folder)
+            verify = data.draw(st.booleans())
+            try:
+                use(folder, verify)
+            except (CheckpointError, UnsupportedError) as error:
+                assert str(error)
+
+    check()
+
+
+def test_what_is_not_damaged_loads(folders):
+    for source in SOURCES:
+        use(folders / source, True)
