@@ -1,12 +1,16 @@
 """The CPU's numbers are those of ``marlin_cy.reference``, to the last bit, on every instruction set."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
-from asserts import GuardedArray, assert_same_bits, relative_error
+from asserts import GuardedArray, assert_close, assert_same_bits, relative_error
 from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
 
+import marlin_cy
 from marlin_cy import reference
+from marlin_cy.cpu._dispatch import activate
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
@@ -151,6 +155,28 @@ def test_nan_stays_in_its_row(cpu_backend, rng, isa, compute_dtype, column, valu
     assert_same_bits(np.delete(result, 17, axis=0), np.delete(clean, 17, axis=0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_of_a_stack(cpu_backend, rng, isa, compute_dtype, dtype):
+    """Each expert's own, rounded once more; in row blocks of any length, and not in a view."""
+    problem, dtype = random_problem(rng, 3, 96, 40, 32, bias=True), DTYPES[dtype]
+    stack, x = problem.stack(cpu_backend), activations(rng, 70, 96)
+    ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=2)
+    np.testing.assert_array_equal(stack.bias, problem.bias)
+    for expert in range(3):
+        expected = problem.reference(expert, x, compute_dtype).astype(dtype)
+        assert_same_bits(product(stack, ctx, x, expert, dtype), expected)
+    ids = rng.permuted(np.tile(np.arange(3), (70, 1)), axis=1)[:, :2]
+    out = GuardedArray((140, 40), dtype)
+    stack.gemm_phase_vllm(ctx, x, *marlin_cy.moe_align_block_size(ids, 16, 3), out.array, 70, 16, 2)
+    out.assert_guards()
+    every = np.stack([problem.reference(expert, x, compute_dtype) for expert in range(3)]).astype(dtype)
+    assert_same_bits(out.array, every[ids.reshape(-1), np.arange(140) // 2])
+    out = GuardedArray((70, 40), np.float32)
+    stack.make_expert_linear(40, 40).forward(ctx, x, out.array, 70)
+    out.assert_guards()
+    assert_same_bits(out.array, replace(problem, bias=None).reference(1, x, compute_dtype))
+
+
 @pytest.mark.parametrize(("name", "bound"), [("int16", 1e-4), ("int8", 2e-2)])
 def test_relative_error(cpu_backend, rng, name, bound):
     problem = random_problem(rng, 1, 2048, 256, 128)
@@ -199,6 +225,84 @@ def test_outputs_are_narrowed_to_nearest_even(cpu_backend, rng, isa, dtype):
     with np.errstate(over="ignore", invalid="ignore"):
         expected = (bias + np.float32(0)).astype(target)  # a product of +0 makes -0 into +0
     assert_same_bits(out.array[0], expected)
+
+
+SPECIAL = [np.nan, np.inf, 0.0, FLOAT32.max, 1e30, 1e19, 1e10, 100.0, 89.0, 7.0, 1.0, 1e-10, FLOAT32.tiny, 1e-45]
+
+
+def activation_sums(gates, ups):
+    """float32 ``[rows, 32]``: 16 gates and 16 ups a row, as ``gate_rows`` takes them."""
+    return np.concatenate([part.astype(np.float32).reshape(-1, 16) for part in (gates, ups)], axis=1)
+
+
+def activation_bound(name, gates, ups):
+    """What rowops.h derives, and what is lost where ``gate * sigmoid`` or the result is subnormal."""
+    if name == "swigluoai":
+        gates, ups = np.minimum(gates, 7), 1 + np.minimum(np.abs(ups), 7)
+    return 6 * 2.0**-24 * np.abs(gates * ups) + (1 + np.abs(ups)) * FLOAT32.smallest_subnormal
+
+
+def assert_activated(name, isa, sums):
+    gates, ups = np.split(sums.astype(np.float64), 2, axis=1)
+    expected = reference.ACTIVATIONS[name](gates, ups)
+    assert_close(activate(isa, name, sums), expected, activation_bound(name, gates, ups))
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+class TestActivations:
+    def test_close_to_float64(self, rng, isa, name):
+        gates = np.concatenate([np.linspace(-20, 20, 1 << 15), rng.standard_normal(1 << 15)])
+        assert_activated(name, isa, activation_sums(gates, rng.uniform(-10, 10, 1 << 16)))
+
+    def test_gates_and_ups_of_any_size(self, rng, isa, name):
+        """Whose products float32 can hold."""
+        gates = 2.0 ** rng.uniform(-149, 127, 1 << 14) * rng.choice([-1, 1], 1 << 14)
+        ups = 2.0 ** rng.uniform(-149, np.minimum(127, 126 - np.log2(np.abs(gates)))) * rng.choice([-1, 1], 1 << 14)
+        assert_activated(name, isa, activation_sums(gates, ups))
+
+    def test_special_values(self, isa, name):
+        """All pairs: NaN and infinities just where the formula has them, and the rest within the bound.
+
+        But for an infinite up beside a gate that float32 may make 0 of.
+        """
+        values = np.array(SPECIAL + [-value for value in SPECIAL]).astype(np.float32).astype(np.float64)
+        pairs = np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)
+        with np.errstate(all="ignore"):
+            faint = np.abs(reference.ACTIVATIONS[name](pairs[:, 0], 1)) < 1e-35
+            pairs = pairs[~(faint & np.isinf(pairs[:, 1]))]
+            gates, ups = (np.resize(part, (50, 16)) for part in pairs.T)
+            expected, bound = reference.ACTIVATIONS[name](gates, ups), activation_bound(name, gates, ups)
+            rounded = expected.astype(np.float32)
+            actual = activate(isa, name, activation_sums(gates, ups))
+        finite = np.isfinite(rounded)
+        assert_same_bits(actual[~finite], rounded[~finite])
+        bound = np.where(np.isfinite(bound), bound, 0)  # an infinite gate or up times 0
+        assert_close(actual[finite], expected[finite], bound[finite])
+
+    def test_tails(self, isa, name):
+        """Far from 0 a gate comes out as itself, or as 0; the way there is monotone."""
+        gates = np.linspace(8, 1000, 1 << 12)
+        ones = np.ones_like(gates)
+        high, low = (activate(isa, name, activation_sums(sign * gates, ones)).reshape(-1) for sign in (1, -1))
+        if name == "swigluoai":
+            assert (high == high[0]).all()
+        else:
+            assert (np.abs(high - gates) <= 2 * np.spacing(high) + 1.01 * gates * np.exp(-gates)).all()
+        assert (low <= 0).all()
+        assert (np.diff(low) >= 0).all()
+        assert (low[gates > 100] == 0).all()
+
+    def test_same_bits_on_every_isa(self, rng, isa, name):
+        sums = np.frombuffer(rng.bytes(1 << 18), np.float32).reshape(-1, 32)
+        normal = (4 * rng.standard_normal((1 << 12, 32))).astype(np.float32)
+        bias = rng.standard_normal(32).astype(np.float32)
+        for given in (None, bias):
+            for values in (sums, normal):
+                assert_same_bits(activate(isa, name, values, given), activate("generic", name, values, given))
+
+    def test_bias_is_added_before(self, rng, isa, name):
+        sums, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((50, 32), 32))
+        assert_same_bits(activate(isa, name, sums, bias), activate(isa, name, sums + bias))
 
 
 def test_reference_fma_rounds_once(rng):

@@ -18,12 +18,6 @@ def packed(store, expert):
     return store.data[begin : begin + store.layout.expert_stride]
 
 
-def builder_for(backend, problem):
-    return backend.new_stack_builder(
-        problem.num_experts, problem.k, problem.n, group_size=problem.group_size, g_idx=problem.g_idx
-    )
-
-
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
@@ -52,7 +46,7 @@ def test_columns_in_parts(cpu_backend, rng, g_idx):
     """In any cuts at multiples of 8, in any order, from several threads."""
     problem = random_problem(rng, 3, 288, 120, 32, g_idx=g_idx)
     expected = problem.stack(cpu_backend).store.data
-    builder = builder_for(cpu_backend, problem)
+    builder = problem.builder(cpu_backend)
     add_in_parts(builder, problem, rng)
     np.testing.assert_array_equal(builder.finish().store.data, expected)
 
@@ -126,7 +120,7 @@ class TestMisuse:
 
     @pytest.fixture
     def builder(self, cpu_backend, problem):
-        builder = builder_for(cpu_backend, problem)
+        builder = problem.builder(cpu_backend)
         builder.add(0, 0, problem.canonical(0, slice(0, 16)))
         yield builder
         builder.add(0, 16, problem.canonical(0, slice(16, 32)))

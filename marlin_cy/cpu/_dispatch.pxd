@@ -16,6 +16,10 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
+        ACTIVATION_SILU
+        ACTIVATION_GELU
+        ACTIVATION_GELU_TANH
+        ACTIVATION_SWIGLUOAI
 
     ctypedef struct act_meta:
         float scale
@@ -52,7 +56,8 @@ cdef extern from "ukernel.h" nogil:
         char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias, int n,
         int dtype) noexcept nogil
     ctypedef void gate_rows_fn(
-        float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums) noexcept nogil
+        float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums, const float *gate_bias,
+        const float *up_bias, int activation) noexcept nogil
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
 
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil

@@ -59,9 +59,10 @@ static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int 
     store_sums(dst, row_bytes, rows, m, sums, bias, n, dtype);
 }
 
-static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums)
+static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+                      const float *gate_bias, const float *up_bias, int activation)
 {
-    gate_sums(dst, row_floats, rows, m, sums);
+    gate_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
 
 static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }

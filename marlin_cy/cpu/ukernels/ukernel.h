@@ -43,6 +43,9 @@ enum {
 
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
 
+/* What a MoE layer does with a gate and an up; the formulas are in marlin_cy/moe/layer.py. */
+enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLUOAI = 3 };
+
 /* Quantised groups whose largest magnitude is below this are taken as zero, so that neither
  * qmax / amax nor amax / qmax leaves the range of normal floats. */
 #define QUANTIZE_MIN_AMAX 0x1p-100f
@@ -122,8 +125,13 @@ typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, 
 
 /* The same for a task whose first tile holds gates and whose second holds ups: 16 float32 a row.
  *
- *   dst[i] = silu(sums[i]) * sums[TILE_N + i],  silu(x) = x / (1 + exp(-x)), exp to 2 units in the last place */
-typedef void gate_rows_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums);
+ *   gate = sums[i] + gate_bias[i];  up = sums[TILE_N + i] + up_bias[i]    (both biases may be NULL: nothing is added)
+ *   dst[i] = activation(gate, up)
+ *
+ * An activation is within 6 * 2^-24 * |gate * up| of its formula (swigluoai: |gate| * (1 + |up|), both clamped), which
+ * rowops.h derives, and (1 + |up|) times the smallest float; a NaN gives NaN, infinities what the formula gives. */
+typedef void gate_rows_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+                          const float *gate_bias, const float *up_bias, int activation);
 
 /* dst[i] = fma(weight, src[i], dst[i]) */
 typedef void axpy_fn(float *dst, const float *src, float weight, int64_t n);
