@@ -95,7 +95,7 @@ def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16"):
     ----------
     x : float32 ``[M, K]``
     q : uint8 ``[K, N]``
-    scale : float16 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
     zero : uint8 ``[G, N]``
     group_size : int
     g_idx : int32 ``[K]``, optional

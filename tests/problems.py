@@ -46,6 +46,11 @@ class Problem:
     def group(self):
         return self.k if self.group_size == -1 else self.group_size
 
+    @property
+    def is_gptq(self):
+        """Whether :meth:`tensors` says all there is to it."""
+        return self.scale.dtype == np.float16 and self.bias is None
+
     def tensors(self):
         """``(qweights, scales, qzeros)``, each a list of one an expert."""
         packed = [
@@ -65,7 +70,7 @@ class Problem:
         }
 
     def stack(self, backend):
-        if self.bias is None:
+        if self.is_gptq:
             g_idx = None if all(entry is None for entry in self.g_idx) else self.g_idx
             return backend.load_gptq_stacked(*self.tensors(), g_idx, **self.sizes())
         builder = self.builder(backend)
@@ -75,7 +80,14 @@ class Problem:
 
     def builder(self, backend):
         """An empty builder for these weights."""
-        return backend.new_stack_builder(self.num_experts, self.k, self.n, group_size=self.group_size, g_idx=self.g_idx)
+        return backend.new_stack_builder(
+            self.num_experts,
+            self.k,
+            self.n,
+            group_size=self.group_size,
+            g_idx=self.g_idx,
+            scale_dtype=self.scale.dtype,
+        )
 
     def linear(self, backend, bias=None):
         """The first expert as a layer of its own."""
@@ -113,7 +125,17 @@ class Problem:
 
 
 def random_problem(
-    rng, num_experts, k, n, group_size, *, g_idx="none", checkpoint_format="gptq", sym=False, bias=False
+    rng,
+    num_experts,
+    k,
+    n,
+    group_size,
+    *,
+    g_idx="none",
+    checkpoint_format="gptq",
+    sym=False,
+    scale_dtype=np.float16,
+    bias=False,
 ):
     """Weights of every code and every zero point that the format can hold, with scales of either sign."""
     group = k if group_size == -1 else group_size
@@ -122,7 +144,7 @@ def random_problem(
     shape = (num_experts, groups, n)
     return Problem(
         q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),
-        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(np.float16),
+        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(scale_dtype),
         zero=(np.full(shape, 8) if sym else rng.integers(low, low + 16, shape)).astype(np.uint8),
         group_size=group_size,
         g_idx=random_g_idx(rng, num_experts, k, group, g_idx),

@@ -11,7 +11,7 @@ from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
 import marlin_cy
 from marlin_cy import reference
 from marlin_cy.cpu._dispatch import activate
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -23,9 +23,9 @@ def product(stack, ctx, x, expert=0, dtype=np.float32):
     return out.array
 
 
-def one_expert(backend, q, scale, zero, group_size):
-    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size)
-    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(np.float16), zero.astype(np.uint8), group_size))
+def one_expert(backend, q, scale, zero, group_size, scale_dtype=np.float16):
+    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size, scale_dtype=scale_dtype)
+    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(scale_dtype), zero.astype(np.uint8), group_size))
     return builder.finish()
 
 
@@ -37,11 +37,14 @@ def selection(backend, k, scale=1.0):
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
-def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, g_idx):
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, g_idx, scale_dtype):
     for _ in range(2):
         k, n, m = 32 * int(rng.integers(1, 40)), 8 * int(rng.integers(1, 12)), int(rng.integers(1, 60))
         checkpoint_format = rng.choice(["gptq", "gptq_v2"])
-        problem = random_problem(rng, 2, k, n, group_size, g_idx=g_idx, checkpoint_format=checkpoint_format)
+        problem = random_problem(
+            rng, 2, k, n, group_size, g_idx=g_idx, checkpoint_format=checkpoint_format, scale_dtype=scale_dtype
+        )
         print(f"k {k}, n {n}, m {m}")
         stack, x = problem.stack(cpu_backend), activations(rng, m, k)
         ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=2)
@@ -92,15 +95,19 @@ def test_extreme_codes(cpu_backend, isa, compute_dtype):
             assert_same_bits(product(one_expert(cpu_backend, q, *parts, 128), ctx, x), expected)
 
 
-def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype):
-    halves = CODES_16.view(np.float16)
-    halves = halves[np.isfinite(halves)]
-    k, n = 64, 64
-    scale, zero = rng.choice(halves, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype, scale_dtype):
+    """Subnormal ones, too; of a bfloat16 some make products larger than float32 can hold."""
+    scales = CODES_16.view(scale_dtype)
+    with np.errstate(invalid="ignore"):
+        scales = scales[np.isfinite(scales)]
+    k, n = 64, 512
+    scale, zero = rng.choice(scales, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
     q, x = rng.integers(0, 16, (k, n)).astype(np.uint8), activations(rng, 5, k)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
-    expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype)
-    assert_same_bits(product(one_expert(cpu_backend, q, scale, zero, 32), ctx, x), expected)
+    with np.errstate(over="ignore"):
+        expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype)
+    assert_same_bits(product(one_expert(cpu_backend, q, scale, zero, 32, scale_dtype), ctx, x), expected)
 
 
 FLOAT32 = np.finfo(np.float32)

@@ -7,7 +7,7 @@ from problems import G_IDX_MODES, activations, add_in_parts, random_g_idx, rando
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import Int4Weight
+from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight
 from marlin_cy.formats.order import group_order
 
 CACHE_LINE = 64
@@ -21,8 +21,9 @@ def packed(store, expert):
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
-def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx):
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, scale_dtype):
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, scale_dtype=scale_dtype)
     store = problem.stack(cpu_backend).store
     for expert in range(3):
         order = store.group_orders[store.order_of[expert]]
@@ -32,9 +33,11 @@ def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx):
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
-def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx):
-    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, scale_dtype):
+    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, scale_dtype=scale_dtype)
     store = problem.stack(cpu_backend).store
+    assert store.scale_dtype == scale_dtype
     for expert in range(3):
         w, q = store.unpack(expert)
         np.testing.assert_array_equal(q, problem.q[expert])

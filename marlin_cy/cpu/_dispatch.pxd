@@ -32,6 +32,7 @@ cdef extern from "ukernel.h" nogil:
         const uint8_t *header[2]
         const uint8_t *body[2]
         const uint8_t *next[2]
+        int scale_dtype
         int num_groups
         int group_blocks
         int last_group_blocks

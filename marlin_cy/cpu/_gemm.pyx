@@ -111,6 +111,7 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
     cdef int64_t chunk, group, groups
     cdef gemm_task task
     cdef int t
+    task.scale_dtype = store.scale_dtype
     task.group_blocks = store.group_size // BLOCK_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
     task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)

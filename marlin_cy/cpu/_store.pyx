@@ -9,7 +9,7 @@ import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
-from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, GROUP_HEADER_BYTES, TILE_N
+from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, DTYPE_BF16, DTYPE_F16, GROUP_HEADER_BYTES, TILE_N
 
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
 from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
@@ -87,6 +87,7 @@ cdef class CpuGptqStore:
         Rows of K that share a scale.
     g_idx : sequence of int32 ``[k]`` or None, one an expert
         Group of each row; None for ``row // group_size``.
+    scale_dtype : {float16, bfloat16}
 
     Attributes
     ----------
@@ -99,7 +100,8 @@ cdef class CpuGptqStore:
         Which of them each expert uses.
     """
 
-    def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx):
+    def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx, scale_dtype=np.float16):
+        self.scale_dtype = np.dtype(scale_dtype)
         self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
@@ -119,6 +121,7 @@ cdef class CpuGptqStore:
             n=n,
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
+            scale_dtype=DTYPE_F16 if self.scale_dtype == np.float16 else DTYPE_BF16,
             orders=NULL,
             order_of=&orders_of_experts[0],
         )
@@ -186,4 +189,4 @@ cdef class CpuGptqStore:
         begin = expert * self.layout.expert_stride
         packed = self.data[begin : begin + self.layout.expert_stride]
         order = self.group_orders[self.order_of[expert]]
-        return unpack_tiles(packed, order, self.layout, self.k)
+        return unpack_tiles(packed, order, self.layout, self.k, self.scale_dtype)

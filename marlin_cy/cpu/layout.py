@@ -60,7 +60,7 @@ def pack_tiles(q, scale, zero, order, layout):
     Parameters
     ----------
     q : uint8 ``[K, N]`` in 0..15
-    scale : float16 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
     zero : uint8 ``[G, N]``
     order : GroupOrder
     layout : TileLayout
@@ -82,11 +82,11 @@ def pack_tiles(q, scale, zero, order, layout):
     return packed.reshape(-1)
 
 
-def unpack_tiles(packed, order, layout, k):
+def unpack_tiles(packed, order, layout, k, scale_dtype):
     """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``."""
     tiles = packed.reshape(layout.tiles, layout.tile_stride)
     headers = tiles[:, : layout.num_groups * GROUP_HEADER_BYTES].reshape(layout.tiles, layout.num_groups, -1)
-    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(np.float16).astype(np.float64)
+    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_dtype).astype(np.float64)
     zero = headers[:, :, 2 * TILE_N :].astype(np.float64)
     body = tiles[:, layout.header_bytes :].reshape(layout.tiles, -1, TILE_N, 4)
     nibbles = np.stack([body & 15, body >> 4], axis=2)  # [tile, block, half, lane, t]

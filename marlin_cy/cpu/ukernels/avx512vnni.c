@@ -44,9 +44,13 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     return _mm512_set1_epi32(quad);
 }
 
-KERNEL void load_header(group_view *view, int t, const uint8_t *header)
+KERNEL void load_header(group_view *view, int t, const uint8_t *header, int scale_dtype)
 {
-    view->scale[t] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)header));
+    const __m256i scale = _mm256_loadu_si256((const __m256i *)header);
+    if (scale_dtype == DTYPE_BF16)
+        view->scale[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scale), 16));
+    else
+        view->scale[t] = _mm512_cvtph_ps(scale);
     const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
     const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), zero);
     view->minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
@@ -163,7 +167,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_BYTES;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES);
+            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype);
         }
         if (task->m * planes <= PLANE_ROWS) {
             rows_of_group(task, &view, planes, tiles, 1);

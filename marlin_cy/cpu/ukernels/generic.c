@@ -144,7 +144,9 @@ static inline void gemm(const gemm_task *task, int planes)
         for (int t = 0; t < num_tiles; t++) {
             const uint8_t *header = task->header[t] + g * GROUP_HEADER_BYTES;
             for (int c = 0; c < TILE_N; c++) {
-                scale[t * TILE_N + c] = half_to_float((uint16_t)(header[2 * c] | header[2 * c + 1] << 8));
+                const uint32_t bits = header[2 * c] | (uint32_t)header[2 * c + 1] << 8;
+                scale[t * TILE_N + c] =
+                    task->scale_dtype == DTYPE_BF16 ? bits_float(bits << 16) : half_to_float((uint16_t)bits);
                 zero[t * TILE_N + c] = header[2 * TILE_N + c];
             }
             unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks);

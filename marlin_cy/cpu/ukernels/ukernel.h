@@ -10,7 +10,7 @@
  *   0                          48*groups      header_bytes                header_bytes + 64*blocks
  *   | group 0 | group 1 | .... | pad to 64 B  | block 0 | block 1 | ....  |
  *        |                                         |
- *        | 16 x float16 scale, 16 x uint8 zero     | 16 lanes of 4 bytes, lane n = column n:
+ *        | 16 x 16-bit scale, 16 x uint8 zero      | 16 lanes of 4 bytes, lane n = column n:
  *                                                  |   byte t:  low nibble   q[8*block + t,     n]
  *                                                  |            high nibble  q[8*block + t + 4, n]
  *
@@ -35,7 +35,7 @@ enum {
     PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that a broadcast activation is used twice */
     BLOCK_K = 8,             /* values of K in a block */
     BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
-    GROUP_HEADER_BYTES = 48, /* 16 float16 scales and 16 uint8 zeros */
+    GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
     MAX_GROUP_K = 128,       /* the largest group: 128 * 15 * 32639 stays far below 2^31 */
     GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
     MAX_ROWS = 48,           /* rows of a task: their sums (6 KiB), activations of a group (12) and its weights (4) fit L1 */
@@ -81,6 +81,7 @@ typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
+    int scale_dtype; /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
     int num_groups;
     int group_blocks;      /* blocks in every group but the last */
     int last_group_blocks; /* blocks in the last */

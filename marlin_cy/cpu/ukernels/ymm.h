@@ -29,11 +29,19 @@ typedef struct {
     __m256i minus_zero[2];
 } group_header;
 
-YMM group_header load_header(const uint8_t *header)
+YMM __m256 load_scales(const uint8_t *from, int scale_dtype)
+{
+    const __m128i bits = _mm_loadu_si128((const __m128i *)from);
+    if (scale_dtype == DTYPE_BF16)
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    return _mm256_cvtph_ps(bits);
+}
+
+YMM group_header load_header(const uint8_t *header, int scale_dtype)
 {
     group_header h;
     for (int half = 0; half < 2; half++) {
-        h.scale[half] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(header + 16 * half)));
+        h.scale[half] = load_scales(header + 16 * half, scale_dtype);
         const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(header + 32 + 8 * half)));
         const __m256i minus = _mm256_sub_epi32(_mm256_setzero_si256(), zero);
         h.minus_zero[half] = _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);

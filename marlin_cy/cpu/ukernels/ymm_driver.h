@@ -32,7 +32,7 @@ KERNEL void gemm(const gemm_task *task, int planes)
         const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
         group_view view = {.a = task->a, .meta = task->meta, .sums = task->scratch->sums + t * TILE_N};
         for (int g = 0; g < task->num_groups; g++) {
-            const group_header header = load_header(task->header[t] + g * GROUP_HEADER_BYTES);
+            const group_header header = load_header(task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype);
             view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_BYTES;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
