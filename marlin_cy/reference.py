@@ -6,12 +6,15 @@ not specified that tightly, so :func:`moe_layer` and :func:`route` are float64 a
 a bound.
 """
 
+import math
+
 import numpy as np
 
 from marlin_cy.formats.canonical import E2M1_VALUES, unpack_words
 from marlin_cy.formats.order import group_order, packed_group_size
 
 __all__ = [
+    "ACTIVATIONS",
     "QMAX",
     "dequantize",
     "dequantize_weight",
@@ -31,18 +34,22 @@ MIN_AMAX = np.float32(2.0**-100)
 CHUNK_K = 1024
 
 
-def dequantize(q, scale, zero, group_size, g_idx=None):
-    """``w``, float64 ``[K, N]``: ``scale[g] * (q - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``."""
+def dequantize(q, scale, zero, group_size, g_idx=None, codes="uint4"):
+    """``w``, float64 ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
+
+    ``value`` is documented in :mod:`marlin_cy.formats.canonical`; with ``codes="e2m1"``, ``zero`` is None.
+    """
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
-    return scale.astype(np.float64)[groups] * (q.astype(np.float64) - zero.astype(np.float64)[groups])
+    scale = scale.astype(np.float64)[groups]
+    if codes == "e2m1":
+        return scale * E2M1_VALUES.astype(np.float64)[q]
+    return scale * (q.astype(np.float64) - zero.astype(np.float64)[groups])
 
 
 def dequantize_weight(weight):
     """``w``, float64 ``[K, N]``, of an :class:`~marlin_cy.formats.canonical.Int4Weight`."""
     codes = unpack_words(weight.words)
-    values = E2M1_VALUES[codes] if weight.codes == "e2m1" else codes
-    zero = np.zeros(weight.scale.shape) if weight.zero is None else weight.zero
-    return dequantize(values, weight.scale, zero, weight.group_size, weight.g_idx)
+    return dequantize(codes, weight.scale, weight.zero, weight.group_size, weight.g_idx, weight.codes)
 
 
 def fma_f32(a, b, c):
@@ -95,19 +102,26 @@ def quantize(x, group_size, compute_dtype):
     return values, np.stack(scales, axis=1)
 
 
-def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16"):
+def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16", codes="uint4"):
     """``x @ w`` as the CPU computes it: float32 ``[M, N]``, to the last bit.
+
+    4-bit floats are multiplied as integers, twice their values, by half of their scales, which in float32
+    are exact.
 
     Parameters
     ----------
     x : float32 ``[M, K]``
     q : uint8 ``[K, N]``
-    scale : float16 ``[G, N]``
-    zero : uint8 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
+    zero : uint8 ``[G, N]``, or None with ``codes="e2m1"``
     group_size : int
     g_idx : int32 ``[K]``, optional
     compute_dtype : {"int16", "int8"}
+    codes : {"uint4", "e2m1"}
     """
+    factor = np.float32(1)
+    if codes == "e2m1":
+        q, zero, factor = (2 * E2M1_VALUES[q]).astype(np.int64), np.zeros(scale.shape, np.uint8), np.float32(0.5)
     k = q.shape[0]
     step = packed_group_size(group_size)
     order = group_order(g_idx, k, group_size)
@@ -126,7 +140,7 @@ def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16"):
                 scale_row = order.scale_rows[group]
                 total = values[:, piece].sum(axis=1, keepdims=True)
                 exact = values[:, piece] @ q[piece] - total * zero[scale_row].astype(np.int64)
-                s = row_scale[:, group, None] * scale[scale_row].astype(np.float32)
+                s = row_scale[:, group, None] * (scale[scale_row].astype(np.float32) * factor)
                 sums = fma_f32(exact.astype(np.float32), s, sums)
             out = sums if chunk == 0 else out + sums
     return out
@@ -180,6 +194,33 @@ def silu(x):
     """``x / (1 + exp(-x))``."""
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    """``x * 0.5 * (1 + erf(x / sqrt(2)))``."""
+    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(np.asarray(x) / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    """``x * 0.5 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))``."""
+    with np.errstate(over="ignore"):
+        return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def swigluoai(gate, up):
+    """``gate / (1 + exp(-1.702 * gate)) * (up + 1)`` of ``gate`` at most 7 and ``up`` between -7 and 7."""
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+ACTIVATIONS = {
+    "silu": lambda gate, up: silu(gate) * up,
+    "gelu": lambda gate, up: gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "swigluoai": swigluoai,
+}
+"""``f(gate, up)`` of each activation of :class:`~marlin_cy.moe.MoeLayer`, for float64 arrays."""
 
 
 def moe_layer(hidden_states, gate_up, down, topk_ids, topk_weights):

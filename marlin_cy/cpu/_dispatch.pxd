@@ -16,6 +16,13 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
+        CODES_UINT4
+        CODES_E2M1
+        E2M1_ZERO
+        ACTIVATION_SILU
+        ACTIVATION_GELU
+        ACTIVATION_GELU_TANH
+        ACTIVATION_SWIGLUOAI
 
     ctypedef struct act_meta:
         float scale
@@ -28,6 +35,7 @@ cdef extern from "ukernel.h" nogil:
         const uint8_t *header[2]
         const uint8_t *body[2]
         const uint8_t *next[2]
+        int scale_dtype
         int num_groups
         int group_blocks
         int last_group_blocks
@@ -52,15 +60,15 @@ cdef extern from "ukernel.h" nogil:
         char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias, int n,
         int dtype) noexcept nogil
     ctypedef void gate_rows_fn(
-        float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums) noexcept nogil
+        float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums, const float *gate_bias,
+        const float *up_bias, int activation) noexcept nogil
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
 
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
 
     ctypedef struct ukernel_table:
         const char *name
-        gemm_fn *gemm_i16
-        gemm_fn *gemm_i8
+        gemm_fn *gemm[2][2]
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

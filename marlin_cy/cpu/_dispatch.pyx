@@ -6,6 +6,8 @@ This extension holds the C files of ``ukernels/``; the others reach them through
 
 import os
 
+import numpy as np
+
 
 cdef extern from "isa.h" nogil:
     enum:
@@ -31,6 +33,14 @@ cdef extern from *:
     int openmp_version() nogil
 
 ENVIRONMENT_VARIABLE = "MARLIN_CY_ISA"
+
+ACTIVATIONS = {
+    "silu": ACTIVATION_SILU,
+    "gelu": ACTIVATION_GELU,
+    "gelu_tanh": ACTIVATION_GELU_TANH,
+    "swigluoai": ACTIVATION_SWIGLUOAI,
+}
+"""The kernels' number of each activation of :class:`~marlin_cy.moe.MoeLayer`."""
 
 
 def isas():
@@ -71,6 +81,33 @@ def choose_isa():
         return wanted, f"{ENVIRONMENT_VARIABLE} asks for it"
     *_, best = (isa for isa in isas() if isa["available"])
     return best["name"], f"the most specific that runs here: {best['reason']}"
+
+
+def activate(str isa, str activation, const float[:, ::1] sums, const float[::1] bias=None):
+    """What an ISA's ``gate_rows`` makes of sums, float32 ``[rows, 16]``; for tests and inspection.
+
+    Parameters
+    ----------
+    isa, activation : str
+    sums : float32 ``[rows, 32]``
+        16 gates, then 16 ups.
+    bias : float32 ``[32]``, optional
+        Added to the sums.
+    """
+    cdef const ukernel_table *table = table_of(isa)
+    cdef int code = ACTIVATIONS[activation], m = sums.shape[0]
+    if sums.shape[1] != PAIR_N or bias is not None and bias.shape[0] != PAIR_N:
+        raise ValueError(f"sums, bias: got {sums.shape[1]} columns, expected {PAIR_N} in both")
+    out, rows = np.empty((m, TILE_N), np.float32), np.arange(m)
+    cdef float[:, ::1] to = out
+    cdef const int64_t[::1] places = rows
+    cdef const float *gate_bias = NULL
+    cdef const float *up_bias = NULL
+    if bias is not None:
+        gate_bias, up_bias = &bias[0], &bias[TILE_N]
+    if m:
+        table.gate_rows(&to[0, 0], TILE_N, &places[0], m, &sums[0, 0], gate_bias, up_bias, code)
+    return out
 
 
 def openmp_report():

@@ -45,16 +45,18 @@ cdef struct gemm_job:
     int64_t num_blocks
     int64_t column_begin        # columns of each expert to compute
     int64_t column_end
-    int64_t inner               # > 0: columns are inner gates, then inner ups; the output is silu(gate) * up
+    int64_t inner               # > 0: columns are inner gates, then inner ups; the output is activation(gate, up)
+    int activation              # then: ACTIVATION_SILU (0) and the others of ukernel.h
     char *output                # first element of the first column's place in row 0
     int out_dtype
     int64_t out_width           # elements from one output row to the next
-    const float *bias           # [column_end - column_begin], or NULL
+    const float *bias           # of expert 0's column column_begin, or NULL; added before the activation
+    int64_t bias_stride         # elements from one expert's to the next's; 0: the same for all
     thread_area *areas          # [num_threads]
     float *slots                # [split_slots(job)][OUT_FLOATS]
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept
-cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store) noexcept
+cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
 cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil

@@ -2,7 +2,7 @@
 
 An *item* is a block of at most ``MAX_ROWS`` rows of one expert by two tiles of columns, over all of
 K. The micro-kernel sums it in float32 in the thread's own scratch; the epilogue adds the bias or
-applies ``silu(gate) * up``, converts, and writes the rows to where they belong.
+applies the activation, converts, and writes the rows to where they belong.
 
 K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chunks in ascending order.
 That is so whether one thread computes them all or, where there are fewer items than would keep the
@@ -104,13 +104,14 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
     """The sums of an item over some chunks."""
     cdef const packed_view *store = &job.store
     cdef const row_block *block = job.blocks + item // panels(job)
-    cdef gemm_fn *gemm = job.table.gemm_i16 if job.planes == 2 else job.table.gemm_i8
+    cdef gemm_fn *gemm = job.table.gemm[store.codes][job.planes - 1]
     cdef tile_pair pair = tiles_of(job, item)
     cdef tile_pair following = tiles_of(job, min(item + 1, job.num_blocks * panels(job) - 1))
     cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // BLOCK_K * BLOCK_BYTES
     cdef int64_t chunk, group, groups
     cdef gemm_task task
     cdef int t
+    task.scale_dtype = store.scale_dtype
     task.group_blocks = store.group_size // BLOCK_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
     task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
@@ -150,14 +151,21 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noex
     cdef const row_block *block = job.blocks + item // num_panels
     cdef const int64_t *rows = job.out_rows + block.begin
     cdef const float *bias = NULL
+    cdef const float *up_bias = NULL
     cdef int64_t tile_column, begin, end, element = 4 if job.out_dtype == DTYPE_F32 else 2
+    if job.bias is not NULL:
+        bias = job.bias + block.expert * job.bias_stride
     if job.inner:
-        job.table.gate_rows(<float *>job.output + panel * TILE_N, job.out_width, rows, <int>block.count, sums)
+        if bias is not NULL:
+            bias += panel * TILE_N
+            up_bias = bias + job.inner
+        job.table.gate_rows(<float *>job.output + panel * TILE_N, job.out_width, rows, <int>block.count, sums, bias,
+                            up_bias, job.activation)
         return
     tile_column = (first_tile(job) + 2 * panel) * TILE_N
     begin, end = max(tile_column, job.column_begin), min(tile_column + PAIR_N, job.column_end)
-    if job.bias is not NULL:
-        bias = job.bias + begin - job.column_begin
+    if bias is not NULL:
+        bias += begin - job.column_begin
     job.table.store_rows(
         job.output + (begin - job.column_begin) * element, job.out_width * element, rows, <int>block.count,
         sums + begin - tile_column, bias, <int>(end - begin), job.out_dtype)
@@ -314,12 +322,14 @@ cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore 
     job.orders = store.view.orders
 
 
-cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store) noexcept:
-    """What follows from the settings and the weights, for all columns of an expert; the rest is zero."""
+cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept:
+    """What follows from the settings, the weights and a stack's bias, for all columns of an expert; the rest is zero."""
     memset(job, 0, sizeof(gemm_job))
     job.table, job.planes = workspace.table, workspace.planes
     job.store = store.view
     job.column_end = job.out_width = store.n
+    if bias is not None:
+        job.bias, job.bias_stride = &bias[0, 0], store.n
 
 
 cdef void set_output(gemm_job *job, const matrix *output, int64_t column) noexcept:
@@ -406,15 +416,16 @@ cdef int check_disjoint(dispatch *sorted_copy, const int64_t[:, ::1] dispatches)
     return 0
 
 
-def gemm_batched(Workspace workspace, CpuGptqStore store, input, const int64_t[:, ::1] dispatches, output):
-    """``MarlinExpertStack.gemm_phase_batched`` on packed weights."""
+def gemm_batched(Workspace workspace, CpuGptqStore store, const float[:, ::1] bias, input,
+                 const int64_t[:, ::1] dispatches, output):
+    """``MarlinExpertStack.gemm_phase_batched`` on packed weights; ``bias`` is ``[experts, n]`` or None."""
     cdef matrix inp = float_matrix(input, "input", store.k, False)
     cdef matrix out = float_matrix(output, "output", store.n, True)
     cdef int64_t pairs = 0, input_rows = 0, count = dispatches.shape[0], i, r
     cdef RowPlanner planner = RowPlanner()
     cdef gemm_job job
     refuse_overlap(out, inp, "output")
-    set_gemm_job(&job, workspace, store)
+    set_gemm_job(&job, workspace, store, bias)
     set_output(&job, &out, 0)
     check_dispatches(dispatches, store, &inp, &out)
     for i in range(count):
@@ -461,9 +472,9 @@ cdef int check_routing(const int *sorted_ids, int64_t length, const int *experts
     return 0
 
 
-def gemm_vllm(Workspace workspace, CpuGptqStore store, input, sorted_token_ids, expert_ids,
+def gemm_vllm(Workspace workspace, CpuGptqStore store, const float[:, ::1] bias, input, sorted_token_ids, expert_ids,
               int64_t num_tokens_past_padded, output, int64_t prob_m, int64_t moe_block_size, int64_t top_k):
-    """``MarlinExpertStack.gemm_phase_vllm`` on packed weights."""
+    """``MarlinExpertStack.gemm_phase_vllm`` on packed weights; ``bias`` is ``[experts, n]`` or None."""
     cdef matrix inp = float_matrix(input, "input", store.k, False)
     cdef matrix out = float_matrix(output, "output", store.n, True)
     cdef int64_t length, num_experts, pairs, i, s
@@ -472,7 +483,7 @@ def gemm_vllm(Workspace workspace, CpuGptqStore store, input, sorted_token_ids, 
     cdef RowPlanner planner = RowPlanner()
     cdef gemm_job job
     refuse_overlap(out, inp, "output")
-    set_gemm_job(&job, workspace, store)
+    set_gemm_job(&job, workspace, store, bias)
     set_output(&job, &out, 0)
     if moe_block_size < 1:
         raise ValueError(f"moe_block_size: got {moe_block_size}, expected at least 1")
@@ -527,7 +538,7 @@ def linear(Workspace workspace, CpuGptqStore store, input, output, int64_t m, in
             for row in range(m):
                 planner.add(row, row)
             planner.end_run()
-            set_gemm_job(&job, workspace, store)
+            set_gemm_job(&job, workspace, store, None)
             job.column_begin, job.column_end = begin, end
             set_output(&job, &out, done)
             if bias is not None:

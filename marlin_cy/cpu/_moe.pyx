@@ -318,9 +318,9 @@ def moe_forward(Workspace workspace, CpuGptqStore gate_up, CpuGptqStore down, hi
     job.quantize_input.dtype = hidden.dtype
     set_quantize_job(&job.quantize_inner, workspace, down)
     job.quantize_inner.dtype = DTYPE_F32
-    set_gemm_job(&job.gate_up, workspace, gate_up)
+    set_gemm_job(&job.gate_up, workspace, gate_up, None)
     job.gate_up.inner = job.gate_up.out_width = inner
-    set_gemm_job(&job.down, workspace, down)
+    set_gemm_job(&job.down, workspace, down, None)
     job.down.out_dtype = DTYPE_F32
     job.combine.table, job.combine.dtype = workspace.table, result.dtype
     job.combine.top_k, job.combine.width = top_k, width

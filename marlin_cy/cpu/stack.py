@@ -109,7 +109,7 @@ class CpuMarlinExpertStack(PackedStack):
         workspace = workspace_of(ctx)
         if integer("k", k) != self.store.k:
             raise ValueError(f"k: got {k}, expected {self.store.k}, the stack's")
-        fork.run(_gemm.gemm_batched, workspace, self.store, input, as_dispatches(dispatches), output)
+        fork.run(_gemm.gemm_batched, workspace, self.store, self.bias, input, as_dispatches(dispatches), output)
 
     def gemm_phase_vllm(
         self,
@@ -134,6 +134,7 @@ class CpuMarlinExpertStack(PackedStack):
             _gemm.gemm_vllm,
             workspace,
             self.store,
+            self.bias,
             input,
             sorted_token_ids,
             expert_ids,
@@ -172,7 +173,7 @@ class CpuStackBuilder(CheckedStackBuilder):
     """Packs weights straight into a new store."""
 
     def __init__(self, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
-        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx)
+        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
 
     def _pack(self, expert, column_offset, weight):
