@@ -25,10 +25,10 @@ GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 
-def extension(name, sources=()):
+def extension(name, sources=(), package="cpu"):
     return Extension(
-        f"marlin_cy.cpu.{name}",
-        [f"marlin_cy/cpu/{name}.pyx", *sources],
+        f"marlin_cy.{package}.{name}",
+        [f"marlin_cy/{package}/{name}.pyx", *sources],
         include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels"],
         depends=HEADERS,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
@@ -99,6 +99,7 @@ setup(
             extension("_gemm"),
             extension("_moe"),
             extension("_bandwidth"),
+            extension("_nibbles", package="formats"),
         ],
         language_level=3,
         compiler_directives={

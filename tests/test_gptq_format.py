@@ -140,7 +140,7 @@ G_IDX = np.arange(K, dtype=np.int32) // GROUP
         (
             {"qweight": VALID["qweight"].astype(np.int64)},
             TypeError,
-            r"qweight: got dtype int64, expected int32 \(8, 16\)",
+            r"qweight: got dtype int64, expected int32 or uint32 \(8, 16\)",
         ),
         ({"qweight": VALID["qweight"].astype(">i4")}, TypeError, "qweight: got big-endian dtype >i4, expected native"),
         ({"qweight": VALID["qweight"].astype(np.float32)}, TypeError, "qweight: got dtype float32"),

@@ -1,29 +1,38 @@
-"""GPTQ tensors, as AutoGPTQ and GPTQModel store them, to canonical form and back.
+"""GPTQ tensors, as AutoGPTQ, GPTQModel and AutoRound store them, to canonical form and back.
 
-==========  =======  ============  ======================================================
-qweight     int32    ``[K/8, N]``  ``q[8*b + i, n]`` is bits ``4*i .. 4*i+3`` of word ``[b, n]``
-scales      float16  ``[G, N]``
-qzeros      int32    ``[G, N/8]``  the code of ``[g, 8*c + j]`` is bits ``4*j .. 4*j+3`` of word ``[g, c]``
-g_idx       int32    ``[K]``       the group of each row of K
-==========  =======  ============  ======================================================
+==========  ====================  ============  ======================================================
+qweight     int32                 ``[K/8, N]``  ``q[8*b + i, n]`` is bits ``4*i .. 4*i+3`` of word ``[b, n]``
+scales      float16 or bfloat16   ``[G, N]``
+qzeros      int32                 ``[G, N/8]``  the code of ``[g, 8*c + j]`` is bits ``4*j .. 4*j+3`` of word ``[g, c]``
+g_idx       int32                 ``[K]``       the group of each row of K
+==========  ====================  ============  ======================================================
 
 with ``G = ceil(K / group_size)``. The two checkpoint formats differ in what a code of ``qzeros``
 means: ``"gptq"`` stores the zero point minus one, so it is 1 to 16 and is never wrapped to four
 bits; ``"gptq_v2"`` stores the zero point, 0 to 15.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
+from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.formats.fields import check_bits, optional, refuse_rotation, required
+from marlin_cy.formats.overrides import Dynamic, settings_of
+from marlin_cy.formats.scheme import Scheme, TensorSpec
 
 __all__ = [
     "ZERO_OFFSETS",
+    "GptqScheme",
     "checked_group_size",
     "g_idx_per_expert",
     "normalised_g_idx",
     "pack_gptq",
+    "parse",
+    "read_settings",
     "tensor_shapes",
     "to_canonical",
 ]
@@ -31,9 +40,121 @@ __all__ = [
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """What each checkpoint format adds to a code of ``qzeros`` to get the zero point."""
 
-WORDS = (np.dtype(np.int32), np.dtype(np.uint32))
-HALVES = (np.dtype(np.float16),)
-HALF_EXPONENT = np.uint16(0x7C00)
+CHECKPOINT_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2", "gptq_p": "gptq_v2"}
+"""What ``checkpoint_format`` may say, and which of the two it means. GPTQModel's "gptq_p" differs for other widths."""
+
+SUPPORTED_FORMATS = (*CHECKPOINT_FORMATS, "marlin")
+PACK_DTYPE = "int32"
+
+
+@dataclass(frozen=True)
+class GptqScheme(Scheme):
+    """GPTQ tensors: see :mod:`marlin_cy.formats.gptq`.
+
+    Attributes
+    ----------
+    checkpoint_format : str
+        ``"gptq"`` or ``"gptq_v2"``.
+    desc_act : bool
+        Rows of K were quantised in another order; ``g_idx`` then has to be there.
+    sym : bool
+        All zero points are 8. Nothing depends on it: they are always read.
+    overrides : tuple
+        Of :mod:`marlin_cy.formats.overrides`.
+    """
+
+    group_size: int
+    checkpoint_format: str = "gptq"
+    desc_act: bool = False
+    sym: bool = True
+    overrides: tuple = ()
+
+    format = "gptq"
+    marker = ".qweight"
+    scales = ".scales"
+    order = ".g_idx"
+
+    def for_module(self, module):
+        if not self.overrides:
+            return self
+        return replace(self, overrides=(), **settings_of(self.overrides, module))
+
+    def sizes(self, marker_shape):
+        if len(marker_shape) != 2:
+            raise ValueError(f"got shape {marker_shape}, expected two dimensions")
+        return 8 * marker_shape[0], marker_shape[1]
+
+    def checked_group_size(self, k, n):
+        return checked_group_size(
+            bits=4, group_size=self.group_size, k=k, n=n, checkpoint_format=self.checkpoint_format
+        )
+
+    def tensors(self, k, n):
+        shapes = tensor_shapes(k, n, self.checked_group_size(k, n))
+        return {
+            ".qweight": TensorSpec(shapes["qweight"], ("I32",)),
+            ".scales": TensorSpec(shapes["scales"], ("F16", "BF16")),
+            ".qzeros": TensorSpec(shapes["qzeros"], ("I32",)),
+            # Without g_idx, rows are in groups one after another, which desc_act says they are not.
+            ".g_idx": TensorSpec(shapes["g_idx"], ("I32",), required=self.desc_act),
+        }
+
+    def g_idx(self, array, k, n):
+        return normalised_g_idx(array, k, self.checked_group_size(k, n))
+
+    def to_canonical(self, arrays, k, n, label=""):
+        return to_canonical(
+            arrays[".qweight"],
+            arrays[".scales"],
+            arrays[".qzeros"],
+            arrays.get(".g_idx"),
+            bits=4,
+            group_size=self.group_size,
+            k=k,
+            n=n,
+            checkpoint_format=self.checkpoint_format,
+            label=label,
+        )
+
+
+def parse(config, file) -> GptqScheme:
+    """The scheme that AutoGPTQ's, GPTQModel's or transformers' quantisation config describes.
+
+    Parameters
+    ----------
+    config : dict
+    file : path-like
+        For messages.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError
+    """
+    checkpoint_format = optional(config, ("checkpoint_format", "format"), str, file, default="gptq")
+    if checkpoint_format.lower() not in CHECKPOINT_FORMATS:
+        raise UnsupportedError(
+            f"{file}: checkpoint_format {checkpoint_format!r}, supported: {', '.join(SUPPORTED_FORMATS)}"
+        )
+    refuse_rotation(config, "rotation", file)
+    check_bits(required(config, ("bits",), int, file), file)
+    required(config, ("group_size",), int, file)
+    dynamic = optional(config, ("dynamic",), dict, file)
+    settings = read_settings(config, file)
+    del settings["bits"]
+    return GptqScheme(
+        checkpoint_format=CHECKPOINT_FORMATS[checkpoint_format.lower()],
+        overrides=(Dynamic.parse(dynamic, read_settings, file),) if dynamic else (),
+        **settings,
+    )
+
+
+def read_settings(config, file):
+    """Those settings of a layer that a JSON object has: a dict of ``bits``, ``group_size``, ``desc_act``, ``sym``."""
+    kinds = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
+    settings = {name: optional(config, (name,), kind, file) for name, kind in kinds.items()}
+    if optional(config, ("pack_dtype",), str, file, default=PACK_DTYPE) != PACK_DTYPE:
+        raise UnsupportedError(f"{file}: pack_dtype: got {config['pack_dtype']!r}, only {PACK_DTYPE!r} is supported")
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def to_canonical(
@@ -44,7 +165,7 @@ def to_canonical(
     Parameters
     ----------
     qweight : int32 or uint32 ``[k/8, n]``
-    scales : float16 ``[G, n]``
+    scales : float16 or bfloat16 ``[G, n]``
         Finite.
     qzeros : int32 or uint32 ``[G, n/8]``
     g_idx : int32 or uint32 ``[k]``, optional
@@ -70,14 +191,14 @@ def to_canonical(
         bits=bits, group_size=group_size, k=k, n=n, checkpoint_format=checkpoint_format, label=label
     )
     shapes = tensor_shapes(k, n, group_size)
-    qweight = _array(f"qweight{label}", qweight, WORDS, shapes["qweight"])
-    scales = _array(f"scales{label}", scales, HALVES, shapes["scales"])
-    qzeros = _array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
-    _check_finite(f"scales{label}", scales)
+    qweight = as_array(f"qweight{label}", qweight, WORDS, shapes["qweight"])
+    scales = as_array(f"scales{label}", scales, SCALE_DTYPES, shapes["scales"])
+    qzeros = as_array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
+    check_finite(f"scales{label}", scales)
     return Int4Weight(
         words=qweight.view(np.uint32),
         scale=scales,
-        zero=_unpack_zeros(qzeros, ZERO_OFFSETS[checkpoint_format]),
+        zero=unpack_nibbles(qzeros, ZERO_OFFSETS[checkpoint_format]),
         group_size=group_size,
         g_idx=normalised_g_idx(g_idx, k, group_size, label),
     )
@@ -153,7 +274,7 @@ def normalised_g_idx(g_idx, k, group_size, label=""):
     """
     if g_idx is None:
         return None
-    g_idx = _array(f"g_idx{label}", g_idx, WORDS, (k,))
+    g_idx = as_array(f"g_idx{label}", g_idx, WORDS, (k,))
     groups = -(-k // group_size)
     # As unsigned numbers, negative ones are too large as well.
     outside = g_idx.view(np.uint32) >= groups
@@ -226,37 +347,3 @@ def pack_gptq(q, scale, zero, *, checkpoint_format="gptq"):
     # qzeros runs along N as qweight runs along K.
     qzeros = pack_words((zero.astype(np.int64) - offset).T).T
     return pack_words(q).view(np.int32), np.asarray(scale, np.float16), np.ascontiguousarray(qzeros).view(np.int32)
-
-
-def _unpack_zeros(qzeros, offset):
-    """Zero points, uint8 ``[G, N]``, from contiguous ``qzeros``."""
-    pairs = qzeros.astype("<u4", copy=False).view(np.uint8)
-    zero = np.empty((pairs.shape[0], 2 * pairs.shape[1]), np.uint8)
-    np.bitwise_and(pairs, 15, out=zero[:, 0::2])
-    np.right_shift(pairs, 4, out=zero[:, 1::2])
-    zero += np.uint8(offset)
-    return zero
-
-
-def _check_finite(name, scales):
-    # Halves are finite unless their exponent is all ones. np.isfinite takes four times as long.
-    if (scales.view(np.uint16) & HALF_EXPONENT).max() == HALF_EXPONENT:
-        g, n = np.argwhere(~np.isfinite(scales))[0]
-        raise ValueError(f"{name}: got {scales[g, n]} at [{g}, {n}], expected finite values")
-
-
-def _array(name, value, dtypes, shape):
-    """``value`` as an aligned, contiguous ndarray, copied only where it is not one already."""
-    expected = f"{dtypes[0].name} {shape}"
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected an array, {expected}") from error
-    if not array.dtype.isnative:
-        order = {"<": "little", ">": "big"}[array.dtype.byteorder]
-        raise TypeError(f"{name}: got {order}-endian dtype {array.dtype.str}, expected native byte order, {expected}")
-    if array.dtype not in dtypes:
-        raise TypeError(f"{name}: got dtype {array.dtype.name}, expected {expected}")
-    if array.shape != shape:
-        raise ValueError(f"{name}: got shape {array.shape}, expected {expected}")
-    return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))

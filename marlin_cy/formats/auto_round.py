@@ -1,0 +1,140 @@
+"""AutoRound's checkpoints, whose tensors are GPTQ's or AWQ's: what its configuration says.
+
+==========================================  ================================================================
+``packing_format``                          tensors
+==========================================  ================================================================
+auto_round:auto_gptq, auto_round:gptq       GPTQ's, the zero point stored minus one
+auto_round, auto_round:gptqmodel            GPTQ's, the zero point as it is; the former without ``g_idx``
+auto_round:auto_awq, auto_round:awq         AWQ's
+==========================================  ================================================================
+
+Source: AutoRound, ``auto_round/export/export_to_autoround/export.py`` and ``auto_round/inference``.
+"""
+
+from dataclasses import dataclass, field
+
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats import awq, gptq
+from marlin_cy.formats.fields import check_bits, compiled, optional, refuse_rotation, required
+from marlin_cy.formats.scheme import Scheme
+
+__all__ = ["ExtraConfig", "parse"]
+
+PACKING_FORMATS = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
+UNQUANTISED_BITS = 16
+"""Bits of weights, or of activations, from which on they are not quantised."""
+
+REGEX_CHARACTERS = frozenset(r"\*^$|()[]?+{}")
+
+
+@dataclass(frozen=True)
+class ExtraConfig:
+    """``extra_config``: settings by the names of modules, and by regular expressions for those not named.
+
+    Of the expressions, the first that is found in a name decides. See :mod:`marlin_cy.formats.overrides`.
+
+    Attributes
+    ----------
+    by_name : dict
+        From name to settings.
+    by_regex : tuple of (Pattern, dict)
+    """
+
+    by_name: dict = field(hash=False)
+    by_regex: tuple = field(hash=False)
+
+    @classmethod
+    def parse(cls, config, read_settings, file):
+        """From the JSON object; ``read_settings(dict, file)`` reads the settings of one module.
+
+        Raises
+        ------
+        CheckpointError
+            No regular expression, or settings that are not an object.
+        """
+        by_name, by_regex = {}, []
+        for name, given in config.items():
+            if not isinstance(given, dict):
+                raise CheckpointError(f"extra_config: got {given!r} for {name!r}, expected an object", file=file)
+            settings = read_settings(given, file)
+            # The tool looks whether the model has a module of that name. Expressions that it writes have a ".*".
+            if REGEX_CHARACTERS.isdisjoint(name):
+                by_name[name] = settings
+            else:
+                by_regex.append((compiled(name, "extra_config", file), settings))
+        return cls(by_name, tuple(by_regex))
+
+    def settings(self, module):
+        found = self.by_name.get(module)
+        if found is None:
+            found = next((settings for regex, settings in self.by_regex if regex.search(module)), {})
+        if found.get("bits", 4) >= UNQUANTISED_BITS:
+            raise UnsupportedError(f"{module}: not quantised, its bits are {found['bits']} in extra_config")
+        return _of_integers(found, module)
+
+
+def parse(config, file) -> Scheme:
+    """The scheme that AutoRound's quantisation config describes: GPTQ's or AWQ's.
+
+    Parameters
+    ----------
+    config : dict
+    file : path-like
+        For messages.
+
+    Raises
+    ------
+    CheckpointError
+    UnsupportedError
+        Also for quantised activations: those layers have further tensors.
+    """
+    packing_format = required(config, ("packing_format",), str, file)
+    if packing_format not in PACKING_FORMATS:
+        raise UnsupportedError(f"{file}: packing_format {packing_format!r}, supported: {', '.join(PACKING_FORMATS)}")
+    layout = PACKING_FORMATS[packing_format]
+    read_settings = _read_awq_settings if layout == "awq" else _read_gptq_settings
+    refuse_rotation(config, "rotation_config", file)
+    check_bits(required(config, ("bits",), int, file), file)
+    required(config, ("group_size",), int, file)
+    settings = _of_integers(read_settings(config, file), file)
+    del settings["bits"]
+    extra_config = optional(config, ("extra_config",), dict, file)
+    overrides = (ExtraConfig.parse(extra_config, read_settings, file),) if extra_config else ()
+    if layout == "awq":
+        return awq.AwqScheme(overrides=overrides, **settings)
+    return gptq.GptqScheme(checkpoint_format=layout, overrides=overrides, **settings)
+
+
+def _read_gptq_settings(config, file):
+    return gptq.read_settings(config, file) | _read_kind(config, file)
+
+
+def _read_awq_settings(config, file):
+    return awq.read_settings(config, file) | _read_kind(config, file)
+
+
+def _read_kind(config, file):
+    """What kind of quantisation it is, which :func:`_of_integers` judges once it is known whose it is."""
+    kind = {
+        "data_type": optional(config, ("data_type",), str, file),
+        "act_bits": optional(config, ("act_bits",), int, file),
+    }
+    return {name: value for name, value in kind.items() if value is not None}
+
+
+def _of_integers(settings, where):
+    """``settings`` without their kind, which has to be integers, of weights alone."""
+    settings = dict(settings)
+    data_type, act_bits = settings.pop("data_type", "int"), settings.pop("act_bits", UNQUANTISED_BITS)
+    if not data_type.startswith("int"):
+        raise UnsupportedError(f"{where}: data_type: got {data_type!r}, only integers are supported")
+    if act_bits < UNQUANTISED_BITS:
+        raise UnsupportedError(f"{where}: act_bits: got {act_bits}, quantised activations are not supported")
+    return settings

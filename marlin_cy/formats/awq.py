@@ -1,0 +1,163 @@
+"""AWQ tensors in AutoAWQ's "gemm" layout, as AutoAWQ, GPTQModel and AutoRound store them.
+
+=======  ====================  ============  =====================================================================
+qweight  int32                 ``[K, N/8]``  bits ``4*i .. 4*i+3`` of word ``[k, c]`` are ``q[k, 8*c + ORDER[i]]``
+qzeros   int32                 ``[G, N/8]``  zero points, 0 to 15, in the same order
+scales   float16 or bfloat16   ``[G, N]``
+=======  ====================  ============  =====================================================================
+
+with ``G = K / group_size`` and ``ORDER`` = 0 2 4 6 1 3 5 7. There is no order of K. Source: AutoAWQ,
+``awq/modules/linear/gemm.py``.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats import gptq
+from marlin_cy.formats._nibbles import words_of_awq
+from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
+from marlin_cy.formats.canonical import NIBBLE_SHIFTS, SCALE_DTYPES, Int4Weight
+from marlin_cy.formats.fields import check_bits, optional, refuse_rotation, required
+from marlin_cy.formats.overrides import Dynamic, NotConverted, settings_of
+from marlin_cy.formats.scheme import Scheme, TensorSpec
+
+__all__ = ["AwqScheme", "pack_awq", "parse", "read_settings"]
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+NIBBLE_OF_COLUMN = np.argsort(ORDER)
+SUPPORTED_VERSIONS = ("gemm", "marlin")
+
+
+@dataclass(frozen=True)
+class AwqScheme(Scheme):
+    """AWQ tensors: see :mod:`marlin_cy.formats.awq`.
+
+    Attributes
+    ----------
+    zero_point : bool
+        False when all zero points are 8. Nothing depends on it: they are stored, and read, all the same.
+    overrides : tuple
+        Of :mod:`marlin_cy.formats.overrides`.
+    """
+
+    group_size: int
+    zero_point: bool = True
+    overrides: tuple = ()
+
+    format = "awq"
+    marker = ".qweight"
+    scales = ".scales"
+
+    def for_module(self, module):
+        if not self.overrides:
+            return self
+        return replace(self, overrides=(), **settings_of(self.overrides, module))
+
+    def sizes(self, marker_shape):
+        if len(marker_shape) != 2:
+            raise ValueError(f"got shape {marker_shape}, expected two dimensions")
+        return marker_shape[0], 8 * marker_shape[1]
+
+    def checked_group_size(self, k, n):
+        return gptq.checked_group_size(bits=4, group_size=self.group_size, k=k, n=n)
+
+    def tensors(self, k, n):
+        groups = -(-k // self.checked_group_size(k, n))
+        return {
+            ".qweight": TensorSpec((k, n // 8), ("I32",)),
+            ".scales": TensorSpec((groups, n), ("F16", "BF16")),
+            ".qzeros": TensorSpec((groups, n // 8), ("I32",)),
+        }
+
+    def to_canonical(self, arrays, k, n, label=""):
+        specs = self.tensors(k, n)
+        qweight = as_array(f"qweight{label}", arrays[".qweight"], WORDS, specs[".qweight"].shape)
+        scales = as_array(f"scales{label}", arrays[".scales"], SCALE_DTYPES, specs[".scales"].shape)
+        qzeros = as_array(f"qzeros{label}", arrays[".qzeros"], WORDS, specs[".qzeros"].shape)
+        check_finite(f"scales{label}", scales)
+        zero = unpack_nibbles(qzeros).reshape(len(scales), -1, 8)[:, :, NIBBLE_OF_COLUMN]
+        return Int4Weight(
+            words=words_of_awq(qweight.view(np.uint32)),
+            scale=scales,
+            zero=np.ascontiguousarray(zero).reshape(scales.shape),
+            group_size=self.checked_group_size(k, n),
+        )
+
+
+def parse(config, file) -> AwqScheme:
+    """The scheme that AutoAWQ's, GPTQModel's or transformers' quantisation config describes.
+
+    Parameters
+    ----------
+    config : dict
+    file : path-like
+        For messages.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError
+        The layouts "gemv", "gemv_fast" and llm-awq's own are not supported; "marlin" is
+        :mod:`marlin_cy.formats.marlin`'s.
+    """
+    version = optional(config, ("version", "format", "checkpoint_format"), str, file, default="gemm").lower()
+    if config.get("backend") == "llm-awq":  # which names its layout so
+        version = "llm-awq"
+    if version != "gemm":
+        raise UnsupportedError(f"{file}: version {version!r} of AWQ, supported: {', '.join(SUPPORTED_VERSIONS)}")
+    refuse_rotation(config, "rotation", file)
+    check_bits(required(config, ("bits", "w_bit"), int, file), file)
+    required(config, ("group_size", "q_group_size"), int, file)
+    dynamic = optional(config, ("dynamic",), dict, file)
+    not_converted = optional(config, ("modules_to_not_convert",), list, file)
+    overrides = []
+    if dynamic:
+        overrides.append(Dynamic.parse(dynamic, read_settings, file))
+    if not_converted:
+        overrides.append(NotConverted.parse(not_converted, file))
+    settings = read_settings(config, file)
+    del settings["bits"]
+    return AwqScheme(overrides=tuple(overrides), **settings)
+
+
+def read_settings(config, file):
+    """Those settings of a layer that a JSON object has: a dict of ``bits``, ``group_size``, ``zero_point``."""
+    zero_point, sym = (optional(config, (name,), bool, file) for name in ("zero_point", "sym"))
+    if zero_point is not None and zero_point is sym:
+        raise CheckpointError(f"got zero_point {zero_point} and sym {sym}, which contradict each other", file=file)
+    settings = {
+        "bits": optional(config, ("bits", "w_bit"), int, file),
+        "group_size": optional(config, ("group_size", "q_group_size"), int, file),
+        "zero_point": not sym if zero_point is None and sym is not None else zero_point,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def pack_awq(q, scale, zero):
+    """AWQ tensors from plain codes: the inverse of :meth:`AwqScheme.to_canonical`, slow and obvious.
+
+    Parameters
+    ----------
+    q : integers ``[K, N]``
+        0 to 15; N a multiple of 8.
+    scale : floats ``[G, N]``
+    zero : integers ``[G, N]``
+        0 to 15.
+
+    Returns
+    -------
+    qweight, scales, qzeros : int32 ``[K, N/8]``, float16 ``[G, N]``, int32 ``[G, N/8]``
+
+    Raises
+    ------
+    ValueError
+        A code or a zero point that the format cannot hold.
+    """
+    packed = []
+    for name, codes in (("q", np.asarray(q)), ("zero", np.asarray(zero))):
+        if codes.min() < 0 or codes.max() > 15:
+            raise ValueError(f"{name}: got {codes.min()} to {codes.max()}, awq holds 0 to 15")
+        eights = codes.reshape(len(codes), -1, 8)[:, :, ORDER].astype(np.uint32)
+        packed.append(np.bitwise_or.reduce(eights << NIBBLE_SHIFTS, axis=2).view(np.int32))
+    return packed[0], np.asarray(scale, np.float16), packed[1]

@@ -1,0 +1,315 @@
+"""compressed-tensors' 4-bit tensors, as llm-compressor writes them, to canonical form and back.
+
+``format`` "pack-quantized", integers:
+
+==================  ====================  ============  ============================================================
+weight_packed       int32                 ``[N, K/8]``  bits ``4*i .. 4*i+3`` of word ``[n, b]``: ``q[8*b + i, n]``
+weight_scale        float16 or bfloat16   ``[N, G]``
+weight_zero_point   int32                 ``[N/8, G]``  bits ``4*j .. 4*j+3`` of word ``[c, g]``: ``zero[g, 8*c + j]``
+weight_g_idx        int32                 ``[K]``       the group of each row of K; written by releases before 2026
+weight_shape        int64 or int32        ``[2]``       N and K
+==================  ====================  ============  ============================================================
+
+with ``G = K / group_size``. Integers of -8 to 7 are stored plus 8, and so are zero points; a symmetric weight has
+none, they are 8. ``format`` "mxfp4-pack-quantized" is described in :mod:`marlin_cy.formats.mxfp4`. Experts are single
+layers here, also of models whose experts transformers keeps fused.
+
+Activations are not quantised, whatever ``input_activations`` says. Source: compressed-tensors,
+``compressors/pack_quantized`` and ``quantization``; llm-compressor, ``modeling/moe``.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats import gptq
+from marlin_cy.formats._nibbles import transpose
+from marlin_cy.formats.arrays import WORDS, as_array, check_finite, symmetric_zeros, unpack_nibbles
+from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.formats.fields import compiled, optional, refuse_rotation, required
+from marlin_cy.formats.mxfp4 import BLOCK_K, Mxfp4Scheme
+from marlin_cy.formats.scheme import Scheme, TensorSpec
+
+__all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
+
+FORMAT = "compressed-tensors"
+SUPPORTED_FORMATS = ("pack-quantized", "mxfp4-pack-quantized")
+SUPPORTED_STRATEGIES = ("group", "channel")
+ORDERED = ("group", "dynamic", True)
+"""What ``actorder`` says when there is a ``weight_g_idx``."""
+
+REGEX = "re:"
+LINEAR = "Linear"
+SHAPES = (np.dtype(np.int64), np.dtype(np.int32))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which group of settings a module belongs to, by its name.
+
+    A target is a module's name, ``re:`` and a regular expression for the beginning of one, or "Linear" for all linear
+    layers. A name decides before an expression, and this before "Linear"; of several expressions, the one that sorts
+    first. What ``ignore`` names in the same way is not quantised. Source: compressed-tensors, ``utils/match.py``,
+    ``match_targets``.
+
+    Attributes
+    ----------
+    groups : dict
+        From target to :class:`Scheme`, or to a str that says why there is none.
+    ignore : tuple of str
+    """
+
+    groups: dict = field(hash=False)
+    ignore: tuple
+
+    def scheme(self, module) -> Scheme:
+        """The scheme of a module.
+
+        Raises
+        ------
+        UnsupportedError
+            It is not quantised, or in a way that there are no kernels for.
+        """
+        for target in self.ignore:
+            if _names(target, module):
+                raise UnsupportedError(f"{module}: not quantised, by {target!r} of ignore")
+        for target in sorted(self.groups, key=lambda target: (target == LINEAR, target.startswith(REGEX), target)):
+            if _names(target, module):
+                found = self.groups[target]
+                if isinstance(found, str):
+                    raise UnsupportedError(f"{module}: {found}")
+                return found
+        raise UnsupportedError(f"{module}: not quantised, no target of config_groups names it")
+
+
+def _names(target, module):
+    if target.startswith(REGEX):
+        return re.match(target[len(REGEX) :], module) is not None
+    return target in (module, LINEAR)
+
+
+@dataclass(frozen=True)
+class CompressedTensorsScheme(Scheme):
+    """Packed integers: see :mod:`marlin_cy.formats.compressed_tensors`.
+
+    Attributes
+    ----------
+    symmetric : bool
+        There are no zero points.
+    actorder : bool
+        Rows of K were quantised in another order; ``weight_g_idx`` then has to be there.
+    targets : Targets or None
+    """
+
+    group_size: int
+    symmetric: bool = True
+    actorder: bool = False
+    targets: Targets | None = None
+
+    format = FORMAT
+    marker = ".weight_packed"
+    scales = ".weight_scale"
+    order = ".weight_g_idx"
+
+    def for_module(self, module):
+        return self if self.targets is None else self.targets.scheme(module)
+
+    def sizes(self, marker_shape):
+        if len(marker_shape) != 2:
+            raise ValueError(f"got shape {marker_shape}, expected two dimensions")
+        return 8 * marker_shape[1], marker_shape[0]
+
+    def checked_group_size(self, k, n):
+        return gptq.checked_group_size(bits=4, group_size=self.group_size, k=k, n=n)
+
+    def tensors(self, k, n):
+        groups = -(-k // self.checked_group_size(k, n))
+        specs = {
+            ".weight_packed": TensorSpec((n, k // 8), ("I32",)),
+            ".weight_scale": TensorSpec((n, groups), ("F16", "BF16")),
+            ".weight_g_idx": TensorSpec((k,), ("I32",), required=self.actorder),
+            ".weight_shape": TensorSpec((2,), ("I64", "I32"), required=False),
+        }
+        if not self.symmetric:
+            specs[".weight_zero_point"] = TensorSpec((n // 8, groups), ("I32",))
+        return specs
+
+    def g_idx(self, array, k, n, label=""):
+        # A layer that was not calibrated keeps what the tensor was filled with at first.
+        if np.ndim(array) == 1 and len(array) and np.all(np.equal(array, -1)):
+            return None
+        return gptq.normalised_g_idx(array, k, self.checked_group_size(k, n), label)
+
+    def to_canonical(self, arrays, k, n, label=""):
+        specs, group_size = self.tensors(k, n), self.checked_group_size(k, n)
+
+        def array(suffix, dtypes):
+            return as_array(f"{suffix[1:]}{label}", arrays[suffix], dtypes, specs[suffix].shape)
+
+        packed, scales = array(".weight_packed", WORDS), array(".weight_scale", SCALE_DTYPES)
+        check_finite(f"weight_scale{label}", scales)
+        if ".weight_shape" in arrays:
+            shape = array(".weight_shape", SHAPES).tolist()
+            if shape != [n, k]:
+                raise ValueError(f"weight_shape{label}: got {shape}, expected {[n, k]}")
+        if self.symmetric:
+            zero = symmetric_zeros(scales.shape[::-1])
+        else:
+            zero = unpack_nibbles(transpose(array(".weight_zero_point", WORDS).view(np.uint32)))
+        return Int4Weight(
+            words=transpose(packed.view(np.uint32)),
+            scale=transpose(scales.view(np.uint16)).view(scales.dtype),
+            zero=zero,
+            group_size=group_size,
+            g_idx=self.g_idx(arrays[".weight_g_idx"], k, n, label) if ".weight_g_idx" in arrays else None,
+        )
+
+
+@dataclass(frozen=True)
+class CompressedMxfp4Scheme(Mxfp4Scheme):
+    """Packed 4-bit floats: see :mod:`marlin_cy.formats.mxfp4`.
+
+    Attributes
+    ----------
+    targets : Targets or None
+    """
+
+    targets: Targets | None = None
+
+    format = FORMAT
+    marker = ".weight_packed"
+    scales = ".weight_scale"
+
+    def for_module(self, module):
+        return self if self.targets is None else self.targets.scheme(module)
+
+    def sizes(self, marker_shape):
+        if len(marker_shape) != 2:
+            raise ValueError(f"got shape {marker_shape}, expected two dimensions")
+        return 2 * marker_shape[1], marker_shape[0]
+
+    def tensors(self, k, n):
+        self.checked_group_size(k, n)
+        return {
+            ".weight_packed": TensorSpec((n, k // 2), ("U8",)),
+            ".weight_scale": TensorSpec((n, k // BLOCK_K), ("U8",)),
+        }
+
+
+def parse(config, file) -> Scheme:
+    """The scheme that compressed-tensors' quantisation config describes: that of its first supported group.
+
+    Parameters
+    ----------
+    config : dict
+    file : path-like
+        For messages.
+
+    Raises
+    ------
+    CheckpointError
+    UnsupportedError
+        No group is supported, or the model is rotated or sparse.
+    """
+    refuse_rotation(config, "transform_config", file)
+    sparsity = optional(config, ("sparsity_config",), dict, file, default={}).get("format")
+    if sparsity not in (None, "dense"):
+        raise UnsupportedError(f"{file}: sparsity_config: format {sparsity!r}, sparse weights are not supported")
+    layout = optional(config, ("format",), str, file)
+    groups = {}
+    for name, group in required(config, ("config_groups",), dict, file).items():
+        if not isinstance(group, dict):
+            raise CheckpointError(f"config_groups: got {group!r} for {name!r}, expected an object", file=file)
+        found = _read_group(group, layout, file)
+        groups |= dict.fromkeys(_checked_targets(group, "targets", file), found)
+    schemes = [found for found in groups.values() if isinstance(found, Scheme)]
+    if not schemes:
+        said = next(iter(groups.values()), "config_groups: has no targets")
+        raise UnsupportedError(f"{file}: {said}")
+    return replace(schemes[0], targets=Targets(groups, tuple(_checked_targets(config, "ignore", file))))
+
+
+def _checked_targets(config, name, file):
+    targets = optional(config, (name,), list, file, default=[])
+    for target in targets:
+        if not isinstance(target, str):
+            raise CheckpointError(f"{name}: got {target!r}, expected strings", file=file)
+        if target.startswith(REGEX):
+            compiled(target[len(REGEX) :], name, file)
+    return targets
+
+
+def _read_group(group, layout, file):
+    """The scheme of a group's layers, or a str that says why there is none."""
+    layout = optional(group, ("format",), str, file, default=layout)
+    weights = optional(group, ("weights",), dict, file)
+    if weights is None:
+        return "not quantised, its group has no weights"
+    if layout is None:
+        raise CheckpointError("format: missing", file=file)
+    if layout not in SUPPORTED_FORMATS:
+        return f"format {layout!r}, supported: {', '.join(SUPPORTED_FORMATS)}"
+    bits = required(weights, ("num_bits",), int, file)
+    if bits != 4:
+        return f"num_bits: got {bits}, only 4 is supported"
+    kind = optional(weights, ("type",), str, file, default="int")
+    expected = "int" if layout == "pack-quantized" else "float"
+    if kind != expected:
+        raise CheckpointError(f"type: got {kind!r}, expected {expected!r} in format {layout!r}", file=file)
+    group_size = optional(weights, ("group_size",), int, file)
+    symmetric = optional(weights, ("symmetric",), bool, file, default=True)
+    if layout == "mxfp4-pack-quantized":
+        if group_size != BLOCK_K or not symmetric:
+            raise CheckpointError(
+                f"got group_size {group_size} and symmetric {symmetric}, expected {BLOCK_K} and True of MXFP4",
+                file=file,
+            )
+        return CompressedMxfp4Scheme()
+    strategy = optional(weights, ("strategy",), str, file, default=_usual_strategy(group_size))
+    if strategy not in SUPPORTED_STRATEGIES:
+        return f"strategy {strategy!r}, supported: {', '.join(SUPPORTED_STRATEGIES)}"
+    if (strategy == "group") != (group_size is not None and group_size > 0):
+        raise CheckpointError(f"got strategy {strategy!r} and group_size {group_size}, which contradict", file=file)
+    return CompressedTensorsScheme(
+        group_size=group_size if strategy == "group" else -1,
+        symmetric=symmetric,
+        actorder=weights.get("actorder") in ORDERED,
+    )
+
+
+def _usual_strategy(group_size):
+    """What is meant where no strategy is said."""
+    if group_size is None:
+        return "tensor"
+    return "channel" if group_size == -1 else "group"
+
+
+def pack_compressed(q, scale, zero=None):
+    """Packed integers from plain codes: the inverse of :meth:`CompressedTensorsScheme.to_canonical`.
+
+    Parameters
+    ----------
+    q : integers ``[K, N]``
+        0 to 15; K and N multiples of 8.
+    scale : float16 or bfloat16 ``[G, N]``
+    zero : integers ``[G, N]``, optional
+        0 to 15; not there when all are 8.
+
+    Returns
+    -------
+    weight_packed, weight_scale, weight_zero_point : int32 ``[N, K/8]``, as ``scale`` ``[N, G]``, int32 ``[N/8, G]``
+        The last one is None where ``zero`` is.
+
+    Raises
+    ------
+    ValueError
+        A code or a zero point that the format cannot hold.
+    """
+    for name, codes in (("q", q), ("zero", 8 if zero is None else zero)):
+        if np.min(codes) < 0 or np.max(codes) > 15:
+            raise ValueError(f"{name}: got {np.min(codes)} to {np.max(codes)}, compressed-tensors holds 0 to 15")
+    packed = np.ascontiguousarray(pack_words(q).T).view(np.int32)
+    zero = None if zero is None else pack_words(np.asarray(zero).T).view(np.int32)
+    return packed, np.ascontiguousarray(np.asarray(scale).T), zero
