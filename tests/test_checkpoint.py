@@ -445,14 +445,23 @@ OPENING = [
     (quantization(group_size=16), UnsupportedError, "group_size: got 16, supported are 32"),
     (quantization(group_size=-7), CheckpointError, r"config\.json: group_size: got -7"),
     (quantization(group_size=None), CheckpointError, "group_size: missing"),
-    (quantization(group_size=32), CheckpointError, r"gate_proj.scales': got F16 \(1, 96\), expected F16 \(2, 96\)"),
-    (quantization(quant_method="awq"), UnsupportedError, "quantisation method 'awq', supported: gptq"),
+    (
+        quantization(group_size=32),
+        CheckpointError,
+        r"gate_proj.scales': got F16 \(1, 96\), expected F16 or BF16 \(2, 96\)",
+    ),
+    (
+        quantization(quant_method="aqlm"),
+        UnsupportedError,
+        "quantisation method 'aqlm', supported: gptq, awq, auto-round",
+    ),
+    (quantization(quant_method="awq"), UnsupportedError, "version 'gptq' of AWQ, supported: gemm, marlin"),
     (quantization(quant_method=7), CheckpointError, "quant_method: got 7, expected str"),
     (quantization(method="awq"), CheckpointError, "quant_method 'gptq' and method 'awq', which contradict"),
     (
         quantization(checkpoint_format="marlin"),
         UnsupportedError,
-        "checkpoint_format 'marlin', supported: gptq, gptq_v2",
+        "group_size: got 64, Marlin has 128 and -1 for one group",
     ),
     (
         quantization(format="gptq_v2"),
