@@ -9,13 +9,13 @@ import os
 import sys
 
 from marlin_cy import __version__
-from marlin_cy.commands import doctor, run, tune
+from marlin_cy.commands import doctor, generate, perplexity, run, tune
 from marlin_cy.errors import MarlinError
 
 __all__ = ["main"]
 
 # Each module has HELP (a line), add_arguments(parser) and execute(arguments) -> exit code.
-COMMANDS = {"run": run, "doctor": doctor, "tune": tune}
+COMMANDS = {"run": run, "generate": generate, "perplexity": perplexity, "doctor": doctor, "tune": tune}
 
 
 def main(argv=None):
