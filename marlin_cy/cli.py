@@ -9,13 +9,21 @@ import os
 import sys
 
 from marlin_cy import __version__
-from marlin_cy.commands import doctor, inspect, pack, run, tune
+from marlin_cy.commands import doctor, generate, inspect, pack, perplexity, run, tune
 from marlin_cy.errors import MarlinError
 
 __all__ = ["main"]
 
 # Each module has HELP (a line), add_arguments(parser) and execute(arguments) -> exit code.
-COMMANDS = {"run": run, "inspect": inspect, "pack": pack, "doctor": doctor, "tune": tune}
+COMMANDS = {
+    "run": run,
+    "generate": generate,
+    "perplexity": perplexity,
+    "inspect": inspect,
+    "pack": pack,
+    "doctor": doctor,
+    "tune": tune,
+}
 
 
 def main(argv=None):

@@ -10,68 +10,54 @@ on OpenCL ``device``, ``platform``, ``driver``, ``tier``, ``copy_bandwidth_bytes
 the fields of `marlin_cy.commands.run_opencl.OpenClLayerResult`.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
 
 from marlin_cy import __version__, get_backend, open_checkpoint
-from marlin_cy.backends import BACKENDS
 from marlin_cy.commands.activations import RandomActivations, RecordedActivations
 from marlin_cy.commands.measure import ERROR_BOUNDS, measure_layer
-from marlin_cy.commands.opencl_options import add_opencl_options, open_opencl
+from marlin_cy.commands.opencl_options import open_opencl
+from marlin_cy.commands.options import (
+    BUILT_IN,
+    add_backend_options,
+    add_checkpoint_argument,
+    check_backend_options,
+    checkpoint_folder,
+    positive,
+)
 from marlin_cy.commands.output import LoadProgress, console, gigabytes, print_json, table
 from marlin_cy.errors import MarlinError
 
 __all__ = ["BUILT_IN", "HELP", "add_arguments", "execute"]
 
 HELP = "run a checkpoint's MoE layers: errors, times, bandwidth"
-BUILT_IN = "data/tiny-qwen3-moe-gptq-int4"
 ACTIVATIONS_FILE = "activations.safetensors"
-BACKEND_OPTIONS = {"cpu": ("threads", "compute_dtype"), "opencl": ("device", "tier")}
 
 
 def add_arguments(parser):
     """Declare the command's arguments."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a checkpoint's folder (default: a small built-in model)",
-    )
-    parser.add_argument("--backend", default="cpu", choices=sorted(BACKENDS), help="default: cpu")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; default: one for each core")
-    parser.add_argument(
-        "--compute-dtype", choices=sorted(ERROR_BOUNDS), help="of the CPU's activations; default: int16"
-    )
-    add_opencl_options(parser)
+    add_checkpoint_argument(parser)
+    add_backend_options(parser)
     parser.add_argument(
         "--activations", type=Path, metavar="FILE", help=f"default: {ACTIVATIONS_FILE} in the folder, else random ones"
     )
     parser.add_argument(
-        "--tokens", type=_positive, metavar="N", help="the first N tokens alone (default: all; 128 random)"
+        "--tokens", type=positive, metavar="N", help="the first N tokens alone (default: all; 128 random)"
     )
-    parser.add_argument("--repeat", type=_positive, metavar="N", help="timed passes a layer (default: 0.2 seconds)")
+    parser.add_argument("--repeat", type=positive, metavar="N", help="timed passes a layer (default: 0.2 seconds)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(refuse=parser.error)
 
 
 def execute(arguments):
     """Run the command; returns the exit code."""
-    for backend, names in BACKEND_OPTIONS.items():
-        for name in names:
-            if backend != arguments.backend and getattr(arguments, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                arguments.refuse(f"{option}: only with --backend {backend}, got --backend {arguments.backend}")
-    if arguments.checkpoint is not None:
-        return _execute_on(arguments.checkpoint, arguments)
-    with as_file(files("marlin_cy") / BUILT_IN) as folder:
+    check_backend_options(arguments)
+    with checkpoint_folder(arguments) as folder:
         return _execute_on(folder, arguments)
 
 
@@ -231,13 +217,3 @@ def _print_table(place, report, results):
     for note in place.notes():
         screen.print(note)
     screen.print("With many tokens an expert, arithmetic is the limit and not memory: see --tokens 1.")
-
-
-def _positive(text):
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return value

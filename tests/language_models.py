@@ -1,0 +1,182 @@
+"""Tiny random language models of every family, as quantised checkpoints and as what those mean.
+
+A model is made and saved by transformers, under the names that the family's checkpoints have. Its linear layers and
+experts are then rounded to four bits: the packed numbers become the checkpoint, the rounded weights a second, dense one
+that transformers loads by itself.
+"""
+
+import json
+import re
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from marlin_cy.formats import gptq
+from marlin_cy.formats.canonical import E2M1_VALUES
+
+GROUP = 32
+VOCABULARY = 96
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+SHARED = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+DEEPSEEK = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+LINEAR_ATTENTION = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+CONFIGS = {
+    "qwen2_moe": {"intermediate_size": 96, "norm_topk_prob": False, "mlp_only_layers": [0], **SHARED},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True},
+    "qwen3_5_moe_text": {**SHARED, **LINEAR_ATTENTION},
+    "qwen3_5_moe": {**SHARED, **LINEAR_ATTENTION},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 96, "sliding_window": None},
+    "deepseek_v2": {**DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    "deepseek_v3": {**DEEPSEEK, "norm_topk_prob": True},
+    "glm4_moe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 64, "sliding_window": 16},
+}
+NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_[ab]|router|visual)\.weight$")
+
+
+def new_model(model_type, seed=0, **changes):
+    """A random model in float32; every parameter matters."""
+    torch.manual_seed(seed)
+    text_type = "qwen3_5_moe_text" if model_type == "qwen3_5_moe" else model_type
+    config = transformers.AutoConfig.for_model(text_type, **{**COMMON, **CONFIGS[model_type], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        tensors = dict(model.named_parameters()) | {
+            name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
+        }
+        for name, tensor in tensors.items():
+            if tensor.ndim == 1:
+                tensor += 0.2 * torch.randn_like(tensor)
+            else:
+                torch.nn.init.normal_(tensor, std=0.02 if "embed" in name else 2 * tensor.shape[-1] ** -0.5)
+    return model
+
+
+def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
+    """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both."""
+    dense, quantised = folder / "dense", folder / "quantised"
+    new_model(model_type, seed, **changes).to(dtype).save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text())
+    tensors, packed = {}, {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        if model_type == "qwen3_5_moe":
+            name = re.sub(r"^model\.", "model.language_model.", name)
+        if model_type == "gpt_oss" and re.search(r"experts\.\w+_proj$", name):
+            codes, scales, rounded = round_to_mxfp4(tensor.float().numpy())
+            packed[f"{name}_blocks"], packed[f"{name}_scales"] = torch.from_numpy(codes), torch.from_numpy(scales)
+            tensor = torch.from_numpy(rounded)
+        elif model_type != "gpt_oss" and tensor.ndim == 2 and not NOT_QUANTISED.search(name):
+            module = name.removesuffix(".weight")
+            parts, rounded = round_to_gptq(tensor.float().numpy().T)
+            packed |= {f"{module}.{part}": torch.from_numpy(array) for part, array in parts.items()}
+            tensor = torch.from_numpy(np.ascontiguousarray(rounded.T))
+        else:
+            packed[name] = tensor
+        tensors[name] = tensor
+    if model_type == "qwen3_5_moe":
+        # What a model of text and images has beside: transformers passes over it.
+        config = {
+            "model_type": model_type,
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "text_config": config,
+            "tie_word_embeddings": config["tie_word_embeddings"],
+            "dtype": config["dtype"],
+        }
+        for name in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight"):
+            packed[name] = torch.ones(8, 8)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    (dense / "config.json").write_text(json.dumps(config))
+    quantised.mkdir()
+    packed = {name: tensor.contiguous() for name, tensor in packed.items()}
+    save_file(packed, quantised / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+    quantization |= {"checkpoint_format": "gptq"}
+    if model_type == "gpt_oss":
+        quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return quantised, dense
+
+
+def load_reference(dense, dtype=torch.float32):
+    """The dense model, by transformers alone."""
+    return transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, experts_implementation="eager").eval()
+
+
+def round_to_gptq(weight):
+    """``(tensors by name, float32 [K, N])`` of a weight ``[K, N]`` rounded to the nearest of 16 steps a group."""
+    k, n = weight.shape
+    groups = weight.reshape(k // GROUP, GROUP, n)
+    low, high = groups.min(axis=1), groups.max(axis=1)
+    scale = np.maximum((high - low) / 15, 1e-4).astype(np.float16)
+    zero = np.clip(np.rint(-low / scale.astype(np.float32)), 1, 16).astype(np.int64)
+    q = np.clip(np.rint(groups / scale.astype(np.float32)[:, None]) + zero[:, None], 0, 15).astype(np.int64)
+    rounded = (q - zero[:, None]).astype(np.float32) * scale.astype(np.float32)[:, None]
+    qweight, scales, qzeros = gptq.pack_gptq(q.reshape(k, n), scale, zero)
+    g_idx = np.arange(k, dtype=np.int32) // GROUP
+    parts = {"qweight": qweight, "scales": scales, "qzeros": qzeros, "g_idx": g_idx}
+    return parts, rounded.reshape(k, n)
+
+
+def round_to_mxfp4(weight):
+    """``(blocks, scales, float32 weight)`` of experts' weights ``[E, K, N]``, as gpt-oss stores them.
+
+    ``blocks`` are uint8 ``[E, N, K / 32, 16]``, the first of two values in the low nibble; ``scales`` are uint8
+    ``[E, N, K / 32]``, powers of two less 127. Source: transformers, ``integrations/mxfp4.py``.
+    """
+    experts, k, n = weight.shape
+    groups = np.swapaxes(weight, 1, 2).reshape(experts, n, k // 32, 32)
+    exponent = np.ceil(np.log2(np.abs(groups).max(axis=-1, keepdims=True) / 6))
+    scaled = groups / 2.0**exponent
+    codes = np.abs(scaled[..., None] - E2M1_VALUES).argmin(axis=-1).astype(np.uint8)
+    rounded = (E2M1_VALUES[codes] * 2.0**exponent).astype(np.float32)
+    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+    scales = (exponent[..., 0] + 127).astype(np.uint8)
+    return blocks, scales, np.ascontiguousarray(np.swapaxes(rounded.reshape(experts, n, k), 1, 2))
