@@ -1,7 +1,7 @@
 """Random problems in GPTQ form, with what they mean."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -99,6 +99,11 @@ class Problem:
         return reference.dequantize(
             self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert]
         )
+
+    def part(self, experts):
+        """The same for some of the experts, a slice."""
+        some = {name: getattr(self, name)[experts] for name in ("q", "scale", "zero", "g_idx")}
+        return replace(self, **some, bias=None if self.bias is None else self.bias[experts])
 
     def dense_all(self):
         """One of these an expert."""

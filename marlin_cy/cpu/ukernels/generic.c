@@ -172,6 +172,8 @@ static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
 
 static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
+static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
+
 const ukernel_table ukernels_generic = {
     .name = "generic",
     .gemm_i16 = gemm_i16,
@@ -183,4 +185,5 @@ const ukernel_table ukernels_generic = {
     .gate_rows = gate_rows,
     .axpy = axpy,
     .softmax = softmax,
+    .sigmoid = sigmoid,
 };
