@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from asserts import GuardedArray, assert_same_bits
 from conftest import ISAS
-from problems import DTYPES, G_IDX_MODES, activations, random_problem
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
 
 import marlin_cy
 
@@ -78,8 +78,9 @@ def by_view(stack, ctx, rng, x, expert, dtype):
 def test_products(cpu_backend, rng, compute_dtype, case):
     k, n, m = 32 * int(rng.integers(1, 100)), 8 * int(rng.integers(1, 16)), int(rng.integers(1, 60))
     group_size, g_idx = int(rng.choice([32, 64, 128, -1])), rng.choice(G_IDX_MODES)
-    print(f"k {k}, n {n}, m {m}, group_size {group_size}, g_idx {g_idx}")
-    stack = random_problem(rng, 3, k, n, group_size, g_idx=g_idx).stack(cpu_backend)
+    kind = list(WEIGHT_KINDS)[case % len(WEIGHT_KINDS)]
+    print(f"k {k}, n {n}, m {m}, group_size {group_size}, g_idx {g_idx}, {kind}")
+    stack = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind]).stack(cpu_backend)
     dtype_in, dtype = (DTYPES[name] for name in rng.choice(list(DTYPES), 2))
     x = activations(rng, m, k, dtype_in)
     if case % 3 == 0:

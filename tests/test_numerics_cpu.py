@@ -6,12 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from asserts import GuardedArray, assert_close, assert_same_bits, relative_error
-from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, as_given, random_problem
 
 import marlin_cy
 from marlin_cy import reference
 from marlin_cy.cpu._dispatch import activate
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.formats.canonical import CODES, E2M1_VALUES, Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -23,9 +23,10 @@ def product(stack, ctx, x, expert=0, dtype=np.float32):
     return out.array
 
 
-def one_expert(backend, q, scale, zero, group_size):
-    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size)
-    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(np.float16), zero.astype(np.uint8), group_size))
+def one_expert(backend, q, scale, zero, group_size, scale_dtype=np.float16, codes="uint4"):
+    zero = None if zero is None else zero.astype(np.uint8)
+    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size, codes=codes, scale_dtype=scale_dtype)
+    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(scale_dtype), zero, group_size, codes=codes))
     return builder.finish()
 
 
@@ -37,11 +38,14 @@ def selection(backend, k, scale=1.0):
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
-def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, g_idx):
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, g_idx, kind):
     for _ in range(2):
         k, n, m = 32 * int(rng.integers(1, 40)), 8 * int(rng.integers(1, 12)), int(rng.integers(1, 60))
         checkpoint_format = rng.choice(["gptq", "gptq_v2"])
-        problem = random_problem(rng, 2, k, n, group_size, g_idx=g_idx, checkpoint_format=checkpoint_format)
+        problem = random_problem(
+            rng, 2, k, n, group_size, g_idx=g_idx, checkpoint_format=checkpoint_format, **WEIGHT_KINDS[kind]
+        )
         print(f"k {k}, n {n}, m {m}")
         stack, x = problem.stack(cpu_backend), activations(rng, m, k)
         ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=2)
@@ -50,17 +54,19 @@ def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, 
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
-def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m):
+@pytest.mark.parametrize("codes", CODES)
+def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
     """Register tiles and row blocks, and one row more and less."""
-    problem = random_problem(rng, 1, 160, 56, 64)
+    problem = random_problem(rng, 1, 160, 56, 64, codes=codes)
     x = activations(rng, m, 160)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
     assert_same_bits(product(problem.stack(cpu_backend), ctx, x), problem.reference(0, x, compute_dtype))
 
 
 @pytest.mark.parametrize("n", range(8, 80, 8))
-def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n):
-    problem = random_problem(rng, 2, 96, n, 32)
+@pytest.mark.parametrize("codes", CODES)
+def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
+    problem = random_problem(rng, 2, 96, n, 32, codes=codes)
     x = activations(rng, 3, 96)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
     assert_same_bits(product(problem.stack(cpu_backend), ctx, x, 1), problem.reference(1, x, compute_dtype))
@@ -68,39 +74,63 @@ def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n):
 
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
-def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size):
+@pytest.mark.parametrize("codes", CODES)
+def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size, codes):
     """Around the chunks of 1024 in which K is summed."""
-    problem = random_problem(rng, 1, k, 8, group_size)
+    problem = random_problem(rng, 1, k, 8, group_size, codes=codes)
     x = activations(rng, 3, k)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa, num_threads=1)
     assert_same_bits(product(problem.stack(cpu_backend), ctx, x), problem.reference(0, x, compute_dtype))
 
 
-def test_extreme_codes(cpu_backend, isa, compute_dtype):
+@pytest.mark.parametrize(
+    ("codes", "code", "zero"),
+    [("uint4", code, zero) for code in (0, 15) for zero in (0, 16)] + [("e2m1", code, None) for code in (0, 7, 8, 15)],
+)
+@pytest.mark.parametrize("m", [1, 12])
+def test_extreme_codes(cpu_backend, isa, compute_dtype, codes, code, zero, m):
     """The largest sums that a group can have, of either sign: no intermediate overflows."""
     k, n = 256, 16
-    x = np.ones((4, k), np.float32)
+    x = np.ones((12, k), np.float32)
     x[1] = -1
     x[2, ::2] = -1
     x[3, 0] = 1e-3
+    x[4, 1:] = (127 * 256 - 128) / 32639  # a plane of -128, the largest magnitude
+    x[5] = -x[4]
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
-    for code in (0, 15):
-        for zero in (0, 16):
-            q = np.full((k, n), code, np.uint8)
-            parts = np.full((2, n), 0.5, np.float16), np.full((2, n), zero, np.uint8)
-            expected = reference.gemm(x, q, *parts, 128, compute_dtype=compute_dtype)
-            assert_same_bits(product(one_expert(cpu_backend, q, *parts, 128), ctx, x), expected)
+    q, scale = np.full((k, n), code, np.uint8), np.full((2, n), 0.5, np.float16)
+    zero = None if zero is None else np.full((2, n), zero, np.uint8)
+    stack = one_expert(cpu_backend, q, scale, zero, 128, codes=codes)
+    expected = reference.gemm(x, q, scale, zero, 128, compute_dtype=compute_dtype, codes=codes)
+    results = [product(stack, ctx, rows) for rows in np.split(x, len(x) // m)]
+    assert_same_bits(np.concatenate(results), expected)
 
 
-def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype):
-    halves = CODES_16.view(np.float16)
-    halves = halves[np.isfinite(halves)]
-    k, n = 64, 64
-    scale, zero = rng.choice(halves, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
+def test_every_code(cpu_backend, isa, compute_dtype):
+    """Each 4-bit float at each place in a block of 8: the value itself comes out."""
+    q = (np.arange(32)[:, None] + np.arange(16)).astype(np.uint8) % 16
+    stack = one_expert(cpu_backend, q, np.ones((1, 16)), None, 32, codes="e2m1")
+    result = product(stack, cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa), np.eye(32, dtype=np.float32))
+    np.testing.assert_allclose(result, E2M1_VALUES[q], rtol=3e-7)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype, kind):
+    """Subnormal ones, too, which halving may not round; of a bfloat16 some make products too large for float32."""
+    codes, scale_dtype = WEIGHT_KINDS[kind].values()
+    scales = CODES_16.view(scale_dtype)
+    with np.errstate(invalid="ignore"):
+        scales = scales[np.isfinite(scales)]
+    k, n = 64, 512
+    scale, zero = rng.choice(scales, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
+    scale[0, :64] = CODES_16[1:65].view(scale_dtype)
+    zero = None if codes == "e2m1" else zero
     q, x = rng.integers(0, 16, (k, n)).astype(np.uint8), activations(rng, 5, k)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
-    expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype)
-    assert_same_bits(product(one_expert(cpu_backend, q, scale, zero, 32), ctx, x), expected)
+    with np.errstate(over="ignore"):
+        expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype, codes=codes)
+    stack = one_expert(cpu_backend, q, scale, zero, 32, scale_dtype, codes)
+    assert_same_bits(product(stack, ctx, x), expected)
 
 
 FLOAT32 = np.finfo(np.float32)
@@ -178,8 +208,9 @@ def test_bias_of_a_stack(cpu_backend, rng, isa, compute_dtype, dtype):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("int16", 1e-4), ("int8", 2e-2)])
-def test_relative_error(cpu_backend, rng, name, bound):
-    problem = random_problem(rng, 1, 2048, 256, 128)
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_relative_error(cpu_backend, rng, name, bound, kind):
+    problem = random_problem(rng, 1, 2048, 256, 128, **WEIGHT_KINDS[kind])
     x = rng.standard_normal((32, 2048)).astype(np.float32)
     result = product(problem.stack(cpu_backend), cpu_backend.new_context(compute_dtype=name), x)
     assert relative_error(result, x.astype(np.float64) @ problem.dense(0)) <= bound

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, activations, add_in_parts, random_g_idx, random_problem
+from problems import G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
@@ -21,20 +21,23 @@ def packed(store, expert):
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
-def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx):
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, kind):
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
     store = problem.stack(cpu_backend).store
     for expert in range(3):
         order = store.group_orders[store.order_of[expert]]
-        expected = pack_tiles(problem.q[expert], problem.scale[expert], problem.zero[expert], order, store.layout)
+        expected = pack_tiles(*problem.parts(expert), order, store.layout)
         np.testing.assert_array_equal(packed(store, expert), expected)
 
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
-def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx):
-    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx)
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
+    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
     store = problem.stack(cpu_backend).store
+    assert {"codes": store.codes, "scale_dtype": store.scale_dtype} == WEIGHT_KINDS[kind]
     for expert in range(3):
         w, q = store.unpack(expert)
         np.testing.assert_array_equal(q, problem.q[expert])

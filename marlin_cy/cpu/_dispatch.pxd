@@ -16,6 +16,9 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
+        CODES_UINT4
+        CODES_E2M1
+        E2M1_ZERO
         ACTIVATION_SILU
         ACTIVATION_GELU
         ACTIVATION_GELU_TANH
@@ -32,6 +35,7 @@ cdef extern from "ukernel.h" nogil:
         const uint8_t *header[2]
         const uint8_t *body[2]
         const uint8_t *next[2]
+        int scale_dtype
         int num_groups
         int group_blocks
         int last_group_blocks
@@ -65,8 +69,7 @@ cdef extern from "ukernel.h" nogil:
 
     ctypedef struct ukernel_table:
         const char *name
-        gemm_fn *gemm_i16
-        gemm_fn *gemm_i8
+        gemm_fn *gemm[2][2]
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

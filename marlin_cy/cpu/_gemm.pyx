@@ -104,13 +104,14 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
     """The sums of an item over some chunks."""
     cdef const packed_view *store = &job.store
     cdef const row_block *block = job.blocks + item // panels(job)
-    cdef gemm_fn *gemm = job.table.gemm_i16 if job.planes == 2 else job.table.gemm_i8
+    cdef gemm_fn *gemm = job.table.gemm[store.codes][job.planes - 1]
     cdef tile_pair pair = tiles_of(job, item)
     cdef tile_pair following = tiles_of(job, min(item + 1, job.num_blocks * panels(job) - 1))
     cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // BLOCK_K * BLOCK_BYTES
     cdef int64_t chunk, group, groups
     cdef gemm_task task
     cdef int t
+    task.scale_dtype = store.scale_dtype
     task.group_blocks = store.group_size // BLOCK_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
     task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)

@@ -11,6 +11,8 @@ cdef struct packed_view:
     int64_t n
     int group_size
     int num_groups
+    int codes                   # CODES_UINT4 or CODES_E2M1
+    int scale_dtype             # DTYPE_F16 or DTYPE_BF16
     const int32_t *orders       # [num_orders][packed_k] row of K at each packed position, or NULL
     const int32_t *order_of     # [num_experts]
 
@@ -20,6 +22,8 @@ cdef class CpuGptqStore:
     cdef readonly int64_t k
     cdef readonly int64_t n
     cdef readonly int64_t weight_group_size
+    cdef readonly str codes
+    cdef readonly object scale_dtype
     cdef readonly object layout
     cdef readonly int64_t nbytes
     cdef readonly object data

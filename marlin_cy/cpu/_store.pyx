@@ -9,7 +9,7 @@ import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
-from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, GROUP_HEADER_BYTES, TILE_N
+from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, CODES_E2M1, CODES_UINT4, DTYPE_BF16, DTYPE_F16, E2M1_ZERO, GROUP_HEADER_BYTES, TILE_N
 
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
 from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
@@ -87,6 +87,8 @@ cdef class CpuGptqStore:
         Rows of K that share a scale.
     g_idx : sequence of int32 ``[k]`` or None, one an expert
         Group of each row; None for ``row // group_size``.
+    codes : {"uint4", "e2m1"}
+    scale_dtype : {float16, bfloat16}
 
     Attributes
     ----------
@@ -99,7 +101,9 @@ cdef class CpuGptqStore:
         Which of them each expert uses.
     """
 
-    def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx):
+    def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx, str codes="uint4",
+                 scale_dtype=np.float16):
+        self.codes, self.scale_dtype = codes, np.dtype(scale_dtype)
         self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
@@ -119,6 +123,8 @@ cdef class CpuGptqStore:
             n=n,
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
+            codes=CODES_UINT4 if codes == "uint4" else CODES_E2M1,
+            scale_dtype=DTYPE_F16 if self.scale_dtype == np.float16 else DTYPE_BF16,
             orders=NULL,
             order_of=&orders_of_experts[0],
         )
@@ -140,7 +146,8 @@ cdef class CpuGptqStore:
         order = self.group_orders[self.order_of[expert]]
         cdef const uint32_t[:, ::1] words = np.ascontiguousarray(weight.words)
         cdef const uint16_t[:, ::1] scale = np.ascontiguousarray(weight.scale).view(np.uint16)
-        cdef const uint8_t[:, ::1] zero = np.ascontiguousarray(weight.zero)
+        cdef const uint8_t[:, ::1] zero = None if weight.zero is None else np.ascontiguousarray(weight.zero)
+        cdef bint has_zero = weight.zero is not None
         cdef const int32_t[::1] scale_rows = order.scale_rows
         cdef const int32_t *rows = NULL
         cdef const int32_t[:, ::1] orders
@@ -178,7 +185,7 @@ cdef class CpuGptqStore:
                     header = tile + g * GROUP_HEADER_BYTES
                     for c in range(count):
                         (<uint16_t *>header)[lane + c] = scale[scale_rows[g], source + c]
-                        header[2 * TILE_N + lane + c] = zero[scale_rows[g], source + c]
+                        header[2 * TILE_N + lane + c] = zero[scale_rows[g], source + c] if has_zero else E2M1_ZERO
                 column += count
 
     def unpack(self, int64_t expert):
@@ -186,4 +193,4 @@ cdef class CpuGptqStore:
         begin = expert * self.layout.expert_stride
         packed = self.data[begin : begin + self.layout.expert_stride]
         order = self.group_orders[self.order_of[expert]]
-        return unpack_tiles(packed, order, self.layout, self.k)
+        return unpack_tiles(packed, order, self.layout, self.k, self.codes, self.scale_dtype)

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from marlin_cy.formats.canonical import E2M1_VALUES
+
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
 
 TILE_N = 16
 BLOCK_K = 8
 BLOCK_BYTES = 64
 GROUP_HEADER_BYTES = 48
+E2M1_ZERO = 12  # of twice the values, plus 12
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def pack_tiles(q, scale, zero, order, layout):
     Parameters
     ----------
     q : uint8 ``[K, N]`` in 0..15
-    scale : float16 ``[G, N]``
-    zero : uint8 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
+    zero : uint8 ``[G, N]``, or None: 12, of 4-bit floats
     order : GroupOrder
     layout : TileLayout
     """
@@ -72,7 +75,7 @@ def pack_tiles(q, scale, zero, order, layout):
         for group, scale_row in enumerate(order.scale_rows):
             header = tile[group * GROUP_HEADER_BYTES : (group + 1) * GROUP_HEADER_BYTES]
             header[2 * lane : 2 * lane + 2] = scale[scale_row, column : column + 1].view(np.uint8)
-            header[2 * TILE_N + lane] = zero[scale_row, column]
+            header[2 * TILE_N + lane] = E2M1_ZERO if zero is None else zero[scale_row, column]
         body = tile[layout.header_bytes :]
         for position, row in enumerate(rows):
             if row >= 0:
@@ -82,21 +85,24 @@ def pack_tiles(q, scale, zero, order, layout):
     return packed.reshape(-1)
 
 
-def unpack_tiles(packed, order, layout, k):
+def unpack_tiles(packed, order, layout, k, codes, scale_dtype):
     """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``."""
     tiles = packed.reshape(layout.tiles, layout.tile_stride)
     headers = tiles[:, : layout.num_groups * GROUP_HEADER_BYTES].reshape(layout.tiles, layout.num_groups, -1)
-    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(np.float16).astype(np.float64)
+    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_dtype).astype(np.float64)
     zero = headers[:, :, 2 * TILE_N :].astype(np.float64)
     body = tiles[:, layout.header_bytes :].reshape(layout.tiles, -1, TILE_N, 4)
     nibbles = np.stack([body & 15, body >> 4], axis=2)  # [tile, block, half, lane, t]
-    codes = nibbles.transpose(1, 2, 4, 0, 3).reshape(layout.packed_k, layout.tiles * TILE_N)
+    nibbles = nibbles.transpose(1, 2, 4, 0, 3).reshape(layout.packed_k, layout.tiles * TILE_N)
     group = np.arange(layout.packed_k) // layout.group_size
     spread = [part.transpose(1, 0, 2).reshape(layout.num_groups, -1)[group] for part in (scale, zero)]
-    weights = spread[0] * (codes - spread[1])
+    if codes == "uint4":
+        weights = spread[0] * (nibbles - spread[1])
+    else:
+        weights = spread[0] / 2 * (2 * E2M1_VALUES.astype(np.float64)[nibbles] + E2M1_ZERO - spread[1])
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     kept = np.flatnonzero(rows >= 0)
     w, q = np.empty((k, layout.n)), np.empty((k, layout.n), np.uint8)
     w[rows[kept]] = weights[kept, : layout.n]
-    q[rows[kept]] = codes[kept, : layout.n]
+    q[rows[kept]] = nibbles[kept, : layout.n]
     return w, q

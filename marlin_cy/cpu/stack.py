@@ -173,7 +173,7 @@ class CpuStackBuilder(CheckedStackBuilder):
     """Packs weights straight into a new store."""
 
     def __init__(self, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
-        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx)
+        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
 
     def _pack(self, expert, column_offset, weight):

@@ -1,12 +1,13 @@
 /* AVX2: vpmaddubsw multiplies 32 unsigned weights by 32 signed activations and adds neighbours to 16
  * bits. A weight is at most 15 and an activation at most 128 in magnitude, so a product of neighbours
- * is at most 3840 and eight of them, the 32 values of K of four blocks, still fit 16 bits. Then one
- * vpmaddwd a plane brings them to 32 bits, by 256 for plane 0 of two.
+ * is at most 3840 and eight of them, the 32 values of K of four blocks, still fit 16 bits; with weights
+ * of 4-bit floats, up to 24, it is 6144, and four of them fit, those of two blocks. Then one vpmaddwd a
+ * plane brings them to 32 bits, by 256 for plane 0 of two.
  *
  * Registers, of 16: `rows * planes` times two halves of 16-bit sums.
  *   packed (weights unpacked on the way, for few rows):  4 * 2 sums, 4 weights, mask, activation, product
  *   unpacked (the group was unpacked beforehand):        6 * 2 sums, 2 weights, activation, product
- * The 32-bit sums live in memory, touched once every four blocks.
+ * The 32-bit sums live in memory, touched once a 16-bit sum.
  */
 #include "ukernel.h"
 
@@ -19,11 +20,11 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
-enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6, BLOCKS_PER_16BIT_SUM = 4 };
+enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6 };
 
-/* rows, planes and packed are constants wherever this is inlined. */
+/* rows, planes, packed and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                         int planes, int packed)
+                         int planes, int packed, int codes)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
     const int8_t *a[UNPACKED_PLANE_ROWS];
@@ -36,12 +37,13 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
         total[r][0] = _mm256_madd_epi16(header->minus_zero[0], sum_split);
         total[r][1] = _mm256_madd_epi16(header->minus_zero[1], sum_split);
     }
-    for (int block = 0; block < view->blocks; block += BLOCKS_PER_16BIT_SUM) {
+    const int blocks_per_sum = codes == CODES_UINT4 ? 4 : 2;
+    for (int block = 0; block < view->blocks; block += blocks_per_sum) {
         __m256i sum16[UNPACKED_PLANE_ROWS][2];
 #pragma GCC unroll 4
-        for (int b = 0; b < BLOCKS_PER_16BIT_SUM; b++) {
+        for (int b = 0; b < blocks_per_sum; b++) {
             __m256i w[2][2];
-            load_block(w, view, block + b, packed);
+            load_block(w, view, block + b, packed, codes);
 #pragma GCC unroll 2
             for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
@@ -72,9 +74,13 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 
 #include "ymm_driver.h"
 
-TARGET static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
-TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+
+TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
+
+TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
 /* 32 values at a time, four blocks: 32-bit values go down to bytes by two saturating packs, whose
  * 128-bit halves one permutation of 32-bit lanes then puts in order. */
@@ -197,8 +203,7 @@ TARGET static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 
 const ukernel_table ukernels_avx2 = {
     .name = "avx2",
-    .gemm_i16 = gemm_i16,
-    .gemm_i8 = gemm_i8,
+    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,

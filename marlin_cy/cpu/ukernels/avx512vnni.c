@@ -44,36 +44,52 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     return _mm512_set1_epi32(quad);
 }
 
-KERNEL void load_header(group_view *view, int t, const uint8_t *header)
+KERNEL void load_header(group_view *view, int t, const uint8_t *header, int scale_dtype, int codes)
 {
-    view->scale[t] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)header));
+    const __m256i scale = _mm256_loadu_si256((const __m256i *)header);
+    if (scale_dtype == DTYPE_BF16)
+        view->scale[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scale), 16));
+    else
+        view->scale[t] = _mm512_cvtph_ps(scale);
+    if (codes == CODES_E2M1)
+        view->scale[t] = _mm512_mul_ps(view->scale[t], _mm512_set1_ps(0.5f));
     const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
     const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), zero);
     view->minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
 }
 
-KERNEL void unpack_group(uint8_t *w, const group_view *view, int tiles)
+/* Weights from nibbles, a byte each. `codes` is a constant. */
+KERNEL __m512i weights_of(__m512i nibbles, int codes)
+{
+    if (codes == CODES_UINT4)
+        return nibbles;
+    const __m128i table = _mm_loadu_si128((const __m128i *)e2m1_weights);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+}
+
+KERNEL void unpack_group(uint8_t *w, const group_view *view, int tiles, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int b = 0; b < view->blocks; b++, w += UNPACKED_BLOCK)
         for (int t = 0; t < tiles; t++) {
             const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
             _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
-            _mm512_store_si512(w + t * BLOCK_BYTES, _mm512_and_si512(both, mask));
-            _mm512_store_si512(w + (2 + t) * BLOCK_BYTES, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
+            const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+            _mm512_store_si512(w + t * BLOCK_BYTES, weights_of(low, codes));
+            _mm512_store_si512(w + (2 + t) * BLOCK_BYTES, weights_of(high, codes));
         }
 }
 
 /* The weights of one block as bytes: w[values 0-3 or 4-7][tile]. */
-KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int packed)
+KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int packed, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int t = 0; t < tiles; t++) {
         if (packed) {
             const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
             _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
-            w[0][t] = _mm512_and_si512(both, mask);
-            w[1][t] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+            w[0][t] = weights_of(_mm512_and_si512(both, mask), codes);
+            w[1][t] = weights_of(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask), codes);
         } else {
             w[0][t] = _mm512_load_si512(view->unpacked + b * UNPACKED_BLOCK + t * BLOCK_BYTES);
             w[1][t] = _mm512_load_si512(view->unpacked + b * UNPACKED_BLOCK + (2 + t) * BLOCK_BYTES);
@@ -81,9 +97,9 @@ KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles
     }
 }
 
-/* rows, planes, tiles and packed are constants wherever this is inlined. */
+/* rows, planes, tiles, packed and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
-                         int packed)
+                         int packed, int codes)
 {
     const int8_t *a[PLANE_ROWS];
     __m512i sum[PLANE_ROWS][2];
@@ -96,7 +112,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
             sum[i][t] = _mm512_setzero_si512();
     for (int block = 0; block < view->blocks; block++) {
         __m512i w[2][2];
-        load_block(w, view, block, tiles, packed);
+        load_block(w, view, block, tiles, packed, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
@@ -130,25 +146,25 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     }
 }
 
-KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int tiles, int packed)
+KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int tiles, int packed, int codes)
 {
     const int step = PLANE_ROWS / planes;
     for (int row = 0; row < task->m; row += step) {
         const int rows = task->m - row < step ? task->m - row : step;
         switch (rows) {
-        case 1: micro_kernel(task, view, row, 1, planes, tiles, packed); break;
-        case 2: micro_kernel(task, view, row, 2, planes, tiles, packed); break;
-        case 3: micro_kernel(task, view, row, 3, planes, tiles, packed); break;
-        case 4: micro_kernel(task, view, row, 4, planes, tiles, packed); break;
-        case 5: if (step >= 5) micro_kernel(task, view, row, 5, planes, tiles, packed); break;
-        case 6: if (step >= 6) micro_kernel(task, view, row, 6, planes, tiles, packed); break;
-        case 7: if (step >= 7) micro_kernel(task, view, row, 7, planes, tiles, packed); break;
-        case 8: if (step >= 8) micro_kernel(task, view, row, 8, planes, tiles, packed); break;
+        case 1: micro_kernel(task, view, row, 1, planes, tiles, packed, codes); break;
+        case 2: micro_kernel(task, view, row, 2, planes, tiles, packed, codes); break;
+        case 3: micro_kernel(task, view, row, 3, planes, tiles, packed, codes); break;
+        case 4: micro_kernel(task, view, row, 4, planes, tiles, packed, codes); break;
+        case 5: if (step >= 5) micro_kernel(task, view, row, 5, planes, tiles, packed, codes); break;
+        case 6: if (step >= 6) micro_kernel(task, view, row, 6, planes, tiles, packed, codes); break;
+        case 7: if (step >= 7) micro_kernel(task, view, row, 7, planes, tiles, packed, codes); break;
+        case 8: if (step >= 8) micro_kernel(task, view, row, 8, planes, tiles, packed, codes); break;
         }
     }
 }
 
-KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
+KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 {
     group_view view = {
         .packed = {task->body[0], task->body[1]},
@@ -163,13 +179,13 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_BYTES;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES);
+            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
         }
         if (task->m * planes <= PLANE_ROWS) {
-            rows_of_group(task, &view, planes, tiles, 1);
+            rows_of_group(task, &view, planes, tiles, 1, codes);
         } else {
-            unpack_group(task->scratch->weights, &view, tiles);
-            rows_of_group(task, &view, planes, tiles, 0);
+            unpack_group(task->scratch->weights, &view, tiles, codes);
+            rows_of_group(task, &view, planes, tiles, 0, codes);
         }
         for (int t = 0; t < tiles; t++)
             view.packed[t] += view.blocks * BLOCK_BYTES;
@@ -184,12 +200,12 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles)
         }
 }
 
-KERNEL void gemm(const gemm_task *task, int planes)
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     if (task->header[1])
-        gemm_tiles(task, planes, 2);
+        gemm_tiles(task, planes, 2, codes);
     else
-        gemm_tiles(task, planes, 1);
+        gemm_tiles(task, planes, 1, codes);
 }
 
 /* 16 values at a time. vpmovdb keeps the low bytes, which is plane 1 as it is; plane 0 is what remains
@@ -228,14 +244,17 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
     }
 }
 
-TARGET static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
-TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+
+TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
+
+TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
 const ukernel_table ukernels_avx512vnni = {
     .name = "avx512vnni",
-    .gemm_i16 = gemm_i16,
-    .gemm_i8 = gemm_i8,
+    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
     .quantize_row = quantize_row,
 };
 #endif

@@ -15,9 +15,9 @@
 
 enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6 };
 
-/* rows, planes and packed are constants wherever this is inlined. */
+/* rows, planes, packed and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                         int planes, int packed)
+                         int planes, int packed, int codes)
 {
     const int8_t *a[UNPACKED_PLANE_ROWS];
     __m256i sum[UNPACKED_PLANE_ROWS][2];
@@ -29,7 +29,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     for (int block = 0; block < view->blocks; block++) {
         __m256i w[2][2];
-        load_block(w, view, block, packed);
+        load_block(w, view, block, packed, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
@@ -58,9 +58,16 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 
 #include "ymm_driver.h"
 
-TARGET static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
-TARGET static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
 
-const ukernel_table ukernels_avxvnni = {.name = "avxvnni", .gemm_i16 = gemm_i16, .gemm_i8 = gemm_i8};
+TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
+
+TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
+
+const ukernel_table ukernels_avxvnni = {
+    .name = "avxvnni",
+    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+};
 #endif

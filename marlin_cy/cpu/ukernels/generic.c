@@ -101,13 +101,14 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
 }
 
 /* 16-bit weights [column][k] of one tile's group. */
-static void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks)
+static inline void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks, int codes)
 {
     for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += BLOCK_K)
         for (int c = 0; c < TILE_N; c++)
             for (int t = 0; t < 4; t++) {
-                w[c * MAX_GROUP_K + t] = blocks[4 * c + t] & 15;
-                w[c * MAX_GROUP_K + t + 4] = blocks[4 * c + t] >> 4;
+                const uint8_t low = blocks[4 * c + t] & 15, high = blocks[4 * c + t] >> 4;
+                w[c * MAX_GROUP_K + t] = codes == CODES_UINT4 ? low : e2m1_weights[low];
+                w[c * MAX_GROUP_K + t + 4] = codes == CODES_UINT4 ? high : e2m1_weights[high];
             }
 }
 
@@ -128,7 +129,7 @@ static int32_t dot_product(const int16_t *restrict w, const int16_t *restrict x,
     return dot;
 }
 
-static inline void gemm(const gemm_task *task, int planes)
+static inline void gemm(const gemm_task *task, int planes, int codes)
 {
     enum { TILE_WEIGHTS = TILE_N * MAX_GROUP_K };
     int16_t *const weights = (int16_t *)(void *)task->scratch->weights;
@@ -144,10 +145,13 @@ static inline void gemm(const gemm_task *task, int planes)
         for (int t = 0; t < num_tiles; t++) {
             const uint8_t *header = task->header[t] + g * GROUP_HEADER_BYTES;
             for (int c = 0; c < TILE_N; c++) {
-                scale[t * TILE_N + c] = half_to_float((uint16_t)(header[2 * c] | header[2 * c + 1] << 8));
+                const uint32_t bits = header[2 * c] | (uint32_t)header[2 * c + 1] << 8;
+                const float given =
+                    task->scale_dtype == DTYPE_BF16 ? bits_float(bits << 16) : half_to_float((uint16_t)bits);
+                scale[t * TILE_N + c] = codes == CODES_E2M1 ? 0.5f * given : given;
                 zero[t * TILE_N + c] = header[2 * TILE_N + c];
             }
-            unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks);
+            unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks, codes);
             body[t] += blocks * BLOCK_BYTES;
         }
         for (int r = 0; r < task->m; r++) {
@@ -166,9 +170,13 @@ static inline void gemm(const gemm_task *task, int planes)
     }
 }
 
-static void gemm_i16(const gemm_task *task) { gemm(task, 2); }
+static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
-static void gemm_i8(const gemm_task *task) { gemm(task, 1); }
+static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+
+static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
+
+static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
 static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
@@ -176,8 +184,7 @@ static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 
 const ukernel_table ukernels_generic = {
     .name = "generic",
-    .gemm_i16 = gemm_i16,
-    .gemm_i8 = gemm_i8,
+    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,

@@ -98,8 +98,9 @@ static void install(ukernel_table *table, int isa)
     if (by->entry)           \
         table->entry = by->entry
     OVERRIDE(name);
-    OVERRIDE(gemm_i16);
-    OVERRIDE(gemm_i8);
+    for (int codes = 0; codes < CODES_COUNT; codes++)
+        for (int planes = 1; planes <= 2; planes++)
+            OVERRIDE(gemm[codes][planes - 1]);
     OVERRIDE(quantize_row);
     OVERRIDE(widen);
     OVERRIDE(narrow);

@@ -10,7 +10,7 @@
  *   0                          48*groups      header_bytes                header_bytes + 64*blocks
  *   | group 0 | group 1 | .... | pad to 64 B  | block 0 | block 1 | ....  |
  *        |                                         |
- *        | 16 x float16 scale, 16 x uint8 zero     | 16 lanes of 4 bytes, lane n = column n:
+ *        | 16 x 16-bit scale, 16 x uint8 zero      | 16 lanes of 4 bytes, lane n = column n:
  *                                                  |   byte t:  low nibble   q[8*block + t,     n]
  *                                                  |            high nibble  q[8*block + t + 4, n]
  *
@@ -35,13 +35,22 @@ enum {
     PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that a broadcast activation is used twice */
     BLOCK_K = 8,             /* values of K in a block */
     BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
-    GROUP_HEADER_BYTES = 48, /* 16 float16 scales and 16 uint8 zeros */
-    MAX_GROUP_K = 128,       /* the largest group: 128 * 15 * 32639 stays far below 2^31 */
+    GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
+    MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 stays far below 2^31 */
     GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
     MAX_ROWS = 48,           /* rows of a task: their sums (6 KiB), activations of a group (12) and its weights (4) fit L1 */
 };
 
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
+
+/* What 4-bit codes stand for. Kernels multiply by unsigned integers w(q):
+ *
+ *   CODES_UINT4   w(q) = q
+ *   CODES_E2M1    w(q) = e2m1_weights[q], twice the value of a 4-bit float plus 12; the packed zero points are 12, and
+ *                 scales are halved once they are float32, which is exact whatever the 16-bit scale was */
+enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2, E2M1_ZERO = 12 };
+
+static const uint8_t e2m1_weights[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 /* What a MoE layer does with a gate and an up; the formulas are in marlin_cy/moe/layer.py. */
 enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLUOAI = 3 };
@@ -68,8 +77,8 @@ typedef struct {
  *
  *   sum[r][c] = 0
  *   for g in groups:                                              (in ascending order)
- *       t = sum_k a[g][rows[r]][k] * (q[k][c] - zero[g][c])       (exact, |t| < 2^31)
- *       s = meta[g][rows[r]].scale * scale[g][c]                  (rounded)
+ *       t = sum_k a[g][rows[r]][k] * (w(q[k][c]) - zero[g][c])    (exact, |t| < 2^31)
+ *       s = meta[g][rows[r]].scale * scale[g][c]                  (rounded; with CODES_E2M1, half of scale)
  *       sum[r][c] = fma((float)t, s, sum[r][c])                   (two roundings: of t, of the fma)
  *   out[r][c] = accumulate ? out[r][c] + sum[r][c] : sum[r][c]
  *
@@ -81,6 +90,7 @@ typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
+    int scale_dtype; /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
     int num_groups;
     int group_blocks;      /* blocks in every group but the last */
     int last_group_blocks; /* blocks in the last */
@@ -146,8 +156,7 @@ typedef void gemm_fn(const gemm_task *task);
 
 typedef struct {
     const char *name;
-    gemm_fn *gemm_i16; /* two planes */
-    gemm_fn *gemm_i8;  /* one plane */
+    gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;

@@ -29,16 +29,35 @@ typedef struct {
     __m256i minus_zero[2];
 } group_header;
 
-YMM group_header load_header(const uint8_t *header)
+YMM __m256 load_scales(const uint8_t *from, int scale_dtype)
+{
+    const __m128i bits = _mm_loadu_si128((const __m128i *)from);
+    if (scale_dtype == DTYPE_BF16)
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    return _mm256_cvtph_ps(bits);
+}
+
+YMM group_header load_header(const uint8_t *header, int scale_dtype, int codes)
 {
     group_header h;
     for (int half = 0; half < 2; half++) {
-        h.scale[half] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(header + 16 * half)));
+        h.scale[half] = load_scales(header + 16 * half, scale_dtype);
+        if (codes == CODES_E2M1)
+            h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(0.5f));
         const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(header + 32 + 8 * half)));
         const __m256i minus = _mm256_sub_epi32(_mm256_setzero_si256(), zero);
         h.minus_zero[half] = _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);
     }
     return h;
+}
+
+/* Weights from nibbles, a byte each. `codes` is a constant. */
+YMM __m256i weights_of(__m256i nibbles, int codes)
+{
+    if (codes == CODES_UINT4)
+        return nibbles;
+    const __m128i table = _mm_loadu_si128((const __m128i *)e2m1_weights);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles);
 }
 
 /* One group of one tile, as the micro-kernel sees it. */
@@ -52,7 +71,7 @@ typedef struct {
 } group_view;
 
 /* Unpacked order: per block 32 bytes of (values 0-3, half 0), (0-3, half 1), (4-7, 0), (4-7, 1). */
-YMM void unpack_group(uint8_t *w, const group_view *view)
+YMM void unpack_group(uint8_t *w, const group_view *view, int codes)
 {
     const __m256i mask = _mm256_set1_epi8(15);
     for (int i = 0; i < 2 * view->blocks; i++) {
@@ -60,13 +79,14 @@ YMM void unpack_group(uint8_t *w, const group_view *view)
             _mm_prefetch((const char *)view->ahead + 32 * i, _MM_HINT_T0);
         const __m256i packed = _mm256_load_si256((const __m256i *)(view->weights + 32 * i));
         uint8_t *to = w + i / 2 * 128 + i % 2 * 32;
-        _mm256_store_si256((__m256i *)to, _mm256_and_si256(packed, mask));
-        _mm256_store_si256((__m256i *)(to + 64), _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask));
+        const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+        _mm256_store_si256((__m256i *)to, weights_of(low, codes));
+        _mm256_store_si256((__m256i *)(to + 64), weights_of(high, codes));
     }
 }
 
-/* The weights of one block as bytes: w[values 0-3 or 4-7][half]. `packed` is a constant. */
-YMM void load_block(__m256i w[2][2], const group_view *view, int b, int packed)
+/* The weights of one block as bytes: w[values 0-3 or 4-7][half]. `packed` and `codes` are constants. */
+YMM void load_block(__m256i w[2][2], const group_view *view, int b, int packed, int codes)
 {
     const uint8_t *const blocks = view->weights;
     const __m256i mask = _mm256_set1_epi8(15);
@@ -75,8 +95,8 @@ YMM void load_block(__m256i w[2][2], const group_view *view, int b, int packed)
     for (int half = 0; half < 2; half++) {
         if (packed) {
             const __m256i both = _mm256_load_si256((const __m256i *)(blocks + b * BLOCK_BYTES + 32 * half));
-            w[0][half] = _mm256_and_si256(both, mask);
-            w[1][half] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+            w[0][half] = weights_of(_mm256_and_si256(both, mask), codes);
+            w[1][half] = weights_of(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), codes);
         } else {
             w[0][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 32 * half));
             w[1][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 64 + 32 * half));
