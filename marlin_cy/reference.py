@@ -26,6 +26,7 @@ __all__ = [
     "moe_layer",
     "quantize",
     "route",
+    "shared_expert",
     "silu",
 ]
 
@@ -178,16 +179,60 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
     return np.array(sorted_ids, np.int32), np.array(expert_ids, np.int32), np.array([past], np.int32)
 
 
-def route(router_logits, top_k, norm_topk_prob=True):
-    """``(ids, weights)`` of the ``top_k`` largest softmax probabilities; of equal ones the smaller index first."""
+def route(router_logits, routing):
+    """``(ids, weights)``, int32 and float64 ``[tokens, top_k]``, by a :class:`~marlin_cy.moe.routing.Routing`."""
     logits = np.asarray(router_logits, np.float64)
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exp / exp.sum(axis=1, keepdims=True)
-    ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(probabilities, ids, axis=1)
-    if norm_topk_prob:
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return ids.astype(np.int32), weights
+    ids = np.empty((len(logits), routing.top_k), np.int32)
+    weights = np.empty(ids.shape)
+    for token, row in enumerate(logits):
+        ids[token], weights[token] = route_token(row, routing)
+    return ids, weights
+
+
+def route_token(logits, routing):
+    """``(ids, weights)`` of one token."""
+    if np.isnan(logits).any() or np.isinf(logits.max()):
+        return np.arange(routing.top_k), np.full(routing.top_k, np.nan)
+    scores, choice = routing_scores(logits, routing)
+    experts = np.arange(routing.num_experts)
+    if routing.num_groups > 1:
+        group_of = experts // (routing.num_experts // routing.num_groups)
+        experts = experts[np.isin(group_of, largest(group_scores(choice, routing), routing.topk_groups))]
+    ids = experts[largest(choice[experts], routing.top_k)]
+    weights = softmax(logits[ids]) if routing.scoring == "softmax_topk" else scores[ids]
+    if routing.norm_topk_prob and routing.scoring != "softmax_topk":
+        weights = weights / (weights.sum() + 1e-20)
+    return ids, weights * routing.routed_scaling_factor
+
+
+def routing_scores(logits, routing):
+    """What one token's weights are made of, and what its experts are chosen by, ``[num_experts]`` each."""
+    scores = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}[routing.scoring](logits)
+    return scores, scores if routing.correction_bias is None else scores + routing.correction_bias
+
+
+def group_scores(choice, routing):
+    """What one token's groups are chosen by, ``[num_groups]``."""
+    ascending = np.sort(choice.reshape(routing.num_groups, -1))
+    return ascending[:, -1] if routing.group_score == "max" else ascending[:, -2:].sum(axis=1)
+
+
+def largest(values, count):
+    """Indices of the largest values, largest first; of equal ones the smaller index first."""
+    return np.argsort(-values, kind="stable")[:count]
+
+
+def softmax(x):
+    """``exp(x)`` over the sum of these; NaN where no ``x`` is finite."""
+    with np.errstate(invalid="ignore"):
+        exp = np.exp(x - x.max())
+    return exp / exp.sum()
+
+
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
 
 
 def silu(x):
@@ -223,13 +268,57 @@ ACTIVATIONS = {
 """``f(gate, up)`` of each activation of :class:`~marlin_cy.moe.MoeLayer`, for float64 arrays."""
 
 
-def moe_layer(hidden_states, gate_up, down, topk_ids, topk_weights):
-    """The layer's output, float64; ``gate_up[e]`` is dense ``[H, 2I]``, ``down[e]`` dense ``[I, H]``."""
+def moe_layer(
+    hidden_states,
+    gate_up,
+    down,
+    topk_ids,
+    topk_weights,
+    *,
+    activation="silu",
+    gate_up_bias=None,
+    down_bias=None,
+    apply_router_weight_on_input=False,
+    shared=None,
+):
+    """The output of :class:`~marlin_cy.moe.MoeLayer`, float64.
+
+    Parameters
+    ----------
+    hidden_states : ``[tokens, H]``
+    gate_up, down : sequences of dense ``[H, 2I]`` and ``[I, H]``, one an expert
+    topk_ids, topk_weights : ``[tokens, top_k]``
+    activation : str
+    gate_up_bias, down_bias : ``[experts, 2I]`` and ``[experts, H]``, optional
+    apply_router_weight_on_input : bool
+    shared : ``[tokens, H]``, optional
+        What :func:`shared_expert` gives.
+    """
     hidden_states = np.asarray(hidden_states, np.float64)
-    out = np.zeros((hidden_states.shape[0], down[0].shape[1]))
+    out = np.zeros((len(hidden_states), down[0].shape[1])) if shared is None else shared.copy()
     for token, x in enumerate(hidden_states):
-        for expert, weight in zip(topk_ids[token], topk_weights[token], strict=True):
-            if expert >= 0:
-                gate, up = np.split(x @ gate_up[expert], 2)
-                out[token] += weight * ((silu(gate) * up) @ down[expert])
+        for e, weight in zip(topk_ids[token], topk_weights[token], strict=True):
+            if e < 0:
+                continue
+            biases = (None if bias is None else bias[e] for bias in (gate_up_bias, down_bias))
+            if apply_router_weight_on_input:
+                out[token] += expert(weight * x, gate_up[e], down[e], activation, *biases)
+            else:
+                out[token] += weight * expert(x, gate_up[e], down[e], activation, *biases)
     return out
+
+
+def shared_expert(
+    hidden_states, gate_up, down, *, activation="silu", gate_up_bias=None, down_bias=None, gate_weight=None
+):
+    """What :class:`~marlin_cy.moe.SharedExpert` adds, float64; weights are dense, of one expert."""
+    hidden_states = np.asarray(hidden_states, np.float64)
+    out = expert(hidden_states, gate_up, down, activation, gate_up_bias, down_bias)
+    return out if gate_weight is None else sigmoid(hidden_states @ gate_weight)[:, None] * out
+
+
+def expert(x, gate_up, down, activation, gate_up_bias=None, down_bias=None):
+    """One expert's output for ``x``, ``[H]`` or ``[rows, H]``."""
+    sums = x @ gate_up if gate_up_bias is None else x @ gate_up + gate_up_bias
+    inner = ACTIVATIONS[activation](*np.split(sums, 2, axis=-1))
+    return inner @ down if down_bias is None else inner @ down + down_bias

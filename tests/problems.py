@@ -1,7 +1,7 @@
 """Random problems in GPTQ form, with what they mean."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -119,6 +119,11 @@ class Problem:
     def dense(self, expert):
         """float64 ``[K, N]``."""
         return reference.dequantize(*self.parts(expert), self.group, self.g_idx[expert], self.codes)
+
+    def part(self, experts):
+        """The same for some of the experts, a slice."""
+        some = {name: getattr(self, name)[experts] for name in ("q", "scale", "zero", "g_idx")}
+        return replace(self, **some, bias=None if self.bias is None else self.bias[experts])
 
     def dense_all(self):
         """One of these an expert."""

@@ -178,7 +178,23 @@ class Routed(Layer):
         return {**args, "topk_ids": ids, "topk_weights": weights}
 
 
-CALLS = {"batched": Batched, "vllm": Vllm, "view": View, "layer": Layer, "routed": Routed}
+class Weighed(Routed):
+    """With the router's weights on the input, a bias everywhere and a shared expert."""
+
+    def make(self, backend, rng):
+        def pair(experts, inner):
+            gate_up = random_problem(rng, experts, K, 2 * inner, 32, bias=True).stack(backend)
+            return gate_up, random_problem(rng, experts, inner, K, 32, bias=True).stack(backend)
+
+        args = super().make(backend, rng)
+        shared = marlin_cy.SharedExpert(*pair(1, 64), rng.standard_normal(K))
+        self.call = marlin_cy.MoeLayer(
+            *pair(E, 32), top_k=1, shared_expert=shared, apply_router_weight_on_input=True
+        ).forward_routed
+        return {**args, "topk_ids": args["topk_ids"][:, :1].copy(), "topk_weights": np.ones((ROWS, 1), np.float32)}
+
+
+CALLS = {"batched": Batched, "vllm": Vllm, "view": View, "layer": Layer, "routed": Routed, "weighed": Weighed}
 
 
 def table(lines):
@@ -548,7 +564,24 @@ OF_ROUTED = [
     ),
 ]
 
-TABLES = {"batched": OF_BATCHED, "vllm": OF_VLLM, "view": OF_VIEW, "layer": OF_LAYER, "routed": OF_ROUTED}
+OF_WEIGHED = [
+    (
+        {"topk_ids": np.zeros((ROWS, 2), np.int32), "topk_weights": np.zeros((ROWS, 2), np.float32)},
+        ValueError,
+        r"topk_ids: got shape \(6, 2\), expected \[tokens, 1\], as apply_router_weight_on_input is set",
+    ),
+    ({"topk_weights": np.zeros((ROWS, 2), np.float32)}, ValueError, r"topk_weights: got shape \(6, 2\)"),
+    ({"topk_ids": np.full((ROWS, 1), E)}, IndexError, r"topk_ids\[0, 0\]: got 3, expected -1 to 2"),
+]
+
+TABLES = {
+    "batched": OF_BATCHED,
+    "vllm": OF_VLLM,
+    "view": OF_VIEW,
+    "layer": OF_LAYER,
+    "routed": OF_ROUTED,
+    "weighed": OF_WEIGHED,
+}
 LINES = [
     *((call, str(number), line) for call, lines in TABLES.items() for number, line in enumerate(lines)),
     *(("vllm", f"host-{number}", line) for number, line in enumerate(OF_VLLM_ON_HOST)),
@@ -765,8 +798,29 @@ class TestMoe:
             ({"top_k": E + 1}, ValueError, "top_k: got 4, expected 1 to 3"),
             ({"top_k": 2**70}, ValueError, "top_k: got a number of 71 bits"),
             ({"top_k": 1.0}, TypeError, "top_k: got 1.0, expected an int"),
-            ({"activation": "gelu"}, UnsupportedError, "activation: got 'gelu', expected one of silu"),
+            (
+                {"activation": "relu"},
+                UnsupportedError,
+                "activation: got 'relu', expected one of silu, gelu, gelu_tanh,",
+            ),
             ({"activation": None}, UnsupportedError, "activation: got None"),
+            ({"activation": ["silu"]}, UnsupportedError, r"activation: got \['silu'\]"),
+            ({"activation": np.array("silu")}, UnsupportedError, "activation: got array"),
+            (
+                {"apply_router_weight_on_input": True},
+                ValueError,
+                "apply_router_weight_on_input: got top_k 2, expected 1",
+            ),
+            ({"apply_router_weight_on_input": 1}, TypeError, "apply_router_weight_on_input: got 1, expected a bool"),
+            (
+                {"apply_router_weight_on_input": None},
+                TypeError,
+                "apply_router_weight_on_input: got None, expected a bool",
+            ),
+            ({"shared_expert": 3}, TypeError, "shared_expert: got int, expected a SharedExpert"),
+            ({"num_groups": 2}, ValueError, "num_groups: got 2, expected a divisor of 3 experts"),
+            ({"scoring": "tanh"}, ValueError, "scoring: got 'tanh', expected one of softmax"),
+            ({"correction_bias": np.zeros(2)}, ValueError, r"correction_bias: got shape \(2,\), expected \(3,\)"),
             ({"gate_up": None}, TypeError, "gate_up: got NoneType, expected a MarlinExpertStack"),
             ({"down": 3}, TypeError, "down: got int, expected a MarlinExpertStack"),
         ],
@@ -776,6 +830,76 @@ class TestMoe:
         right = {"gate_up": gate_up.stack(backend), "down": down.stack(backend), "top_k": 2}
         with pytest.raises(exception, match=message):
             marlin_cy.MoeLayer(**{**right, **changes})
+
+    @pytest.mark.parametrize(
+        ("changes", "exception", "message"),
+        [
+            ({"gate_up": None}, TypeError, "gate_up: got NoneType, expected a MarlinExpertStack"),
+            ({"down": "down"}, TypeError, "down: got str, expected a MarlinExpertStack"),
+            ({"gate_weight": np.zeros(K - 1)}, ValueError, r"gate_weight: got shape \(63,\), expected \(64,\)"),
+            ({"gate_weight": np.zeros((1, K))}, ValueError, r"gate_weight: got shape \(1, 64\)"),
+            ({"gate_weight": 0.0}, ValueError, r"gate_weight: got shape \(\)"),
+            ({"gate_weight": [[0.0], [0.0, 1.0]]}, ValueError, "gate_weight: got list"),
+            ({"gate_weight": np.zeros(K, np.int32)}, TypeError, "gate_weight: got dtype int32, expected float32"),
+            ({"gate_weight": np.zeros(K, ">f4")}, TypeError, "gate_weight: got dtype >f4"),
+            ({"gate_weight": np.zeros(K, object)}, TypeError, "gate_weight: got dtype object"),
+            ({"gate_weight": "gate"}, TypeError, "gate_weight: got dtype <U4"),
+            (
+                {"gate_weight": with_value(np.zeros(K), 5, np.nan)},
+                ValueError,
+                r"gate_weight: got nan at \[5\], expected",
+            ),
+            (
+                {"gate_weight": with_value(np.zeros(K), 9, 1e39)},
+                ValueError,
+                r"gate_weight: got 1e\+39 at \[9\], expected",
+            ),
+        ],
+    )
+    def test_shared_expert_refused(self, backend, rng, changes, exception, message):
+        gate_up, down = random_problem(rng, 1, K, 64, 32), random_problem(rng, 1, 32, K, 32)
+        right = {"gate_up": gate_up.stack(backend), "down": down.stack(backend), "gate_weight": np.zeros(K)}
+        with pytest.raises(exception, match=f"^{message}"):
+            marlin_cy.SharedExpert(**{**right, **changes})
+
+    def test_shared_expert_that_does_not_fit(self, backend, rng):
+        def stack(*sizes):
+            return random_problem(rng, *sizes, 32).stack(backend)
+
+        gate_up, down = stack(E, K, 64), stack(E, 32, K)
+        with pytest.raises(ValueError, match="^gate_up: got 3 experts, expected one"):
+            marlin_cy.SharedExpert(gate_up, down)
+        with pytest.raises(ValueError, match="^down: got 3 experts, expected 1, as in gate_up"):
+            marlin_cy.SharedExpert(stack(1, K, 64), down)
+        with pytest.raises(ValueError, match="^gate_up: got n_per_expert 64, expected 192, twice down's k"):
+            marlin_cy.SharedExpert(stack(1, K, 64), stack(1, 96, K))
+        for k, width in ((K, 32), (32, K)):
+            shared = marlin_cy.SharedExpert(stack(1, k, 64), stack(1, 32, width))
+            with pytest.raises(ValueError, match=f"^shared_expert: got {k} -> {width}, expected 64 -> 64"):
+                marlin_cy.MoeLayer(gate_up, down, top_k=1, shared_expert=shared)
+
+    @only("layer", "routed")
+    def test_stacks_of_another_backend(self, call, rng):
+        """A shared expert's, too; a stack that is none of the backend's stands for it."""
+        layer = call.call.__self__ if hasattr(call.call, "__self__") else call.call
+
+        class Elsewhere:
+            num_experts, k, n_per_expert = 1, K, 64
+
+        class Down(Elsewhere):
+            k, n_per_expert = 32, K
+
+        shared = marlin_cy.SharedExpert(Elsewhere(), Down())
+        other = marlin_cy.MoeLayer(layer.gate_up, layer.down, top_k=2, shared_expert=shared)
+        right = call.call
+        call.call = other if right is layer else other.forward_routed
+        with pytest.raises(
+            TypeError, match="^ctx: got an? .* context, but the layer's shared_expert.gate_up is a Elsew"
+        ):
+            call.make_call(call.args)
+        call.guard.assert_untouched()
+        call.call = right
+        assert_same_bits(call.right(), call.expected)
 
     def test_stacks_that_do_not_fit(self, backend, rng):
         gate_up = random_problem(rng, E, K, 64, 32).stack(backend)

@@ -5,6 +5,7 @@ import pytest
 from asserts import (
     GuardedArray,
     GuardedBuffer,
+    assert_agree,
     assert_close,
     assert_same_bits,
     product_bound,
@@ -14,46 +15,151 @@ from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
 
 import marlin_cy
 from marlin_cy import reference
+from marlin_cy.moe.layer import ACTIVATIONS
 
 FLOAT32 = unit_roundoff(np.float32)
 SLICE_BYTES = 64 << 20  # of rows between the two products, as in _moe.pyx
 
 
 class Layer:
-    """A random layer, with what it means."""
+    """A random layer, with what it means.
 
-    def __init__(self, rng, *, experts=5, hidden=96, inner=64, width=None, group_size=32, g_idx="none"):
-        self.gate_up = random_problem(rng, experts, hidden, 2 * inner, group_size, g_idx=g_idx)
-        self.down = random_problem(rng, experts, inner, width or hidden, group_size, g_idx=g_idx)
+    Parameters
+    ----------
+    experts, hidden, inner, width : int
+        ``width`` of the output; that of a token unless given.
+    bias : bool
+        Of all stacks.
+    shared : int, optional
+        Intermediate size of a shared expert.
+    gate : bool
+        Whether the shared expert has one.
+    """
+
+    def __init__(
+        self,
+        rng,
+        *,
+        experts=5,
+        hidden=96,
+        inner=64,
+        width=None,
+        group_size=32,
+        g_idx="none",
+        activation="silu",
+        bias=False,
+        weigh_input=False,
+        shared=None,
+        gate=False,
+    ):
+        def pair(count, inner, g_idx):
+            gate_up = random_problem(rng, count, hidden, 2 * inner, group_size, g_idx=g_idx, bias=bias)
+            return gate_up, random_problem(rng, count, inner, width or hidden, group_size, g_idx=g_idx, bias=bias)
+
+        self.gate_up, self.down = pair(experts, inner, g_idx)
+        # The shared expert's rows of K have an order of their own.
+        self.shared = None if shared is None else pair(1, shared, "none" if g_idx == "none" else "common")
+        self.gate_weight = (rng.standard_normal(hidden) / 8).astype(np.float32) if gate else None
+        self.activation, self.weigh_input = activation, weigh_input
 
     def on(self, backend, top_k=2, **options):
-        return marlin_cy.MoeLayer(self.gate_up.stack(backend), self.down.stack(backend), top_k=top_k, **options)
+        shared = None
+        if self.shared is not None:
+            shared = marlin_cy.SharedExpert(*(part.stack(backend) for part in self.shared), self.gate_weight)
+        return marlin_cy.MoeLayer(
+            self.gate_up.stack(backend),
+            self.down.stack(backend),
+            top_k=1 if self.weigh_input else top_k,
+            activation=self.activation,
+            apply_router_weight_on_input=self.weigh_input,
+            shared_expert=shared,
+            **options,
+        )
 
     def expected(self, x, ids, weights):
-        return reference.moe_layer(as_given(x), self.gate_up.dense_all(), self.down.dense_all(), ids, weights)
+        x, shared = as_given(x), None
+        if self.shared is not None:
+            gate_up, down = self.shared
+            shared = reference.shared_expert(
+                x,
+                gate_up.dense(0),
+                down.dense(0),
+                activation=self.activation,
+                gate_up_bias=gate_up.bias,
+                down_bias=down.bias,
+                gate_weight=self.gate_weight,
+            )
+        return reference.moe_layer(
+            x,
+            self.gate_up.dense_all(),
+            self.down.dense_all(),
+            ids,
+            weights,
+            activation=self.activation,
+            gate_up_bias=self.gate_up.bias,
+            down_bias=self.down.bias,
+            apply_router_weight_on_input=self.weigh_input,
+            shared=shared,
+        )
 
     def bound(self, backend, x, ids, weights, dtype=np.float32):
-        """The bounds of both products, carried through ``silu(gate) * up`` (whose slope is below 1.1) and the sum.
+        """The bounds of the experts' outputs, times their weights, which are good to 32 roundoffs themselves.
 
         On a device, what lies between is float16 where ``x`` is.
         """
         between = np.float16 if backend.name != "cpu" and x.dtype == np.float16 else np.float32
         bound = np.zeros((len(x), self.down.n))
         for token, row in enumerate(as_given(x).astype(np.float64)):
-            for expert, weight in zip(ids[token], weights[token], strict=True):
+            terms = []
+            for expert, weight in zip(ids[token], np.abs(weights[token]), strict=True):
                 if expert < 0:
                     continue
-                w1, w2 = self.gate_up.dense(expert), self.down.dense(expert)
-                off_gate, off_up = np.split(product_bound(backend, row[None], w1, between)[0], 2)
-                gate, up = np.split(row @ w1, 2)
-                inner = np.abs(reference.silu(gate) * up)
-                off = 1.1 * off_gate * (np.abs(up) + off_up) + np.abs(reference.silu(gate)) * off_up
-                off = off + 8 * FLOAT32 * (inner + off)
-                product = (inner + off) @ np.abs(w2)
-                error = off @ np.abs(w2) + product_bound(backend, (inner + off)[None], w2, between)[0]
-                bound[token] += np.abs(weight) * (error + 16 * FLOAT32 * product)
-                bound[token] += unit_roundoff(dtype) * np.abs(weight) * (product + error)
+                on_input, after = (weight, 1) if self.weigh_input else (1, weight)
+                output, error = self.expert_bound(backend, row, self.gate_up, self.down, expert, between, on_input)
+                terms.append((after, 32 * FLOAT32 * after, output, error))
+            if self.shared is not None:
+                output, error = self.expert_bound(backend, row, *self.shared, 0, between)
+                terms.append((*self.gate_bound(row), output, error))
+            # And a sum of as many terms, rounded to the output's dtype.
+            rounding = unit_roundoff(dtype) + len(terms) * FLOAT32
+            for weight, off_weight, output, error in terms:
+                bound[token] += weight * error + (off_weight + rounding * weight) * (output + error)
         return bound + 2.0**-24
+
+    def gate_bound(self, x):
+        """A shared expert's gate, and how far it may be off: the slope of a sigmoid is at most a quarter."""
+        if self.gate_weight is None:
+            return 1, 0
+        dot = np.abs(x) @ np.abs(self.gate_weight)
+        return reference.sigmoid(x @ self.gate_weight), FLOAT32 * (8 + len(x) * dot / 4)
+
+    def expert_bound(self, backend, x, gate_up, down, expert, between, weight=1):
+        """One expert's output for ``weight * x``, at most, and how far it may be off, ``[width]`` each.
+
+        The bounds of both products, carried through the activation ``f(gate) * u``, where ``u`` is ``up``, or 1 more:
+        slopes of ``f`` are below 1.2, and it is computed to 8 roundoffs of ``gate * u``.
+        """
+        w1, w2, x = gate_up.dense(expert), down.dense(expert), weight * x
+        sums, off = x @ w1, product_bound(backend, x[None], w1, between)[0]
+        if weight != 1:  # which is good to 32 roundoffs, and what was multiplied may be rounded
+            off = off + (32 * FLOAT32 + unit_roundoff(between)) * (np.abs(x) @ np.abs(w1))
+        if gate_up.bias is not None:
+            sums = sums + gate_up.bias[expert]
+            off = off + FLOAT32 * (np.abs(sums) + off)
+        (gate, up), (off_gate, off_up) = np.split(sums, 2), np.split(off, 2)
+        if self.activation == "swigluoai":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+            f = reference.swigluoai(gate, 0)
+        else:
+            f = reference.ACTIVATIONS[self.activation](gate, 1)
+        f, up = np.abs(f), np.abs(up)
+        off = 1.2 * off_gate * (up + off_up) + f * off_up + 8 * FLOAT32 * (np.abs(gate) + off_gate) * (up + off_up)
+        output = (f * up + off) @ np.abs(w2)
+        error = off @ np.abs(w2) + product_bound(backend, (f * up + off)[None], w2, between)[0]
+        if down.bias is not None:
+            output = output + np.abs(down.bias[expert])
+            error = error + FLOAT32 * (output + error)
+        return output, error
 
 
 def check(backend, layer, x, ids, weights, result):
@@ -100,82 +206,23 @@ class TestAlign:
                 np.testing.assert_array_equal(actual, right)
 
 
-class TestRouting:
-    @pytest.fixture
-    def ctx(self, backend):
-        return backend.new_context()
-
-    def route(self, rng, backend, ctx, logits, top_k, normalise=True):
-        layer = Layer(rng, experts=logits.shape[1], hidden=32, inner=32).on(
-            backend, top_k=top_k, norm_topk_prob=normalise
-        )
-        return tuple(map(backend.to_host, layer.route(ctx, backend.from_host(logits))))
-
-    @pytest.mark.parametrize("normalise", [True, False])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("experts", [1, 7, 16, 60])
-    def test_matches_the_reference(self, backend, rng, ctx, experts, dtype, normalise):
-        logits = (rng.permuted(np.tile(np.arange(experts), (20, 1)), axis=1) / 8 - 2).astype(DTYPES[dtype])
-        for top_k in {1, (experts + 1) // 2, experts}:
-            ids, weights = self.route(rng, backend, ctx, logits, top_k, normalise)
-            expected_ids, expected_weights = reference.route(as_given(logits), top_k, normalise)
-            assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
-            np.testing.assert_array_equal(ids, expected_ids)
-            assert_close(weights, expected_weights, (experts + 8) * FLOAT32 * expected_weights)
-
-    def test_random_logits(self, backend, rng, ctx):
-        logits = (4 * rng.standard_normal((100, 128))).astype(np.float32)
-        ids, weights = self.route(rng, backend, ctx, logits, 8)
-        expected_ids, expected_weights = reference.route(logits, 8)
-        np.testing.assert_array_equal(ids, expected_ids)
-        assert_close(weights, expected_weights, 64 * FLOAT32 * expected_weights)
-
-    def test_of_equal_ones_the_smaller_index(self, backend, rng, ctx):
-        logits = rng.integers(0, 3, (50, 24)).astype(np.float32)
-        logits[0] = 0
-        ids, weights = self.route(rng, backend, ctx, logits, 6)
-        np.testing.assert_array_equal(ids, reference.route(logits, 6)[0])
-        assert ids[0].tolist() == [0, 1, 2, 3, 4, 5]
-        assert (weights[0] == weights[0, 0]).all()
-
-    def test_extreme_logits(self, backend, rng, ctx):
-        logits = np.array([[3e38, -3e38, 0, 1], [-np.inf, 0, -np.inf, -1], [-1e30, -1e30, -1e30, -1e30]], np.float32)
-        ids, weights = self.route(rng, backend, ctx, logits, 2)
-        np.testing.assert_array_equal(ids, [[0, 1], [1, 3], [0, 1]])
-        assert_close(weights, reference.route(logits, 2)[1], 1e-6)
-
-    @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf]])
-    def test_nan_weights_of_bad_logits(self, backend, rng, ctx, bad):
-        logits = rng.standard_normal((3, 5)).astype(np.float32)
-        logits[1, : len(bad)] = bad
-        ids, weights = self.route(rng, backend, ctx, logits, 2)
-        assert np.isnan(weights[1]).all()
-        assert ((ids >= 0) & (ids < 5)).all()
-        assert not np.isnan(weights[[0, 2]]).any()
-
-    def test_no_tokens(self, backend, rng, ctx):
-        ids, weights = self.route(rng, backend, ctx, np.empty((0, 5), np.float32), 2)
-        assert ids.shape == weights.shape == (0, 2)
-
-
 class TestLayer:
     @pytest.mark.parametrize("inner", [32, 96, 160])
     @pytest.mark.parametrize("hidden", [32, 96, 288])
     def test_shapes(self, backend, rng, hidden, inner):
         layer, ctx = Layer(rng, hidden=hidden, inner=inner), backend.new_context()
-        x, logits = activations(rng, 9, hidden), rng.standard_normal((9, 5)).astype(np.float32)
-        result = backend.to_host(layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits)))
-        check(backend, layer, x, *reference.route(logits, 2), result)
+        x, logits, moe = activations(rng, 9, hidden), rng.standard_normal((9, 5)).astype(np.float32), layer.on(backend)
+        result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+        check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
     @pytest.mark.parametrize("normalise", [True, False])
     def test_top_k(self, backend, rng, top_k, normalise):
         layer, ctx = Layer(rng, experts=4), backend.new_context()
         x, logits = activations(rng, 9, 96), rng.standard_normal((9, 4)).astype(np.float32)
-        result = layer.on(backend, top_k=top_k, norm_topk_prob=normalise)(
-            ctx, backend.from_host(x), backend.from_host(logits)
-        )
-        check(backend, layer, x, *reference.route(logits, top_k, normalise), backend.to_host(result))
+        moe = layer.on(backend, top_k=top_k, norm_topk_prob=normalise)
+        result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+        check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
     @pytest.mark.parametrize("dtype_in", DTYPES)
     @pytest.mark.parametrize("dtype_out", [None, *DTYPES])
@@ -185,27 +232,30 @@ class TestLayer:
         logits = rng.standard_normal((6, 5)).astype(DTYPES[dtype_in])
         out = None if dtype_out is None else GuardedBuffer(backend, (6, 96), DTYPES[dtype_out])
         given = None if out is None else out.buffer
-        result = layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits), out=given)
+        moe = layer.on(backend)
+        result = moe(ctx, backend.from_host(x), backend.from_host(logits), out=given)
         if out is not None:
             assert result is given
             out.result()
         result = backend.to_host(result)
         assert result.dtype == DTYPES[dtype_out or dtype_in]
-        check(backend, layer, x, *reference.route(as_given(logits), 2), result)
+        check(backend, layer, x, *reference.route(as_given(logits), moe.routing), result)
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_g_idx(self, backend, rng, g_idx):
         layer, ctx = Layer(rng, g_idx=g_idx), backend.new_context()
         x, logits = activations(rng, 9, 96), rng.standard_normal((9, 5)).astype(np.float32)
-        result = layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits))
-        check(backend, layer, x, *reference.route(logits, 2), backend.to_host(result))
+        moe = layer.on(backend)
+        result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+        check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
     def test_output_of_another_width(self, backend, rng):
         layer, ctx = Layer(rng, hidden=64, inner=32, width=40), backend.new_context()
         x, logits = activations(rng, 3, 64), rng.standard_normal((3, 5)).astype(np.float32)
-        result = backend.to_host(layer.on(backend)(ctx, backend.from_host(x), backend.from_host(logits)))
+        moe = layer.on(backend)
+        result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
         assert result.shape == (3, 40)
-        check(backend, layer, x, *reference.route(logits, 2), result)
+        check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
     @pytest.mark.parametrize("choices", [1, 3, 9])
     @pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
@@ -305,3 +355,199 @@ class TestLayer:
     def test_properties(self, backend, rng):
         moe = Layer(rng).on(backend, top_k=3)
         assert (moe.num_experts, moe.hidden_size, moe.intermediate_size, moe.top_k) == (5, 96, 64, 3)
+
+
+# What a layer may be made of beside the plain two stacks.
+MADE_OF = {
+    "bias": {"bias": True},
+    "shared": {"shared": 32},
+    "shared, wider": {"shared": 160},
+    "gated": {"shared": 96, "gate": True},
+    "weighed input": {"weigh_input": True},
+    "bias and weighed input": {"bias": True, "weigh_input": True},
+    "all": {"bias": True, "shared": 96, "gate": True, "weigh_input": True},
+}
+
+
+class TestWholeModels:
+    """What model families need: activations, biases, shared experts, weights on the input, kinds of routing."""
+
+    def run(self, backend, layer, x, logits, **options):
+        moe = layer.on(backend, **options)
+        result = backend.to_host(moe(backend.new_context(), backend.from_host(x), backend.from_host(logits)))
+        assert result.dtype == x.dtype
+        check(backend, layer, x, *reference.route(as_given(logits), moe.routing), result)
+
+    def inputs(self, rng, dtype=np.float32, tokens=9, hidden=96):
+        return activations(rng, tokens, hidden, dtype), rng.standard_normal((tokens, 5)).astype(dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activations(self, backend, rng, activation, dtype):
+        layer = Layer(rng, activation=activation, bias=True, shared=32)
+        self.run(backend, layer, *self.inputs(rng, DTYPES[dtype]))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("parts", MADE_OF)
+    def test_parts(self, backend, rng, parts, dtype):
+        self.run(backend, Layer(rng, **MADE_OF[parts]), *self.inputs(rng, DTYPES[dtype]))
+
+    @pytest.mark.parametrize("g_idx", G_IDX_MODES)
+    def test_parts_with_g_idx(self, backend, rng, g_idx):
+        layer = Layer(rng, g_idx=g_idx, **MADE_OF["all"])
+        self.run(backend, layer, *self.inputs(rng))
+
+    def test_parts_of_another_width(self, backend, rng):
+        layer = Layer(rng, hidden=64, inner=32, width=40, **MADE_OF["all"])
+        self.run(backend, layer, *self.inputs(rng, hidden=64))
+
+    @pytest.mark.parametrize(
+        "routing",
+        [
+            {"scoring": "softmax_topk"},
+            {"scoring": "sigmoid", "correction_bias": [1, -1, 0, 0.5, -2], "routed_scaling_factor": 2.5},
+            {"norm_topk_prob": False, "num_groups": 5, "topk_groups": 3, "routed_scaling_factor": -16},
+        ],
+        ids=lambda routing: routing.get("scoring", "groups"),
+    )
+    def test_routing(self, backend, rng, routing):
+        self.run(backend, Layer(rng, shared=32), *self.inputs(rng), top_k=3, **routing)
+
+    @pytest.mark.parametrize("tokens", [1, 2, 49, 130])
+    def test_tokens(self, backend, rng, tokens):
+        """One, and more than blocks of rows have."""
+        self.run(backend, Layer(rng, **MADE_OF["all"]), *self.inputs(rng, tokens=tokens))
+
+    def test_large_gates_and_ups(self, backend, rng):
+        """Beyond where gpt-oss clamps them."""
+        x, logits = self.inputs(rng)
+        self.run(backend, Layer(rng, activation="swigluoai", bias=True), 16 * x, logits)
+
+    @pytest.mark.parametrize("choices", [1, 4])
+    def test_routed(self, backend, rng, choices):
+        """Any experts and weights, or none: then the shared expert is alone."""
+        layer, ctx = Layer(rng, bias=True, shared=96, gate=True), backend.new_context()
+        x = activations(rng, 12, 96)
+        ids = rng.integers(-1, 5, (12, choices))
+        ids[4] = -1
+        weights = rng.standard_normal(ids.shape).astype(np.float32)
+        result = layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, weights)
+        check(backend, layer, x, ids, weights, backend.to_host(result))
+
+    def test_routed_with_weights_on_the_input(self, backend, rng):
+        """Of any sign, and 0; the activation sees them, the biases do not."""
+        layer, ctx = Layer(rng, activation="gelu_tanh", bias=True, weigh_input=True), backend.new_context()
+        x, ids = activations(rng, 12, 96), rng.integers(-1, 5, (12, 1))
+        weights = (2 * rng.standard_normal(ids.shape)).astype(np.float32)
+        weights[3] = 0
+        result = layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, weights)
+        check(backend, layer, x, ids, weights, backend.to_host(result))
+
+    def test_weighing_the_input_by_a_power_of_two(self, backend, rng):
+        """It rounds nothing, so it is the same before and after quantising."""
+        layer, ctx = Layer(rng, weigh_input=True, shared=32), backend.new_context()
+        moe, x, ids = layer.on(backend), activations(rng, 8, 96), rng.integers(0, 5, (8, 1))
+        weights = (2.0 ** rng.integers(-3, 4, (8, 1))).astype(np.float32)
+        plain = Layer(rng)
+        plain.gate_up, plain.down = layer.gate_up, layer.down
+        result = moe.forward_routed(ctx, backend.from_host(x), ids, weights)
+        check(backend, layer, x, ids, weights, backend.to_host(result))
+        ones = np.ones_like(weights)
+        layer.shared = None
+        result = layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, weights)
+        expected = plain.on(backend).forward_routed(ctx, backend.from_host(x * weights), ids, ones)
+        bound = plain.bound(backend, x * weights, ids, ones)
+        assert_agree(backend, backend.to_host(result), backend.to_host(expected), bound)
+
+    def test_a_shared_expert_is_one_chosen_by_all(self, backend, rng):
+        """And first, with a weight of 1."""
+        layer, ctx = Layer(rng, bias=True, g_idx="common"), backend.new_context()
+        x, ids = activations(rng, 12, 96), rng.integers(-1, 4, (12, 2))
+        weights = rng.standard_normal(ids.shape).astype(np.float32)
+        by_hand = np.insert(ids, 0, 4, axis=1), np.insert(weights, 0, 1, axis=1)
+        expected = layer.on(backend).forward_routed(ctx, backend.from_host(x), *by_hand)
+        bound = layer.bound(backend, x, *by_hand)
+        layer.shared = layer.gate_up.part(slice(4, 5)), layer.down.part(slice(4, 5))
+        layer.gate_up, layer.down = layer.gate_up.part(slice(0, 4)), layer.down.part(slice(0, 4))
+        result = layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, weights)
+        assert_agree(backend, backend.to_host(result), backend.to_host(expected), bound)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_a_gate_that_is_open_or_shut(self, backend, rng, sign):
+        layer, ctx = Layer(rng, shared=32, gate=True), backend.new_context()
+        x, ids = np.abs(activations(rng, 6, 96)) + 1, np.full((6, 1), -1)
+        layer.gate_weight[:] = 100 * sign
+        result = layer.on(backend).forward_routed(ctx, backend.from_host(x), ids, np.ones(ids.shape))
+        check(backend, layer, x, ids, np.ones(ids.shape), backend.to_host(result))
+        if sign < 0:
+            assert (backend.to_host(result) == 0).all()
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_bad_tokens_stay_alone(self, backend, rng, bad):
+        layer, ctx = Layer(rng, **MADE_OF["all"]), backend.new_context()
+        moe, (x, logits) = layer.on(backend), self.inputs(rng)
+        clean = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+        x[2, 50] = bad
+        logits[6] = bad
+        result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+        assert np.isnan(result[[2, 6]]).all()
+        assert_same_bits(np.delete(result, [2, 6], axis=0), np.delete(clean, [2, 6], axis=0))
+
+    def test_few_tokens_after_many(self, backend, rng):
+        """What another layer's larger call left in the workspace is not read."""
+        ctx = backend.new_context()
+        large, small = Layer(rng, inner=160, shared=32), Layer(rng, hidden=64, **MADE_OF["all"])
+        for tokens, layer, hidden in ((300, large, 96), (3, small, 64), (20, large, 96), (1, small, 64)):
+            x, logits = self.inputs(rng, tokens=tokens, hidden=hidden)
+            moe = layer.on(backend)
+            result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
+            check(backend, layer, x, *reference.route(logits, moe.routing), result)
+
+    def test_no_tokens(self, backend, rng):
+        moe, ctx = Layer(rng, **MADE_OF["all"]).on(backend), backend.new_context()
+        x, logits = (backend.from_host(np.empty((0, n), np.float32)) for n in (96, 5))
+        assert moe(ctx, x, logits).shape == (0, 96)
+        assert moe.forward_routed(ctx, x, np.empty((0, 1), np.int32), np.empty((0, 1), np.float32)).shape == (0, 96)
+
+    @pytest.mark.parametrize("weigh_input", [False, True])
+    def test_more_tokens_than_one_slice(self, cpu_backend, rng, weigh_input):
+        """A slice holds the shared expert's rows, too."""
+        size, choices = 32, 1 if weigh_input else 64
+        layer = Layer(rng, hidden=size, inner=size, bias=True, shared=4096, gate=True, weigh_input=weigh_input)
+        slice_tokens = SLICE_BYTES // (4 * (max(choices * size, 4096) + (choices + 1) * size))
+        tokens, ctx = slice_tokens + 50, cpu_backend.new_context()
+        moe, x = layer.on(cpu_backend), activations(rng, tokens, size)
+        ids = rng.integers(-1, 5, (tokens, choices)).astype(np.int32)
+        weights = rng.standard_normal(ids.shape).astype(np.float32)
+        out = GuardedArray((tokens, size), np.float32)
+        moe.forward_routed(ctx, x, ids, weights, out=out.array)
+        out.assert_guards()
+        for part in (slice(0, 20), slice(slice_tokens - 20, slice_tokens + 20), slice(tokens - 20, tokens)):
+            expected = moe.forward_routed(ctx, x[part], ids[part], weights[part])
+            assert_same_bits(out.array[part], expected)
+        part = slice(slice_tokens - 1, slice_tokens + 1)
+        check(cpu_backend, layer, x[part], ids[part], weights[part], out.array[part])
+
+    @pytest.mark.parametrize("parts", ["gated", "all"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_bits_do_not_depend_on_threads_batch_or_isa(self, cpu_backend, rng, isa, dtype, parts):
+        """With K long enough to be split among threads."""
+        layer = Layer(rng, hidden=1056, inner=64, g_idx="per_expert", activation="gelu", **MADE_OF[parts])
+        moe, (x, logits) = layer.on(cpu_backend), self.inputs(rng, DTYPES[dtype], tokens=20, hidden=1056)
+        expected = moe(cpu_backend.new_context(num_threads=1, isa="generic"), x, logits)
+        for threads in (1, 2, 5):
+            ctx = cpu_backend.new_context(num_threads=threads, isa=isa)
+            for part in (slice(None), slice(3, 4), slice(7, 15)):
+                assert_same_bits(moe(ctx, x[part], logits[part]), expected[part])
+
+
+def test_properties_of_a_shared_expert(backend, rng):
+    layer = Layer(rng, shared=32, gate=True)
+    moe = layer.on(backend)
+    shared = moe.shared_expert
+    assert repr(shared) == "SharedExpert(96 -> 32 -> 96)"
+    np.testing.assert_array_equal(shared.gate_weight, layer.gate_weight)
+    layer.gate_weight[:] = 0
+    assert shared.gate_weight.any()
+    assert Layer(rng, shared=32).on(backend).shared_expert.gate_weight is None
+    assert (moe.activation, moe.apply_router_weight_on_input) == ("silu", False)

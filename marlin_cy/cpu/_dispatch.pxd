@@ -65,6 +65,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
 
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
+    ctypedef void sigmoid_fn(float *x, int64_t n) noexcept nogil
 
     ctypedef struct ukernel_table:
         const char *name
@@ -76,5 +77,6 @@ cdef extern from "ukernel.h" nogil:
         gate_rows_fn *gate_rows
         axpy_fn *axpy
         softmax_fn *softmax
+        sigmoid_fn *sigmoid
 
 cdef const ukernel_table *table_of(str name) except NULL

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cython.parallel cimport prange, threadid
-from libc.math cimport isnan
+from libc.math cimport INFINITY, NAN, isfinite, isnan
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
@@ -13,10 +13,12 @@ from marlin_cy.cpu._gemm cimport (
     OUT_FLOATS, cut_into_blocks, gemm_job, row_block, run_gemm, set_gemm_job, set_quantize_job, split_slots, thread_area,
 )
 from marlin_cy.cpu._quantize cimport (
-    place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
+    group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
 )
 from marlin_cy.cpu._store cimport CpuGptqStore
 from marlin_cy.cpu._workspace cimport Workspace
+
+from marlin_cy.cpu._dispatch import ACTIVATIONS
 
 cdef enum:
     # Tokens are taken in slices, so that what lies between the two products stays small next to the
@@ -25,7 +27,14 @@ cdef enum:
 
 
 # ---------------------------------------------------------------------------------------------
-# Routing
+# Routing. The formula is that of marlin_cy/moe/routing.py.
+
+cdef enum scoring_kind:
+    SOFTMAX
+    SOFTMAX_TOPK
+    SIGMOID
+
+SCORING_KINDS = {"softmax": SOFTMAX, "softmax_topk": SOFTMAX_TOPK, "sigmoid": SIGMOID}
 
 cdef struct routing:
     const ukernel_table *table
@@ -33,63 +42,136 @@ cdef struct routing:
     int dtype
     int64_t num_experts
     int64_t top_k
+    scoring_kind scoring
     bint normalise
+    const float *bias       # [num_experts], or NULL
+    int64_t num_groups
+    int64_t topk_groups
+    bint of_two             # a group's score is the sum of its two largest, not its largest
+    float factor
     int32_t *ids            # [tokens, top_k]
     float *weights          # [tokens, top_k]
 
 
-cdef void route_token(const routing *r, int64_t token, float *probabilities) noexcept nogil:
-    cdef int64_t element = 4 if r.dtype == DTYPE_F32 else 2, j, e, best
+cdef inline int64_t routing_floats(int64_t num_experts) noexcept nogil:
+    """Floats that a thread needs: scores, what experts are chosen by, and what groups are."""
+    return 3 * num_experts
+
+
+cdef bint has_order(const float *logits, int64_t num_experts) noexcept nogil:
+    """Whether there is no NaN and no infinity of positive sign, and not only infinities of negative sign."""
+    cdef int64_t e
+    cdef float largest = -INFINITY
+    for e in range(num_experts):
+        if isnan(logits[e]):
+            return False
+        largest = max(largest, logits[e])
+    return isfinite(largest)
+
+
+cdef int64_t take_largest(float *values, int64_t count) noexcept nogil:
+    """The index of the largest value, of equal ones the smaller; a NaN in its place marks it as taken."""
+    cdef int64_t best = 0, i
+    while best < count - 1 and isnan(values[best]):
+        best += 1
+    for i in range(best + 1, count):
+        if values[i] > values[best]:
+            best = i
+    values[best] = NAN
+    return best
+
+
+cdef void close_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:
+    """Mark the experts of all groups but the chosen ones as taken."""
+    cdef int64_t size = r.num_experts // r.num_groups, g, e
+    cdef float first, second
+    for g in range(r.num_groups):
+        first = second = -INFINITY
+        for e in range(g * size, (g + 1) * size):
+            if choice[e] > first:
+                second = first
+                first = choice[e]
+            elif choice[e] > second:
+                second = choice[e]
+        group_scores[g] = first + second if r.of_two else first
+    for g in range(r.topk_groups):
+        take_largest(group_scores, r.num_groups)
+    for g in range(r.num_groups):
+        if not isnan(group_scores[g]):
+            for e in range(g * size, (g + 1) * size):
+                choice[e] = NAN
+
+
+cdef void route_token(const routing *r, int64_t token, float *scores) noexcept nogil:
+    cdef int64_t element = 4 if r.dtype == DTYPE_F32 else 2, num_experts = r.num_experts, j, e
     cdef int32_t *ids = r.ids + token * r.top_k
     cdef float *weights = r.weights + token * r.top_k
+    cdef float *choice = scores + num_experts
     cdef float total = 0
-    r.table.widen(probabilities, r.logits + token * r.num_experts * element, r.dtype, r.num_experts)
-    r.table.softmax(probabilities, r.num_experts)
-    if isnan(probabilities[0]):     # a NaN or an infinity among the logits: the token's output is NaN
+    r.table.widen(scores, r.logits + token * num_experts * element, r.dtype, num_experts)
+    if not has_order(scores, num_experts):
         for j in range(r.top_k):
             ids[j] = <int32_t>j
-            weights[j] = probabilities[0]
+            weights[j] = NAN
         return
+    if r.scoring == SOFTMAX:
+        r.table.softmax(scores, num_experts)
+    elif r.scoring == SIGMOID:
+        r.table.sigmoid(scores, num_experts)
+    for e in range(num_experts):
+        choice[e] = scores[e] if r.bias is NULL else scores[e] + r.bias[e]
+    if r.num_groups > 1:
+        close_groups(r, choice, choice + num_experts)
     for j in range(r.top_k):
-        best = 0
-        for e in range(1, r.num_experts):
-            if probabilities[e] > probabilities[best]:
-                best = e
-        ids[j] = <int32_t>best
-        weights[j] = probabilities[best]
-        total += probabilities[best]
-        probabilities[best] = -1
-    if r.normalise:
+        e = take_largest(choice, num_experts)
+        ids[j] = <int32_t>e
+        weights[j] = scores[e]
+        total += scores[e]
+    if r.scoring == SOFTMAX_TOPK:
+        r.table.softmax(weights, r.top_k)
+    elif r.normalise:
+        total += <float>1e-20
         for j in range(r.top_k):
             weights[j] /= total
+    for j in range(r.top_k):
+        weights[j] *= r.factor
 
 
 cdef void route_tokens(const routing *r, int64_t tokens, float *buffers, int num_threads) noexcept nogil:
     cdef int64_t token
     for token in prange(tokens, num_threads=num_threads, schedule="static"):
-        route_token(r, token, buffers + threadid() * r.num_experts)
+        route_token(r, token, buffers + threadid() * routing_floats(r.num_experts))
 
 
-cdef void set_routing(routing *r, Workspace workspace, const matrix *logits, int64_t top_k, bint normalise) noexcept:
+cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind) except -1:
+    """What follows from the settings, the logits and a ``Routing``; it owns the bias."""
+    cdef const float[::1] bias = kind.correction_bias
     r.table, r.logits, r.dtype = workspace.table, logits.data, logits.dtype
-    r.num_experts, r.top_k, r.normalise = logits.width, top_k, normalise
+    r.num_experts, r.top_k = logits.width, kind.top_k
+    r.scoring, r.normalise, r.factor = SCORING_KINDS[kind.scoring], kind.norm_topk_prob, kind.routed_scaling_factor
+    r.bias = NULL
+    if bias is not None:
+        r.bias = &bias[0]
+    r.num_groups, r.topk_groups, r.of_two = kind.num_groups, kind.topk_groups, kind.group_score == "top2_sum"
+    return 0
 
 
-def route(Workspace workspace, router_logits, int64_t num_experts, int64_t top_k, bint normalise):
-    """``(ids, weights)``, int32 and float32 ``[tokens, top_k]``: the top-k of the softmax of each row."""
-    cdef matrix logits = float_matrix(router_logits, "router_logits", num_experts, False)
-    ids, weights = np.empty((logits.rows, top_k), np.int32), np.empty((logits.rows, top_k), np.float32)
-    cdef int32_t[:, ::1] ids_view = ids
-    cdef float[:, ::1] weights_view = weights
+def route(Workspace workspace, router_logits, kind):
+    """``(ids, weights)``, int32 and float32 ``[tokens, top_k]``, of each row by a ``Routing``."""
+    cdef matrix logits = float_matrix(router_logits, "router_logits", kind.num_experts, False)
     cdef routing r
     cdef float *buffers
+    set_routing(&r, workspace, &logits, kind)
+    ids, weights = np.empty((logits.rows, r.top_k), np.int32), np.empty((logits.rows, r.top_k), np.float32)
+    cdef int32_t[:, ::1] ids_view = ids
+    cdef float[:, ::1] weights_view = weights
     if logits.rows == 0:
         return ids, weights
-    set_routing(&r, workspace, &logits, top_k, normalise)
     r.ids, r.weights = &ids_view[0, 0], &weights_view[0, 0]
     workspace.enter()
     try:
-        buffers = <float *>workspace.reserve(&workspace.floats, 4 * num_experts * workspace.num_threads)
+        buffers = <float *>workspace.reserve(
+            &workspace.floats, sizeof(float) * routing_floats(r.num_experts) * workspace.num_threads)
         with nogil:
             route_tokens(&r, logits.rows, buffers, workspace.num_threads)
     finally:
@@ -186,29 +268,178 @@ cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64
 
 
 # ---------------------------------------------------------------------------------------------
-# The layer
+# Both products
+
+# What experts give for the tokens that have chosen them. A shared expert is one that all have chosen.
+cdef struct expert_pass:
+    quantize_job quantize_input
+    gemm_job gate_up
+    quantize_job quantize_inner
+    gemm_job down
+    grouping group
+    int64_t num_experts
+    int64_t top_k
+    const int32_t *gate_order_of
+    const int32_t *down_order_of
+    bint ordered                # experts quantise their rows in their own orders of K
+    void *quantized             # memory of either quantisation
+    void *quantized_inner
+
+
+cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t top_k, int activation) except -1:
+    """What follows from the settings and the stacks; the memory is placed by :func:`place_pass`."""
+    cdef CpuGptqStore gate_store = gate_up.store, down_store = down.store
+    p.num_experts, p.top_k = gate_store.num_experts, top_k
+    p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
+    p.ordered = len(gate_store.group_orders) > 1
+    set_quantize_job(&p.quantize_input, workspace, gate_store)
+    set_quantize_job(&p.quantize_inner, workspace, down_store)
+    p.quantize_inner.dtype = DTYPE_F32
+    set_gemm_job(&p.gate_up, workspace, gate_store, gate_up.bias)
+    p.gate_up.activation = activation
+    p.gate_up.inner = p.gate_up.out_width = down_store.k
+    set_gemm_job(&p.down, workspace, down_store, down.bias)
+    p.down.out_dtype = DTYPE_F32
+    return 0
+
+
+cdef struct pass_memory:
+    int64_t grouping            # bytes
+    int64_t quantized           # bytes
+    int64_t quantized_inner     # bytes
+    int64_t inner               # floats
+    int64_t slots               # of OUT_FLOATS floats
+    int64_t thread_floats       # of each thread
+
+
+cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t tokens, int num_threads) noexcept:
+    """Let ``most`` be enough for a pass over ``tokens`` tokens, too."""
+    cdef int64_t pairs = tokens * p.top_k
+    most.grouping = max(most.grouping, grouping_bytes(p.num_experts, pairs))
+    most.quantized = max(most.quantized, quantized_bytes(
+        pairs if p.ordered else tokens, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
+    most.quantized_inner = max(most.quantized_inner, quantized_bytes(
+        pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
+    most.inner = max(most.inner, pairs * p.gate_up.inner)
+    most.slots = max(most.slots, split_slots(&p.gate_up, num_threads), split_slots(&p.down, num_threads))
+    most.thread_floats = max(most.thread_floats, row_buffer_floats(p.quantize_input.k, p.quantize_input.packed_k),
+                             row_buffer_floats(p.quantize_inner.k, p.quantize_inner.packed_k))
+
+
+cdef void place_pass(expert_pass *p, Workspace workspace, int64_t tokens, float *row_buffers, float *inner,
+                     float *products) noexcept:
+    """Point into what the workspace holds; passes that run after each other share all but the products."""
+    place_grouping(&p.group, <char *>workspace.rows.data, p.num_experts, tokens * p.top_k)
+    p.quantized, p.quantized_inner = workspace.quantized.data, workspace.hidden.data
+    p.quantize_input.row_buffers = p.quantize_inner.row_buffers = row_buffers
+    p.gate_up.output = <char *>inner
+    p.quantize_inner.input = <char *>inner
+    p.down.output = <char *>products
+    p.gate_up.areas = p.down.areas = <thread_area *>workspace.threads.data
+    p.gate_up.slots = p.down.slots = <float *>workspace.slots.data
+
+
+cdef void weigh_rows(const quantize_job *job, const float *weights) noexcept nogil:
+    """Multiply quantised rows by the weights of their tokens: their scales alone, which rounds once."""
+    cdef int64_t stride = group_rows(job.num_rows), group, row
+    for group in range((job.packed_k + job.group_size - 1) // job.group_size):
+        for row in range(job.num_rows):
+            job.meta[group * stride + row].scale *= weights[row if job.input_rows is NULL else job.input_rows[row]]
+
+
+cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weights, int64_t tokens,
+                   int num_threads) noexcept nogil:
+    """Rows ``[0, tokens)`` of the input to their products ``[tokens, top_k]``.
+
+    ``input_weights`` is NULL, or what rows of the input are multiplied by.
+    """
+    cdef grouping *g = &p.group
+    group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.gate_order_of, p.down_order_of)
+
+    p.quantize_input.num_rows = g.num_pairs if p.ordered else tokens
+    p.quantize_input.input_rows = g.input_rows if p.ordered else NULL
+    p.quantize_input.row_orders = g.gate_orders if p.ordered else NULL
+    place_quantized(&p.quantize_input, p.quantized)
+    quantize_rows(&p.quantize_input, num_threads)
+    if input_weights is not NULL:
+        weigh_rows(&p.quantize_input, input_weights)
+
+    p.gate_up.a, p.gate_up.meta = p.quantize_input.a, p.quantize_input.meta
+    p.gate_up.num_quantized = p.quantize_input.num_rows
+    p.gate_up.in_rows = g.place_rows if p.ordered else g.tokens
+    p.gate_up.out_rows = g.places
+    p.gate_up.blocks, p.gate_up.num_blocks = g.blocks, g.num_blocks
+    run_gemm(&p.gate_up, num_threads)
+
+    p.quantize_inner.num_rows = g.num_pairs
+    p.quantize_inner.row_orders = g.down_orders
+    place_quantized(&p.quantize_inner, p.quantized_inner)
+    quantize_rows(&p.quantize_inner, num_threads)
+
+    p.down.a, p.down.meta = p.quantize_inner.a, p.quantize_inner.meta
+    p.down.num_quantized = g.num_pairs
+    p.down.in_rows, p.down.out_rows = g.place_rows, g.pairs
+    p.down.blocks, p.down.num_blocks = g.blocks, g.num_blocks
+    run_gemm(&p.down, num_threads)
+
+
+# ---------------------------------------------------------------------------------------------
+# Combination
+
+cdef enum:
+    GATE_STEP = 32      # divides K
+    GATE_SUMS = 8       # sums side by side, so that an addition need not wait for the one before
 
 cdef struct combination:
     const ukernel_table *table
     const float *products   # [tokens, top_k, width]
     const int32_t *ids      # [tokens, top_k]
-    const float *weights    # [tokens, top_k]
+    const float *weights    # [tokens, top_k], or NULL for 1
     int64_t top_k
     int64_t width
+    const float *shared     # [tokens, width] of the shared expert, or NULL
+    const float *gate_weight    # [k] of its gate, or NULL for 1
+    const char *input       # [tokens, k]
+    int input_dtype
+    int64_t k
     char *output            # [tokens, width]
     int dtype
     float *sums             # [num_threads, width]
 
 
+cdef float shared_gate(const combination *c, int64_t token) noexcept nogil:
+    """``sigmoid(x . gate_weight)``. Products of two float32 are exact in double; they are summed in one order."""
+    cdef int64_t element = 4 if c.input_dtype == DTYPE_F32 else 2, step, i, lane
+    cdef const float *weight
+    cdef float[GATE_STEP] x
+    cdef double[GATE_SUMS] sums
+    cdef double total = 0
+    cdef float gate
+    memset(sums, 0, sizeof(sums))
+    for step in range(c.k // GATE_STEP):
+        c.table.widen(x, c.input + (token * c.k + step * GATE_STEP) * element, c.input_dtype, GATE_STEP)
+        weight = c.gate_weight + step * GATE_STEP
+        for i in range(GATE_STEP // GATE_SUMS):
+            for lane in range(GATE_SUMS):
+                sums[lane] += <double>x[i * GATE_SUMS + lane] * weight[i * GATE_SUMS + lane]
+    for lane in range(GATE_SUMS):
+        total += sums[lane]
+    gate = <float>total
+    c.table.sigmoid(&gate, 1)
+    return gate
+
+
 cdef void combine_token(const combination *c, int64_t token, int thread) noexcept nogil:
-    """``output[token] = sum_j weight * product``, a chain of fused multiply-adds from zero, j ascending."""
+    """``output[token] = gate * shared + sum_j weight * product``: fused multiply-adds from zero on, j ascending."""
     cdef int64_t element = 4 if c.dtype == DTYPE_F32 else 2, j, pair
     cdef float *sums = c.sums + thread * c.width
     memset(sums, 0, c.width * sizeof(float))
+    if c.shared is not NULL:
+        c.table.axpy(sums, c.shared + token * c.width, 1 if c.gate_weight is NULL else shared_gate(c, token), c.width)
     for j in range(c.top_k):
         pair = token * c.top_k + j
         if c.ids[pair] >= 0:
-            c.table.axpy(sums, c.products + pair * c.width, c.weights[pair], c.width)
+            c.table.axpy(sums, c.products + pair * c.width, 1 if c.weights is NULL else c.weights[pair], c.width)
     c.table.narrow(c.output + token * c.width * element, sums, c.dtype, c.width)
 
 
@@ -218,51 +449,8 @@ cdef void combine_tokens(const combination *c, int64_t tokens, int num_threads) 
         combine_token(c, token, threadid())
 
 
-cdef struct layer_job:
-    quantize_job quantize_input
-    gemm_job gate_up
-    quantize_job quantize_inner
-    gemm_job down
-    combination combine
-    grouping group
-    int64_t num_experts
-    bint ordered                # experts quantise their rows in their own orders of K
-    void *quantized             # memory of either quantisation
-    void *quantized_inner
-
-
-cdef void forward_slice(layer_job *job, const int32_t *ids, int64_t tokens, const int32_t *gate_order_of,
-                        const int32_t *down_order_of, int num_threads) noexcept nogil:
-    """Rows ``[0, tokens)`` of the job's input to those of its output."""
-    cdef grouping *g = &job.group
-    group_by_expert(g, ids, tokens, job.combine.top_k, job.num_experts, gate_order_of, down_order_of)
-
-    job.quantize_input.num_rows = g.num_pairs if job.ordered else tokens
-    job.quantize_input.input_rows = g.input_rows if job.ordered else NULL
-    job.quantize_input.row_orders = g.gate_orders if job.ordered else NULL
-    place_quantized(&job.quantize_input, job.quantized)
-    quantize_rows(&job.quantize_input, num_threads)
-
-    job.gate_up.a, job.gate_up.meta = job.quantize_input.a, job.quantize_input.meta
-    job.gate_up.num_quantized = job.quantize_input.num_rows
-    job.gate_up.in_rows = g.place_rows if job.ordered else g.tokens
-    job.gate_up.out_rows = g.places
-    job.gate_up.blocks, job.gate_up.num_blocks = g.blocks, g.num_blocks
-    run_gemm(&job.gate_up, num_threads)
-
-    job.quantize_inner.num_rows = g.num_pairs
-    job.quantize_inner.row_orders = g.down_orders
-    place_quantized(&job.quantize_inner, job.quantized_inner)
-    quantize_rows(&job.quantize_inner, num_threads)
-
-    job.down.a, job.down.meta = job.quantize_inner.a, job.quantize_inner.meta
-    job.down.num_quantized = g.num_pairs
-    job.down.in_rows, job.down.out_rows = g.place_rows, g.pairs
-    job.down.blocks, job.down.num_blocks = g.blocks, g.num_blocks
-    run_gemm(&job.down, num_threads)
-
-    combine_tokens(&job.combine, tokens, num_threads)
-
+# ---------------------------------------------------------------------------------------------
+# The layer
 
 cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
     cdef int64_t t, j
@@ -273,101 +461,117 @@ cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
     return 0
 
 
-def moe_forward(Workspace workspace, CpuGptqStore gate_up, CpuGptqStore down, hidden_states, out, router_logits,
-                const int32_t[:, ::1] topk_ids, const float[:, ::1] topk_weights, int64_t top_k, bint normalise):
-    """Fill ``out`` with the layer's output.
+def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, const int32_t[:, ::1] topk_ids,
+                const float[:, ::1] topk_weights):
+    """Fill ``out`` with the output of a ``MoeLayer`` on the CPU.
 
-    Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are; ``top_k`` fits them.
+    Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are.
     """
-    cdef matrix hidden = float_matrix(hidden_states, "hidden_states", gate_up.k, False)
-    cdef matrix result = float_matrix(out, "out", down.n, True)
+    cdef matrix hidden = float_matrix(hidden_states, "hidden_states", layer.gate_up.k, False)
+    cdef matrix result = float_matrix(out, "out", layer.down.n_per_expert, True)
     cdef matrix logits
-    cdef int64_t tokens = hidden.rows, inner = down.k, width = down.n, experts = gate_up.num_experts
-    cdef int64_t slice_tokens, pairs, begin, count, slots
-    cdef int num_threads = workspace.num_threads
-    cdef layer_job job
+    cdef int64_t tokens = hidden.rows, width = result.width, slice_tokens, token_floats, begin, count
+    cdef int64_t routed_pairs = 0, shared_tokens = 0
+    cdef int num_threads = workspace.num_threads, activation = ACTIVATIONS[layer.activation]
+    cdef bint weigh_input = layer.apply_router_weight_on_input
+    cdef expert_pass routed, shared
+    cdef combination combine
     cdef routing router
+    cdef pass_memory memory
+    cdef const float[::1] gate_weight
     cdef const int32_t *ids = NULL
     cdef const float *weights = NULL
-    cdef char *memory
-    cdef float *buffers
+    cdef char *rows
+    cdef int32_t *zeros         # the ids of the shared expert
     cdef float *row_buffers
-    cdef int64_t routed = 0
+    cdef float *inner
+    cdef float *products
+    shared_expert = layer.shared_expert
     refuse_overlap(result, hidden, "out")
     if result.rows != tokens:
         raise ValueError(f"out: got {result.rows} rows, expected {tokens}, those of hidden_states")
     if router_logits is None:
         if topk_ids.shape[0] != tokens:
             raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens}, those of hidden_states")
-        check_ids(topk_ids, experts)
+        check_ids(topk_ids, layer.num_experts)
+        combine.top_k = topk_ids.shape[1]
     else:
-        logits = float_matrix(router_logits, "router_logits", experts, False)
+        logits = float_matrix(router_logits, "router_logits", layer.num_experts, False)
         if logits.rows != tokens:
             raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens}, those of hidden_states")
         refuse_overlap(result, logits, "out")
-        routed = tokens * top_k
+        set_routing(&router, workspace, &logits, layer.routing)
+        combine.top_k = router.top_k
+        routed_pairs = tokens * router.top_k
     if tokens == 0:
         return
 
-    slice_tokens = max(SLICE_BYTES // (4 * top_k * (inner + width)), MAX_ROWS * experts // top_k, <int64_t>1)
+    set_pass(&routed, workspace, layer.gate_up, layer.down, combine.top_k, activation)
+    routed.quantize_input.dtype = hidden.dtype
+    combine.table, combine.dtype, combine.width = workspace.table, result.dtype, width
+    combine.input_dtype, combine.k = hidden.dtype, hidden.width
+    combine.shared = combine.gate_weight = NULL
+    token_floats = combine.top_k * (routed.gate_up.inner + width)
+    if shared_expert is not None:
+        set_pass(&shared, workspace, shared_expert.gate_up, shared_expert.down, 1, activation)
+        shared.quantize_input.dtype = hidden.dtype
+        token_floats = max(combine.top_k * routed.gate_up.inner, shared.gate_up.inner) + (combine.top_k + 1) * width
+        gate_weight = shared_expert.gate_weight
+        if gate_weight is not None:
+            combine.gate_weight = &gate_weight[0]
+    slice_tokens = max(SLICE_BYTES // (4 * token_floats), MAX_ROWS * routed.num_experts // combine.top_k, <int64_t>1)
     slice_tokens = min(slice_tokens, tokens)
-    pairs = slice_tokens * top_k
-    job.num_experts = experts
-    job.ordered = len(gate_up.group_orders) > 1
-    set_quantize_job(&job.quantize_input, workspace, gate_up)
-    job.quantize_input.dtype = hidden.dtype
-    set_quantize_job(&job.quantize_inner, workspace, down)
-    job.quantize_inner.dtype = DTYPE_F32
-    set_gemm_job(&job.gate_up, workspace, gate_up, None)
-    job.gate_up.inner = job.gate_up.out_width = inner
-    set_gemm_job(&job.down, workspace, down, None)
-    job.down.out_dtype = DTYPE_F32
-    job.combine.table, job.combine.dtype = workspace.table, result.dtype
-    job.combine.top_k, job.combine.width = top_k, width
+    memset(&memory, 0, sizeof(memory))
+    memory.thread_floats = max(width, routing_floats(routed.num_experts))
+    add_pass_memory(&memory, &routed, slice_tokens, num_threads)
+    if shared_expert is not None:
+        shared_tokens = slice_tokens
+        add_pass_memory(&memory, &shared, slice_tokens, num_threads)
 
     workspace.enter()
     try:
-        memory = <char *>workspace.reserve(
-            &workspace.rows, grouping_bytes(experts, pairs) + routed * <int64_t>(sizeof(int32_t) + sizeof(float)))
-        place_grouping(&job.group, memory, experts, pairs)
-        job.quantized = workspace.reserve(&workspace.quantized, quantized_bytes(
-            pairs if job.ordered else slice_tokens, job.quantize_input.packed_k, job.quantize_input.group_size,
-            workspace.planes))
-        job.quantized_inner = workspace.reserve(&workspace.hidden, quantized_bytes(
-            pairs, job.quantize_inner.packed_k, job.quantize_inner.group_size, workspace.planes))
-        count = max(row_buffer_floats(gate_up.k, gate_up.view.packed_k),
-                    row_buffer_floats(inner, down.view.packed_k), width, experts)
-        buffers = <float *>workspace.reserve(
-            &workspace.floats, 4 * (count * num_threads + pairs * (inner + width)))
-        row_buffers = buffers + pairs * (inner + width)
-        job.quantize_input.row_buffers = job.quantize_inner.row_buffers = job.combine.sums = row_buffers
-        job.gate_up.output = <char *>buffers
-        job.quantize_inner.input = <char *>buffers
-        job.down.output = <char *>(buffers + pairs * inner)
-        job.combine.products = buffers + pairs * inner
-        job.gate_up.areas = job.down.areas = <thread_area *>workspace.reserve(
-            &workspace.threads, sizeof(thread_area) * num_threads)
-        slots = max(split_slots(&job.gate_up, num_threads), split_slots(&job.down, num_threads))
-        if slots:
-            job.gate_up.slots = job.down.slots = <float *>workspace.reserve(
-                &workspace.slots, slots * OUT_FLOATS * sizeof(float))
+        rows = <char *>workspace.reserve(&workspace.rows, (
+            memory.grouping + shared_tokens * <int64_t>sizeof(int32_t)
+            + routed_pairs * <int64_t>(sizeof(int32_t) + sizeof(float))))
+        zeros = <int32_t *>(rows + memory.grouping)
+        workspace.reserve(&workspace.quantized, memory.quantized)
+        workspace.reserve(&workspace.hidden, memory.quantized_inner)
+        inner = <float *>workspace.reserve(&workspace.floats, sizeof(float) * (
+            memory.inner + (slice_tokens * combine.top_k + shared_tokens) * width + memory.thread_floats * num_threads))
+        workspace.reserve(&workspace.threads, sizeof(thread_area) * num_threads)
+        if memory.slots:
+            workspace.reserve(&workspace.slots, memory.slots * OUT_FLOATS * sizeof(float))
+        products = inner + memory.inner
+        row_buffers = products + (slice_tokens * combine.top_k + shared_tokens) * width
+        place_pass(&routed, workspace, slice_tokens, row_buffers, inner, products)
+        combine.products, combine.sums = products, row_buffers
+        if shared_expert is not None:
+            memset(zeros, 0, shared_tokens * sizeof(int32_t))
+            combine.shared = products + slice_tokens * combine.top_k * width
+            place_pass(&shared, workspace, slice_tokens, row_buffers, inner, <float *>combine.shared)
         if router_logits is None:
             ids, weights = &topk_ids[0, 0], &topk_weights[0, 0]
         else:
-            set_routing(&router, workspace, &logits, top_k, normalise)
-            router.ids = <int32_t *>(memory + grouping_bytes(experts, pairs))
-            router.weights = <float *>(router.ids + routed)
+            router.ids = zeros + shared_tokens
+            router.weights = <float *>(router.ids + routed_pairs)
             ids, weights = router.ids, router.weights
         with nogil:
-            if routed:
+            if routed_pairs:
                 route_tokens(&router, tokens, row_buffers, num_threads)
             begin = 0
             while begin < tokens:
                 count = min(slice_tokens, tokens - begin)
-                job.quantize_input.input = hidden.data + begin * (hidden.nbytes // tokens)
-                job.combine.output = result.data + begin * (result.nbytes // tokens)
-                job.combine.ids, job.combine.weights = ids + begin * top_k, weights + begin * top_k
-                forward_slice(&job, job.combine.ids, count, gate_up.view.order_of, down.view.order_of, num_threads)
+                combine.input = routed.quantize_input.input = hidden.data + begin * (hidden.nbytes // tokens)
+                combine.output = result.data + begin * (result.nbytes // tokens)
+                combine.ids = ids + begin * combine.top_k
+                combine.weights = weights + begin * combine.top_k
+                if shared_tokens:
+                    shared.quantize_input.input = combine.input
+                    run_pass(&shared, zeros, NULL, count, num_threads)
+                run_pass(&routed, combine.ids, combine.weights if weigh_input else NULL, count, num_threads)
+                if weigh_input:
+                    combine.weights = NULL
+                combine_tokens(&combine, count, num_threads)
                 begin = begin + count
     finally:
         workspace.leave()

@@ -218,27 +218,22 @@ class CpuBackend(Backend):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
 
     def _route(self, ctx, router_logits, routing):
-        return fork.run(
-            _moe.route, workspace_of(ctx), router_logits, routing.num_experts, routing.top_k, routing.norm_topk_prob
-        )
+        return fork.run(_moe.route, workspace_of(ctx), router_logits, routing)
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         return as_topk(topk_ids, topk_weights, num_experts)
 
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
-        for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+        for name, stack in layer._stacks():
             if not isinstance(stack, CpuMarlinExpertStack):
                 raise TypeError(f"ctx: got a CPU context, but the layer's {name} is a {type(stack).__name__}")
         fork.run(
             _moe.moe_forward,
             workspace_of(ctx),
-            layer.gate_up.store,
-            layer.down.store,
+            layer,
             hidden_states,
             out,
             router_logits,
             topk_ids,
             topk_weights,
-            layer.top_k if router_logits is not None else topk_ids.shape[1],
-            layer.norm_topk_prob,
         )

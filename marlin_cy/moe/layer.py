@@ -1,8 +1,6 @@
 """The Mixture-of-Experts layer, on any backend."""
 
-import ml_dtypes
-import numpy as np
-
+from marlin_cy.arguments import flag, float_vector
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Context
 from marlin_cy.moe.routing import Routing
@@ -10,7 +8,6 @@ from marlin_cy.moe.routing import Routing
 __all__ = ["ACTIVATIONS", "MoeLayer", "SharedExpert"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
-GATE_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
 class SharedExpert:
@@ -26,7 +23,7 @@ class SharedExpert:
     gate_up, down : MarlinExpertStack
         Of one expert each; widths as in :class:`MoeLayer`, but for an intermediate size of its own.
     gate_weight : float array ``[k]``, optional
-        On the host; kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
+        On the host; finite, kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
 
     Raises
     ------
@@ -41,12 +38,7 @@ class SharedExpert:
         self.gate_up, self.down = gate_up, down
         self.gate_weight = None
         if gate_weight is not None:
-            gate_weight = np.asarray(gate_weight)
-            if gate_weight.dtype not in GATE_DTYPES:
-                raise TypeError(f"gate_weight: got dtype {gate_weight.dtype}, expected float32")
-            if gate_weight.shape != (gate_up.k,):
-                raise ValueError(f"gate_weight: got shape {gate_weight.shape}, expected ({gate_up.k},)")
-            self.gate_weight = np.array(gate_weight, np.float32)
+            self.gate_weight = float_vector("gate_weight", gate_weight, gate_up.k)
 
     def __repr__(self):
         return f"SharedExpert({self.gate_up.k} -> {self.down.k} -> {self.down.n_per_expert})"
@@ -58,7 +50,7 @@ class MoeLayer:
     For each token with chosen experts ``e_j`` and weights ``w_j``::
 
         gate, up = split(x @ W_gate_up[e_j])
-        out = sum_j w_j * ((act(gate) * up) @ W_down[e_j])         j in ascending order
+        out = sum_j w_j * ((act(gate) * up) @ W_down[e_j])         j in ascending order, after the shared expert
 
     How experts and weights are chosen is documented in :class:`~marlin_cy.moe.routing.Routing`, whose
     parameters this class takes. The activations, with names and formulas as in transformers and vLLM:
@@ -114,11 +106,12 @@ class MoeLayer:
         shared_expert=None,
         **routing,
     ):
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         check_stacks(gate_up, down)
         self.routing = Routing(gate_up.num_experts, top_k, **routing)
-        if apply_router_weight_on_input and self.top_k != 1:
+        self.apply_router_weight_on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
+        if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input: got top_k {self.top_k}, expected 1")
         if shared_expert is not None:
             if not isinstance(shared_expert, SharedExpert):
@@ -128,8 +121,7 @@ class MoeLayer:
                 raise ValueError(
                     f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
                 )
-        self.gate_up, self.down, self.activation = gate_up, down, activation
-        self.apply_router_weight_on_input, self.shared_expert = bool(apply_router_weight_on_input), shared_expert
+        self.gate_up, self.down, self.activation, self.shared_expert = gate_up, down, activation, shared_expert
 
     def __repr__(self):
         return (
@@ -198,10 +190,15 @@ class MoeLayer:
             Experts of each token; -1 takes no part. Arrays on the host are checked and copied. A buffer on
             a device is not read back: there, ids out of range take no part either.
         topk_weights : float array, or float32 buffer ``[tokens, any number]``
-            Their weights, used as they are; where the ids are.
+            Their weights, used as they are; where the ids are. With ``apply_router_weight_on_input`` there is
+            one a token.
         """
         backend = backend_of(ctx)
         ids, weights = backend._topk(topk_ids, topk_weights, self.num_experts)
+        if self.apply_router_weight_on_input and ids.shape[1] != 1:
+            raise ValueError(
+                f"topk_ids: got shape {ids.shape}, expected [tokens, 1], as apply_router_weight_on_input is set"
+            )
         out = self._output(backend, hidden_states, out)
         backend._moe_forward(ctx, self, hidden_states, out, None, ids, weights)
         return out
@@ -209,6 +206,11 @@ class MoeLayer:
     def route(self, ctx, router_logits):
         """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
         return backend_of(ctx)._route(ctx, router_logits, self.routing)
+
+    def _stacks(self):
+        """``(name, stack)`` of all that a backend must have made."""
+        layers = [("", self)] if self.shared_expert is None else [("", self), ("shared_expert.", self.shared_expert)]
+        return [(prefix + name, getattr(layer, name)) for prefix, layer in layers for name in ("gate_up", "down")]
 
     def _output(self, backend, hidden_states, out):
         if out is not None:

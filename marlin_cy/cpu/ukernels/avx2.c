@@ -199,6 +199,8 @@ TARGET static void axpy(float *dst, const float *src, float weight, int64_t n)
 
 TARGET static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
+TARGET static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
+
 const ukernel_table ukernels_avx2 = {
     .name = "avx2",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
@@ -209,5 +211,6 @@ const ukernel_table ukernels_avx2 = {
     .gate_rows = gate_rows,
     .axpy = axpy,
     .softmax = softmax,
+    .sigmoid = sigmoid,
 };
 #endif

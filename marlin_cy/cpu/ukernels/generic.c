@@ -180,6 +180,8 @@ static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
 static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
+static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
+
 const ukernel_table ukernels_generic = {
     .name = "generic",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
@@ -190,4 +192,5 @@ const ukernel_table ukernels_generic = {
     .gate_rows = gate_rows,
     .axpy = axpy,
     .softmax = softmax,
+    .sigmoid = sigmoid,
 };

@@ -108,6 +108,7 @@ static void install(ukernel_table *table, int isa)
     OVERRIDE(gate_rows);
     OVERRIDE(axpy);
     OVERRIDE(softmax);
+    OVERRIDE(sigmoid);
 #undef OVERRIDE
 }
 

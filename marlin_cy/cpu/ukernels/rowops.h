@@ -183,3 +183,9 @@ ROWOPS void softmax_row(float *x, int64_t n)
     for (int64_t i = 0; i < n; i++)
         x[i] = x[i] / sum;
 }
+
+ROWOPS void sigmoid_row(float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = x[i] == x[i] ? 1.0f / (1.0f + exp_f32(-x[i])) : x[i];
+}

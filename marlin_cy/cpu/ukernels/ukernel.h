@@ -149,6 +149,9 @@ typedef void axpy_fn(float *dst, const float *src, float weight, int64_t n);
 /* x[i] = exp(x[i] - max x) / sum of these, in place; the sum in ascending order; all NaN if any is. */
 typedef void softmax_fn(float *x, int64_t n);
 
+/* x[i] = 1 / (1 + exp(-x[i])), in place; a NaN stays one. */
+typedef void sigmoid_fn(float *x, int64_t n);
+
 typedef void gemm_fn(const gemm_task *task);
 
 typedef struct {
@@ -161,6 +164,7 @@ typedef struct {
     gate_rows_fn *gate_rows;
     axpy_fn *axpy;
     softmax_fn *softmax;
+    sigmoid_fn *sigmoid;
 } ukernel_table;
 
 /* One table an ISA; on other architectures than x86-64 only the first is compiled. */
