@@ -197,7 +197,15 @@ def dense_tensors(checkpoint):
     with warnings.catch_warnings():
         # Of memory that must not be written to: load() tells.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return {name: as_tensor(checkpoint.tensor(name)) for name in names}
+        return {name: _mapped(checkpoint, name) for name in names}
+
+
+def _mapped(checkpoint, name):
+    array = checkpoint.tensor(name)
+    try:
+        return as_tensor(array)
+    except TypeError as error:
+        raise UnsupportedError(f"{checkpoint.path}, tensor {name!r}: dtype {array.dtype}: {error}") from error
 
 
 def as_dtype(dtype, tensors):
