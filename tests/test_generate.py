@@ -13,7 +13,7 @@ from marlin_cy.commands import generate
 from marlin_cy.commands.run import BUILT_IN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 from language_models import write_model  # noqa: E402
 

@@ -48,6 +48,14 @@ except BackendUnavailable as error:
     assert "pip install 'marlin-cy[transformers]'" in done.stdout, done.stderr
 
 
+def test_an_old_transformers_will_not_do():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python("import transformers; transformers.__version__ = '5.7.9'\nimport marlin_cy.integrations.transformers")
+    assert "BackendUnavailable: PyTorch and transformers 5.8 or later are needed (this is transformers 5.7.9)" in (
+        done.stderr
+    )
+
+
 def test_other_commands_need_neither():
     done = python(
         "import sys; from marlin_cy import cli; cli.main(['doctor', '--json']);"

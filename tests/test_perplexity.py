@@ -14,7 +14,7 @@ from marlin_cy.commands.run import BUILT_IN
 from marlin_cy.errors import BackendUnavailable
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 from marlin_cy.commands import language_model  # noqa: E402
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402

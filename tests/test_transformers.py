@@ -18,7 +18,7 @@ from marlin_cy.commands.run import BUILT_IN
 from marlin_cy.errors import CheckpointError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import language_models  # noqa: E402
 from language_models import load_reference, write_large, write_model  # noqa: E402
