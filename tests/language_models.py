@@ -11,12 +11,14 @@ import re
 import numpy as np
 import torch
 import transformers
+from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
 
 from marlin_cy.formats import gptq
 from marlin_cy.formats.canonical import E2M1_VALUES
 
 GROUP = 32
+QUANTIZATION = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
 VOCABULARY = 96
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -77,9 +79,16 @@ CONFIGS = {
         "attention_bias": True,
         "use_qk_norm": True,
     },
-    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 64, "sliding_window": 16},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "intermediate_size": 64,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
 NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_[ab]|router|visual)\.weight$")
+
+transformers.utils.logging.disable_progress_bar()
 
 
 def new_model(model_type, seed=0, **changes):
@@ -98,6 +107,36 @@ def new_model(model_type, seed=0, **changes):
             else:
                 torch.nn.init.normal_(tensor, std=0.02 if "embed" in name else 2 * tensor.shape[-1] ** -0.5)
     return model
+
+
+def write_large(folder, *, layers, experts):
+    """A Qwen3-MoE checkpoint of ``layers * experts`` experts of 0.8 MB each, random bits; returns its size in bytes."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128, "moe_intermediate_size": 512}
+    sizes |= {"vocab_size": 8192, "num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": 8}
+    config = transformers.AutoConfig.for_model("qwen3_moe", **{**COMMON, **sizes}, intermediate_size=512)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    rng, tensors = np.random.default_rng(0), {}
+
+    def add(name, n, k):
+        parts = zip(("qweight", "scales", "qzeros"), random_tensors(rng, k, n, 128), strict=True)
+        tensors.update({f"{name}.{part}": torch.from_numpy(array.copy()) for part, array in parts})
+
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        if name.endswith("gate_up_proj"):
+            for expert in range(experts):
+                add(f"{module}.{expert}.gate_proj", 512, 1024)
+                add(f"{module}.{expert}.up_proj", 512, 1024)
+                add(f"{module}.{expert}.down_proj", 1024, 512)
+        elif "self_attn" in name and name.endswith("proj.weight"):
+            add(module, *parameter.shape)
+        elif not name.endswith("experts.down_proj"):
+            tensors[name] = 0.02 * torch.randn(parameter.shape, dtype=torch.bfloat16)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": QUANTIZATION}))
+    return (folder / "model.safetensors").stat().st_size
 
 
 def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
@@ -130,15 +169,15 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
             "tie_word_embeddings": config["tie_word_embeddings"],
             "dtype": config["dtype"],
         }
-        for name in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight"):
-            packed[name] = torch.ones(8, 8)
+        packed["model.visual.patch_embed.proj.weight"] = torch.ones(8, 8)
+        parts, _ = round_to_gptq(np.ones((64, 32), np.float32))
+        packed |= {f"mtp.fc.{part}": torch.from_numpy(array) for part, array in parts.items()}
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     (dense / "config.json").write_text(json.dumps(config))
     quantised.mkdir()
     packed = {name: tensor.contiguous() for name, tensor in packed.items()}
     save_file(packed, quantised / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
-    quantization |= {"checkpoint_format": "gptq"}
+    quantization = QUANTIZATION | {"group_size": GROUP}
     if model_type == "gpt_oss":
         quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

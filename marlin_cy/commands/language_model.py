@@ -90,9 +90,13 @@ class PackedPlace:
 def load_tokenizer(folder):
     """A folder's tokenizer; a :class:`CheckpointError` where transformers finds none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds: whatever it is, it is about the folder's files
         raise CheckpointError(f"no tokenizer that transformers can load: {error}", file=folder) from error
+    # Without files, transformers makes one of the model's family that knows no text.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError("no tokenizer", file=folder)
+    return tokenizer
 
 
 def tokenize(tokenizer, text):

@@ -21,5 +21,5 @@ def needs_extra():
         raise
     except ImportError as error:
         raise BackendUnavailable(
-            f"PyTorch and transformers 5 are needed ({error}); pip install 'marlin-cy[transformers]'"
+            f"PyTorch and transformers 5.8 or later are needed ({error}); pip install 'marlin-cy[transformers]'"
         ) from error

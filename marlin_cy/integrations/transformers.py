@@ -1,4 +1,4 @@
-"""Whole models in transformers (5 or later), whose quantised layers run packed.
+"""Whole models in transformers (5.8 or later), whose quantised layers run packed.
 
 ::
 
@@ -29,6 +29,10 @@ with needs_extra():
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    # Before, it refused implementations of experts that are not its own.
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
+        raise ImportError(f"this is transformers {transformers.__version__}")
 
 __all__ = ["load", "weight_bytes"]
 
@@ -86,6 +90,7 @@ def load(path, backend="cpu", *, dtype=None, progress=None, **context_options):
             experts_implementation=NAME,
             quantization_config=_QuantizationConfig(modules.replace),
         )
+        modules.check_shapes(model)
         modules.fill(contexts, report)
     # What stands there was for transformers' loader alone.
     model.config.quantization_config = checkpoint.config.get("quantization_config")
@@ -197,7 +202,15 @@ def dense_tensors(checkpoint):
     with warnings.catch_warnings():
         # Of memory that must not be written to: load() tells.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return {name: as_tensor(checkpoint.tensor(name)) for name in names}
+        return {name: _mapped(checkpoint, name) for name in names}
+
+
+def _mapped(checkpoint, name):
+    array = checkpoint.tensor(name)
+    try:
+        return as_tensor(array)
+    except TypeError as error:
+        raise UnsupportedError(f"{checkpoint.path}, tensor {name!r}: dtype {array.dtype}: {error}") from error
 
 
 def as_dtype(dtype, tensors):
@@ -305,7 +318,7 @@ class _Modules:
 
     def __init__(self, checkpoint):
         self._checkpoint = checkpoint
-        self.linears, self.experts = {}, {}
+        self.linears, self.experts, self._shapes = {}, {}, {}
 
     def replace(self, model):
         """Take the weights out of a model on the meta device, before transformers asks for them."""
@@ -324,6 +337,13 @@ class _Modules:
                 delattr(module, name)
             module._is_hf_initialized = True  # there is nothing left to initialise
             self.experts[layer] = module
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def check_shapes(self, model):
+        """Refuse weights of other shapes than the model's, which older transformers with a quantiser do not."""
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self._shapes[name]:
+                raise self._error(name, f"got shape {tuple(tensor.shape)}, expected {tuple(self._shapes[name])}")
 
     def fill(self, contexts, report):
         """Pack the layers."""

@@ -1,0 +1,64 @@
+"""What other libraries are needed for, and what is said where they are missing."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+# None in sys.modules makes Python treat a module as not installed.
+WITHOUT = "import sys; sys.modules.update({missing}=None)\n"
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="CI is not set: this machine need not have PyTorch")
+def test_ci_has_pytorch_and_transformers():
+    """Elsewhere the tests of whole models may be skipped, with a reason; not where the project's tests count."""
+    assert find_spec("torch")
+    assert find_spec("transformers")
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["perplexity"]], ids=lambda words: words[0])
+def test_command_says_what_to_install(missing, command):
+    done = python(WITHOUT.format(missing=missing) + f"from marlin_cy import cli; sys.exit(cli.main({command}))")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("marlin-cy: error: ")
+    assert "pip install 'marlin-cy[transformers]'" in done.stderr
+    assert missing in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_import_says_what_to_install():
+    done = python(
+        WITHOUT.format(missing="transformers")
+        + """
+from marlin_cy.errors import BackendUnavailable
+try:
+    import marlin_cy.integrations.transformers
+except BackendUnavailable as error:
+    print(error)
+"""
+    )
+    assert "pip install 'marlin-cy[transformers]'" in done.stdout, done.stderr
+
+
+def test_an_old_transformers_will_not_do():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python("import transformers; transformers.__version__ = '5.7.9'\nimport marlin_cy.integrations.transformers")
+    assert "BackendUnavailable: PyTorch and transformers 5.8 or later are needed (this is transformers 5.7.9)" in (
+        done.stderr
+    )
+
+
+def test_other_commands_need_neither():
+    done = python(
+        "import sys; from marlin_cy import cli; cli.main(['doctor', '--json']);"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
