@@ -286,13 +286,15 @@ cdef struct expert_pass:
     void *quantized_inner
 
 
-cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t top_k, int activation) except -1:
-    """What follows from the settings and the stacks; the memory is placed by :func:`place_pass`."""
+cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t top_k, int activation,
+                  int dtype) except -1:
+    """What follows from the settings and the stacks, for input of ``dtype``; :func:`place_pass` adds the memory."""
     cdef CpuGptqStore gate_store = gate_up.store, down_store = down.store
     p.num_experts, p.top_k = gate_store.num_experts, top_k
     p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
     p.ordered = len(gate_store.group_orders) > 1
     set_quantize_job(&p.quantize_input, workspace, gate_store)
+    p.quantize_input.dtype = dtype
     set_quantize_job(&p.quantize_inner, workspace, down_store)
     p.quantize_inner.dtype = DTYPE_F32
     set_gemm_job(&p.gate_up, workspace, gate_store, gate_up.bias)
@@ -328,7 +330,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
 
 cdef void place_pass(expert_pass *p, Workspace workspace, int64_t tokens, float *row_buffers, float *inner,
                      float *products) noexcept:
-    """Point into what the workspace holds; passes that run after each other share all but the products."""
+    """Point into what the workspace holds. Passes that run one after the other share all but the products."""
     place_grouping(&p.group, <char *>workspace.rows.data, p.num_experts, tokens * p.top_k)
     p.quantized, p.quantized_inner = workspace.quantized.data, workspace.hidden.data
     p.quantize_input.row_buffers = p.quantize_inner.row_buffers = row_buffers
@@ -452,6 +454,81 @@ cdef void combine_tokens(const combination *c, int64_t tokens, int num_threads) 
 # ---------------------------------------------------------------------------------------------
 # The layer
 
+cdef struct layer_job:
+    expert_pass routed
+    expert_pass shared          # where combine.shared is not NULL
+    combination combine
+    int32_t *shared_ids         # [slice_tokens] zeros
+    bint weigh_input            # weights are for the input, not for the products
+
+
+cdef int64_t tokens_a_slice(const layer_job *job, bint has_shared) noexcept:
+    cdef int64_t top_k = job.routed.top_k, products = top_k, inner = top_k * job.routed.gate_up.inner
+    if has_shared:
+        products += 1
+        inner = max(inner, job.shared.gate_up.inner)
+    return max(SLICE_BYTES // (4 * (inner + products * job.combine.width)), MAX_ROWS * job.routed.num_experts // top_k,
+               <int64_t>1)
+
+
+cdef int reserve_layer(layer_job *job, Workspace workspace, int64_t slice_tokens, bint has_shared, routing *router,
+                       int64_t routed_pairs) except -1:
+    """Reserve what slices need, and ids and weights for the router's pairs; point to all of it."""
+    cdef int num_threads = workspace.num_threads
+    cdef int64_t pairs = slice_tokens * job.routed.top_k, shared_tokens = slice_tokens if has_shared else 0
+    cdef pass_memory memory
+    cdef char *rows
+    cdef float *inner
+    cdef float *products
+    cdef float *shared_products
+    cdef float *row_buffers
+    memset(&memory, 0, sizeof(memory))
+    memory.thread_floats = max(job.combine.width, routing_floats(job.routed.num_experts))
+    add_pass_memory(&memory, &job.routed, slice_tokens, num_threads)
+    if has_shared:
+        add_pass_memory(&memory, &job.shared, slice_tokens, num_threads)
+    rows = <char *>workspace.reserve(
+        &workspace.rows, memory.grouping + shared_tokens * <int64_t>sizeof(int32_t)
+        + routed_pairs * <int64_t>(sizeof(int32_t) + sizeof(float)))
+    workspace.reserve(&workspace.quantized, memory.quantized)
+    workspace.reserve(&workspace.hidden, memory.quantized_inner)
+    inner = <float *>workspace.reserve(
+        &workspace.floats, 4 * (memory.inner + (pairs + shared_tokens) * job.combine.width
+                                + memory.thread_floats * num_threads))
+    workspace.reserve(&workspace.threads, sizeof(thread_area) * num_threads)
+    if memory.slots:
+        workspace.reserve(&workspace.slots, memory.slots * OUT_FLOATS * sizeof(float))
+
+    products = inner + memory.inner
+    shared_products = products + pairs * job.combine.width
+    row_buffers = shared_products + shared_tokens * job.combine.width
+    job.shared_ids = <int32_t *>(rows + memory.grouping)
+    router.ids = job.shared_ids + shared_tokens
+    router.weights = <float *>(router.ids + routed_pairs)
+    place_pass(&job.routed, workspace, slice_tokens, row_buffers, inner, products)
+    job.combine.products, job.combine.sums = products, row_buffers
+    if has_shared:
+        memset(job.shared_ids, 0, shared_tokens * sizeof(int32_t))
+        place_pass(&job.shared, workspace, slice_tokens, row_buffers, inner, shared_products)
+        job.combine.shared = shared_products
+    return 0
+
+
+cdef void forward_slice(layer_job *job, const int32_t *ids, const float *weights, int64_t tokens,
+                        int num_threads) noexcept nogil:
+    """Rows ``[0, tokens)`` of ``combine.input`` to those of its output."""
+    cdef const float *input_weights = NULL
+    job.routed.quantize_input.input = job.shared.quantize_input.input = job.combine.input
+    job.combine.ids, job.combine.weights = ids, weights
+    if job.weigh_input:
+        input_weights = weights
+        job.combine.weights = NULL
+    if job.combine.shared is not NULL:
+        run_pass(&job.shared, job.shared_ids, NULL, tokens, num_threads)
+    run_pass(&job.routed, ids, input_weights, tokens, num_threads)
+    combine_tokens(&job.combine, tokens, num_threads)
+
+
 cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
     cdef int64_t t, j
     for t in range(ids.shape[0]):
@@ -467,111 +544,66 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
 
     Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are.
     """
-    cdef matrix hidden = float_matrix(hidden_states, "hidden_states", layer.gate_up.k, False)
-    cdef matrix result = float_matrix(out, "out", layer.down.n_per_expert, True)
+    gate_up, down, shared = layer.gate_up, layer.down, layer.shared_expert
+    cdef CpuGptqStore gate_store = gate_up.store, down_store = down.store
+    cdef matrix hidden = float_matrix(hidden_states, "hidden_states", gate_store.k, False)
+    cdef matrix result = float_matrix(out, "out", down_store.n, True)
     cdef matrix logits
-    cdef int64_t tokens = hidden.rows, width = result.width, slice_tokens, token_floats, begin, count
-    cdef int64_t routed_pairs = 0, shared_tokens = 0
+    cdef int64_t tokens = hidden.rows, top_k, slice_tokens, begin, count, routed_pairs = 0
     cdef int num_threads = workspace.num_threads, activation = ACTIVATIONS[layer.activation]
-    cdef bint weigh_input = layer.apply_router_weight_on_input
-    cdef expert_pass routed, shared
-    cdef combination combine
+    cdef layer_job job
     cdef routing router
-    cdef pass_memory memory
     cdef const float[::1] gate_weight
-    cdef const int32_t *ids = NULL
-    cdef const float *weights = NULL
-    cdef char *rows
-    cdef int32_t *zeros         # the ids of the shared expert
-    cdef float *row_buffers
-    cdef float *inner
-    cdef float *products
-    shared_expert = layer.shared_expert
+    cdef const int32_t *ids
+    cdef const float *weights
     refuse_overlap(result, hidden, "out")
     if result.rows != tokens:
         raise ValueError(f"out: got {result.rows} rows, expected {tokens}, those of hidden_states")
     if router_logits is None:
         if topk_ids.shape[0] != tokens:
             raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens}, those of hidden_states")
-        check_ids(topk_ids, layer.num_experts)
-        combine.top_k = topk_ids.shape[1]
+        check_ids(topk_ids, gate_store.num_experts)
+        top_k = topk_ids.shape[1]
     else:
-        logits = float_matrix(router_logits, "router_logits", layer.num_experts, False)
+        logits = float_matrix(router_logits, "router_logits", gate_store.num_experts, False)
         if logits.rows != tokens:
             raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens}, those of hidden_states")
         refuse_overlap(result, logits, "out")
         set_routing(&router, workspace, &logits, layer.routing)
-        combine.top_k = router.top_k
-        routed_pairs = tokens * router.top_k
+        top_k = router.top_k
+        routed_pairs = tokens * top_k
     if tokens == 0:
         return
 
-    set_pass(&routed, workspace, layer.gate_up, layer.down, combine.top_k, activation)
-    routed.quantize_input.dtype = hidden.dtype
-    combine.table, combine.dtype, combine.width = workspace.table, result.dtype, width
-    combine.input_dtype, combine.k = hidden.dtype, hidden.width
-    combine.shared = combine.gate_weight = NULL
-    token_floats = combine.top_k * (routed.gate_up.inner + width)
-    if shared_expert is not None:
-        set_pass(&shared, workspace, shared_expert.gate_up, shared_expert.down, 1, activation)
-        shared.quantize_input.dtype = hidden.dtype
-        token_floats = max(combine.top_k * routed.gate_up.inner, shared.gate_up.inner) + (combine.top_k + 1) * width
-        gate_weight = shared_expert.gate_weight
+    memset(&job, 0, sizeof(job))
+    job.weigh_input = layer.apply_router_weight_on_input
+    job.combine.table, job.combine.top_k, job.combine.width = workspace.table, top_k, result.width
+    job.combine.input, job.combine.input_dtype, job.combine.k = hidden.data, hidden.dtype, hidden.width
+    job.combine.output, job.combine.dtype = result.data, result.dtype
+    set_pass(&job.routed, workspace, gate_up, down, top_k, activation, hidden.dtype)
+    if shared is not None:
+        set_pass(&job.shared, workspace, shared.gate_up, shared.down, 1, activation, hidden.dtype)
+        gate_weight = shared.gate_weight
         if gate_weight is not None:
-            combine.gate_weight = &gate_weight[0]
-    slice_tokens = max(SLICE_BYTES // (4 * token_floats), MAX_ROWS * routed.num_experts // combine.top_k, <int64_t>1)
-    slice_tokens = min(slice_tokens, tokens)
-    memset(&memory, 0, sizeof(memory))
-    memory.thread_floats = max(width, routing_floats(routed.num_experts))
-    add_pass_memory(&memory, &routed, slice_tokens, num_threads)
-    if shared_expert is not None:
-        shared_tokens = slice_tokens
-        add_pass_memory(&memory, &shared, slice_tokens, num_threads)
+            job.combine.gate_weight = &gate_weight[0]
+    slice_tokens = min(tokens_a_slice(&job, shared is not None), tokens)
 
     workspace.enter()
     try:
-        rows = <char *>workspace.reserve(&workspace.rows, (
-            memory.grouping + shared_tokens * <int64_t>sizeof(int32_t)
-            + routed_pairs * <int64_t>(sizeof(int32_t) + sizeof(float))))
-        zeros = <int32_t *>(rows + memory.grouping)
-        workspace.reserve(&workspace.quantized, memory.quantized)
-        workspace.reserve(&workspace.hidden, memory.quantized_inner)
-        inner = <float *>workspace.reserve(&workspace.floats, sizeof(float) * (
-            memory.inner + (slice_tokens * combine.top_k + shared_tokens) * width + memory.thread_floats * num_threads))
-        workspace.reserve(&workspace.threads, sizeof(thread_area) * num_threads)
-        if memory.slots:
-            workspace.reserve(&workspace.slots, memory.slots * OUT_FLOATS * sizeof(float))
-        products = inner + memory.inner
-        row_buffers = products + (slice_tokens * combine.top_k + shared_tokens) * width
-        place_pass(&routed, workspace, slice_tokens, row_buffers, inner, products)
-        combine.products, combine.sums = products, row_buffers
-        if shared_expert is not None:
-            memset(zeros, 0, shared_tokens * sizeof(int32_t))
-            combine.shared = products + slice_tokens * combine.top_k * width
-            place_pass(&shared, workspace, slice_tokens, row_buffers, inner, <float *>combine.shared)
-        if router_logits is None:
-            ids, weights = &topk_ids[0, 0], &topk_weights[0, 0]
-        else:
-            router.ids = zeros + shared_tokens
-            router.weights = <float *>(router.ids + routed_pairs)
+        reserve_layer(&job, workspace, slice_tokens, shared is not None, &router, routed_pairs)
+        if routed_pairs:
             ids, weights = router.ids, router.weights
+        else:
+            ids, weights = &topk_ids[0, 0], &topk_weights[0, 0]
         with nogil:
             if routed_pairs:
-                route_tokens(&router, tokens, row_buffers, num_threads)
+                route_tokens(&router, tokens, job.combine.sums, num_threads)
             begin = 0
             while begin < tokens:
                 count = min(slice_tokens, tokens - begin)
-                combine.input = routed.quantize_input.input = hidden.data + begin * (hidden.nbytes // tokens)
-                combine.output = result.data + begin * (result.nbytes // tokens)
-                combine.ids = ids + begin * combine.top_k
-                combine.weights = weights + begin * combine.top_k
-                if shared_tokens:
-                    shared.quantize_input.input = combine.input
-                    run_pass(&shared, zeros, NULL, count, num_threads)
-                run_pass(&routed, combine.ids, combine.weights if weigh_input else NULL, count, num_threads)
-                if weigh_input:
-                    combine.weights = NULL
-                combine_tokens(&combine, count, num_threads)
+                forward_slice(&job, ids + begin * top_k, weights + begin * top_k, count, num_threads)
+                job.combine.input += count * (hidden.nbytes // tokens)
+                job.combine.output += count * (result.nbytes // tokens)
                 begin = begin + count
     finally:
         workspace.leave()
