@@ -78,7 +78,13 @@ PROGRAMS = {
         )
     ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
-    "moe": [{}, HALVES, BFLOATS],
+    "moe": [{}, {**HALVES, "SHARED": 1}, {**BFLOATS, "WEIGHTED": 0, "SHARED": 2}],
+    "routing": [
+        {},
+        {"INPUT_TYPE": 1, "SCORING": 0, "CORRECTED": 1},
+        {"INPUT_TYPE": 2, "SCORING": 1, "GROUPING": 1},
+        {"SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
+    ],
     "pack": [{}],
 }
 

@@ -28,6 +28,7 @@ from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import Capabilities, capabilities, describe, open_device
 from marlin_cy.opencl.gemm import Listed, Routed, multiply
 from marlin_cy.opencl.program import ProgramCache
+from marlin_cy.opencl.routing import device_topk, route
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors, uploaded
 from marlin_cy.opencl.tuning import Tuned
@@ -441,15 +442,15 @@ class OpenClBackend(Backend):
         return OpenClLinear(stack, 0, stack.n_per_expert, bias)
 
     def _route(self, ctx, router_logits, routing):
-        return moe.route(opencl_context(ctx), router_logits, routing.num_experts, routing.top_k, routing.norm_topk_prob)
+        return route(opencl_context(ctx), router_logits, routing)
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         if not isinstance(topk_ids, Array) and not isinstance(topk_weights, Array):
             return as_topk(topk_ids, topk_weights, num_experts)
-        return moe.device_topk(topk_ids, topk_weights, self.runtime.context)
+        return device_topk(topk_ids, topk_weights, self.runtime.context)
 
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
-        for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+        for name, stack in layer._stacks():
             if not isinstance(stack, OpenClMarlinExpertStack):
                 raise TypeError(f"ctx: got an OpenCL context, but the layer's {name} is a {type(stack).__name__}")
         moe.forward(opencl_context(ctx), layer, hidden_states, out, router_logits, topk_ids, topk_weights)
