@@ -6,11 +6,14 @@ not specified that tightly, so :func:`moe_layer` and :func:`route` are float64 a
 a bound.
 """
 
+import math
+
 import numpy as np
 
 from marlin_cy.formats.order import group_order, packed_group_size
 
 __all__ = [
+    "ACTIVATIONS",
     "QMAX",
     "dequantize",
     "fma_f32",
@@ -170,6 +173,33 @@ def silu(x):
     """``x / (1 + exp(-x))``."""
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    """``x * 0.5 * (1 + erf(x / sqrt(2)))``."""
+    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(np.asarray(x) / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    """``x * 0.5 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))``."""
+    with np.errstate(over="ignore"):
+        return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def swigluoai(gate, up):
+    """``gate / (1 + exp(-1.702 * gate)) * (up + 1)`` of ``gate`` at most 7 and ``up`` between -7 and 7."""
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+ACTIVATIONS = {
+    "silu": lambda gate, up: silu(gate) * up,
+    "gelu": lambda gate, up: gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "swigluoai": swigluoai,
+}
+"""``f(gate, up)`` of each activation of :class:`~marlin_cy.moe.MoeLayer`, for float64 arrays."""
 
 
 def moe_layer(hidden_states, gate_up, down, topk_ids, topk_weights):

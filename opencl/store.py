@@ -163,7 +163,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
     Parameters
     ----------
     runtime : object
-        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store)``.
+        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store, bias)``.
     num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
         As :func:`~marlin_cy.builder.checked_stack_sizes` returns them.
 
@@ -248,7 +248,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 # Other queues may read the weights from here on.
                 runtime.loading_queue.finish()
             self._staging = self._scale_rows = None
-        return runtime.make_stack(store)
+        return runtime.make_stack(store, bias)
 
     def _normalise(self):
         """Bring the largest scale to 2**14 or more and below 2**15, all by one power of two.

@@ -19,7 +19,7 @@ class Problem:
     """The weights of a stack.
 
     ``q``, ``scale`` and ``zero`` have a leading axis of experts; ``g_idx`` is a list of one an expert.
-    ``group_size`` may be -1; ``group`` is what it means.
+    ``group_size`` may be -1; ``group`` is what it means. ``bias`` is float32 ``[num_experts, n]`` or None.
     """
 
     q: np.ndarray
@@ -28,6 +28,7 @@ class Problem:
     group_size: int
     g_idx: list
     checkpoint_format: str
+    bias: np.ndarray | None = None
 
     @property
     def num_experts(self):
@@ -64,8 +65,17 @@ class Problem:
         }
 
     def stack(self, backend):
-        g_idx = None if all(entry is None for entry in self.g_idx) else self.g_idx
-        return backend.load_gptq_stacked(*self.tensors(), g_idx, **self.sizes())
+        if self.bias is None:
+            g_idx = None if all(entry is None for entry in self.g_idx) else self.g_idx
+            return backend.load_gptq_stacked(*self.tensors(), g_idx, **self.sizes())
+        builder = self.builder(backend)
+        for expert in range(self.num_experts):
+            builder.add(expert, 0, self.canonical(expert))
+        return builder.finish(self.bias)
+
+    def builder(self, backend):
+        """An empty builder for these weights."""
+        return backend.new_stack_builder(self.num_experts, self.k, self.n, group_size=self.group_size, g_idx=self.g_idx)
 
     def linear(self, backend, bias=None):
         """The first expert as a layer of its own."""
@@ -96,12 +106,15 @@ class Problem:
 
     def reference(self, expert, x, compute_dtype="int16"):
         """What the CPU computes for float32 ``x``, to the last bit."""
-        return reference.gemm(
+        product = reference.gemm(
             x, self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert], compute_dtype
         )
+        return product if self.bias is None else product + self.bias[expert]
 
 
-def random_problem(rng, num_experts, k, n, group_size, *, g_idx="none", checkpoint_format="gptq", sym=False):
+def random_problem(
+    rng, num_experts, k, n, group_size, *, g_idx="none", checkpoint_format="gptq", sym=False, bias=False
+):
     """Weights of every code and every zero point that the format can hold, with scales of either sign."""
     group = k if group_size == -1 else group_size
     groups = -(-k // group)
@@ -114,6 +127,7 @@ def random_problem(rng, num_experts, k, n, group_size, *, g_idx="none", checkpoi
         group_size=group_size,
         g_idx=random_g_idx(rng, num_experts, k, group, g_idx),
         checkpoint_format=checkpoint_format,
+        bias=rng.standard_normal((num_experts, n)).astype(np.float32) if bias else None,
     )
 
 

@@ -358,18 +358,22 @@ class TestConfigurations:
         configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=3)
         self.check(with_configuration(backend, configuration), rng)
 
-    def check(self, backend, rng):
-        problem = random_problem(rng, 4, 1056, 40, 32)
+    def check(self, backend, rng, bias=False):
+        problem = random_problem(rng, 4, 1056, 40, 32, bias=bias)
         stack, ctx, x = problem.stack(backend), backend.new_context(), activations(rng, 45, 1056)
         ids = rng.integers(0, 4, (45, 1))
         routing = map(backend.from_host, marlin_cy.moe_align_block_size(ids, 20, 4))
-        out = GuardedBuffer(backend, (46, 40), np.float32)
-        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out.buffer, 45, 20, 1)
-        result = out.result()
-        out.assert_untouched([45])
-        for row, expert in enumerate(ids[:, 0]):
-            one, w = x[row, None], problem.dense(expert)
-            assert_close(result[row, None], one.astype(np.float64) @ w, product_bound(backend, one, w))
+        routed, listed = (GuardedBuffer(backend, (46, 40), np.float32) for _ in range(2))
+        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, routed.buffer, 45, 20, 1)
+        dispatches = [(expert, row, row, 1) for row, expert in enumerate(ids[:, 0])]
+        stack.gemm_phase_batched(ctx, backend.from_host(x), dispatches, listed.buffer, 1056)
+        for out in (routed, listed):
+            result = out.result()
+            out.assert_untouched([45])
+            for row, expert in enumerate(ids[:, 0]):
+                one, w, added = x[row, None], problem.dense(expert), problem.bias[expert] if bias else 0
+                bound = product_bound(backend, one, w) + 2.0**-23 * np.abs(added)
+                assert_close(result[row, None], one.astype(np.float64) @ w + added, bound)
 
     def test_splits_with_views_and_biases(self, portable, rng):
         configuration = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=2)
@@ -382,6 +386,14 @@ class TestConfigurations:
         w = np.concatenate(problem.dense_all(), axis=1)[:, 24:72]
         bound = product_bound(backend, x, w) + 2.0**-21
         assert_close(out.result(), x.astype(np.float64) @ w + bias, bound)
+
+    @pytest.mark.parametrize("splits", [1, 3])
+    def test_bias_of_a_stack(self, backend, rng, splits):
+        """Added once for all runs of K, whether rows are routed or listed."""
+        problem = Problem(rows=4, runs=4, most_runs=4, k=1056, n=40, group_rows=32, device=None)
+        problem = problem._replace(device=backend.runtime.capabilities)
+        configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=splits)
+        self.check(with_configuration(backend, configuration), rng, bias=True)
 
     def test_choice(self, portable):
         """What fits a device, for every size; splits only where there are few tiles."""

@@ -19,7 +19,8 @@ from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: 
 
 
 def builder_for(runtime, problem):
-    return OpenClStackBuilder(runtime, problem.num_experts, problem.k, problem.n, problem.group, normalised(problem))
+    sizes = problem.num_experts, problem.k, problem.n, problem.group
+    return OpenClStackBuilder(runtime, *sizes, normalised(problem), "uint4", np.dtype(np.float16))
 
 
 def normalised(problem):
