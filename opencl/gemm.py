@@ -151,7 +151,7 @@ class Plan(NamedTuple):
     max_groups: int
 
 
-def multiply(ctx, weights, rows, out, work, *, silu=False, waits=None, label):
+def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, label):
     """Enqueue a product; the caller has checked everything and holds the context.
 
     Parameters
@@ -161,8 +161,8 @@ def multiply(ctx, weights, rows, out, work, *, silu=False, waits=None, label):
         Has a ``store``, and what is added: ``bias_kind`` (as ``BIAS`` of common.cl) and ``bias_buffer``.
     rows, out : Rows
     work : Routed or Listed
-    silu : bool
-        Rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``silu(gate) * up``.
+    activation : str, optional
+        One of a MoE layer's: rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``act(gate) * up``.
     waits : list of pyopencl.Event, optional
         What the first launch has to wait for.
     label : str
@@ -177,15 +177,15 @@ def multiply(ctx, weights, rows, out, work, *, silu=False, waits=None, label):
     routed = type(work) is Routed
     aligned = rows.offset % ALIGNED_ELEMENTS == 0
     plans = ctx.plans_of(store)
-    key = rows.type_code, aligned, out.type_code, silu, weights.bias_kind, work.kind()
+    key = rows.type_code, aligned, out.type_code, activation, weights.bias_kind, work.kind()
     plan = plans.get(key)
     if plan is None:
-        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, weights.bias_kind, silu)
+        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, weights.bias_kind, activation)
     configuration, queue, limit = plan.configuration, ctx.queue, plan.max_groups
     data, offset, row_factor, by_slot = rows.data, rows.offset, None, 0
     if plan.prepared:
         types = ROUTED_ARGUMENTS if routed else None
-        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, silu, waits, label)
+        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, activation, waits, label)
         offset, waits = 0, None
     if routed:
         row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
@@ -250,12 +250,12 @@ def problem_of(store, work, device):
     )
 
 
-def make_plan(ctx, store, rows, out, work, aligned, bias_kind, silu):
+def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
     """Choose a configuration, and build its kernels."""
     tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
     inputs, routed = tier.inputs(device), type(work) is Routed
     direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
-    prepared = silu or store.act_order or not direct
+    prepared = activation is not None or store.act_order or not direct
     layout = store.layout
     configuration = ctx.backend.runtime.tuned.configuration(tier, problem_of(store, work, device), store.symmetric)
     split = configuration.splits > 1

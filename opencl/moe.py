@@ -179,7 +179,7 @@ def forward_slice(ctx, layer, hidden, result, chosen):
     inner = workspace_rows(ctx, "gate_up", pairs, layer.gate_up.n_per_expert, type_code)
     multiply(ctx, layer.gate_up, hidden, inner, work, label="gate_up")
     products = workspace_rows(ctx, "down", pairs, layer.down.n_per_expert, type_code)
-    multiply(ctx, layer.down, inner, products, work._replace(top_k=1), silu=True, label="down")
+    multiply(ctx, layer.down, inner, products, work._replace(top_k=1), activation=layer.activation, label="down")
     return enqueue_combine(ctx, products, chosen, num_experts, result)
 
 

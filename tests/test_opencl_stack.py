@@ -11,7 +11,9 @@ from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
 from problems import DTYPES, activations, as_given, random_problem
 
 import marlin_cy
+from marlin_cy import reference
 from marlin_cy.errors import BackendUnavailable, ContextInUse
+from marlin_cy.moe.layer import ACTIVATIONS
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
@@ -490,6 +492,32 @@ class TestLayer:
         ids[ids < 0] = rng.choice([-7, 5, 2**31 - 1, -(2**31)], (ids < 0).sum())
         given = backend.from_host(ids), placed(backend, weights, 3)
         assert_same_bits(backend.to_host(layer.forward_routed(ctx, x, *given)), expected)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activations_and_biases(self, backend, rng, activation):
+        """Both products have their expert's bias. No activation is steeper than 1.2 times ``up`` (which swigluoai
+        limits to 7, and adds 1 to)."""
+        gate_up, down = (random_problem(rng, 4, k, n, 32, bias=True) for k, n in ((96, 128), (64, 40)))
+        layer = marlin_cy.MoeLayer(gate_up.stack(backend), down.stack(backend), top_k=2, activation=activation)
+        x, ids = activations(rng, 12, 96), rng.integers(0, 4, (12, 2)).astype(np.int32)
+        weights = rng.standard_normal((12, 2)).astype(np.float32)
+        out = layer.forward_routed(backend.new_context(), backend.from_host(x), ids, weights)
+        expected, bound = np.zeros((12, 40)), np.full((12, 40), 2.0**-24)
+        for token, row in enumerate(x[:, None].astype(np.float64)):
+            for expert, weight in zip(ids[token], weights[token], strict=True):
+                w1, w2 = gate_up.dense(expert), down.dense(expert)
+                off = product_bound(backend, row, w1) + 2.0**-23 * np.abs(gate_up.bias[expert])
+                (gate, up), (off_gate, off_up) = (
+                    np.split(a, 2, axis=1) for a in (row @ w1 + gate_up.bias[expert], off)
+                )
+                inner = reference.ACTIVATIONS[activation](gate, up)
+                off = 1.2 * off_gate * (np.abs(up) + off_up + 1) + (np.abs(gate) + off_gate) * off_up
+                off += 2.0**-18 * np.abs(inner)
+                product = np.abs(inner @ w2 + down.bias[expert])
+                expected[token] += weight * (inner @ w2 + down.bias[expert])[0]
+                off = off @ np.abs(w2) + product_bound(backend, np.abs(inner) + off, w2) + 2.0**-20 * product
+                bound[token] += np.abs(weight) * (off + 2.0**-23 * np.abs(down.bias[expert]))[0]
+        assert_close(backend.to_host(out), expected, bound)
 
     def test_slices(self, portable, rng, monkeypatch):
         layer, ctx = layer_of(rng).on(portable), portable.new_context()
