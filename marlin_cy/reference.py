@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from marlin_cy.formats.canonical import E2M1_VALUES
 from marlin_cy.formats.order import group_order, packed_group_size
 
 __all__ = [
@@ -32,10 +33,16 @@ MIN_AMAX = np.float32(2.0**-100)
 CHUNK_K = 1024
 
 
-def dequantize(q, scale, zero, group_size, g_idx=None):
-    """``w``, float64 ``[K, N]``: ``scale[g] * (q - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``."""
+def dequantize(q, scale, zero, group_size, g_idx=None, codes="uint4"):
+    """``w``, float64 ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
+
+    ``value`` is documented in :mod:`marlin_cy.formats.canonical`; with ``codes="e2m1"``, ``zero`` is None.
+    """
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
-    return scale.astype(np.float64)[groups] * (q.astype(np.float64) - zero.astype(np.float64)[groups])
+    scale = scale.astype(np.float64)[groups]
+    if codes == "e2m1":
+        return scale * E2M1_VALUES.astype(np.float64)[q]
+    return scale * (q.astype(np.float64) - zero.astype(np.float64)[groups])
 
 
 def fma_f32(a, b, c):
@@ -88,19 +95,26 @@ def quantize(x, group_size, compute_dtype):
     return values, np.stack(scales, axis=1)
 
 
-def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16"):
+def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16", codes="uint4"):
     """``x @ w`` as the CPU computes it: float32 ``[M, N]``, to the last bit.
+
+    4-bit floats are multiplied as integers, twice their values, by half of their scales, which in float32
+    are exact.
 
     Parameters
     ----------
     x : float32 ``[M, K]``
     q : uint8 ``[K, N]``
-    scale : float16 ``[G, N]``
-    zero : uint8 ``[G, N]``
+    scale : float16 or bfloat16 ``[G, N]``
+    zero : uint8 ``[G, N]``, or None with ``codes="e2m1"``
     group_size : int
     g_idx : int32 ``[K]``, optional
     compute_dtype : {"int16", "int8"}
+    codes : {"uint4", "e2m1"}
     """
+    factor = np.float32(1)
+    if codes == "e2m1":
+        q, zero, factor = (2 * E2M1_VALUES[q]).astype(np.int64), np.zeros(scale.shape, np.uint8), np.float32(0.5)
     k = q.shape[0]
     step = packed_group_size(group_size)
     order = group_order(g_idx, k, group_size)
@@ -119,7 +133,7 @@ def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16"):
                 scale_row = order.scale_rows[group]
                 total = values[:, piece].sum(axis=1, keepdims=True)
                 exact = values[:, piece] @ q[piece] - total * zero[scale_row].astype(np.int64)
-                s = row_scale[:, group, None] * scale[scale_row].astype(np.float32)
+                s = row_scale[:, group, None] * (scale[scale_row].astype(np.float32) * factor)
                 sums = fma_f32(exact.astype(np.float32), s, sums)
             out = sums if chunk == 0 else out + sums
     return out

@@ -8,7 +8,7 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.formats.canonical import CODES, SCALE_DTYPES, Int4Weight, pack_words
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")
@@ -18,16 +18,18 @@ G_IDX_MODES = ("none", "common", "per_expert", "unequal")
 class Problem:
     """The weights of a stack.
 
-    ``q``, ``scale`` and ``zero`` have a leading axis of experts; ``g_idx`` is a list of one an expert.
+    ``q``, ``scale`` and ``zero`` (None with ``codes="e2m1"``) have a leading axis of experts; ``g_idx`` is a
+    list of one an expert.
     ``group_size`` may be -1; ``group`` is what it means. ``bias`` is float32 ``[num_experts, n]`` or None.
     """
 
     q: np.ndarray
     scale: np.ndarray
-    zero: np.ndarray
+    zero: np.ndarray | None
     group_size: int
     g_idx: list
     checkpoint_format: str
+    codes: str = "uint4"
     bias: np.ndarray | None = None
 
     @property
@@ -45,6 +47,11 @@ class Problem:
     @property
     def group(self):
         return self.k if self.group_size == -1 else self.group_size
+
+    @property
+    def is_gptq(self):
+        """Whether :meth:`tensors` says all there is to it."""
+        return self.codes == "uint4" and self.scale.dtype == np.float16 and self.bias is None
 
     def tensors(self):
         """``(qweights, scales, qzeros)``, each a list of one an expert."""
@@ -65,7 +72,7 @@ class Problem:
         }
 
     def stack(self, backend):
-        if self.bias is None:
+        if self.is_gptq:
             g_idx = None if all(entry is None for entry in self.g_idx) else self.g_idx
             return backend.load_gptq_stacked(*self.tensors(), g_idx, **self.sizes())
         builder = self.builder(backend)
@@ -75,10 +82,20 @@ class Problem:
 
     def builder(self, backend):
         """An empty builder for these weights."""
-        return backend.new_stack_builder(self.num_experts, self.k, self.n, group_size=self.group_size, g_idx=self.g_idx)
+        return backend.new_stack_builder(
+            self.num_experts,
+            self.k,
+            self.n,
+            group_size=self.group_size,
+            g_idx=self.g_idx,
+            codes=self.codes,
+            scale_dtype=self.scale.dtype,
+        )
 
     def linear(self, backend, bias=None):
         """The first expert as a layer of its own."""
+        if not self.is_gptq:
+            return self.stack(backend).make_expert_linear(0, self.n, bias)
         qweights, scales, qzeros = self.tensors()
         sizes = self.sizes()
         sizes["n"] = sizes.pop("n_per_expert")
@@ -89,16 +106,19 @@ class Problem:
         return Int4Weight(
             pack_words(self.q[expert][:, columns]),
             self.scale[expert][:, columns],
-            self.zero[expert][:, columns],
+            None if self.zero is None else self.zero[expert][:, columns],
             self.group,
             self.g_idx[expert],
+            self.codes,
         )
+
+    def parts(self, expert):
+        """``(q, scale, zero)`` of an expert."""
+        return self.q[expert], self.scale[expert], None if self.zero is None else self.zero[expert]
 
     def dense(self, expert):
         """float64 ``[K, N]``."""
-        return reference.dequantize(
-            self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert]
-        )
+        return reference.dequantize(*self.parts(expert), self.group, self.g_idx[expert], self.codes)
 
     def dense_all(self):
         """One of these an expert."""
@@ -106,27 +126,47 @@ class Problem:
 
     def reference(self, expert, x, compute_dtype="int16"):
         """What the CPU computes for float32 ``x``, to the last bit."""
-        product = reference.gemm(
-            x, self.q[expert], self.scale[expert], self.zero[expert], self.group, self.g_idx[expert], compute_dtype
-        )
+        product = reference.gemm(x, *self.parts(expert), self.group, self.g_idx[expert], compute_dtype, self.codes)
         return product if self.bias is None else product + self.bias[expert]
 
 
+# What weights may be made of: keyword arguments of random_problem, by name.
+WEIGHT_KINDS = {f"{codes}-{dtype}": {"codes": codes, "scale_dtype": dtype} for codes in CODES for dtype in SCALE_DTYPES}
+
+
 def random_problem(
-    rng, num_experts, k, n, group_size, *, g_idx="none", checkpoint_format="gptq", sym=False, bias=False
+    rng,
+    num_experts,
+    k,
+    n,
+    group_size,
+    *,
+    g_idx="none",
+    checkpoint_format="gptq",
+    sym=False,
+    codes="uint4",
+    scale_dtype=np.float16,
+    bias=False,
 ):
     """Weights of every code and every zero point that the format can hold, with scales of either sign."""
     group = k if group_size == -1 else group_size
     groups = -(-k // group)
     low = gptq.ZERO_OFFSETS[checkpoint_format]
     shape = (num_experts, groups, n)
+
+    def zeros():
+        if codes == "e2m1":
+            return None
+        return (np.full(shape, 8) if sym else rng.integers(low, low + 16, shape)).astype(np.uint8)
+
     return Problem(
         q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),
-        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(np.float16),
-        zero=(np.full(shape, 8) if sym else rng.integers(low, low + 16, shape)).astype(np.uint8),
+        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(scale_dtype),
+        zero=zeros(),
         group_size=group_size,
         g_idx=random_g_idx(rng, num_experts, k, group, g_idx),
         checkpoint_format=checkpoint_format,
+        codes=codes,
         bias=rng.standard_normal((num_experts, n)).astype(np.float32) if bias else None,
     )
 
