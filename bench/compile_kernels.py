@@ -73,8 +73,8 @@ PROGRAMS = {
         for gather in range(4)
         for kind in (
             {"PREPARED_TYPE": 0, "INPUT_TYPE": 0},
-            {"PREPARED_TYPE": 1, "INPUT_TYPE": 1, "SILU": 1},
-            {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7},
+            {"PREPARED_TYPE": 1, "INPUT_TYPE": 1, "ACTIVATION": 1 + gather},
+            {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7, "ACTIVATION": 4 - gather},
         )
     ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],

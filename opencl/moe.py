@@ -108,17 +108,18 @@ def part(rows, begin, count):
 
 def tokens_a_slice(ctx, layer, tokens, top_k):
     capabilities = ctx.backend.runtime.capabilities
-    token_bytes = top_k * row_bytes(layer.gate_up, layer.down)
+    token_bytes = top_k * row_bytes(layer)
     if layer.shared_expert is not None:
-        token_bytes += row_bytes(layer.shared_expert.gate_up, layer.shared_expert.down)
+        token_bytes += row_bytes(layer.shared_expert)
     if layer.apply_router_weight_on_input:
         token_bytes += 4 * layer.hidden_size
     room = min(SLICE_BYTES, capabilities.global_memory // 8)
     return min(tokens, max(1, room // token_bytes))
 
 
-def row_bytes(gate_up, down):
+def row_bytes(experts):
     """What one row needs between both products and after them, at most."""
+    gate_up, down = experts.gate_up, experts.down
     return 4 * (gate_up.n_per_expert + down.store.packed_k + down.n_per_expert)
 
 
@@ -128,20 +129,22 @@ def forward_slice(ctx, layer, hidden, result, chosen):
     type_code = FLOAT16 if hidden.type_code == FLOAT16 else FLOAT32
     shared = None
     if layer.shared_expert is not None:
-        shared = enqueue_shared(ctx, layer.shared_expert, hidden, type_code)
+        shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     weighed_before = layer.apply_router_weight_on_input
     rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
     work = enqueue_align(ctx, chosen, hidden.rows * chosen.top_k, layer.num_experts)
-    products = enqueue_products(ctx, layer.gate_up, layer.down, rows, work, type_code)
+    products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code)
     return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
 
 
-def enqueue_products(ctx, gate_up, down, rows, work, type_code, prefix=""):
-    """Both products of some experts, a row for each valid id of the work; returns the second's rows."""
+def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix=""):
+    """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work."""
+    gate_up, down = experts.gate_up, experts.down
     inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
     multiply(ctx, gate_up, rows, inner, work, label=f"{prefix}gate_up")
     products = workspace_rows(ctx, f"{prefix}down", work.valid, down.n_per_expert, type_code)
-    multiply(ctx, down, inner, products, work._replace(top_k=1), silu=True, label=f"{prefix}down")
+    work = work._replace(top_k=1)
+    multiply(ctx, down, inner, products, work, activation=activation, label=f"{prefix}down")
     return products
 
 
@@ -151,10 +154,10 @@ def workspace_rows(ctx, purpose, rows, width, type_code):
     return Rows(data, 0, type_code, rows, width)
 
 
-def enqueue_shared(ctx, expert, hidden, type_code):
+def enqueue_shared(ctx, expert, activation, hidden, type_code):
     """What a shared expert gives for all tokens."""
     work = all_to_one(ctx, hidden.rows)
-    rows = enqueue_products(ctx, expert.gate_up, expert.down, hidden, work, type_code, "shared ")
+    rows = enqueue_products(ctx, expert, activation, hidden, work, type_code, "shared ")
     if expert.gate_weight is None:
         return Shared(rows, None)
     factors = ctx.reserve("shared factors", 4 * hidden.rows)
