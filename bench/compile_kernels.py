@@ -73,12 +73,18 @@ PROGRAMS = {
         for gather in range(4)
         for kind in (
             {"PREPARED_TYPE": 0, "INPUT_TYPE": 0},
-            {"PREPARED_TYPE": 1, "INPUT_TYPE": 1, "SILU": 1},
-            {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7},
+            {"PREPARED_TYPE": 1, "INPUT_TYPE": 1, "ACTIVATION": 1 + gather},
+            {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7, "ACTIVATION": 4 - gather},
         )
     ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
-    "moe": [{}, HALVES, BFLOATS],
+    "moe": [{}, {**HALVES, "SHARED": 1}, {**BFLOATS, "WEIGHTED": 0, "SHARED": 2}],
+    "routing": [
+        {},
+        {"INPUT_TYPE": 1, "SCORING": 0, "CORRECTED": 1},
+        {"INPUT_TYPE": 2, "SCORING": 1, "GROUPING": 1},
+        {"SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
+    ],
     "pack": [{}],
 }
 

@@ -9,7 +9,8 @@
     context.py    queue and workspace                     program.py  compiles and keeps programs
     gemm.py       one product: which kernels, which grid  prepare.py  rows as a kernel reads them
                                                           launch.py   launches at little cost
-    moe.py        routing, both products, combination     kernels/    the device's code
+    moe.py        a layer: both products, combination     routing.py  which experts tokens go to
+    kernels/      the device's code
     selfcheck.py  a tier's kernels against NumPy
     tuning.py     which configurations are fastest here
     timing.py     what events say

@@ -5,12 +5,13 @@ from collections import deque
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyopencl as cl
 
 from marlin_cy.errors import ContextInUse
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import mark_written
-from marlin_cy.opencl.store import device_error, driver_errors, zeroed_buffers
+from marlin_cy.opencl.store import device_error, driver_errors, uploaded, zeroed_buffers
 
 __all__ = ["OpenClContext"]
 
@@ -53,6 +54,7 @@ class OpenClContext(Context):
         self._uploads = deque()
         self._profile = None
         self._plans = WeakKeyDictionary()
+        self._kept = WeakKeyDictionary()
         self._kernels = {}
 
     def __repr__(self):
@@ -151,6 +153,23 @@ class OpenClContext(Context):
             (buffer,) = zeroed_buffers(self._backend.runtime, [4], "workspace (unlimited)")
             cl.enqueue_fill(self._queue, buffer, MAX_INT32.to_bytes(4, "little"), 4)
             self._workspace["unlimited"] = buffer  # not before it holds what it should
+        return buffer
+
+    def counting(self, count):
+        """A buffer of at least ``count`` int32: 0, 1, 2, ..."""
+        buffer = self._workspace.get("counting")
+        if buffer is None or buffer.size < 4 * count:
+            self._queue.finish()  # as for reserve
+            self._workspace.pop("counting", None)
+            numbers = np.arange(1 << max(10, (count - 1).bit_length()), dtype=np.int32)
+            self._workspace["counting"] = buffer = uploaded(self._backend.runtime, numbers, "workspace (counting)")
+        return buffer
+
+    def kept(self, owner, array, what):
+        """A buffer that holds an array of ``owner``'s, the same in each call: made once, and kept while both live."""
+        buffer = self._kept.get(owner)
+        if buffer is None:
+            buffer = self._kept[owner] = uploaded(self._backend.runtime, array, what)
         return buffer
 
     def log(self, label, event):

@@ -23,7 +23,7 @@ from marlin_cy.opencl.configuration import (
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.prepare import prepare
 
-__all__ = ["Listed", "Routed", "multiply", "problem_of"]
+__all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "Listed", "Routed", "multiply", "problem_of"]
 
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
 WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT)  # after the parts
@@ -34,6 +34,7 @@ LISTED_ARGUMENTS = (BUFFER, INT)
 ALIGNED_ELEMENTS = 8
 REDUCE_LOCAL_SIZE = 64
 MAX_GROUPS = 1 << 22  # so that work-items are counted in 32 bits
+NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
 # What a gemm that reads prepared rows takes its input for.
 PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
 
@@ -150,19 +151,18 @@ class Plan(NamedTuple):
     max_groups: int
 
 
-def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, label):
+def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, label):
     """Enqueue a product; the caller has checked everything and holds the context.
 
     Parameters
     ----------
     ctx : OpenClContext
-    stack : OpenClMarlinExpertStack
+    weights : OpenClMarlinExpertStack or OpenClLinear
+        Has a ``store``, and what is added: ``bias_kind`` (as ``BIAS`` of common.cl) and ``bias_buffer``.
     rows, out : Rows
     work : Routed or Listed
-    bias : pyopencl.Buffer, optional
-        float32, by output column.
-    silu : bool
-        Rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``silu(gate) * up``.
+    activation : str, optional
+        One of a MoE layer's: rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``act(gate) * up``.
     waits : list of pyopencl.Event, optional
         What the first launch has to wait for.
     label : str
@@ -173,19 +173,19 @@ def multiply(ctx, stack, rows, out, work, bias=None, *, silu=False, waits=None, 
     pyopencl.Event
         Of the last launch.
     """
-    store = stack.store
+    store, bias = weights.store, weights.bias_buffer
     routed = type(work) is Routed
     aligned = rows.offset % ALIGNED_ELEMENTS == 0
     plans = ctx.plans_of(store)
-    key = rows.type_code, aligned, out.type_code, silu, bias is None, work.kind()
+    key = rows.type_code, aligned, out.type_code, activation, weights.bias_kind, work.kind()
     plan = plans.get(key)
     if plan is None:
-        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, bias is not None, silu)
+        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, weights.bias_kind, activation)
     configuration, queue, limit = plan.configuration, ctx.queue, plan.max_groups
     data, offset, row_factor, by_slot = rows.data, rows.offset, None, 0
     if plan.prepared:
         types = ROUTED_ARGUMENTS if routed else None
-        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, silu, waits, label)
+        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, activation, waits, label)
         offset, waits = 0, None
     if routed:
         row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
@@ -250,16 +250,16 @@ def problem_of(store, work, device):
     )
 
 
-def make_plan(ctx, store, rows, out, work, aligned, with_bias, silu):
+def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
     """Choose a configuration, and build its kernels."""
     tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
     inputs, routed = tier.inputs(device), type(work) is Routed
     direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
-    prepared = silu or store.act_order or not direct
+    prepared = activation is not None or store.act_order or not direct
     layout = store.layout
     configuration = ctx.backend.runtime.tuned.configuration(tier, problem_of(store, work, device), store.symmetric)
     split = configuration.splits > 1
-    shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": int(with_bias)}
+    shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": bias_kind}
     gemm_macros = {
         **dict(configuration.macros),
         **shape,

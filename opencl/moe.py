@@ -6,97 +6,39 @@ import numpy as np
 import pyopencl as cl
 from pyopencl.array import Array
 
-from marlin_cy.opencl.buffers import (
-    TYPES,
-    Rows,
-    Vector,
-    check_contiguous,
-    examined,
-    float_rows,
-    refuse_overlap,
-    wait_list,
-)
+from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.configuration import FLOAT16, FLOAT32
 from marlin_cy.opencl.gemm import Routed, multiply
+from marlin_cy.opencl.routing import Chosen, check_local_memory, check_routing, enqueue_route
 
-__all__ = ["device_topk", "forward", "route"]
+__all__ = ["forward"]
 
-BUFFER, INT, UINT, ULONG = None, np.int32, np.uint32, np.uint64  # for Kernel.set_arg_types
-ROUTE_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, INT, BUFFER, ULONG, BUFFER, ULONG)
+BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
 ALIGN_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, BUFFER)
-COMBINE_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT, BUFFER, ULONG, UINT, UINT)
-ROUTE_ITEMS, ALIGN_ITEMS, COMBINE_ITEMS = 32, 256, 64  # work-items in a work-group; the first two as in moe.cl
+WEIGH_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, UINT)
+FACTOR_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT)
+COMBINE_ARGUMENTS = (
+    *(BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT),
+    *(BUFFER, BUFFER, BUFFER, ULONG, UINT, UINT),
+)
+ALIGN_ITEMS, WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 256, 64, 256, 64  # work-items in a work-group, as in moe.cl
+ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS  # but for what grows with the experts
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
 SLICE_BYTES = 1 << 30
 MAX_PAIRS = 2**31 - 1
 
 
-class Chosen(NamedTuple):
-    """Experts and weights of each token, on the device; ``offset`` counts elements of both."""
+class Shared(NamedTuple):
+    """What a shared expert gave, and how much of it each token gets: a float32 buffer, or None for all of it."""
 
-    ids: cl.Buffer
-    ids_offset: int
-    weights: cl.Buffer
-    weights_offset: int
-    top_k: int
+    rows: Rows
+    factors: cl.Buffer | None
 
 
 def most_blocks(pairs, num_experts, block_size):
     """Blocks that the worst routing needs."""
     return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
-
-
-def route(ctx, router_logits, num_experts, top_k, normalise):
-    """``(ids, weights)``, int32 and float32 arrays ``[tokens, top_k]``."""
-    logits = float_rows(router_logits, "router_logits", num_experts, ctx.cl_context)
-    backend = ctx.backend
-    ids, weights = backend.empty((logits.rows, top_k), np.int32), backend.empty((logits.rows, top_k), np.float32)
-    if logits.rows:
-        with ctx:
-            chosen = Chosen(ids.base_data, 0, weights.base_data, 0, top_k)
-            event = enqueue_route(ctx, logits, chosen, normalise, wait_list(ctx.queue, [router_logits]))
-            for array in (ids, weights):
-                ctx.written(array, event)
-    return ids, weights
-
-
-def enqueue_route(ctx, logits, chosen, normalise, waits):
-    kernel = ctx.kernel("moe", "route", {"INPUT_TYPE": logits.type_code}, ROUTE_ARGUMENTS)
-    return ctx.log(
-        "route",
-        kernel(
-            ctx.queue,
-            (ROUTE_ITEMS * logits.rows,),
-            (ROUTE_ITEMS,),
-            logits.data,
-            logits.offset,
-            logits.width,
-            chosen.top_k,
-            int(normalise),
-            chosen.ids,
-            chosen.ids_offset,
-            chosen.weights,
-            chosen.weights_offset,
-            wait_for=waits,
-        ),
-    )
-
-
-def device_topk(topk_ids, topk_weights, cl_context):
-    """Chosen experts on the device, checked but for what they are."""
-    for name, array, dtype in (("topk_ids", topk_ids, np.int32), ("topk_weights", topk_weights, np.float32)):
-        examined(array, name, cl_context)
-        if array.dtype != dtype:
-            raise TypeError(f"{name}: got dtype {array.dtype}, expected {np.dtype(dtype)}")
-        if len(array.shape) != 2:
-            raise ValueError(f"{name}: got shape {array.shape}, expected [tokens, top_k]")
-        check_contiguous(array, name)
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(f"topk_weights: got shape {topk_weights.shape}, expected {topk_ids.shape}, as topk_ids")
-    if topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids: got shape {topk_ids.shape}, expected at least one expert a token")
-    return topk_ids, topk_weights
 
 
 def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
@@ -128,8 +70,10 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         refuse_overlap(out, router_logits, "out")
         used.append(router_logits)
         top_k = layer.top_k
+        check_routing(ctx, layer.routing)
     if tokens * top_k > MAX_PAIRS:
         raise ValueError(f"hidden_states: got {tokens} rows of {top_k} experts each, expected fewer than 2**31 pairs")
+    check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * layer.num_experts, layer.num_experts)
     if tokens == 0:
         return
     with ctx:
@@ -139,7 +83,7 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         if logits is not None:
             ids, weights = (ctx.reserve(f"topk_{name}", 4 * tokens * top_k) for name in ("ids", "weights"))
             chosen = Chosen(ids, 0, weights, 0, top_k)
-            enqueue_route(ctx, logits, chosen, layer.norm_topk_prob, None)
+            enqueue_route(ctx, logits, layer.routing, chosen, None)
         elif isinstance(topk_ids, Array):
             chosen = Chosen(
                 topk_ids.base_data, topk_ids.offset // 4, topk_weights.base_data, topk_weights.offset // 4, top_k
@@ -164,29 +108,107 @@ def part(rows, begin, count):
 
 def tokens_a_slice(ctx, layer, tokens, top_k):
     capabilities = ctx.backend.runtime.capabilities
-    pair_bytes = 4 * (2 * layer.intermediate_size + layer.down.store.packed_k + layer.down.n_per_expert)
+    token_bytes = top_k * row_bytes(layer)
+    if layer.shared_expert is not None:
+        token_bytes += row_bytes(layer.shared_expert)
+    if layer.apply_router_weight_on_input:
+        token_bytes += 4 * layer.hidden_size
     room = min(SLICE_BYTES, capabilities.global_memory // 8)
-    return min(tokens, max(1, room // (pair_bytes * top_k)))
+    return min(tokens, max(1, room // token_bytes))
+
+
+def row_bytes(experts):
+    """What one row needs between both products and after them, at most."""
+    gate_up, down = experts.gate_up, experts.down
+    return 4 * (gate_up.n_per_expert + down.store.packed_k + down.n_per_expert)
 
 
 def forward_slice(ctx, layer, hidden, result, chosen):
     """Some tokens; enqueues everything, returns the last event."""
-    num_experts, top_k = layer.num_experts, chosen.top_k
-    pairs = hidden.rows * top_k
     # What lies between is as wide as what the caller gave: float16 tokens make float16 products.
     type_code = FLOAT16 if hidden.type_code == FLOAT16 else FLOAT32
-    work = enqueue_align(ctx, chosen, pairs, num_experts)
-    inner = workspace_rows(ctx, "gate_up", pairs, layer.gate_up.n_per_expert, type_code)
-    multiply(ctx, layer.gate_up, hidden, inner, work, label="gate_up")
-    products = workspace_rows(ctx, "down", pairs, layer.down.n_per_expert, type_code)
-    multiply(ctx, layer.down, inner, products, work._replace(top_k=1), silu=True, label="down")
-    return enqueue_combine(ctx, products, chosen, num_experts, result)
+    shared = None
+    if layer.shared_expert is not None:
+        shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
+    weighed_before = layer.apply_router_weight_on_input
+    rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
+    work = enqueue_align(ctx, chosen, hidden.rows * chosen.top_k, layer.num_experts)
+    products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code)
+    return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
+
+
+def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix=""):
+    """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work."""
+    gate_up, down = experts.gate_up, experts.down
+    inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
+    multiply(ctx, gate_up, rows, inner, work, label=f"{prefix}gate_up")
+    products = workspace_rows(ctx, f"{prefix}down", work.valid, down.n_per_expert, type_code)
+    work = work._replace(top_k=1)
+    multiply(ctx, down, inner, products, work, activation=activation, label=f"{prefix}down")
+    return products
 
 
 def workspace_rows(ctx, purpose, rows, width, type_code):
     """Rows in the context's workspace."""
     data = ctx.reserve(purpose, rows * width * TYPES[type_code].itemsize)
     return Rows(data, 0, type_code, rows, width)
+
+
+def enqueue_shared(ctx, expert, activation, hidden, type_code):
+    """What a shared expert gives for all tokens."""
+    work = all_to_one(ctx, hidden.rows)
+    rows = enqueue_products(ctx, expert, activation, hidden, work, type_code, "shared ")
+    if expert.gate_weight is None:
+        return Shared(rows, None)
+    factors = ctx.reserve("shared factors", 4 * hidden.rows)
+    kernel = ctx.kernel("moe", "shared_factor", {"INPUT_TYPE": hidden.type_code}, FACTOR_ARGUMENTS)
+    event = kernel(
+        ctx.queue,
+        (hidden.rows * FACTOR_ITEMS,),
+        (FACTOR_ITEMS,),
+        hidden.data,
+        hidden.offset,
+        ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
+        factors,
+        hidden.width,
+    )
+    ctx.log("shared_factor", event)
+    return Shared(rows, factors)
+
+
+def all_to_one(ctx, tokens):
+    """Routing arrays that are always the same: all tokens go to the one expert that there is."""
+    block_size = ctx.backend.tier.block_size(tokens)
+    blocks = -(-tokens // block_size)
+    slots = blocks * block_size
+    return Routed(
+        sorted_ids=Vector(ctx.counting(slots), 0, slots),
+        expert_ids=Vector(ctx.reserve("zeros", 4 * blocks), 0, blocks),  # buffers begin as zeros, and none writes it
+        past=None,
+        limit=slots,
+        valid=tokens,
+        block_size=block_size,
+        top_k=1,
+    )
+
+
+def enqueue_weigh(ctx, hidden, chosen):
+    """Tokens times their weights, in float32, which holds the products of all dtypes."""
+    rows = workspace_rows(ctx, "weighed tokens", hidden.rows, hidden.width, FLOAT32)
+    kernel = ctx.kernel("moe", "weigh_tokens", {"INPUT_TYPE": hidden.type_code}, WEIGH_ARGUMENTS)
+    event = kernel(
+        ctx.queue,
+        (hidden.rows * WEIGH_ITEMS,),
+        (WEIGH_ITEMS,),
+        hidden.data,
+        hidden.offset,
+        chosen.weights,
+        chosen.weights_offset,
+        rows.data,
+        hidden.width,
+    )
+    ctx.log("weigh_tokens", event)
+    return rows
 
 
 def enqueue_align(ctx, chosen, pairs, num_experts):
@@ -226,8 +248,15 @@ def enqueue_align(ctx, chosen, pairs, num_experts):
     )
 
 
-def enqueue_combine(ctx, products, chosen, num_experts, result):
-    macros = {"INPUT_TYPE": products.type_code, "OUTPUT_TYPE": result.type_code}
+def enqueue_combine(ctx, products, chosen, num_experts, shared, result, *, weighted):
+    """Add up what experts gave for each token."""
+    rows, factors = (None, None) if shared is None else (shared.rows.data, shared.factors)
+    macros = {
+        "INPUT_TYPE": products.type_code,
+        "OUTPUT_TYPE": result.type_code,
+        "WEIGHTED": int(weighted),
+        "SHARED": 0 if rows is None else 1 if factors is None else 2,
+    }
     kernel = ctx.kernel("moe", "combine", macros, COMBINE_ARGUMENTS)
     groups_per_token = -(-result.width // (4 * COMBINE_ITEMS))
     event = kernel(
@@ -242,6 +271,8 @@ def enqueue_combine(ctx, products, chosen, num_experts, result):
         chosen.weights_offset,
         num_experts,
         chosen.top_k,
+        rows,
+        factors,
         result.data,
         result.offset,
         result.width,

@@ -1,4 +1,4 @@
-"""Rows made ready for a product: another element type, another order of K, or ``silu(gate) * up``."""
+"""Rows made ready for a product: another element type, another order of K, or what an activation makes of them."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,11 @@ import pyopencl as cl
 
 from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["ACTIVATIONS", "Prepared", "prepare"]
 
 BUFFER, INT, UINT, ULONG = None, np.int32, np.uint32, np.uint64  # for Kernel.set_arg_types
 ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT, UINT, BUFFER)
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swigluoai": 4}  # ACTIVATION of activation.cl
 # GATHER of prepare.cl
 NO_ORDER, ONE_ORDER, BY_SLOT, MAPPED = range(4)
 MAX_ITEMS = 256  # work-items in a work-group; a power of two
@@ -45,7 +46,7 @@ def row_bytes(prepared_type, layout):
     return layout.packed_k * (4 if prepared_type == FLOAT32_ROWS else 2)
 
 
-def prepare(ctx, store, rows, work, routed_types, silu, waits, label):
+def prepare(ctx, store, rows, work, routed_types, activation, waits, label):
     """Enqueue the preparation of the rows that a product reads.
 
     Parameters
@@ -83,7 +84,7 @@ def prepare(ctx, store, rows, work, routed_types, silu, waits, label):
             "INPUT_TYPE": rows.type_code,
             "ALIGNED": int(rows.offset % ROW_STEP == 0),
             "PREPARED_TYPE": prepared_type,
-            "SILU": int(silu),
+            "ACTIVATION": ACTIVATIONS[activation],
             "GATHER": gather,
             "ROUTED": int(gather == BY_SLOT),
             **({"GROUP_SHIFT": layout.group_shift} if prepared_type == PLANES else {}),

@@ -10,7 +10,7 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
-from marlin_cy.builder import checked_stack_sizes
+from marlin_cy.builder import as_bias, checked_stack_sizes
 from marlin_cy.errors import BackendUnavailable
 from marlin_cy.interface import Backend
 from marlin_cy.moe.chosen import as_topk
@@ -26,8 +26,9 @@ from marlin_cy.opencl.buffers import (
 )
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import Capabilities, capabilities, describe, open_device
-from marlin_cy.opencl.gemm import Listed, Routed, multiply
+from marlin_cy.opencl.gemm import EXPERT_BIAS, NO_BIAS, OUTPUT_BIAS, Listed, Routed, multiply
 from marlin_cy.opencl.program import ProgramCache
+from marlin_cy.opencl.routing import device_topk, route
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors, uploaded
 from marlin_cy.opencl.tuning import Tuned
@@ -67,9 +68,9 @@ class Runtime:
     max_alloc_bytes: int
     tuned: Tuned
 
-    def make_stack(self, store):
-        """The stack over a filled store."""
-        return OpenClMarlinExpertStack(store, store.num_experts, store.n, store.k)
+    def make_stack(self, store, bias):
+        """The stack over a filled store, with a bias or None."""
+        return OpenClMarlinExpertStack(store, store.num_experts, store.n, store.k, bias)
 
 
 def opencl_context(ctx):
@@ -92,9 +93,18 @@ class OpenClMarlinExpertStack(PackedStack):
     store : OpenClGptqStore
     num_experts, n_per_expert, k : int
         Of the store.
+    bias : float array ``[num_experts, n_per_expert]``, optional
+        Copied to the device.
     """
 
     store_type = OpenClGptqStore
+
+    def __init__(self, store, num_experts, n_per_expert, k, bias=None):
+        super().__init__(store, num_experts, n_per_expert, k, bias)
+        self.bias_kind, self.bias_buffer = NO_BIAS, None
+        if bias is not None:
+            self._bias = as_bias(bias, (num_experts, n_per_expert))
+            self.bias_kind, self.bias_buffer = EXPERT_BIAS, uploaded(store.runtime, self._bias, "bias")
 
     def zero_workspace(self, ctx):
         """Zero the split-K sums of the context. Calls write each before they read it, so this is optional."""
@@ -233,7 +243,18 @@ class OpenClLinear(PackedLinear):
 
     def __init__(self, stack, offset, width, bias=None):
         super().__init__(stack, offset, width, bias)
+        self.bias_kind = NO_BIAS if bias is None else OUTPUT_BIAS
         self._experts = expert_columns(stack.store.n, offset, width)
+
+    @property
+    def store(self):
+        """The stack's."""
+        return self.stack.store
+
+    @property
+    def bias_buffer(self):
+        """The bias on the device, float32 ``[out_features]``, or None."""
+        return self._bias
 
     def _placed(self, bias):
         return uploaded(self.stack.store.runtime, bias, "bias")
@@ -253,11 +274,10 @@ class OpenClLinear(PackedLinear):
                 runs[:, 6] = m
                 event = multiply(
                     ctx,
-                    self.stack,
+                    self,
                     rows,
                     output,
                     Listed(runs, one_order=True),
-                    self._bias,
                     waits=wait_list(ctx.queue, (input, out)),
                     label="forward",
                 )
@@ -441,15 +461,15 @@ class OpenClBackend(Backend):
         return OpenClLinear(stack, 0, stack.n_per_expert, bias)
 
     def _route(self, ctx, router_logits, routing):
-        return moe.route(opencl_context(ctx), router_logits, routing.num_experts, routing.top_k, routing.norm_topk_prob)
+        return route(opencl_context(ctx), router_logits, routing)
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         if not isinstance(topk_ids, Array) and not isinstance(topk_weights, Array):
             return as_topk(topk_ids, topk_weights, num_experts)
-        return moe.device_topk(topk_ids, topk_weights, self.runtime.context)
+        return device_topk(topk_ids, topk_weights, self.runtime.context)
 
     def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
-        for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+        for name, stack in layer._stacks():
             if not isinstance(stack, OpenClMarlinExpertStack):
                 raise TypeError(f"ctx: got an OpenCL context, but the layer's {name} is a {type(stack).__name__}")
         moe.forward(opencl_context(ctx), layer, hidden_states, out, router_logits, topk_ids, topk_weights)

@@ -12,7 +12,7 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.builder import CheckedStackBuilder
-from marlin_cy.errors import DeviceError, DeviceMemoryError
+from marlin_cy.errors import DeviceError, DeviceMemoryError, UnsupportedError
 from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
 from marlin_cy.opencl.device import capabilities
 from marlin_cy.opencl.layout import STRIP_N, expert_layout
@@ -31,7 +31,12 @@ PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
 STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
 SYMMETRIC_ZERO = 8
 SCALE_EXPONENT = 15  # stored scales are below 2**15
-HALF_MAGNITUDE, HALF_MAX = np.uint16(0x7FFF), np.uint16(0x7BFF)
+# Of what scales are multiplied by when they are stored: its inverse and half of that are normal numbers. The least is
+# that of scales below MAX_SCALE.
+MAX_FACTOR_EXPONENT = 120
+MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
+MAGNITUDE = np.uint16(0x7FFF)  # of a float16 or bfloat16, whose bits order like it
+LARGEST_FLOAT16 = 65504.0
 OUT_OF_MEMORY = (
     cl.status_code.MEM_OBJECT_ALLOCATION_FAILURE,
     cl.status_code.OUT_OF_RESOURCES,
@@ -73,7 +78,9 @@ class OpenClGptqStore:
     symmetric : bool
         Every zero point is 8. As ``weight_factor``, known when the builder has finished.
     weight_factor : float
-        A power of two: what stored scales have to be multiplied by.
+        A power of two, 2**-120 to 2**103: what stored scales have to be multiplied by. They are float16, the largest
+        from 2**14 to 2**15 (less where this is 2**-120), and each is off by at most 2**-39 of the largest or by
+        2**-145: scales that are so much smaller than the largest are 0.
     nbytes : int
         Device memory of the weights.
 
@@ -163,7 +170,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
     Parameters
     ----------
     runtime : object
-        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store)``.
+        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store, bias)``.
     num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
         As :func:`~marlin_cy.builder.checked_stack_sizes` returns them.
 
@@ -189,15 +196,16 @@ class OpenClStackBuilder(CheckedStackBuilder):
             store.release()
             raise
         self._symmetric = True
-        self._largest = np.uint16(0)  # magnitude of a scale, as the bits of a float16, which order like it
+        self._largest = 0.0  # magnitude of a scale
 
     def _pack(self, expert, column_offset, weight):
         runtime, staging = self._runtime, self._staging
         symmetric = bool((weight.zero == SYMMETRIC_ZERO).all())
-        largest = (weight.scale.view(np.uint16) & HALF_MAGNITUDE).max(initial=0)
+        scale = weight.scale.view(np.uint16)
+        largest = largest_scale(scale, self._scale_dtype)
         for begin in range(0, weight.n, staging.columns):
             columns = slice(begin, begin + staging.columns)
-            arrays = [np.ascontiguousarray(part[:, columns]) for part in (weight.words, weight.scale, weight.zero)]
+            arrays = [np.ascontiguousarray(part[:, columns]) for part in (weight.words, scale, weight.zero)]
             with runtime.loading_lock, memory_errors(runtime, staging.nbytes, "staging of weights"):
                 staging.upload(arrays)
                 self._launch(expert, column_offset + begin, arrays[0].shape[1])
@@ -248,19 +256,19 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 # Other queues may read the weights from here on.
                 runtime.loading_queue.finish()
             self._staging = self._scale_rows = None
-        return runtime.make_stack(store)
+        return runtime.make_stack(store, bias)
 
     def _normalise(self):
-        """Bring the largest scale to 2**14 or more and below 2**15, all by one power of two.
+        """Make all scales float16, the largest 2**14 or more and below 2**15, by one power of two.
 
         Tensor-core kernels multiply float16 codes by them, so none may overflow, and small ones should keep their
-        bits. Larger ones are halved, and subnormal ones beside them lose a bit; otherwise nothing is lost.
+        bits. float16 scales do, but for subnormal ones beside those of 2**15 and more; of bfloat16 ones those do that
+        are at most 2**31 smaller than the largest.
         """
         if not self._largest:
             return
         store = self._store
-        largest = float(min(self._largest, HALF_MAX).view(np.float16))
-        factor = 2.0 ** (SCALE_EXPONENT - math.frexp(largest)[1])
+        exponent = min(SCALE_EXPONENT - math.frexp(self._largest)[1], MAX_FACTOR_EXPONENT)
         kernel = self._runtime.programs.kernel("pack", "rescale")
         for index, buffer in enumerate(store._buffers):
             experts = min(store.experts_per_part, store.num_experts - index * store.experts_per_part)
@@ -271,9 +279,22 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 buffer,
                 np.uint64(store.expert_words),
                 np.uint64(store.layout.scale_offset),
-                np.float32(factor),
+                np.int32(exponent),
+                np.int32(self._scale_dtype != np.float16),
             )
-        store.weight_factor = 1 / factor
+        store.weight_factor = 2.0**-exponent
+
+
+def largest_scale(bits, dtype):
+    """The largest magnitude of scales, from their bits (uint16); refuses those that no kernel could multiply by."""
+    largest = float((bits & MAGNITUDE).max(initial=0).view(dtype))
+    if dtype == np.float16:
+        return min(LARGEST_FLOAT16, largest)  # in this order also of a NaN
+    if not largest < MAX_SCALE:
+        raise UnsupportedError(
+            f"weight.scale: got {largest:g}, expected magnitudes below 2**118, whose products with codes float32 holds"
+        )
+    return largest
 
 
 class Staging:

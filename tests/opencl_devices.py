@@ -27,7 +27,7 @@ class Runtime:
         self.loading_lock = threading.Lock()
         self.max_alloc_bytes = device.max_mem_alloc_size
 
-    def make_stack(self, store):
+    def make_stack(self, store, bias):
         return store
 
     def buffer(self, array):

@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
-from asserts import GuardedArray, GuardedBuffer, assert_agree, assert_close, assert_same_bits, product_bound
+from asserts import (
+    GuardedArray,
+    GuardedBuffer,
+    assert_agree,
+    assert_close,
+    assert_same_bits,
+    product_bound,
+    unit_roundoff,
+)
 from conftest import OPENCL_PLACES
-from problems import DTYPES, activations, as_given, random_problem
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, as_given, random_problem
 
 import marlin_cy
 from marlin_cy import reference
@@ -45,6 +53,11 @@ def forward(linear, ctx, x, m=None, dtype=np.float32):
     out = GuardedBuffer(backend, (len(x), linear.out_features), dtype)
     assert linear.forward(ctx, backend.from_host(x), out.buffer, len(x) if m is None else m) is None
     return out.result()
+
+
+def with_bias(bound, bias, dtype=np.float32):
+    """The bound of a product that a bias is added to, in float32, before it is rounded to ``dtype``."""
+    return bound + 2 * unit_roundoff(dtype) * np.abs(bias)
 
 
 def untouched(rows, n, dtype=np.float32):
@@ -411,6 +424,125 @@ class TestLinear:
         out = backend.from_host(np.zeros(3 * 16, np.float32))
         linear.forward(ctx, backend.from_host(x.reshape(-1)), out, 3)
         assert_same_bits(backend.to_host(out).reshape(3, 16), forward(linear, ctx, x))
+
+
+@pytest.mark.parametrize("kind", ["uint4-bfloat16"])
+class TestKindsOfWeights:
+    """Other codes, and scales of another type, than GPTQ's."""
+
+    @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
+    def test_batched(self, backend, rng, kind, k, n, group_size):
+        problem = random_problem(rng, 3, k, n, group_size, bias=True, **WEIGHT_KINDS[kind])
+        x = activations(rng, 28, k)
+        dispatches = [(2, 0, 5, 4), (0, 4, 1, 1), (1, 3, 12, 25)]
+        result = batched(problem.stack(backend), backend.new_context(), x, dispatches, 40)
+        for expert, in_row, out_row, m in dispatches:
+            rows, w, bias = x[in_row : in_row + m], problem.dense(expert), problem.bias[expert]
+            bound = with_bias(product_bound(backend, rows, w), bias)
+            assert_close(result[out_row : out_row + m], rows.astype(np.float64) @ w + bias, bound)
+
+    @pytest.mark.parametrize("g_idx", G_IDX_MODES)
+    @pytest.mark.parametrize("group_size", [32, 128])
+    @pytest.mark.parametrize("block_size", [2, 16])
+    def test_vllm(self, backend, rng, kind, block_size, group_size, g_idx):
+        problem = random_problem(rng, 4, 288, 40, group_size, g_idx=g_idx, bias=True, **WEIGHT_KINDS[kind])
+        x, ids = activations(rng, 21, 288), rng.integers(0, 4, (21, 1))
+        routing = marlin_cy.moe_align_block_size(ids, block_size, 4)
+        result = vllm(problem.stack(backend), backend.new_context(), x, routing, 21, 21, block_size, 1)
+        for row, expert in enumerate(ids[:, 0]):
+            one, w, bias = x[row, None], problem.dense(expert), problem.bias[expert]
+            bound = with_bias(product_bound(backend, one, w), bias)
+            assert_close(result[row, None], one.astype(np.float64) @ w + bias, bound)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_views(self, backend, rng, kind, dtype):
+        problem = random_problem(rng, 3, 160, 40, 32, **WEIGHT_KINDS[kind])
+        x, bias = activations(rng, 9, 160, DTYPES[dtype]), rng.standard_normal(48).astype(np.float32)
+        view = problem.stack(backend).make_expert_linear(24, 48, bias)
+        result = forward(view, backend.new_context(), x, dtype=DTYPES[dtype])
+        w = np.concatenate(problem.dense_all(), axis=1)[:, 24:72]
+        bound = with_bias(product_bound(backend, as_given(x), w, DTYPES[dtype]), bias, dtype)
+        assert_close(result, as_given(x) @ w + bias, bound)
+
+    def test_every_code(self, backend, rng, kind):
+        """In every place of a block of 32 by 16 codes, alone: rows of one value beside zeros."""
+        problem = random_problem(rng, 1, 32, 256, 32, **WEIGHT_KINDS[kind])
+        problem.q[0] = np.arange(256) // 16 ^ np.arange(32)[:, None] % 16
+        x, w = np.eye(32, dtype=np.float32), problem.dense(0)
+        result = batched(problem.stack(backend), backend.new_context(), x, [(0, 0, 0, 32)], 32)
+        assert_close(result, w, product_bound(backend, x, w))
+
+    @pytest.mark.parametrize("exponent", [-127, -60, 60, 110])
+    def test_extreme_scales(self, backend, rng, kind, exponent):
+        """Of a bfloat16's, for rows that bring products to where float32 holds them."""
+        problem = random_problem(rng, 1, 160, 24, 32, **WEIGHT_KINDS[kind])
+        if problem.scale.dtype == np.float16:
+            exponent //= 10
+        problem.scale[:] = problem.scale.astype(np.float64) * 2.0**exponent
+        w = problem.dense(0)
+        x, factor = activations(rng, 12, 160), 2.0 ** -(exponent * 3 // 4)
+        result = batched(problem.stack(backend), backend.new_context(), x * np.float32(factor), [(0, 0, 0, 12)], 12)
+        bound = product_bound(backend, x, w * 2.0**-exponent) * 2.0**exponent * factor
+        assert_close(result, x.astype(np.float64) * factor @ w, bound)
+
+
+class TestStackBias:
+    """Every product of an expert has its bias added, once; views have their own."""
+
+    def test_property(self, backend, rng):
+        problem = random_problem(rng, 3, 64, 24, 32, bias=True)
+        assert random_problem(rng, 3, 64, 24, 32).stack(backend).bias is None
+        bias, given = problem.stack(backend).bias, problem.bias.copy()
+        problem.bias[:] = np.nan
+        assert_same_bits(bias, given)
+
+    @pytest.mark.parametrize("k", [96, 2080])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_batched(self, backend, rng, k, dtype):
+        problem = random_problem(rng, 3, k, 40, 32, bias=True)
+        x = activations(rng, 12, k)
+        dispatches = [(2, 0, 5, 4), (0, 4, 1, 1), (1, 3, 12, 7)]
+        result = batched(problem.stack(backend), backend.new_context(), x, dispatches, 20, DTYPES[dtype])
+        expected, bound = untouched(20, 40, DTYPES[dtype]).astype(np.float64), np.zeros((20, 40))
+        for expert, in_row, out_row, m in dispatches:
+            rows, to = x[in_row : in_row + m], slice(out_row, out_row + m)
+            expected[to] = rows @ problem.dense(expert) + problem.bias[expert]
+            product = product_bound(backend, rows, problem.dense(expert), DTYPES[dtype])
+            bound[to] = with_bias(product, problem.bias[expert], dtype)
+        assert_close(result, expected, bound)
+
+    @pytest.mark.parametrize("block_size", [1, 16])
+    @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
+    @pytest.mark.parametrize("k", [96, 2080])
+    def test_vllm(self, backend, rng, k, g_idx, block_size):
+        problem = random_problem(rng, 5, k, 24, 32, g_idx=g_idx, bias=True)
+        x, ids = activations(rng, 13, k), np.stack([rng.choice(5, 2, replace=False) for _ in range(13)])
+        routing = marlin_cy.moe_align_block_size(ids, block_size, 5)
+        result = vllm(problem.stack(backend), backend.new_context(), x, routing, 27, 13, block_size, 2)
+        for pair, expert in enumerate(ids.reshape(-1)):
+            row, w = x[pair // 2, None], problem.dense(expert)
+            bound = with_bias(product_bound(backend, row, w), problem.bias[expert])
+            assert_close(result[pair, None], row.astype(np.float64) @ w + problem.bias[expert], bound)
+        assert_same_bits(result[26:], untouched(1, 24))
+
+    def test_views_have_their_own(self, backend, rng):
+        problem = random_problem(rng, 3, 96, 40, 32, bias=True)
+        stack, ctx, x = problem.stack(backend), backend.new_context(), activations(rng, 5, 96)
+        w = np.concatenate(problem.dense_all(), axis=1)[:, 24:72]
+        expected, bound = x.astype(np.float64) @ w, product_bound(backend, x, w)
+        assert_close(forward(stack.make_expert_linear(24, 48), ctx, x), expected, bound)
+        own = rng.standard_normal(48).astype(np.float32)
+        result = forward(stack.make_expert_linear(24, 48, own), ctx, x)
+        assert_close(result, expected + own, with_bias(bound, own))
+
+    def test_of_another_shape(self, backend, rng):
+        problem = random_problem(rng, 2, 64, 16, 32)
+        builder = problem.builder(backend)
+        for expert in range(2):
+            builder.add(expert, 0, problem.canonical(expert))
+        with pytest.raises(ValueError, match=r"bias: got shape \(16,\), expected \(2, 16\)"):
+            builder.finish(np.zeros(16, np.float32))
+        assert builder.finish(np.zeros((2, 16), np.float16)).bias.dtype == np.float32
 
 
 class TestLoading:

@@ -57,7 +57,9 @@ class TestEmulated:
     def test_routed(self, rng, configuration, group_size, sym):
         """Few work-groups, so that several share a tile; a block of no expert; rows that nobody names."""
         backend = emulating(configuration)
-        problem = random_problem(rng, 4, 352, 40, group_size, checkpoint_format="gptq_v2" if sym else "gptq", sym=sym)
+        problem = random_problem(
+            rng, 4, 352, 40, group_size, checkpoint_format="gptq_v2" if sym else "gptq", sym=sym, bias=True
+        )
         stack, ctx = problem.stack(backend), backend.new_context()
         x = activations(rng, 19, 352, np.float16)
         ids = rng.integers(0, 4, (19, 2))
@@ -72,6 +74,8 @@ class TestEmulated:
             pair, expert = sorted_ids[slot], experts[slot // 12]
             if expert >= 0 and pair < 38:
                 bound[pair] = product_bound(backend, x[pair // 2][None], problem.dense(expert))[0]
+                bound[pair] += 2.0**-23 * np.abs(problem.bias[expert])
+                expected[pair] += problem.bias[expert]
         routing = [backend.from_host(array) for array in (sorted_ids, experts, past)]
         for _ in range(2):  # counters are as they were
             out = GuardedBuffer(backend, (40, 40), np.float32)

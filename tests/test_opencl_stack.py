@@ -11,7 +11,9 @@ from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
 from problems import DTYPES, activations, as_given, random_problem
 
 import marlin_cy
+from marlin_cy import reference
 from marlin_cy.errors import BackendUnavailable, ContextInUse
+from marlin_cy.moe.layer import ACTIVATIONS
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
@@ -358,18 +360,22 @@ class TestConfigurations:
         configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=3)
         self.check(with_configuration(backend, configuration), rng)
 
-    def check(self, backend, rng):
-        problem = random_problem(rng, 4, 1056, 40, 32)
+    def check(self, backend, rng, bias=False):
+        problem = random_problem(rng, 4, 1056, 40, 32, bias=bias)
         stack, ctx, x = problem.stack(backend), backend.new_context(), activations(rng, 45, 1056)
         ids = rng.integers(0, 4, (45, 1))
         routing = map(backend.from_host, marlin_cy.moe_align_block_size(ids, 20, 4))
-        out = GuardedBuffer(backend, (46, 40), np.float32)
-        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out.buffer, 45, 20, 1)
-        result = out.result()
-        out.assert_untouched([45])
-        for row, expert in enumerate(ids[:, 0]):
-            one, w = x[row, None], problem.dense(expert)
-            assert_close(result[row, None], one.astype(np.float64) @ w, product_bound(backend, one, w))
+        routed, listed = (GuardedBuffer(backend, (46, 40), np.float32) for _ in range(2))
+        stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, routed.buffer, 45, 20, 1)
+        dispatches = [(expert, row, row, 1) for row, expert in enumerate(ids[:, 0])]
+        stack.gemm_phase_batched(ctx, backend.from_host(x), dispatches, listed.buffer, 1056)
+        for out in (routed, listed):
+            result = out.result()
+            out.assert_untouched([45])
+            for row, expert in enumerate(ids[:, 0]):
+                one, w, added = x[row, None], problem.dense(expert), problem.bias[expert] if bias else 0
+                bound = product_bound(backend, one, w) + 2.0**-23 * np.abs(added)
+                assert_close(result[row, None], one.astype(np.float64) @ w + added, bound)
 
     def test_splits_with_views_and_biases(self, portable, rng):
         configuration = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=2)
@@ -382,6 +388,14 @@ class TestConfigurations:
         w = np.concatenate(problem.dense_all(), axis=1)[:, 24:72]
         bound = product_bound(backend, x, w) + 2.0**-21
         assert_close(out.result(), x.astype(np.float64) @ w + bias, bound)
+
+    @pytest.mark.parametrize("splits", [1, 3])
+    def test_bias_of_a_stack(self, backend, rng, splits):
+        """Added once for all runs of K, whether rows are routed or listed."""
+        problem = Problem(rows=4, runs=4, most_runs=4, k=1056, n=40, group_rows=32, device=None)
+        problem = problem._replace(device=backend.runtime.capabilities)
+        configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=splits)
+        self.check(with_configuration(backend, configuration), rng, bias=True)
 
     def test_choice(self, portable):
         """What fits a device, for every size; splits only where there are few tiles."""
@@ -478,6 +492,32 @@ class TestLayer:
         ids[ids < 0] = rng.choice([-7, 5, 2**31 - 1, -(2**31)], (ids < 0).sum())
         given = backend.from_host(ids), placed(backend, weights, 3)
         assert_same_bits(backend.to_host(layer.forward_routed(ctx, x, *given)), expected)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activations_and_biases(self, backend, rng, activation):
+        """Both products have their expert's bias. No activation is steeper than 1.2 times ``up`` (which swigluoai
+        limits to 7, and adds 1 to)."""
+        gate_up, down = (random_problem(rng, 4, k, n, 32, bias=True) for k, n in ((96, 128), (64, 40)))
+        layer = marlin_cy.MoeLayer(gate_up.stack(backend), down.stack(backend), top_k=2, activation=activation)
+        x, ids = activations(rng, 12, 96), rng.integers(0, 4, (12, 2)).astype(np.int32)
+        weights = rng.standard_normal((12, 2)).astype(np.float32)
+        out = layer.forward_routed(backend.new_context(), backend.from_host(x), ids, weights)
+        expected, bound = np.zeros((12, 40)), np.full((12, 40), 2.0**-24)
+        for token, row in enumerate(x[:, None].astype(np.float64)):
+            for expert, weight in zip(ids[token], weights[token], strict=True):
+                w1, w2 = gate_up.dense(expert), down.dense(expert)
+                off = product_bound(backend, row, w1) + 2.0**-23 * np.abs(gate_up.bias[expert])
+                (gate, up), (off_gate, off_up) = (
+                    np.split(a, 2, axis=1) for a in (row @ w1 + gate_up.bias[expert], off)
+                )
+                inner = reference.ACTIVATIONS[activation](gate, up)
+                off = 1.2 * off_gate * (np.abs(up) + off_up + 1) + (np.abs(gate) + off_gate) * off_up
+                off += 2.0**-18 * np.abs(inner)
+                product = np.abs(inner @ w2 + down.bias[expert])
+                expected[token] += weight * (inner @ w2 + down.bias[expert])[0]
+                off = off @ np.abs(w2) + product_bound(backend, np.abs(inner) + off, w2) + 2.0**-20 * product
+                bound[token] += np.abs(weight) * (off + 2.0**-23 * np.abs(down.bias[expert]))[0]
+        assert_close(backend.to_host(out), expected, bound)
 
     def test_slices(self, portable, rng, monkeypatch):
         layer, ctx = layer_of(rng).on(portable), portable.new_context()

@@ -4,22 +4,25 @@ import gc
 
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, add_in_parts, random_problem
+from problems import DTYPES, G_IDX_MODES, add_in_parts, random_problem
 
 cl = pytest.importorskip("pyopencl")
 
 from opencl_devices import each_device, runtime_of  # noqa: E402
 
-from marlin_cy.errors import DeviceError, DeviceMemoryError  # noqa: E402
+from marlin_cy.errors import DeviceError, DeviceMemoryError, UnsupportedError  # noqa: E402
 from marlin_cy.formats.canonical import Int4Weight  # noqa: E402
 from marlin_cy.formats.order import group_order  # noqa: E402
 from marlin_cy.opencl import store as store_module  # noqa: E402
 from marlin_cy.opencl.layout import ExpertLayout, expert_layout, pack_expert, unpack_expert  # noqa: E402
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: E402
 
+BFLOAT16 = DTYPES["bfloat16"]
+
 
 def builder_for(runtime, problem):
-    return OpenClStackBuilder(runtime, problem.num_experts, problem.k, problem.n, problem.group, normalised(problem))
+    sizes = problem.num_experts, problem.k, problem.n, problem.group
+    return OpenClStackBuilder(runtime, *sizes, normalised(problem), problem.codes, problem.scale.dtype)
 
 
 def normalised(problem):
@@ -38,7 +41,7 @@ def store_of(runtime, problem):
 def assert_packed(runtime, store, problem):
     for expert in range(problem.num_experts):
         order = store.group_orders[store.order_of[expert]]
-        scale = (problem.scale[expert].astype(np.float32) / np.float32(store.weight_factor)).astype(np.float16)
+        scale = (problem.scale[expert].astype(np.float64) / store.weight_factor).astype(np.float16)
         expected = pack_expert(problem.q[expert], scale, problem.zero[expert], order, store.layout)
         np.testing.assert_array_equal(store.read(runtime.queue, expert), expected, f"expert {expert}")
 
@@ -206,6 +209,51 @@ class TestScales:
         store = store_of(runtime, problem)
         assert (store.weight_factor, len(store.parts)) == (factor, 2)
         assert_packed(runtime, store, problem)
+
+    @pytest.mark.parametrize(
+        ("largest", "factor"),
+        [(2.0**-133, 2**-120), (2.0**-106, 2**-120), (-1, 2**-14), (1.75 * 2.0**117, 2**103), (-(2.0**60), 2**46)],
+    )
+    def test_factor_of_bfloat16(self, device, rng, largest, factor):
+        problem = random_problem(rng, 3, 64, 24, 32, scale_dtype=BFLOAT16)
+        problem.scale[:] = problem.scale.astype(np.float64) * abs(largest) / 4
+        problem.scale[2, 1, 7] = largest
+        runtime = runtime_of(device, max_alloc_bytes=2 * 4 * expert_layout(64, 24, 32).expert_words)
+        store = store_of(runtime, problem)
+        assert (store.weight_factor, len(store.parts)) == (factor, 2)
+        assert_packed(runtime, store, problem)
+
+    @pytest.mark.parametrize("largest", [2.0**-100, 1.0, 2.0**100])
+    def test_bfloat16_in_float16(self, device, rng, largest):
+        """Those that are at most 2**31 smaller than the largest keep their bits, others come close."""
+        problem = random_problem(rng, 1, 2048, 8, 32, scale_dtype=BFLOAT16)
+        scale = largest * rng.uniform(0.5, 1, problem.scale.shape) * 2.0 ** -rng.integers(0, 60, problem.scale.shape)
+        problem.scale[:] = scale
+        problem.scale[0, 0, 0] = -largest
+        runtime = runtime_of(device)
+        store = store_of(runtime, problem)
+        order = store.group_orders[0]
+        _, stored, _ = unpack_expert(store.read(runtime.queue, 0), order, store.layout, problem.k)
+        stored, given = stored[::32].astype(np.float64) * store.weight_factor, problem.scale[0].astype(np.float64)
+        kept = np.abs(given) >= largest / 2**31
+        np.testing.assert_array_equal(stored[kept], given[kept])
+        assert (np.abs(stored - given) <= 2.0**-39 * largest).all()
+        assert (stored[np.abs(given) < largest / 2**41] == 0).all()
+
+    @pytest.mark.parametrize("scale", [2.0**118, -(2.0**127), np.nan, np.inf])
+    def test_bfloat16_beyond_what_kernels_multiply(self, device, rng, scale):
+        """Refused before anything is packed: the columns may be added again."""
+        runtime = runtime_of(device)
+        problem = random_problem(rng, 1, 32, 16, 32, scale_dtype=BFLOAT16)
+        before, problem.scale[0, 0, 3] = problem.scale[0, 0, 3], scale
+        builder = builder_for(runtime, problem)
+        with pytest.raises(
+            UnsupportedError, match=r"weight.scale: got (nan|inf|\d.*), expected magnitudes below 2\*\*118"
+        ):
+            builder.add(0, 0, problem.canonical(0))
+        problem.scale[0, 0, 3] = before
+        builder.add(0, 0, problem.canonical(0))
+        assert_packed(runtime, builder.finish(), problem)
 
     def test_small_ones_keep_their_bits(self, device, rng):
         problem = random_problem(rng, 1, 32, 8, 32)

@@ -8,7 +8,8 @@
 //   SYMMETRIC                 1: every zero point is 8 and none are stored
 //   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
 //   ROWS                      rows (tokens) in a tile
-//   BIAS, SPLIT, ROW_FACTOR   1: a gemm uses its arguments bias; partial and splits; row_factor
+//   BIAS                      what a gemm adds: 0: nothing; 1: a bias of the output's columns; 2: one of each expert's
+//   SPLIT, ROW_FACTOR         1: a gemm uses its arguments partial and splits; row_factor
 //   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input may load all at once
 
 #ifndef INPUT_TYPE
@@ -285,9 +286,16 @@ static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
 #endif
 }
 
+// What is added in a column of a tile's output. With 2 an output row is an expert's columns, all of them.
+#if BIAS == 2
+#define BIAS_AT(tile, out_column) bias[(ulong)(tile).expert * n + (out_column)]
+#else
+#define BIAS_AT(tile, out_column) bias[out_column]
+#endif
+
 // The arguments of every gemm.
 //   row_factor           products of input row i are multiplied by row_factor[i]
-//   bias                 bias[output column] is added
+//   bias                 BIAS 1: [output columns]; 2: [num_experts][n]
 //   partial, splits      K is cut into `splits` runs, whose sums wait in `partial` for reduce_splits
 #define GEMM_ARGS                                                                                    \
     WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \

@@ -237,7 +237,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                         const float4 sums = total[s][i];
                         const float sum = factor * (q ? (p ? sums.w : sums.z) : (p ? sums.y : sums.x));
                         const uint to = column - tile.column;
-                        store_output(BIAS ? sum + bias[tile.out_column + to] : sum, output, at + to);
+                        store_output(BIAS ? sum + BIAS_AT(tile, tile.out_column + to) : sum, output, at + to);
                     }
             }
         }

@@ -191,7 +191,7 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
             if (SPLIT)                                                                               \
                 partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \
             else                                                                                     \
-                store_output(BIAS ? result + bias[to] : result, output,                              \
+                store_output(BIAS ? result + BIAS_AT(tile, to) : result, output,                     \
                              output_offset + (ulong)(row).y * output_stride + to);                   \
         }                                                                                            \
     }

@@ -1,100 +1,25 @@
-// The Mixture-of-Experts layer around its two products: routing, grouping by expert, combination.
+// The Mixture-of-Experts layer around its two products: grouping by expert, weighing, combination. Routing is in
+// routing.cl.
 //
 // Not to be built with -cl-fast-relaxed-math or -cl-finite-math-only: NaN means something here.
+//
+// Build options
+//   WEIGHTED   0: `combine` takes all weights for 1
+//   SHARED     1: `combine` starts from a shared expert's rows; 2: from these times the token's factor; 0: from zero
 
-// Work-items in a group of `route` and of `align`: powers of two.
-#ifndef ROUTE_ITEMS
-#define ROUTE_ITEMS 32
-#endif
+// Work-items in a group of `align` and of `shared_factor`: powers of two.
 #ifndef ALIGN_ITEMS
 #define ALIGN_ITEMS 256
 #endif
-
-// Routing --------------------------------------------------------------------------------------
-
-// An expert's key: its probability, then how early it comes. Keys of NaN-free rows order like these.
-static inline ulong route_key(float probability, uint expert) { return ((ulong)as_uint(probability) << 32) | ~expert; }
-
-// Softmax over each row of logits, then its top_k largest; of equal ones the smaller index first. One
-// work-group a token. Exponentials are computed anew where they are needed, so there is no limit to
-// the number of experts.
-//
-// A NaN or +inf among the logits, or none but -inf, gives ids 0 to top_k - 1 with weights of NaN.
-//   logits       INPUT [tokens][num_experts]
-//   top_k        1 to num_experts
-//   normalise    whether a token's weights are divided by their sum
-//   ids, weights int32 and float32 [tokens][top_k]
-__attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
-__kernel void route(__global const INPUT *restrict logits, const ulong logits_offset, const uint num_experts,
-                    const uint top_k, const int normalise, __global int *restrict ids, const ulong ids_offset,
-                    __global float *restrict weights, const ulong weights_offset)
-{
-    __local float floats[ROUTE_ITEMS];
-    __local ulong keys[ROUTE_ITEMS];
-    const uint me = get_local_id(0);
-    const ulong token = get_group_id(0);
-    const ulong row = logits_offset + token * num_experts;
-    ids += ids_offset + token * top_k;
-    weights += weights_offset + token * top_k;
-
-    float largest = -INFINITY;
-    for (uint e = me; e < num_experts; e += ROUTE_ITEMS)
-        largest = fmax(largest, load_input(logits, row + e));
-    floats[me] = largest;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_size = ROUTE_ITEMS / 2; half_size > 0; half_size /= 2) {
-        if (me < half_size)
-            floats[me] = fmax(floats[me], floats[me + half_size]);
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    largest = floats[0];
-    barrier(CLK_LOCAL_MEM_FENCE);
-
-    float sum = 0.0f;
-    for (uint e = me; e < num_experts; e += ROUTE_ITEMS)
-        sum += exp(load_input(logits, row + e) - largest);
-    floats[me] = sum;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_size = ROUTE_ITEMS / 2; half_size > 0; half_size /= 2) {
-        if (me < half_size)
-            floats[me] += floats[me + half_size];
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    sum = floats[0];
-    const bool bad = isnan(sum); // the same for all work-items, which do the same and drop the result
-
-    // Each work-item holds the best of its own experts that were not picked, and looks for the next
-    // one when that was: the largest key below the last one picked.
-    float total = 0.0f;
-    ulong own = ~0ul, picked = ~0ul;
-    for (uint j = 0; j < top_k; j++) {
-        if (own == picked) {
-            own = 0;
-            for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {
-                ulong key = route_key(exp(load_input(logits, row + e) - largest), e);
-                own = max(own, key < picked ? key : 0ul);
-            }
-        }
-        keys[me] = own;
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (uint half_size = ROUTE_ITEMS / 2; half_size > 0; half_size /= 2) {
-            if (me < half_size)
-                keys[me] = max(keys[me], keys[me + half_size]);
-            barrier(CLK_LOCAL_MEM_FENCE);
-        }
-        picked = keys[0];
-        barrier(CLK_LOCAL_MEM_FENCE);
-        float probability = as_float((uint)(picked >> 32)) / sum;
-        total += probability;
-        if (j % ROUTE_ITEMS == me) {
-            ids[j] = bad ? (int)j : (int)~(uint)picked;
-            weights[j] = bad ? NAN : probability;
-        }
-    }
-    if (normalise)
-        for (uint j = me; j < top_k; j += ROUTE_ITEMS)
-            weights[j] /= total;
-}
+#ifndef FACTOR_ITEMS
+#define FACTOR_ITEMS 256
+#endif
+#ifndef WEIGHTED
+#define WEIGHTED 1
+#endif
+#ifndef SHARED
+#define SHARED 0
+#endif
 
 // Grouping by expert ---------------------------------------------------------------------------
 
@@ -194,6 +119,51 @@ __kernel void align(__global const int *restrict ids, const ulong ids_offset, co
         past[past_offset] = (int)((first_block + blocks) * block_size);
 }
 
+// Weighing -------------------------------------------------------------------------------------
+
+// output[token] = weights[token] * input[token]: what experts are given where a token is weighed beforehand.
+// tokens work-groups of any local size.
+//   input     INPUT [tokens][width]; width is a multiple of 8
+//   weights   float32 [tokens]
+//   output    float32 [tokens][width]
+__kernel void weigh_tokens(__global const INPUT *restrict input, const ulong input_offset,
+                           __global const float *restrict weights, const ulong weights_offset,
+                           __global float *restrict output, const uint width)
+{
+    const ulong token = get_group_id(0);
+    const float weight = weights[weights_offset + token];
+    input += input_offset + token * width;
+    output += token * width;
+    for (uint octet = get_local_id(0); octet < width / 8; octet += get_local_size(0))
+        vstore8(weight * load8_input(input, 8 * octet), octet, output);
+}
+
+// factors[token] = 1 / (1 + exp(-sum over i of input[token][i] * gate[i])): how much of a shared expert a token gets.
+// tokens work-groups.
+//   input     INPUT [tokens][width]
+//   gate      float32 [width]
+//   factors   float32 [tokens]
+__attribute__((reqd_work_group_size(FACTOR_ITEMS, 1, 1)))
+__kernel void shared_factor(__global const INPUT *restrict input, const ulong input_offset,
+                            __global const float *restrict gate, __global float *restrict factors, const uint width)
+{
+    __local float sums[FACTOR_ITEMS];
+    const uint me = get_local_id(0);
+    const ulong token = get_group_id(0), row = input_offset + token * width;
+    float sum = 0.0f;
+    for (uint i = me; i < width; i += FACTOR_ITEMS)
+        sum = fma(load_input(input, row + i), gate[i], sum);
+    sums[me] = sum;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint half_size = FACTOR_ITEMS / 2; half_size > 0; half_size /= 2) {
+        if (me < half_size)
+            sums[me] += sums[me + half_size];
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (me == 0)
+        factors[token] = 1 / (1 + exp(-sums[0]));
+}
+
 // Combination ----------------------------------------------------------------------------------
 
 // Elements 4 i to 4 i + 3 of aligned rows.
@@ -206,17 +176,21 @@ __kernel void align(__global const int *restrict ids, const ulong ids_offset, co
 #endif
 
 // output[token] = sum over j of weights[token][j] * input[token * top_k + j], j ascending, a chain of
-// fused multiply-adds from zero. Rows whose id is no expert are left out, whatever they hold.
+// fused multiply-adds from zero, or from what a shared expert gave. Rows whose id is no expert are left out,
+// whatever they hold.
 //
 // A work-item sums four columns of a token: local size any, `groups_per_token` =
 // ceil(width / (4 * local size)), tokens * groups_per_token work-groups.
 //   input     [tokens * top_k][width]; input_offset is a multiple of 4, as is width
+//   shared    INPUT [tokens][width] (SHARED)
+//   factors   float32 [tokens] (SHARED 2)
 //   output    [tokens][width]
 __kernel void combine(__global const INPUT *restrict input, const ulong input_offset,
                       __global const int *restrict ids, const ulong ids_offset,
                       __global const float *restrict weights, const ulong weights_offset, const uint num_experts,
-                      const uint top_k, __global OUTPUT *restrict output, const ulong output_offset,
-                      const uint width, const uint groups_per_token)
+                      const uint top_k, __global const INPUT *restrict shared,
+                      __global const float *restrict factors, __global OUTPUT *restrict output,
+                      const ulong output_offset, const uint width, const uint groups_per_token)
 {
     const uint fours = width / 4;
     const ulong token = get_group_id(0) / groups_per_token;
@@ -227,7 +201,14 @@ __kernel void combine(__global const INPUT *restrict input, const ulong input_of
     weights += weights_offset + token * top_k;
     input += input_offset + token * top_k * width;
 
+#if SHARED
+    float4 sum = load_four(shared, token * fours + four);
+#if SHARED == 2
+    sum *= factors[token];
+#endif
+#else
     float4 sum = (float4)(0.0f);
+#endif
     // Four rows at a time, to have as many loads under way; what need not be added is loaded all the same.
     for (uint begin = 0; begin < top_k; begin += 4) {
         bool chosen[4];
@@ -236,7 +217,7 @@ __kernel void combine(__global const INPUT *restrict input, const ulong input_of
         for (uint i = 0; i < 4; i++) {
             uint j = min(begin + i, top_k - 1);
             chosen[i] = begin + i < top_k && (uint)ids[j] < num_experts;
-            weight[i] = weights[j];
+            weight[i] = WEIGHTED ? weights[j] : 1.0f;
             product[i] = load_four(input, (ulong)j * fours + four);
         }
         for (uint i = 0; i < 4; i++)

@@ -67,7 +67,7 @@ __kernel void pack_words(__global const uint *restrict words, const uint n, __gl
 }
 
 // Global size (n, groups): one work-item packs the scale and the zero point of a column and a group.
-//   scale, zero    float16 bits and bytes [*][n]
+//   scale, zero    the bits of float16 or bfloat16, and bytes [*][n]
 //   scale_rows     int32 at scale_rows_offset: [groups] row of them that each packed group uses, -1 for padding
 __kernel void pack_scales(__global const ushort *restrict scale, __global const uchar *restrict zero, const uint n,
                           __global const int *restrict scale_rows, const ulong scale_rows_offset,
@@ -85,11 +85,23 @@ __kernel void pack_scales(__global const ushort *restrict scale, __global const 
     ((__global uchar *)(packed + zero_base))[place] = zero[source];
 }
 
-// Global size (scales of an expert, experts): multiply the scales of all experts of a part.
+// A bfloat16 times 2^exponent, by way of integers: a device may take small floats for zero.
+static inline float scaled_bfloat16(ushort bits, int exponent)
+{
+    const int field = bits >> 7 & 0xff, digits = (bits & 0x7f) | (field ? 0x80 : 0);
+    return ldexp((bits & 0x8000 ? -1.0f : 1.0f) * digits, max(field, 1) - 134 + exponent);
+}
+
+// Global size (scales of an expert, experts): multiply the scales of all experts of a part by 2^exponent; they become
+// float16.
 //   scale_base   uints from an expert's first word to its scales
+//   bfloat16     1: they are bfloat16 before; 0: float16
 __kernel void rescale(__global uint *restrict packed, const ulong expert_words, const ulong scale_base,
-                      const float factor)
+                      const int exponent, const int bfloat16)
 {
     __global half *scales = (__global half *)(packed + get_global_id(1) * expert_words + scale_base);
-    vstore_half_rte(factor * vload_half(get_global_id(0), scales), get_global_id(0), scales);
+    const size_t i = get_global_id(0);
+    const float scaled = bfloat16 ? scaled_bfloat16(((__global const ushort *)scales)[i], exponent)
+                                  : ldexp(vload_half(i, scales), exponent);
+    vstore_half_rte(scaled, i, scales);
 }

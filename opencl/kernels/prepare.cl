@@ -1,3 +1,5 @@
+// needs activation.cl
+//
 // prepare_rows: rows of activations in the order of packed K, padded, of one element type.
 //
 //   output[i][j] = x[order[j]] * 2^-e,  row_factor[i] = 2^e
@@ -11,7 +13,8 @@
 //   PREPARED_TYPE   0: float32, e = 0 and row_factor is not used
 //                   1: float16; 2^e brings the row's largest magnitude into [2^13, 2^14). A row of zeros has e = 0,
 //                      and so has one with a NaN or an infinity, which keeps them
-//   SILU            1: input rows are gate (k_in), then up (k_in), and x[j] = silu(gate[j]) * up[j] in float32 (0)
+//   ACTIVATION      of activation.cl; with one, input rows are gate (k_in), then up (k_in), and x[j] is made of
+//                   gate[j] and up[j] in float32
 //   GATHER          0: row i from row i, in K's own order (0)
 //                   1: the same, by one order for all: order int32 [k_out]
 //                   2: row i is slot i of the routing arrays (ROUTED=1), from row id / top_k, by its expert's order:
@@ -19,7 +22,7 @@
 //                   3: row i from row map[i].x, by the order of expert map[i].y; order as for 2
 //
 // Arguments
-//   input, input_offset    INPUT rows of k_in (SILU: 2 * k_in) elements; the offset in elements
+//   input, input_offset    INPUT rows of k_in (ACTIVATION: 2 * k_in) elements; the offset in elements
 //   output, row_factor     [rows][k_out] (planes: [rows][row bytes]), [rows]
 //   k_in, k_out            elements of a row; k_out >= k_in where GATHER is 0
 //   order                  GATHER 1, 2, 3; else NULL
@@ -38,9 +41,6 @@
 
 #ifndef PREPARED_TYPE
 #define PREPARED_TYPE 0
-#endif
-#ifndef SILU
-#define SILU 0
 #endif
 #ifndef GATHER
 #define GATHER 0
@@ -66,9 +66,8 @@
 // Element j of a row: of x, before any order.
 static inline float row_value(__global const INPUT *row, uint j, uint k_in)
 {
-#if SILU
-    const float gate = load_input(row, j);
-    return gate / (1 + exp(-gate)) * load_input(row, (ulong)k_in + j);
+#if ACTIVATION
+    return activated(load_input(row, j), load_input(row, (ulong)k_in + j));
 #else
     return load_input(row, j);
 #endif
@@ -96,9 +95,8 @@ static inline float8 prepared_values(__global const INPUT *row, uint octet, uint
 #else
     if (j >= k_in) // a multiple of 32, as k_out is
         return (float8)(0);
-#if SILU
-    const float8 gate = load8_input(row, j);
-    return gate / (1 + exp(-gate)) * load8_input(row, (ulong)k_in + j);
+#if ACTIVATION
+    return activated8(load8_input(row, j), load8_input(row, (ulong)k_in + j));
 #else
     return load8_input(row, j);
 #endif
@@ -144,7 +142,7 @@ __kernel void prepare_rows(
 #endif
     if (from < 0)
         return; // the whole work-group
-    __global const INPUT *row = input + input_offset + (ulong)from * k_in * (SILU ? 2 : 1);
+    __global const INPUT *row = input + input_offset + (ulong)from * k_in * (ACTIVATION ? 2 : 1);
 #if PREPARED_TYPE == 2
     // A work-item takes 8 elements in each turn; the items of a group share their maxima and sums.
     __local uint largest[MAX_LOCAL];

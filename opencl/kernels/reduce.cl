@@ -1,13 +1,9 @@
 // reduce_splits: adds up what gemm left of the runs of K (SPLIT), in ascending order, and stores it.
 //
-//   output[row][c] = sum over s of partial[s][tile][r][c] (+ bias[c])
+//   output[row][c] = sum over s of partial[s][tile][r][c] (+ bias)
 //
 // A work-group takes one row of a row tile in each turn; any local size, any number of work-groups.
-// ROWS and the routing must be those of the gemm.
-
-#ifndef BIAS
-#define BIAS 0
-#endif
+// ROWS, BIAS and the routing must be those of the gemm.
 
 __kernel void reduce_splits(
     const uint num_experts, const uint n,
@@ -29,7 +25,7 @@ __kernel void reduce_splits(
             for (int s = 1; s < splits; s++)
                 sum += from[(ulong)s * tiles_capacity * ROWS * n + c];
 #if BIAS
-            sum += bias[tile.out_column + c];
+            sum += BIAS_AT(tile, tile.out_column + c);
 #endif
             store_output(sum, output, to + c);
         }

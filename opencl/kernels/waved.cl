@@ -237,7 +237,7 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             partial[to * n + tile_column] = sum;
 #else
 #if BIAS
-            sum += bias[turn.tile.out_column + tile_column];
+            sum += BIAS_AT(turn.tile, turn.tile.out_column + tile_column);
 #endif
             store_output(sum, output + output_offset,
                          (ulong)out_row * output_stride + turn.tile.out_column + tile_column);
