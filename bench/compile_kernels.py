@@ -36,11 +36,13 @@ ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
 HALVES = {"INPUT_TYPE": 1, "OUTPUT_TYPE": 1}
 BFLOATS = {"INPUT_TYPE": 2, "OUTPUT_TYPE": 2}
 SPLIT = {"SPLIT": 1, "ROW_FACTOR": 1}
+E2M1 = {"CODES": 1, "SYMMETRIC": 1, "BIAS": 2}
 FEW = {"ROWS": 8, "K_WAVES": 8, "WAVE_STRIPS": 2}
 MANY = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 4, "COLUMN_WAVES": 2, "WAVE_STRIPS": 2, "ROW_STEP": 4}
 MMA = [
     {**HALVES, **ROUTED, "ROWS": 8},
     {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 8, "PARTS": 8},
+    {**HALVES, **ROUTED, **GROUPS_32, **E2M1, "ROWS": 8},
     {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
 ]
 # Macro sets by file; every branch of a file comes up in one. A file that is not here is compiled as it is.
@@ -49,6 +51,7 @@ PROGRAMS = {
         {},
         {"UNROLL": 0, "PARTS": 8, "BIAS": 1},
         {**FEW, **ROUTED, **HALVES},
+        {**FEW, **ROUTED, **HALVES, **E2M1},
         {**FEW, **BFLOATS, **SPLIT, "ROUTED": 1, "PARTS": 2},
         {**MANY, **ROUTED, **HALVES, "STAGED": 1},
         {**MANY, **SPLIT, "STAGED": 1, "PARTS": 4},
@@ -57,7 +60,9 @@ PROGRAMS = {
         {},
         {**FEW, **ROUTED, **HALVES},
         {**FEW, **ROUTED, **HALVES, "SHUFFLE": 1},
+        {**FEW, **ROUTED, **HALVES, **E2M1},
         {**FEW, **ROUTED, "DOT": 1, "SHUFFLE": 1},
+        {**FEW, **ROUTED, **E2M1, "DOT": 1, "SHUFFLE": 1},
         {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
         {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
     ],
@@ -66,6 +71,8 @@ PROGRAMS = {
     "gemm_mma_tiled": [
         {**HALVES, **ROUTED, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
         {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 32, "PARTS": 8},
+        {**HALVES, **ROUTED, **GROUPS_32, **E2M1, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
+        {**HALVES, **E2M1, "ROW_FACTOR": 1, "ROWS": 32},
         {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 16, "DEPTH": 4, "WAVES": 4},
     ],
     "prepare": [
@@ -77,7 +84,7 @@ PROGRAMS = {
             {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7, "ACTIVATION": 4 - gather},
         )
     ],
-    "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
+    "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 1, "BIAS": 2}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
     "moe": [{}, {**HALVES, "SHARED": 1}, {**BFLOATS, "WEIGHTED": 0, "SHARED": 2}],
     "routing": [
         {},

@@ -35,6 +35,7 @@ ALIGNED_ELEMENTS = 8
 REDUCE_LOCAL_SIZE = 64
 MAX_GROUPS = 1 << 22  # so that work-items are counted in 32 bits
 NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
+CODES = {"uint4": 0, "e2m1": 1}  # CODES of common.cl
 # What a gemm that reads prepared rows takes its input for.
 PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
 
@@ -257,7 +258,8 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
     direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
     prepared = activation is not None or store.act_order or not direct
     layout = store.layout
-    configuration = ctx.backend.runtime.tuned.configuration(tier, problem_of(store, work, device), store.symmetric)
+    problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
+    configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
     split = configuration.splits > 1
     shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": bias_kind}
     gemm_macros = {
@@ -268,6 +270,7 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
         "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
         "SPLIT": int(split),
         "PARTS": len(store.parts),
+        "CODES": CODES[store.codes],
         "SYMMETRIC": int(store.symmetric),
     }
     work_types = ROUTED_ARGUMENTS if routed else LISTED_ARGUMENTS

@@ -29,11 +29,14 @@ class ExpertLayout:
         Columns: a multiple of 8.
     group_shift : int
         A group has ``2**group_shift`` rows.
+    has_zeros : bool
+        Whether zero points are stored.
     """
 
     packed_k: int
     n: int
     group_shift: int
+    has_zeros: bool = True
 
     @property
     def strips(self):
@@ -62,20 +65,20 @@ class ExpertLayout:
 
     @property
     def zero_offset(self):
-        """Where the zero points begin."""
+        """Where the zero points begin, or would."""
         return self.words + self.strips * self.groups * STRIP_N // 2
 
     @property
     def expert_words(self):
         """From one expert to the next."""
-        end = self.zero_offset + self.strips * self.groups * STRIP_N // 4
+        end = self.zero_offset + self.has_zeros * self.strips * self.groups * STRIP_N // 4
         return -(-end // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
 
 
-def expert_layout(packed_k, n, packed_group_size):
+def expert_layout(packed_k, n, packed_group_size, has_zeros=True):
     """The layout for packed groups of so many rows; where that is no power of two there is but one of them."""
     power_of_two = packed_group_size & (packed_group_size - 1) == 0
-    return ExpertLayout(packed_k, n, packed_group_size.bit_length() - 1 if power_of_two else MAX_GROUP_SHIFT)
+    return ExpertLayout(packed_k, n, packed_group_size.bit_length() - 1 if power_of_two else MAX_GROUP_SHIFT, has_zeros)
 
 
 def place(row, column):
@@ -92,7 +95,7 @@ def pack_expert(q, scale, zero, order, layout):
     ----------
     q : uint8 ``[K, N]`` in 0..15
     scale : float16 ``[G, N]``
-    zero : uint8 ``[G, N]``
+    zero : uint8 ``[G, N]``, or None where the layout has no zero points
     order : GroupOrder
     layout : ExpertLayout
         Its ``packed_k`` may be larger than the order's: the rest is zeros.
@@ -108,12 +111,14 @@ def pack_expert(q, scale, zero, order, layout):
         strip, half, g = column // STRIP_N, column % STRIP_N // 8, column % 8
         for group, scale_row in enumerate(order.scale_rows):
             scales[strip, group, g] |= np.uint32(scale[scale_row, column].view(np.uint16)) << np.uint32(16 * half)
-            zeros[strip, group, g] |= np.uint16(zero[scale_row, column]) << np.uint16(8 * half)
+            if layout.has_zeros:
+                zeros[strip, group, g] |= np.uint16(zero[scale_row, column]) << np.uint16(8 * half)
     return expert
 
 
 def unpack_expert(expert, order, layout, k):
-    """``(q, scale, zero)`` of one packed expert, each ``[k, n]`` by rows of K: uint8, float16 and uint8."""
+    """``(q, scale, zero)`` of one packed expert, each ``[k, n]`` by rows of K: uint8, float16 and uint8 (0 where there
+    are no zero points)."""
     words, scales, zeros = sections(expert, layout)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     shape = k, layout.n
@@ -127,15 +132,18 @@ def unpack_expert(expert, order, layout, k):
             q[row, column] = words[strip, block, lane, step] >> np.uint32(4 * nibble) & np.uint32(15)
             half, g = column % STRIP_N // 8, column % 8
             scale[row, column] = np.uint16(scales[strip, group, g] >> np.uint32(16 * half) & 0xFFFF).view(np.float16)
-            zero[row, column] = zeros[strip, group, g] >> np.uint16(8 * half) & 0xFF
+            if layout.has_zeros:
+                zero[row, column] = zeros[strip, group, g] >> np.uint16(8 * half) & 0xFF
     return q, scale, zero
 
 
 def sections(expert, layout):
-    """Views of one packed expert: words uint32 ``[strips, k_blocks, 32, 4]``, scales uint32 and zeros uint16
+    """Views of one packed expert: words uint32 ``[strips, k_blocks, 32, 4]``, scales uint32 and zeros (or None) uint16
     ``[strips, groups, 8]``."""
     groups = layout.strips, layout.groups, 8
     words = expert[: layout.words].reshape(layout.strips, layout.k_blocks, 32, 4)
     scales = expert[layout.scale_offset : layout.zero_offset].reshape(groups)
+    if not layout.has_zeros:
+        return words, scales, None
     zeros = expert[layout.zero_offset :].view(np.uint16)[: np.prod(groups)].reshape(groups)
     return words, scales, zeros

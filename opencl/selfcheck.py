@@ -17,6 +17,7 @@ __all__ = ["TOLERANCE", "reason_wrong"]
 
 EXPERTS, K, N, GROUP_SIZE = 3, 320, 40, 64  # a last block of K that is half full, a last strip that is half empty
 TOKENS, TOP_K = 20, 2
+BLOCK_SIZES = {"uint4": (4, 32), "e2m1": (4,)}  # blocks of any size turn codes into numbers alike
 TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel that is wrong anywhere 1e-2 and more
 
 _known = {}
@@ -48,32 +49,39 @@ def _reason_wrong(backend):
 
 
 def relative_error(backend):
-    """Of products by a routed stack with zero points: the norm of what is off over that of what is right."""
+    """Of products by routed stacks, one of integers with zero points and one of 4-bit floats: the norm of what is off
+    over that of what is right."""
     rng = np.random.default_rng(0)
-    q = rng.integers(0, 16, (EXPERTS, K, N)).astype(np.uint8)
-    scale = rng.uniform(0.5, 2, (EXPERTS, K // GROUP_SIZE, N)).astype(np.float16)
-    zero = rng.integers(1, 17, scale.shape).astype(np.uint8)
-    builder = backend.new_stack_builder(EXPERTS, K, N, group_size=GROUP_SIZE)
-    for expert in range(EXPERTS):
-        builder.add(expert, 0, Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], GROUP_SIZE, None))
-    stack = builder.finish()
     # What its products read most often, so that these programs are needed anyhow.
     halves = backend.tier.inputs(backend.runtime.capabilities).prepared_type == FLOAT16_ROWS
-    dtype = np.float16 if halves else np.float32
-    x = rng.standard_normal((TOKENS, K)).astype(dtype)
+    x = rng.standard_normal((TOKENS, K)).astype(np.float16 if halves else np.float32)
     ids = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :TOP_K]
-    weights = [reference.dequantize(q[e], scale[e], zero[e], GROUP_SIZE) for e in range(EXPERTS)]
-    expected = np.stack([x[i].astype(np.float64) @ weights[e] for i, chosen in enumerate(ids) for e in chosen])
     errors = []
-    for configuration in backend.tier.checked:
-        ctx = with_configuration(backend, configuration).new_context()
-        for block_size in (4, 32):
-            routing = map(backend.from_host, moe_align_block_size(ids, block_size, EXPERTS))
-            out = backend.from_host(np.full((TOKENS * TOP_K, N), np.nan, dtype))
-            stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
-            actual = backend.to_host(out).astype(np.float64)
-            errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    for codes, block_sizes in BLOCK_SIZES.items():
+        stack, weights = random_stack(backend, rng, codes)
+        expected = np.stack([x[i].astype(np.float64) @ weights[e] for i, chosen in enumerate(ids) for e in chosen])
+        for configuration in backend.tier.checked:
+            ctx = with_configuration(backend, configuration).new_context()
+            for block_size in block_sizes:
+                routing = map(backend.from_host, moe_align_block_size(ids, block_size, EXPERTS))
+                out = backend.from_host(np.full((TOKENS * TOP_K, N), np.nan, x.dtype))
+                stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
+                actual = backend.to_host(out).astype(np.float64)
+                errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
     return np.max(errors)  # NaN if one of them is
+
+
+def random_stack(backend, rng, codes):
+    """A stack, and what its experts are, float64 ``[K, N]`` each."""
+    q = rng.integers(0, 16, (EXPERTS, K, N)).astype(np.uint8)
+    scale = rng.uniform(0.5, 2, (EXPERTS, K // GROUP_SIZE, N)).astype(np.float16)
+    zero = rng.integers(1, 17, scale.shape).astype(np.uint8) if codes == "uint4" else [None] * EXPERTS
+    builder = backend.new_stack_builder(EXPERTS, K, N, group_size=GROUP_SIZE, codes=codes)
+    for expert in range(EXPERTS):
+        weight = Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], GROUP_SIZE, None, codes)
+        builder.add(expert, 0, weight)
+    parts = zip(q, scale, zero, strict=True)
+    return builder.finish(), [reference.dequantize(*expert, GROUP_SIZE, codes=codes) for expert in parts]
 
 
 def with_configuration(backend, configuration):

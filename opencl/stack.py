@@ -243,18 +243,9 @@ class OpenClLinear(PackedLinear):
 
     def __init__(self, stack, offset, width, bias=None):
         super().__init__(stack, offset, width, bias)
+        self.store, self.bias_buffer = stack.store, self._bias
         self.bias_kind = NO_BIAS if bias is None else OUTPUT_BIAS
         self._experts = expert_columns(stack.store.n, offset, width)
-
-    @property
-    def store(self):
-        """The stack's."""
-        return self.stack.store
-
-    @property
-    def bias_buffer(self):
-        """The bias on the device, float32 ``[out_features]``, or None."""
-        return self._bias
 
     def _placed(self, bias):
         return uploaded(self.stack.store.runtime, bias, "bias")

@@ -60,6 +60,8 @@ class OpenClGptqStore:
         Rows of K that share a scale.
     g_idx : sequence of int32 ``[k]`` or None, one an expert
         Group of each row; None for ``row // group_size``.
+    codes : {"uint4", "e2m1"}
+        What a weight's 4 bits are.
 
     Attributes
     ----------
@@ -76,7 +78,7 @@ class OpenClGptqStore:
     order_of : int32 ``[num_experts]``
         Which of them each expert uses.
     symmetric : bool
-        Every zero point is 8. As ``weight_factor``, known when the builder has finished.
+        Every zero point is 8, or there are none. As ``weight_factor``, known when the builder has finished.
     weight_factor : float
         A power of two, 2**-120 to 2**103: what stored scales have to be multiplied by. They are float16, the largest
         from 2**14 to 2**15 (less where this is 2**-120), and each is off by at most 2**-39 of the largest or by
@@ -91,11 +93,11 @@ class OpenClGptqStore:
         Nothing stays allocated, and the context is as it was.
     """
 
-    def __init__(self, runtime, num_experts, k, n, group_size, g_idx):
-        self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
+    def __init__(self, runtime, num_experts, k, n, group_size, g_idx, codes="uint4"):
+        self.num_experts, self.k, self.n, self.weight_group_size, self.codes = num_experts, k, n, group_size, codes
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = expert_layout(packed_k, n, packed_group_size(group_size))
+        self.layout = expert_layout(packed_k, n, packed_group_size(group_size), has_zeros=codes == "uint4")
         self.symmetric, self.weight_factor = False, 1.0
         self.runtime, self.device = runtime, runtime.device
         expert_bytes = 4 * self.expert_words
@@ -181,13 +183,13 @@ class OpenClStackBuilder(CheckedStackBuilder):
     """
 
     def __init__(self, runtime, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
-        self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx)
+        self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx, codes)
         try:
             super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
             self._runtime = runtime
             self._pack_words = runtime.programs.kernel("pack", "pack_words")
             self._pack_scales = runtime.programs.kernel("pack", "pack_scales")
-            self._staging = Staging(runtime, k, n_per_expert, group_size)
+            self._staging = Staging(runtime, k, n_per_expert, group_size, store.layout.has_zeros)
             scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
             for rows, order in zip(scale_rows, store.group_orders, strict=True):
                 rows[: len(order.scale_rows)] = order.scale_rows
@@ -200,12 +202,13 @@ class OpenClStackBuilder(CheckedStackBuilder):
 
     def _pack(self, expert, column_offset, weight):
         runtime, staging = self._runtime, self._staging
-        symmetric = bool((weight.zero == SYMMETRIC_ZERO).all())
+        symmetric = weight.zero is None or bool((weight.zero == SYMMETRIC_ZERO).all())
         scale = weight.scale.view(np.uint16)
         largest = largest_scale(scale, self._scale_dtype)
         for begin in range(0, weight.n, staging.columns):
             columns = slice(begin, begin + staging.columns)
-            arrays = [np.ascontiguousarray(part[:, columns]) for part in (weight.words, scale, weight.zero)]
+            parts = (weight.words, scale) if weight.zero is None else (weight.words, scale, weight.zero)
+            arrays = [np.ascontiguousarray(part[:, columns]) for part in parts]
             with runtime.loading_lock, memory_errors(runtime, staging.nbytes, "staging of weights"):
                 staging.upload(arrays)
                 self._launch(expert, column_offset + begin, arrays[0].shape[1])
@@ -304,25 +307,27 @@ class Staging:
     ----------
     columns : int
         How many at a time.
-    words, scale, zero : pyopencl.Buffer
+    words, scale : pyopencl.Buffer
+    zero : pyopencl.Buffer or None
     nbytes : int
     """
 
-    def __init__(self, runtime, k, n, group_size):
+    def __init__(self, runtime, k, n, group_size, has_zeros):
         groups = -(-k // group_size)
-        column_bytes = k // 2, 2 * groups, groups
+        column_bytes = (k // 2, 2 * groups, groups) if has_zeros else (k // 2, 2 * groups)
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
         self.columns = min(n, max(limit // STRIP_N, 1) * STRIP_N)
         self.nbytes = self.columns * sum(column_bytes)
         self._queue = runtime.loading_queue
         with memory_errors(runtime, self.nbytes, "staging of weights"):
-            self.words, self.scale, self.zero = (
+            self._buffers = [
                 cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY, self.columns * nbytes) for nbytes in column_bytes
-            )
+            ]
+        self.words, self.scale, self.zero = (*self._buffers, None)[:3]
 
     def upload(self, arrays):
         """Copy words, scales and zeros; returns when the arrays are no longer read."""
-        for buffer, array in zip((self.words, self.scale, self.zero), arrays, strict=True):
+        for buffer, array in zip(self._buffers, arrays, strict=True):
             cl.enqueue_copy(self._queue, buffer, array, is_blocking=True)
 
 

@@ -5,7 +5,7 @@
 
     {"schema": 1,
      "places": {"DEVICE | DRIVER | LIBRARY VERSION | TIER":
-                {"k=2048 n=1536 group=128 symmetric=1 rows=8 runs=256":
+                {"k=2048 n=1536 group=128 codes=uint4 symmetric=1 rows=8 runs=256":
                  {"rows": 8, "columns": 64, ..., "macros": {"WAVES": 4, ...}}}}}
 
 ``k`` is the packed K, ``group`` the rows of a packed group; ``rows`` (of an expert that come together) and
@@ -75,7 +75,7 @@ class Tuned:
         self._places = None
         self._forced = None
 
-    def configuration(self, tier, problem, symmetric):
+    def configuration(self, tier, problem, symmetric, codes):
         """The :class:`Configuration` to use.
 
         Parameters
@@ -83,6 +83,7 @@ class Tuned:
         tier : Tier
         problem : Problem
         symmetric : bool
+        codes : str
             Of the weights.
         """
         if self._forced is not None:
@@ -90,7 +91,7 @@ class Tuned:
         offered = tier.configurations(problem)
         if self._places is None:
             self._places = read_places(tuning_file())
-        key = product_key(problem, symmetric)
+        key = product_key(problem, symmetric, codes)
         entries = self._places.get(place_key(self._device, tier))
         entry = entries.get(key) if isinstance(entries, dict) else None
         if entry is None:
@@ -115,10 +116,11 @@ def place_key(device, tier):
     return " | ".join((device.name, device.driver_version, __version__, tier.name))
 
 
-def product_key(problem, symmetric):
+def product_key(problem, symmetric, codes):
     """The product, as far as results are told apart."""
     rows, runs = (1 << (number - 1).bit_length() for number in (problem.rows, problem.runs))
-    return f"k={problem.k} n={problem.n} group={problem.group_rows} symmetric={int(symmetric)} rows={rows} runs={runs}"
+    weights = f"k={problem.k} n={problem.n} group={problem.group_rows} codes={codes} symmetric={int(symmetric)}"
+    return f"{weights} rows={rows} runs={runs}"
 
 
 def as_entry(configuration):
@@ -250,7 +252,8 @@ class Shape:
     gathered : bool
         The input has a row for each pair of token and expert, as a layer's second product has.
     symmetric : bool
-        All zero points are 8.
+        All zero points are 8. Those of 4-bit floats always are: there are none.
+    codes : {"uint4", "e2m1"}
     """
 
     k: int
@@ -260,6 +263,7 @@ class Shape:
     top_k: int = 8
     gathered: bool = False
     symmetric: bool = True
+    codes: str = "uint4"
 
 
 class Tuning(NamedTuple):
@@ -345,15 +349,23 @@ def random_stack(backend, shape, rng):
         Int4Weight(
             words=rng.integers(0, 1 << 32, (shape.k // 8, shape.n), dtype=np.uint32),
             scale=rng.uniform(0.005, 0.015, groups).astype(np.float16),
-            zero=np.full(groups, 8, np.uint8) if shape.symmetric else rng.integers(1, 17, groups, dtype=np.uint8),
+            zero=random_zeros(rng, shape, groups),
             group_size=shape.group_size,
+            codes=shape.codes,
         )
         for _ in range(min(DISTINCT_WEIGHTS, shape.experts))
     ]
-    builder = backend.new_stack_builder(shape.experts, shape.k, shape.n, group_size=shape.group_size)
+    builder = backend.new_stack_builder(shape.experts, shape.k, shape.n, group_size=shape.group_size, codes=shape.codes)
     for expert in range(shape.experts):
         builder.add(expert, 0, weights[expert % len(weights)])
     return builder.finish()
+
+
+def random_zeros(rng, shape, groups):
+    """Zero points of a shape's weights, or None."""
+    if shape.codes != "uint4":
+        return None
+    return np.full(groups, 8, np.uint8) if shape.symmetric else rng.integers(1, 17, groups, dtype=np.uint8)
 
 
 class Case:
@@ -388,7 +400,7 @@ class Case:
         limit = min(len(sorted_ids) // block_size, len(expert_ids)) * block_size
         work = Routed(none, none, None, limit, pairs, block_size, reads)
         self.problem = problem_of(stack.store, work, backend.runtime.capabilities)
-        self.key = product_key(self.problem, stack.store.symmetric)
+        self.key = product_key(self.problem, stack.store.symmetric, stack.store.codes)
 
     def run(self, configuration):
         """Median seconds of the launches, and float32 rows of the first routing, NaN if any row was not written."""

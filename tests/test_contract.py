@@ -426,7 +426,7 @@ class TestLinear:
         assert_same_bits(backend.to_host(out).reshape(3, 16), forward(linear, ctx, x))
 
 
-@pytest.mark.parametrize("kind", ["uint4-bfloat16"])
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHT_KINDS if kind != "uint4-float16"])
 class TestKindsOfWeights:
     """Other codes, and scales of another type, than GPTQ's."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from asserts import GuardedBuffer, assert_close, product_bound
 from conftest import OPENCL_PLACES
-from problems import activations, random_problem
+from problems import DTYPES, activations, random_problem
 
 import marlin_cy
 from marlin_cy import reference
@@ -32,6 +32,11 @@ CONFIGURATIONS = {
     "streamed, 16 rows": mma.streamed(16, 2, 1, 3, 3),
     "tiled": mma.tiled(16, 1, 2, 2),
 }
+KINDS = {
+    "zero points": {"group_size": 32},
+    "symmetric": {"group_size": 128, "checkpoint_format": "gptq_v2", "sym": True},
+    "e2m1": {"group_size": 32, "codes": "e2m1", "scale_dtype": DTYPES["bfloat16"]},
+}
 
 
 def emulating(configuration):
@@ -52,14 +57,12 @@ def emulating(configuration):
 
 @pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
 @pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-@pytest.mark.parametrize(("group_size", "sym"), [(32, False), (128, True)])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 class TestEmulated:
-    def test_routed(self, rng, configuration, group_size, sym):
+    def test_routed(self, rng, configuration, kind):
         """Few work-groups, so that several share a tile; a block of no expert; rows that nobody names."""
         backend = emulating(configuration)
-        problem = random_problem(
-            rng, 4, 352, 40, group_size, checkpoint_format="gptq_v2" if sym else "gptq", sym=sym, bias=True
-        )
+        problem = random_problem(rng, 4, 352, 40, **kind, bias=True)
         stack, ctx = problem.stack(backend), backend.new_context()
         x = activations(rng, 19, 352, np.float16)
         ids = rng.integers(0, 4, (19, 2))
@@ -85,9 +88,9 @@ class TestEmulated:
             assert_close(result[named], expected[named], bound[named])
             out.assert_untouched(np.flatnonzero(~named))
 
-    def test_view_with_bias_in_another_order(self, rng, configuration, group_size, sym):
+    def test_view_with_bias_in_another_order(self, rng, configuration, kind):
         backend = emulating(configuration)
-        problem = random_problem(rng, 2, 256, 56, group_size, g_idx="common", sym=sym)
+        problem = random_problem(rng, 2, 256, 56, **kind, g_idx="common")
         bias = rng.standard_normal(64).astype(np.float32)
         view, ctx = problem.stack(backend).make_expert_linear(24, 64, bias), backend.new_context()
         x = activations(rng, 21, 256)

@@ -1,5 +1,6 @@
 """What is OpenCL's own in stacks, contexts and layers; ``test_contract.py`` and ``test_moe.py`` have the rest."""
 
+import copy
 import dataclasses
 import gc
 import threading
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from asserts import GuardedBuffer, assert_close, assert_same_bits, product_bound
 from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
-from problems import DTYPES, activations, as_given, random_problem
+from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
 
 import marlin_cy
 from marlin_cy import reference
 from marlin_cy.errors import BackendUnavailable, ContextInUse
+from marlin_cy.formats.canonical import CODES
 from marlin_cy.moe.layer import ACTIVATIONS
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
@@ -26,6 +28,7 @@ from marlin_cy.opencl.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 
 PORTABLE_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "portable"]
+SUBGROUP_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "subgroup"]
 K, N, E, ROWS = 96, 24, 3, 6
 
 
@@ -329,6 +332,17 @@ class TestParts:
             OpenClBackend(max_alloc_bytes=value)
 
 
+@pytest.mark.parametrize("codes", CODES)
+def test_scales_far_apart(backend, rng, codes):
+    """Each is off by at most 2**-39 of the largest, whatever the rest."""
+    problem = random_problem(rng, 1, 1024, 24, 32, codes=codes, scale_dtype=DTYPES["bfloat16"])
+    problem.scale[:] = problem.scale.astype(np.float64) * 2.0 ** -rng.integers(0, 70, problem.scale.shape)
+    x, w = activations(rng, 5, 1024), problem.dense(0)
+    result = product(problem.stack(backend), backend.new_context(), backend.from_host(x), expert=0)
+    off = 2.0**-39 * np.abs(problem.scale.astype(np.float64)).max() * 16 * np.abs(x).sum(axis=1, keepdims=True)
+    assert_close(result, x.astype(np.float64) @ w, product_bound(backend, x, w) + off)
+
+
 def with_configuration(backend, configuration):
     """The backend, with one configuration for everything."""
     return backend._unchecked(dataclasses.replace(backend.tier, configurations=lambda problem: [configuration]))
@@ -360,8 +374,8 @@ class TestConfigurations:
         configuration = dataclasses.replace(backend.tier.configurations(problem)[0], splits=3)
         self.check(with_configuration(backend, configuration), rng)
 
-    def check(self, backend, rng, bias=False):
-        problem = random_problem(rng, 4, 1056, 40, 32, bias=bias)
+    def check(self, backend, rng, bias=False, **kind):
+        problem = random_problem(rng, 4, 1056, 40, 32, bias=bias, **kind)
         stack, ctx, x = problem.stack(backend), backend.new_context(), activations(rng, 45, 1056)
         ids = rng.integers(0, 4, (45, 1))
         routing = map(backend.from_host, marlin_cy.moe_align_block_size(ids, 20, 4))
@@ -376,6 +390,15 @@ class TestConfigurations:
                 one, w, added = x[row, None], problem.dense(expert), problem.bias[expert] if bias else 0
                 bound = product_bound(backend, one, w) + 2.0**-23 * np.abs(added)
                 assert_close(result[row, None], one.astype(np.float64) @ w + added, bound)
+
+    @pytest.mark.skipif(not SUBGROUP_PLACES, reason="no device here has sub-groups and cl_khr_fp16")
+    @pytest.mark.parametrize("place", SUBGROUP_PLACES or [None], ids=lambda place: place and place.label)
+    @pytest.mark.parametrize("kind", WEIGHT_KINDS)
+    def test_without_the_integer_dot_product(self, place, rng, kind):
+        backend = copy.copy(backend_called(place.label))
+        lacking = dataclasses.replace(backend.runtime.capabilities, integer_dot_product=False)
+        backend.runtime = dataclasses.replace(backend.runtime, capabilities=lacking)
+        self.check(backend, rng, bias=True, **WEIGHT_KINDS[kind])
 
     def test_splits_with_views_and_biases(self, portable, rng):
         configuration = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=2)
@@ -422,9 +445,14 @@ class TestTiers:
 
     def test_a_nan_anywhere_is_seen(self, portable, monkeypatch):
         assert portable.tier  # checked before
-        results = iter([portable.to_host, lambda buffer: np.full(buffer.shape, np.nan, buffer.dtype)])
+        results = iter([portable.to_host, lambda buffer: np.full(buffer.shape, np.nan, buffer.dtype), portable.to_host])
         monkeypatch.setattr(portable, "to_host", lambda buffer: next(results)(buffer))
         assert np.isnan(selfcheck.relative_error(portable))
+
+    def test_4_bit_floats_are_checked(self, portable, monkeypatch):
+        assert selfcheck.relative_error(portable) < 1e-4
+        monkeypatch.setattr(gemm, "CODES", dict.fromkeys(gemm.CODES, 0))
+        assert selfcheck.relative_error(portable) > 0.1
 
     @pytest.fixture
     def place(self):

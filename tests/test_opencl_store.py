@@ -4,18 +4,19 @@ import gc
 
 import numpy as np
 import pytest
-from problems import DTYPES, G_IDX_MODES, add_in_parts, random_problem
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, add_in_parts, random_problem
 
 cl = pytest.importorskip("pyopencl")
 
 from opencl_devices import each_device, runtime_of  # noqa: E402
 
 from marlin_cy.errors import DeviceError, DeviceMemoryError, UnsupportedError  # noqa: E402
-from marlin_cy.formats.canonical import Int4Weight  # noqa: E402
+from marlin_cy.formats.canonical import CODES, Int4Weight  # noqa: E402
 from marlin_cy.formats.order import group_order  # noqa: E402
 from marlin_cy.opencl import store as store_module  # noqa: E402
 from marlin_cy.opencl.layout import ExpertLayout, expert_layout, pack_expert, unpack_expert  # noqa: E402
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: E402
+from marlin_cy.reference import dequantize  # noqa: E402
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -42,7 +43,7 @@ def assert_packed(runtime, store, problem):
     for expert in range(problem.num_experts):
         order = store.group_orders[store.order_of[expert]]
         scale = (problem.scale[expert].astype(np.float64) / store.weight_factor).astype(np.float16)
-        expected = pack_expert(problem.q[expert], scale, problem.zero[expert], order, store.layout)
+        expected = pack_expert(problem.q[expert], scale, problem.parts(expert)[2], order, store.layout)
         np.testing.assert_array_equal(store.read(runtime.queue, expert), expected, f"expert {expert}")
 
 
@@ -64,6 +65,12 @@ class TestLayout:
     def test_group_shift(self, group_size, shift):
         assert expert_layout(96, 8, group_size).group_shift == shift
 
+    @pytest.mark.parametrize(("packed_k", "n", "expert_words"), [(32, 8, 192), (2880, 5760, 2332800)])
+    def test_sizes_without_zero_points(self, packed_k, n, expert_words):
+        layout = expert_layout(packed_k, n, 32, has_zeros=False)
+        assert layout.expert_words == expert_words
+        assert layout.zero_offset == expert_layout(packed_k, n, 32).zero_offset
+
     def test_sizes_beyond_32_bits(self):
         assert ExpertLayout(2**20, 2**18, 7).expert_words > 2**34
 
@@ -81,16 +88,18 @@ class TestLayout:
         expected[layout.zero_offset + 4 + 5 // 2] = 7 << 24
         np.testing.assert_array_equal(expert, expected)
 
+    @pytest.mark.parametrize("codes", CODES)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128, -1])
-    def test_unpacks_to_what_was_packed(self, rng, group_size, g_idx):
-        problem = random_problem(rng, 1, 160, 24, group_size, g_idx=g_idx)
+    def test_unpacks_to_what_was_packed(self, rng, group_size, g_idx, codes):
+        problem = random_problem(rng, 1, 160, 24, group_size, g_idx=g_idx, codes=codes)
         order = group_order(normalised(problem)[0], problem.k, problem.group)
-        layout = expert_layout(order.packed_k + 32, problem.n, min(problem.group, 128))
-        expert = pack_expert(problem.q[0], problem.scale[0], problem.zero[0], order, layout)
+        layout = expert_layout(order.packed_k + 32, problem.n, min(problem.group, 128), has_zeros=codes == "uint4")
+        expert = pack_expert(*problem.parts(0), order, layout)
         q, scale, zero = unpack_expert(expert, order, layout, problem.k)
         np.testing.assert_array_equal(q, problem.q[0])
-        np.testing.assert_array_equal(scale.astype(float) * (q.astype(float) - zero), problem.dense(0))
+        # Scales and zero points come back row by row.
+        np.testing.assert_array_equal(dequantize(q, scale, zero, 1, codes=codes), problem.dense(0))
 
 
 @each_device
@@ -103,20 +112,34 @@ class TestPacking:
         problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
         assert_packed(runtime, store_of(runtime, problem), problem)
 
+    @pytest.mark.parametrize("g_idx", G_IDX_MODES)
+    @pytest.mark.parametrize("group_size", [32, -1])
+    @pytest.mark.parametrize("kind", WEIGHT_KINDS)
+    def test_other_kinds_of_weights(self, device, rng, kind, group_size, g_idx):
+        """4-bit floats have no zero points: the next expert begins where the scales end."""
+        runtime = runtime_of(device)
+        problem = random_problem(rng, 3, 288, 40, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+        store = store_of(runtime, problem)
+        assert (store.codes, store.layout.has_zeros) == (problem.codes, problem.zero is not None)
+        assert store.nbytes == 3 * 4 * store.layout.expert_words == sum(part.size for part in store.parts)
+        assert_packed(runtime, store, problem)
+
+    @pytest.mark.parametrize("codes", CODES)
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
-    def test_columns_in_parts(self, device, rng, g_idx):
+    def test_columns_in_parts(self, device, rng, g_idx, codes):
         """Half strips, in any order, from several threads."""
         runtime = runtime_of(device)
-        problem = random_problem(rng, 3, 96, 120, 32, g_idx=g_idx)
+        problem = random_problem(rng, 3, 96, 120, 32, g_idx=g_idx, codes=codes)
         builder = builder_for(runtime, problem)
         add_in_parts(builder, problem, rng)
         assert_packed(runtime, builder.finish(), problem)
 
+    @pytest.mark.parametrize("codes", CODES)
     @pytest.mark.parametrize("g_idx", ["none", "unequal"])
-    def test_staging_of_fewer_columns(self, device, rng, monkeypatch, g_idx):
+    def test_staging_of_fewer_columns(self, device, rng, monkeypatch, g_idx, codes):
         monkeypatch.setattr(store_module, "STAGING_BYTES", 1)
         runtime = runtime_of(device)
-        problem = random_problem(rng, 2, 96, 56, 32, g_idx=g_idx)
+        problem = random_problem(rng, 2, 96, 56, 32, g_idx=g_idx, codes=codes)
         builder = builder_for(runtime, problem)
         assert builder._staging.columns == 16
         for expert in range(2):
@@ -183,6 +206,10 @@ class TestPacking:
 class TestSymmetric:
     def test_all_zeros_are_8(self, device, rng):
         problem = random_problem(rng, 2, 64, 16, 32, sym=True)
+        assert store_of(runtime_of(device), problem).symmetric
+
+    def test_there_are_none(self, device, rng):
+        problem = random_problem(rng, 2, 64, 16, 32, codes="e2m1")
         assert store_of(runtime_of(device), problem).symmetric
 
     def test_one_is_not(self, device, rng):

@@ -91,13 +91,24 @@ def test_a_kept_configuration_is_used(new_backend, planned, rng):
 
 
 def test_an_unsymmetric_stack_is_another_product(new_backend, rng):
+    """And so is one of other codes."""
     backend = new_backend()
     plant(backend, rng)
     case, default = product(backend, rng)
     tuned = new_backend().runtime.tuned
-    assert tuned.configuration(backend.tier, case.problem, True) != default
-    assert tuned.configuration(backend.tier, case.problem, False) == default
-    assert tuned.configuration(backend.tier, case.problem._replace(k=1024), True).splits == default.splits
+    assert tuned.configuration(backend.tier, case.problem, True, "uint4") != default
+    assert tuned.configuration(backend.tier, case.problem, False, "uint4") == default
+    assert tuned.configuration(backend.tier, case.problem, True, "e2m1") == default
+    assert tuned.configuration(backend.tier, case.problem._replace(k=1024), True, "uint4").splits == default.splits
+
+
+@pytest.mark.parametrize(
+    "shape", [replace(SHAPE, symmetric=False), replace(SHAPE, codes="e2m1")], ids=["zeros", "e2m1"]
+)
+def test_other_weights(new_backend, shape):
+    (result,) = tuning.tune(new_backend(), shape, (1,))
+    assert f"codes={shape.codes} symmetric={int(shape.codes == 'e2m1')}" in result.key
+    assert result.refused == []
 
 
 def test_tune_measures_and_keeps(new_backend, planned):
@@ -113,7 +124,7 @@ def test_tune_measures_and_keeps(new_backend, planned):
     assert (first.best == first.default) == (first.best_seconds == first.default_seconds)
     path = tuning.keep(backend.runtime.capabilities, backend.tier, results)
     assert path == tuning.tuning_file()
-    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+    assert not list(path.parent.glob("*.tmp"))
     used, _, error = planned(new_backend())
     assert used == first.best
     assert error < 1e-6
@@ -235,9 +246,9 @@ def test_splits_that_are_too_many_for_a_neighbour_are_left_out(new_backend, rng)
     planted = plant(backend, rng)
     case, _ = product(backend, rng)
     tuned = new_backend().runtime.tuned
-    assert tuned.configuration(backend.tier, case.problem, True) == planted
+    assert tuned.configuration(backend.tier, case.problem, True, "uint4") == planted
     many = case.problem._replace(most_runs=1 << 20)
-    assert tuned.configuration(backend.tier, many, True) == replace(planted, splits=1)
+    assert tuned.configuration(backend.tier, many, True, "uint4") == replace(planted, splits=1)
 
 
 def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeypatch):
@@ -246,7 +257,7 @@ def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeyp
     seen = []
     monkeypatch.setattr("marlin_cy.opencl.gemm.problem_of", lambda *given: seen.append(problem_of(*given)) or seen[-1])
     planned(backend)
-    assert tuning.product_key(seen[-1], True) == case.key
+    assert tuning.product_key(seen[-1], True, "uint4") == case.key
 
 
 def test_a_folder_that_cannot_be_written(new_backend, tmp_path, monkeypatch, planned):

@@ -5,7 +5,8 @@
 // Build options
 //   INPUT_TYPE, OUTPUT_TYPE   0 float32, 1 float16, 2 bfloat16 (stored as ushort)
 //   PARTS                     buffers that the stack's experts are spread over
-//   SYMMETRIC                 1: every zero point is 8 and none are stored
+//   CODES                     what a weight's 4 bits are: 0: an integer, less a zero point; 1: a float, "e2m1"
+//   SYMMETRIC                 1: no zero points are read; every one is 8, or there are none (always with CODES 1)
 //   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
 //   ROWS                      rows (tokens) in a tile
 //   BIAS                      what a gemm adds: 0: nothing; 1: a bias of the output's columns; 2: one of each expert's
@@ -21,8 +22,14 @@
 #ifndef PARTS
 #define PARTS 1
 #endif
+#ifndef CODES
+#define CODES 0
+#endif
 #ifndef SYMMETRIC
-#define SYMMETRIC 0
+#define SYMMETRIC CODES
+#endif
+#if CODES && !SYMMETRIC
+#error "CODES=1 needs SYMMETRIC=1"
 #endif
 #ifndef ROUTED
 #define ROUTED 0
@@ -106,7 +113,7 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //   words   [strips][k_blocks][32 lanes][4 steps]
 //   scales  [strips][groups][8]        column g in the low half, column g + 8 in the high half, g = 0..7;
 //                                      by a power of two, the largest of the stack is 2^14 to 2^15
-//   zeros   [strips][groups][8]        as bytes in ushorts, alike; left out when SYMMETRIC
+//   zeros   [strips][groups][8]        as bytes in ushorts, alike; left out where CODES is 1
 //
 // padded to expert_words. Lane = 4 * g + t of step s holds, of columns g and g + 8 of the strip, rows
 //
@@ -120,9 +127,23 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //
 // A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7.
 
+// With CODES 1 a nibble is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and
+// their negatives for 8 to 15.
+
 #define STRIP_N 16
 #define BLOCK_K 64
 #define BLOCK_WORDS 128
+
+// The codes of a word for CODES 1, as pairs of float16: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7. The bits of a code
+// are those of a float16, but for their places; the smaller exponents make all values, subnormal ones included, 2^14
+// times as small.
+#define E2M1_UNIT 0x1p-14f
+static inline uint4 e2m1_halves(uint word)
+{
+    const uint even = (word << 1 & 0x0e0e0e0eu) | (word << 4 & 0x80808080u); // the upper bytes
+    const uint odd = (word >> 3 & 0x0e0e0e0eu) | (word & 0x80808080u);
+    return (uint4)(even << 8 & 0xff00ff00u, odd << 8 & 0xff00ff00u, even & 0xff00ff00u, odd & 0xff00ff00u);
+}
 
 #if PARTS == 1
 #define WEIGHT_PARTS __global const uint *restrict w0

@@ -22,6 +22,28 @@
 #define STAGE_BYTES (TOKEN_BYTES + WAVES * WAVE_BYTES)
 
 // Weights become float16, scaled by this. Scales are stored with their largest between 2^14 and 2^15.
+#if CODES == 1
+#define WEIGHT_UNIT E2M1_UNIT
+
+typedef struct {
+    uint even, odd;             // scales of a lane's two columns of a strip
+} Group;
+
+static inline Group group_of(uint scales, uint zeros)
+{
+    Group group;
+    group.even = (scales & 0xffffu) * 0x10001u;
+    group.odd = (scales >> 16) * 0x10001u;
+    return group;
+}
+
+static inline uint4 weights_of(uint word, Group group)
+{
+    const uint4 q = codes(word);
+    return (uint4)(half2_mul(q.x, group.even), half2_mul(q.y, group.odd), half2_mul(q.z, group.even),
+                   half2_mul(q.w, group.odd));
+}
+#else
 #define WEIGHT_UNIT (SYMMETRIC ? 0x1p-24f : 0x1p-10f)
 
 // What dequantisation subtracts, as pairs of float16: 1024 + z of column g, -(64 + z) of column g + 8.
@@ -91,6 +113,7 @@ static inline uint4 weights_of(uint word, Group group)
                    half2_mul(q.w, group.odd));
 #endif
 }
+#endif
 
 WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {

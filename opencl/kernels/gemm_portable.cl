@@ -23,14 +23,23 @@
 #define SCRATCH_SIZE STAGE_SIZE
 #endif
 
-// The weights of a word, scale * (q - zero), four rows each of columns g and g + 8. A nibble at bit 12 of a float
-// 2^11, or bit 16 of 2^7, adds its value; the products with the scale (11 bits) and the differences are exact.
+// The weights of a word, times WEIGHT_UNIT: four rows each of columns g and g + 8. All is exact: scales have 11 bits.
+#if CODES == 1
+static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
+{
+    const uint4 codes = e2m1_halves(word);
+    *low = (float4)(halves_to_float2(codes.x), halves_to_float2(codes.z)) * scale.x;
+    *high = (float4)(halves_to_float2(codes.y), halves_to_float2(codes.w)) * scale.y;
+}
+#else
+// q * scale + offset: a nibble at bit 12 of a float 2^11, or bit 16 of 2^7, adds its value.
 static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
 {
     uint4 at = (uint4)(word << 12, word >> 4, word << 4, word >> 12);
     *low = as_float4((at & 0xf000u) | 0x45000000u) * scale.x + offset.x;
     *high = as_float4((at & 0xf0000u) | 0x43000000u) * scale.y + offset.y;
 }
+#endif
 
 static inline float add_products(float sum, float8 a, float4 w0, float4 w1)
 {

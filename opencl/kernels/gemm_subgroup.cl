@@ -12,7 +12,8 @@
 //   DOT=0   q - zero is exact in float16: a nibble in the lowest bits of the float16 1024 adds its value. Products and
 //           sums are float32; where a device multiplies float16 into float32 that takes no conversion.
 //   DOT=1   input rows are integer planes (prepare_rows with PREPARED_TYPE=2: see there). The sum is exact:
-//           256 * dot(high, q) + dot(low, q) - zero * sum(a)
+//           256 * dot(high, q) + dot(low, q) - zero * sum(a). For CODES 1 q is twice the code's value and 12 more,
+//           0 to 24, and so is zero 12.
 //
 // Build options besides those of waved.cl
 //   DOT       1: integer planes (0)
@@ -28,9 +29,7 @@
 #pragma OPENCL EXTENSION cl_khr_subgroups : enable
 #endif
 
-#ifndef DOT
-#define DOT 0
-#endif
+#define SYMMETRIC_ZERO (CODES ? 12 : 8)
 
 #if DOT
 
@@ -44,11 +43,23 @@ static inline Activations load_activations(__global const INPUT *input, ulong i)
     return *(__global const uint4 *)(input + i);
 }
 
+#if CODES == 1
+// Nibbles become 0, 1, 2, 3, 4, 6, 8, 12, or 15 less that where they are negative, which as bytes is put right.
+static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
+{
+    const uint2 large = words >> 2 & 0x11111111u, negative = (words >> 3 & 0x11111111u) * 15;
+    const uint2 magnitude = (words & 0x77777777u) + (words & 3 * large) + 2 * (words & words >> 1 & large);
+    const uint2 flipped = magnitude ^ negative;
+    *low = (flipped & 0x0f0f0f0fu) + 0x0c0c0c0cu - (negative & 0x0f0f0f0fu);
+    *high = (flipped >> 4 & 0x0f0f0f0fu) + 0x0c0c0c0cu - (negative >> 4 & 0x0f0f0f0fu);
+}
+#else
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
     *low = words & 0x0f0f0f0fu;
     *high = words >> 4 & 0x0f0f0f0fu;
 }
+#endif
 
 static inline Part add_products(Part part, Activations a, Weights w)
 {
@@ -60,7 +71,7 @@ static inline Part add_products(Part part, Activations a, Weights w)
 #else
 
 typedef float Part;
-typedef half8 Weights; // a column's eight rows, less the zero point
+typedef half8 Weights; // a column's eight rows, less the zero point and times WEIGHT_UNIT
 #if INPUT_TYPE == 1 && ALIGNED
 typedef half8 Activations;
 static inline Activations load_activations(__global const INPUT *input, ulong i)
@@ -72,6 +83,14 @@ typedef float8 Activations;
 #define load_activations load8_input
 #endif
 
+#if CODES == 1
+static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
+{
+    const uint4 first = e2m1_halves(words.x), second = e2m1_halves(words.y);
+    *low = as_half8((uint4)(first.xz, second.xz));
+    *high = as_half8((uint4)(first.yw, second.yw));
+}
+#else
 // Nibbles 0 and 4, 2 and 6 of both words (column g), or 1 and 5, 3 and 7 (column g + 8), in the lowest bits of 1024.
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
@@ -80,6 +99,7 @@ static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
     *low = as_half8((at & 0x000f000fu) | 0x64006400u) - offset.x;
     *high = as_half8((at >> 4 & 0x000f000fu) | 0x64006400u) - offset.y;
 }
+#endif
 
 static inline Part add_products(Part part, Activations a, Weights w)
 {
@@ -177,7 +197,7 @@ __kernel void gemm(GEMM_ARGS)
 #pragma unroll
                 for (int s = 0; s < WAVE_STRIPS; s++) {
 #if SYMMETRIC
-                    zero[s] = 8;
+                    zero[s] = SYMMETRIC_ZERO;
 #else
                     const uint zeros = half_block ? loaded[s].zeros.y : loaded[s].zeros.x;
                     zero[s] = (int2)(zeros & 255u, zeros >> 8);

@@ -100,8 +100,17 @@ static inline Source source_of(Expert expert, uint first_strip, uint strips, uin
         }                                                                                            \
     }
 
-// Nibbles as they are, under no exponent: subnormal float16, q * 2^-24 in column g and q * 2^-20 in column
-// g + 8. Tensor cores take them exactly, and what they are off by is put right with the scales.
+// codes: a word's, as the float16 fragment of mma, in column g EVEN_UNIT times their values and in column g + 8 ODD_UNIT
+// times: what that is off by is put right at the end.
+// start_of: what the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens'
+// values.
+#if CODES == 1
+#define EVEN_UNIT E2M1_UNIT
+#define ODD_UNIT E2M1_UNIT
+static inline uint4 codes(uint word) { return e2m1_halves(word); }
+static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
+#else
+// Nibbles as they are, under no exponent, are subnormal float16, which tensor cores take exactly.
 #define EVEN_UNIT 0x1p-24f
 #define ODD_UNIT 0x1p-20f
 static inline uint4 codes(uint word)
@@ -110,7 +119,6 @@ static inline uint4 codes(uint word)
     return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
 }
 
-// What the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens' values.
 static inline float4 start_of(float4 x, uint zeros)
 {
 #if SYMMETRIC
@@ -120,6 +128,7 @@ static inline float4 start_of(float4 x, uint zeros)
 #endif
     return (float4)(even * x.x, even * x.y, odd * x.z, odd * x.w);
 }
+#endif
 
 // Sums of the 16-byte fragments x and y of eight tokens over one block of K, one or two groups.
 static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)

@@ -67,7 +67,7 @@ __kernel void pack_words(__global const uint *restrict words, const uint n, __gl
 }
 
 // Global size (n, groups): one work-item packs the scale and the zero point of a column and a group.
-//   scale, zero    the bits of float16 or bfloat16, and bytes [*][n]
+//   scale, zero    the bits of float16 or bfloat16, and bytes [*][n]; zero may be null
 //   scale_rows     int32 at scale_rows_offset: [groups] row of them that each packed group uses, -1 for padding
 __kernel void pack_scales(__global const ushort *restrict scale, __global const uchar *restrict zero, const uint n,
                           __global const int *restrict scale_rows, const ulong scale_rows_offset,
@@ -82,7 +82,8 @@ __kernel void pack_scales(__global const ushort *restrict scale, __global const 
     ulong source = (ulong)row * n + from;
     ulong place = ((ulong)(column / STRIP_N) * groups + group) * STRIP_N + 2 * (column % 8) + column % STRIP_N / 8;
     ((__global ushort *)(packed + scale_base))[place] = scale[source];
-    ((__global uchar *)(packed + zero_base))[place] = zero[source];
+    if (zero)
+        ((__global uchar *)(packed + zero_base))[place] = zero[source];
 }
 
 // A bfloat16 times 2^exponent, by way of integers: a device may take small floats for zero.

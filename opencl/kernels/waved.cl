@@ -19,6 +19,7 @@
 //   UNROLL                             1: loops over rows are unrolled, so that sums stay in registers; 0: programs
 //                                      compile in a fraction of the time, for CPUs (1)
 //   SHUFFLE                            1: the kernel has added up the four t of a column before add_up_and_store (0)
+//   DOT                                1: the kernel multiplies integers (0)
 //
 // What the host must respect
 //   ROWS           a multiple of ROW_WAVES * ROW_STEP; a work-item holds ROWS / ROW_WAVES * 2 * WAVE_STRIPS sums
@@ -49,6 +50,9 @@
 #ifndef SHUFFLE
 #define SHUFFLE 0
 #endif
+#ifndef DOT
+#define DOT 0
+#endif
 
 #define LANES 32
 #define WAVES (K_WAVES * COLUMN_WAVES * ROW_WAVES)
@@ -58,6 +62,15 @@
 #define TILE_COLUMNS (WAVE_COLUMNS * COLUMN_WAVES)
 #if ROWS % (ROW_WAVES * ROW_STEP) != 0
 #error "ROWS must be a multiple of ROW_WAVES * ROW_STEP"
+#endif
+
+// What a weight of 1 is among a kernel's products.
+#if CODES == 0
+#define WEIGHT_UNIT 1.0f
+#elif DOT // integers, twice the codes' values
+#define WEIGHT_UNIT 2.0f
+#else
+#define WEIGHT_UNIT E2M1_UNIT
 #endif
 
 #if UNROLL
@@ -227,7 +240,7 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             float sum = 0;
             for (int i_term = 0; i_term < SLICES; i_term++)
                 sum += term[i_term * SLICE];
-            sum *= weight_factor;
+            sum *= weight_factor / WEIGHT_UNIT;
 #if ROW_FACTOR
             sum *= row_factor[in_rows[tile_row]];
 #endif
