@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
-from problems import G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
+from asserts import assert_same_bits
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
 
+from marlin_cy.builder import check_weight
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight
+from marlin_cy.formats.gptq import normalised_g_idx
 from marlin_cy.formats.order import group_order
 
 CACHE_LINE = 64
@@ -42,6 +45,141 @@ def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
         w, q = store.unpack(expert)
         np.testing.assert_array_equal(q, problem.q[expert])
         np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+def assert_same_weight(actual, expected, groups=slice(None)):
+    """All that an ``Int4Weight`` has, of its scales and zero points those of some groups."""
+    check_weight(actual)
+    for name in ("k", "n", "group_size", "codes"):
+        assert getattr(actual, name) == getattr(expected, name)
+    assert_same_bits(actual.words, expected.words)
+    assert_same_bits(actual.scale[groups], expected.scale[groups])
+    if expected.zero is None:
+        assert actual.zero is None
+    else:
+        assert_same_bits(actual.zero[groups], expected.zero[groups])
+    g_idx = normalised_g_idx(expected.g_idx, expected.k, expected.group_size)
+    if g_idx is None:
+        assert actual.g_idx is None
+    else:
+        assert_same_bits(actual.g_idx, g_idx)
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("group_size", [32, 64, 256, -1])
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_comes_back_as_it_was_packed(cpu_backend, rng, group_size, g_idx, kind):
+    """Whole experts, and columns that begin and end within a tile."""
+    problem = random_problem(rng, 3, 352, 72, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    store = problem.stack(cpu_backend).store
+    for expert in range(3):
+        groups = slice(None) if g_idx != "unequal" else np.unique(problem.g_idx[expert])
+        for begin, end in ((0, 72), (8, 24), (16, 32), (40, 72), (64, 72)):
+            given = problem.canonical(expert, slice(begin, end))
+            assert_same_weight(store.canonical(expert, begin, end), given, groups)
+
+
+def test_groups_without_rows_come_back_as_nothing(cpu_backend, rng):
+    problem = random_problem(rng, 1, 128, 8, 32, g_idx="common")
+    problem.g_idx[0] = np.where(problem.g_idx[0] == 2, 3, problem.g_idx[0])
+    weight = problem.stack(cpu_backend).store.canonical(0, 0, 8)
+    assert not weight.scale[2].any()
+    assert not weight.zero[2].any()
+
+
+@pytest.mark.parametrize(
+    ("place", "exception", "message"),
+    [
+        ((2, 0, 8), IndexError, "expert: got 2, expected 0 to 1"),
+        ((-1, 0, 8), IndexError, "expert: got -1, expected 0 to 1"),
+        ((0, 0, 32), IndexError, "column_begin, column_end: got columns 0 to 32, expected a part of 0 to 24"),
+        ((0, -8, 8), IndexError, "column_begin, column_end: got columns -8 to 8"),
+        ((0, 8, 8), IndexError, "column_begin, column_end: got columns 8 to 8"),
+        ((0, 4, 8), ValueError, "column_begin, column_end: got columns 4 to 8, expected multiples of 8"),
+        ((0, 0, 12), ValueError, "column_begin, column_end: got columns 0 to 12, expected multiples of 8"),
+    ],
+)
+def test_canonical_refuses(cpu_backend, rng, place, exception, message):
+    store = random_problem(rng, 2, 64, 24, 32).stack(cpu_backend).store
+    with pytest.raises(exception, match=message):
+        store.canonical(*place)
+
+
+class TestFromPacked:
+    """A store over data that another one packed."""
+
+    @pytest.fixture
+    def problem(self, rng):
+        return random_problem(rng, 3, 160, 40, 32, g_idx="per_expert", codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+
+    @pytest.fixture
+    def arguments(self, cpu_backend, problem):
+        store = problem.stack(cpu_backend).store
+        return [3, 160, 40, 32, problem.g_idx, "e2m1", DTYPES["bfloat16"], store.data]
+
+    def test_a_memory_map_is_not_copied(self, cpu_backend, rng, problem, arguments, tmp_path):
+        arguments[-1].tofile(tmp_path / "packed")
+        data = np.memmap(tmp_path / "packed", np.uint8, "r")
+        store = CpuGptqStore.from_packed(*arguments[:-1], data)
+        assert store.data is data
+        assert (store.codes, store.scale_dtype, store.nbytes) == ("e2m1", DTYPES["bfloat16"], data.nbytes)
+        stack, x = CpuMarlinExpertStack(store, 3, 40, 160), activations(rng, 5, 160)
+        del data, store
+        out = np.empty((15, 40), np.float32)
+        stack.gemm_phase_batched(cpu_backend.new_context(), x, [(e, 0, 5 * e, 5) for e in range(3)], out, 160)
+        for expert in range(3):
+            assert_same_bits(out[5 * expert : 5 * expert + 5], problem.reference(expert, x))
+            assert_same_weight(stack.store.canonical(expert, 0, 40), problem.canonical(expert))
+
+    def test_is_not_packed_into(self, problem, arguments):
+        before = arguments[-1].copy()
+        store = CpuGptqStore.from_packed(*arguments[:-1], arguments[-1])
+        with pytest.raises(ValueError, match="pack: the store's data came packed and is not written to"):
+            store.pack(0, 0, problem.canonical(1))
+        np.testing.assert_array_equal(arguments[-1], before)
+
+    @pytest.mark.parametrize(
+        ("change", "exception", "message"),
+        [
+            (lambda data: data[:-64], ValueError, r"data: got shape \(\d+,\) with .*expected contiguous \(\d+,\)"),
+            (lambda data: np.append(data, data[:64]), ValueError, r"data: got shape"),
+            (lambda data: data.reshape(2, -1), ValueError, r"data: got shape \(2, "),
+            (lambda data: np.repeat(data, 2)[::2], ValueError, r"data: got shape .*strides \(2,\)"),
+            (lambda data: off_by_one(data), ValueError, r"data: got address 0x\w+, expected a multiple of 64"),
+            (lambda data: data.view(np.int8), TypeError, "data: got int8, expected a uint8 array"),
+            (lambda data: data.tobytes(), TypeError, "data: got bytes, expected a uint8 array"),
+            (lambda data: None, TypeError, "data: got NoneType, expected a uint8 array"),
+        ],
+    )
+    def test_refuses(self, arguments, change, exception, message):
+        with pytest.raises(exception, match=message):
+            CpuGptqStore.from_packed(*arguments[:-1], change(arguments[-1]))
+
+    @pytest.mark.parametrize(
+        ("position", "value", "exception", "message"),
+        [
+            (0, 2, ValueError, "g_idx: got 3 entries, expected one an expert: 2"),
+            (1, 161, ValueError, "k: got 161, expected a positive multiple of 32"),
+            (2, 56, ValueError, "data: got shape"),
+            (3, 48, UnsupportedError, "group_size: got 48"),
+            (4, [np.full(160, 5, np.int32)] * 3, IndexError, "g_idx of expert 0: got 5 at row 0"),
+            (4, [None] * 2, ValueError, "g_idx: got 2 entries"),
+            (5, "int4", ValueError, "codes: got 'int4', expected one of uint4, e2m1"),
+            (6, np.float32, ValueError, "scale_dtype: got float32, expected float16 or bfloat16"),
+        ],
+    )
+    def test_refuses_sizes(self, arguments, position, value, exception, message):
+        arguments[position] = value
+        with pytest.raises(exception, match=message):
+            CpuGptqStore.from_packed(*arguments)
+
+
+def off_by_one(data):
+    """The same bytes at an address that is no multiple of 64."""
+    memory = np.empty(len(data) + 65, np.uint8)
+    begin = -memory.ctypes.data % 64 + 1
+    memory[begin : begin + len(data)] = data
+    return memory[begin : begin + len(data)]
 
 
 @pytest.mark.parametrize("g_idx", ["none", "per_expert"])

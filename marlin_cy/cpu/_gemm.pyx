@@ -323,7 +323,7 @@ cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore 
 
 
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept:
-    """What follows from the settings, the weights and a stack's bias, for all columns of an expert; the rest is zero."""
+    """What follows from the settings, the weights and a stack's bias, for all columns; the rest is zero."""
     memset(job, 0, sizeof(gemm_job))
     job.table, job.planes = workspace.table, workspace.planes
     job.store = store.view

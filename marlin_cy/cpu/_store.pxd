@@ -30,3 +30,6 @@ cdef class CpuGptqStore:
     cdef readonly object orders
     cdef readonly object order_of
     cdef readonly list group_orders
+    cdef bint own               # the data is this store's to pack into
+
+    cdef const int32_t *rows_of(self, int64_t expert) noexcept

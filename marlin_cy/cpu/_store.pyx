@@ -7,17 +7,30 @@ import mmap
 
 import numpy as np
 
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
-from marlin_cy.cpu._dispatch cimport BLOCK_BYTES, BLOCK_K, CODES_E2M1, CODES_UINT4, DTYPE_BF16, DTYPE_F16, E2M1_ZERO, GROUP_HEADER_BYTES, TILE_N
+from marlin_cy.cpu._dispatch cimport (
+    BLOCK_BYTES, BLOCK_K, CODES_E2M1, CODES_UINT4, DTYPE_BF16, DTYPE_F16, E2M1_ZERO, GROUP_HEADER_BYTES, TILE_N,
+)
 
+from marlin_cy.builder import N_TILE, checked_stack_sizes
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
+from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
+
+cdef extern from "pack.h" nogil:
+    void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
+                   int columns)
+    void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes, const int32_t *rows, int64_t blocks,
+                     int columns)
+    void copy_columns(void *to, const void *source, int columns, int bytes)
 
 cdef enum:
     # Blocks of K that are packed for all tiles before the next are: their source, 32 rows of N words,
     # stays in the second-level cache, and each tile is written in runs of 2 KiB.
     STRIP_BLOCKS = 32
+    ALIGNMENT = 64
 
 
 def allocate_pages(int64_t nbytes):
@@ -38,40 +51,23 @@ def allocate_pages(int64_t nbytes):
     return np.frombuffer(pages, np.uint8, nbytes)
 
 
-cdef inline uint32_t interleave(uint32_t word) noexcept nogil:
-    """Eight nibbles 0..7 of a word to bytes (0, 4), (1, 5), (2, 6), (3, 7), low nibble first."""
-    cdef uint32_t low = word & 0xffff, high = word >> 16
-    low = (low | low << 8) & 0x00ff00ff
-    low = (low | low << 4) & 0x0f0f0f0f
-    high = (high | high << 8) & 0x00ff00ff
-    high = (high | high << 4) & 0x0f0f0f0f
-    return low | high << 4
+def checked_data(data, int64_t nbytes):
+    """``data``, a uint8 array, if kernels can read it as ``nbytes`` packed bytes."""
+    if data.shape != (nbytes,) or not data.flags.c_contiguous:
+        raise ValueError(f"data: got shape {data.shape} with strides {data.strides}, expected contiguous ({nbytes},)")
+    if data.ctypes.data % ALIGNMENT:
+        raise ValueError(f"data: got address {data.ctypes.data:#x}, expected a multiple of {ALIGNMENT}")
+    return data
 
 
-cdef void pack_block(uint32_t *lanes, const uint32_t *words, int64_t stride, const int32_t *rows, int64_t block,
-                     int count) noexcept nogil:
-    """One block of ``count`` columns; ``words`` is at the first column, ``stride`` words to the next row."""
-    cdef uint32_t[16] gathered
-    cdef const uint32_t *source
-    cdef int c, i, shift
-    cdef int32_t row
-    if rows is NULL:
-        source = words + block * stride
-        for c in range(count):
-            lanes[c] = interleave(source[c])
-        return
-    for c in range(count):
-        gathered[c] = 0
-    for i in range(BLOCK_K):
-        row = rows[block * BLOCK_K + i]
-        if row < 0:
-            continue
-        source = words + row // BLOCK_K * stride
-        shift = 4 * (row % BLOCK_K)
-        for c in range(count):
-            gathered[c] |= (source[c] >> shift & 15) << (4 * i)
-    for c in range(count):
-        lanes[c] = interleave(gathered[c])
+def g_idx_of(order, k, group_size):
+    """The ``g_idx`` that an order was made of; ``group_size`` is that of packed groups."""
+    if order.rows is None:
+        return None
+    g_idx = np.empty(k, np.int32)
+    kept = np.flatnonzero(order.rows >= 0)
+    g_idx[order.rows[kept]] = order.scale_rows[kept // group_size]
+    return g_idx
 
 
 cdef class CpuGptqStore:
@@ -89,6 +85,8 @@ cdef class CpuGptqStore:
         Group of each row; None for ``row // group_size``.
     codes : {"uint4", "e2m1"}
     scale_dtype : {float16, bfloat16}
+    data : uint8 ``[nbytes]``, optional
+        See :meth:`from_packed`.
 
     Attributes
     ----------
@@ -102,20 +100,21 @@ cdef class CpuGptqStore:
     """
 
     def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx, str codes="uint4",
-                 scale_dtype=np.float16):
-        self.codes, self.scale_dtype = codes, np.dtype(scale_dtype)
+                 scale_dtype=np.float16, data=None):
         self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
+        self.codes, self.scale_dtype = codes, np.dtype(scale_dtype)
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = TileLayout(packed_k, n, packed_group_size(group_size))
         self.nbytes = num_experts * self.layout.expert_stride
-        self.data = allocate_pages(self.nbytes)
+        self.own = data is None
+        self.data = allocate_pages(self.nbytes) if data is None else checked_data(data, self.nbytes)
         self.orders = rows_of_orders(self.group_orders, k)
-        cdef const uint8_t[::1] data = self.data
+        cdef const uint8_t[::1] packed = self.data
         cdef const int32_t[::1] orders_of_experts = self.order_of
         cdef const int32_t[:, ::1] orders
         self.view = packed_view(
-            data=&data[0],
+            data=&packed[0],
             expert_stride=self.layout.expert_stride,
             tile_stride=self.layout.tile_stride,
             header_bytes=self.layout.header_bytes,
@@ -132,6 +131,34 @@ cdef class CpuGptqStore:
             orders = self.orders
             self.view.orders = &orders[0, 0]
 
+    @staticmethod
+    def from_packed(num_experts, k, n, group_size, g_idx, codes, scale_dtype, data):
+        """A store over the ``data`` of another one; nothing is copied, and :meth:`pack` is refused.
+
+        Parameters
+        ----------
+        num_experts, k, n, group_size, g_idx, codes, scale_dtype
+            As that store was made with.
+        data : uint8 ``[nbytes]``
+            Contiguous, at an address that is a multiple of 64; may be read-only, such as a memory map. It is kept,
+            and must not change.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, UnsupportedError
+            Naming the argument.
+        """
+        sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scale_dtype)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
+            raise TypeError(f"data: got {getattr(data, 'dtype', type(data).__name__)}, expected a uint8 array")
+        return CpuGptqStore(*sizes, data)
+
+    cdef const int32_t *rows_of(self, int64_t expert) noexcept:
+        """Row of K at each of an expert's packed positions, NULL for K's own order."""
+        if self.group_orders[self.order_of[expert]].rows is None:
+            return NULL
+        return self.view.orders + self.view.order_of[expert] * self.view.packed_k
+
     @property
     def act_order(self):
         """True when some expert's rows of K are packed in another order than their own."""
@@ -143,50 +170,112 @@ cdef class CpuGptqStore:
         The caller has checked that it fits. Releases the GIL, and may run in several threads at once
         for different columns.
         """
+        if not self.own:
+            raise ValueError("pack: the store's data came packed and is not written to")
         order = self.group_orders[self.order_of[expert]]
         cdef const uint32_t[:, ::1] words = np.ascontiguousarray(weight.words)
         cdef const uint16_t[:, ::1] scale = np.ascontiguousarray(weight.scale).view(np.uint16)
-        cdef const uint8_t[:, ::1] zero = None if weight.zero is None else np.ascontiguousarray(weight.zero)
-        cdef bint has_zero = weight.zero is not None
+        cdef const uint8_t[:, ::1] zero
         cdef const int32_t[::1] scale_rows = order.scale_rows
-        cdef const int32_t *rows = NULL
-        cdef const int32_t[:, ::1] orders
-        if order.rows is not None:
-            orders = self.orders
-            rows = &orders[self.order_of[expert], 0]
+        cdef const int32_t *rows = self.rows_of(expert)
         cdef uint8_t *base = <uint8_t *>self.view.data + expert * self.view.expert_stride
         cdef uint8_t *tile
         cdef uint8_t *header
         cdef int64_t stride = words.shape[1], end = column_offset + stride
         cdef int64_t num_groups = scale_rows.shape[0], blocks = order.packed_k // BLOCK_K
-        cdef int64_t strip, first_block, block, column, source, g
-        cdef int lane, count, c
+        # Rows that come from anywhere in K are in no strip.
+        cdef int64_t strip = STRIP_BLOCKS if rows is NULL else blocks
+        cdef int64_t block, column, g
+        cdef int lane, count
+        if weight.zero is None:
+            zero = np.full((weight.scale.shape[0], stride), E2M1_ZERO, np.uint8)
+        else:
+            zero = np.ascontiguousarray(weight.zero)
         with nogil:
-            for strip in range((blocks + STRIP_BLOCKS - 1) // STRIP_BLOCKS):
-                first_block = strip * STRIP_BLOCKS
+            block = 0
+            while block < blocks:
                 column = column_offset
                 while column < end:
                     lane = column % TILE_N
                     count = <int>min(TILE_N - lane, end - column)
-                    source = column - column_offset
                     tile = base + column // TILE_N * self.view.tile_stride
-                    for block in range(first_block, min(first_block + STRIP_BLOCKS, blocks)):
-                        pack_block(
-                            <uint32_t *>(tile + self.view.header_bytes + block * BLOCK_BYTES) + lane,
-                            &words[0, source], stride, rows, block, count)
+                    pack_tile(
+                        <uint32_t *>(tile + self.view.header_bytes + block * BLOCK_BYTES) + lane,
+                        &words[block, column - column_offset], stride, rows, min(strip, blocks - block), count)
                     column += count
+                block += strip
             column = column_offset
             while column < end:
                 lane = column % TILE_N
                 count = <int>min(TILE_N - lane, end - column)
-                source = column - column_offset
+                header = base + column // TILE_N * self.view.tile_stride
+                for g in range(num_groups):
+                    copy_columns(header + 2 * lane, &scale[scale_rows[g], column - column_offset], count, 2)
+                    copy_columns(header + 2 * TILE_N + lane, &zero[scale_rows[g], column - column_offset], count, 1)
+                    header += GROUP_HEADER_BYTES
+                column += count
+
+    def canonical(self, int64_t expert, int64_t column_begin, int64_t column_end):
+        """Columns ``[column_begin, column_end)`` of an expert as the :class:`Int4Weight` that was packed.
+
+        A group that no row belongs to is not stored: its scale and zero point come back as 0. Releases the GIL.
+
+        Parameters
+        ----------
+        expert : int
+        column_begin, column_end : int
+            Multiples of 8.
+
+        Raises
+        ------
+        IndexError, ValueError
+            Naming the argument.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert: got {expert}, expected 0 to {self.num_experts - 1}")
+        if not 0 <= column_begin < column_end <= self.n:
+            raise IndexError(f"column_begin, column_end: got columns {column_begin} to {column_end}, "
+                             f"expected a part of 0 to {self.n}")
+        if column_begin % N_TILE or column_end % N_TILE:
+            raise ValueError(f"column_begin, column_end: got columns {column_begin} to {column_end}, "
+                             f"expected multiples of {N_TILE}")
+        order = self.group_orders[self.order_of[expert]]
+        shape = (self.k + self.weight_group_size - 1) // self.weight_group_size, column_end - column_begin
+        weight = Int4Weight(
+            words=np.zeros((self.k // BLOCK_K, shape[1]), np.uint32),
+            scale=np.zeros(shape, self.scale_dtype),
+            zero=np.zeros(shape, np.uint8) if self.codes == "uint4" else None,
+            group_size=self.weight_group_size,
+            g_idx=g_idx_of(order, self.k, self.layout.group_size),
+            codes=self.codes,
+        )
+        cdef uint32_t[:, ::1] words = weight.words
+        cdef uint16_t[:, ::1] scale = weight.scale.view(np.uint16)
+        cdef uint8_t[:, ::1] zero = weight.zero
+        cdef bint has_zero = weight.zero is not None
+        cdef const int32_t[::1] scale_rows = order.scale_rows
+        cdef const int32_t *rows = self.rows_of(expert)
+        cdef const uint8_t *base = self.view.data + expert * self.view.expert_stride
+        cdef const uint8_t *tile
+        cdef const uint8_t *header
+        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = order.packed_k // BLOCK_K
+        cdef int64_t target, g
+        cdef int lane, count
+        with nogil:
+            while column < column_end:
+                lane = column % TILE_N
+                count = <int>min(TILE_N - lane, column_end - column)
+                target = column - column_begin
                 tile = base + column // TILE_N * self.view.tile_stride
+                unpack_tile(&words[0, target], words.shape[1],
+                                  <const uint32_t *>(tile + self.view.header_bytes) + lane, rows, blocks, count)
                 for g in range(num_groups):
                     header = tile + g * GROUP_HEADER_BYTES
-                    for c in range(count):
-                        (<uint16_t *>header)[lane + c] = scale[scale_rows[g], source + c]
-                        header[2 * TILE_N + lane + c] = zero[scale_rows[g], source + c] if has_zero else E2M1_ZERO
+                    copy_columns(&scale[scale_rows[g], target], header + 2 * lane, count, 2)
+                    if has_zero:
+                        copy_columns(&zero[scale_rows[g], target], header + 2 * TILE_N + lane, count, 1)
                 column += count
+        return weight
 
     def unpack(self, int64_t expert):
         """``(w, q)`` of an expert as it was given: float64 and uint8 ``[k, n]``. Slow; for tests and inspection."""

@@ -75,8 +75,8 @@ ROWOPS float activate(float gate, float up, int activation)
     return gate / (1.0f + exp_f32(-z)) * up;
 }
 
-/* swigluoai's clamps, by comparisons that a NaN fails, and so survives. A loop of their own: where the compiler sees what
- * follows from a constant 7 it makes branches that it cannot vectorise. */
+/* swigluoai's clamps, by comparisons that a NaN fails, and so survives. A loop of their own: where the compiler sees
+ * what follows from a constant 7 it makes branches that it cannot vectorise. */
 ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums)
 {
     for (int i = 0; i < TILE_N; i++) {
