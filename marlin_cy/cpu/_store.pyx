@@ -22,8 +22,8 @@ from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_
 cdef extern from "pack.h" nogil:
     void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
                    int columns)
-    void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes, const int32_t *rows, int64_t blocks,
-                     int columns)
+    void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes, const int32_t *positions,
+                     int64_t blocks, int columns)
     void copy_columns(void *to, const void *source, int columns, int bytes)
 
 cdef enum:
@@ -58,16 +58,6 @@ def checked_data(data, int64_t nbytes):
     if data.ctypes.data % ALIGNMENT:
         raise ValueError(f"data: got address {data.ctypes.data:#x}, expected a multiple of {ALIGNMENT}")
     return data
-
-
-def g_idx_of(order, k, group_size):
-    """The ``g_idx`` that an order was made of; ``group_size`` is that of packed groups."""
-    if order.rows is None:
-        return None
-    g_idx = np.empty(k, np.int32)
-    kept = np.flatnonzero(order.rows >= 0)
-    g_idx[order.rows[kept]] = order.scale_rows[kept // group_size]
-    return g_idx
 
 
 cdef class CpuGptqStore:
@@ -241,12 +231,18 @@ cdef class CpuGptqStore:
                              f"expected multiples of {N_TILE}")
         order = self.group_orders[self.order_of[expert]]
         shape = (self.k + self.weight_group_size - 1) // self.weight_group_size, column_end - column_begin
+        g_idx = packed_positions = None
+        if order.rows is not None:
+            kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
+            g_idx, packed_positions = np.empty((2, self.k), np.int32)
+            packed_positions[order.rows[kept]] = kept
+            g_idx[order.rows[kept]] = order.scale_rows[kept // self.layout.group_size]
         weight = Int4Weight(
-            words=np.zeros((self.k // BLOCK_K, shape[1]), np.uint32),
+            words=np.empty((self.k // BLOCK_K, shape[1]), np.uint32),
             scale=np.zeros(shape, self.scale_dtype),
             zero=np.zeros(shape, np.uint8) if self.codes == "uint4" else None,
             group_size=self.weight_group_size,
-            g_idx=g_idx_of(order, self.k, self.layout.group_size),
+            g_idx=g_idx,
             codes=self.codes,
         )
         cdef uint32_t[:, ::1] words = weight.words
@@ -254,13 +250,17 @@ cdef class CpuGptqStore:
         cdef uint8_t[:, ::1] zero = weight.zero
         cdef bint has_zero = weight.zero is not None
         cdef const int32_t[::1] scale_rows = order.scale_rows
-        cdef const int32_t *rows = self.rows_of(expert)
+        cdef const int32_t[::1] position_view
+        cdef const int32_t *positions = NULL
         cdef const uint8_t *base = self.view.data + expert * self.view.expert_stride
         cdef const uint8_t *tile
         cdef const uint8_t *header
-        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = order.packed_k // BLOCK_K
+        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = self.k // BLOCK_K
         cdef int64_t target, g
         cdef int lane, count
+        if packed_positions is not None:
+            position_view = packed_positions
+            positions = &position_view[0]
         with nogil:
             while column < column_end:
                 lane = column % TILE_N
@@ -268,7 +268,7 @@ cdef class CpuGptqStore:
                 target = column - column_begin
                 tile = base + column // TILE_N * self.view.tile_stride
                 unpack_tile(&words[0, target], words.shape[1],
-                                  <const uint32_t *>(tile + self.view.header_bytes) + lane, rows, blocks, count)
+                            <const uint32_t *>(tile + self.view.header_bytes) + lane, positions, blocks, count)
                 for g in range(num_groups):
                     header = tile + g * GROUP_HEADER_BYTES
                     copy_columns(&scale[scale_rows[g], target], header + 2 * lane, count, 2)
