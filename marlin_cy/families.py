@@ -11,7 +11,13 @@ from marlin_cy.json_fields import field, finite, positive
 
 __all__ = ["FAMILIES", "Family", "MoeSpec", "find_family", "find_moe_layers", "read_moe_spec", "text_config"]
 
-ACTIVATION_OF = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATION_OF = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 """Our name of each ``hidden_act``."""
 
 GROUP_SCORE_OF = {"greedy": None, "group_limited_greedy": "max", "noaux_tc": "top2_sum"}

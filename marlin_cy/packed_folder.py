@@ -410,7 +410,8 @@ class Writer:
         tensors[f"{name}{PACKED}"] = "U8", (experts, store.nbytes // experts), store.data
         if store.act_order:
             own = np.arange(store.k, dtype=np.int32) // store.weight_group_size
-            g_idx = np.stack([own if entry is None else entry for entry in store.g_idx])
+            orders = [order.g_idx(store.k, store.layout.group_size) for order in store.group_orders]
+            g_idx = np.stack([own if orders[index] is None else orders[index] for index in store.order_of])
             tensors[f"{name}{G_IDX}"] = "I32", g_idx.shape, as_bytes(g_idx)
         if stack.bias is not None:
             tensors[f"{name}{BIAS}"] = "F32", stack.bias.shape, as_bytes(stack.bias)

@@ -231,18 +231,17 @@ cdef class CpuGptqStore:
                              f"expected multiples of {N_TILE}")
         order = self.group_orders[self.order_of[expert]]
         shape = (self.k + self.weight_group_size - 1) // self.weight_group_size, column_end - column_begin
-        g_idx = packed_positions = None
+        packed_positions = None
         if order.rows is not None:
             kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
-            g_idx, packed_positions = np.empty((2, self.k), np.int32)
+            packed_positions = np.empty(self.k, np.int32)
             packed_positions[order.rows[kept]] = kept
-            g_idx[order.rows[kept]] = order.scale_rows[kept // self.layout.group_size]
         weight = Int4Weight(
             words=np.empty((self.k // BLOCK_K, shape[1]), np.uint32),
             scale=np.zeros(shape, self.scale_dtype),
             zero=np.zeros(shape, np.uint8) if self.codes == "uint4" else None,
             group_size=self.weight_group_size,
-            g_idx=g_idx,
+            g_idx=order.g_idx(self.k, self.layout.group_size),
             codes=self.codes,
         )
         cdef uint32_t[:, ::1] words = weight.words

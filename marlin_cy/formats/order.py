@@ -37,6 +37,16 @@ class GroupOrder:
     scale_rows: np.ndarray
     packed_k: int
 
+    def g_idx(self, k, packed_group):
+        """The group of each of K's ``k`` rows, int32 ``[k]``, None in K's own order; ``packed_group`` rows are packed
+        as one group."""
+        if self.rows is None:
+            return None
+        kept = np.flatnonzero(self.rows >= 0)
+        g_idx = np.empty(k, np.int32)
+        g_idx[self.rows[kept]] = self.scale_rows[kept // packed_group]
+        return g_idx
+
 
 def group_order(g_idx, k, group_size):
     """The order in which rows of K are packed, so that each group's rows lie together.
