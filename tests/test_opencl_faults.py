@@ -247,6 +247,19 @@ def test_a_bias_that_does_not_fit(backend, rng, monkeypatch):
             stack.make_expert_linear(0, N, np.ones(N, np.float32))
 
 
+def test_a_bias_of_a_stack_that_does_not_fit(backend, rng, monkeypatch):
+    """The weights are kept: the builder may be asked again."""
+    problem = random_problem(rng, 2, K, N, 32, bias=True)
+    builder = problem.builder(backend)
+    for expert in range(2):
+        builder.add(expert, 0, problem.canonical(expert))
+    with monkeypatch.context() as patch:
+        patch.setattr(cl, "Buffer", failing("MEM_OBJECT_ALLOCATION_FAILURE"))
+        with pytest.raises(DeviceMemoryError, match=rf"bias: {8 * N} bytes do not fit"):
+            builder.finish(problem.bias)
+    assert (builder.finish(problem.bias).bias == problem.bias).all()
+
+
 def test_a_device_without_queues(backend, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cl, "CommandQueue", failing("OUT_OF_RESOURCES"))

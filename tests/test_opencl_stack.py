@@ -126,6 +126,10 @@ class TestRefused:
         else:
             assert (product(stack, portable.new_context(), x, out) == 0).all()
 
+    def test_a_bias_of_another_shape(self, stack):
+        with pytest.raises(ValueError, match=rf"bias: got shape \({N},\), expected \({E}, {N}\)"):
+            type(stack)(stack.store, E, N, K, np.zeros(N, np.float32))
+
     @pytest.mark.parametrize("past", [np.zeros(2, np.int32), np.zeros(1, np.int64)], ids=["two", "int64"])
     def test_counts_on_the_device(self, portable, rng, stack, past):
         x, out = portable.from_host(activations(rng, ROWS, K)), GuardedBuffer(portable, (12, N), np.float32)

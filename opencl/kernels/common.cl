@@ -126,7 +126,7 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 // Auto-Regressive Parallel Inference on Large Language Models", 2024), with K permuted within 32 rows.
 //
 // A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7.
-
+//
 // With CODES 1 a nibble is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and
 // their negatives for 8 to 15.
 
@@ -135,8 +135,8 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #define BLOCK_WORDS 128
 
 // The codes of a word for CODES 1, as pairs of float16: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7. The bits of a code
-// are those of a float16, but for their places; the smaller exponents make all values, subnormal ones included, 2^14
-// times as small.
+// move to where a float16 has its own, whose exponents mean less: all values, the subnormal one included, become 2^-14
+// times as large. Source of the idea: Xia et al., "FP6-LLM", 2024.
 #define E2M1_UNIT 0x1p-14f
 static inline uint4 e2m1_halves(uint word)
 {
