@@ -12,7 +12,7 @@ Canonical scales are bfloat16, which holds all of these. Source: OCP Microscalin
 transformers, ``integrations/mxfp4.py``; compressed-tensors, ``compressors/mxfp4``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -56,8 +56,9 @@ class Mxfp4Scheme(Scheme):
     group_size = BLOCK_K
 
     def for_module(self, module):
-        settings_of(self.overrides, module)
-        return self
+        if not self.overrides:
+            return self
+        return replace(self, overrides=(), **settings_of(self.overrides, module))
 
     def sizes(self, marker_shape):
         if len(marker_shape) != 3 or marker_shape[2] != BLOCK_K // 2:
