@@ -139,8 +139,11 @@ def write_large(folder, *, layers, experts):
     return (folder / "model.safetensors").stat().st_size
 
 
-def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
-    """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both."""
+def write_model(folder, model_type, *, dtype=torch.float32, seed=0, kept=(), **changes):
+    """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both.
+
+    Names with one of ``kept`` in them are left as they are.
+    """
     dense, quantised = folder / "dense", folder / "quantised"
     new_model(model_type, seed, **changes).to(dtype).save_pretrained(dense)
     config = json.loads((dense / "config.json").read_text())
@@ -152,7 +155,7 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
             codes, scales, rounded = round_to_mxfp4(tensor.float().numpy())
             packed[f"{name}_blocks"], packed[f"{name}_scales"] = torch.from_numpy(codes), torch.from_numpy(scales)
             tensor = torch.from_numpy(rounded)
-        elif model_type != "gpt_oss" and tensor.ndim == 2 and not NOT_QUANTISED.search(name):
+        elif model_type != "gpt_oss" and is_quantised(name, tensor, kept):
             module = name.removesuffix(".weight")
             parts, rounded = round_to_gptq(tensor.float().numpy().T)
             packed |= {f"{module}.{part}": torch.from_numpy(array) for part, array in parts.items()}
@@ -182,6 +185,10 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, **changes):
         quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     return quantised, dense
+
+
+def is_quantised(name, tensor, kept):
+    return tensor.ndim == 2 and not NOT_QUANTISED.search(name) and not any(part in name for part in kept)
 
 
 def load_reference(dense, dtype=torch.float32):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from asserts import assert_close, relative_error
 from checkpoint_files import edit_json, edit_tensor
 
 import marlin_cy
+from marlin_cy import cli
 from marlin_cy.commands.run import BUILT_IN
 from marlin_cy.errors import CheckpointError, UnsupportedError
 
@@ -63,6 +65,14 @@ def error_of(logits, reference):
     return relative_error(logits.double().numpy(), reference.double().numpy())
 
 
+def assert_same_weights(model, reference):
+    """The same bits: PyTorch's products would not give these, as they depend on where a weight lies in memory."""
+    weights, expected = model.state_dict(), reference.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
+
+
 # ---------------------------------------------------------------------------------------------
 # The right numbers
 
@@ -78,7 +88,31 @@ def test_every_family(tmp_path, model_type):
     model = load(quantised, num_threads=1)
     assert type(model) is type(reference)
     assert error_of(model(tokens).logits, expected) < RELATIVE_ERROR
-    assert torch.equal(dequantized_model(quantised)(tokens).logits, expected)
+    assert_same_weights(dequantized_model(quantised), reference)
+
+
+@pytest.mark.parametrize("kept", ["layers.1.mlp.experts", "layers.0.mlp", "self_attn", "shared_expert"])
+def test_layers_that_are_not_quantised(tmp_path, kept):
+    """They run as transformers' own, the others packed."""
+    quantised, dense = write_model(tmp_path, "qwen2_moe", kept=[kept], mlp_only_layers=[])
+    tokens = torch.arange(1, 25)[None]
+    model = load(quantised, num_threads=1)
+    assert any(kept in name and "_proj" in name for name, _ in model.named_parameters())
+    reference = load_reference(dense)
+    assert error_of(model(tokens).logits, reference(tokens).logits) < RELATIVE_ERROR
+    assert_same_weights(dequantized_model(quantised), reference)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "qwen3_5_moe"])
+def test_packed_folders(tmp_path, model_type):
+    """They give the same bits as the folder that they were made from, though its files are gone."""
+    quantised, _ = write_model(tmp_path, model_type)
+    tokens = torch.arange(1, 25)[None]
+    expected, dense = load(quantised, num_threads=1)(tokens).logits, dequantized_model(quantised)
+    assert cli.main(["pack", str(quantised), str(tmp_path / "packed")]) == 0
+    shutil.rmtree(quantised)
+    assert torch.equal(load(tmp_path / "packed", num_threads=1)(tokens).logits, expected)
+    assert_same_weights(dequantized_model(tmp_path / "packed"), dense)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

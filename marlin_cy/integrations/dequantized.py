@@ -47,8 +47,8 @@ def dequantized_model(path, dtype=torch.float32):
             if linear.bias is not None and linear.bias.any():
                 tensors[f"{name}.bias"] = torch.from_numpy(linear.bias)
         skeleton = model_on_meta(checkpoint)
-        for layer, module in experts_modules(skeleton, checkpoint.moe_layers).items():
-            loaded = checkpoint.moe_layer(layer)
+        for layer, module in experts_modules(skeleton, checkpoint).items():
+            loaded = checkpoint.moe_layer(layer, shared_expert=False)
             for name, array in experts_weights(loaded, skeleton.get_submodule(module)).items():
                 tensors[f"{module}.{name}"] = torch.from_numpy(array).to(dtype)
         return load_dense(checkpoint, tensors, dtype, experts_implementation="eager")

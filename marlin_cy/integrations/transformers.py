@@ -195,14 +195,11 @@ def load_dense(checkpoint, tensors, dtype, **options):
 
 def dense_tensors(checkpoint):
     """The tensors of a checkpoint that belong to no quantised layer, as tensors over the mapped files."""
-    quantised = set(checkpoint.linears)
-    names = [
-        name for name in checkpoint.tensor_names if ".experts." not in name and name.rpartition(".")[0] not in quantised
-    ]
+    quantised = {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
     with warnings.catch_warnings():
         # Of memory that must not be written to: load() tells.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return {name: _mapped(checkpoint, name) for name in names}
+        return {name: _mapped(checkpoint, name) for name in checkpoint.tensor_names if name not in quantised}
 
 
 def _mapped(checkpoint, name):
@@ -255,25 +252,26 @@ def _quiet():
 # The modules that are replaced
 
 
-def experts_modules(model, moe_layers):
-    """``{layer: path}`` of the modules that hold a model's routed experts, in all of ``moe_layers``.
+def experts_modules(model, checkpoint):
+    """``{layer: path}`` of the modules that hold a model's routed experts, where a checkpoint has them quantised.
 
     Raises
     ------
     CheckpointError
-        The model has its experts in other layers.
+        The model has experts in other layers than the checkpoint.
     """
     found = {}
     for path, module in model.named_modules():
         # What transformers' decorator of experts leaves on them.
         if hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
             found[int(re.search(r"(?:^|\.)layers\.(\d+)\.", path)[1])] = path
-    if sorted(found) != sorted(moe_layers):
+    layers = sorted(checkpoint.moe_layers + checkpoint.dense_moe_layers)
+    if sorted(found) != layers:
         raise CheckpointError(
-            f"got experts in layers {sorted(moe_layers)}, but in transformers' {type(model).__name__} they are in "
-            f"{sorted(found)}"
+            f"got experts in layers {layers}, but transformers' {type(model).__name__} has them in {sorted(found)}",
+            file=checkpoint.path,
         )
-    return found
+    return {layer: found[layer] for layer in checkpoint.moe_layers}
 
 
 def linear_modules(model, names):
@@ -329,7 +327,7 @@ class _Modules:
             self._check_bias(name, linear)
             self.linears[name] = MarlinLinear(linear.in_features, linear.out_features)
             setattr(parent, attribute, self.linears[name])
-        for layer, path in experts_modules(model, self._checkpoint.moe_layers).items():
+        for layer, path in experts_modules(model, self._checkpoint).items():
             module = model.get_submodule(path)
             if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
                 raise UnsupportedError(f"{path}: experts without a gate, or with a norm, are not supported")
@@ -356,7 +354,7 @@ class _Modules:
             module.packed = packed_linear(linear, contexts)
             report.finish(name)
         for layer, module in self.experts.items():
-            module.packed = packed_experts(self._checkpoint.moe_layer(layer), contexts)
+            module.packed = packed_experts(self._checkpoint.moe_layer(layer, shared_expert=False), contexts)
             report.finish(f"layer {layer}")
 
     def _check_bias(self, name, module):
@@ -402,7 +400,10 @@ class _Progress:
 
 
 def _experts_forward(module, hidden_states, topk_ids, topk_weights):
-    return module.packed(hidden_states, topk_ids, topk_weights)
+    packed = getattr(module, "packed", None)
+    if packed is None:  # experts that are not quantised: the class's own forward, which transformers has wrapped
+        return type(module).forward.__wrapped__(module, hidden_states, topk_ids, topk_weights)
+    return packed(hidden_states, topk_ids, topk_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
