@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from marlin_cy.cpu import CpuBackend, CpuGptqStore, CpuMarlinExpertStack
-from marlin_cy.errors import CheckpointError
+from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.canonical import CODES, SCALE_DTYPES
 from marlin_cy.json_fields import field, positive
 from marlin_cy.safetensors_file import DTYPES, SafetensorsFile, read_json
@@ -236,7 +236,7 @@ class PackedSource:
                 scale_dtype_of(stack),
                 self._tensors.raw(packed),
             )
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, UnsupportedError) as error:
             raise self._error(packed, str(error)) from error
 
     def _g_idx(self, name):

@@ -111,23 +111,34 @@ def mutate_tensors(data, content):
         return content[: data.draw(st.integers(0, len(content)))]
     values = np.frombuffer(content, np.uint8).copy()
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    if len(values) <= 8 + length:
+        return content[:-1]
     places = rng.integers(8 + length, len(values), data.draw(st.integers(1, 200)))
     values[places] = rng.choice([0, 0x7F, 0xFF, 0xFC, 0x80], len(places))
     return values.tobytes()
 
 
 def mutate(data, folder):
-    file = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return
+    file = data.draw(st.sampled_from(names))
     path = folder / file
     note(file)
+    content = path.read_bytes()
     if data.draw(st.integers(0, 30)) == 0:
         path.unlink()
-    elif file.endswith(".safetensors"):
-        path.write_bytes(mutate_tensors(data, path.read_bytes()))
-    elif data.draw(st.integers(0, 4)) == 0:
-        path.write_bytes(mutate_text(data, path.read_bytes()))
-    else:
-        path.write_text(json.dumps(mutate_json(data, json.loads(path.read_text()))), encoding="utf-8")
+        return
+    try:
+        if file.endswith(".safetensors"):
+            content = mutate_tensors(data, content)
+        elif data.draw(st.integers(0, 4)) == 0:
+            content = mutate_text(data, content)
+        else:
+            content = json.dumps(mutate_json(data, json.loads(content))).encode()
+    except (ValueError, struct.error):  # damaged before, so that it is no JSON or no such file any more
+        content = mutate_text(data, content)
+    path.write_bytes(content)
 
 
 def use(folder, verify):

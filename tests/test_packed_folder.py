@@ -151,11 +151,12 @@ def edit_description(folder, change, *, keep_sum=False):
 
 
 STACK = "model.layers.0.mlp.experts.gate_up"
-FILE = "model-00002-of-00003.safetensors"
+LINEAR = "model.layers.0.self_attn.q_proj"
+FILE = "model-00002-of-00002.safetensors"
 
 
-def in_stack(**changes):
-    return lambda folder: edit_description(folder, lambda description: description["stacks"][STACK].update(changes))
+def in_stack(name=STACK, **changes):
+    return lambda folder: edit_description(folder, lambda description: description["stacks"][name].update(changes))
 
 
 def in_header(name, **changes):
@@ -193,15 +194,17 @@ DAMAGES = {
         lambda folder: edit_description(folder, lambda d: d["stacks"].update({STACK: 3})),
         rf"{STACK}: got 3, expected an object",
     ),
-    "other k": (in_stack(k=96), "experts, k, n|expected .*bytes"),
-    "k off the step": (in_stack(k=72), "k: got 72|expected"),
+    "other k": (in_stack(k=96), r"got experts, k, n \(3, 96, 192\), config\.json says \(3, 64, 192\)"),
+    "other k of a linear": (in_stack(LINEAR, k=96), rf"{LINEAR}\.packed': data: got shape .*, expected contiguous"),
+    "k off the step": (in_stack(LINEAR, k=72), rf"{LINEAR}\.packed': k: got 72, expected a positive multiple of 32"),
     "negative k": (in_stack(k=-64), "k: got -64, expected a positive number"),
-    "other n": (in_stack(n=96), "expected"),
+    "other n": (in_stack(LINEAR, n=96), rf"{LINEAR}\.packed': data: got shape .*, expected contiguous"),
     "other experts": (in_stack(num_experts=4), r"got U8 \(3, \d+\), expected U8 \(4, bytes\)"),
     "experts as text": (in_stack(num_experts="3"), "num_experts: got '3', expected int"),
     "unknown codes": (in_stack(codes="uint3"), "codes: got 'uint3', expected one of uint4, e2m1"),
     "unknown scales": (in_stack(scale_dtype="float32"), "scale_dtype: got 'float32', expected one of float16"),
-    "other group size": (in_stack(group_size=64), "bytes"),
+    "other group size": (in_stack(group_size=64), rf"{STACK}\.packed': data: got shape .*, expected contiguous"),
+    "group size off": (in_stack(group_size=48), rf"{STACK}\.packed': group_size: got 48, supported are 32"),
     "tensor cut": (lambda folder: truncate(folder / FILE, -1), "not fully covered"),
     "file missing": (lambda folder: (folder / FILE).unlink(), "which is not in the folder"),
     "stack of a layer missing": (
@@ -223,6 +226,8 @@ def test_damaged(packed, damage):
     with pytest.raises(CheckpointError, match=message), open_checkpoint(packed) as checkpoint:
         for layer in checkpoint.moe_layers:
             checkpoint.moe_layer(layer)
+        for name in checkpoint.linears:
+            checkpoint.linear(name)
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(packed, capsys):
