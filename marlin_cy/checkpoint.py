@@ -21,8 +21,9 @@ from marlin_cy.families import find_family, find_moe_layers, read_moe_spec, text
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
+from marlin_cy.moe.routing import Routing
 from marlin_cy.packed_folder import PackedSource, is_packed
-from marlin_cy.quantized_source import QuantizedSource, new_builder
+from marlin_cy.quantized_source import QuantizedSource, blaming, new_builder
 from marlin_cy.safetensors_file import SafetensorsFolder, TensorInfo, read_json
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -112,6 +113,8 @@ class Checkpoint:
         self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
         self.moe_spec = read_moe_spec(text, self.family, self._config_file)
+        with blaming(self._config_file):
+            Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
         self._tensors = SafetensorsFolder(path)
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
         self.num_layers = text["num_hidden_layers"]
@@ -292,22 +295,12 @@ class Checkpoint:
         """
         self._check_layer(layer)
         spec, block = self.moe_spec, self.moe_block(layer)
+        routing = {"top_k": spec.top_k, "correction_bias": self.correction_bias(layer), **spec.routing()}
+        with self._blaming_correction_bias(layer):
+            Routing(spec.num_experts, **routing)
         shared = self._shared_expert(block) if shared_expert and spec.shared_intermediate_size else None
         gate_up, down = self._source.expert_stacks(block, self.backend, f"layer {layer}")
-        return MoeLayer(
-            gate_up,
-            down,
-            top_k=spec.top_k,
-            activation=spec.activation,
-            shared_expert=shared,
-            norm_topk_prob=spec.norm_topk_prob,
-            scoring=spec.scoring,
-            correction_bias=self.correction_bias(layer),
-            num_groups=spec.num_groups,
-            topk_groups=spec.topk_groups,
-            group_score=spec.group_score,
-            routed_scaling_factor=spec.routed_scaling_factor,
-        )
+        return MoeLayer(gate_up, down, activation=spec.activation, shared_expert=shared, **routing)
 
     def _shared_expert(self, block):
         family, spec, source = self.family, self.moe_spec, self._source
@@ -373,6 +366,10 @@ class Checkpoint:
             return None
         self._check_shape(name, (self.moe_spec.num_experts,))
         return self._tensors.tensor(name)
+
+    def _blaming_correction_bias(self, layer):
+        name = self._router(layer, "e_score_correction_bias")
+        return blaming(self._tensors.file_of(name).path if name in self._tensors else self._config_file, name)
 
     def _check_router(self, layer):
         self._check_shape(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))

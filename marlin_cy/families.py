@@ -144,6 +144,18 @@ class MoeSpec:
     group_score: str = "max"
     routed_scaling_factor: float = 1.0
 
+    def routing(self):
+        """The keyword arguments of :class:`~marlin_cy.moe.routing.Routing` that are the same in all layers."""
+        names = (
+            "norm_topk_prob",
+            "scoring",
+            "num_groups",
+            "topk_groups",
+            "group_score",
+            "routed_scaling_factor",
+        )
+        return {name: getattr(self, name) for name in names}
+
 
 def text_config(config, file):
     """The part of a configuration that describes the language model: all of it, or ``text_config`` of several."""

@@ -304,6 +304,24 @@ class TestMixtures:
         ):
             checkpoint.moe_layer(0)
 
+    def test_correction_bias_that_is_not_finite(self, tmp_path):
+        write_checkpoint(tmp_path, model_type="glm4_moe")
+        name = "model.layers.0.mlp.gate.e_score_correction_bias"
+        edit_tensor(tmp_path, name, lambda bias: bias * np.nan)
+        with (
+            open_checkpoint(tmp_path) as checkpoint,
+            pytest.raises(CheckpointError, match=rf"{name}': correction_bias: got"),
+        ):
+            checkpoint.moe_layer(0)
+
+    def test_more_choices_than_the_groups_have(self, tmp_path):
+        write_checkpoint(tmp_path, model_type="deepseek_v3", num_experts=4, group_size=32)
+        edit_json(tmp_path, "config.json", num_experts_per_tok=3)
+        with pytest.raises(
+            CheckpointError, match=r"config\.json: top_k: got 3, expected at most 2, the experts of 1 groups"
+        ):
+            open_checkpoint(tmp_path)
+
     def test_names_that_no_family_has(self, tmp_path):
         write_checkpoint(tmp_path, model_type="mixtral")
         edit_json(tmp_path, "config.json", model_type="qwen3_moe", moe_intermediate_size=96)

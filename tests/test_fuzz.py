@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
     write_checkpoint(root / "gptq", **sizes)
     write_checkpoint(root / "gptq desc_act", desc_act=True, **sizes)
     write_checkpoint(root / "mixtral shards", model_type="mixtral", shards=2, **sizes)
-    write_checkpoint(root / "deepseek_v3", model_type="deepseek_v3", shared=32, **sizes)
+    write_checkpoint(root / "deepseek_v3", model_type="deepseek_v3", shared=32, **sizes | {"num_experts": 4})
     write_gpt_oss(root / "gpt_oss", num_experts=2, hidden=64, inter=32)
     for name in ("gptq", "gptq desc_act"):
         with open_checkpoint(root / name) as checkpoint:
