@@ -83,8 +83,8 @@ def words_of_marlin(const uint32_t[:, ::1] packed):
 
 cdef void transpose_squares(const item_t *array, item_t *out, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
     cdef Py_ssize_t down, across, row, column
-    for down in range((rows + SIDE - 1) // SIDE):
-        for across in range((columns + SIDE - 1) // SIDE):
+    for across in range((columns + SIDE - 1) // SIDE):
+        for down in range((rows + SIDE - 1) // SIDE):  # so that what is written, in SIDE places, is one run in each
             for column in range(across * SIDE, min((across + 1) * SIDE, columns)):
                 for row in range(down * SIDE, min((down + 1) * SIDE, rows)):
                     out[column * rows + row] = array[row * columns + column]

@@ -6,7 +6,7 @@
 weight_packed       int32                 ``[N, K/8]``  bits ``4*i .. 4*i+3`` of word ``[n, b]``: ``q[8*b + i, n]``
 weight_scale        float16 or bfloat16   ``[N, G]``
 weight_zero_point   int32                 ``[N/8, G]``  bits ``4*j .. 4*j+3`` of word ``[c, g]``: ``zero[g, 8*c + j]``
-weight_g_idx        int32                 ``[K]``       the group of each row of K; written by releases before 2026
+weight_g_idx        int32                 ``[K]``       the group of each row of K; newer releases write none
 weight_shape        int64 or int32        ``[2]``       N and K
 ==================  ====================  ============  ============================================================
 
