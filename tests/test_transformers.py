@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import language_models  # noqa: E402
 from language_models import load_reference, write_large, write_model  # noqa: E402
 
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
-from marlin_cy.integrations.modules import as_array  # noqa: E402
+from marlin_cy.integrations.modules import MarlinLinear, as_array  # noqa: E402
 from marlin_cy.integrations.transformers import load, weight_bytes  # noqa: E402
 
 FOLDER = files("marlin_cy") / BUILT_IN
@@ -101,6 +102,15 @@ def test_layers_that_are_not_quantised(tmp_path, kept):
     reference = load_reference(dense)
     assert error_of(model(tokens).logits, reference(tokens).logits) < RELATIVE_ERROR
     assert_same_weights(dequantized_model(quantised), reference)
+
+
+def test_quantised_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "NOT_QUANTISED", re.compile(r"embed_tokens|norm|gate\.weight"))
+    quantised, dense = write_model(tmp_path, "qwen3_moe")
+    tokens = torch.arange(1, 25)[None]
+    model = load(quantised, num_threads=1)
+    assert isinstance(model.lm_head, MarlinLinear)
+    assert error_of(model(tokens).logits, load_reference(dense)(tokens).logits) < RELATIVE_ERROR
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "qwen3_5_moe"])

@@ -79,29 +79,39 @@ class Packed:
         raise UnsupportedError("packed weights cannot be pickled: load the checkpoint where they are needed")
 
 
-class HostLinear(Packed):
+class PackedLinear(Packed):
+    """A Linear; what does not change is looked up once, as a decoder calls it with one row at a time."""
+
+    def __init__(self, linear, contexts):
+        super().__init__(linear, contexts)
+        self._k, self._n, self._forward = linear.in_features, linear.out_features, linear.forward
+
+    def _checked(self, input):
+        array = as_array(input)
+        if array.shape[-1] != self._k:
+            raise ValueError(f"input: got {array.shape[-1]} columns, expected {self._k}")
+        return array
+
+
+class HostLinear(PackedLinear):
     """Runs a Linear whose backend's buffers are ndarrays."""
 
     def __call__(self, input):
-        linear, array = self.layer, as_array(input)
-        *rows, k = array.shape
-        check_width(k, linear.in_features)
-        out = np.empty((array.size // k, linear.out_features), array.dtype)
-        linear.forward(self.contexts.ctx, array.reshape(-1), out, len(out))
-        return as_tensor(out.reshape(*rows, linear.out_features))
+        array = self._checked(input)
+        out = np.empty((*array.shape[:-1], self._n), array.dtype)
+        self._forward(self.contexts.ctx, array.reshape(-1), out.reshape(-1), array.size // self._k)
+        return as_tensor(out)
 
 
-class DeviceLinear(Packed):
+class DeviceLinear(PackedLinear):
     """Runs a Linear whose backend's buffers lie on a device."""
 
     def __call__(self, input):
-        linear, array, contexts = self.layer, as_array(input), self.contexts
-        *rows, k = array.shape
-        check_width(k, linear.in_features)
-        backend, m = contexts.backend, array.size // k
-        out = backend.empty((m, linear.out_features), array.dtype)
-        linear.forward(contexts.ctx, backend.from_host(array.reshape(m, k)), out, m)
-        return as_tensor(backend.to_host(out).reshape(*rows, linear.out_features))
+        array, backend = self._checked(input), self.contexts.backend
+        m = array.size // self._k
+        out = backend.empty((m, self._n), array.dtype)
+        self._forward(self.contexts.ctx, backend.from_host(array.reshape(m, self._k)), out, m)
+        return as_tensor(backend.to_host(out).reshape(*array.shape[:-1], self._n))
 
 
 class HostExperts(Packed):
@@ -132,11 +142,6 @@ def packed_linear(linear, contexts):
 def packed_experts(layer, contexts):
     """What runs a MoE layer's routed experts on tensors: called as ``(hidden_states, topk_ids, topk_weights)``."""
     return (HostExperts if _on_host(contexts.backend) else DeviceExperts)(layer, contexts)
-
-
-def check_width(k, in_features):
-    if k != in_features:
-        raise ValueError(f"input: got {k} columns, expected {in_features}")
 
 
 def _on_host(backend):
