@@ -47,7 +47,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         lines = list(measure(Path(folder), parts, arguments))
     if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": describe(), "show": lines}, indent=1) + "\n")
+        from marlin_cy import get_backend
+
+        machine = describe(get_backend("cpu").new_context(), None)
+        arguments.output.write_text(json.dumps({"machine": machine, "show": lines}, indent=1) + "\n")
     return 0
 
 

@@ -88,6 +88,8 @@ class Checkpoint:
         ``config.json``.
     format : str
         What the weights are stored in: ``"gptq"``, ``"awq"``, ``"packed"``, ...
+    codes : str
+        What a 4-bit code stands for: ``"uint4"`` or ``"e2m1"``.
     scheme : Scheme or None
         The format's settings; None for a packed folder.
     family : Family
@@ -125,7 +127,7 @@ class Checkpoint:
             self._source = QuantizedSource(
                 self._tensors, self.scheme, self.family, self.moe_spec, self._config_file, self._for_each
             )
-        self.format = self._source.format
+        self.format, self.codes = self._source.format, self._source.codes
         quantised = [self._source.holds_experts(self.moe_block(layer)) for layer in layers]
         self.moe_layers = [layer for layer, held in zip(layers, quantised, strict=True) if held]
         self.dense_moe_layers = [layer for layer, held in zip(layers, quantised, strict=True) if not held]

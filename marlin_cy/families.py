@@ -7,7 +7,7 @@ classes of transformers may call the same things otherwise.
 from dataclasses import dataclass
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.json_fields import field, finite, positive
+from marlin_cy.json_fields import finite, optional, positive
 
 __all__ = ["FAMILIES", "Family", "MoeSpec", "find_family", "find_moe_layers", "read_moe_spec", "text_config"]
 
@@ -159,7 +159,7 @@ class MoeSpec:
 
 def text_config(config, file):
     """The part of a configuration that describes the language model: all of it, or ``text_config`` of several."""
-    return field(config, ("text_config",), dict, file, default=config)
+    return optional(config, ("text_config",), dict, file, default=config)
 
 
 def find_family(config, file):
@@ -191,9 +191,10 @@ def read_moe_spec(config, family, file):
     """The :class:`MoeSpec` that a configuration of this family gives."""
     norm_topk_prob = family.norm_topk_prob
     if norm_topk_prob is None:
-        norm_topk_prob = field(config, ("norm_topk_prob",), bool, file, default=family.norm_default)
+        norm_topk_prob = optional(config, ("norm_topk_prob",), bool, file, default=family.norm_default)
     elif (
-        family.topk_method and field(config, ("norm_topk_prob",), bool, file, default=norm_topk_prob) != norm_topk_prob
+        family.topk_method
+        and optional(config, ("norm_topk_prob",), bool, file, default=norm_topk_prob) != norm_topk_prob
     ):
         raise UnsupportedError(f"{file}: norm_topk_prob {not norm_topk_prob} is not known of {family.name}")
     # transformers 5 writes num_local_experts for every family.
@@ -223,7 +224,7 @@ def read_moe_spec(config, family, file):
 
 def _groups(config, family, file):
     """``(num_groups, topk_groups, group_score)``."""
-    method = family.topk_method and field(config, ("topk_method",), str, file, default=family.topk_method)
+    method = family.topk_method and optional(config, ("topk_method",), str, file, default=family.topk_method)
     if method is None:
         return 1, 1, "max"
     if method not in GROUP_SCORE_OF:
@@ -245,14 +246,14 @@ def _groups(config, family, file):
 def _scoring(config, family, file):
     if family.topk_method is None:
         return family.scoring
-    scoring = field(config, ("scoring_func",), str, file, default=family.scoring)
+    scoring = optional(config, ("scoring_func",), str, file, default=family.scoring)
     if scoring != family.scoring:
         raise UnsupportedError(f"{file}: scoring_func {scoring!r}, {family.name} has {family.scoring!r}")
     return scoring
 
 
 def _activation(config, family, file):
-    name = field(config, ("hidden_act",), str, file, default="silu")
+    name = optional(config, ("hidden_act",), str, file, default="silu")
     if family.activation is None:
         if name not in ACTIVATION_OF:
             raise UnsupportedError(f"{file}: hidden_act {name!r}, supported: {', '.join(ACTIVATION_OF)}")
@@ -269,9 +270,9 @@ def _shared_size(config, family, intermediate_size, file):
     if family.shared_expert is None:
         return None
     if family.shared_gate is not None:
-        size = field(config, ("shared_expert_intermediate_size",), int, file, default=0)
+        size = optional(config, ("shared_expert_intermediate_size",), int, file, default=0)
     else:
-        size = intermediate_size * field(config, ("n_shared_experts",), int, file, default=0)
+        size = intermediate_size * optional(config, ("n_shared_experts",), int, file, default=0)
     if size < 0:
         raise CheckpointError(f"the shared expert's width: got {size}, expected 0 or more", file=file)
     return size or None
@@ -284,8 +285,8 @@ def find_moe_layers(config, num_tensors, file):
         raise CheckpointError(f"num_hidden_layers: got {num_layers}, but there are {num_tensors} tensors", file=file)
     step = positive(config, ("decoder_sparse_step",), file, default=1)
     frequency = positive(config, ("moe_layer_freq",), file, default=1)
-    first = field(config, ("first_k_dense_replace",), int, file, default=0)
-    dense = field(config, ("mlp_only_layers",), list, file, default=[])
+    first = optional(config, ("first_k_dense_replace",), int, file, default=0)
+    dense = optional(config, ("mlp_only_layers",), list, file, default=[])
     return [
         layer
         for layer in range(num_layers)

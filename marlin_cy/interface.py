@@ -349,7 +349,7 @@ class Backend(ABC):
         ----------
         qweight : int32 ``[k/8, n]``
             Low nibble first along K.
-        scales : float16 ``[k/group_size, n]``
+        scales : float16 or bfloat16 ``[k/group_size, n]``
             Finite.
         qzeros : int32 ``[k/group_size, n/8]``
             Low nibble first along N; stored minus one when ``checkpoint_format`` is ``"gptq"``.
@@ -378,7 +378,9 @@ class Backend(ABC):
             n=n,
             checkpoint_format=checkpoint_format,
         )
-        builder = self.new_stack_builder(1, k, n, group_size=weight.group_size, g_idx=weight.g_idx)
+        builder = self.new_stack_builder(
+            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scale_dtype=weight.scale.dtype
+        )
         builder.add(0, 0, weight)
         return self._linear(builder.finish(), bias)
 
@@ -436,6 +438,7 @@ class Backend(ABC):
             n_per_expert,
             group_size=group_size,
             g_idx=g_idx_of,
+            scale_dtype=first.scale.dtype,
         )
         builder.add(0, 0, first)
         for expert in range(1, len(qweights)):

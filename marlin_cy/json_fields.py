@@ -4,22 +4,27 @@ import math
 
 from marlin_cy.errors import CheckpointError
 
-__all__ = ["field", "finite", "positive"]
+__all__ = ["finite", "optional", "positive", "required"]
 
 
-def field(config, names, kind, file, default=None):
-    """The value that ``config`` has under any of ``names``, which are names for one thing.
+def optional(config, names, kind, file, default=None):
+    """The value that a JSON object has under any of ``names``, which are names for one thing; null is none.
 
     Parameters
     ----------
     config : dict
     names : sequence of str
     kind : type
-        Of JSON's values: ``int``, ``bool``, ``str``, ``list``, ``dict``.
+        bool, int, str, list or dict.
     file : path-like
         For messages.
-    default : object
-        When none is given, or null.
+    default
+        When no name has a value.
+
+    Raises
+    ------
+    CheckpointError
+        A value of another type, or names whose values contradict each other.
     """
     given = {name: config[name] for name in names if config.get(name) is not None}
     for name, value in given.items():
@@ -33,9 +38,17 @@ def field(config, names, kind, file, default=None):
     return values[0] if values else default
 
 
+def required(config, names, kind, file):
+    """As :func:`optional`, and a CheckpointError where there is none."""
+    value = optional(config, names, kind, file)
+    if value is None:
+        raise CheckpointError(f"{names[0]}: missing", file=file)
+    return value
+
+
 def positive(config, names, file, default=None):
-    """As :func:`field`, an int of at least 1 that must be there unless there is a default."""
-    value = field(config, names, int, file, default)
+    """As :func:`optional`, an int of at least 1 that must be there unless there is a default."""
+    value = optional(config, names, int, file, default)
     if value is None:
         raise CheckpointError(f"{' or '.join(names)}: missing", file=file)
     if value <= 0:

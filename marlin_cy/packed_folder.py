@@ -30,7 +30,7 @@ import numpy as np
 from marlin_cy.cpu import CpuBackend, CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.canonical import CODES, SCALE_DTYPES
-from marlin_cy.json_fields import field, positive
+from marlin_cy.json_fields import optional, positive
 from marlin_cy.safetensors_file import DTYPES, SafetensorsFile, read_json
 
 __all__ = ["FORMAT_VERSION", "METHOD", "PackedSource", "is_packed", "write_packed"]
@@ -83,15 +83,15 @@ class PackedSource:
         config_file = path / "config.json"
         quantization = config["quantization_config"]
         check_version(quantization, config_file)
-        self.source_quantization = field(quantization, ("source",), dict, config_file, default={})
-        expected = field(quantization, ("packed_sha256",), str, config_file)
+        self.source_quantization = optional(quantization, ("source",), dict, config_file, default={})
+        expected = optional(quantization, ("packed_sha256",), str, config_file)
         description = read_json(self._file)
         found = hashlib.sha256(self._file.read_bytes()).hexdigest()
         if found != expected:
             raise CheckpointError(f"got SHA-256 {found}, expected {expected} by config.json", file=self._file)
         check_version(description, self._file)
-        self._stacks = field(description, ("stacks",), dict, self._file, default={})
-        self._sums = field(description, ("sha256",), dict, self._file, default={})
+        self._stacks = optional(description, ("stacks",), dict, self._file, default={})
+        self._sums = optional(description, ("sha256",), dict, self._file, default={})
         for name, stack in self._stacks.items():
             self._check_stack(name, stack)
         missing = sorted(set(self._sums) - set(tensors.names))
@@ -106,7 +106,7 @@ class PackedSource:
         for key in ("num_experts", "k", "n", "group_size"):
             positive(stack, (key,), self._file)
         for key, known in (("codes", CODES), ("scale_dtype", [dtype.name for dtype in SCALE_DTYPES])):
-            value = field(stack, (key,), str, self._file)
+            value = optional(stack, (key,), str, self._file)
             if value not in known:
                 raise CheckpointError(
                     f"{name}: {key}: got {value!r}, expected one of {', '.join(known)}", file=self._file
@@ -133,6 +133,11 @@ class PackedSource:
             if found != self._sums[name]:
                 raise self._error(name, f"got SHA-256 {found}, expected {self._sums[name]}: the file was damaged")
             self._tensors.release(name)
+
+    @property
+    def codes(self):
+        """As QuantizedSource's."""
+        return next((stack["codes"] for stack in self._stacks.values()), CODES[0])
 
     @property
     def linears(self):

@@ -68,6 +68,11 @@ class QuantizedSource:
         return self._scheme.format
 
     @property
+    def codes(self):
+        """What a 4-bit code stands for."""
+        return self._scheme.codes
+
+    @property
     def linears(self):
         """Names of the quantised linear layers that are not routed experts."""
         marker = self._scheme.marker

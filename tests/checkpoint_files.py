@@ -10,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from marlin_cy.families import FAMILIES
 from marlin_cy.formats import gptq
+from marlin_cy.formats.awq import pack_awq
 from marlin_cy.formats.canonical import E2M1_VALUES
+from marlin_cy.formats.compressed_tensors import pack_compressed
 
 # What differs between the configurations of families; the rest is the same for all.
 CONFIGS = {
@@ -59,6 +61,54 @@ def dequantised(q, scale, zero, g_idx):
     return scale.astype(np.float64)[g_idx] * (q - zero[g_idx])
 
 
+def gptq_parts(q, scale, zero, g_idx, checkpoint_format):
+    parts = gptq.pack_gptq(q, scale, zero, checkpoint_format=checkpoint_format)
+    return dict(zip(("qweight", "scales", "qzeros", "g_idx"), (*parts, g_idx), strict=True))
+
+
+def gptq_quantization(group_size, desc_act, sym, checkpoint_format):
+    return {
+        "bits": 4,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": sym,
+        "quant_method": "gptq",
+        "checkpoint_format": checkpoint_format,
+    }
+
+
+def awq_parts(q, scale, zero, g_idx, checkpoint_format):
+    return dict(zip(("qweight", "scales", "qzeros"), pack_awq(q, scale, zero), strict=True))
+
+
+def awq_quantization(group_size, **_):
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
+def compressed_parts(q, scale, zero, g_idx, checkpoint_format):
+    packed, scales, zeros = pack_compressed(q, scale.astype(ml_dtypes.bfloat16), zero)
+    shape = np.array(q.shape[::-1], np.int64)
+    return {"weight_packed": packed, "weight_scale": scales, "weight_zero_point": zeros, "weight_shape": shape}
+
+
+def compressed_quantization(group_size, **_):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": False}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+METHODS = {
+    "gptq": (gptq_parts, gptq_quantization),
+    "awq": (awq_parts, awq_quantization),
+    "compressed-tensors": (compressed_parts, compressed_quantization),
+}
+"""For each: a layer's tensors from its codes, and the quantisation config."""
+
+
 def write_checkpoint(
     folder,
     *,
@@ -69,6 +119,7 @@ def write_checkpoint(
     inter=96,
     group_size=64,
     checkpoint_format="gptq",
+    method="gptq",
     sym=False,
     desc_act=False,
     shards=1,
@@ -82,8 +133,10 @@ def write_checkpoint(
     """Write a checkpoint folder; returns the float64 weight of every quantised linear layer, by name.
 
     ``with_weights=False`` returns none and is fast: for large ones. ``shared`` is the width of a shared expert,
-    ``expert_bias`` gives experts biases, ``dense_layers`` have experts that are not quantised.
+    ``expert_bias`` gives experts biases, ``dense_layers`` have experts that are not quantised, ``method`` is one of
+    METHODS.
     """
+    pack, quantization = METHODS[method]
     family = FAMILIES[model_type]
     rng = np.random.default_rng(seed)
     folder = Path(folder)
@@ -94,11 +147,11 @@ def write_checkpoint(
         size = k if group_size == -1 else group_size
         if with_weights:
             q, scale, zero = random_weight(rng, k, n, size, checkpoint_format=checkpoint_format, sym=sym)
-            parts = gptq.pack_gptq(q, scale, zero, checkpoint_format=checkpoint_format)
             weights[name] = dequantised(q, scale, zero, g_idx)
+            parts = pack(q, scale, zero, g_idx, checkpoint_format)
         else:
-            parts = random_tensors(rng, k, n, size)
-        for part, array in zip(("qweight", "scales", "qzeros", "g_idx"), (*parts, g_idx), strict=True):
+            parts = dict(zip(("qweight", "scales", "qzeros"), random_tensors(rng, k, n, size), strict=True))
+        for part, array in parts.items():
             tensors[f"{name}.{part}"] = array
 
     def new_g_idx(k):
@@ -148,16 +201,10 @@ def write_checkpoint(
         config |= (
             {"shared_expert_intermediate_size": shared} if family.shared_gate else {"n_shared_experts": shared // inter}
         )
-    quantization = {
-        "bits": 4,
-        "group_size": group_size,
-        "desc_act": desc_act,
-        "sym": sym,
-        "quant_method": "gptq",
-        "checkpoint_format": checkpoint_format,
-    }
-    write_json(folder, "config.json", {**config, "quantization_config": quantization})
-    write_json(folder, "quantize_config.json", quantization)
+    settings = quantization(group_size=group_size, desc_act=desc_act, sym=sym, checkpoint_format=checkpoint_format)
+    write_json(folder, "config.json", {**config, "quantization_config": settings})
+    if method == "gptq":
+        write_json(folder, "quantize_config.json", settings)
     write_tensors(folder, tensors, shards)
     return weights
 

@@ -121,3 +121,18 @@ def test_wrong_options_are_refused(arguments, message):
     finished = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
     assert message in finished.stderr
+
+
+def test_whole_models(tmp_path):
+    """The parts that need no PyTorch, on a model of one layer."""
+    output = tmp_path / "result.json"
+    options = ["--only", "pack,open", "--layers", "1", "--packed-layers", "1", "--rounds", "1", "--folder", tmp_path]
+    script = SCRIPT.with_name("bench_models.py")
+    finished = subprocess.run(
+        [sys.executable, script, *options, "--output", output], capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads(output.read_text())
+    assert document["machine"]["threads"] >= 1
+    assert [line["unit"] for line in document["show"]] == ["GB/s", "s", "s"]
+    assert all(line["measured"] > 0 for line in document["show"])

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from asserts import relative_error
-from checkpoint_files import CONFIGS, edit_json, edit_tensor, write_checkpoint, write_gpt_oss
+from checkpoint_files import CONFIGS, METHODS, edit_json, edit_tensor, write_checkpoint, write_gpt_oss
 
 from marlin_cy import get_backend, open_checkpoint, reference
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.families import FAMILIES, MoeSpec, find_moe_layers, read_moe_spec
+from marlin_cy.safetensors_file import SafetensorsFolder
 
 SIZES = {"hidden_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 5}
 # One layer with int16 activations is off by some 5e-5; two products and a shared expert, by less than this.
@@ -217,6 +218,29 @@ def test_a_folder_of_each_family(tmp_path, rng, model_type):
         assert relative_error(out, expected) < BOUND
         if family.scoring == "sigmoid":
             np.testing.assert_array_equal(layer.routing.correction_bias, checkpoint.correction_bias(1))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_folder_of_each_method(tmp_path, backend, rng, method):
+    """Zero points of 0 to 15, and of bfloat16 scales those that are written."""
+    weights = write_checkpoint(tmp_path, method=method, group_size=32, checkpoint_format="gptq_v2", seed=8)
+    with open_checkpoint(tmp_path, backend=backend) as checkpoint:
+        assert checkpoint.format == method
+        assert checkpoint.linears == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+        layer = checkpoint.moe_layer(1)
+        linear = checkpoint.linear(checkpoint.linears[0])
+    ctx, stored = backend.new_context(), np.eye(64, dtype=np.float32)
+    tolerance = 2.0**-8 if method == "compressed-tensors" else BOUND  # the scales were rounded to bfloat16
+    for expert in range(3):
+        names = [f"model.layers.1.mlp.experts.{expert}.{part}_proj" for part in ("gate", "up")]
+        out = backend.empty((64, 192), np.float32)
+        layer.gate_up.gemm_phase_batched(ctx, backend.from_host(stored), [(expert, 0, 0, 64)], out, 64)
+        expected = np.concatenate([weights[name] for name in names], axis=1)
+        assert relative_error(backend.to_host(out), expected) < tolerance
+    out = backend.empty((64, 32), np.float32)
+    linear.forward(ctx, backend.from_host(stored), out, 64)
+    bias = np.asarray(SafetensorsFolder(tmp_path).tensor("model.layers.0.self_attn.q_proj.bias"), np.float64)
+    assert relative_error(backend.to_host(out), weights["model.layers.0.self_attn.q_proj"] + bias) < tolerance
 
 
 def test_gpt_oss_folder(tmp_path, rng):

@@ -21,7 +21,17 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.packed_folder import write_packed
 
 EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))
-SOURCES = ("gptq", "gptq desc_act", "mixtral shards", "deepseek_v3", "gpt_oss", "packed", "packed desc_act")
+SOURCES = (
+    "gptq",
+    "gptq desc_act",
+    "mixtral shards",
+    "deepseek_v3",
+    "awq",
+    "compressed-tensors",
+    "gpt_oss",
+    "packed",
+    "packed desc_act",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +42,8 @@ def folders(tmp_path_factory):
     write_checkpoint(root / "gptq desc_act", desc_act=True, **sizes)
     write_checkpoint(root / "mixtral shards", model_type="mixtral", shards=2, **sizes)
     write_checkpoint(root / "deepseek_v3", model_type="deepseek_v3", shared=32, **sizes | {"num_experts": 4})
+    for method in ("awq", "compressed-tensors"):
+        write_checkpoint(root / method, method=method, checkpoint_format="gptq_v2", **sizes)
     write_gpt_oss(root / "gpt_oss", num_experts=2, hidden=64, inter=32)
     for name in ("gptq", "gptq desc_act"):
         with open_checkpoint(root / name) as checkpoint:

@@ -21,9 +21,9 @@ from marlin_cy.formats import gptq
 from marlin_cy.formats._nibbles import transpose
 from marlin_cy.formats.arrays import as_array
 from marlin_cy.formats.canonical import Int4Weight
-from marlin_cy.formats.fields import optional
 from marlin_cy.formats.overrides import NotConverted, settings_of
 from marlin_cy.formats.scheme import Scheme, TensorSpec
+from marlin_cy.json_fields import optional
 
 __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
 

@@ -2,8 +2,8 @@
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import auto_round, awq, compressed_tensors, gptq, marlin, mxfp4
-from marlin_cy.formats.fields import optional
 from marlin_cy.formats.scheme import Scheme
+from marlin_cy.json_fields import optional
 from marlin_cy.safetensors_file import read_json
 
 __all__ = ["METHODS", "read_scheme"]
