@@ -1,16 +1,17 @@
-"""Mixture-of-Experts layers straight from 4-bit GPTQ weights, on any CPU and any OpenCL GPU.
+"""Mixture-of-Experts layers straight from 4-bit weights, on any CPU and any OpenCL GPU.
 
 ::
 
     checkpoint folder ── checkpoint.py ──┐
-    GPTQ tensors ─────── formats/ ───────┴─ canonical form ── StackBuilder ── packed int4 tiles
+    tensors ──────────── formats/ ───────┴─ canonical form ── StackBuilder ── packed int4 tiles
                                                                                     │
     activations ── quantised per row and group of K ── integer tile GEMM ───────────┘
                                                               │
-                     MoeLayer: route · gate_up · silu·mul · down · combine ── outputs
+                     MoeLayer: route · gate_up · act·mul · down · combine ── outputs
 
 ``interface.py`` holds the abstract classes and their documentation, ``cpu/`` and ``opencl/`` implement
-them, ``moe/`` builds layers on either, ``reference.py`` says in NumPy what every operation computes.
+them, ``moe/`` builds layers on either, ``integrations/`` runs whole models in transformers, ``reference.py`` says
+in NumPy what every operation computes.
 """
 
 from importlib import import_module

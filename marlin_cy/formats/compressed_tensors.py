@@ -312,5 +312,5 @@ def pack_compressed(q, scale, zero=None):
         if np.min(codes) < 0 or np.max(codes) > 15:
             raise ValueError(f"{name}: got {np.min(codes)} to {np.max(codes)}, compressed-tensors holds 0 to 15")
     packed = np.ascontiguousarray(pack_words(q).T).view(np.int32)
-    zero = None if zero is None else pack_words(np.asarray(zero).T).view(np.int32)
+    zero = None if zero is None else np.ascontiguousarray(pack_words(np.asarray(zero).T)).view(np.int32)
     return packed, np.ascontiguousarray(np.asarray(scale).T), zero
