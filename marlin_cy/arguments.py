@@ -74,7 +74,7 @@ def float_vector(name, value, length):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
     if array.shape != (length,):
         raise ValueError(f"{name}: got shape {array.shape}, expected ({length},)")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN is found below
         vector = array.astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(vector))
     if len(wrong):

@@ -1,9 +1,19 @@
 """Model families: what their configurations mean, and whole folders of each, loaded and run."""
 
+import shutil
+
 import numpy as np
 import pytest
 from asserts import relative_error
-from checkpoint_files import CONFIGS, METHODS, edit_json, edit_tensor, write_checkpoint, write_gpt_oss
+from checkpoint_files import (
+    CONFIGS,
+    METHODS,
+    edit_json,
+    edit_tensor,
+    write_checkpoint,
+    write_gpt_oss,
+    write_tensors,
+)
 
 from marlin_cy import get_backend, open_checkpoint, reference
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -241,6 +251,31 @@ def test_a_folder_of_each_method(tmp_path, backend, rng, method):
     linear.forward(ctx, backend.from_host(stored), out, 64)
     bias = np.asarray(SafetensorsFolder(tmp_path).tensor("model.layers.0.self_attn.q_proj.bias"), np.float64)
     assert relative_error(backend.to_host(out), weights["model.layers.0.self_attn.q_proj"] + bias) < tolerance
+
+
+def test_experts_in_one_tensor(tmp_path, rng):
+    """compressed-tensors with all experts of a layer in one tensor, gate before up."""
+    write_checkpoint(tmp_path / "single", method="compressed-tensors", group_size=32, checkpoint_format="gptq_v2")
+    tensors, fused = SafetensorsFolder(tmp_path / "single"), {}
+    for name in tensors.names:
+        if ".experts." not in name:
+            fused[name] = tensors.tensor(name)
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp.experts"
+        for suffix in ("weight_packed", "weight_scale", "weight_zero_point"):
+            parts = {
+                part: np.stack([tensors.tensor(f"{block}.{expert}.{part}_proj.{suffix}") for expert in range(3)])
+                for part in ("gate", "up", "down")
+            }
+            fused[f"{block}.gate_up_proj.{suffix}"] = np.concatenate([parts["gate"], parts["up"]], axis=1)
+            fused[f"{block}.down_proj.{suffix}"] = parts["down"]
+    (tmp_path / "fused").mkdir()
+    shutil.copyfile(tmp_path / "single" / "config.json", tmp_path / "fused" / "config.json")
+    write_tensors(tmp_path / "fused", fused)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    with open_checkpoint(tmp_path / "single") as single, open_checkpoint(tmp_path / "fused") as checkpoint:
+        assert checkpoint.expert_bytes(1) == single.expert_bytes(1) - 9 * 16  # the weight_shapes
+        np.testing.assert_array_equal(run(checkpoint, 1, x)[1], run(single, 1, x)[1])
 
 
 def test_gpt_oss_folder(tmp_path, rng):

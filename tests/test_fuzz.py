@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 
 from marlin_cy import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.families import FAMILIES
+from marlin_cy.formats.registry import read_scheme
 from marlin_cy.packed_folder import write_packed
+from marlin_cy.quantized_source import QuantizedSource, blaming
+from marlin_cy.safetensors_file import SafetensorsFolder, read_json
 
 EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))
 SOURCES = (
@@ -32,6 +36,10 @@ SOURCES = (
     "packed",
     "packed desc_act",
 )
+
+
+TOOLS = Path(__file__).parent / "fixtures"
+TOOLS_FOLDERS = sorted(path.name for path in TOOLS.iterdir() if (path / "model.safetensors").exists())
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +204,55 @@ def test_any_damage_is_said(folders, source):
 def test_what_is_not_damaged_loads(folders):
     for source in SOURCES:
         use(folders / source, True)
+
+
+def use_layers(folder):
+    """Bring every linear layer of a folder that has no model around it to canonical form."""
+    config = read_json(folder / "config.json")
+    scheme, tensors = read_scheme(folder, config), SafetensorsFolder(folder)
+    source = QuantizedSource(tensors, scheme, FAMILIES["qwen3_moe"], None, folder / "config.json", None)
+    modules = [name.removesuffix(scheme.marker) for name in tensors.names if name.endswith(scheme.marker)]
+    if scheme.marker == "_blocks":  # of all experts in one, of which source knows through a model's configuration
+        for module in modules:
+            with blaming(folder, module):
+                arrays = {suffix: tensors.tensor(f"{module}{suffix}") for suffix in scheme.tensors(32, 8)}
+                k, n = scheme.sizes(arrays[scheme.marker].shape[1:])
+                scheme.to_canonical({suffix: array[0] for suffix, array in arrays.items() if array.ndim}, k, n)
+        return len(modules)
+    loaded = 0
+    for module in modules:
+        try:
+            source.weight(module)
+        except UnsupportedError as error:  # of mixed widths
+            assert "bits" in str(error) or "not quantised" in str(error) or "supported" in str(error)
+        else:
+            loaded += 1
+        source.bias(module)
+    return loaded
+
+
+def tools_folder(name, target):
+    """What a tool wrote, without the weights that were expected of it."""
+    shutil.copytree(TOOLS / name, target, ignore=shutil.ignore_patterns("expected.safetensors"))
+
+
+@pytest.mark.parametrize("name", TOOLS_FOLDERS)
+def test_any_damage_of_a_tools_files_is_said(name):
+    @settings(max_examples=max(EXAMPLES // 4, 1), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            tools_folder(name, folder)
+            for _ in range(data.draw(st.integers(1, 3))):
+                mutate(data, folder)
+            try:
+                use_layers(folder)
+            except (CheckpointError, UnsupportedError) as error:
+                assert str(error)
+
+    check()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        tools_folder(name, folder)
+        assert use_layers(folder) > 0
