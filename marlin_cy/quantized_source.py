@@ -59,6 +59,11 @@ class QuantizedSource:
         self._config_file = config_file
         self._for_each = for_each
         self._kinds = {}
+        self._names = {}  # of a layer's tensors but for its bias, by its module
+        for name in tensors.names:
+            module, _, part = name.rpartition(scheme.marker[0])
+            if part != "bias":
+                self._names.setdefault(module, []).append(name)
 
     # What there is -----------------------------------------------------------------------------
 
@@ -85,10 +90,6 @@ class QuantizedSource:
     def has_linear(self, module):
         """Whether this linear layer is there, quantised."""
         return f"{module}{self._scheme.marker}" in self._tensors
-
-    def suffixes(self):
-        """The suffixes of a quantised layer's tensors, its bias not among them."""
-        return tuple(self._scheme.tensors(256, 256))
 
     def holds_experts(self, block):
         """Whether a block's routed experts are quantised; every tensor of theirs has been checked then.
@@ -159,16 +160,13 @@ class QuantizedSource:
 
     def expert_bytes(self, block):
         """Bytes that a block's quantised experts take in the files."""
-        if self._kinds[block] == "fused":
-            parts = self._parts(block, 0)
-        else:
-            parts = [part for expert in range(self._spec.num_experts) for part in self._parts(block, expert)]
-        return sum(
-            self._tensors.info(f"{part.module}{suffix}").nbytes
-            for part in parts
-            for suffix in self._scheme.tensors(part.k, part.n)
-            if f"{part.module}{suffix}" in self._tensors
-        )
+        modules = self._expert_modules(block)
+        return sum(self._tensors.info(name).nbytes for module in modules for name in self._names[module])
+
+    def _expert_modules(self, block):
+        """The modules that a block's quantised experts are stored as."""
+        experts = {"dense": 0, "fused": 1, "separate": self._spec.num_experts}[self._kinds[block]]
+        return [part.module for expert in range(experts) for part in self._parts(block, expert)]
 
     # Loading -----------------------------------------------------------------------------------
 
@@ -195,23 +193,15 @@ class QuantizedSource:
 
     def release(self, module, index=None):
         """Give back the memory that a linear layer's tensors (of one expert) were read into."""
-        for suffix in self.suffixes():
-            if f"{module}{suffix}" in self._tensors:
-                self._tensors.release(f"{module}{suffix}", index)
+        for name in self._names.get(module, ()):
+            self._tensors.release(name, index)
 
     def quantized_tensors(self):
         """The names of the tensors that quantised layers are made of; of biases, those of routed experts."""
-        names = [f"{module}{suffix}" for module in self.linears for suffix in self.suffixes()]
-        for block, kind in self._kinds.items():
-            experts = {"dense": 0, "fused": 1, "separate": self._spec.num_experts}[kind]
-            suffixes = (*self.suffixes(), "_bias" if kind == "fused" else ".bias")
-            names += [
-                f"{part.module}{suffix}"
-                for expert in range(experts)
-                for part in self._parts(block, expert)
-                for suffix in suffixes
-            ]
-        return [name for name in names if name in self._tensors]
+        experts = [module for block in self._kinds for module in self._expert_modules(block)]
+        names = [name for module in [*self.linears, *experts] for name in self._names[module]]
+        biases = [f"{module}{separator}bias" for module in experts for separator in "._"]
+        return names + [name for name in biases if name in self._tensors]
 
     def expert_stacks(self, block, backend, description):
         """``(gate_up, down)`` of a block's routed experts.
