@@ -105,10 +105,10 @@ class QuantizedSource:
         return self._kinds[block] != "dense"
 
     def _find_experts(self, block):
+        """How a block's experts are stored: "fused" in one tensor each, "separate", or "dense", which is not quantised."""
         family, marker = self._family, self._scheme.marker
         fused = f"{block}.experts.{family.gate_up}"
         if f"{fused}{marker}" in self._tensors:
-            self._kinds[block] = "fused"
             for part in self._fused_parts(block, 0):
                 self._check_linear(part.module, part.k, part.n, self._spec.num_experts, self._config_file)
             return "fused"
@@ -116,9 +116,8 @@ class QuantizedSource:
         dense = [name for name in (f"{separate}.weight", fused, f"{fused}.weight") if name in self._tensors]
         if not dense:
             # What is missing says which: an error names the first tensor that should be there.
-            self._kinds[block] = "separate"
             for expert in range(self._spec.num_experts):
-                for part in self._parts(block, expert):
+                for part in self._separate_parts(block, expert):
                     self._check_linear(part.module, part.k, part.n, config_file=self._config_file)
             return "separate"
         quantised = [
