@@ -105,7 +105,7 @@ class QuantizedSource:
         return self._kinds[block] != "dense"
 
     def _find_experts(self, block):
-        """How a block's experts are stored: "fused" in one tensor each, "separate", or "dense", which is not quantised."""
+        """How a block's experts are stored: "fused" in one tensor each, "separate", or "dense" and not quantised."""
         family, marker = self._family, self._scheme.marker
         fused = f"{block}.experts.{family.gate_up}"
         if f"{fused}{marker}" in self._tensors:
