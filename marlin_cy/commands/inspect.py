@@ -71,7 +71,7 @@ def settings(checkpoint):
     if checkpoint.scheme is None:
         return checkpoint.config["quantization_config"]
     return {
-        name: value if isinstance(value, str | int | float | bool | None) else str(value)
+        name: value if isinstance(value, str | int | float | bool | None) else str(value) if value else None
         for name, value in dataclasses.asdict(checkpoint.scheme).items()
     }
 
@@ -150,8 +150,8 @@ def print_report(report):
 
 
 def flat(settings):
-    """``(name, value)`` of the settings that are not nested."""
-    return [(name, value) for name, value in settings.items() if not isinstance(value, dict | list)]
+    """``(name, value)`` of the settings that are neither nested nor empty."""
+    return [(name, value) for name, value in settings.items() if not isinstance(value, dict | list) and value]
 
 
 def routing_words(moe):
