@@ -1,9 +1,37 @@
 """What PyTorch has for the same products: dense bfloat16 and its own int4."""
 
-__all__ = ["PEERS", "TorchPeers"]
+__all__ = ["GROUP_SIZES", "PEERS", "TorchPeers", "dense_linear", "int4_linear", "missing_int4", "pack_int4"]
 
 PEERS = ("torch_bf16", "torch_int4")
 GROUP_SIZES = (32, 64, 128, 256)  # what _weight_int4pack_mm_for_cpu takes
+
+
+def missing_int4(torch):
+    """Why this torch has no int4 product, or None."""
+    operators = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+    if not all(hasattr(torch.ops.aten, name) for name in operators):
+        return f"torch {torch.__version__} has no {operators[1]}"
+    return None
+
+
+def pack_int4(torch, codes):
+    """What the int4 product takes, from int32 codes ``[N, K]`` in 0..15."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def int4_linear(torch, packed, scales_and_zeros, group_size):
+    """The function from bfloat16 ``[rows, K]`` to ``[rows, N]`` with the weight ``scale * (code - 8) + zero``.
+
+    ``scales_and_zeros`` is bfloat16 ``[K/group_size, N, 2]``.
+    """
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda x: multiply(x, packed, group_size, scales_and_zeros)
+
+
+def dense_linear(torch, weight):
+    """The function from ``[rows, K]`` to ``[rows, N]`` with the weight ``[N, K]``, all of one dtype."""
+    linear = torch.nn.functional.linear
+    return lambda x: linear(x, weight)
 
 
 class TorchPeers:
@@ -38,9 +66,8 @@ class TorchPeers:
         torch.set_num_threads(num_threads)
         torch.set_grad_enabled(False)
         torch.manual_seed(0)
-        operators = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
-        if not all(hasattr(torch.ops.aten, name) for name in operators):
-            self.missing["torch_int4"] = f"torch {torch.__version__} has no {operators[1]}"
+        if missing := missing_int4(torch):
+            self.missing["torch_int4"] = missing
 
     @property
     def names(self):
@@ -73,25 +100,14 @@ class TorchPeers:
         return self._int4(copies, k, n, group_size)
 
     def _dense(self, copies, k, n):
-        linear = self.torch.nn.functional.linear
         weight = self.torch.randn(n, k).mul_(0.02).bfloat16()
-
-        def with_weight(w):
-            return lambda x: linear(x, w)
-
-        return [with_weight(weight.clone()) for _ in range(copies)]
+        return [dense_linear(self.torch, weight.clone()) for _ in range(copies)]
 
     def _int4(self, copies, k, n, group_size):
         torch = self.torch
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        packed = pack_int4(torch, torch.randint(0, 16, (n, k), dtype=torch.int32))
         scales_and_zeros = torch.rand(k // group_size, n, 2).mul_(0.02).bfloat16()
-
-        def with_weight(w, s):
-            return lambda x: multiply(x, w, group_size, s)
-
-        return [with_weight(packed.clone(), scales_and_zeros.clone()) for _ in range(copies)]
+        return [int4_linear(torch, packed.clone(), scales_and_zeros.clone(), group_size) for _ in range(copies)]
 
     def activations(self, rows, k):
         """Normal bfloat16 ``[rows, k]``."""

@@ -1,0 +1,15 @@
+"""Other libraries, each in a file of its own behind the one interface of ``interface.py``.
+
+Importing this imports none of them.
+"""
+
+from .interface import Experts, Peer, Projection, WrongResult, bound, check, check_moe
+from .numpy_dense import NumpyDense
+from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
+from .torch_dense import TorchBf16, TorchFloat32
+from .torch_int4 import TorchInt4
+
+__all__ = ["PEERS", "Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe"]
+
+PEERS = (NumpyDense, TorchFloat32, TorchBf16, TorchInt4, OnnxRuntimeFloat32, OnnxRuntimeInt8)
+"""Every adapter. Each is made with a number of threads."""

@@ -1,0 +1,237 @@
+"""What every peer can be asked for, and the check that it must pass before it may be timed."""
+
+from abc import ABC, abstractmethod
+from importlib import metadata
+
+import numpy as np
+
+from marlin_cy import reference
+from marlin_cy.errors import UnsupportedError
+
+__all__ = ["Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe", "require_plain"]
+
+ACCURACIES = ("int8", "bf16", "float32")
+ROWS = (1, 5, 33)  # libraries have other kernels for one row, for a few, and for many
+TOKENS = (1, 7)
+
+
+class WrongResult(ArithmeticError):
+    """A peer's result is not the product of what it was given."""
+
+
+class Projection(ABC):
+    """One weight ``[K, N]`` as a peer keeps it.
+
+    :meth:`run` alone is what may be timed.
+    """
+
+    @abstractmethod
+    def prepare(self, x):
+        """The input of :meth:`run`, in the peer's own dtype, from float32 ``[M, K]``."""
+
+    @abstractmethod
+    def run(self, prepared):
+        """The product, in the peer's own form. It may be called again with the same input."""
+
+    @abstractmethod
+    def result(self, out):
+        """float32 ``[M, N]`` on the host from what :meth:`run` gave."""
+
+    def rows(self, x):
+        """float32 ``[M, N]``, the product of float32 ``[M, K]`` with the weight."""
+        return self.result(self.run(self.prepare(x)))
+
+
+class Experts(ABC):
+    """The experts of one layer as a peer keeps them: gate and up, ``silu(gate) * up``, down, weighted sum.
+
+    :meth:`run` alone is what may be timed.
+    """
+
+    @abstractmethod
+    def prepare(self, x, topk_ids, topk_weights):
+        """The input of :meth:`run`; the arguments are those of :meth:`tokens`."""
+
+    @abstractmethod
+    def run(self, prepared):
+        """The layer's output, in the peer's own form. It may be called again with the same input."""
+
+    @abstractmethod
+    def result(self, out):
+        """float32 ``[T, K]`` on the host from what :meth:`run` gave."""
+
+    def tokens(self, x, topk_ids, topk_weights):
+        """The layer's output, float32 ``[T, K]``.
+
+        Parameters
+        ----------
+        x : float32 ``[T, K]``
+        topk_ids : int ``[T, top_k]``
+            The experts of each token, no two of them equal.
+        topk_weights : float32 ``[T, top_k]``
+            Positive; a token's sum is 1, as some peers make it so.
+        """
+        return self.result(self.run(self.prepare(x, topk_ids, topk_weights)))
+
+
+class Peer(ABC):
+    """A library that multiplies by 4-bit weights, or by what they stand for. Making one imports nothing.
+
+    Parameters
+    ----------
+    num_threads : int
+        Threads that its products may use.
+
+    Attributes
+    ----------
+    name : str
+        The column of a table.
+    accuracy : {"int8", "bf16", "float32"}
+        What activations are computed in.
+    distribution : str
+        The package whose version is the peer's.
+    """
+
+    name: str
+    accuracy: str
+    distribution: str
+
+    def __init__(self, num_threads):
+        self.num_threads = num_threads
+
+    @property
+    def version(self):
+        """Of the library; None where it is not installed."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    @abstractmethod
+    def available(self):
+        """None, or why it cannot run here, with what to install."""
+
+    @abstractmethod
+    def load(self, weight) -> Projection:
+        """One projection.
+
+        Parameters
+        ----------
+        weight : Int4Weight
+            ``[K, N]``; "uint4" codes, whole groups of consecutive rows, any zero points that the peer can keep.
+
+        Raises
+        ------
+        UnsupportedError
+            The peer has no form for this weight.
+        """
+
+    def available_moe(self):
+        """None, or why :meth:`load_moe` cannot be used here."""
+        return f"{self.name} has no operator for the experts of a layer"
+
+    def load_moe(self, gate_up, down) -> Experts:
+        """The experts of one layer.
+
+        Parameters
+        ----------
+        gate_up, down : list of Int4Weight
+            ``[K, 2I]``, gate columns first, and ``[I, K]``, one each an expert.
+
+        Raises
+        ------
+        UnsupportedError
+            The peer has no operator for it, or no form for these weights.
+        """
+        raise UnsupportedError(self.available_moe())
+
+
+def require_plain(weight, group_sizes=None):
+    """Raise UnsupportedError unless a weight has integer codes and whole groups, of one of these sizes if given."""
+    if weight.codes != "uint4":
+        raise UnsupportedError(f"weight: got codes {weight.codes!r}, expected 'uint4'")
+    if weight.g_idx is not None:
+        raise UnsupportedError("weight: got a g_idx, expected groups of consecutive rows")
+    if weight.k % weight.group_size:
+        raise UnsupportedError(f"weight: got K {weight.k}, expected a multiple of its group size {weight.group_size}")
+    if group_sizes is not None and weight.group_size not in group_sizes:
+        raise UnsupportedError(f"weight: got group_size {weight.group_size}, expected one of {group_sizes}")
+
+
+def bound(accuracy, k):
+    """The relative error (of Frobenius norms) that an accuracy allows a product over K normal activations.
+
+    ==========  =================================================================================================
+    "float32"   K roundings that act as independent ones, with some room: sums are cut into lanes in any order
+    "bf16"      a rounding each of activations, scales, zero points and outputs, each of 2**-8 at most
+    "int8"      an amax is at most 5 standard deviations, so a step is 5/127 of one; rounding to it is off by the
+                step over the square root of 12; doubled, for scales in float16 and sums of offsets
+    ==========  =================================================================================================
+
+    A weight whose zero points are off by one is beyond all of these, by a factor of five and more.
+    """
+    return {"float32": (4 + 2 * k**0.5) * 2.0**-24, "bf16": 4 * 2.0**-8, "int8": 2 * 5 / 127 / 12**0.5}[accuracy]
+
+
+def check(peer, weight, rng):
+    """The relative error of a peer's products against float64: the largest over a few numbers of rows.
+
+    Parameters
+    ----------
+    peer : Peer
+        An available one.
+    weight : Int4Weight
+    rng : numpy.random.Generator
+
+    Raises
+    ------
+    WrongResult
+        The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong.
+    """
+    dense = reference.dequantize_weight(weight)
+    loaded = peer.load(weight)
+    inputs = [rng.standard_normal((rows, weight.k), np.float32) for rows in ROWS]
+    errors = [
+        _error(peer, loaded.rows(x), x.astype(np.float64) @ dense, bound(peer.accuracy, weight.k)) for x in inputs
+    ]
+    return max(errors)
+
+
+def check_moe(peer, gate_up, down, top_k, rng):
+    """As :func:`check`, of a layer's output; the bound is that of three products, as each adds its own error.
+
+    Parameters
+    ----------
+    peer, rng
+        As in :func:`check`.
+    gate_up, down : list of Int4Weight
+        As in :meth:`Peer.load_moe`.
+    top_k : int
+        Experts a token.
+    """
+    dense_gate_up, dense_down = ([reference.dequantize_weight(w) for w in weights] for weights in (gate_up, down))
+    loaded = peer.load_moe(gate_up, down)
+    limit = 3 * bound(peer.accuracy, max(gate_up[0].k, down[0].k))
+    errors = []
+    for tokens in TOKENS:
+        x = rng.standard_normal((tokens, gate_up[0].k), np.float32)
+        ids, weights = random_routing(rng, tokens, len(gate_up), top_k)
+        expected = reference.moe_layer(x, dense_gate_up, dense_down, ids, weights)
+        errors.append(_error(peer, loaded.tokens(x, ids, weights), expected, limit))
+    return max(errors)
+
+
+def random_routing(rng, tokens, num_experts, top_k):
+    """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``; a token's weights have the sum 1."""
+    ids = np.argsort(rng.random((tokens, num_experts)), axis=1)[:, :top_k].astype(np.int32)
+    weights = rng.uniform(0.1, 1, ids.shape)
+    return ids, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _error(peer, actual, expected, limit):
+    if (actual.shape, actual.dtype) != (expected.shape, np.float32):
+        raise WrongResult(f"{peer.name}: got {actual.dtype} {actual.shape}, expected float32 {expected.shape}")
+    error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    if not error <= limit:
+        raise WrongResult(f"{peer.name}: got a relative error of {error:.2e}, expected at most {limit:.2e}")
+    return error
