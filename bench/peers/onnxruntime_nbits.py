@@ -47,48 +47,19 @@ class _OnnxRuntime(Peer):
         gate_up = Int4Weight(np.zeros((2, 32), np.uint32), scale, zero, 16)
         down = Int4Weight(gate_up.words[:, :16], scale[:, :16], zero[:, :16], 16)
         try:
-            self._moe_session([gate_up], [down], top_k=1)
+            self._moe_session(*_moe_parts([gate_up], [down]), top_k=1)
         except (states.Fail, states.InvalidGraph, states.NotImplemented) as error:
             return f"onnxruntime {self.version} cannot run QMoE ({error}): pip install -U onnxruntime"
         return None
 
     def load_moe(self, gate_up, down):
-        return _Experts(lambda top_k: self._moe_session(gate_up, down, top_k), len(gate_up))
+        weights, attributes = _moe_parts(gate_up, down)
+        return _Experts(lambda top_k: self._moe_session(weights, attributes, top_k), len(gate_up))
 
-    def _moe_session(self, gate_up, down, top_k):
-        sizes = {weight.group_size for weight in (*gate_up, *down)}
-        if len(sizes) != 1:
-            raise UnsupportedError(f"weights: got group sizes {sorted(sizes)}, expected the same for all")
-        # A gate row, then its up row: the only order that the CPU's operator has.
-        interleaved = np.arange(gate_up[0].n).reshape(2, -1).T.reshape(-1)
-        first, second = _packed(gate_up, interleaved), _packed(down)
-        weights = {
-            "fc1_experts_weights": first["codes"],
-            "fc1_scales": first["scales"],
-            "fc1_experts_bias": None,
-            "fc2_experts_weights": second["codes"],
-            "fc2_scales": second["scales"],
-            "fc2_experts_bias": None,
-            "fc3_experts_weights": None,
-            "fc3_scales": None,
-            "fc3_experts_bias": None,
-            "fc1_zero_points": first["zero_points"],
-            "fc2_zero_points": second["zero_points"],
-            "fc3_zero_points": None,
-        }
-        attributes = {
-            "k": top_k,
-            "activation_type": "swiglu",  # with these two, silu(gate) * up
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-            "swiglu_fusion": 1,
-            "normalize_routing_weights": 0,
-            "expert_weight_bits": 4,
-            "block_size": sizes.pop(),
-            "weights_prepacked": 0,
-        }
-        inputs = {"input": gate_up[0].k, "router_probs": len(gate_up)}
-        return self._session("QMoE", inputs, weights, down[0].n, attributes, {"router_weights": len(gate_up)})
+    def _moe_session(self, weights, attributes, top_k):
+        num_experts, width = weights["fc2_experts_weights"].shape[:2]
+        inputs = {"input": width, "router_probs": num_experts}
+        return self._session("QMoE", inputs, weights, width, attributes | {"k": top_k}, {"router_weights": num_experts})
 
     def _session(self, operator, first_inputs, weights, width, attributes, last_inputs=None):
         """A session of one node: its inputs (name to width), weights (None: left out), further inputs; its output."""
@@ -166,6 +137,41 @@ class _Experts(Experts):
 
     def result(self, out):
         return out.numpy()
+
+
+def _moe_parts(gate_up, down):
+    """QMoE's inputs that are weights, in their order, None for one that is left out; and its attributes."""
+    sizes = {weight.group_size for weight in (*gate_up, *down)}
+    if len(sizes) != 1:
+        raise UnsupportedError(f"weight: got group sizes {sorted(sizes)}, expected the same for all")
+    # A gate row, then its up row: the only order that the CPU's operator has.
+    interleaved = np.arange(gate_up[0].n).reshape(2, -1).T.reshape(-1)
+    first, second = _packed(gate_up, interleaved), _packed(down)
+    weights = {
+        "fc1_experts_weights": first["codes"],
+        "fc1_scales": first["scales"],
+        "fc1_experts_bias": None,
+        "fc2_experts_weights": second["codes"],
+        "fc2_scales": second["scales"],
+        "fc2_experts_bias": None,
+        "fc3_experts_weights": None,
+        "fc3_scales": None,
+        "fc3_experts_bias": None,
+        "fc1_zero_points": first["zero_points"],
+        "fc2_zero_points": second["zero_points"],
+        "fc3_zero_points": None,
+    }
+    attributes = {
+        "activation_type": "swiglu",  # with these two, silu(gate) * up
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 0,
+        "expert_weight_bits": 4,
+        "block_size": sizes.pop(),
+        "weights_prepacked": 0,
+    }
+    return weights, attributes
 
 
 def _packed(weights, columns=slice(None)):
