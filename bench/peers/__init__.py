@@ -3,13 +3,26 @@
 Importing this imports none of them.
 """
 
+from .ggml_moe import GgmlMoe
 from .interface import Experts, Peer, Projection, WrongResult, bound, check, check_moe
 from .numpy_dense import NumpyDense
 from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
+from .openvino_int4 import OpenVinoBf16, OpenVinoFloat32, OpenVinoInt8
 from .torch_dense import TorchBf16, TorchFloat32
 from .torch_int4 import TorchInt4
 
 __all__ = ["PEERS", "Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe"]
 
-PEERS = (NumpyDense, TorchFloat32, TorchBf16, TorchInt4, OnnxRuntimeFloat32, OnnxRuntimeInt8)
+PEERS = (
+    NumpyDense,
+    TorchFloat32,
+    TorchBf16,
+    TorchInt4,
+    OnnxRuntimeFloat32,
+    OnnxRuntimeInt8,
+    OpenVinoFloat32,
+    OpenVinoBf16,
+    OpenVinoInt8,
+    GgmlMoe,
+)
 """Every adapter. Each is made with a number of threads."""
