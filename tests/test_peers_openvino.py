@@ -14,7 +14,7 @@ from marlin_cy.formats.canonical import Int4Weight, pack_words
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as its scripts find each other
 
 from peers import openvino_int4  # noqa: E402
-from peers.interface import check  # noqa: E402
+from peers.interface import check, check_moe  # noqa: E402
 
 FLOAT32, BF16, INT8 = (
     peer(2) for peer in (openvino_int4.OpenVinoFloat32, openvino_int4.OpenVinoBf16, openvino_int4.OpenVinoInt8)
@@ -50,6 +50,21 @@ def test_products(rng, peer, k, n, group_size, scale_dtype):
     assert error > least, f"activations are not {peer.accuracy}"
 
 
+@pytest.mark.parametrize("peer", PEERS[:2])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_experts(rng, peer, top_k):
+    gate_up = [random_weight(rng, 256, 256) for _ in range(5)]
+    down = [random_weight(rng, 128, 256) for _ in range(5)]
+    check_moe(peer, gate_up, down, top_k, rng)
+
+
+@needs_openvino
+def test_experts_with_quantised_activations_are_refused(rng):
+    assert "quantises no activations" in INT8.available_moe()
+    with pytest.raises(UnsupportedError, match="quantises no activations"):
+        INT8.load_moe([random_weight(rng, 128, 256)], [random_weight(rng, 128, 128)])
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_runs_again_and_keeps_inputs_apart(rng, peer):
     loaded = peer.load(random_weight(rng, 256, 16))
@@ -60,6 +75,12 @@ def test_runs_again_and_keeps_inputs_apart(rng, peer):
 
 
 @needs_openvino
+def test_experts_that_are_not_found_are_refused(rng):
+    with pytest.raises(UnsupportedError, match="got GatherMatmul of"):  # a single one needs no gathering
+        FLOAT32.load_moe([random_weight(rng, 128, 256)], [random_weight(rng, 128, 128)])
+
+
+@needs_openvino
 def test_a_weight_that_is_expanded_beforehand_is_an_error(rng):
     import openvino
     from openvino import opset13
@@ -67,8 +88,8 @@ def test_a_weight_that_is_expanded_beforehand_is_an_error(rng):
     x = opset13.parameter([-1, 64], np.float32)
     dense = opset13.constant(rng.standard_normal((32, 64), np.float32))
     model = openvino.Model([opset13.matmul(x, dense, False, True)], [x], "dense")
-    with pytest.raises(UnsupportedError, match="expands the weight"):
-        openvino_int4._require_fused(FLOAT32.core.compile_model(model, "CPU"))
+    with pytest.raises(UnsupportedError, match="expands weights: got FullyConnected of"):
+        openvino_int4._require_fused(FLOAT32.core.compile_model(model, "CPU"), "FullyConnected", 1)
 
 
 @needs_openvino
@@ -82,3 +103,12 @@ def test_bad_input(rng):
         INT8.load(random_weight(rng, 256, 16, 16))
     with pytest.raises(ValueError, match="x: got shape"):
         FLOAT32.load(weight).prepare(np.zeros((2, 128), np.float32))
+    gate_up, down = 2 * [random_weight(rng, 128, 256)], 2 * [random_weight(rng, 128, 128)]
+    with pytest.raises(ValueError, match=r"down: got 1 weights \[128, 128\], expected 2 weights \[128, 128\]"):
+        FLOAT32.load_moe(gate_up, down[1:])
+    experts = FLOAT32.load_moe(gate_up, down)
+    x, weights = np.zeros((2, 128), np.float32), np.ones((2, 1), np.float32)
+    with pytest.raises(ValueError, match="topk_ids, topk_weights"):
+        experts.prepare(x, np.zeros((3, 1), int), weights)
+    with pytest.raises(IndexError, match="topk_ids: got 0 to 2, expected 0 to 1"):
+        experts.prepare(x, np.array([[0], [2]]), weights)
