@@ -333,7 +333,7 @@ class Checkpoint:
         gate_weight = None
         if family.shared_gate is not None:
             name = f"{block}.{family.shared_gate}.weight"
-            self._check_shape(name, (1, hidden))
+            self._tensors.check(name, (1, hidden))
             gate_weight = self._tensors.tensor(name)[0]
         return SharedExpert(builder.finish(), below.finish(), gate_weight)
 
@@ -366,7 +366,7 @@ class Checkpoint:
         name = self._router(layer, part)
         if name not in self._tensors:
             return None
-        self._check_shape(name, (self.moe_spec.num_experts,))
+        self._tensors.check(name, (self.moe_spec.num_experts,))
         return self._tensors.tensor(name)
 
     def _blaming_correction_bias(self, layer):
@@ -374,17 +374,8 @@ class Checkpoint:
         return blaming(self._tensors.file_of(name).path if name in self._tensors else self._config_file, name)
 
     def _check_router(self, layer):
-        self._check_shape(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))
+        self._tensors.check(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))
 
     def _check_layer(self, layer):
         if layer not in self.moe_layers:
             raise IndexError(f"layer: got {layer!r}, expected one of the MoE layers: {self.moe_layers}")
-
-    def _check_shape(self, name, shape):
-        info = self._tensors.info(name)
-        if info.shape != shape:
-            raise CheckpointError(
-                f"got {info.dtype} {info.shape}, expected {info.dtype} {shape} by the configuration",
-                file=self._tensors.file_of(name).path,
-                tensor=name,
-            )

@@ -114,12 +114,14 @@ class PackedSource:
         experts, k, n = stack["num_experts"], stack["k"], stack["n"]
         info = self._tensors.info(f"{name}{PACKED}")
         if info.dtype != "U8" or len(info.shape) != 2 or info.shape[0] != experts:
-            raise self._error(f"{name}{PACKED}", f"got {info.dtype} {info.shape}, expected U8 ({experts}, bytes)")
+            raise self._tensors.error(
+                f"{name}{PACKED}", f"got {info.dtype} {info.shape}, expected U8 ({experts}, bytes)"
+            )
         for suffix, dtype, shape in ((G_IDX, "I32", (experts, k)), (BIAS, None, (experts, n))):
             if f"{name}{suffix}" in self._tensors and (suffix == G_IDX or experts > 1 or self._is_experts(name)):
                 info = self._tensors.info(f"{name}{suffix}")
                 if info.shape != shape or (dtype is not None and info.dtype != dtype):
-                    raise self._error(f"{name}{suffix}", f"got {info.dtype} {info.shape}, expected {shape}")
+                    raise self._tensors.error(f"{name}{suffix}", f"got {info.dtype} {info.shape}, expected {shape}")
 
     @staticmethod
     def _is_experts(name):
@@ -128,10 +130,12 @@ class PackedSource:
     def _verify(self):
         for name in self._tensors.names:
             if name not in self._sums:
-                raise self._error(name, f"has no checksum in {DESCRIPTION}")
+                raise self._tensors.error(name, f"has no checksum in {DESCRIPTION}")
             found = sha256_of(self._tensors.raw(name))
             if found != self._sums[name]:
-                raise self._error(name, f"got SHA-256 {found}, expected {self._sums[name]}: the file was damaged")
+                raise self._tensors.error(
+                    name, f"got SHA-256 {found}, expected {self._sums[name]}: the file was damaged"
+                )
             self._tensors.release(name)
 
     @property
@@ -242,7 +246,7 @@ class PackedSource:
                 self._tensors.raw(packed),
             )
         except (TypeError, ValueError, IndexError, UnsupportedError) as error:
-            raise self._error(packed, str(error)) from error
+            raise self._tensors.error(packed, str(error)) from error
 
     def _g_idx(self, name):
         if f"{name}{G_IDX}" not in self._tensors:
@@ -251,11 +255,10 @@ class PackedSource:
         g_idx = self._tensors.tensor(f"{name}{G_IDX}").copy()
         groups = -(-stack["k"] // stack["group_size"])
         if g_idx.min() < 0 or g_idx.max() >= groups:
-            raise self._error(f"{name}{G_IDX}", f"got {g_idx.min()} to {g_idx.max()}, expected 0 to {groups - 1}")
+            raise self._tensors.error(
+                f"{name}{G_IDX}", f"got {g_idx.min()} to {g_idx.max()}, expected 0 to {groups - 1}"
+            )
         return g_idx
-
-    def _error(self, tensor, reason):
-        return CheckpointError(reason, file=self._tensors.file_of(tensor).path, tensor=tensor)
 
 
 def check_version(config, file):

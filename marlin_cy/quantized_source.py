@@ -127,7 +127,7 @@ class QuantizedSource:
             if self.has_linear(part.module)
         ]
         if quantised:
-            raise self._error(
+            raise self._tensors.error(
                 f"{quantised[0]}{marker}", f"quantised, but {dense[0]} is not: no known family mixes these"
             )
         return "dense"
@@ -363,28 +363,15 @@ class QuantizedSource:
         self._tensors.file_of(marker)
         # Experts' sizes come from the configuration, other layers' from their tensors.
         with self._blaming(marker) if config_file is None else blaming(config_file):
-            specs = self._specs(scheme, k, n)
+            scheme.checked_group_size(k, n)
+            specs = scheme.tensors(k, n)
         for suffix, spec in specs.items():
             name = f"{module}{suffix}"
             if spec.required or name in self._tensors:
-                self.check_tensor(name, (*lead, *spec.shape), spec.dtypes)
+                self._tensors.check(name, (*lead, *spec.shape), spec.dtypes)
         for name in (f"{module}.bias", f"{module}_bias") if experts else (f"{module}.bias",):
             if name in self._tensors:
-                self.check_tensor(name, (*lead, n))
-
-    def _specs(self, scheme, k, n):
-        scheme.checked_group_size(k, n)
-        return scheme.tensors(k, n)
-
-    def check_tensor(self, name, shape, dtypes=None):
-        """Refuse a tensor that is missing, or of another shape or dtype."""
-        info = self._tensors.info(name)
-        if info.shape != shape or (dtypes is not None and info.dtype not in dtypes):
-            wanted = " or ".join(dtypes) if dtypes else info.dtype
-            raise self._error(name, f"got {info.dtype} {info.shape}, expected {wanted} {shape} by the configuration")
-
-    def _error(self, tensor, reason):
-        return CheckpointError(reason, file=self._tensors.file_of(tensor).path, tensor=tensor)
+                self._tensors.check(name, (*lead, n))
 
     def _blaming(self, tensor):
         return blaming(self._tensors.file_of(tensor).path, tensor)

@@ -263,6 +263,18 @@ class SafetensorsFolder:
         """As :meth:`SafetensorsFile.info`."""
         return self.file_of(name).info(name)
 
+    def error(self, name, reason) -> CheckpointError:
+        """What is wrong with a tensor that there is, with its file."""
+        return CheckpointError(reason, file=self.file_of(name).path, tensor=name)
+
+    def check(self, name, shape, dtypes=None):
+        """Refuse a tensor that is missing, or of another shape or dtype (any of safetensors' names) than a model's
+        configuration says, with a :class:`~marlin_cy.errors.CheckpointError`."""
+        info = self.info(name)
+        if info.shape != shape or (dtypes is not None and info.dtype not in dtypes):
+            wanted = " or ".join(dtypes) if dtypes else info.dtype
+            raise self.error(name, f"got {info.dtype} {info.shape}, expected {wanted} {shape} by the configuration")
+
     def tensor(self, name) -> np.ndarray:
         """As :meth:`SafetensorsFile.tensor`."""
         return self.file_of(name).tensor(name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -128,8 +129,6 @@ def test_one_isa_reads_what_another_wrote(tmp_path, packed):
         "from marlin_cy.packed_folder import write_packed\n"
         "with open_checkpoint(sys.argv[1]) as checkpoint: write_packed(checkpoint, sys.argv[2])\n"
     )
-    import os
-
     subprocess.run(
         [sys.executable, "-c", script, tmp_path / "source", tmp_path / "again"],
         check=True,

@@ -10,7 +10,7 @@ with ``G = K / group_size`` and ``ORDER`` = 0 2 4 6 1 3 5 7. There is no order o
 ``awq/modules/linear/gemm.py``.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from marlin_cy.formats._nibbles import words_of_awq
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
 from marlin_cy.formats.canonical import NIBBLE_SHIFTS, SCALE_DTYPES, Int4Weight
 from marlin_cy.formats.fields import check_bits, refuse_rotation
-from marlin_cy.formats.overrides import Dynamic, NotConverted, settings_of
+from marlin_cy.formats.overrides import Dynamic, NotConverted, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.json_fields import optional, required
 
@@ -52,9 +52,7 @@ class AwqScheme(Scheme):
     scales = ".scales"
 
     def for_module(self, module):
-        if not self.overrides:
-            return self
-        return replace(self, overrides=(), **settings_of(self.overrides, module))
+        return overridden(self, module)
 
     def sizes(self, marker_shape):
         if len(marker_shape) != 2:

@@ -12,7 +12,7 @@ means: ``"gptq"`` stores the zero point minus one, so it is 1 to 16 and is never
 bits; ``"gptq_v2"`` stores the zero point, 0 to 15.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
 from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
 from marlin_cy.formats.fields import check_bits, refuse_rotation
-from marlin_cy.formats.overrides import Dynamic, settings_of
+from marlin_cy.formats.overrides import Dynamic, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.json_fields import optional, required
 
@@ -76,9 +76,7 @@ class GptqScheme(Scheme):
     order = ".g_idx"
 
     def for_module(self, module):
-        if not self.overrides:
-            return self
-        return replace(self, overrides=(), **settings_of(self.overrides, module))
+        return overridden(self, module)
 
     def sizes(self, marker_shape):
         if len(marker_shape) != 2:

@@ -12,7 +12,7 @@ Canonical scales are bfloat16, which holds all of these. Source: OCP Microscalin
 transformers, ``integrations/mxfp4.py``; compressed-tensors, ``compressors/mxfp4``.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ from marlin_cy.formats import gptq
 from marlin_cy.formats._nibbles import transpose
 from marlin_cy.formats.arrays import as_array
 from marlin_cy.formats.canonical import Int4Weight
-from marlin_cy.formats.overrides import NotConverted, settings_of
+from marlin_cy.formats.overrides import NotConverted, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.json_fields import optional
 
@@ -56,9 +56,7 @@ class Mxfp4Scheme(Scheme):
     group_size = BLOCK_K
 
     def for_module(self, module):
-        if not self.overrides:
-            return self
-        return replace(self, overrides=(), **settings_of(self.overrides, module))
+        return overridden(self, module)
 
     def sizes(self, marker_shape):
         if len(marker_shape) != 3 or marker_shape[2] != BLOCK_K // 2:

@@ -6,27 +6,29 @@ empty for a module that is nothing special. It raises an UnsupportedError for a 
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.fields import check_bits, compiled
 
-__all__ = ["Dynamic", "NotConverted", "settings_of"]
+__all__ = ["Dynamic", "NotConverted", "overridden"]
 
 
-def settings_of(overrides, module):
-    """What all of ``overrides`` say of a module, without ``bits``, which were found to be supported.
+def overridden(scheme, module):
+    """A scheme with what all of its ``overrides`` say of a module, and none of them any more.
 
     Raises
     ------
     UnsupportedError
         A module that is not quantised, or to another width.
     """
+    if not scheme.overrides:
+        return scheme
     settings = {}
-    for override in overrides:
+    for override in scheme.overrides:
         settings |= override.settings(module)
     check_bits(settings.pop("bits", 4), module)
-    return settings
+    return replace(scheme, overrides=(), **settings)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 from marlin_cy.builder import CheckedStackBuilder, as_bias, checked_stack_sizes
 from marlin_cy.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import E2M1_VALUES, unpack_words
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.transformers import dense_tensors, experts_modules, load_dense, model_on_meta
 from marlin_cy.interface import Backend
+from marlin_cy.reference import dequantize_weight
 
 with needs_extra():
     import torch
@@ -97,11 +97,7 @@ class DenseStackBuilder(CheckedStackBuilder):
         self._weight = np.empty((num_experts, k, n_per_expert), np.float32)
 
     def _pack(self, expert, column_offset, weight):
-        groups = np.arange(weight.k) // weight.group_size if weight.g_idx is None else weight.g_idx
-        codes = unpack_words(weight.words)
-        values = E2M1_VALUES[codes] if weight.codes == "e2m1" else codes - weight.zero[groups].astype(np.float32)
-        dense = weight.scale.astype(np.float32)[groups] * values
-        self._weight[expert, :, column_offset : column_offset + weight.n] = dense
+        self._weight[expert, :, column_offset : column_offset + weight.n] = dequantize_weight(weight)
 
     def _stack(self, bias):
         return DenseStack(self._weight, bias)
