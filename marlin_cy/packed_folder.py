@@ -117,8 +117,9 @@ class PackedSource:
             raise self._tensors.error(
                 f"{name}{PACKED}", f"got {info.dtype} {info.shape}, expected U8 ({experts}, bytes)"
             )
-        for suffix, dtype, shape in ((G_IDX, "I32", (experts, k)), (BIAS, None, (experts, n))):
-            if f"{name}{suffix}" in self._tensors and (suffix == G_IDX or experts > 1 or self._is_experts(name)):
+        bias_shape = (experts, n) if self._is_experts(name) else (n,)
+        for suffix, dtype, shape in ((G_IDX, "I32", (experts, k)), (BIAS, None, bias_shape)):
+            if f"{name}{suffix}" in self._tensors:
                 info = self._tensors.info(f"{name}{suffix}")
                 if info.shape != shape or (dtype is not None and info.dtype != dtype):
                     raise self._tensors.error(f"{name}{suffix}", f"got {info.dtype} {info.shape}, expected {shape}")

@@ -211,6 +211,10 @@ DAMAGES = {
         rf"packed\.json: {STACK}: missing",
     ),
     "other shape": (in_header(f"{STACK}.packed", shape=[1, 3]), "shape|offset|size|invalid"),
+    "bias of another shape": (
+        in_header(f"{LINEAR}.bias", shape=[4, 8]),
+        rf"{LINEAR}\.bias': got F16 \(4, 8\), expected \(32,\)",
+    ),
     "config of another model": (
         lambda folder: edit_json(folder, "config.json", moe_intermediate_size=64),
         r"got experts, k, n \(3, 64, 192\), config\.json says \(3, 64, 128\)",
