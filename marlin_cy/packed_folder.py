@@ -117,9 +117,8 @@ class PackedSource:
             raise self._tensors.error(
                 f"{name}{PACKED}", f"got {info.dtype} {info.shape}, expected U8 ({experts}, bytes)"
             )
-        bias_shape = (experts, n) if self._is_experts(name) else (n,)
-        for suffix, dtype, shape in ((G_IDX, "I32", (experts, k)), (BIAS, None, bias_shape)):
-            if f"{name}{suffix}" in self._tensors:
+        for suffix, dtype, shape in ((G_IDX, "I32", (experts, k)), (BIAS, None, (experts, n))):
+            if f"{name}{suffix}" in self._tensors and (suffix == G_IDX or experts > 1 or self._is_experts(name)):
                 info = self._tensors.info(f"{name}{suffix}")
                 if info.shape != shape or (dtype is not None and info.dtype != dtype):
                     raise self._tensors.error(f"{name}{suffix}", f"got {info.dtype} {info.shape}, expected {shape}")
@@ -195,7 +194,10 @@ class PackedSource:
 
     def linear(self, module, backend):
         """As QuantizedSource's."""
-        return backend._linear(self._stack(module, backend, False), self.bias(module))
+        stack = self._stack(module, backend, False)
+        if f"{module}{BIAS}" in self._tensors:
+            self._tensors.check(f"{module}{BIAS}", (stack.n_per_expert,))
+        return backend._linear(stack, self.bias(module))
 
     def weight(self, module):
         """As QuantizedSource's."""

@@ -213,7 +213,7 @@ DAMAGES = {
     "other shape": (in_header(f"{STACK}.packed", shape=[1, 3]), "shape|offset|size|invalid"),
     "bias of another shape": (
         in_header(f"{LINEAR}.bias", shape=[4, 8]),
-        rf"{LINEAR}\.bias': got F16 \(4, 8\), expected \(32,\)",
+        rf"{LINEAR}\.bias': got F16 \(4, 8\), expected F16 \(32,\)",
     ),
     "config of another model": (
         lambda folder: edit_json(folder, "config.json", moe_intermediate_size=64),
