@@ -26,7 +26,7 @@ from marlin_cy.opencl.prepare import prepare
 __all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "Listed", "Routed", "multiply", "problem_of"]
 
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
-WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT)  # after the parts
+WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT, FLOAT)  # after the parts
 PRODUCT_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
 REDUCE_ARGUMENTS = (UINT, UINT, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
 ROUTED_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, INT, INT)
@@ -283,7 +283,7 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
         layout.n,
         layout.groups,
         layout.group_shift,
-        store.weight_factor,
+        *store.weight_factors,
     )
     programs = ctx.backend.runtime.programs
     gemm = Launch(

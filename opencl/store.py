@@ -31,9 +31,7 @@ PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
 STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
 SYMMETRIC_ZERO = 8
 SCALE_EXPONENT = 15  # stored scales are below 2**15
-# Of what scales are multiplied by when they are stored: its inverse and half of that are normal numbers. The least is
-# that of scales below MAX_SCALE.
-MAX_FACTOR_EXPONENT = 120
+MIN_FACTOR = 2.0**-120  # of those that kernels take: also its half, and its multiples by the tiers' units, are normal
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
 MAGNITUDE = np.uint16(0x7FFF)  # of a float16 or bfloat16, whose bits order like it
 LARGEST_FLOAT16 = 65504.0
@@ -80,9 +78,8 @@ class OpenClGptqStore:
     symmetric : bool
         Every zero point is 8, or there are none. As ``weight_factor``, known when the builder has finished.
     weight_factor : float
-        A power of two, 2**-120 to 2**103: what stored scales have to be multiplied by. They are float16, the largest
-        from 2**14 to 2**15 (less where this is 2**-120), and each is off by at most 2**-39 of the largest or by
-        2**-145: scales that are so much smaller than the largest are 0.
+        A power of two, 2**-147 to 2**103: what stored scales have to be multiplied by. They are float16, the largest
+        from 2**14 to 2**15, and each is off by at most 2**-39 of the largest: scales that are so much smaller are 0.
     nbytes : int
         Device memory of the weights.
 
@@ -127,6 +124,12 @@ class OpenClGptqStore:
         live_stores.discard(self)
         while self._buffers:
             self._buffers.pop().release()
+
+    @property
+    def weight_factors(self):
+        """``weight_factor`` as the product of two normal float32, the second 1 wherever the first can be all of it."""
+        first = max(self.weight_factor, MIN_FACTOR)
+        return first, self.weight_factor / first
 
     @property
     def packed_k(self):
@@ -271,7 +274,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
         if not self._largest:
             return
         store = self._store
-        exponent = min(SCALE_EXPONENT - math.frexp(self._largest)[1], MAX_FACTOR_EXPONENT)
+        exponent = SCALE_EXPONENT - math.frexp(self._largest)[1]
         kernel = self._runtime.programs.kernel("pack", "rescale")
         for index, buffer in enumerate(store._buffers):
             experts = min(store.experts_per_part, store.num_experts - index * store.experts_per_part)

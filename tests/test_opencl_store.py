@@ -239,7 +239,7 @@ class TestScales:
 
     @pytest.mark.parametrize(
         ("largest", "factor"),
-        [(2.0**-133, 2**-120), (2.0**-106, 2**-120), (-1, 2**-14), (1.75 * 2.0**117, 2**103), (-(2.0**60), 2**46)],
+        [(2.0**-133, 2**-147), (2.0**-106, 2**-120), (-1, 2**-14), (1.75 * 2.0**117, 2**103), (-(2.0**60), 2**46)],
     )
     def test_factor_of_bfloat16(self, device, rng, largest, factor):
         problem = random_problem(rng, 3, 64, 24, 32, scale_dtype=BFLOAT16)

@@ -175,10 +175,13 @@ static inline uint4 e2m1_halves(uint word)
 //   k                  rows of packed K: a multiple of 32
 //   n                  columns of an expert
 //   groups             packed groups
-//   weight_factor      what every product is multiplied by at the end (a power of two)
+//   weight_factor, tiny_factor
+//                      powers of two that every product is multiplied by at the end: together they may be less than
+//                      the smallest float. tiny_factor is 1 but for stacks of scales below 2^-105
 #define WEIGHT_ARGS                                                                                  \
     WEIGHT_PARTS, const uint num_experts, const uint experts_per_part, const ulong expert_words,     \
-        const uint k, const uint n, const uint groups, const uint group_shift, const float weight_factor
+        const uint k, const uint n, const uint groups, const uint group_shift, const float weight_factor, \
+        const float tiny_factor
 
 #if PARTS == 1
 #define EXPERT_BASE(expert) (w0 + (uint)(expert) * expert_words)

@@ -248,7 +248,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                 const int2 row = row_of(tile, 8 * i + 2 * t + p, WORK);
                 if (row.y < 0)
                     continue;
-                const float factor = weight_factor / WEIGHT_UNIT * (ROW_FACTOR ? row_factor[row.x] : 1);
+                const float factor = weight_factor / WEIGHT_UNIT;
+                const float more = ROW_FACTOR ? tiny_factor * row_factor[row.x] : tiny_factor;
                 const ulong at = output_offset + (ulong)row.y * output_stride + tile.out_column;
 #pragma unroll
                 for (int s = 0; s < S; s++)
@@ -258,7 +259,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                         if (column < tile.column || column >= tile.column + tile.columns)
                             continue;
                         const float4 sums = total[s][i];
-                        const float sum = factor * (q ? (p ? sums.w : sums.z) : (p ? sums.y : sums.x));
+                        const float sum = (q ? (p ? sums.w : sums.z) : (p ? sums.y : sums.x)) * factor * more;
                         const uint to = column - tile.column;
                         store_output(BIAS ? sum + BIAS_AT(tile, tile.out_column + to) : sum, output, at + to);
                     }

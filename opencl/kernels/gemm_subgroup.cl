@@ -267,7 +267,7 @@ __kernel void gemm(GEMM_ARGS)
             }
 #endif
 
-        add_up_and_store(scratch, sums, in_rows, out_rows, rows, place, turn, n, weight_factor, row_factor, output,
-                         output_offset, output_stride, bias, partial, tiles_capacity);
+        add_up_and_store(scratch, sums, in_rows, out_rows, rows, place, turn, n, weight_factor, tiny_factor, row_factor,
+                         output, output_offset, output_stride, bias, partial, tiles_capacity);
     }
 }

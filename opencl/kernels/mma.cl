@@ -179,7 +179,12 @@ static inline void put_sums(__local float *sums, float4 total, uint wave, uint s
 }
 
 // Of all waves.
+// Where work-items do not divide the tile, the last sums of some are of no row: these read another's.
+#if ROWS * SUM_COLUMNS % (LANES * WAVES)
+#define SUM_OF_WAVES(o) sum_of_waves(sums, min(OUTPUT_ROW(o), (uint)ROWS - 1), OUTPUT_COLUMN(o))
+#else
 #define SUM_OF_WAVES(o) sum_of_waves(sums, OUTPUT_ROW(o), OUTPUT_COLUMN(o))
+#endif
 static inline float sum_of_waves(__local const float *sums, uint r, uint c)
 {
     float sum = 0;
@@ -196,7 +201,7 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
         if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
             const uint to = tile.out_column + (column - tile.column);                                \
             const float result = (sum) * (weight_factor / (column & 8 ? ODD_UNIT : EVEN_UNIT)) *     \
-                                 (ROW_FACTOR ? row_factor[(row).x] : 1);                             \
+                                 (ROW_FACTOR ? tiny_factor * row_factor[(row).x] : tiny_factor);     \
             if (SPLIT)                                                                               \
                 partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \
             else                                                                                     \

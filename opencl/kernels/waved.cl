@@ -206,7 +206,7 @@ static inline int2 rows_in_use(__local const int *in_rows)
 // PoCL 3.0 crashes when it has to inline a static function with barriers itself, after the compiler.
 __attribute__((always_inline)) static inline void add_up_and_store(
     __local float *scratch, float sums[WAVE_ROWS][2 * WAVE_STRIPS], __local const int *in_rows,
-    __local const int *out_rows, int rows, Place at, Turn turn, uint n, float weight_factor,
+    __local const int *out_rows, int rows, Place at, Turn turn, uint n, float weight_factor, float tiny_factor,
     __global const float *row_factor, __global OUTPUT *output, ulong output_offset, uint output_stride,
     __global const float *bias, __global float *partial, uint tiles_capacity)
 {
@@ -241,9 +241,7 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             for (int i_term = 0; i_term < SLICES; i_term++)
                 sum += term[i_term * SLICE];
             sum *= weight_factor / WEIGHT_UNIT;
-#if ROW_FACTOR
-            sum *= row_factor[in_rows[tile_row]];
-#endif
+            sum *= ROW_FACTOR ? tiny_factor * row_factor[in_rows[tile_row]] : tiny_factor;
             const uint tile_column = column - turn.tile.column;
 #if SPLIT
             const ulong to = ((ulong)turn.run * tiles_capacity + turn.index) * ROWS + tile_row;
