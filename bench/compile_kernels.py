@@ -66,8 +66,11 @@ PROGRAMS = {
         {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
         {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
     ],
-    "gemm_mma_direct": [*MMA, {**HALVES, **SPLIT, "ROWS": 8}],
-    "gemm_mma_streamed": [*MMA, {**HALVES, **ROUTED, "ROWS": 16, "STRIPS_PER_WAVE": 4, "WAVES": 4}],
+    "gemm_mma_direct": [
+        *MMA,
+        {**HALVES, **SPLIT, "ROWS": 8},
+        {**HALVES, **ROUTED, "ROWS": 16, "STRIPS_PER_WAVE": 3, "WAVES": 6},
+    ],
     "gemm_mma_tiled": [
         {**HALVES, **ROUTED, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
         {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 32, "PARTS": 8},

@@ -107,7 +107,7 @@ class _Show:
     def __init__(self, settings, screen):
         self.settings, self.screen = settings, screen
         self.backends = settings.backends
-        self.contexts = {name: backend.new_context() for name, backend in self.backends.items()}
+        self.contexts = {name: backend.new_context(profiling=True) for name, backend in self.backends.items()}
         self.best = next(iter(self.contexts))
         self.shapes = QUICK_SHAPES if settings.quick else tuple(CUDA_MARLIN)
         self.weights = {}
@@ -244,9 +244,10 @@ class _Show:
             return
         weights, rng = self.weights_of(0), np.random.default_rng(3)
         rounds, calls = (3, 8) if settings.quick else (HOST_ROUNDS, HOST_CALLS)
-        for tier, ctx in self.contexts.items():
+        for tier, backend in self.backends.items():
+            ctx = backend.new_context()
             for tokens in (1, 16) if settings.quick else (1, 64):
-                inputs = ctx.backend.from_host(rng.standard_normal((tokens, weights.shape.k)).astype(np.float16))
+                inputs = backend.from_host(rng.standard_normal((tokens, weights.shape.k)).astype(np.float16))
                 case = GemmCase(weights, ctx, inputs, [random_ids(rng, tokens, weights.shape.experts)])
                 seconds = []
                 for _ in range(rounds + 1):

@@ -46,7 +46,7 @@ class Settings:
 def run_sweep(settings, screen):
     """Measure every case, print each model's tables as they are ready; returns what goes into the JSON object."""
     backend = next(iter(settings.backends.values()))
-    contexts = [each.new_context() for each in settings.backends.values()]
+    contexts = [each.new_context(profiling=True) for each in settings.backends.values()]
     bandwidth = copy_bandwidth(contexts[0], (16 if settings.quick else 1024) << 20)
     limit = settings.memory_bytes or int(MEMORY_SHARE * backend.runtime.capabilities.global_memory)
     results = []

@@ -17,7 +17,6 @@ __all__ = [
     "FLOAT32",
     "FLOAT32_ROWS",
     "PLANES",
-    "SHARED_COUNTERS",
     "Configuration",
     "Inputs",
     "Problem",
@@ -30,9 +29,6 @@ __all__ = [
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # type codes of common.cl
 ALL_TYPES = frozenset((FLOAT32, FLOAT16, BFLOAT16))
 FLOAT32_ROWS, FLOAT16_ROWS, PLANES = range(3)  # PREPARED_TYPE of prepare.cl
-
-
-SHARED_COUNTERS = 16384  # as in gemm_mma_streamed.cl; no more work-groups can share tiles
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,6 @@ class Configuration:
         Local memory of a work-group.
     file : str or None
         The ``.cl`` file of its ``gemm``, without the suffix, where it is not the tier's.
-    quantum : int
-        Rows of K that are the least a work-group takes of a tile, where work-groups share tiles; else 0.
     macros : tuple of (str, int)
         What else the program is built with: the tier's own.
     splits : int
@@ -69,12 +63,6 @@ class Configuration:
     splits: int = 1
     groups_per_unit: int = 8
     file: str | None = None
-    quantum: int = 0
-
-    def shared_bytes(self, work_groups):
-        """Device memory for sums of tiles that work-groups share: counters, and two tiles of each."""
-        tile = -(-self.rows * self.columns // self.local_size) * self.local_size
-        return 4 * (SHARED_COUNTERS + 2 * work_groups * tile)
 
 
 class Problem(NamedTuple):

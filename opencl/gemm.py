@@ -16,7 +16,6 @@ from marlin_cy.opencl.configuration import (
     FLOAT32,
     FLOAT32_ROWS,
     PLANES,
-    SHARED_COUNTERS,
     Configuration,
     Problem,
 )
@@ -33,7 +32,7 @@ ROUTED_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, 
 LISTED_ARGUMENTS = (BUFFER, INT)
 ALIGNED_ELEMENTS = 8
 REDUCE_LOCAL_SIZE = 64
-MAX_GROUPS = 1 << 22  # so that work-items are counted in 32 bits
+MAX_GROUPS = (1 << 31) - 1  # that a GPU can count
 NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
 CODES = {"uint4": 0, "e2m1": 1}  # CODES of common.cl
 # What a gemm that reads prepared rows takes its input for.
@@ -199,8 +198,6 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, labe
     work_groups = min(row_tiles * plan.shares, limit)
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
-    elif configuration.quantum:
-        partial = ctx.reserve("shared tiles", configuration.shared_bytes(work_groups))
     event = plan.gemm(
         queue,
         (work_groups * local,),
@@ -261,7 +258,13 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
     configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
     split = configuration.splits > 1
-    shape = {"ROWS": configuration.rows, "ROUTED": int(routed), "OUTPUT_TYPE": out.type_code, "BIAS": bias_kind}
+    shape = {
+        "ROWS": configuration.rows,
+        "WHOLE_BLOCKS": int(routed and work.block_size <= configuration.rows),
+        "ROUTED": int(routed),
+        "OUTPUT_TYPE": out.type_code,
+        "BIAS": bias_kind,
+    }
     gemm_macros = {
         **dict(configuration.macros),
         **shape,
@@ -299,16 +302,11 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
             (store.num_experts, store.n),
         )
     shares = -(-layout.n // configuration.columns) * configuration.splits
-    if configuration.quantum:
-        shares *= -(-layout.packed_k // configuration.quantum)
     return Plan(
         configuration=configuration,
         gemm=gemm,
         reduce=reduce,
         prepared=prepared,
         shares=shares,
-        max_groups=min(
-            device.compute_units * configuration.groups_per_unit,
-            SHARED_COUNTERS if configuration.quantum else MAX_GROUPS,
-        ),
+        max_groups=min(device.compute_units * configuration.groups_per_unit, MAX_GROUPS),
     )

@@ -109,7 +109,7 @@ class OpenClMarlinExpertStack(PackedStack):
     def zero_workspace(self, ctx):
         """Zero the split-K sums of the context. Calls write each before they read it, so this is optional."""
         with opencl_context(ctx) as ctx:
-            ctx.zero(["partial sums", "shared tiles"])
+            ctx.zero(["partial sums"])
 
     def gemm_phase_batched(self, ctx, input, dispatches, output, k):
         ctx = opencl_context(ctx)
@@ -407,9 +407,9 @@ class OpenClBackend(Backend):
         other._tier = other._forced = tier
         return other
 
-    def new_context(self, *, queue=None):
-        """An :class:`~marlin_cy.opencl.context.OpenClContext`; the option is documented there."""
-        return OpenClContext(self, self._queue if queue is None else queue)
+    def new_context(self, *, queue=None, profiling=False):
+        """An :class:`~marlin_cy.opencl.context.OpenClContext`; the options are documented there."""
+        return OpenClContext(self, self._queue if queue is None else queue, profiling)
 
     def from_host(self, array):
         """A device array holding a copy of ``array``; the copy has been made on return."""

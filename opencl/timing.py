@@ -34,8 +34,18 @@ def times_of(events):
     ----------
     events : list of (str, pyopencl.Event)
         On one queue with profiling, at least one.
+
+    Raises
+    ------
+    ValueError
+        The queue has no profiling.
     """
-    stamps = [(event.profile.start, event.profile.end) for _, event in events]
+    try:
+        stamps = [(event.profile.start, event.profile.end) for _, event in events]
+    except cl.Error as error:
+        if error.code != cl.status_code.PROFILING_INFO_NOT_AVAILABLE:
+            raise
+        raise ValueError("events: their queue keeps no times; make the context with profiling=True") from error
     return Times(
         kernels=sum(end - start for start, end in stamps) * NANOSECOND,
         span=(max(end for _, end in stamps) - min(start for start, _ in stamps)) * NANOSECOND,

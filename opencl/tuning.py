@@ -408,7 +408,7 @@ class Case:
         tuned.forced(configuration)
         try:
             # Plans are a context's own.
-            ctx = self.backend.new_context()
+            ctx = self.backend.new_context(profiling=True)
             cl.enqueue_fill(ctx.queue, self._out.base_data, UNWRITTEN.tobytes(), self._out.nbytes)
             self._calls[0](ctx)
             output = self.backend.to_host(self._out)

@@ -26,10 +26,9 @@ from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
 EMULATING = [device for device in devices.list_devices() if devices.capabilities(device).extensions >= NEEDED]
 CONFIGURATIONS = {
-    "direct": mma.direct(1, 2, 2),
-    "direct, K split": dataclasses.replace(mma.direct(2, 2, 1), splits=2),
-    "streamed": mma.streamed(8, 1, 2, 2, 4),
-    "streamed, 16 rows": mma.streamed(16, 2, 1, 3, 3),
+    "direct": mma.direct(8, 1, 2, 2),
+    "direct, K split": dataclasses.replace(mma.direct(8, 2, 2, 1), splits=2),
+    "direct, 16 rows": mma.direct(16, 2, 3, 1),  # work-items that do not divide the tile
     "tiled": mma.tiled(16, 1, 2, 2),
 }
 KINDS = {
@@ -60,7 +59,7 @@ def emulating(configuration):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 class TestEmulated:
     def test_routed(self, rng, configuration, kind):
-        """Few work-groups, so that several share a tile; a block of no expert; rows that nobody names."""
+        """A block of no expert; rows that nobody names."""
         backend = emulating(configuration)
         problem = random_problem(rng, 4, 352, 40, **kind, bias=True)
         stack, ctx = problem.stack(backend), backend.new_context()
@@ -104,5 +103,5 @@ class TestEmulated:
 def test_check_at_first_use():
     """Every kernel of the tier is checked, not only the one that small products use."""
     backend = emulating(None)
-    backend._tier = dataclasses.replace(backend._tier, checked=(mma.direct(1, 2, 1), mma.streamed(8, 1, 2, 2, 2)))
+    backend._tier = dataclasses.replace(backend._tier, checked=(mma.direct(8, 1, 2, 1), mma.tiled(16, 1, 2, 2)))
     assert selfcheck.relative_error(backend) < 1e-3

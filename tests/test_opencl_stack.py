@@ -26,6 +26,7 @@ from pyopencl.array import Array, to_device  # noqa: E402
 from marlin_cy.opencl import gemm, moe, selfcheck, tiers, waved  # noqa: E402
 from marlin_cy.opencl.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.timing import times_of  # noqa: E402
 
 PORTABLE_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "portable"]
 SUBGROUP_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "subgroup"]
@@ -234,10 +235,14 @@ class TestQueues:
             portable.new_context(queue=cl.CommandQueue(other))
         with pytest.raises(TypeError, match="queue: got int, expected a pyopencl.CommandQueue"):
             portable.new_context(queue=3)
+        without = cl.CommandQueue(portable.context)
+        with pytest.raises(ValueError, match="profiling: the queue was made without PROFILING_ENABLE"):
+            portable.new_context(queue=without, profiling=True)
+        assert portable.new_context(queue=without).queue is without
 
     def test_profile(self, portable, rng):
         problem = random_problem(rng, E, K, N, 32, g_idx="per_expert")
-        stack, ctx = problem.stack(portable), portable.new_context()
+        stack, ctx = problem.stack(portable), portable.new_context(profiling=True)
         x = portable.from_host(activations(rng, ROWS, K))
         with ctx.profile() as events:
             product(stack, ctx, x)
@@ -252,6 +257,15 @@ class TestQueues:
         assert all(event.profile.end >= event.profile.start for _, event in events)
         product(stack, ctx, x)
         assert len(events) == 4
+
+    def test_events_without_times(self, portable, rng, problem):
+        ctx = portable.new_context()
+        with ctx.profile() as events:
+            product(problem.stack(portable), ctx, portable.from_host(activations(rng, ROWS, K)))
+            ctx.finish()
+        assert [label for label, _ in events if ": " not in label][-1] == "gemm_phase_batched"
+        with pytest.raises(ValueError, match="make the context with profiling=True"):
+            times_of(events)
 
     def test_more_calls_than_uploads_are_kept(self, portable, rng, problem):
         stack, ctx = problem.stack(portable), portable.new_context()

@@ -52,7 +52,7 @@ class OpenClPlace:
 
     def __init__(self, backend):
         self.backend = backend
-        self._context = self.backend.new_context()
+        self._context = self.backend.new_context(profiling=True)
         self._tier = self.backend.tier
         self._bandwidth = None
 

@@ -9,6 +9,7 @@
 //   SYMMETRIC                 1: no zero points are read; every one is 8, or there are none (always with CODES 1)
 //   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
 //   ROWS                      rows (tokens) in a tile
+//   WHOLE_BLOCKS              1: block_size is at most ROWS, so that tiles are found without divisions
 //   BIAS                      what a gemm adds: 0: nothing; 1: a bias of the output's columns; 2: one of each expert's
 //   SPLIT, ROW_FACTOR         1: a gemm uses its arguments partial and splits; row_factor
 //   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input may load all at once
@@ -36,6 +37,9 @@
 #endif
 #ifndef ROWS
 #define ROWS 8
+#endif
+#ifndef WHOLE_BLOCKS
+#define WHOLE_BLOCKS 0
 #endif
 #ifndef ALIGNED
 #define ALIGNED 0
@@ -226,6 +230,9 @@ static inline uint4 e2m1_halves(uint word)
 #define WORK_NAMES list, listed
 #endif
 
+// Row tiles of a block.
+#define BLOCK_PARTS (WHOLE_BLOCKS ? 1 : (block_size + ROWS - 1) / ROWS)
+
 typedef struct {
     int expert;        // -1: nothing to do
     int first;         // first slot (ROUTED) or row
@@ -240,29 +247,17 @@ typedef struct {
 static inline int num_row_tiles(WORK_PARAMS)
 {
 #if ROUTED
-    int parts = (block_size + ROWS - 1) / ROWS;
-    return clamp(past[0], 0, past_limit) / block_size * parts;
+    return clamp(past[0], 0, past_limit) / block_size * BLOCK_PARTS;
 #else
     return listed;
 #endif
 }
 
-// As many, without reading memory: no fewer than num_row_tiles.
-static inline int max_row_tiles(WORK_PARAMS)
-{
-#if ROUTED
-    return past_limit / block_size * ((block_size + ROWS - 1) / ROWS);
-#else
-    return listed;
-#endif
-}
-
-// Whether tile i < max_row_tiles() is one of the num_row_tiles().
+// Whether a tile that the host allows for is one of the num_row_tiles().
 static inline bool row_tile_exists(int i, WORK_PARAMS)
 {
 #if ROUTED
-    const int parts = (block_size + ROWS - 1) / ROWS, block = parts == 1 ? i : i / parts;
-    return (block + 1) * block_size <= past[0];
+    return (i / BLOCK_PARTS + 1) * block_size <= past[0];
 #else
     return true;
 #endif
@@ -272,8 +267,7 @@ static inline Tile row_tile(int i, uint num_experts, uint n, WORK_PARAMS)
 {
     Tile tile;
 #if ROUTED
-    int parts = (block_size + ROWS - 1) / ROWS;
-    int block = parts == 1 ? i : i / parts, part = i - block * parts;  // divisions by a variable are slow
+    int block = i / BLOCK_PARTS, part = i - block * BLOCK_PARTS;
     int expert = expert_ids[block];
     tile.expert = (uint)expert < num_experts ? expert : -1;
     tile.first = block * block_size + part * ROWS;

@@ -69,7 +69,7 @@ __kernel void gemm(GEMM_ARGS)
 #else
     const int runs = 1;
 #endif
-    const long tiles = (long)max_row_tiles(WORK) * runs * column_tiles;
+    const long tiles = (long)tiles_capacity * runs * column_tiles;
 
     for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
         const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);

@@ -6,13 +6,12 @@
 // nibbles is one fragment of 16 columns by 16 rows of K, and 16 bytes of a token's row are its fragments for
 // two steps, so neither side needs a shuffle, nor ldmatrix. Input is float16.
 //
-// Three kernels divide the work:
-//   gemm_mma_direct    few products in all: everything is asked for at once, straight into registers
-//   gemm_mma_streamed  few rows an expert: weight bytes are what takes time, K is split over waves
+// Two kernels divide the work:
+//   gemm_mma_direct    few rows an expert: weight bytes are what takes time, waves split K
 //   gemm_mma_tiled     many rows an expert: tensor cores are what takes time, waves share the tokens
 //
-// Build options of all three, besides those of common.cl
-//   ROWS              8 * r: rows of a tile (direct: 8)
+// Build options of both, besides those of common.cl
+//   ROWS              8 * r: rows of a tile
 //   WAVES             of 32 work-items; the local size is 32 * WAVES
 //   STRIPS_PER_WAVE   strips of 16 columns that a wave computes
 //   DEPTH             blocks of K that are on their way at once
@@ -200,7 +199,7 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
         const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                \
         if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
             const uint to = tile.out_column + (column - tile.column);                                \
-            const float result = (sum) * (weight_factor / (column & 8 ? ODD_UNIT : EVEN_UNIT)) *     \
+            const float result = (sum) * (weight_factor * (column & 8 ? 1 / ODD_UNIT : 1 / EVEN_UNIT)) * \
                                  (ROW_FACTOR ? tiny_factor * row_factor[(row).x] : tiny_factor);     \
             if (SPLIT)                                                                               \
                 partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \

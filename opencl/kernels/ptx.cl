@@ -70,12 +70,6 @@ static inline void copy_async4(LocalAddress to, __global const void *from)
 static inline void commit_copies(void) {}
 #define AWAIT_COPIES(left)
 
-static inline void device_fence(void)
-{
-    atomic_work_item_fence(CLK_GLOBAL_MEM_FENCE, memory_order_acq_rel, memory_scope_device);
-}
-static inline float load_coherent(__global const float *p) { return *(__global const volatile float *)p; }
-
 #else
 
 #ifdef NO_PTX
@@ -171,15 +165,5 @@ static inline void copy_async4(LocalAddress to, __global const void *from)
 }
 static inline void commit_copies(void) { ORDERED_ASM("cp.async.commit_group;" : : : "memory"); }
 #define AWAIT_COPIES(left) ORDERED_ASM("cp.async.wait_group %0;" : : "n"(left) : "memory")
-
-// What this work-item wrote is seen before what it writes next, and alike for reading, by the whole device.
-static inline void device_fence(void) { ORDERED_ASM("fence.acq_rel.gpu;" : : : "memory"); }
-// Past the first-level cache, which may hold what was there before.
-static inline float load_coherent(__global const float *p)
-{
-    float value = 0;
-    ORDERED_ASM("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(p));
-    return value;
-}
 
 #endif
