@@ -395,8 +395,11 @@ def zeroed_buffers(runtime, sizes, what):
 def memory_errors(runtime, nbytes, what):
     """What OpenCL raises when ``nbytes`` are allocated, as :class:`~marlin_cy.errors.DeviceMemoryError`.
 
-    What has nothing to do with memory becomes a :class:`~marlin_cy.errors.DeviceError`.
+    So is what exceeds all of the device's memory: some drivers find that out when a buffer is first used. What has
+    nothing to do with memory becomes a :class:`~marlin_cy.errors.DeviceError`.
     """
+    if nbytes > capabilities(runtime.device).global_memory:
+        raise too_little_memory(runtime, f"{what}: {nbytes} bytes do not fit")
     try:
         yield
     except cl.Error as error:
