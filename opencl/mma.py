@@ -1,7 +1,7 @@
 """The tier "mma": NVIDIA's tensor cores.
 
 What its two kernels are for, and what their sizes mean, is said in ``mma.cl`` and their heads. Which sizes are used
-where was measured on an H200; ``bench/bench_gemm.py --backend opencl --show`` repeats it.
+where was measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` repeats it.
 """
 
 from dataclasses import replace
@@ -82,6 +82,8 @@ def mma_few(problem):
     """For rows of which 8 or fewer share an expert."""
     strips = problem.runs * -(-problem.n // 16) / problem.device.compute_units  # for each compute unit
     many_tiles = [direct(8, 3, 4, 1), direct(8, 2, 4, 2), direct(8, 3, 3, 1), direct(8, 2, 3, 1), direct(8, 4, 2, 1)]
+    if problem.k <= 1024 and strips <= 64:
+        many_tiles.insert(0, many_tiles.pop(2))
     if problem.k <= 4096:
         few_tiles = [direct(8, 2, 8, 1), direct(8, 1, 6, 2), direct(8, 1, 6, 1), direct(8, 3, 8, 1)]
         return [*few_tiles, *many_tiles] if strips <= 12 else many_tiles
