@@ -87,10 +87,10 @@ def mma_few(problem):
     if problem.k <= 4096:
         few_tiles = [direct(8, 2, 8, 1), direct(8, 1, 6, 2), direct(8, 1, 6, 1), direct(8, 3, 8, 1)]
         return [*few_tiles, *many_tiles] if strips <= 12 else many_tiles
-    long_rows = [direct(8, 2, 8, 2), direct(8, 2, 4, 1), direct(8, 4, 4, 2)]
+    long_rows = [direct(8, 4, 4, 1), direct(8, 2, 8, 2), direct(8, 4, 4, 2), direct(8, 2, 4, 1)]
     if strips <= 20:
-        long_rows[:2] = long_rows[1::-1]
-    return [*long_rows, *many_tiles] if strips <= 300 else [*many_tiles, *long_rows]
+        return [*long_rows[::-1], *many_tiles]
+    return [*many_tiles, *long_rows] if strips <= 300 else [*long_rows, *many_tiles]
 
 
 def mma_many(problem):

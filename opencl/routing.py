@@ -13,10 +13,10 @@ __all__ = ["Chosen", "check_local_memory", "check_routing", "device_topk", "enqu
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
 ROUTE_ARGUMENTS = (
     *(BUFFER, ULONG, UINT, UINT, INT, FLOAT),
-    *(BUFFER, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER),
+    *(BUFFER, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, BUFFER, BUFFER),
 )
-ROUTE_ITEMS = 32  # as in routing.cl
-ROUTE_LOCAL_BYTES = 20 * ROUTE_ITEMS  # but for what grows with the experts
+ROUTE_ITEMS = 128  # as in routing.cl
+ROUTE_LOCAL_BYTES = 8 * ROUTE_ITEMS  # but for what grows with the experts
 SCORING = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2}  # as in routing.cl
 GROUPING = {"max": 1, "top2_sum": 2}
 
@@ -46,9 +46,9 @@ def route(ctx, router_logits, routing):
     return ids, weights
 
 
-def kept_words(routing):
-    """Words of local memory that grow with the experts: one for each of them, and for each group."""
-    return routing.num_experts + (routing.num_groups if is_grouped(routing) else 0)
+def kept_words(num_experts, num_groups, top_k):
+    """Words of local memory that `route` takes for ranks of experts and of groups, and for weights."""
+    return -(-num_experts // 4) * 4, num_groups, top_k
 
 
 def is_grouped(routing):
@@ -58,7 +58,8 @@ def is_grouped(routing):
 
 def check_routing(ctx, routing):
     """Refuse more experts than the device can route by."""
-    check_local_memory(ctx, ROUTE_LOCAL_BYTES + 4 * kept_words(routing), routing.num_experts)
+    words = kept_words(routing.num_experts, routing.num_groups, routing.top_k)
+    check_local_memory(ctx, ROUTE_LOCAL_BYTES + 4 * sum(words), routing.num_experts)
 
 
 def check_local_memory(ctx, needed, num_experts):
@@ -100,7 +101,7 @@ def enqueue_route(ctx, logits, routing, chosen, waits):
         chosen.ids_offset,
         chosen.weights,
         chosen.weights_offset,
-        cl.LocalMemory(4 * kept_words(routing)),
+        *(cl.LocalMemory(4 * words) for words in kept_words(logits.width, routing.num_groups, chosen.top_k)),
         wait_for=waits,
     )
     return ctx.log("route", event)

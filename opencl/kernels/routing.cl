@@ -9,9 +9,8 @@
 //   GROUPING   1: only experts of the topk_groups best groups are picked, and a group is as good as its best expert;
 //              2: the same, and it is as good as the sum of its two best
 
-// Work-items in a work-group: a power of two, one wave where waves are as wide or wider.
 #ifndef ROUTE_ITEMS
-#define ROUTE_ITEMS 32
+#define ROUTE_ITEMS 128
 #endif
 #ifndef SCORING
 #define SCORING 0
@@ -34,42 +33,6 @@ static inline uint rank_of(float value)
 }
 
 static inline float float_of(uint rank) { return as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
-
-// An expert's key: the rank of what it is picked by, then how early it comes.
-static inline ulong key_of(uint rank, uint expert) { return ((ulong)rank << 32) | ~expert; }
-
-// The largest of what work-items have, for all of them. `values` is free again on return.
-// PoCL 3.0 crashes when it has to inline a static function with barriers itself, after the compiler.
-__attribute__((always_inline)) static inline ulong largest_of_items(ulong value, __local ulong *values)
-{
-    const uint me = get_local_id(0);
-    values[me] = value;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_size = ROUTE_ITEMS / 2; half_size > 0; half_size /= 2) {
-        if (me < half_size)
-            values[me] = max(values[me], values[me + half_size]);
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    value = values[0];
-    barrier(CLK_LOCAL_MEM_FENCE);
-    return value;
-}
-
-// Their sum, alike.
-__attribute__((always_inline)) static inline float sum_of_items(float value, __local float *values)
-{
-    const uint me = get_local_id(0);
-    values[me] = value;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_size = ROUTE_ITEMS / 2; half_size > 0; half_size /= 2) {
-        if (me < half_size)
-            values[me] += values[me + half_size];
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    value = values[0];
-    barrier(CLK_LOCAL_MEM_FENCE);
-    return value;
-}
 
 // What an expert weighs, but for the sums by which weights are divided.
 static inline float weight_of(float logit, float largest)
@@ -130,7 +93,8 @@ __attribute__((always_inline)) static inline void close_groups(__local uint *cho
 
 // The top_k best experts of each row of logits, best first, of equal ones the smaller index first, and their weights.
 // One work-group a token. A NaN or +inf among the logits, or none but -inf, gives ids 0 to top_k - 1 with weights of
-// NaN.
+// NaN. Each work-item looks through all experts by itself, four at a time: that takes fewer steps than to share the
+// work and wait for each other, for each of top_k experts above all.
 //   logits         INPUT [tokens][num_experts]
 //   top_k          1 to num_experts
 //   normalise      whether a token's weights are divided by their sum; 1 where SCORING is 1
@@ -138,87 +102,98 @@ __attribute__((always_inline)) static inline void close_groups(__local uint *cho
 //   bias           float32 [num_experts] (CORRECTED), finite
 //   num_groups     divides num_experts (GROUPING); topk_groups of them hold top_k experts or more
 //   ids, weights   int32 and float32 [tokens][top_k]
-//   choices        local uint [num_experts]; with GROUPING [num_experts + num_groups]
+//   choices        local uint [fours], fours = num_experts rounded up to a multiple of 4
+//   groups         local uint [num_groups] (GROUPING)
+//   picked         local float [top_k]
 __attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
 __kernel void route(__global const INPUT *restrict logits, const ulong logits_offset, const uint num_experts,
                     const uint top_k, const int normalise, const float factor, __global const float *restrict bias,
                     const uint num_groups, const uint topk_groups, __global int *restrict ids, const ulong ids_offset,
-                    __global float *restrict weights, const ulong weights_offset, __local uint *restrict choices)
+                    __global float *restrict weights, const ulong weights_offset, __local uint4 *restrict fours,
+                    __local uint *restrict groups, __local float *restrict picked)
 {
-    __local float floats[ROUTE_ITEMS];
-    __local ulong keys[ROUTE_ITEMS];
 #if GROUPING
     __local uint2 pairs[ROUTE_ITEMS];
 #endif
-    const uint me = get_local_id(0);
+    __local uint *choices = (__local uint *)fours;
+    const uint me = get_local_id(0), num_fours = (num_experts + 3) / 4;
     const ulong token = get_group_id(0);
     const ulong row = logits_offset + token * num_experts;
     ids += ids_offset + token * top_k;
     weights += weights_offset + token * top_k;
 
-    float largest = -INFINITY;
-    for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {
-        const float logit = load_input(logits, row + e);
-        largest = fmax(largest, isnan(logit) ? INFINITY : logit);
+    for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
+        const float logit = e < num_experts ? load_input(logits, row + e) : -INFINITY;
+        choices[e] = rank_of(isnan(logit) ? INFINITY : logit);
     }
-    largest = float_of(largest_of_items(rank_of(largest), keys));
-    const bool bad = isinf(largest); // the same for all work-items, which do the same and drop the result
+    barrier(CLK_LOCAL_MEM_FENCE);
+    uint4 most = fours[0];
+    for (uint i = 1; i < num_fours; i++)
+        most = max(most, fours[i]);
+    const float largest = float_of(max(max(most.x, most.y), max(most.z, most.w)));
+    const bool bad = isinf(largest); // the same for all work-items
+    barrier(CLK_LOCAL_MEM_FENCE);
 
-    float sum = 0.0f;
-    for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {
-        const float logit = load_input(logits, row + e);
-        const float score = SCORING == SOFTMAX_TOPK ? logit : weight_of(logit, largest);
-        sum += score;
-        choices[e] = rank_of(score);
+    // What fills up the last four must not be picked: 0, or a score of 0, which adds nothing, behind others of 0.
+    for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
+        const float logit = e < num_experts ? load_input(logits, row + e) : 0;
+        const uint rank = rank_of(SCORING == SOFTMAX_TOPK ? logit : weight_of(logit, largest));
+        choices[e] = e < num_experts ? rank : SCORING == SOFTMAX ? rank_of(0) : 0;
     }
-    sum = SCORING == SOFTMAX ? sum_of_items(sum, floats) : 1.0f;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    float sum = 1;
+#if SCORING == SOFTMAX
+    float4 sums = 0;
+    for (uint i = 0; i < num_fours; i++)
+        sums += as_float4(fours[i] & 0x7fffffffu); // float_of, as none is negative
+    sum = sums.x + sums.y + sums.z + sums.w;
+#endif
 #if CORRECTED
-    for (uint e = me; e < num_experts; e += ROUTE_ITEMS)
-        choices[e] = rank_of(float_of(choices[e]) / sum + bias[e]);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS)
+        choices[e] = e < num_experts ? rank_of(float_of(choices[e]) / sum + bias[e]) : 0;
+    barrier(CLK_LOCAL_MEM_FENCE);
 #endif
 #if GROUPING
-    close_groups(choices, choices + num_experts, num_experts, num_groups, topk_groups, pairs);
+    close_groups(choices, groups, num_experts, num_groups, topk_groups, pairs);
 #endif
 
-    // Each work-item holds the best of its own experts that were not picked, and looks for the next
-    // one when that was: the largest key below the last one picked.
-    float total = 0.0f;
-    ulong own = ~0ul, picked = ~0ul;
-    for (uint j = 0; j < top_k; j++) {
-        if (own == picked) {
-            own = 0;
-            for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {
-                const ulong key = key_of(choices[e], e);
-                own = max(own, key < picked ? key : 0ul);
-            }
-        }
-        picked = largest_of_items(own, keys);
-        const bool mine = j % ROUTE_ITEMS == me;
-        if (mine)
-            ids[j] = bad ? (int)j : (int)~(uint)picked;
-#if !CORRECTED && SCORING != SOFTMAX_TOPK
-        const float weight = float_of((uint)(picked >> 32)) / sum;
-        total += weight;
-        if (mine)
-            weights[j] = weight;
-#endif
-    }
-#if CORRECTED || SCORING == SOFTMAX_TOPK
-    // What experts were picked by is not what they weigh.
+    for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {
+        const uint own = choices[e];
+        if (own == 0)
+            continue;
+        // Those that come before: by a larger rank, or the same and a smaller index. A comparison that holds is -1.
+        int4 minus_before = 0;
+        uint4 index = (uint4)(0, 1, 2, 3);
+        for (uint i = 0; i < num_fours; i++, index += 4)
+            minus_before += fours[i] > own + as_uint4(index < e);
+        const uint place = -(minus_before.x + minus_before.y + minus_before.z + minus_before.w);
+        if (place < top_k && !bad) {
+            ids[place] = e;
 #if SCORING == SOFTMAX_TOPK
-    largest = -INFINITY;
-    for (uint j = me; j < top_k; j += ROUTE_ITEMS)
-        largest = fmax(largest, load_input(logits, row + ids[j]));
-    largest = float_of(largest_of_items(rank_of(largest), keys));
+            picked[place] = load_input(logits, row + e);
+#elif CORRECTED
+            picked[place] = weight_of(load_input(logits, row + e), largest) / sum;
+#else
+            picked[place] = float_of(own) / sum;
 #endif
-    for (uint j = me; j < top_k; j += ROUTE_ITEMS) {
-        const float weight = weight_of(load_input(logits, row + ids[j]), largest) / sum;
-        total += weight;
-        weights[j] = weight;
+        }
     }
-    total = sum_of_items(total, floats);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    float largest_picked = picked[0], total = 0;
+#if SCORING == SOFTMAX_TOPK
+    for (uint j = 1; j < top_k; j++)
+        largest_picked = fmax(largest_picked, picked[j]);
+#define PICKED_WEIGHT(j) exp(picked[j] - largest_picked)
+#else
+#define PICKED_WEIGHT(j) picked[j]
 #endif
+    for (uint j = 0; j < top_k; j++)
+        total += PICKED_WEIGHT(j);
     const float divisor = normalise ? total + 1e-20f : 1.0f;
-    for (uint j = me; j < top_k; j += ROUTE_ITEMS)
-        weights[j] = bad ? NAN : weights[j] / divisor * factor;
+    for (uint j = me; j < top_k; j += ROUTE_ITEMS) {
+        if (bad)
+            ids[j] = j;
+        weights[j] = bad ? NAN : PICKED_WEIGHT(j) / divisor * factor;
+    }
 }
