@@ -104,8 +104,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     const int8_t *a[PLANE_ROWS];
     __m512i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        a[r] = view->a + task->rows[row + r] * task->a_row_stride;
+    for (int i = 0; i < rows * planes; i++)
+        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * BLOCK_K;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         for (int t = 0; t < tiles; t++)
@@ -117,8 +117,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
-                const int r = i / planes, plane = i % planes;
-                const __m512i x = broadcast_quad(a[r] + (block * planes + plane) * BLOCK_K + 4 * quad);
+                const __m512i x = broadcast_quad(a[i] + block * BLOCK_K + 4 * quad);
                 for (int t = 0; t < tiles; t++) {
                     sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], w[quad][t], x);
                     KEEP(sum[i][t]);
@@ -231,13 +230,11 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
             const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(group + i), inverse));
             const __m128i low = _mm512_cvtepi32_epi8(value);
             sums = _mm512_add_epi32(sums, value);
-            if (planes == 1) {
-                _mm_storeu_si128((__m128i *)(a + i), low);
-                continue;
+            _mm_storeu_si128((__m128i *)(a + (planes - 1) * size + i), low);
+            if (planes == 2) {
+                const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, half), 8);
+                _mm_storeu_si128((__m128i *)(a + i), _mm512_cvtepi32_epi8(high));
             }
-            const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(value, half), 8));
-            _mm_storeu_si128((__m128i *)(a + 2 * i), _mm_unpacklo_epi64(high, low));
-            _mm_storeu_si128((__m128i *)(a + 2 * i + 16), _mm_unpackhi_epi64(high, low));
         }
         const int32_t sum = _mm512_reduce_add_epi32(sums);
         *meta = group_meta(amax / qmax, sum);

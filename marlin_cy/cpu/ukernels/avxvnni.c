@@ -22,8 +22,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
     const int8_t *a[UNPACKED_PLANE_ROWS];
     __m256i sum[UNPACKED_PLANE_ROWS][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        a[r] = view->a + task->rows[row + r] * task->a_row_stride;
+    for (int i = 0; i < rows * planes; i++)
+        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * BLOCK_K;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
@@ -34,8 +34,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
-                const int r = i / planes, plane = i % planes;
-                const __m256i x = broadcast_quad(a[r] + (block * planes + plane) * BLOCK_K + 4 * quad);
+                const __m256i x = broadcast_quad(a[i] + block * BLOCK_K + 4 * quad);
                 for (int half = 0; half < 2; half++) {
                     sum[i][half] = _mm256_dpbusd_avx_epi32(sum[i][half], w[quad][half], x);
                     KEEP(sum[i][half]);
