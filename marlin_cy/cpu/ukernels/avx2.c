@@ -49,7 +49,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
                 for (int i = 0; i < rows * planes; i++) {
                     const __m256i x = broadcast_quad(a[i] + (block + b) * BLOCK_K + 4 * quad);
                     for (int half = 0; half < 2; half++) {
-                        const __m256i product = _mm256_maddubs_epi16(w[half], x);
+                        __m256i product = _mm256_maddubs_epi16(w[half], x);
+                        KEEP(product);
                         sum16[i][half] = b + quad == 0 ? product : _mm256_add_epi16(sum16[i][half], product);
                         KEEP(sum16[i][half]);
                     }
