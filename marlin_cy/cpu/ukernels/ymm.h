@@ -14,9 +14,9 @@ enum {
     PREFETCH_NEAR = 512, /* and from there into the first */
 };
 
-/* Pins a sum to its register and its additions to their order: without it GCC turns a chain of vector
+/* Pins a sum or a product to its register and additions to their order: without it GCC turns a chain of vector
  * additions into a tree whose products go to the stack, and copies sums around the loop. */
-#define KEEP(sum) __asm__("" : "+x"(sum))
+#define KEEP(vector) __asm__("" : "+x"(vector))
 
 /* Four activations of one row and plane, in every lane. */
 YMM __m256i broadcast_quad(const int8_t *a)
@@ -72,7 +72,7 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    float *sums; /* the tile's first column in row 0 of the task's sums */
+    float *sums; /* the tile's first column in row 0 of the sums of the groups so far */
 } group_view;
 
 /* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
