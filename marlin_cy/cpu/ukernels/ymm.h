@@ -72,7 +72,7 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    float *sums; /* the tile's first column in row 0 of the sums of the groups so far */
+    float *sums; /* the tile's first column in row 0 of the task's sums */
 } group_view;
 
 /* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
@@ -108,19 +108,13 @@ YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
     _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
 }
 
-/* The first 16 columns of m rows. */
-YMM void clear_sums(float *sums, int m)
+/* What a task leaves: the sums of its groups, or these added to what was there. */
+YMM void finish(const gemm_task *task, int columns)
 {
-    for (int r = 0; r < m; r++)
-        for (int c = 0; c < TILE_N; c += 8)
-            _mm256_store_ps(sums + r * PAIR_N + c, _mm256_setzero_ps());
-}
-
-YMM void add_sums(float *out, const float *sums, int m, int columns)
-{
-    for (int r = 0; r < m; r++)
+    for (int r = 0; r < task->m; r++)
         for (int c = 0; c < columns; c += 8) {
-            const int i = r * PAIR_N + c;
-            _mm256_store_ps(out + i, _mm256_add_ps(_mm256_load_ps(out + i), _mm256_load_ps(sums + i)));
+            float *const out = task->out + r * PAIR_N + c;
+            const __m256 sum = _mm256_load_ps(task->scratch->sums + r * PAIR_N + c);
+            _mm256_store_ps(out, task->accumulate ? _mm256_add_ps(_mm256_load_ps(out), sum) : sum);
         }
 }

@@ -35,16 +35,15 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task);
-    float *const sums = task->accumulate ? task->scratch->sums : task->out;
+    memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
         const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
         group_view view = {
             .unpacked = task->scratch->weights,
             .a = task->a,
             .meta = task->meta,
-            .sums = sums + t * TILE_N,
+            .sums = task->scratch->sums + t * TILE_N,
         };
-        clear_sums(view.sums, task->m);
         for (int g = 0; g < task->num_groups; g++) {
             const uint8_t *const place = task->header[t] + g * GROUP_HEADER_BYTES;
             const group_header header = load_header(place, task->scale_dtype, codes);
@@ -58,6 +57,5 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
             view.meta += task->meta_group_stride;
         }
     }
-    if (task->accumulate)
-        add_sums(task->out, sums, task->m, num_tiles * TILE_N);
+    finish(task, num_tiles * TILE_N);
 }
