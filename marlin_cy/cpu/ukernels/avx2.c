@@ -4,9 +4,7 @@
  * of 4-bit floats, up to 24, it is 6144, and four of them fit, those of two blocks. Then one vpmaddwd a
  * plane brings them to 32 bits, by 256 for plane 0 of two.
  *
- * Registers, of 16: `rows * planes` times two halves of 16-bit sums.
- *   packed (weights unpacked on the way, for few rows):  4 * 2 sums, 4 weights, mask, activation, product
- *   unpacked (the group was unpacked beforehand):        6 * 2 sums, 2 weights, activation, product
+ * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product.
  * The 32-bit sums live in memory, touched once a 16-bit sum.
  */
 #include "ukernel.h"
@@ -20,42 +18,44 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
-enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6 };
+enum { PLANE_ROWS = 6 };
 
-/* rows, planes, packed and codes are constants wherever this is inlined. */
+/* rows, planes, source and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                         int planes, int packed, int codes)
+                         int planes, int source, int codes)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
-    const int8_t *a[UNPACKED_PLANE_ROWS];
-    __m256i total[UNPACKED_PLANE_ROWS][2];
+    const int8_t *a[PLANE_ROWS];
+    __m256i total[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const int32_t index = task->rows[row + r];
         const __m256i sum_split = _mm256_set1_epi32(view->meta[index].sum_split);
-        a[r] = view->a + index * task->a_row_stride;
+        for (int plane = 0; plane < planes; plane++)
+            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * BLOCK_K;
         total[r][0] = _mm256_madd_epi16(header->minus_zero[0], sum_split);
         total[r][1] = _mm256_madd_epi16(header->minus_zero[1], sum_split);
     }
     const int blocks_per_sum = codes == CODES_UINT4 ? 4 : 2;
     for (int block = 0; block < view->blocks; block += blocks_per_sum) {
-        __m256i sum16[UNPACKED_PLANE_ROWS][2];
+        __m256i sum16[PLANE_ROWS][2];
 #pragma GCC unroll 4
         for (int b = 0; b < blocks_per_sum; b++) {
-            __m256i w[2][2];
-            load_block(w, view, block + b, packed, codes);
 #pragma GCC unroll 2
-            for (int quad = 0; quad < 2; quad++)
+            for (int quad = 0; quad < 2; quad++) {
+                __m256i w[2];
+                load_quad(w, view, block + b, quad, source, codes);
 #pragma GCC unroll 8
                 for (int i = 0; i < rows * planes; i++) {
-                    const int r = i / planes, plane = i % planes;
-                    const __m256i x = broadcast_quad(a[r] + ((block + b) * planes + plane) * BLOCK_K + 4 * quad);
+                    const __m256i x = broadcast_quad(a[i] + (block + b) * BLOCK_K + 4 * quad);
                     for (int half = 0; half < 2; half++) {
-                        const __m256i product = _mm256_maddubs_epi16(w[quad][half], x);
+                        __m256i product = _mm256_maddubs_epi16(w[half], x);
+                        KEEP(product);
                         sum16[i][half] = b + quad == 0 ? product : _mm256_add_epi16(sum16[i][half], product);
                         KEEP(sum16[i][half]);
                     }
                 }
+            }
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows * planes; i++)
@@ -82,14 +82,20 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-/* 32 values at a time, four blocks: 32-bit values go down to bytes by two saturating packs, whose
- * 128-bit halves one permutation of 32-bit lanes then puts in order. */
+/* 32 values as bytes, which they fit: two saturating packs, whose 128-bit halves one permutation of 32-bit
+ * lanes then puts in order. */
+KERNEL void store_bytes(int8_t *to, const __m256i value[4])
+{
+    const __m256i low = _mm256_packs_epi32(value[0], value[1]), high = _mm256_packs_epi32(value[2], value[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+
 TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
                                 ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
 {
     const float qmax = planes == 2 ? 32639.0f : 127.0f;
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
         const int size = k - begin < group_size ? (int)(k - begin) : group_size;
         const float *const group = x + begin;
@@ -113,22 +119,17 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
                 sums = _mm256_add_epi32(sums, value[j]);
             }
             if (planes == 1) {
-                const __m256i low = _mm256_packs_epi32(value[0], value[1]);
-                const __m256i high = _mm256_packs_epi32(value[2], value[3]);
-                const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-                _mm256_storeu_si256((__m256i *)(a + i), bytes);
+                store_bytes(a + i, value);
                 continue;
             }
-            __m256i both[4]; /* 16 bits: plane 0, then plane 1, of one block */
+            __m256i high[4];
             for (int j = 0; j < 4; j++) {
                 const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(value[j], 24), 24);
-                const __m256i high = _mm256_srai_epi32(_mm256_sub_epi32(value[j], low), 8);
-                both[j] = _mm256_packs_epi32(high, low);
+                high[j] = _mm256_srai_epi32(_mm256_sub_epi32(value[j], low), 8);
+                value[j] = low;
             }
-            for (int j = 0; j < 4; j += 2) {
-                const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(both[j], both[j + 1]), order);
-                _mm256_storeu_si256((__m256i *)(a + (i + 8 * j) * 2), bytes);
-            }
+            store_bytes(a + i, high);
+            store_bytes(a + size + i, value);
         }
         __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));

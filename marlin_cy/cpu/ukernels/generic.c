@@ -86,14 +86,13 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
         int32_t sum = 0;
         for (int i = 0; i < size; i++) {
             const int32_t value = (int32_t)rintf(x[begin + i] * inverse);
-            int8_t *block = a + i / BLOCK_K * (BLOCK_K * planes) + i % BLOCK_K;
             sum += value;
             if (planes == 2) {
                 const int32_t low = (int8_t)(uint8_t)(value & 255);
-                block[0] = (int8_t)((value - low) / 256);
-                block[BLOCK_K] = (int8_t)low;
+                a[i] = (int8_t)((value - low) / 256);
+                a[size + i] = (int8_t)low;
             } else {
-                block[0] = (int8_t)value;
+                a[i] = (int8_t)value;
             }
         }
         *meta = group_meta(amax / qmax, sum);
@@ -115,9 +114,9 @@ static inline void unpack_group(int16_t *restrict w, const uint8_t *restrict blo
 /* One row's group as 16-bit values. */
 static inline void join_planes(int16_t *restrict x, const int8_t *restrict a, int num_blocks, int planes)
 {
-    for (int b = 0; b < num_blocks; b++, x += BLOCK_K, a += BLOCK_K * planes)
-        for (int i = 0; i < BLOCK_K; i++)
-            x[i] = (int16_t)(planes == 2 ? a[i] * 256 + a[i + BLOCK_K] : a[i]);
+    const int size = num_blocks * BLOCK_K;
+    for (int i = 0; i < size; i++)
+        x[i] = (int16_t)(planes == 2 ? a[i] * 256 + a[size + i] : a[i]);
 }
 
 /* The form that compilers turn into pmaddwd or smlal. */

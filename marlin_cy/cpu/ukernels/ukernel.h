@@ -20,7 +20,7 @@
  * QUANTISED ACTIVATIONS: group-major, so that the rows of one group lie together.
  *
  *   a    + group * a_group_stride + row * a_row_stride:   group_size * planes bytes,
- *          per block of 8 values: plane 0 (8 bytes), then plane 1 (8 bytes) if there are two.
+ *          plane 0 of the group's values, a byte each, then plane 1 of them if there are two.
  *          Two planes: value = 256 * plane0 + plane1. One plane: value = plane0. Each in -128..127.
  *   meta + group * meta_group_stride + row:               scale, and the sum of the group's values.
  */
