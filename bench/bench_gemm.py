@@ -13,7 +13,7 @@ from pathlib import Path
 # An installed marlin_cy comes first; without one, the package built in place beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from machine import available_memory, describe, restrict_to, siblings_among, spread_over_cores
+from bench.machine import available_memory, describe, restrict_to, siblings_among, spread_over_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODEL_NAMES = ("qwen3", "mixtral", "deepseek-v3")
@@ -94,10 +94,9 @@ def parse(argv):
 def measure(arguments):
     """The JSON document."""
     # Only here: these load OpenMP runtimes, which must see the CPUs that were chosen.
-    from show import ShowSettings, run_show
-    from sweep import Settings, run_sweep
-    from torch_peers import TorchPeers
-
+    from bench.show import ShowSettings, run_show
+    from bench.sweep import Settings, run_sweep
+    from bench.torch_peers import TorchPeers
     from marlin_cy import get_backend
     from marlin_cy.commands.output import console
 
@@ -125,7 +124,7 @@ def measure(arguments):
         settings = ShowSettings(isa=contexts[0].isa, threads=threads, **timing)
         return document | run_show(backend, peers, settings, screen)
 
-    from shapes import MODELS, TINY
+    from bench.shapes import MODELS, TINY
 
     settings = Settings(
         models=(TINY,) if arguments.quick else tuple(MODELS[name] for name in arguments.models),
@@ -141,12 +140,11 @@ def measure(arguments):
 
 def measure_opencl(arguments):
     """The JSON document of ``--backend opencl``."""
-    from opencl_calls import open_tiers
-    from opencl_machine import describe_device
-    from opencl_show import ShowSettings, run_show
-    from opencl_sweep import Settings, run_sweep
-    from shapes import MODELS, TINY
-
+    from bench.opencl_calls import open_tiers
+    from bench.opencl_machine import describe_device
+    from bench.opencl_show import ShowSettings, run_show
+    from bench.opencl_sweep import Settings, run_sweep
+    from bench.shapes import MODELS, TINY
     from marlin_cy.commands.output import console
 
     backends = open_tiers(arguments.tiers or ("best", "portable"), arguments.device)

@@ -2,8 +2,8 @@
 
 import ml_dtypes
 import numpy as np
-from machine import last_level_cache_bytes
 
+from bench.machine import last_level_cache_bytes
 from marlin_cy.cpu._bandwidth import read_bandwidth
 
 __all__ = ["experts_that_outgrow_cache", "gemm_call", "gemm_flop", "layer_call", "layer_flop", "read_side"]

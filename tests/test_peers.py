@@ -1,6 +1,5 @@
 """The peers of bench/peers: each is right, says how accurate it is, and refuses what it cannot keep."""
 
-import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +12,11 @@ from problems import random_problem
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
-peers = importlib.import_module("peers")
-NumpyDense = importlib.import_module("peers.numpy_dense").NumpyDense
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # bench is not installed
+
+from bench import peers  # noqa: E402
+from bench.peers.numpy_dense import NumpyDense  # noqa: E402
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "ggml")
 GROUP = 128
@@ -58,8 +58,8 @@ def layer_of(rng, symmetric, num_experts=5):
 
 
 def test_importing_the_package_imports_no_peer():
-    program = f"import peers, sys; print([name for name in {LIBRARIES} if name in sys.modules])"
-    environment = {"PYTHONPATH": ":".join([str(BENCH), *filter(None, sys.path)])}
+    program = f"import bench.peers, sys; print([name for name in {LIBRARIES} if name in sys.modules])"
+    environment = {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)])}
     finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert finished.stdout.strip() == "[]", finished.stderr
 
@@ -72,7 +72,7 @@ def test_names_are_unique_and_accuracies_known():
 
 
 def test_requirements_pin_every_peer_and_say_what_for():
-    lines = (BENCH / "peers" / "requirements.txt").read_text().splitlines()
+    lines = (ROOT / "bench" / "peers" / "requirements.txt").read_text().splitlines()
     pinned = dict(line.split("#")[0].strip().split("==") for line in lines)
     assert all(line.partition("#")[2].strip() for line in lines)
     assert {adapter.distribution for adapter in peers.PEERS} <= pinned.keys()

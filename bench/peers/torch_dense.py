@@ -2,8 +2,7 @@
 
 from abc import abstractmethod
 
-from torch_peers import dense_linear
-
+from bench.torch_peers import dense_linear
 from marlin_cy import reference
 
 from .interface import Peer, Projection, require_plain
