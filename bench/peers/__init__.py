@@ -4,14 +4,25 @@ Importing this imports none of them.
 """
 
 from .ggml_moe import GgmlMoe
-from .interface import Experts, Peer, Projection, WrongResult, bound, check, check_moe
+from .interface import Experts, Peer, Projection, RoutedProduct, WrongResult, bound, check, check_moe, check_routed
 from .numpy_dense import NumpyDense
 from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
 from .openvino_int4 import OpenVinoBf16, OpenVinoFloat32, OpenVinoInt8
 from .torch_dense import TorchBf16, TorchFloat32
 from .torch_int4 import TorchInt4
 
-__all__ = ["PEERS", "Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe"]
+__all__ = [
+    "PEERS",
+    "Experts",
+    "Peer",
+    "Projection",
+    "RoutedProduct",
+    "WrongResult",
+    "bound",
+    "check",
+    "check_moe",
+    "check_routed",
+]
 
 PEERS = (
     NumpyDense,

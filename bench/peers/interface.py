@@ -8,9 +8,22 @@ import numpy as np
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 
-__all__ = ["Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe", "require_plain"]
+__all__ = [
+    "Experts",
+    "Peer",
+    "Projection",
+    "RoutedProduct",
+    "WrongResult",
+    "bound",
+    "check",
+    "check_moe",
+    "check_routed",
+    "require_plain",
+]
 
-ACCURACIES = ("int8", "bf16", "float32")
+ACCURACIES = ("int8", "bf16", "int16", "float32")
+"""What activations are computed in, the least accurate first."""
+
 ROWS = (1, 5, 33)  # libraries have other kernels for one row, for a few, and for many
 TOKENS = (1, 7)
 
@@ -40,6 +53,36 @@ class Projection(ABC):
     def rows(self, x):
         """float32 ``[M, N]``, the product of float32 ``[M, K]`` with the weight."""
         return self.result(self.run(self.prepare(x)))
+
+
+class RoutedProduct(ABC):
+    """One weight ``[K, N]`` of every expert, of which each token takes those that it is routed to.
+
+    :meth:`run` alone is what may be timed.
+    """
+
+    @abstractmethod
+    def prepare(self, x, topk_ids):
+        """The input of :meth:`run`; the arguments are those of :meth:`slots`."""
+
+    @abstractmethod
+    def run(self, prepared):
+        """The products, in the peer's own form. It may be called again with the same input."""
+
+    @abstractmethod
+    def result(self, out):
+        """float32 ``[T, top_k, N]`` on the host from what :meth:`run` gave."""
+
+    def slots(self, x, topk_ids):
+        """float32 ``[T, top_k, N]``: the product of each token with each of its experts.
+
+        Parameters
+        ----------
+        x : float32 ``[T, K]``
+        topk_ids : int ``[T, top_k]``
+            The experts of each token, no two of them equal.
+        """
+        return self.result(self.run(self.prepare(x, topk_ids)))
 
 
 class Experts(ABC):
@@ -86,8 +129,10 @@ class Peer(ABC):
     ----------
     name : str
         The column of a table.
-    accuracy : {"int8", "bf16", "float32"}
+    accuracy : {"int8", "bf16", "int16", "float32"}
         What activations are computed in.
+    weight_bytes : float
+        Bytes that it keeps of one weight of a matrix, about.
     distribution : str
         The package whose version is the peer's.
     """
@@ -95,6 +140,7 @@ class Peer(ABC):
     name: str
     accuracy: str
     distribution: str
+    weight_bytes = 0.54  # 4 bits, and scales
 
     def __init__(self, num_threads):
         self.num_threads = num_threads
@@ -125,6 +171,29 @@ class Peer(ABC):
         UnsupportedError
             The peer has no form for this weight.
         """
+
+    def load_all(self, weights):
+        """A list of :class:`Projection`, one for each weight; arguments and errors are as :meth:`load`'s."""
+        return [self.load(weight) for weight in weights]
+
+    def available_routed(self):
+        """None, or why :meth:`load_routed` cannot be used here."""
+        return f"{self.name} has no operator for products by expert"
+
+    def load_routed(self, weights) -> RoutedProduct:
+        """One product of every expert of a layer.
+
+        Parameters
+        ----------
+        weights : list of Int4Weight
+            ``[K, N]``, one an expert.
+
+        Raises
+        ------
+        UnsupportedError
+            The peer has no operator for it, or no form for these weights.
+        """
+        raise UnsupportedError(self.available_routed())
 
     def available_moe(self):
         """None, or why :meth:`load_moe` cannot be used here."""
@@ -163,6 +232,7 @@ def bound(accuracy, k):
 
     ==========  =================================================================================================
     "float32"   K roundings that act as independent ones, with some room: sums are cut into lanes in any order
+    "int16"     as "int8", with steps of 5/32639
     "bf16"      a rounding each of activations, scales, zero points and outputs, each of 2**-8 at most
     "int8"      an amax is at most 5 standard deviations, so a step is 5/127 of one; rounding to it is off by the
                 step over the square root of 12; doubled, for scales in float16 and sums of offsets
@@ -170,10 +240,15 @@ def bound(accuracy, k):
 
     A weight whose zero points are off by one is beyond all of these, by a factor of five and more.
     """
-    return {"float32": (4 + 2 * k**0.5) * 2.0**-24, "bf16": 4 * 2.0**-8, "int8": 2 * 5 / 127 / 12**0.5}[accuracy]
+    return {
+        "float32": (4 + 2 * k**0.5) * 2.0**-24,
+        "int16": 2 * 5 / 32639 / 12**0.5,
+        "bf16": 4 * 2.0**-8,
+        "int8": 2 * 5 / 127 / 12**0.5,
+    }[accuracy]
 
 
-def check(peer, weight, rng):
+def check(peer, weight, rng, loaded=None):
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
     Parameters
@@ -182,6 +257,8 @@ def check(peer, weight, rng):
         An available one.
     weight : Int4Weight
     rng : numpy.random.Generator
+    loaded : Projection, optional
+        What the peer made of ``weight``; loaded here unless given.
 
     Raises
     ------
@@ -189,7 +266,7 @@ def check(peer, weight, rng):
         The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong.
     """
     dense = reference.dequantize_weight(weight)
-    loaded = peer.load(weight)
+    loaded = peer.load(weight) if loaded is None else loaded
     inputs = [rng.standard_normal((rows, weight.k), np.float32) for rows in ROWS]
     errors = [
         _error(peer, loaded.rows(x), x.astype(np.float64) @ dense, bound(peer.accuracy, weight.k)) for x in inputs
@@ -197,7 +274,19 @@ def check(peer, weight, rng):
     return max(errors)
 
 
-def check_moe(peer, gate_up, down, top_k, rng):
+def check_routed(peer, weights, top_k, rng, loaded):
+    """As :func:`check`, of a :class:`RoutedProduct` of these weights."""
+    dense = _dense(weights)
+    errors = []
+    for tokens in TOKENS:
+        x = rng.standard_normal((tokens, weights[0].k), np.float32)
+        ids, _ = random_routing(rng, tokens, len(weights), top_k)
+        expected = np.stack([[row @ dense[e] for e in chosen] for row, chosen in zip(x, ids, strict=True)])
+        errors.append(_error(peer, loaded.slots(x, ids), expected, bound(peer.accuracy, weights[0].k)))
+    return max(errors)
+
+
+def check_moe(peer, gate_up, down, top_k, rng, loaded=None):
     """As :func:`check`, of a layer's output; the bound is that of three products, as each adds its own error.
 
     Parameters
@@ -208,9 +297,11 @@ def check_moe(peer, gate_up, down, top_k, rng):
         As in :meth:`Peer.load_moe`.
     top_k : int
         Experts a token.
+    loaded : Experts, optional
+        What the peer made of the weights; loaded here unless given.
     """
-    dense_gate_up, dense_down = ([reference.dequantize_weight(w) for w in weights] for weights in (gate_up, down))
-    loaded = peer.load_moe(gate_up, down)
+    dense_gate_up, dense_down = _dense(gate_up), _dense(down)
+    loaded = peer.load_moe(gate_up, down) if loaded is None else loaded
     limit = 3 * bound(peer.accuracy, max(gate_up[0].k, down[0].k))
     errors = []
     for tokens in TOKENS:
@@ -219,6 +310,13 @@ def check_moe(peer, gate_up, down, top_k, rng):
         expected = reference.moe_layer(x, dense_gate_up, dense_down, ids, weights)
         errors.append(_error(peer, loaded.tokens(x, ids, weights), expected, limit))
     return max(errors)
+
+
+def _dense(weights):
+    """What weights stand for, float64; the same array for the same weight, as a benchmark's experts share a few."""
+    known = {id(weight): weight for weight in weights}
+    dense = {key: reference.dequantize_weight(weight) for key, weight in known.items()}
+    return [dense[id(weight)] for weight in weights]
 
 
 def random_routing(rng, tokens, num_experts, top_k):

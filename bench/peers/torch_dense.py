@@ -57,7 +57,7 @@ class TorchProjection(Projection):
 class TorchBf16(TorchPeer):
     """``linear`` in bfloat16."""
 
-    name, accuracy = "torch_bf16", "bf16"
+    name, accuracy, weight_bytes = "torch_bf16", "bf16", 2
 
     def _linear(self, torch, weight):
         return _dense(torch, weight, torch.bfloat16)
@@ -66,7 +66,7 @@ class TorchBf16(TorchPeer):
 class TorchFloat32(TorchPeer):
     """``linear`` in float32."""
 
-    name, accuracy = "torch_float32", "float32"
+    name, accuracy, weight_bytes = "torch_float32", "float32", 4
 
     def _linear(self, torch, weight):
         return _dense(torch, weight, torch.float32)

@@ -1,0 +1,106 @@
+"""The bars that the library is held to beside others: how many times as fast as the fastest of them it must be."""
+
+from dataclasses import dataclass
+
+from marlin_cy.commands.output import table
+
+__all__ = ["BARS", "Bar", "bars_table", "fastest", "judge", "rivals"]
+
+# What a side of ours is held against: peers that compute as accurately, or more so. bfloat16 is forty times less
+# accurate than int16, but no other library has anything between it and float32.
+RIVALS = {"int16": ("bf16", "float32"), "int8": ("int8", "bf16", "float32")}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The least ratio, fastest peer's time over ours, for a side of ours and rows or tokens from ``first`` to ``last``."""
+
+    part: str
+    ours: str
+    first: int
+    last: int
+    least: float
+
+
+BARS = (
+    *(
+        Bar("projection", ours, rows, rows, least)
+        for ours, bars in (("int8", (1.1, 2, 2)), ("int16", (1.3, 2, 2)))
+        for rows, least in zip((1, 16, 256), bars, strict=True)
+    ),
+    *(
+        Bar("routed", ours, first, last, least)
+        for ours in ("int8", "int16")
+        for first, last, least in ((1, 8, 1.1), (16, 64, 2), (256, 1024, 3))
+    ),
+    *(
+        Bar("layer", ours, tokens, tokens, least)
+        for ours in ("int8", "int16")
+        for tokens, least in ((1, 1.1), (16, 2), (256, 3))
+    ),
+)
+
+
+def rivals(document, ours):
+    """Names of the peers that a side of ours is held against."""
+    return [name for name, side in document["sides"].items() if name != ours and side["accuracy"] in RIVALS[ours]]
+
+
+def fastest(document, part, ours, m):
+    """``(peer, ratio)`` of the fastest peer in one case, its ratio a spread; None where no peer was timed."""
+    names = rivals(document, ours)
+    ratios = {
+        case["peer"]: case["ratio"][ours]
+        for case in document["cases"]
+        if (case["part"], case["m"]) == (part, m) and case["peer"] in names
+    }
+    return min(ratios.items(), key=lambda item: item[1]["median"]) if ratios else None
+
+
+def judge(document, bars=BARS):
+    """The figure of each bar: that of the case, of those it is about, where the fastest peer comes nearest.
+
+    Returns
+    -------
+    list of dict
+        ``part``, ``ours``, ``first``, ``last``, ``bar``; ``measured`` (a spread), ``m``, ``peer`` and ``passed``, all
+        None where nothing was timed.
+    """
+    return [_judged(document, bar) for bar in bars]
+
+
+def _judged(document, bar):
+    measured = sorted({case["m"] for case in document["cases"] if case["part"] == bar.part})
+    found = [
+        (m, *best)
+        for m in measured
+        if bar.first <= m <= bar.last and (best := fastest(document, bar.part, bar.ours, m)) is not None
+    ]
+    m, peer, ratio = min(found, key=lambda one: one[2]["median"]) if found else (None, None, None)
+    return {
+        "part": bar.part,
+        "ours": bar.ours,
+        "first": bar.first,
+        "last": bar.last,
+        "bar": bar.least,
+        "measured": ratio,
+        "m": m,
+        "peer": peer,
+        "passed": None if ratio is None else ratio["median"] >= bar.least,
+    }
+
+
+def bars_table(judged):
+    """What :func:`judge` returned, to be printed."""
+    result = table("what", "ours", ">rows, tokens", ">bar", ">measured", ">p10–p90", ">at", "fastest peer", "verdict")
+    for one in judged:
+        span = str(one["first"]) if one["first"] == one["last"] else f"{one['first']}–{one['last']}"
+        cells = [one["part"], one["ours"], span, f"≥ {one['bar']:g}"]
+        if one["measured"] is None:
+            result.add_row(*cells, "—", "—", "—", "—", "not measured")
+            continue
+        verdict = "[green]met[/green]" if one["passed"] else "[red]missed[/red]"
+        ratio = one["measured"]
+        figures = f"{ratio['median']:.2f}", f"{ratio['p10']:.2f}–{ratio['p90']:.2f}"
+        result.add_row(*cells, *figures, str(one["m"]), one["peer"], verdict)
+    return result
