@@ -13,7 +13,7 @@ RIVALS = {"int16": ("bf16", "float32"), "int8": ("int8", "bf16", "float32")}
 
 @dataclass(frozen=True)
 class Bar:
-    """The least ratio, fastest peer's time over ours, for a side of ours and rows or tokens from ``first`` to ``last``."""
+    """The least ratio, the fastest peer's time over ours, of a side of ours, from some rows or tokens on to others."""
 
     part: str
     ours: str
