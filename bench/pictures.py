@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.bars import BARS, fastest, rivals
+from bench.bars import fastest, rivals
 from bench.tables import read_document
 
 __all__ = ["PICTURES", "add_options", "draw", "run"]
@@ -24,6 +24,7 @@ PARTS = {"projection": "one projection", "routed": "routed product", "layer": "w
 BAR_CASES = (1, 4, 16, 64, 256, 1024)
 LABEL_POINTS = 8.5
 DOTS_PER_INCH = 150
+NOTE = {"fontsize": 8, "color": "#57606a", "va": "bottom"}
 
 
 def add_options(parser):
@@ -94,7 +95,7 @@ def _save(figure, folder, name):
 
 def roofline(document):
     """Speed over operations a byte of weights, under what memory and the dot products' peak allow."""
-    figure, panels = _panels(document, "How near the roof: one projection, speed over arithmetic intensity")
+    figure, panels = _panels(document, "One projection under the machine's roof", top=1.05)
     read = statistics.median(pair["read_bytes_per_second"] for pair in document["pairs"].values() if pair)
     peaks = [pair["peak_ops_per_second"] for pair in document["pairs"].values() if pair.get("peak_ops_per_second")]
     for ours, axes in panels.items():
@@ -108,15 +109,22 @@ def roofline(document):
             peak = statistics.median(peaks) / (2 if ours == "int16" else 1)
             roof = np.minimum(roof, peak)
             words = "peak of int8 dot products" + (", two a product" if ours == "int16" else "")
-            _note(axes, x[-1], peak / 1e9, f"{words}: {peak / 1e9:.0f} GOP/s", "right", (0, 4))
+            axes.text(x[-1], peak * 1.06 / 1e9, f"{words}: {peak / 1e9:.0f} GOP/s", ha="right", **NOTE)
         axes.plot(x, roof / 1e9, color=INK, linewidth=1.2, zorder=1)
-        corner = first * 1.15
-        _note(axes, corner, read * corner / 1e9, f"memory: {read / 1e9:.0f} GB/s", "right", (-6, 8))
+        axes.set(xscale="log", yscale="log", xlabel="operations a byte of 4-bit weights")
+        slope = x[np.argmax(roof)] ** 0.7 * x[0] ** 0.3 if peaks else x[len(x) // 2]
+        axes.annotate(
+            f"memory:\n{read / 1e9:.0f} GB/s",
+            (slope, read * slope / 1e9),
+            xytext=(-5, 2),
+            textcoords="offset points",
+            ha="right",
+            **NOTE,
+        )
         lines = {
             name: [(intensity[m], flop / seconds / 1e9) for m, flop, seconds in points]
             for name, points in _lines(document, "projection", ours).items()
         }
-        axes.set(xscale="log", yscale="log", xlabel="operations a byte of 4-bit weights")
         _draw_lines(axes, document, lines, ours)
         rows = axes.secondary_xaxis("top", functions=(lambda v: v * 1.0, lambda v: v * 1.0))
         rows.set_xticks(list(intensity.values()), [str(m) for m in intensity])
@@ -124,7 +132,7 @@ def roofline(document):
         rows.tick_params(length=0, labelcolor=FAINT, labelsize=8)
         rows.set_xlabel("rows", color=FAINT, fontsize=8)
         rows.spines["top"].set_visible(False)
-    panels["int8"].set_ylabel("GOP/s, useful ones")
+    panels["int8"].set_ylabel("GOP/s: 2 · rows · K · N ÷ time")
     return figure
 
 
@@ -136,10 +144,10 @@ def rows(document):
             name: [(m, flop / seconds / 1e9) for m, flop, seconds in points]
             for name, points in _lines(document, "projection", ours).items()
         }
-        axes.set(xscale="log", xlabel="rows an expert", ylim=(0, None))
+        axes.set(xscale="log", xlabel="rows")
         _count_axis(axes, lines)
         _draw_lines(axes, document, lines, ours)
-    panels["int8"].set_ylabel("GOP/s, useful ones")
+    panels["int8"].set_ylabel("GOP/s: 2 · rows · K · N ÷ time")
     return figure
 
 
@@ -170,7 +178,7 @@ def speedup(document):
         if m in BAR_CASES
     ]
     figure, panels = _panels(
-        document, "Times as fast as the fastest peer that is as accurate, or nearly", height=1.6 + 0.27 * len(cases)
+        document, "How many times as fast as the fastest peer", height=2.0 + 0.25 * len(cases), left=0.15
     )
     for ours, axes in panels.items():
         widest = 1.0
@@ -182,25 +190,21 @@ def speedup(document):
             widest = max(widest, ratio["median"])
             axes.barh(place, ratio["median"], height=0.66, color=OURS[ours], zorder=2)
             axes.plot([ratio["p10"], ratio["p90"]], [place, place], color=INK, linewidth=1, zorder=3)
-            end = max(ratio["median"], ratio["p90"])
             axes.annotate(
                 f"{ratio['median']:.2f} × {peer}",
-                (end, place),
-                xytext=(5, 0),
+                (1, place),
+                xycoords=axes.get_yaxis_transform(),
+                xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=LABEL_POINTS,
             )
-            bars = [bar.least for bar in BARS if (bar.part, bar.ours) == (part, ours) and bar.first <= m <= bar.last]
-            if bars:
-                axes.plot([bars[0]] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=2, zorder=4)
         axes.axvline(1, color=FAINT, linewidth=1, zorder=1)
-        axes.set(xlim=(0, 1.75 * widest), xlabel="fastest peer's time ÷ ours; thick marks: the bars")
+        axes.set(xlim=(0, 1.08 * widest), xlabel="fastest peer's time ÷ ours; thin line: p10–p90")
         axes.set_yticks(range(len(cases)), [f"{PARTS[part]}, {m}" for part, m in cases])
-        axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", zorder=0)
-    panels["int16"].tick_params(labelleft=False)
+    panels["int16"].invert_yaxis()  # both panels': they share it
     return figure
 
 
@@ -217,7 +221,7 @@ PICTURES = {
 # How
 
 
-def _panels(document, title, height=4.9):
+def _panels(document, title, height=4.7, left=0.075, top=0.75):
     """A card with a title, a caption and two panels, by the side of ours that they are about."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
@@ -239,8 +243,7 @@ def _panels(document, title, height=4.9):
     figure.add_artist(card)
     figure.text(0.3 / width, 1 - 0.3 / height, title, fontsize=12, weight="bold", va="center")
     figure.text(0.3 / width, 0.28 / height, _caption(document), fontsize=7.5, color="#57606a", va="center")
-    # The upper margin is wider than titles need: a panel may have an axis there.
-    figure.subplots_adjust(left=0.085, right=0.89, wspace=0.42, top=1 - 0.95 / height, bottom=1.0 / height)
+    figure.subplots_adjust(left=left, right=0.845, wspace=0.5, top=1 - top / height, bottom=1.0 / height)
     panels = dict(zip(PANELS, axes, strict=True))
     for ours, panel in panels.items():
         panel.set_title(PANELS[ours], loc="left", color=OURS[ours], weight="bold", pad=8)
@@ -293,6 +296,8 @@ def _draw_lines(axes, document, lines, ours):
         )
         labels.append((x[-1], y[-1], f"marlin_cy {name}" if own else name, colour, own))
     axes.grid(which="major", zorder=0)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0)
     _label_ends(axes, labels)
 
 
@@ -301,23 +306,22 @@ def _label_ends(axes, labels):
     if not labels:
         return
     axes.figure.canvas.draw()  # the limits are known from here on
-    right = axes.transAxes.transform((1, 0))[0]
-    ends = sorted((axes.transData.transform((x, y))[1], text, colour, own) for x, y, text, colour, own in labels)
-    apart = 1.25 * LABEL_POINTS * axes.figure.dpi / 72
-    places = [end[0] for end in ends]
+    height = axes.get_window_extent().height / axes.figure.dpi * 72  # in points, as the letters are
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted((height * to_axes.transform((x, y))[1], *rest) for x, y, *rest in labels)
+    places, apart = [end[0] for end in ends], 1.25 * LABEL_POINTS
     for _ in range(200):
         for i in range(len(places) - 1):
             short = apart - (places[i + 1] - places[i])
             if short > 0.01:
                 places[i] -= short / 2
                 places[i + 1] += short / 2
-    per_point = axes.figure.dpi / 72
     for (at, text, colour, own), place in zip(ends, places, strict=True):
         axes.annotate(
             text,
-            xy=(right, at),
-            xycoords="figure pixels",
-            xytext=(6, (place - at) / per_point),
+            xy=(1, at / height),
+            xycoords="axes fraction",
+            xytext=(6, place - at),
             textcoords="offset points",
             color=colour,
             fontsize=LABEL_POINTS,
@@ -332,9 +336,3 @@ def _count_axis(axes, lines):
     counts = sorted({m for points in lines.values() for m, _ in points})
     axes.set_xticks(counts, [str(m) for m in counts])
     axes.minorticks_off()
-
-
-def _note(axes, x, y, text, side, offset):
-    axes.annotate(
-        text, (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=8, color="#57606a", va="bottom"
-    )
