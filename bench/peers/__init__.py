@@ -3,7 +3,7 @@
 Importing this imports none of them.
 """
 
-from .ggml_moe import GgmlMoe
+from .ggml_moe import GgmlMoe, GgmlQ4K
 from .interface import Experts, Peer, Projection, WrongResult, bound, check, check_moe
 from .numpy_dense import NumpyDense
 from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
@@ -24,5 +24,6 @@ PEERS = (
     OpenVinoBf16,
     OpenVinoInt8,
     GgmlMoe,
+    GgmlQ4K,
 )
 """Every adapter. Each is made with a number of threads."""

@@ -111,7 +111,22 @@ class Peer(ABC):
     def available(self):
         """None, or why it cannot run here, with what to install."""
 
-    @abstractmethod
+    def kept(self, weight):
+        """The weights that it multiplies by, float64 ``[K, N]``.
+
+        They are what ``weight`` stands for, or what the peer makes of that when it has to round it to a form of
+        its own: then :meth:`rounding` says how far they may be off, and its accuracy belongs beside its speed.
+        """
+        return reference.dequantize_weight(weight)
+
+    def rounding(self, weight):
+        """The most that :meth:`kept` may be off, relative, of Frobenius norms; 0 for a peer that rounds nothing."""
+        return 0.0
+
+    def available_projection(self):
+        """None, or why :meth:`load` cannot be used here."""
+        return self.available()
+
     def load(self, weight) -> Projection:
         """One projection.
 
@@ -123,8 +138,9 @@ class Peer(ABC):
         Raises
         ------
         UnsupportedError
-            The peer has no form for this weight.
+            The peer has no operator for it, or no form for this weight.
         """
+        raise UnsupportedError(self.available_projection())
 
     def available_moe(self):
         """None, or why :meth:`load_moe` cannot be used here."""
@@ -176,6 +192,9 @@ def bound(accuracy, k):
 def check(peer, weight, rng):
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
+    It is that of the product with ``weight``. What has a bound are its two parts: the product's error with the
+    weights that the peer keeps, and these weights' own.
+
     Parameters
     ----------
     peer : Peer
@@ -186,14 +205,17 @@ def check(peer, weight, rng):
     Raises
     ------
     WrongResult
-        The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong.
+        The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong; or the weights kept are
+        further off than :meth:`Peer.rounding` says.
     """
-    dense = reference.dequantize_weight(weight)
+    dense, kept = reference.dequantize_weight(weight), _kept(peer, weight)
     loaded = peer.load(weight)
-    inputs = [rng.standard_normal((rows, weight.k), np.float32) for rows in ROWS]
-    errors = [
-        _error(peer, loaded.rows(x), x.astype(np.float64) @ dense, bound(peer.accuracy, weight.k)) for x in inputs
-    ]
+    errors = []
+    for rows in ROWS:
+        x = rng.standard_normal((rows, weight.k), np.float32)
+        y = loaded.rows(x)
+        _require_error(peer, y, x.astype(np.float64) @ kept, bound(peer.accuracy, weight.k))
+        errors.append(relative_error(y, x.astype(np.float64) @ dense))
     return max(errors)
 
 
@@ -209,15 +231,17 @@ def check_moe(peer, gate_up, down, top_k, rng):
     top_k : int
         Experts a token.
     """
-    dense_gate_up, dense_down = ([reference.dequantize_weight(w) for w in weights] for weights in (gate_up, down))
+    dense = [[reference.dequantize_weight(w) for w in weights] for weights in (gate_up, down)]
+    kept = [[_kept(peer, w) for w in weights] for weights in (gate_up, down)]
     loaded = peer.load_moe(gate_up, down)
     limit = 3 * bound(peer.accuracy, max(gate_up[0].k, down[0].k))
     errors = []
     for tokens in TOKENS:
         x = rng.standard_normal((tokens, gate_up[0].k), np.float32)
         ids, weights = random_routing(rng, tokens, len(gate_up), top_k)
-        expected = reference.moe_layer(x, dense_gate_up, dense_down, ids, weights)
-        errors.append(_error(peer, loaded.tokens(x, ids, weights), expected, limit))
+        y = loaded.tokens(x, ids, weights)
+        _require_error(peer, y, reference.moe_layer(x, *kept, ids, weights), limit)
+        errors.append(relative_error(y, reference.moe_layer(x, *dense, ids, weights)))
     return max(errors)
 
 
@@ -228,10 +252,23 @@ def random_routing(rng, tokens, num_experts, top_k):
     return ids, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _error(peer, actual, expected, limit):
+def relative_error(actual, expected):
+    """Of Frobenius norms."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def _kept(peer, weight):
+    """What a peer keeps of a weight, as near to it as the peer says."""
+    kept, limit = peer.kept(weight), peer.rounding(weight)
+    error = relative_error(kept, reference.dequantize_weight(weight))
+    if not error <= limit:
+        raise WrongResult(f"{peer.name}: got weights that are {error:.2e} off, expected at most {limit:.2e}")
+    return kept
+
+
+def _require_error(peer, actual, expected, limit):
     if (actual.shape, actual.dtype) != (expected.shape, np.float32):
         raise WrongResult(f"{peer.name}: got {actual.dtype} {actual.shape}, expected float32 {expected.shape}")
-    error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    error = relative_error(actual, expected)
     if not error <= limit:
         raise WrongResult(f"{peer.name}: got a relative error of {error:.2e}, expected at most {limit:.2e}")
-    return error
