@@ -10,6 +10,7 @@ from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
 from .openvino_int4 import OpenVinoBf16, OpenVinoFloat32, OpenVinoInt8
 from .torch_dense import TorchBf16, TorchFloat32
 from .torch_int4 import TorchInt4
+from .vllm_cpu import VllmW4A8, VllmW4A16
 
 __all__ = ["PEERS", "Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe"]
 
@@ -25,5 +26,7 @@ PEERS = (
     OpenVinoInt8,
     GgmlMoe,
     GgmlQ4K,
+    VllmW4A16,
+    VllmW4A8,
 )
 """Every adapter. Each is made with a number of threads."""
