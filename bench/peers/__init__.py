@@ -5,6 +5,7 @@ Importing this imports none of them.
 
 from .ggml_moe import GgmlMoe, GgmlQ4K
 from .interface import Experts, Peer, Projection, WrongResult, bound, check, check_moe
+from .kt_kernel_moe import KtAmxInt4, KtGptqAvx2, KtGptqAvxVnni, KtRawInt4
 from .numpy_dense import NumpyDense
 from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
 from .openvino_int4 import OpenVinoBf16, OpenVinoFloat32, OpenVinoInt8
@@ -28,5 +29,9 @@ PEERS = (
     GgmlQ4K,
     VllmW4A16,
     VllmW4A8,
+    KtRawInt4,
+    KtGptqAvx2,
+    KtGptqAvxVnni,
+    KtAmxInt4,
 )
 """Every adapter. Each is made with a number of threads."""
