@@ -1,14 +1,17 @@
 """The bars that the library is held to beside others: how many times as fast as the fastest of them it must be."""
 
+import math
 from dataclasses import dataclass
 
 from marlin_cy.commands.output import table
 
-__all__ = ["BARS", "Bar", "bars_table", "fastest", "judge", "rivals"]
+__all__ = ["BARS", "RIVALS", "SAME_ERROR", "Bar", "bars_table", "fastest", "judge", "rivals"]
 
-# What a side of ours is held against: peers that compute as accurately, or more so. bfloat16 is forty times less
-# accurate than int16, but no other library has anything between it and float32.
+# What a side of ours is held against: peers that compute in these, the errors of 8-bit ones within a factor, which
+# leaves out those that rounded the weights once more. bfloat16 is a hundred times less accurate than int16, but no
+# other library has anything between it and float32.
 RIVALS = {"int16": ("bf16", "float32"), "int8": ("int8", "bf16", "float32")}
+SAME_ERROR = 2.0
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,23 @@ BARS = (
 )
 
 
-def rivals(document, ours):
+def rivals(document, ours, part):
     """Names of the peers that a side of ours is held against."""
-    return [name for name, side in document["sides"].items() if name != ours and side["accuracy"] in RIVALS[ours]]
+    sides = document["sides"]
+    limit = SAME_ERROR * sides["int8"]["errors"].get(part, 0) if ours == "int8" else math.inf
+    return [
+        name
+        for name, side in sides.items()
+        if name not in ("int16", "int8")
+        and side["accuracy"] in RIVALS[ours]
+        and part in side["errors"]
+        and side["errors"][part] <= limit
+    ]
 
 
 def fastest(document, part, ours, m):
     """``(peer, ratio)`` of the fastest peer in one case, its ratio a spread; None where no peer was timed."""
-    names = rivals(document, ours)
+    names = rivals(document, ours, part)
     ratios = {
         case["peer"]: case["ratio"][ours]
         for case in document["cases"]

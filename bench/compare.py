@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TOKENS = (1, 4, 8, 16, 64, 256, 1024)
+TOKENS = (1, 4, 16, 64, 256, 1024)
 QUICK = (1, 16)
 OWN_WEIGHT_BYTES = 4 * 0.54  # two compute dtypes, each with stacks of its own for single and for routed products
 PAIR_TIMEOUT_SECONDS = 600
@@ -51,7 +51,7 @@ def add_options(parser):
     parser.add_argument("--threads", type=positive, metavar="N", help="on N CPUs, on different cores where possible")
     parser.add_argument("--isa", help="ours, and the peers' where they can be limited; default: the best here")
     parser.add_argument("--memory", type=float, metavar="GB", help="for weights (default: half of what is available)")
-    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds of a case at most (default: 9)")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds of a case at most (default: 7)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: a new file in bench/results/")
     parser.add_argument("--show", action="store_true", help="print the bars, too, each met or missed")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, short rounds: does it run at all?")
@@ -81,10 +81,10 @@ def measure(arguments, screen):
     rows, tokens = (QUICK, QUICK) if arguments.quick else (arguments.rows, arguments.tokens)
     cases = {part: list(rows if part == "projection" else tokens) for part in arguments.parts}
     timing = {
-        "repeats": arguments.repeats or (2 if arguments.quick else 9),
+        "repeats": arguments.repeats or (2 if arguments.quick else 7),
         "min_seconds": 1e-3 if arguments.quick else 15e-3,
         "pause_seconds": 1e-3 if arguments.quick else 10e-3,
-        "case_seconds": 3.0,
+        "case_seconds": 2.0,
         "quick": arguments.quick,
     }
     memory = int(arguments.memory * 1e9) if arguments.memory else available_memory() // 2

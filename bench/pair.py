@@ -254,7 +254,7 @@ class _Pair:
         start = time.perf_counter()
         for call in calls.values():
             call(1)
-        a_round = 2 * (time.perf_counter() - start) + len(calls) * (settings.min_seconds + settings.pause_seconds)
+        a_round = time.perf_counter() - start + len(calls) * (settings.min_seconds + settings.pause_seconds)
         rounds = max(FEWEST_ROUNDS, min(settings.repeats, int(settings.case_seconds / a_round)))
         figures = alternate(timers, min(rounds, settings.repeats), settings.pause_seconds)
         k, n = settings.model.projections["gate_up"]

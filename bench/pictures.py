@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.bars import fastest, rivals
+from bench.bars import RIVALS, SAME_ERROR, fastest
 from bench.tables import read_document
 
 __all__ = ["PICTURES", "add_options", "draw", "run"]
@@ -125,7 +125,7 @@ def roofline(document):
             name: [(intensity[m], flop / seconds / 1e9) for m, flop, seconds in points]
             for name, points in _lines(document, "projection", ours).items()
         }
-        _draw_lines(axes, document, lines, ours)
+        _draw_lines(axes, document, "projection", lines, ours)
         rows = axes.secondary_xaxis("top", functions=(lambda v: v * 1.0, lambda v: v * 1.0))
         rows.set_xticks(list(intensity.values()), [str(m) for m in intensity])
         rows.minorticks_off()
@@ -146,7 +146,7 @@ def rows(document):
         }
         axes.set(xscale="log", xlabel="rows")
         _count_axis(axes, lines)
-        _draw_lines(axes, document, lines, ours)
+        _draw_lines(axes, document, "projection", lines, ours)
     panels["int8"].set_ylabel("GOP/s: 2 · rows · K · N ÷ time")
     return figure
 
@@ -164,7 +164,7 @@ def layer(document):
         axes.set(xscale="log", yscale="log", xlabel="tokens")
         _count_axis(axes, lines)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _draw_lines(axes, document, lines, ours)
+        _draw_lines(axes, document, "layer", lines, ours)
     panels["int8"].set_ylabel("ms a layer; lower is faster")
     return figure
 
@@ -262,9 +262,8 @@ def _caption(document):
 
 def _lines(document, part, ours):
     """``(m, flop, seconds)`` by m of a side of ours and of the peers in its panel; ours over all pairs, the median."""
-    peers = [
-        name for name in rivals(document, ours) if ours == "int16" or document["sides"][name]["accuracy"] == "int8"
-    ]
+    panel = ("int8",) if ours == "int8" else RIVALS["int16"]
+    peers = [name for name, side in document["sides"].items() if name not in OURS and side["accuracy"] in panel]
     lines = {}
     for name in (*peers, ours):
         found = {}
@@ -276,7 +275,7 @@ def _lines(document, part, ours):
     return lines
 
 
-def _draw_lines(axes, document, lines, ours):
+def _draw_lines(axes, document, part, lines, ours):
     """Every side's line, its name at the end."""
     libraries = list(dict.fromkeys(side["library"] for name, side in document["sides"].items() if name not in OURS))
     labels = []
@@ -294,7 +293,10 @@ def _draw_lines(axes, document, lines, ours):
             markersize=5.5 if own else 4,
             zorder=5 if own else 3,
         )
-        labels.append((x[-1], y[-1], f"marlin_cy {name}" if own else name, colour, own))
+        text = f"marlin_cy {name}" if own else name
+        if side["accuracy"] == ours and side["errors"][part] > SAME_ERROR * document["sides"][ours]["errors"][part]:
+            text += f", error {100 * side['errors'][part]:.0f}%"
+        labels.append((x[-1], y[-1], text, colour, own))
     axes.grid(which="major", zorder=0)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)

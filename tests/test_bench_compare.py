@@ -14,7 +14,7 @@ sys.path.append(str(ROOT))  # bench is not installed
 
 from bench import bars, compare, cost, pair, pictures, tables  # noqa: E402
 from bench.ours import OURS  # noqa: E402
-from bench.peers import bound, check, check_moe, check_routed  # noqa: E402
+from bench.peers import WrongResult, bound, check, check_moe, check_routed  # noqa: E402
 from bench.shapes import MODELS, TINY, ModelShape, quantised_normal_weight  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
@@ -160,6 +160,20 @@ def test_ours_are_as_accurate_as_they_say(rng, ours):
     check_moe(peer, gate_up, down, 3, rng)
 
 
+def test_check_routed_refuses_wrong_experts(rng):
+    peer = OURS[0](num_threads=1)
+    weights = [quantised_normal_weight(rng, 64, 32, 32)[0] for _ in range(5)]
+    check_routed(peer, weights, 3, rng, peer.load_routed(weights))
+    with pytest.raises(WrongResult, match="relative error"):
+        check_routed(peer, weights, 3, rng, peer.load_routed(weights[::-1]))
+
+
+def test_one_call_an_expert_gives_what_a_routed_product_gives(rng):
+    peer = OURS[0](num_threads=1)
+    weights = [quantised_normal_weight(rng, 64, 32, 32)[0] for _ in range(5)]
+    check_routed(peer, weights, 3, rng, pair._CallAnExpert(peer.load_all(weights)))
+
+
 # ---------------------------------------------------------------------------------------------
 # Bars
 
@@ -206,8 +220,12 @@ def test_a_bar_is_held_against_the_fastest_peer_as_accurate():
         }
     )
     for name in ("int8", "int16"):
-        assert name not in bars.rivals(document, name)
-    assert "eight" not in bars.rivals(document, "int16")
+        assert not {"int8", "int16"} & set(bars.rivals(document, name, "projection"))
+    assert bars.rivals(document, "int16", "projection") == ["half", "full"]
+    assert bars.rivals(document, "int8", "projection") == ["eight", "half", "full"]
+    document["sides"]["eight"]["errors"]["projection"] = 2.5e-3
+    assert bars.rivals(document, "int8", "projection") == ["half", "full"], "weights rounded once more"
+    document["sides"]["eight"]["errors"]["projection"] = 1.5e-3
     by_ours = {
         judged["ours"]: judged
         for judged in bars.judge(document)

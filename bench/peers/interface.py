@@ -1,5 +1,6 @@
 """What every peer can be asked for, and the check that it must pass before it may be timed."""
 
+import functools
 from abc import ABC, abstractmethod
 from importlib import metadata
 
@@ -157,7 +158,22 @@ class Peer(ABC):
     def available(self):
         """None, or why it cannot run here, with what to install."""
 
-    @abstractmethod
+    def kept(self, weight):
+        """The weights that it multiplies by, float64 ``[K, N]``.
+
+        They are what ``weight`` stands for, or what the peer makes of that when it has to round it to a form of
+        its own: then :meth:`rounding` says how far they may be off, and its accuracy belongs beside its speed.
+        """
+        return reference.dequantize_weight(weight)
+
+    def rounding(self, weight):
+        """The most that :meth:`kept` may be off, relative, of Frobenius norms; 0 for a peer that rounds nothing."""
+        return 0.0
+
+    def available_projection(self):
+        """None, or why :meth:`load` cannot be used here."""
+        return self.available()
+
     def load(self, weight) -> Projection:
         """One projection.
 
@@ -169,8 +185,9 @@ class Peer(ABC):
         Raises
         ------
         UnsupportedError
-            The peer has no form for this weight.
+            The peer has no operator for it, or no form for this weight.
         """
+        raise UnsupportedError(self.available_projection())
 
     def load_all(self, weights):
         """A list of :class:`Projection`, one for each weight; arguments and errors are as :meth:`load`'s."""
@@ -251,6 +268,9 @@ def bound(accuracy, k):
 def check(peer, weight, rng, loaded=None):
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
+    It is that of the product with ``weight``. What has a bound are its two parts: the product's error with the
+    weights that the peer keeps, and these weights' own.
+
     Parameters
     ----------
     peer : Peer
@@ -263,26 +283,30 @@ def check(peer, weight, rng, loaded=None):
     Raises
     ------
     WrongResult
-        The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong.
+        The error is beyond :func:`bound`, is a NaN, or the shape or dtype is wrong; or the weights kept are
+        further off than :meth:`Peer.rounding` says.
     """
-    dense = reference.dequantize_weight(weight)
+    dense, kept = reference.dequantize_weight(weight), _kept(peer, weight)
     loaded = peer.load(weight) if loaded is None else loaded
-    inputs = [rng.standard_normal((rows, weight.k), np.float32) for rows in ROWS]
-    errors = [
-        _error(peer, loaded.rows(x), x.astype(np.float64) @ dense, bound(peer.accuracy, weight.k)) for x in inputs
-    ]
+    errors = []
+    for rows in ROWS:
+        x = rng.standard_normal((rows, weight.k), np.float32)
+        y = loaded.rows(x)
+        _require_error(peer, y, x.astype(np.float64) @ kept, bound(peer.accuracy, weight.k))
+        errors.append(relative_error(y, x.astype(np.float64) @ dense))
     return max(errors)
 
 
 def check_routed(peer, weights, top_k, rng, loaded):
     """As :func:`check`, of a :class:`RoutedProduct` of these weights."""
-    dense = _dense(weights)
+    dense, kept = (_of_each(make, weights) for make in _dense_and_kept(peer))
     errors = []
     for tokens in TOKENS:
         x = rng.standard_normal((tokens, weights[0].k), np.float32)
         ids, _ = random_routing(rng, tokens, len(weights), top_k)
-        expected = np.stack([[row @ dense[e] for e in chosen] for row, chosen in zip(x, ids, strict=True)])
-        errors.append(_error(peer, loaded.slots(x, ids), expected, bound(peer.accuracy, weights[0].k)))
+        y = loaded.slots(x, ids)
+        _require_error(peer, y, _slots(x, kept, ids), bound(peer.accuracy, weights[0].k))
+        errors.append(relative_error(y, _slots(x, dense, ids)))
     return max(errors)
 
 
@@ -300,23 +324,35 @@ def check_moe(peer, gate_up, down, top_k, rng, loaded=None):
     loaded : Experts, optional
         What the peer made of the weights; loaded here unless given.
     """
-    dense_gate_up, dense_down = _dense(gate_up), _dense(down)
+    dense, kept = ([_of_each(make, weights) for weights in (gate_up, down)] for make in _dense_and_kept(peer))
     loaded = peer.load_moe(gate_up, down) if loaded is None else loaded
     limit = 3 * bound(peer.accuracy, max(gate_up[0].k, down[0].k))
     errors = []
     for tokens in TOKENS:
         x = rng.standard_normal((tokens, gate_up[0].k), np.float32)
         ids, weights = random_routing(rng, tokens, len(gate_up), top_k)
-        expected = reference.moe_layer(x, dense_gate_up, dense_down, ids, weights)
-        errors.append(_error(peer, loaded.tokens(x, ids, weights), expected, limit))
+        y = loaded.tokens(x, ids, weights)
+        _require_error(peer, y, reference.moe_layer(x, *kept, ids, weights), limit)
+        errors.append(relative_error(y, reference.moe_layer(x, *dense, ids, weights)))
     return max(errors)
 
 
-def _dense(weights):
-    """What weights stand for, float64; the same array for the same weight, as a benchmark's experts share a few."""
-    known = {id(weight): weight for weight in weights}
-    dense = {key: reference.dequantize_weight(weight) for key, weight in known.items()}
-    return [dense[id(weight)] for weight in weights]
+def _dense_and_kept(peer):
+    """What makes float64 of a weight: as it is, and as a peer keeps it."""
+    return reference.dequantize_weight, functools.partial(_kept, peer)
+
+
+def _of_each(make, weights):
+    """``make`` of every weight; the same array for the same weight, as a benchmark's experts share a few."""
+    made = {id(weight): make(weight) for weight in {id(weight): weight for weight in weights}.values()}
+    return [made[id(weight)] for weight in weights]
+
+
+def _slots(x, dense, topk_ids):
+    """float64 ``[T, top_k, N]``: each token's product with each of its experts."""
+    return np.stack(
+        [[row @ dense[e] for e in chosen] for row, chosen in zip(x.astype(np.float64), topk_ids, strict=True)]
+    )
 
 
 def random_routing(rng, tokens, num_experts, top_k):
@@ -326,10 +362,23 @@ def random_routing(rng, tokens, num_experts, top_k):
     return ids, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _error(peer, actual, expected, limit):
+def relative_error(actual, expected):
+    """Of Frobenius norms."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def _kept(peer, weight):
+    """What a peer keeps of a weight, as near to it as the peer says."""
+    kept, limit = peer.kept(weight), peer.rounding(weight)
+    error = relative_error(kept, reference.dequantize_weight(weight))
+    if not error <= limit:
+        raise WrongResult(f"{peer.name}: got weights that are {error:.2e} off, expected at most {limit:.2e}")
+    return kept
+
+
+def _require_error(peer, actual, expected, limit):
     if (actual.shape, actual.dtype) != (expected.shape, np.float32):
         raise WrongResult(f"{peer.name}: got {actual.dtype} {actual.shape}, expected float32 {expected.shape}")
-    error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    error = relative_error(actual, expected)
     if not error <= limit:
         raise WrongResult(f"{peer.name}: got a relative error of {error:.2e}, expected at most {limit:.2e}")
-    return error
