@@ -11,6 +11,8 @@ __all__ = ["add_options", "print_document", "read_document", "run"]
 
 NOT_LIMITED = {"onnxruntime": "has no switch for instruction sets and uses all that this machine has"}
 
+MOST_AFTER_PAUSE = 1.2
+
 TITLES = {
     "projection": "One projection, {k} → {n}; columns are rows",
     "routed": "One product of a layer's experts, {k} → {n}, top {top_k} of {experts}; columns are tokens",
@@ -79,6 +81,13 @@ def print_document(document, screen, show):
             screen.print(f"{name}: {'' if len(parts) == len(PARTS) else ', '.join(parts) + ': '}{reason}", markup=False)
         if machine["limited_to"] and side["library"] in NOT_LIMITED:
             screen.print(f"{name}: {NOT_LIMITED[side['library']]}", markup=False)
+    for name, pair in document["pairs"].items():
+        check = pair.get("pause_check")
+        if check and check["after_pause"] > MOST_AFTER_PAUSE:
+            screen.print(
+                f"[yellow]{name}: after one of its calls and the pause, ours takes {check['after_pause']:.2f} times as "
+                "long as alone: its threads are still at work, or other processes are.[/yellow]"
+            )
     if show:
         screen.print(bars_table(document["bars"]))
 

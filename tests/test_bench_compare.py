@@ -16,6 +16,7 @@ from bench import bars, compare, cost, pair, pictures, tables  # noqa: E402
 from bench.ours import OURS  # noqa: E402
 from bench.peers import WrongResult, bound, check, check_moe, check_routed  # noqa: E402
 from bench.shapes import MODELS, TINY, ModelShape, quantised_normal_weight  # noqa: E402
+from marlin_cy.commands.output import console  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
 
@@ -300,6 +301,17 @@ def test_pictures_are_drawn_from_a_saved_document(compared, tmp_path):
     done = bench("pictures", compared[0], "--into", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(tmp_path.iterdir()) == sorted(Path(line) for line in done.stdout.split())
+
+
+def test_tables_tell_what_could_not_be_held_to_an_isa_or_was_disturbed(capsys):
+    document = made_up({("projection", 1, "half"): (2.0, 3.0)})
+    document["sides"]["half"]["library"] = "onnxruntime"
+    document["machine"]["limited_to"] = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    document["pairs"] = {"half": {"pause_check": {"right_after": 9.0, "after_pause": 1.5}}}
+    tables.print_document(document, console(), show=False)
+    printed = capsys.readouterr().out
+    assert "half: has no switch for instruction sets" in printed
+    assert "half: after one of its calls and the pause, ours takes 1.50 times as long" in printed
 
 
 def test_documents_of_another_kind_are_refused(tmp_path):

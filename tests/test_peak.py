@@ -11,8 +11,9 @@ AVAILABLE = [isa["name"] for isa in isas() if isa["available"]]
 @pytest.mark.parametrize("isa", AVAILABLE)
 def test_is_a_plausible_figure_or_none(isa):
     peak = int8_peak(isa, 2, repeats=3)
-    assert (peak is None) == (isa in ("generic", "amx"))
-    if peak is not None:
+    if peak is None:
+        assert isa not in ("avx2", "avxvnni", "avx512vnni")
+    else:
         assert 1e8 < peak < 1e15
 
 
