@@ -39,6 +39,7 @@ PARTS = ("projection", "routed", "layer")
 MANY_ROWS = 64
 FEW_WEIGHTS = 4
 FEWEST_ROUNDS = 3
+PAUSE_CHECK_ROUNDS = 5
 DEVIATION = 0.02  # of the weights, so that gates are about 1 and the activation is bent where it matters
 FAILURES = (UnsupportedError, WrongResult, MemoryError, RuntimeError, ValueError)
 
@@ -249,14 +250,15 @@ class _Pair:
                 skipped[f"{part} {m}"] = f"{type(error).__name__}: {error}"
                 calls.pop(name, None)
         timers = {name: CallTimer(call, settings.min_seconds) for name, call in calls.items()}
-        if part == "projection" and self.pause_check is None and settings.peer in timers:
-            self.pause_check = pause_check(timers[OURS[0].name], timers[settings.peer], settings.pause_seconds)
+        pause = settings.pause_seconds + (self.peers[settings.peer].spin_seconds if settings.peer else 0)
+        if self.pause_check is None and settings.peer in timers:
+            self.pause_check = pause_check(timers[OURS[0].name], timers[settings.peer], pause, PAUSE_CHECK_ROUNDS)
         start = time.perf_counter()
         for call in calls.values():
             call(1)
-        a_round = time.perf_counter() - start + len(calls) * (settings.min_seconds + settings.pause_seconds)
+        a_round = time.perf_counter() - start + len(calls) * (settings.min_seconds + pause)
         rounds = max(FEWEST_ROUNDS, min(settings.repeats, int(settings.case_seconds / a_round)))
-        figures = alternate(timers, min(rounds, settings.repeats), settings.pause_seconds)
+        figures = alternate(timers, min(rounds, settings.repeats), pause)
         k, n = settings.model.projections["gate_up"]
         down = settings.model.projections["down"] if part == "layer" else (0, 0)
         self.cases.append(

@@ -24,7 +24,6 @@ PARTS = {"projection": "one projection", "routed": "routed product", "layer": "w
 BAR_CASES = (1, 4, 16, 64, 256, 1024)
 LABEL_POINTS = 8.5
 DOTS_PER_INCH = 150
-NOTE = {"fontsize": 8, "color": "#57606a", "va": "bottom"}
 
 
 def add_options(parser):
@@ -102,25 +101,15 @@ def roofline(document):
         intensity = {
             case["m"]: case["flop"] / case["weight_bytes"] for case in document["cases"] if case["part"] == "projection"
         }
-        first, last = min(intensity.values()), max(intensity.values())
-        x = np.geomspace(first / 1.5, last * 1.5, 200)
-        roof = read * x
+        x = np.geomspace(min(intensity.values()) / 1.5, max(intensity.values()) * 1.5, 200)
+        roof, words = read * x, f"memory {read / 1e9:.0f} GB/s"
         if peaks:
             peak = statistics.median(peaks) / (2 if ours == "int16" else 1)
             roof = np.minimum(roof, peak)
-            words = "peak of int8 dot products" + (", two a product" if ours == "int16" else "")
-            axes.text(x[-1], peak * 1.06 / 1e9, f"{words}: {peak / 1e9:.0f} GOP/s", ha="right", **NOTE)
-        axes.plot(x, roof / 1e9, color=INK, linewidth=1.2, zorder=1)
+            words += f"; 8-bit dot products{', two each' * (ours == 'int16')}: {peak / 1e9:.0f} GOP/s"
         axes.set(xscale="log", yscale="log", xlabel="operations a byte of 4-bit weights")
-        slope = x[np.argmax(roof)] ** 0.7 * x[0] ** 0.3 if peaks else x[len(x) // 2]
-        axes.annotate(
-            f"memory:\n{read / 1e9:.0f} GB/s",
-            (slope, read * slope / 1e9),
-            xytext=(-5, 2),
-            textcoords="offset points",
-            ha="right",
-            **NOTE,
-        )
+        axes.plot(x, roof / 1e9, color=INK, linewidth=1.2, zorder=1)
+        axes.text(x[-1], 1.08 * roof[-1] / 1e9, words, ha="right", va="bottom", fontsize=8, color="#57606a")
         lines = {
             name: [(intensity[m], flop / seconds / 1e9) for m, flop, seconds in points]
             for name, points in _lines(document, "projection", ours).items()

@@ -134,6 +134,8 @@ class Peer(ABC):
         What activations are computed in.
     weight_bytes : float
         Bytes that it keeps of one weight of a matrix, about.
+    spin_seconds : float
+        How long its idle threads spin after a call; 0 for not longer than OpenMP's do.
     distribution : str
         The package whose version is the peer's.
     """
@@ -142,6 +144,7 @@ class Peer(ABC):
     accuracy: str
     distribution: str
     weight_bytes = 0.54  # 4 bits, and scales
+    spin_seconds = 0.0
 
     def __init__(self, num_threads):
         self.num_threads = num_threads
