@@ -59,14 +59,16 @@ def rivals(document, ours, part):
 
 
 def fastest(document, part, ours, m):
-    """``(peer, ratio)`` of the fastest peer in one case, its ratio a spread; None where no peer was timed."""
+    """``(peer, ratio)`` of the peer with the shortest time in one case, its ratio a spread; None where none was timed.
+
+    Its own time chooses it: a ratio is as small where ours was disturbed.
+    """
     names = rivals(document, ours, part)
-    ratios = {
-        case["peer"]: case["ratio"][ours]
-        for case in document["cases"]
-        if (case["part"], case["m"]) == (part, m) and case["peer"] in names
-    }
-    return min(ratios.items(), key=lambda item: item[1]["median"]) if ratios else None
+    timed = [case for case in document["cases"] if (case["part"], case["m"]) == (part, m) and case["peer"] in names]
+    if not timed:
+        return None
+    best = min(timed, key=lambda case: case["us"][case["peer"]]["median"])
+    return best["peer"], best["ratio"][ours]
 
 
 def judge(document, bars=BARS):

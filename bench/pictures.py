@@ -102,11 +102,11 @@ def roofline(document):
             case["m"]: case["flop"] / case["weight_bytes"] for case in document["cases"] if case["part"] == "projection"
         }
         x = np.geomspace(min(intensity.values()) / 1.5, max(intensity.values()) * 1.5, 200)
-        roof, words = read * x, f"memory {read / 1e9:.0f} GB/s"
+        roof, words = read * x, f"{read / 1e9:.0f} GB/s"
         if peaks:
             peak = statistics.median(peaks) / (2 if ours == "int16" else 1)
             roof = np.minimum(roof, peak)
-            words += f"; 8-bit dot products{', two each' * (ours == 'int16')}: {peak / 1e9:.0f} GOP/s"
+            words += f"; 8-bit dot products{' ÷ 2' * (ours == 'int16')}: {peak / 1e9:.0f} GOP/s"
         axes.set(xscale="log", yscale="log", xlabel="operations a byte of 4-bit weights")
         axes.plot(x, roof / 1e9, color=INK, linewidth=1.2, zorder=1)
         axes.text(x[-1], 1.08 * roof[-1] / 1e9, words, ha="right", va="bottom", fontsize=8, color="#57606a")
@@ -167,7 +167,12 @@ def speedup(document):
         if m in BAR_CASES
     ]
     figure, panels = _panels(
-        document, "How many times as fast as the fastest peer", height=2.0 + 0.25 * len(cases), left=0.15
+        document,
+        "How many times as fast as the fastest peer",
+        height=2.0 + 0.25 * len(cases),
+        left=0.15,
+        right=0.825,
+        wspace=0.66,
     )
     for ours, axes in panels.items():
         widest = 1.0
@@ -210,7 +215,7 @@ PICTURES = {
 # How
 
 
-def _panels(document, title, height=4.7, left=0.075, top=0.75):
+def _panels(document, title, height=4.7, left=0.075, right=0.845, wspace=0.5, top=0.75):
     """A card with a title, a caption and two panels, by the side of ours that they are about."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
@@ -232,7 +237,7 @@ def _panels(document, title, height=4.7, left=0.075, top=0.75):
     figure.add_artist(card)
     figure.text(0.3 / width, 1 - 0.3 / height, title, fontsize=12, weight="bold", va="center")
     figure.text(0.3 / width, 0.28 / height, _caption(document), fontsize=7.5, color="#57606a", va="center")
-    figure.subplots_adjust(left=left, right=0.845, wspace=0.5, top=1 - top / height, bottom=1.0 / height)
+    figure.subplots_adjust(left=left, right=right, wspace=wspace, top=1 - top / height, bottom=1.0 / height)
     panels = dict(zip(PANELS, axes, strict=True))
     for ours, panel in panels.items():
         panel.set_title(PANELS[ours], loc="left", color=OURS[ours], weight="bold", pad=8)

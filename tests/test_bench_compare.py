@@ -237,6 +237,13 @@ def test_a_bar_is_held_against_the_fastest_peer_as_accurate():
     assert by_ours["int16"]["passed"] is by_ours["int8"]["passed"] is True
 
 
+def test_the_fastest_peer_is_the_one_with_the_shortest_time():
+    document = made_up({("layer", 4, "half"): (2.0, 3.0), ("layer", 4, "full"): (3.0, 4.0)})
+    document["cases"][1]["ratio"]["int16"] = spread(0.5)  # ours was disturbed beside it
+    assert bars.fastest(document, "layer", "int16", 4) == ("half", spread(2.0))
+    assert bars.fastest(document, "layer", "int16", 1) is None
+
+
 def test_a_bar_over_several_cases_is_as_good_as_the_worst():
     document = made_up(
         {("routed", m, "half"): (ratio, ratio) for m, ratio in ((1, 3.0), (4, 1.05), (8, 2.0), (9, 0.1))}
