@@ -250,9 +250,12 @@ class _Pair:
                 skipped[f"{part} {m}"] = f"{type(error).__name__}: {error}"
                 calls.pop(name, None)
         timers = {name: CallTimer(call, settings.min_seconds) for name, call in calls.items()}
-        pause = settings.pause_seconds + (self.peers[settings.peer].spin_seconds if settings.peer else 0)
+        pause = settings.pause_seconds
+        if settings.peer and not settings.quick:
+            pause += self.peers[settings.peer].spin_seconds
         if self.pause_check is None and settings.peer in timers:
-            self.pause_check = pause_check(timers[OURS[0].name], timers[settings.peer], pause, PAUSE_CHECK_ROUNDS)
+            rounds = min(PAUSE_CHECK_ROUNDS, settings.repeats)
+            self.pause_check = pause_check(timers[OURS[0].name], timers[settings.peer], pause, rounds)
         start = time.perf_counter()
         for call in calls.values():
             call(1)
