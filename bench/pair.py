@@ -153,18 +153,19 @@ class _Pair:
         return [distinct[expert % len(distinct)] for expert in range(settings.num_experts)]
 
     def _load(self, part, load):
-        """``load(peer)`` of every side that can; those that cannot are skipped, with the reason."""
+        """``load(peer)`` of every side; nothing, and the reason, where the peer cannot: there is nothing to compare."""
         loaded, start = {}, time.perf_counter()
-        for name, peer in self.peers.items():
+        for name, peer in reversed(self.peers.items()):  # the peer, then ours
             try:
                 loaded[name], self.sides[name]["errors"][part] = load(peer)
                 self.sides[name]["fused"][part] = not isinstance(loaded[name], _CallAnExpert | _ProductsAlone)
             except FAILURES as error:
                 if name != self.settings.peer:
                     raise
-                self.sides[name]["skipped"][part] = f"{type(error).__name__}: {error}"
+                self.sides[name]["skipped"][part] = _reason(error)
+                return {}
         self.seconds[f"load {part}"] = time.perf_counter() - start
-        return loaded
+        return dict(reversed(loaded.items()))
 
     def _projections_of(self, peer, which):
         """A peer's products of single experts, loaded once."""
@@ -181,7 +182,7 @@ class _Pair:
             return projections, check(peer, weights[0], self.rng, projections[0])
 
         loaded = self._load("projection", load)
-        for rows in self.settings.cases["projection"]:
+        for rows in self.settings.cases["projection"] if loaded else ():
             x = self.rng.standard_normal((rows, weights[0].k), np.float32)
             turns = len(weights) if rows < MANY_ROWS else min(FEW_WEIGHTS, len(weights))
 
@@ -225,7 +226,7 @@ class _Pair:
 
     def _by_tokens(self, part, loaded, arguments):
         model, num_experts = self.settings.model, self.settings.num_experts
-        for tokens in self.settings.cases[part]:
+        for tokens in self.settings.cases[part] if loaded else ():
             x = self.rng.standard_normal((tokens, model.hidden), np.float32)
             drawn = [ids.astype(np.int32) for ids in routings(num_experts, model.top_k, tokens)]
             shares = np.full((tokens, model.top_k), 1 / model.top_k, np.float32)
@@ -239,7 +240,7 @@ class _Pair:
     def _case(self, part, m, top_k, experts_hit, loaded, prepare):
         """Time one case: each side's calls take turns, and the calls of a side go through what it has prepared."""
         settings = self.settings
-        calls, skipped = {}, self.sides[settings.peer]["skipped"] if settings.peer else {}
+        calls = {}
         for name, side in loaded.items():
             try:
                 calls[name] = _in_turn(prepare(side))
@@ -247,8 +248,8 @@ class _Pair:
             except FAILURES as error:
                 if name != settings.peer:
                     raise
-                skipped[f"{part} {m}"] = f"{type(error).__name__}: {error}"
-                calls.pop(name, None)
+                self.sides[name]["skipped"][f"{part} {m}"] = _reason(error)
+                return
         timers = {name: CallTimer(call, settings.min_seconds) for name, call in calls.items()}
         pause = settings.pause_seconds
         if settings.peer and not settings.quick:
@@ -268,18 +269,25 @@ class _Pair:
             {
                 "part": part,
                 "m": m,
-                "peer": settings.peer if settings.peer in calls else None,
+                "peer": settings.peer or None,
                 "num_experts": settings.num_experts,
                 "experts_hit": experts_hit,
                 "flop": 2 * m * top_k * (k * n + down[0] * down[1]),
                 "weight_bytes": experts_hit * sum(_stored(settings.model, *shape) for shape in ((k, n), down)),
                 "rounds": len(figures[OURS[0].name]),
                 "us": {name: spread(np.multiply(seconds, 1e6))._asdict() for name, seconds in figures.items()},
-                "ratio": {ours.name: ratios(figures[settings.peer], figures[ours.name])._asdict() for ours in OURS}
-                if settings.peer in figures
-                else {},
+                "ratio": {
+                    ours.name: ratios(figures[settings.peer], figures[ours.name])._asdict()
+                    for ours in OURS
+                    if settings.peer
+                },
             }
         )
+
+
+def _reason(error):
+    """Why a side could not do something."""
+    return str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
 
 
 def _stored(model, k, n):

@@ -15,8 +15,10 @@ sys.path.append(str(ROOT))  # bench is not installed
 from bench import bars, compare, cost, pair, pictures, tables  # noqa: E402
 from bench.ours import OURS  # noqa: E402
 from bench.peers import WrongResult, bound, check, check_moe, check_routed  # noqa: E402
+from bench.peers.numpy_dense import NumpyDense  # noqa: E402
 from bench.shapes import MODELS, TINY, ModelShape, quantised_normal_weight  # noqa: E402
 from marlin_cy.commands.output import console  # noqa: E402
+from marlin_cy.errors import UnsupportedError  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
 
@@ -139,6 +141,42 @@ def test_a_process_that_ends_otherwise_is_a_reason(monkeypatch):
     timing = {"repeats": 1, "min_seconds": 1e-3, "pause_seconds": 0.0, "case_seconds": 1.0, "quick": True}
     found = compare._pair("numpy_dense", TINY, {}, context, 10**9, timing, {})
     assert found["sides"]["numpy_dense"]["skipped"]["routed"].startswith("ended with 1")
+
+
+class Refuses(NumpyDense):
+    """A peer without products by expert, whose layers are wrong and whose products stop at 8 rows."""
+
+    name = "refuses"
+
+    def load(self, weight):
+        loaded = super().load(weight)
+        prepare = loaded.prepare
+
+        def few(x):
+            if len(x) == 16:
+                raise UnsupportedError("x: got 16 rows")
+            return prepare(x)
+
+        loaded.prepare = few
+        return loaded
+
+    def available_moe(self):
+        return None
+
+    def load_moe(self, gate_up, down):
+        raise MemoryError("no room")
+
+
+def test_what_a_peer_cannot_do_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(pair, "PEERS", (Refuses,))
+    settings = pair.PairSettings(
+        "refuses", TINY, dict.fromkeys(pair.PARTS, [1, 16]), 16, 1, "generic", 1, 1e-3, 0.0, 1.0, True
+    )
+    assert pair.PairSettings.from_json(settings.to_json()) == settings
+    found = pair.measure_pair(settings)
+    assert found["sides"]["refuses"]["skipped"] == {"projection 16": "x: got 16 rows", "layer": "MemoryError: no room"}
+    assert {(case["part"], case["m"]) for case in found["cases"]} == {("projection", 1), ("routed", 1), ("routed", 16)}
+    assert found["peak_ops_per_second"] is None, "generic has none"
 
 
 def test_isa_reaches_the_peers(monkeypatch):
