@@ -18,7 +18,7 @@ from bench.shapes import MODELS, TINY, ModelShape, build_stack, routings
 from bench.timing import CallTimer, alternate, spread
 from marlin_cy.commands.output import console, table
 
-__all__ = ["Machine", "add_options", "experts_hit", "overlap_of", "predict", "run", "slices"]
+__all__ = ["Machine", "add_options", "experts_hit", "markdown", "overlap_of", "predict", "run", "slices"]
 
 COMPUTE_DTYPES = ("int16", "int8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -169,6 +169,7 @@ def add_options(parser):
     parser.add_argument("--isa", help="default: the best here")
     parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="rounds (default: 7)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="save the figures as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print COST_MODEL.md's tables at the end")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, short rounds: does it run at all?")
 
 
@@ -192,6 +193,8 @@ def run(arguments):
             one = bench.measure(count, dtype)
             document["runs"].append(one)
             _print(screen, model, one)
+    if arguments.markdown:
+        print(markdown(document))
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return 0
@@ -297,6 +300,39 @@ def _kernel(seconds, threads):
     if min(kernel.values()) <= 0:
         raise ValueError("more columns took less time: other processes use this machine")
     return kernel
+
+
+def markdown(document):
+    """The tables of COST_MODEL.md: parameters, then predicted and measured times, a column for each run."""
+    model, runs = document["model"], document["runs"]
+    machines = [one["parameters"] for one in runs]
+    heads = [f"{one['threads']} thread{'s' * (one['threads'] > 1)}, {one['compute_dtype']}" for one in machines]
+    rows = [
+        ("`read`, GB/s", [f"{one['read'] / 1e9:.1f}" for one in machines]),
+        ("`start`, µs", [f"{one['start'] * 1e6:.1f}" for one in machines]),
+        *(
+            (
+                f"`kernel`, GFLOP/s, rows: {count}",
+                [f"{2 * count / one['kernel'][count] / 1e9:.0f}" for one in machines],
+            )
+            for count in KERNEL_ROWS
+        ),
+        *((f"`overlap`, rows: {count}", [f"{one['overlap'][count]:.1f}" for one in machines]) for count in STREAM_ROWS),
+        ("`prepare`, ns a value", [f"{one['prepare'] * 1e9:.2f}" for one in machines]),
+        ("`finish`, ns a value", [f"{one['finish'] * 1e9:.2f}" for one in machines]),
+        ("arithmetic takes longer from so many rows on", [str(one["arithmetic_from_rows"]["gate_up"]) for one in runs]),
+    ]
+    lines = [["", *heads], ["---"] * (1 + len(heads)), *([name, *cells] for name, cells in rows), []]
+    lines += [["tokens", "experts hit", "rows of one", *heads], ["---"] * (3 + len(heads))]
+    for layers in zip(*(one["layers"] for one in runs), strict=True):
+        tokens, hit = layers[0]["tokens"], layers[0]["experts_hit"]
+        cells = [
+            f"{1e3 * one['predicted']['total']:.3g} / {1e3 * one['measured']:.3g} = "
+            f"{one['predicted']['total'] / one['measured']:.2f}"
+            for one in layers
+        ]
+        lines.append([str(tokens), f"{hit:.1f}", f"{tokens * model['top_k'] / hit:.1f}", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" if cells else "" for cells in lines)
 
 
 def _print(screen, model, one):

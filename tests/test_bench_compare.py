@@ -426,7 +426,7 @@ def test_slices_hold_all_tokens():
 
 def test_costs_are_measured_and_predicted(tmp_path):
     output = tmp_path / "cost.json"
-    done = bench("cost", "--quick", "--threads=1", "--compute-dtypes=int16", "--output", output)
+    done = bench("cost", "--quick", "--threads=1", "--compute-dtypes=int16", "--markdown", "--output", output)
     assert done.returncode == 0, done.stderr
     (one,) = json.loads(output.read_text())["runs"]
     parameters = one["parameters"]
@@ -438,3 +438,4 @@ def test_costs_are_measured_and_predicted(tmp_path):
         assert row["predicted"]["total"] > 0
         assert row["measured"] > 0
     assert "total ÷" in done.stdout
+    assert "| tokens | experts hit | rows of one | 1 thread, int16 |" in done.stdout
