@@ -11,8 +11,10 @@ It has several products of 4-bit weights, each a class of the extension:
               with AMX or AVX512. As it has no groups, it is the least accurate by far
 ============  =======================================================================================================
 
-Inputs and outputs are bfloat16. Idle threads spin for 50 ms. Source of the formats: KTransformers,
-``kt-kernel/python/utils/amx.py`` and ``kt-kernel/operators``.
+Inputs and outputs are bfloat16. One thread more than asked for spins during a call, and all of them for 50 ms after
+it: with a CPU for each thread and none for that one, a call takes time slices of the system's scheduler.
+
+Source of the formats: KTransformers, ``kt-kernel/python/utils/amx.py`` and ``kt-kernel/operators``.
 """
 
 import contextlib

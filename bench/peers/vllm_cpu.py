@@ -45,6 +45,7 @@ class Vllm(TorchPeer):
         import torch
 
         torch.ops.load_library(_library(torch))
+        torch.cpu._init_amx()  # a process has to ask the system for tiles; does nothing on CPUs without
         return torch.ops._C
 
     def available(self):
