@@ -35,6 +35,7 @@ ISA_ENVIRONMENT = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "OPENBLAS_CORETYPE": "Haswell",
+        "KT_KERNEL_CPU_VARIANT": "avx2",
     }
 }
 GGML_FOLDER = "GGML_LIBRARY_DIR"

@@ -16,6 +16,7 @@ the file named as its argument.
 import dataclasses
 import gc
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def measure_pair(settings):
     Returns
     -------
     dict
-        ``sides`` (by name: library, version, accuracy, ``errors``, ``skipped`` and ``fused`` by part), ``cases`` (each
-        with the times of all sides), ``pause_check``, ``openmp_runtimes``, ``read_bytes_per_second``,
+        ``sides`` (by name: library, version, accuracy, threads; ``errors``, ``skipped`` and ``fused`` by part),
+        ``cases`` (each with the times of all sides), ``pause_check``, ``openmp_runtimes``, ``read_bytes_per_second``,
         ``peak_ops_per_second`` (None where it is not known), ``seconds``.
     """
     return _Pair(settings).measure()
@@ -109,12 +110,14 @@ class _Pair:
         self.peers = {made.name: made for made in (ours(settings.threads, settings.isa) for ours in OURS)}
         if settings.peer:
             (adapter,) = (adapter for adapter in PEERS if adapter.name == settings.peer)
-            self.peers[settings.peer] = adapter(settings.threads)
+            spare = len(os.sched_getaffinity(0)) - adapter.extra_threads
+            self.peers[settings.peer] = adapter(max(1, min(settings.threads, spare)))
         self.sides = {
             name: {
                 "library": peer.distribution,
                 "version": peer.version,
                 "accuracy": peer.accuracy,
+                "threads": peer.num_threads,
                 "errors": {},
                 "fused": {},
                 "skipped": {},
@@ -170,10 +173,11 @@ class _Pair:
         return dict(reversed(loaded.items()))
 
     def _projections_of(self, peer, which):
-        """A peer's products of single experts, loaded once."""
-        key = peer.name, which
+        """A peer's products of single experts, loaded once; as few as it asks for, which several experts then share."""
+        key, weights = (peer.name, which), self.weights[which]
         if key not in self.projections:
-            self.projections[key] = peer.load_all(self.weights[which])
+            loaded = peer.load_all(weights[: peer.most_weights])
+            self.projections[key] = [loaded[expert % len(loaded)] for expert in range(len(weights))]
         return self.projections[key]
 
     def _projection(self):
@@ -293,7 +297,8 @@ class _Pair:
 
 def _reason(error):
     """Why a side could not do something."""
-    return str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
+    words = " ".join(str(error).split())
+    return words if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {words}"
 
 
 def _stored(model, k, n):

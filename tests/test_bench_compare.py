@@ -146,9 +146,11 @@ def test_a_process_that_ends_otherwise_is_a_reason(monkeypatch):
 class Refuses(NumpyDense):
     """A peer without products by expert, whose layers are wrong and whose products stop at 8 rows."""
 
-    name = "refuses"
+    name, most_weights, extra_threads = "refuses", 8, 1000
+    loads = 0
 
     def load(self, weight):
+        self.loads += 1
         loaded = super().load(weight)
         prepare = loaded.prepare
 
@@ -170,10 +172,13 @@ class Refuses(NumpyDense):
 def test_what_a_peer_cannot_do_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(pair, "PEERS", (Refuses,))
     settings = pair.PairSettings(
-        "refuses", TINY, dict.fromkeys(pair.PARTS, [1, 16]), 16, 1, "generic", 1, 1e-3, 0.0, 1.0, True
+        "refuses", TINY, dict.fromkeys(pair.PARTS, [1, 16]), 16, 2, "generic", 1, 1e-3, 0.0, 1.0, True
     )
     assert pair.PairSettings.from_json(settings.to_json()) == settings
-    found = pair.measure_pair(settings)
+    measured = pair._Pair(settings)
+    found = measured.measure()
+    assert measured.peers["refuses"].loads == 8, "experts share a peer's weights where it asks for few"
+    assert (found["sides"]["int8"]["threads"], found["sides"]["refuses"]["threads"]) == (2, 1)
     assert found["sides"]["refuses"]["skipped"] == {"projection 16": "x: got 16 rows", "layer": "MemoryError: no room"}
     assert {(case["part"], case["m"]) for case in found["cases"]} == {("projection", 1), ("routed", 1), ("routed", 16)}
     assert found["peak_ops_per_second"] is None, "generic has none"

@@ -136,6 +136,10 @@ class Peer(ABC):
         Bytes that it keeps of one weight of a matrix, about.
     spin_seconds : float
         How long its idle threads spin after a call; 0 for not longer than OpenMP's do.
+    extra_threads : int
+        Threads beyond ``num_threads`` that are busy during a call, and need CPUs of their own.
+    most_weights : int or None
+        Projections that may take turns before their threads get in each other's way; None for any number.
     distribution : str
         The package whose version is the peer's.
     """
@@ -145,6 +149,8 @@ class Peer(ABC):
     distribution: str
     weight_bytes = 0.54  # 4 bits, and scales
     spin_seconds = 0.0
+    extra_threads = 0
+    most_weights = None
 
     def __init__(self, num_threads):
         self.num_threads = num_threads

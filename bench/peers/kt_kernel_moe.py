@@ -67,7 +67,7 @@ class _KtKernel(Peer):
     """What the four have in common."""
 
     distribution = "kt-kernel"
-    spin_seconds = 0.05
+    spin_seconds, extra_threads = 0.05, 1
     operator: str
     experts_multiple = 1  # the extension is given so many experts, of which the last may never be chosen
     cpu_flag = None  # that the operator needs beyond what the extension was chosen for
