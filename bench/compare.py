@@ -135,14 +135,19 @@ def _pair(name, model, cases, context, memory, timing, environment):
     settings = PairSettings(
         peer=name, model=model, cases=cases, num_experts=experts, threads=context.num_threads, isa=context.isa, **timing
     )
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    variables = os.environ | environment
+    if folder := variables.get(GGML_FOLDER):
+        variables[GGML_FOLDER] = os.path.abspath(folder)
+    # In a folder of its own, as this one would come first on the path: an installed marlin_cy comes before it.
+    path = os.pathsep.join([*map(os.path.abspath, sys.path), str(ROOT)])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "pair.json")
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "bench.pair", output],
                 input=settings.to_json(),
-                env=os.environ | environment | {"PYTHONPATH": path},
+                cwd=folder,
+                env=variables | {"PYTHONPATH": path},
                 capture_output=True,
                 text=True,
                 timeout=PAIR_TIMEOUT_SECONDS,
