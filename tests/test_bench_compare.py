@@ -80,7 +80,7 @@ def test_what_a_document_says_of_machine_and_sides(compared):
     assert (document["schema"], document["mode"]) == (compare.SCHEMA_VERSION, "compare")
     assert document["machine"]["threads"] == 1
     assert document["machine"]["cpu"]
-    measured = document["pairs"]["numpy_dense"]
+    measured = document["pairs"]["numpy_dense projection"]
     assert measured["read_bytes_per_second"] > 1e8
     assert measured["pause_check"].keys() == {"right_after", "after_pause"}
     sides = document["sides"]
