@@ -99,6 +99,7 @@ setup(
             extension("_gemm"),
             extension("_moe"),
             extension("_bandwidth"),
+            extension("_peak"),
             extension("_nibbles", package="formats"),
         ],
         language_level=3,

@@ -13,7 +13,8 @@ from pathlib import Path
 # An installed marlin_cy comes first; without one, the package built in place beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from machine import available_memory, describe, restrict_to, siblings_among, spread_over_cores
+from bench.machine import available_memory, describe, restrict_to, siblings_among, spread_over_cores
+from bench.options import positive, values
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODEL_NAMES = ("qwen3", "mixtral", "deepseek-v3")
@@ -49,32 +50,32 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", default="cpu", choices=("cpu", "opencl"), help="default: cpu")
     parser.add_argument("--show", action="store_true", help="measure the claims instead of the tables")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="on N CPUs, on different cores where possible")
-    parser.add_argument("--cpus", type=_list(int), metavar="A,B", help="run on these CPUs alone")
+    parser.add_argument("--threads", type=positive, metavar="N", help="on N CPUs, on different cores where possible")
+    parser.add_argument("--cpus", type=values(int), metavar="A,B", help="run on these CPUs alone")
     parser.add_argument(
-        "--isa", type=_list(str), default=(), metavar="A,B", help="default: the best here; --show takes one"
+        "--isa", type=values(str), default=(), metavar="A,B", help="default: the best here; --show takes one"
     )
-    parser.add_argument("--models", type=_list(str), default=MODEL_NAMES, metavar="A,B", help=",".join(MODEL_NAMES))
-    parser.add_argument("--rows", type=_list(int), default=ROWS, metavar="A,B", help="rows an expert")
-    parser.add_argument("--tokens", type=_list(int), metavar="A,B", help="tokens of a whole layer, or of a claim")
+    parser.add_argument("--models", type=values(str), default=MODEL_NAMES, metavar="A,B", help=",".join(MODEL_NAMES))
+    parser.add_argument("--rows", type=values(int), default=ROWS, metavar="A,B", help="rows an expert")
+    parser.add_argument("--tokens", type=values(int), metavar="A,B", help="tokens of a whole layer, or of a claim")
     parser.add_argument(
-        "--compute-dtypes", type=_list(str), default=COMPUTE_DTYPES, metavar="A,B", help=",".join(COMPUTE_DTYPES)
+        "--compute-dtypes", type=values(str), default=COMPUTE_DTYPES, metavar="A,B", help=",".join(COMPUTE_DTYPES)
     )
     parser.add_argument("--no-torch", action="store_true", help="leave the peers out")
     parser.add_argument("--memory", type=float, metavar="GB", help="for weights (default: half of what is available)")
-    parser.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default: 9; 11 with --show)")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds (default: 9; 11 with --show)")
     parser.add_argument("--min-ms", type=float, default=25.0, metavar="MS", help="length of a block (default: 25)")
     parser.add_argument("--pause-ms", type=float, default=10.0, metavar="MS", help="sleep before a block (default: 10)")
     parser.add_argument("--output", "--json", type=Path, metavar="FILE", help="default: a new file in bench/results/")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two short rounds: does it run at all?")
     opencl = parser.add_argument_group("with --backend opencl")
-    opencl.add_argument("--tiers", type=_list(str), metavar="A,B", help="default: best,portable")
+    opencl.add_argument("--tiers", type=values(str), metavar="A,B", help="default: best,portable")
     opencl.add_argument("--device", metavar="DEVICE", help="an index, or a part of its name (default: the best)")
     opencl.add_argument(
-        "--only", type=_list(str), metavar="A,B", help=f"parts of --show (default: {','.join(SHOW_PARTS)})"
+        "--only", type=values(str), metavar="A,B", help=f"parts of --show (default: {','.join(SHOW_PARTS)})"
     )
-    opencl.add_argument("--launches", type=_positive, metavar="N", help="a cell of --show (default: 24)")
-    opencl.add_argument("--block-size", type=_positive, metavar="N", help="of the routing (default: the tier's choice)")
+    opencl.add_argument("--launches", type=positive, metavar="N", help="a cell of --show (default: 24)")
+    opencl.add_argument("--block-size", type=positive, metavar="N", help="of the routing (default: the tier's choice)")
     arguments = parser.parse_args(argv)
     others = CPU_OPTIONS if arguments.backend == "opencl" else OPENCL_OPTIONS
     if given := [name for name in others if getattr(arguments, name)]:
@@ -94,10 +95,9 @@ def parse(argv):
 def measure(arguments):
     """The JSON document."""
     # Only here: these load OpenMP runtimes, which must see the CPUs that were chosen.
-    from show import ShowSettings, run_show
-    from sweep import Settings, run_sweep
-    from torch_peers import TorchPeers
-
+    from bench.show import ShowSettings, run_show
+    from bench.sweep import Settings, run_sweep
+    from bench.torch_peers import TorchPeers
     from marlin_cy import get_backend
     from marlin_cy.commands.output import console
 
@@ -125,7 +125,7 @@ def measure(arguments):
         settings = ShowSettings(isa=contexts[0].isa, threads=threads, **timing)
         return document | run_show(backend, peers, settings, screen)
 
-    from shapes import MODELS, TINY
+    from bench.shapes import MODELS, TINY
 
     settings = Settings(
         models=(TINY,) if arguments.quick else tuple(MODELS[name] for name in arguments.models),
@@ -141,12 +141,11 @@ def measure(arguments):
 
 def measure_opencl(arguments):
     """The JSON document of ``--backend opencl``."""
-    from opencl_calls import open_tiers
-    from opencl_machine import describe_device
-    from opencl_show import ShowSettings, run_show
-    from opencl_sweep import Settings, run_sweep
-    from shapes import MODELS, TINY
-
+    from bench.opencl_calls import open_tiers
+    from bench.opencl_machine import describe_device
+    from bench.opencl_show import ShowSettings, run_show
+    from bench.opencl_sweep import Settings, run_sweep
+    from bench.shapes import MODELS, TINY
     from marlin_cy.commands.output import console
 
     backends = open_tiers(arguments.tiers or ("best", "portable"), arguments.device)
@@ -200,23 +199,6 @@ def _print_machine(screen, machine):
         )
     if siblings_among(machine["cpus"]):
         screen.print("[yellow]Some of these CPUs share a core; --cpus chooses others.[/yellow]")
-
-
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
-    return value
-
-
-def _list(kind):
-    """A parser of values separated by commas."""
-
-    def values(text):
-        return tuple(kind(part) for part in text.split(","))
-
-    values.__name__ = f"list of {kind.__name__}"
-    return values
 
 
 if __name__ == "__main__":

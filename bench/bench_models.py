@@ -18,8 +18,8 @@ from pathlib import Path
 # An installed marlin_cy comes first; without one, the package built in place beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from machine import describe
-from synthetic import write_qwen3_moe
+from bench.machine import describe
+from bench.synthetic import write_qwen3_moe
 
 PARTS = ("pack", "open", "memory", "speed")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' implementations that run on a CPU

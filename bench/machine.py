@@ -9,6 +9,7 @@ __all__ = [
     "available_memory",
     "describe",
     "last_level_cache_bytes",
+    "openmp_runtimes",
     "restrict_to",
     "siblings_among",
     "spread_over_cores",
@@ -94,7 +95,7 @@ def _text(path):
         return ""
 
 
-def _openmp_runtimes():
+def openmp_runtimes():
     """The OpenMP runtimes loaded, by file name: with two of them there are two pools of threads."""
     return sorted(set(re.findall(r"/((?:libgomp|libomp|libiomp)[^/\n]*)$", _text("/proc/self/maps"), re.MULTILINE)))
 
@@ -114,7 +115,7 @@ def describe(context, torch_report):
         "threads": context.num_threads,
         "isa": context.isa,
         "transparent_huge_pages": huge_pages_state(),
-        "openmp_runtimes": _openmp_runtimes(),
+        "openmp_runtimes": openmp_runtimes(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "marlin_cy": marlin_cy.__version__,
         "python": platform.python_version(),

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyopencl as cl
-from shapes import DISTINCT_WEIGHTS
 
+from bench.shapes import DISTINCT_WEIGHTS
 from marlin_cy import MoeLayer, get_backend
 from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.moe.align import moe_align_block_size

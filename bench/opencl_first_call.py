@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from opencl_calls import GemmCase, Shape, Weights, random_ids
 
+from bench.opencl_calls import GemmCase, Shape, Weights, random_ids
 from marlin_cy import get_backend
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from opencl_calls import DAM_BYTES, Dam, GemmCase, LayerCase, Shape, Weights, by_label, random_ids
-from timing import spread
 
+from bench.opencl_calls import DAM_BYTES, Dam, GemmCase, LayerCase, Shape, Weights, by_label, random_ids
+from bench.timing import spread
 from marlin_cy.commands.output import table
 from marlin_cy.opencl.device import list_devices
 from marlin_cy.opencl.timing import copy_bandwidth, times_of

@@ -4,10 +4,10 @@ import statistics
 from dataclasses import dataclass
 
 import numpy as np
-from opencl_calls import DAM_BYTES, Dam, LayerCase, Shape, Weights, profiled, warm_up
-from shapes import packed_bytes_estimate
-from timing import spread
 
+from bench.opencl_calls import DAM_BYTES, Dam, LayerCase, Shape, Weights, profiled, warm_up
+from bench.shapes import packed_bytes_estimate
+from bench.timing import spread
 from marlin_cy.commands.output import table
 from marlin_cy.opencl.timing import copy_bandwidth, times_of
 

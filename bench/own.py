@@ -2,11 +2,12 @@
 
 import ml_dtypes
 import numpy as np
-from machine import last_level_cache_bytes
 
+from bench.machine import last_level_cache_bytes
 from marlin_cy.cpu._bandwidth import read_bandwidth
+from marlin_cy.cpu._peak import int8_peak
 
-__all__ = ["experts_that_outgrow_cache", "gemm_call", "gemm_flop", "layer_call", "layer_flop", "read_side"]
+__all__ = ["experts_that_outgrow_cache", "gemm_call", "gemm_flop", "layer_call", "layer_flop", "peak_side", "read_side"]
 
 ACTIVATIONS = ml_dtypes.bfloat16  # as models have them, and as the peers take them
 CACHE_MULTIPLE = 4  # what is streamed is so many times the last-level cache, or nothing of it is a stream
@@ -19,6 +20,11 @@ def read_side(num_threads, quick=False):
     if quick:
         size = num_threads * (8 << 20)
     return lambda: read_bandwidth(num_threads, size, repeats=3)
+
+
+def peak_side(num_threads, isa):
+    """A side: operations a second of an ISA's 8-bit dot products on ``num_threads`` threads; None where not known."""
+    return None if int8_peak(isa, num_threads, repeats=1) is None else lambda: int8_peak(isa, num_threads)
 
 
 def experts_that_outgrow_cache(expert_bytes, least):

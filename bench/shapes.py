@@ -19,6 +19,7 @@ __all__ = [
     "quantised_normal_weight",
     "random_weight",
     "routings",
+    "stack_of",
 ]
 
 # Packing reads a weight and writes another, so few different ones do: what must differ is where each
@@ -68,9 +69,9 @@ def random_weight(rng, k, n, group_size):
     )
 
 
-def quantised_normal_weight(rng, k, n, group_size):
+def quantised_normal_weight(rng, k, n, group_size, deviation=1.0):
     """Normal numbers rounded to symmetric 4 bits: an :class:`Int4Weight`, and the float64 ``[k, n]`` it stands for."""
-    normal = rng.standard_normal((k // group_size, group_size, n))
+    normal = deviation * rng.standard_normal((k // group_size, group_size, n))
     scale = (np.abs(normal).max(axis=1) / 7).astype(np.float16)
     q = np.clip(np.rint(normal / scale[:, None, :]) + 8, 0, 15).astype(np.uint8)
     dense = (scale.astype(np.float64)[:, None, :] * (q.astype(np.float64) - 8)).reshape(k, n)
@@ -84,9 +85,15 @@ def build_stack(backend, num_experts, k, n, group_size, seed=0):
     """A stack of experts, each with memory of its own, made of a few random weights in turn."""
     rng = np.random.default_rng(seed)
     weights = [random_weight(rng, k, n, group_size) for _ in range(min(DISTINCT_WEIGHTS, num_experts))]
-    builder = backend.new_stack_builder(num_experts, k, n, group_size=group_size)
+    return stack_of(backend, [weights[expert % len(weights)] for expert in range(num_experts)])
+
+
+def stack_of(backend, weights):
+    """A stack of experts, one for each weight, all of one shape and group size."""
+    k, n, group_size = weights[0].k, weights[0].n, weights[0].group_size
+    builder = backend.new_stack_builder(len(weights), k, n, group_size=group_size)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = [pool.submit(builder.add, expert, 0, weights[expert % len(weights)]) for expert in range(num_experts)]
+        jobs = [pool.submit(builder.add, expert, 0, weight) for expert, weight in enumerate(weights)]
         for job in jobs:
             job.result()
     return builder.finish()

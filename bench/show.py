@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 
 import numpy as np
-from own import experts_that_outgrow_cache, gemm_call, gemm_flop, layer_call, layer_flop, read_side
-from shapes import (
+
+from bench.own import experts_that_outgrow_cache, gemm_call, gemm_flop, layer_call, layer_flop, read_side
+from bench.shapes import (
     MODELS,
     TINY,
     build_stack,
@@ -18,8 +19,7 @@ from shapes import (
     quantised_normal_weight,
     routings,
 )
-from timing import CallTimer, Spread, alternate, pause_check, ratios, spread
-
+from bench.timing import CallTimer, Spread, alternate, pause_check, ratios, spread
 from marlin_cy import CheckpointError, MoeLayer, UnsupportedError, open_checkpoint
 from marlin_cy.commands.activations import RecordedActivations
 from marlin_cy.commands.output import table

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from own import gemm_call, gemm_flop, layer_call, layer_flop, read_side
-from shapes import ModelShape, build_stack, packed_bytes_estimate, routings
-from timing import CallTimer, alternate, ratios, spread
 
+from bench.own import gemm_call, gemm_flop, layer_call, layer_flop, read_side
+from bench.shapes import ModelShape, build_stack, packed_bytes_estimate, routings
+from bench.timing import CallTimer, alternate, ratios, spread
 from marlin_cy import MoeLayer
 from marlin_cy.commands.output import table
 

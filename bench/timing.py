@@ -14,8 +14,9 @@ import numpy as np
 
 __all__ = ["CallTimer", "Spread", "alternate", "pause_check", "ratios", "spread"]
 
-# Wakes sleeping threads and brings the clock up. Long calls do both in their first call.
+# Wakes sleeping threads and brings the clock up. Long calls do both in their first milliseconds.
 WARM_UP_SECONDS = 0.003
+LONG_CALL_SECONDS = 0.05
 
 
 class Spread(NamedTuple):
@@ -40,17 +41,19 @@ def ratios(numerators, denominators, factor=1.0):
 class CallTimer:
     """A side: seconds a call of ``call(i)``, where i counts all calls, so that a call can rotate its operands.
 
-    A block is a short warm-up, then calls until they have taken ``min_seconds`` together. Its figure is
-    the median of its calls: what another process takes from a few of them does not count.
+    A block is a short warm-up, unless calls are long, then calls until they have taken ``min_seconds`` together.
+    Its figure is the median of its calls: what another process takes from a few of them does not count.
     """
 
     def __init__(self, call, min_seconds):
         self._call, self._min_seconds = call, min_seconds
-        self._index = 0
+        self._index, self._last = 0, 0.0
 
     def __call__(self):
-        self.block(WARM_UP_SECONDS)
-        return statistics.median(self.block(self._min_seconds))
+        if self._last < LONG_CALL_SECONDS:
+            self.block(WARM_UP_SECONDS)
+        self._last = statistics.median(self.block(self._min_seconds))
+        return self._last
 
     def block(self, min_seconds):
         """Seconds of each of some calls that take at least ``min_seconds`` together; at least one call."""

@@ -12,12 +12,12 @@ from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as its scripts find each other
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
-from peers import ggml_moe  # noqa: E402
-from peers.interface import check, check_moe  # noqa: E402
+from bench.peers import ggml_moe  # noqa: E402
+from bench.peers.interface import check, check_moe, relative_error  # noqa: E402
 
-PEER = ggml_moe.GgmlMoe(2)
+PEER, Q4_K = ggml_moe.GgmlMoe(2), ggml_moe.GgmlQ4K(2)
 needs_ggml = pytest.mark.skipif(PEER.available() is not None, reason=str(PEER.available()))
 
 
@@ -64,6 +64,31 @@ def test_a_folder_without_ggml_is_said(monkeypatch, tmp_path):
 @pytest.mark.parametrize("k, n", [(128, 8), (256, 31), (1024, 96), (384, 64)])
 def test_products(rng, k, n):
     assert check(PEER, symmetric(rng, k, n), rng) > 1e-4, "activations are not int8"
+
+
+@needs_ggml
+@pytest.mark.parametrize("k, n", [(256, 8), (1024, 31), (512, 96)])
+def test_q4_k_is_ggmls_own_rounding_of_any_zero_points(rng, k, n):
+    weight = symmetric(rng, k, n)
+    weight = replace(weight, zero=rng.integers(0, 17, weight.zero.shape).astype(np.uint8))
+    dense = reference.dequantize_weight(weight)
+    off = relative_error(Q4_K.kept(weight), dense)
+    assert 1e-3 < off <= Q4_K.rounding(weight) < relative_error(dense * 1.25, dense)
+    assert check(Q4_K, weight, rng) > off / 2
+
+
+@needs_ggml
+def test_q4_k_of_experts(rng):
+    gate_up = [symmetric(rng, 256, 1024) for _ in range(3)]
+    down = [symmetric(rng, 512, 256) for _ in range(3)]
+    assert check_moe(Q4_K, gate_up, down, 2, rng) > check_moe(PEER, gate_up, down, 2, rng), "Q4_0 keeps the weights"
+
+
+@needs_ggml
+def test_q4_k_has_blocks_of_256(rng):
+    assert ggml_moe.SUPER_BLOCK_DTYPE.itemsize == 144
+    with pytest.raises(UnsupportedError, match="K 384, expected a multiple of 256"):
+        Q4_K.load(symmetric(rng, 384, 8))
 
 
 @needs_ggml

@@ -11,10 +11,10 @@ import pytest
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import Int4Weight, pack_words
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as its scripts find each other
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
-from peers import openvino_int4  # noqa: E402
-from peers.interface import check, check_moe  # noqa: E402
+from bench.peers import openvino_int4  # noqa: E402
+from bench.peers.interface import check, check_moe  # noqa: E402
 
 FLOAT32, BF16, INT8 = (
     peer(2) for peer in (openvino_int4.OpenVinoFloat32, openvino_int4.OpenVinoBf16, openvino_int4.OpenVinoInt8)

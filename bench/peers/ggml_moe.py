@@ -1,9 +1,14 @@
-"""ggml: its products and its products by expert (``mul_mat_id``) on Q4_0 weights, called through ctypes.
+"""ggml: its products and its products by expert (``mul_mat_id``) on Q4_0 and Q4_K weights, called through ctypes.
 
 Q4_0 is groups of 32 rows of K with a float16 scale and no zero point, ``w = d * (q - 8)``. A symmetric
 weight (every zero point 8) whose group is a multiple of 32 and whose scales are float16 is therefore the
 same weight in Q4_0, its scales repeated: nothing is requantised. Activations become Q8_0, int8 with a
 float16 scale every 32 values.
+
+Q4_K is groups of 32 with a scale and an offset, ``w = d * s * q - dmin * m``, of which ``s`` and ``m`` have
+6 bits, and ``d`` and ``dmin`` are float16 every 256. It cannot hold other scales and zero points as they are:
+ggml's own quantiser makes it from the weights that they stand for, and what it makes is less accurate. Activations
+become Q8_K, int8 with a float32 scale every 256 values.
 
 A block of Q4_0, 18 bytes, is ``d`` and then 16 bytes, of which byte j has ``q[j]`` in its low half and
 ``q[j + 16]`` in its high half. Source: ggml, ``ggml-common.h`` (``block_q4_0``).
@@ -19,17 +24,20 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 
-from .interface import Experts, Peer, Projection, require_plain
+from .interface import Experts, Peer, Projection, RoutedProduct, require_plain
 
-__all__ = ["GgmlMoe", "pack_q4_0"]
+__all__ = ["GgmlMoe", "GgmlQ4K", "pack_q4_0"]
 
 LIBRARY_VARIABLE = "GGML_LIBRARY_DIR"
 BLOCK = 32
 BLOCK_DTYPE = np.dtype([("d", np.float16), ("qs", np.uint8, BLOCK // 2)])
-TYPE_F32, TYPE_Q4_0, TYPE_I32 = 0, 2, 26  # enum ggml_type
+SUPER_BLOCK = 256
+SUPER_BLOCK_DTYPE = np.dtype([("d", np.float16, 2), ("scales", np.uint8, 12), ("qs", np.uint8, SUPER_BLOCK // 2)])
+TYPE_F32, TYPE_Q4_0, TYPE_Q4_K, TYPE_I32 = 0, 2, 12, 26  # enum ggml_type
 SPARE_BYTES = 4096  # of a context, for the alignment of its objects
 
 POINTER, INT, INT64, SIZE, BOOL = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_bool
@@ -51,10 +59,28 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", SIZE), ("mem_buffer", POINTER), ("no_alloc", BOOL)]
 
 
+TO_FLOAT = ctypes.CFUNCTYPE(None, POINTER, POINTER, INT64)
+
+
+class TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits``, as far as what makes floats of a type's blocks."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", INT64),
+        ("blck_size_interleave", INT64),
+        ("type_size", SIZE),
+        ("is_quantized", BOOL),
+        ("to_float", TO_FLOAT),
+    ]
+
+
 # Name: result, arguments. Source: ggml's headers, version 0.25.
 BASE_FUNCTIONS = {
     "ggml_version": (ctypes.c_char_p, []),
     "ggml_log_set": (None, [LOG_CALLBACK, POINTER]),
+    "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), [INT]),
+    "ggml_quantize_chunk": (SIZE, [INT, POINTER, POINTER, INT64, INT64, INT64, POINTER]),
     "ggml_init": (POINTER, [InitParams]),
     "ggml_free": (None, [POINTER]),
     "ggml_tensor_overhead": (SIZE, []),
@@ -135,6 +161,25 @@ def pack_q4_0(weight):
     return packed
 
 
+def pack_q4_k(ggml, weight):
+    """What ggml's quantiser makes of a weight, :data:`SUPER_BLOCK_DTYPE` ``[N, K / 256]``.
+
+    Raises
+    ------
+    UnsupportedError
+        For a weight that cannot be cut into blocks of 256.
+    """
+    require_plain(weight)
+    if weight.k % SUPER_BLOCK:
+        raise UnsupportedError(f"weight: got K {weight.k}, expected a multiple of {SUPER_BLOCK}")
+    rows_of_n = np.ascontiguousarray(reference.dequantize_weight(weight).T, np.float32)
+    packed = np.empty((weight.n, weight.k // SUPER_BLOCK), SUPER_BLOCK_DTYPE)
+    size = ggml.ggml_quantize_chunk(TYPE_Q4_K, rows_of_n.ctypes.data, packed.ctypes.data, 0, *rows_of_n.shape, None)
+    if size != packed.nbytes:
+        raise RuntimeError(f"ggml_quantize_chunk: got {size} bytes, expected {packed.nbytes}")
+    return packed
+
+
 class Context:
     """A ggml context: the descriptions of some tensors, and the buffer that holds their data once allocated."""
 
@@ -157,28 +202,37 @@ class Context:
 
 
 class Weights:
-    """Q4_0 weights in the buffer type that ggml's CPU backend has its fastest kernels for.
+    """Weights in the buffer type that ggml's CPU backend has its fastest kernels for.
+
+    Parameters
+    ----------
+    backend : Backend
+    quantized : int
+        The ``enum ggml_type`` of the blocks.
+    packed : ndarray
+        Blocks, ``[N, K / block]``, or ``[E, N, K / block]`` for experts.
+    k : int
 
     Attributes
     ----------
     tensor : int
         2-D for one weight, 3-D for experts.
     buffer_type : str
-        ggml's name of it, "CPU_REPACK" or "AMX" for one that rearranges weights, "CPU" for Q4_0 as it is.
+        ggml's name of it, "CPU_REPACK" or "AMX" for one that rearranges weights, "CPU" for blocks as they are.
     """
 
-    def __init__(self, backend, packed, k):
+    def __init__(self, backend, quantized, packed, k):
         ggml = backend.ggml
         self.k, self.n = k, packed.shape[-2]
         for buffer_type in backend.buffer_types:
             self.context = Context(ggml, 1)
             new = ggml.ggml_new_tensor_2d if packed.ndim == 2 else ggml.ggml_new_tensor_3d
-            self.tensor = new(self.context.pointer, TYPE_Q4_0, k, *packed.shape[-2::-1])
+            self.tensor = new(self.context.pointer, quantized, k, *packed.shape[-2::-1])
             self.context.allocate(ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context.pointer, buffer_type))
             if self._has_kernels(backend, packed.ndim):
                 break
         else:
-            raise RuntimeError("ggml's CPU backend takes Q4_0 in none of its buffer types")
+            raise RuntimeError(f"ggml's CPU backend takes type {quantized} in none of its buffer types")
         self.buffer_type = ggml.ggml_backend_buft_name(buffer_type).decode()
         self.context.set(self.tensor, packed)
 
@@ -237,11 +291,10 @@ class Graph:
 
 
 class GgmlLinear(Projection):
-    """One Q4_0 weight; a prepared input is a :class:`Graph`, and so is its output, until it runs again."""
+    """One weight; a prepared input is a :class:`Graph`, and so is its output, until it runs again."""
 
-    def __init__(self, backend, weight):
-        self.backend = backend
-        self.weights = Weights(backend, pack_q4_0(weight), weight.k)
+    def __init__(self, backend, weights):
+        self.backend, self.weights = backend, weights
 
     def prepare(self, x):
         ggml, weights = self.backend.ggml, self.weights
@@ -262,18 +315,48 @@ class GgmlLinear(Projection):
         return out.read()
 
 
+class GgmlRouted(RoutedProduct):
+    """One product by expert; inputs are as :class:`GgmlLinear`'s."""
+
+    def __init__(self, backend, weights, num_experts):
+        self.backend, self.weights, self.num_experts = backend, weights, num_experts
+
+    def prepare(self, x, topk_ids):
+        ggml, weights = self.backend.ggml, self.weights
+        x = np.ascontiguousarray(x, np.float32)
+        ids = np.ascontiguousarray(topk_ids, np.int32)
+        require_routing(x, ids, weights.k, self.num_experts)
+        tokens, top_k = ids.shape
+
+        def build(context):
+            rows = ggml.ggml_new_tensor_3d(context, TYPE_F32, weights.k, 1, tokens)
+            chosen = ggml.ggml_new_tensor_2d(context, TYPE_I32, top_k, tokens)
+            return ggml.ggml_mul_mat_id(context, weights.tensor, rows, chosen), [(rows, x), (chosen, ids)]
+
+        return Graph(self.backend, [weights], build, 3, (tokens, top_k, weights.n))
+
+    def run(self, prepared):
+        return prepared.compute()
+
+    def result(self, out):
+        return out.read()
+
+
+def require_routing(x, ids, k, num_experts):
+    """Raise ValueError or IndexError unless rows and their experts fit each other and the weights."""
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"x: got shape {x.shape}, expected [T, {k}]")
+    if ids.ndim != 2 or len(ids) != len(x):
+        raise ValueError(f"topk_ids: got shape {ids.shape}, expected [{len(x)}, top_k]")
+    if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
+        raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {num_experts - 1}")
+
+
 class GgmlExperts(Experts):
     """Two products by expert with SwiGLU between them, then the weighted sum; inputs are as :class:`GgmlLinear`'s."""
 
-    def __init__(self, backend, gate_up, down):
-        self.backend = backend
-        if len(gate_up) != len(down):
-            raise ValueError(f"down: got {len(down)} experts, expected {len(gate_up)}, as gate_up has")
-        self.num_experts = len(gate_up)
-        self.gate_up, self.down = (
-            Weights(backend, np.stack([pack_q4_0(weight) for weight in experts]), experts[0].k)
-            for experts in (gate_up, down)
-        )
+    def __init__(self, backend, gate_up, down, num_experts):
+        self.backend, self.gate_up, self.down, self.num_experts = backend, gate_up, down, num_experts
         if self.gate_up.n != 2 * self.down.k or self.gate_up.k != self.down.n:
             raise ValueError(
                 f"down: got K {self.down.k}, N {self.down.n}, expected {self.gate_up.n // 2}, {self.gate_up.k}"
@@ -284,12 +367,9 @@ class GgmlExperts(Experts):
         x = np.ascontiguousarray(x, np.float32)
         ids = np.ascontiguousarray(topk_ids, np.int32)
         weights = np.ascontiguousarray(topk_weights, np.float32)
-        if x.ndim != 2 or x.shape[1] != hidden:
-            raise ValueError(f"x: got shape {x.shape}, expected [T, {hidden}]")
-        if ids.ndim != 2 or len(ids) != len(x) or ids.shape != weights.shape:
-            raise ValueError(f"topk_ids, topk_weights: got {ids.shape}, {weights.shape}, expected [{len(x)}, top_k]")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_experts:
-            raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {self.num_experts - 1}")
+        require_routing(x, ids, hidden, self.num_experts)
+        if ids.shape != weights.shape:
+            raise ValueError(f"topk_weights: got shape {weights.shape}, expected {ids.shape}, as topk_ids has")
         tokens, top_k = ids.shape
 
         def build(context):
@@ -352,6 +432,7 @@ class GgmlMoe(Peer):
     """ggml's CPU backend on Q4_0 weights, int8 activations."""
 
     name, accuracy, distribution = "ggml_q4_0", "int8", "llama_cpp_python"
+    quantized = TYPE_Q4_0
 
     @functools.cached_property
     def backend(self):
@@ -373,11 +454,61 @@ class GgmlMoe(Peer):
             return f"no usable ggml in {folder}: {error}"
         return None
 
+    def pack(self, weight):
+        """A weight's blocks, ``[N, K / block]``."""
+        return pack_q4_0(weight)
+
     def load(self, weight):
-        return GgmlLinear(self.backend, weight)
+        return GgmlLinear(self.backend, Weights(self.backend, self.quantized, self.pack(weight), weight.k))
+
+    def available_routed(self):
+        return self.available()
+
+    def load_routed(self, weights):
+        return GgmlRouted(self.backend, self._experts(weights), len(weights))
 
     def available_moe(self):
         return self.available()
 
     def load_moe(self, gate_up, down):
-        return GgmlExperts(self.backend, gate_up, down)
+        if len(gate_up) != len(down):
+            raise ValueError(f"down: got {len(down)} experts, expected {len(gate_up)}, as gate_up has")
+        return GgmlExperts(self.backend, self._experts(gate_up), self._experts(down), len(gate_up))
+
+    def _experts(self, weights):
+        """One tensor of all; a weight that several experts share is packed once."""
+        packed = {}
+        for weight in weights:
+            if id(weight) not in packed:
+                packed[id(weight)] = self.pack(weight)
+        blocks = np.stack([packed[id(weight)] for weight in weights])
+        return Weights(self.backend, self.quantized, blocks, weights[0].k)
+
+
+class GgmlQ4K(GgmlMoe):
+    """ggml's CPU backend on Q4_K weights of its own rounding, int8 activations."""
+
+    name, quantized = "ggml_q4_k", TYPE_Q4_K
+
+    def pack(self, weight):
+        return pack_q4_k(self.backend.ggml, weight)
+
+    def kept(self, weight):
+        packed = self.pack(weight)
+        values = np.empty((weight.n, weight.k), np.float32)
+        to_float = self.backend.ggml.ggml_get_type_traits(TYPE_Q4_K).contents.to_float
+        to_float(packed.ctypes.data, values.ctypes.data, values.size)
+        return values.T.astype(np.float64)
+
+    def rounding(self, weight):
+        """A group has 16 equal steps from 0 or its least value to 0 or its greatest, and a weight is half one off.
+
+        With 6 bits, a scale is off by 1/126 of the greatest of 256 values at most, which the 15th step has 15
+        times, and an offset by 1/126 of the greatest offset.
+        """
+        groups = reference.dequantize_weight(weight).T.reshape(weight.n, -1, SUPER_BLOCK // BLOCK, BLOCK)
+        offset = -np.minimum(groups.min(axis=3), 0)
+        step = (np.maximum(groups.max(axis=3), 0) + offset) / 15
+        of_six_bits = (15 * step.max(axis=2) + offset.max(axis=2)) / 126
+        off = step / 2 + of_six_bits[..., None]
+        return float(np.linalg.norm(off) * BLOCK**0.5 / np.linalg.norm(groups))

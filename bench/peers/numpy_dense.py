@@ -17,6 +17,7 @@ class NumpyDense(Peer):
     """
 
     name, accuracy, distribution = "numpy_dense", "float32", "numpy"
+    weight_bytes = 4
 
     def available(self):
         return None

@@ -36,6 +36,7 @@ class OpenVino(Peer):
     """What the three precisions share."""
 
     distribution = "openvino"
+    most_weights = 8
     precision = "f32"
     activation_group = 0  # activations stay floats
 

@@ -2,8 +2,7 @@
 
 from abc import abstractmethod
 
-from torch_peers import dense_linear
-
+from bench.torch_peers import dense_linear
 from marlin_cy import reference
 
 from .interface import Peer, Projection, require_plain
@@ -58,7 +57,7 @@ class TorchProjection(Projection):
 class TorchBf16(TorchPeer):
     """``linear`` in bfloat16."""
 
-    name, accuracy = "torch_bf16", "bf16"
+    name, accuracy, weight_bytes = "torch_bf16", "bf16", 2
 
     def _linear(self, torch, weight):
         return _dense(torch, weight, torch.bfloat16)
@@ -67,7 +66,7 @@ class TorchBf16(TorchPeer):
 class TorchFloat32(TorchPeer):
     """``linear`` in float32."""
 
-    name, accuracy = "torch_float32", "float32"
+    name, accuracy, weight_bytes = "torch_float32", "float32", 4
 
     def _linear(self, torch, weight):
         return _dense(torch, weight, torch.float32)

@@ -1,8 +1,8 @@
 """PyTorch's own int4 product, ``_weight_int4pack_mm_for_cpu``."""
 
 import numpy as np
-from torch_peers import GROUP_SIZES, int4_linear, missing_int4, pack_int4
 
+from bench.torch_peers import GROUP_SIZES, int4_linear, missing_int4, pack_int4
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 
