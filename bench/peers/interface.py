@@ -8,7 +8,18 @@ import numpy as np
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 
-__all__ = ["Experts", "Peer", "Projection", "WrongResult", "bound", "check", "check_moe", "require_plain"]
+__all__ = [
+    "Experts",
+    "Peer",
+    "Projection",
+    "WrongResult",
+    "bound",
+    "check",
+    "check_moe",
+    "random_routing",
+    "relative_error",
+    "require_plain",
+]
 
 ACCURACIES = ("int8", "bf16", "float32")
 ROWS = (1, 5, 33)  # libraries have other kernels for one row, for a few, and for many
@@ -181,7 +192,7 @@ def bound(accuracy, k):
     "float32"   K roundings that act as independent ones, with some room: sums are cut into lanes in any order
     "bf16"      a rounding each of activations, scales, zero points and outputs, each of 2**-8 at most
     "int8"      an amax is at most 5 standard deviations, so a step is 5/127 of one; rounding to it is off by the
-                step over the square root of 12; doubled, for scales in float16 and sums of offsets
+                step over the square root of 12; doubled, for scales in 16 bits and sums of offsets
     ==========  =================================================================================================
 
     A weight whose zero points are off by one is beyond all of these, by a factor of five and more.
