@@ -19,6 +19,8 @@ __all__ = [
     "check",
     "check_moe",
     "check_routed",
+    "random_routing",
+    "relative_error",
     "require_plain",
 ]
 
@@ -261,7 +263,7 @@ def bound(accuracy, k):
     "int16"     as "int8", with steps of 5/32639
     "bf16"      a rounding each of activations, scales, zero points and outputs, each of 2**-8 at most
     "int8"      an amax is at most 5 standard deviations, so a step is 5/127 of one; rounding to it is off by the
-                step over the square root of 12; doubled, for scales in float16 and sums of offsets
+                step over the square root of 12; doubled, for scales in 16 bits and sums of offsets
     ==========  =================================================================================================
 
     A weight whose zero points are off by one is beyond all of these, by a factor of five and more.
