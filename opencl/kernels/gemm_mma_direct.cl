@@ -8,6 +8,116 @@
 // The grid has a work-group for each tile. Columns of a work-group: 16 * STRIPS_PER_WAVE. Local memory:
 // 4 * WAVES * ROWS * (columns + 4) bytes.
 
+// codes: a word's, as the float16 fragment of mma, in column g EVEN_UNIT times their values and in column g + 8 ODD_UNIT
+// times: what that is off by is put right at the end.
+// start_of: what the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens'
+// values.
+#if CODES == 1
+#define EVEN_UNIT E2M1_UNIT
+#define ODD_UNIT E2M1_UNIT
+static inline uint4 codes(uint word) { return e2m1_halves(word); }
+static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
+#else
+// Nibbles as they are, under no exponent, are subnormal float16, which tensor cores take exactly.
+#define EVEN_UNIT 0x1p-24f
+#define ODD_UNIT 0x1p-20f
+static inline uint4 codes(uint word)
+{
+    const uint next = word >> 8;
+    return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
+}
+
+static inline float4 start_of(float4 x, uint zeros)
+{
+#if SYMMETRIC
+    const float even = -8 * EVEN_UNIT, odd = -8 * ODD_UNIT;
+#else
+    const float even = -EVEN_UNIT * (zeros & 0xffu), odd = -ODD_UNIT * (zeros >> 8);
+#endif
+    return (float4)(even * x.x, even * x.y, odd * x.z, odd * x.w);
+}
+#endif
+
+// Sums of the 16-byte fragments x and y of eight tokens over one block of K, one or two groups.
+static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)
+{
+    const uint4 ones = (uint4)(0x3c003c00u);
+    float4 sum = mma(ones, x.x, x.y, (float4)(0));
+    sum = mma(ones, x.z, x.w, sum);
+    sums[0] = sum;
+    sum = mma(ones, y.x, y.y, GROUP_32 ? (float4)(0) : sum);
+    sums[GROUP_32] = mma(ones, y.z, y.w, sum);
+}
+
+// The products of one strip and one block with eight tokens, added to their totals.
+static inline float4 add_block(float4 total, uint4 words, uint4 x, uint4 y, const float4 token_sums[HALVES],
+                               const float2 scale[HALVES], const uint zeros[HALVES])
+{
+    float4 sum = start_of(token_sums[0], zeros[0]);
+    sum = mma(codes(words.x), x.x, x.y, sum);
+    sum = mma(codes(words.y), x.z, x.w, sum);
+#if GROUP_32
+    total += sum * scale[0].xxyy;
+    sum = start_of(token_sums[1], zeros[1]);
+#endif
+    sum = mma(codes(words.z), y.x, y.y, sum);
+    sum = mma(codes(words.w), y.z, y.w, sum);
+    return total + sum * scale[GROUP_32].xxyy;
+}
+
+// Sums of waves that split K -----------------------------------------------------------------------
+//
+// Local memory holds [WAVES][ROWS][SUMS_STRIDE] floats; work-items add up and store what is LANES * WAVES
+// apart in [ROWS][SUM_COLUMNS].
+
+#define SUM_COLUMNS (STRIP_N * S)
+#define SUMS_STRIDE (SUM_COLUMNS + 4)  // 4 keeps a store's 32 lanes on 32 banks
+#define OUTPUTS ((ROWS * SUM_COLUMNS + LANES * WAVES - 1) / (LANES * WAVES))
+#define OUTPUT_ROW(o) ((item + (o) * LANES * WAVES) / SUM_COLUMNS)
+#define OUTPUT_COLUMN(o) ((item + (o) * LANES * WAVES) % SUM_COLUMNS)
+
+// One wave's totals for strip s and token tile i.
+static inline void put_sums(__local float *sums, float4 total, uint wave, uint s, uint i, uint g, uint t)
+{
+    __local float *token = sums + (wave * ROWS + 8 * i + 2 * t) * SUMS_STRIDE + STRIP_N * s + g;
+    token[0] = total.x;
+    token[SUMS_STRIDE] = total.y;
+    token[8] = total.z;
+    token[SUMS_STRIDE + 8] = total.w;
+}
+
+// Of all waves.
+// Where work-items do not divide the tile, the last sums of some are of no row: these read another's.
+#if ROWS * SUM_COLUMNS % (LANES * WAVES)
+#define SUM_OF_WAVES(o) sum_of_waves(sums, min(OUTPUT_ROW(o), (uint)ROWS - 1), OUTPUT_COLUMN(o))
+#else
+#define SUM_OF_WAVES(o) sum_of_waves(sums, OUTPUT_ROW(o), OUTPUT_COLUMN(o))
+#endif
+static inline float sum_of_waves(__local const float *sums, uint r, uint c)
+{
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WAVES; w++)
+        sum += sums[(w * ROWS + r) * SUMS_STRIDE + c];
+    return sum;
+}
+
+// Stores sum o of the tile whose first strip is first_strip; row: as of row_of(tile, OUTPUT_ROW(o), WORK).
+#define STORE_SUM(o, row, sum)                                                                       \
+    {                                                                                                \
+        const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                \
+        if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
+            const uint to = tile.out_column + (column - tile.column);                                \
+            const float result = (sum) * (weight_factor * (column & 8 ? 1 / ODD_UNIT : 1 / EVEN_UNIT)) * \
+                                 (ROW_FACTOR ? tiny_factor * row_factor[(row).x] : tiny_factor);     \
+            if (SPLIT)                                                                               \
+                partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \
+            else                                                                                     \
+                store_output(BIAS ? result + BIAS_AT(tile, to) : result, output,                     \
+                             output_offset + (ulong)(row).y * output_stride + to);                   \
+        }                                                                                            \
+    }
+
 // Where the sum of row r and a column of the expert waits for those of the other parts of K.
 #define PARTIAL_AT(r, column)                                                                        \
     ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))

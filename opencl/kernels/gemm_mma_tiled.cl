@@ -21,6 +21,49 @@
 #define ZEROS_AT (SCALES_AT + LANES * 4 * HALVES * S)
 #define STAGE_BYTES (TOKEN_BYTES + WAVES * WAVE_BYTES)
 
+// Of a lane's two zero points (bytes), from the four bytes that its copy brought.
+#define MY_ZEROS(bytes) ((bytes) >> (g & 1) * 16 & 0xffffu)
+
+// Where a lane's words, scales and zeros of S strips are.
+typedef struct {
+    __global const uint4 *words[S];
+    __global const uint *scales[S];
+    __global const ushort *zeros[S];
+} Source;
+
+static inline Source source_of(Expert expert, uint first_strip, uint strips, uint blocks, uint groups, uint lane)
+{
+    Source source;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        const uint strip = min(first_strip + s, strips - 1), group = strip * groups * 8 + lane / 4;
+        source.words[s] = expert.words + (ulong)strip * blocks * LANES + lane;
+        source.scales[s] = expert.scales + group;
+        source.zeros[s] = expert.zeros + group;
+    }
+    return source;
+}
+
+// Copy one block: words to `to` on, scales and zeros (the 4 bytes that contain the lane's 2) to `to4` + SCALES_AT and
+// ZEROS_AT on.
+#define COPY_WEIGHTS(to, to4, source, block)                                                         \
+    {                                                                                                \
+        _Pragma("unroll") for (int s = 0; s < S; s++)                                                \
+            copy_async((to) + s * LANES * 16, (source).words[s] + (block) * LANES);                  \
+        _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                           \
+        {                                                                                            \
+            const uint group = min((BLOCK_K * (block) + 32 * h) >> group_shift, groups - 1) * 8;     \
+            _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
+            {                                                                                        \
+                const uint at = (h * S + s) * LANES * 4;                                             \
+                copy_async4((to4) + SCALES_AT + at, (source).scales[s] + group);                     \
+                if (!SYMMETRIC)                                                                      \
+                    copy_async4((to4) + ZEROS_AT + at,                                               \
+                                (__global const uint *)((source).zeros[s] + group - (g & 1)));       \
+            }                                                                                        \
+        }                                                                                            \
+    }
+
 // Weights become float16, scaled by this. Scales are stored with their largest between 2^14 and 2^15.
 #if CODES == 1
 #define WEIGHT_UNIT E2M1_UNIT
@@ -39,7 +82,7 @@ static inline Group group_of(uint scales, uint zeros)
 
 static inline uint4 weights_of(uint word, Group group)
 {
-    const uint4 q = codes(word);
+    const uint4 q = e2m1_halves(word);
     return (uint4)(half2_mul(q.x, group.even), half2_mul(q.y, group.odd), half2_mul(q.z, group.even),
                    half2_mul(q.w, group.odd));
 }
