@@ -70,6 +70,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct ukernel_table:
         const char *name
         gemm_fn *gemm[2][2]
+        int consecutive_rows
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

@@ -59,4 +59,5 @@ cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore 
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
 cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil
+cdef bint needs_consecutive(const ukernel_table *table, int64_t most_rows) noexcept nogil
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil

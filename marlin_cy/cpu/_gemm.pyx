@@ -251,6 +251,11 @@ cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, i
     return parts
 
 
+cdef bint needs_consecutive(const ukernel_table *table, int64_t most_rows) noexcept nogil:
+    """Whether a task of up to ``most_rows`` rows must have consecutive quantised rows."""
+    return table.consecutive_rows and most_rows >= table.consecutive_rows
+
+
 cdef int64_t max_blocks(int64_t runs, int64_t pairs) noexcept nogil:
     return runs + pairs // MAX_ROWS
 
@@ -263,7 +268,8 @@ cdef int64_t plan_bytes(int64_t pairs, int64_t runs, int64_t input_rows) noexcep
 cdef class RowPlanner:
     """Collects (expert, input row, output row), quantising an input row once however often it is used.
 
-    Where experts have their own orders of K, a row is quantised for each of its uses instead.
+    Where experts have their own orders of K, or the micro-kernel must have consecutive rows, a row is
+    quantised for each of its uses instead.
     """
 
     cdef row_plan plan
@@ -282,7 +288,7 @@ cdef class RowPlanner:
         self.plan.row_orders = <int32_t *>(self.plan.blocks + max_blocks(runs, pairs))
         self.plan.in_rows = self.plan.row_orders + pairs
         self.slot_of_row = self.plan.in_rows + pairs
-        self.once_per_row = len(store.group_orders) == 1
+        self.once_per_row = len(store.group_orders) == 1 and not needs_consecutive(workspace.table, pairs)
         self.order_of = store.view.order_of
         self.run_begin = 0
         memset(self.slot_of_row, 0xff, input_rows * sizeof(int32_t))
@@ -307,7 +313,7 @@ cdef class RowPlanner:
             slot = <int32_t>self.plan.num_quantized
             self.plan.num_quantized += 1
             self.plan.input_rows[slot] = input_row
-            self.plan.row_orders[slot] = 0 if self.once_per_row else self.order_of[self.run_expert]
+            self.plan.row_orders[slot] = self.order_of[self.run_expert]
             self.slot_of_row[input_row] = slot
         self.plan.in_rows[self.plan.num_pairs] = slot
         self.plan.out_rows[self.plan.num_pairs] = output_row

@@ -10,7 +10,7 @@ from libc.string cimport memset
 from marlin_cy.cpu._buffers cimport float_matrix, matrix, refuse_overlap
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, MAX_ROWS, ukernel_table
 from marlin_cy.cpu._gemm cimport (
-    OUT_FLOATS, cut_into_blocks, gemm_job, row_block, run_gemm, set_gemm_job, set_quantize_job, split_slots, thread_area,
+    OUT_FLOATS, cut_into_blocks, gemm_job, needs_consecutive, row_block, run_gemm, set_gemm_job, set_quantize_job, split_slots, thread_area,
 )
 from marlin_cy.cpu._quantize cimport (
     group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
@@ -211,6 +211,7 @@ def align_block_size(const int32_t[::1] topk_ids, int64_t block_size, int64_t nu
 cdef struct grouping:
     int64_t num_pairs
     int64_t num_blocks
+    int64_t most_rows       # of an expert
     int64_t *offsets        # [num_experts + 1]
     int32_t *tokens         # [pairs] token of each sorted pair: the row of hidden_states
     int64_t *input_rows     # [pairs] the same, where each pair is quantised in its expert's order
@@ -247,8 +248,9 @@ cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64
     for pair in range(tokens * top_k):
         if ids[pair] >= 0:
             g.offsets[ids[pair] + 1] += 1
-    g.num_blocks = 0
+    g.num_blocks = g.most_rows = 0
     for e in range(num_experts):
+        g.most_rows = max(g.most_rows, g.offsets[e + 1])
         g.num_blocks += cut_into_blocks(g.blocks + g.num_blocks, e, g.offsets[e], g.offsets[e + 1])
         g.offsets[e + 1] += g.offsets[e]
     g.num_pairs = g.offsets[num_experts]
@@ -281,7 +283,8 @@ cdef struct expert_pass:
     int64_t top_k
     const int32_t *gate_order_of
     const int32_t *down_order_of
-    bint ordered                # experts quantise their rows in their own orders of K
+    bint per_pair               # rows of the input are quantised for each expert, always or
+    bint may_be_per_pair        # in a run in which one has many
     void *quantized             # memory of either quantisation
     void *quantized_inner
 
@@ -292,7 +295,8 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     cdef CpuGptqStore gate_store = gate_up.store, down_store = down.store
     p.num_experts, p.top_k = gate_store.num_experts, top_k
     p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
-    p.ordered = len(gate_store.group_orders) > 1
+    p.per_pair = len(gate_store.group_orders) > 1
+    p.may_be_per_pair = p.per_pair or needs_consecutive(workspace.table, MAX_ROWS)
     set_quantize_job(&p.quantize_input, workspace, gate_store)
     p.quantize_input.dtype = dtype
     set_quantize_job(&p.quantize_inner, workspace, down_store)
@@ -319,7 +323,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
     cdef int64_t pairs = tokens * p.top_k
     most.grouping = max(most.grouping, grouping_bytes(p.num_experts, pairs))
     most.quantized = max(most.quantized, quantized_bytes(
-        pairs if p.ordered else tokens, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
+        pairs if p.may_be_per_pair else tokens, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
     most.inner = max(most.inner, pairs * p.gate_up.inner)
@@ -356,11 +360,13 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
     ``input_weights`` is NULL, or what rows of the input are multiplied by.
     """
     cdef grouping *g = &p.group
+    cdef bint per_pair
     group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.gate_order_of, p.down_order_of)
 
-    p.quantize_input.num_rows = g.num_pairs if p.ordered else tokens
-    p.quantize_input.input_rows = g.input_rows if p.ordered else NULL
-    p.quantize_input.row_orders = g.gate_orders if p.ordered else NULL
+    per_pair = p.per_pair or needs_consecutive(p.gate_up.table, g.most_rows)
+    p.quantize_input.num_rows = g.num_pairs if per_pair else tokens
+    p.quantize_input.input_rows = g.input_rows if per_pair else NULL
+    p.quantize_input.row_orders = g.gate_orders if per_pair else NULL
     place_quantized(&p.quantize_input, p.quantized)
     quantize_rows(&p.quantize_input, num_threads)
     if input_weights is not NULL:
@@ -368,7 +374,7 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
 
     p.gate_up.a, p.gate_up.meta = p.quantize_input.a, p.quantize_input.meta
     p.gate_up.num_quantized = p.quantize_input.num_rows
-    p.gate_up.in_rows = g.place_rows if p.ordered else g.tokens
+    p.gate_up.in_rows = g.place_rows if per_pair else g.tokens
     p.gate_up.out_rows = g.places
     p.gate_up.blocks, p.gate_up.num_blocks = g.blocks, g.num_blocks
     run_gemm(&p.gate_up, num_threads)

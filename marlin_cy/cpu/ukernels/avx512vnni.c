@@ -8,10 +8,10 @@
 #include "ukernel.h"
 
 #ifdef MARLIN_CY_X86
-#include <immintrin.h>
 #include <string.h>
 
 #include "quantize.h"
+#include "zmm.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 #define KERNEL \
@@ -20,7 +20,6 @@
 enum {
     PLANE_ROWS = 8,
     UNPACKED_BLOCK = 4 * BLOCK_BYTES, /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
-    PREFETCH_BYTES = 3072,            /* ahead in each of the two streams: 1024 reads 6% less, 8192 8% less */
 };
 
 typedef struct {
@@ -30,8 +29,7 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    __m512 scale[2];
-    __m512i minus_zero[2]; /* pairs (-zero, -256 * zero), the factor that act_meta.sum_split is made for */
+    group_header header[2];
 } group_view;
 
 /* Pins a sum to its register: without it GCC copies sums around the loop and stores some of them. */
@@ -42,29 +40,6 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     int32_t quad;
     memcpy(&quad, a, sizeof quad);
     return _mm512_set1_epi32(quad);
-}
-
-KERNEL void load_header(group_view *view, int t, const uint8_t *header, int scale_dtype, int codes)
-{
-    const __m256i scale = _mm256_loadu_si256((const __m256i *)header);
-    if (scale_dtype == DTYPE_BF16)
-        view->scale[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scale), 16));
-    else
-        view->scale[t] = _mm512_cvtph_ps(scale);
-    if (codes == CODES_E2M1)
-        view->scale[t] = _mm512_mul_ps(view->scale[t], _mm512_set1_ps(0.5f));
-    const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
-    const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), zero);
-    view->minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
-}
-
-/* Weights from nibbles, a byte each. `codes` is a constant. */
-KERNEL __m512i weights_of(__m512i nibbles, int codes)
-{
-    if (codes == CODES_UINT4)
-        return nibbles;
-    const __m128i table = _mm_loadu_si128((const __m128i *)e2m1_weights);
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
 }
 
 KERNEL void unpack_group(uint8_t *w, const group_view *view, int tiles, int codes)
@@ -134,13 +109,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
         const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
         const __m512 row_scale = _mm512_set1_ps(meta->scale);
         for (int t = 0; t < tiles; t++) {
-            float *const place = sums + r * PAIR_N + t * TILE_N;
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
-            total = _mm512_dpwssd_epi32(total, view->minus_zero[t], sum_split);
-            const __m512 s = _mm512_mul_ps(row_scale, view->scale[t]);
-            _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, _mm512_load_ps(place)));
+            add_group(sums + r * PAIR_N + t * TILE_N, total, view->header[t], sum_split, row_scale);
         }
     }
 }
@@ -178,7 +150,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_BYTES;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
+            view.header[t] = load_header(task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
         }
         if (task->m * planes <= PLANE_ROWS) {
             rows_of_group(task, &view, planes, tiles, 1, codes);
@@ -191,12 +163,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
-    for (int r = 0; r < task->m; r++)
-        for (int t = 0; t < tiles; t++) {
-            float *const out = task->out + r * PAIR_N + t * TILE_N;
-            const __m512 sum = _mm512_load_ps(task->scratch->sums + r * PAIR_N + t * TILE_N);
-            _mm512_store_ps(out, task->accumulate ? _mm512_add_ps(_mm512_load_ps(out), sum) : sum);
-        }
+    finish(task, tiles);
 }
 
 KERNEL void gemm(const gemm_task *task, int planes, int codes)

@@ -157,6 +157,7 @@ typedef void gemm_fn(const gemm_task *task);
 typedef struct {
     const char *name;
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
+    int consecutive_rows; /* tasks of this many rows or more have consecutive ones, rows[i] = rows[0] + i; 0: any rows */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
@@ -175,7 +176,9 @@ extern const ukernel_table ukernels_avx2;
 extern const ukernel_table ukernels_avx512vnni;
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
 #define MARLIN_CY_AVXVNNI 1
+#define MARLIN_CY_AMX 1
 extern const ukernel_table ukernels_avxvnni;
+extern const ukernel_table ukernels_amx;
 #endif
 #endif
 

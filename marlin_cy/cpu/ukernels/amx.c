@@ -1,0 +1,253 @@
+/* AMX: one TDPBSUD multiplies 16 rows of 64 signed activations by 64 x 16 unsigned weights, in 16 cycles.
+ *
+ * Tile registers, of 8; each is `rows` (16, or what the task has) by 64 bytes:
+ *
+ *                     B: w[tile 0]  w[tile 1]           C: 32-bit sums
+ *                         tmm6        tmm7              A: 64 values of K, a row of activations each
+ *       A: a[0] tmm4   C: tmm0        tmm1              B: 16 quads of K, a row of 16 columns x 4 weights each
+ *          a[1] tmm5      tmm2        tmm3
+ *
+ * a[0] and a[1] are the two planes of the same rows, or, with one plane, neighbouring rows. Four sums side by side hide
+ * the 52 cycles that a sum needs before its next addition.
+ *
+ * Each group of K ends in a float step, for which the sums pass through memory to vector registers. That costs as many
+ * cycles as the products do, so it is done a step later, among the products of the next rows or group, and so is the
+ * unpacking of the next group: vector and matrix units work at the same time.
+ *
+ * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
+ * those that have been done. With fewer than 16 rows the tiles are as low.
+ */
+#include "ukernel.h"
+
+#ifdef MARLIN_CY_AMX
+#include <string.h>
+
+#include "zmm.h"
+
+#define TARGET __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define KERNEL \
+    static inline __attribute__((         \
+        always_inline, target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+
+enum {
+    MIN_ROWS = 5,      /* below this unpacking a group costs more than the products: AVX-512 does it on the way */
+    REGISTER_ROWS = 16,
+    SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
+};
+
+/* The operand of ldtilecfg. */
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16]; /* by register; there are 8 */
+    uint8_t rows[16];
+} tile_config;
+
+/* The compilers' tile loads do not say that they read memory: what has been stored must stay before them. */
+#define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
+
+KERNEL void configure(int rows, int k)
+{
+    tile_config config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.rows[i] = (uint8_t)(i < 6 ? rows : k / 4);
+        config.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? k : 4 * TILE_N);
+    }
+    COMPILER_BARRIER();
+    _tile_loadconfig(&config);
+}
+
+/* A group that is made ready for the multiplication. */
+typedef struct {
+    const uint8_t *weights[2]; /* unpacked, per tile: quads of K, each of 16 columns */
+    const group_header *header; /* per tile */
+    int size;                  /* values of K */
+    const int8_t *a;           /* of the task's first row */
+    const act_meta *meta;
+} group_view;
+
+/* Sums of products that wait for their float step: rows one after the other. */
+typedef struct {
+    const int32_t *products; /* tile 0's, and SUMS further tile 1's; 2 * SUMS further again those of plane 1 */
+    const act_meta *meta;
+    const group_header *header;
+    float *sums;
+    int rows;
+} pending_rows;
+
+KERNEL void add_rows(const pending_rows *pending, int planes)
+{
+    const group_header header[2] = {pending->header[0], pending->header[1]};
+    const int32_t *products = pending->products;
+    const act_meta *meta = pending->meta;
+    float *sums = pending->sums;
+    for (int r = 0; r < pending->rows; r++, products += TILE_N, meta++, sums += PAIR_N) {
+        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
+        const __m512 row_scale = _mm512_set1_ps(meta->scale);
+        for (int t = 0; t < 2; t++) {
+            __m512i total = _mm512_load_si512(products + t * SUMS);
+            if (planes == 2)
+                total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(products + (2 + t) * SUMS));
+            add_group(sums + t * TILE_N, total, header[t], sum_split, row_scale);
+        }
+    }
+}
+
+/* The products of `halves` A tiles over the values of K from `k` on. */
+KERNEL void multiply(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k, int halves)
+{
+    _tile_loadd(6, view->weights[0] + k * TILE_N, 4 * TILE_N);
+    _tile_loadd(4, a[0] + k, a_stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
+    _tile_dpbsud(1, 4, 7);
+    if (halves == 2) {
+        _tile_loadd(5, a[1] + k, a_stride);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+}
+
+/* A step: the products of a group and up to two A tiles, and beside them the float step of the ones before. */
+KERNEL void step(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k_step, int halves,
+                 const pending_rows pending[2], int planes)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    if (halves == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    multiply(view, a, a_stride, 0, halves);
+    add_rows(&pending[0], planes);
+    for (int k = k_step; k < view->size; k += k_step)
+        multiply(view, a, a_stride, k, halves);
+    add_rows(&pending[1], planes);
+}
+
+KERNEL void store_products(int32_t *products, int halves)
+{
+    _tile_stored(0, products, 4 * TILE_N);
+    _tile_stored(1, products + SUMS, 4 * TILE_N);
+    if (halves == 2) {
+        _tile_stored(2, products + 2 * SUMS, 4 * TILE_N);
+        _tile_stored(3, products + 3 * SUMS, 4 * TILE_N);
+    }
+}
+
+KERNEL void unpack_tile(uint8_t *w, const uint8_t *packed, const uint8_t *ahead, int blocks, int codes)
+{
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int b = 0; b < blocks; b++) {
+        const __m512i both = _mm512_load_si512(packed + b * BLOCK_BYTES);
+        _mm_prefetch((const char *)ahead + b * BLOCK_BYTES, _MM_HINT_T0);
+        const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+        _mm512_store_si512(w + 2 * b * BLOCK_BYTES, weights_of(low, codes));
+        _mm512_store_si512(w + (2 * b + 1) * BLOCK_BYTES, weights_of(high, codes));
+    }
+}
+
+/* Everything about group g but its rows. Groups take turns with two places, as the float steps of the one before
+ * are yet to come. */
+KERNEL group_view prepare(const gemm_task *task, group_header headers[2][2], int g, int tiles, int codes)
+{
+    const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+    const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
+    const ptrdiff_t ahead = begin + PREFETCH_BYTES;
+    uint8_t *const weights = task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
+    group_header *const header = headers[g % 2];
+    group_view view = {
+        .header = header,
+        .size = blocks * BLOCK_K,
+        .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
+        .meta = task->meta + g * task->meta_group_stride + task->rows[0],
+    };
+    for (int t = 0; t < 2; t++) {
+        const int of = t < tiles ? t : 0; /* a single tile is its own neighbour, whose sums nobody reads */
+        uint8_t *const w = weights + of * (MAX_GROUP_K * TILE_N);
+        if (t < tiles)
+            unpack_tile(w, task->body[t] + begin,
+                        ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes), blocks, codes);
+        header[t] = load_header(task->header[of] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
+        view.weights[t] = w;
+    }
+    COMPILER_BARRIER();
+    return view;
+}
+
+/* `planes` and `codes` are constants. */
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
+{
+    if (task->m < MIN_ROWS) {
+        ukernels_avx512vnni.gemm[codes][planes - 1](task);
+        return;
+    }
+    _Alignas(64) int32_t products[4 * SUMS];
+    _Alignas(64) group_header headers[2][2];
+    const int m = task->m, tiles = task->header[1] ? 2 : 1, step_rows = planes == 2 ? REGISTER_ROWS : 2 * REGISTER_ROWS;
+    const int rows = m < REGISTER_ROWS ? m : REGISTER_ROWS;
+    const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
+    const ptrdiff_t stride = task->a_row_stride;
+    float *const sums = task->scratch->sums;
+    pending_rows pending[2] = {{.header = headers[0]}, {.header = headers[0]}};
+
+    memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
+    configure(rows, k_step);
+    group_view view = prepare(task, headers, 0, tiles, codes);
+    for (int g = 0; g < task->num_groups; g++) {
+        group_view next = view;
+        for (int begin = 0; begin < m; begin += step_rows) {
+            /* The rows of a[0] and, with one plane, of a[1]; tiles start earlier where they would not be full. */
+            const int second = begin + REGISTER_ROWS;
+            const int first_row = begin < m - rows ? begin : m - rows;
+            const int second_row = second < m - rows ? second : m - rows;
+            const int halves = planes == 2 || second < m ? 2 : 1;
+            const int8_t *const first_a = view.a + first_row * stride;
+            const int8_t *const a[2] = {first_a, planes == 2 ? first_a + view.size : view.a + second_row * stride};
+            if (halves == 2)
+                step(&view, a, stride, k_step, 2, pending, planes);
+            else
+                step(&view, a, stride, k_step, 1, pending, planes);
+            if (begin == 0 && g + 1 < task->num_groups)
+                next = prepare(task, headers, g + 1, tiles, codes);
+            store_products(products, halves);
+
+            const int end = second < m ? second : m, middle = planes == 2 ? (begin + end) / 2 : second;
+            const int last = planes == 2 ? end : second + REGISTER_ROWS < m ? second + REGISTER_ROWS : m;
+            pending[0] = (pending_rows){
+                .products = products + (begin - first_row) * TILE_N,
+                .meta = view.meta + begin,
+                .header = view.header,
+                .sums = sums + begin * PAIR_N,
+                .rows = (planes == 2 ? middle : end) - begin,
+            };
+            pending[1] = (pending_rows){
+                .products = planes == 2 ? products + (middle - first_row) * TILE_N
+                                        : products + 2 * SUMS + (second - second_row) * TILE_N,
+                .meta = view.meta + middle,
+                .header = view.header,
+                .sums = sums + middle * PAIR_N,
+                .rows = last - middle,
+            };
+        }
+        view = next;
+    }
+    add_rows(&pending[0], planes);
+    add_rows(&pending[1], planes);
+    _tile_release();
+    finish(task, tiles);
+}
+
+TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
+
+TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+
+TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
+
+TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
+
+const ukernel_table ukernels_amx = {
+    .name = "amx",
+    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+    .consecutive_rows = MIN_ROWS,
+};
+#endif
