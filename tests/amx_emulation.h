@@ -44,6 +44,8 @@ static inline void amx_loadconfig(const void *from)
 
 static inline void amx_release(void) { memset(&amx, 0, sizeof amx); }
 
+int amx_is_configured(void) { return amx.configured; }
+
 static inline void amx_require(int tile) { AMX_REQUIRE(amx.configured && amx.rows[tile]); }
 
 static inline void amx_zero(int tile)
