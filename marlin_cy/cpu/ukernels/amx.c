@@ -87,7 +87,8 @@ KERNEL void add_rows(const pending_rows *pending, int planes)
             __m512i total = _mm512_load_si512(products + t * SUMS);
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(products + (2 + t) * SUMS));
-            add_group(sums + t * TILE_N, total, header[t], sum_split, row_scale);
+            total = _mm512_dpwssd_epi32(total, header[t].minus_zero, sum_split);
+            add_group(sums + t * TILE_N, total, header[t].scale, row_scale);
         }
     }
 }
@@ -187,7 +188,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     const int rows = m < REGISTER_ROWS ? m : REGISTER_ROWS;
     const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
     const ptrdiff_t stride = task->a_row_stride;
-    float *const sums = task->scratch->sums;
+    /* A single tile has a neighbour, which out must not see. */
+    float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
     pending_rows pending[2] = {{.header = headers[0]}, {.header = headers[0]}};
 
     memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
@@ -234,7 +236,11 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     add_rows(&pending[0], planes);
     add_rows(&pending[1], planes);
     _tile_release();
-    finish(task, tiles);
+    if (task->accumulate)
+        add_to_out(task, tiles);
+    else if (tiles == 1)
+        for (int r = 0; r < m; r++)
+            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(sums + r * PAIR_N));
 }
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }

@@ -25,12 +25,17 @@ enum {
 typedef struct {
     const uint8_t *packed[2]; /* blocks of this group, per tile */
     const uint8_t *ahead[2];  /* what to prefetch while they are read, a block a block */
-    const uint8_t *unpacked;  /* the same as bytes, both tiles */
+    uint8_t *unpacked;        /* room for the same as bytes, both tiles */
     int blocks;
     const int8_t *a;
     const act_meta *meta;
     group_header header[2];
+    float *sums;
 } group_view;
+
+/* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
+ * micro-kernel keeps what it unpacks for the others: its stores go beside its products. */
+enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
 /* Pins a sum to its register: without it GCC copies sums around the loop and stores some of them. */
 #define KEEP(sum) __asm__("" : "+v"(sum))
@@ -42,52 +47,51 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     return _mm512_set1_epi32(quad);
 }
 
-KERNEL void unpack_group(uint8_t *w, const group_view *view, int tiles, int codes)
-{
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int b = 0; b < view->blocks; b++, w += UNPACKED_BLOCK)
-        for (int t = 0; t < tiles; t++) {
-            const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
-            _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
-            const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-            _mm512_store_si512(w + t * BLOCK_BYTES, weights_of(low, codes));
-            _mm512_store_si512(w + (2 + t) * BLOCK_BYTES, weights_of(high, codes));
-        }
-}
-
 /* The weights of one block as bytes: w[values 0-3 or 4-7][tile]. */
-KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int packed, int codes)
+KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int source, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
+    uint8_t *const unpacked = view->unpacked + b * UNPACKED_BLOCK;
     for (int t = 0; t < tiles; t++) {
-        if (packed) {
-            const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
-            _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
-            w[0][t] = weights_of(_mm512_and_si512(both, mask), codes);
-            w[1][t] = weights_of(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask), codes);
-        } else {
-            w[0][t] = _mm512_load_si512(view->unpacked + b * UNPACKED_BLOCK + t * BLOCK_BYTES);
-            w[1][t] = _mm512_load_si512(view->unpacked + b * UNPACKED_BLOCK + (2 + t) * BLOCK_BYTES);
+        if (source == UNPACKED) {
+            w[0][t] = _mm512_load_si512(unpacked + t * BLOCK_BYTES);
+            w[1][t] = _mm512_load_si512(unpacked + (2 + t) * BLOCK_BYTES);
+            continue;
+        }
+        const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
+        _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
+        w[0][t] = weights_of(_mm512_and_si512(both, mask), codes);
+        w[1][t] = weights_of(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask), codes);
+        if (source == UNPACK_AND_KEEP) {
+            _mm512_store_si512(unpacked + t * BLOCK_BYTES, w[0][t]);
+            _mm512_store_si512(unpacked + (2 + t) * BLOCK_BYTES, w[1][t]);
         }
     }
 }
 
-/* rows, planes, tiles, packed and codes are constants wherever this is inlined. */
+/* rows, planes, tiles, source and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
-                         int packed, int codes)
+                         int source, int codes)
 {
     const int8_t *a[PLANE_ROWS];
+    float row_scale[PLANE_ROWS];
     __m512i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < rows * planes; i++)
-        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * BLOCK_K;
-#pragma GCC unroll 8
-    for (int i = 0; i < rows * planes; i++)
-        for (int t = 0; t < tiles; t++)
-            sum[i][t] = _mm512_setzero_si512();
+    for (int r = 0; r < rows; r++) {
+        const ptrdiff_t index = task->rows[row + r];
+        const act_meta *const meta = view->meta + index;
+        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
+        row_scale[r] = meta->scale;
+        for (int plane = 0; plane < planes; plane++) {
+            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * BLOCK_K;
+            for (int t = 0; t < tiles; t++)
+                sum[r * planes + plane][t] =
+                    plane == planes - 1 ? _mm512_madd_epi16(view->header[t].minus_zero, sum_split) : _mm512_setzero_si512();
+        }
+    }
     for (int block = 0; block < view->blocks; block++) {
         __m512i w[2][2];
-        load_block(w, view, block, tiles, packed, codes);
+        load_block(w, view, block, tiles, source, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
@@ -99,40 +103,44 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
                 }
             }
     }
-    /* Locals: the compiler must assume that a vector store changes what task points to. */
-    const int32_t *const index = task->rows + row;
-    const act_meta *const metas = view->meta;
-    float *const sums = task->scratch->sums + row * PAIR_N;
+    /* A local: the compiler must assume that a vector store changes what view points to. */
+    float *const sums = view->sums + row * PAIR_N;
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        const act_meta *const meta = metas + index[r];
-        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
-        const __m512 row_scale = _mm512_set1_ps(meta->scale);
+    for (int r = 0; r < rows; r++)
         for (int t = 0; t < tiles; t++) {
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
-            add_group(sums + r * PAIR_N + t * TILE_N, total, view->header[t], sum_split, row_scale);
+            add_group(sums + r * PAIR_N + t * TILE_N, total, view->header[t].scale, _mm512_set1_ps(row_scale[r]));
         }
+}
+
+KERNEL void some_rows(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
+                      int source, int codes)
+{
+    const int most = PLANE_ROWS / planes;
+    switch (rows) {
+    case 1: micro_kernel(task, view, row, 1, planes, tiles, source, codes); break;
+    case 2: micro_kernel(task, view, row, 2, planes, tiles, source, codes); break;
+    case 3: micro_kernel(task, view, row, 3, planes, tiles, source, codes); break;
+    case 4: micro_kernel(task, view, row, 4, planes, tiles, source, codes); break;
+    case 5: if (most >= 5) micro_kernel(task, view, row, 5, planes, tiles, source, codes); break;
+    case 6: if (most >= 6) micro_kernel(task, view, row, 6, planes, tiles, source, codes); break;
+    case 7: if (most >= 7) micro_kernel(task, view, row, 7, planes, tiles, source, codes); break;
+    case 8: if (most >= 8) micro_kernel(task, view, row, 8, planes, tiles, source, codes); break;
     }
 }
 
-KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int tiles, int packed, int codes)
+KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int tiles, int codes)
 {
-    const int step = PLANE_ROWS / planes;
-    for (int row = 0; row < task->m; row += step) {
-        const int rows = task->m - row < step ? task->m - row : step;
-        switch (rows) {
-        case 1: micro_kernel(task, view, row, 1, planes, tiles, packed, codes); break;
-        case 2: micro_kernel(task, view, row, 2, planes, tiles, packed, codes); break;
-        case 3: micro_kernel(task, view, row, 3, planes, tiles, packed, codes); break;
-        case 4: micro_kernel(task, view, row, 4, planes, tiles, packed, codes); break;
-        case 5: if (step >= 5) micro_kernel(task, view, row, 5, planes, tiles, packed, codes); break;
-        case 6: if (step >= 6) micro_kernel(task, view, row, 6, planes, tiles, packed, codes); break;
-        case 7: if (step >= 7) micro_kernel(task, view, row, 7, planes, tiles, packed, codes); break;
-        case 8: if (step >= 8) micro_kernel(task, view, row, 8, planes, tiles, packed, codes); break;
-        }
+    const int most = PLANE_ROWS / planes;
+    if (task->m <= most) {
+        some_rows(task, view, 0, task->m, planes, tiles, UNPACK, codes);
+        return;
     }
+    micro_kernel(task, view, 0, most, planes, tiles, UNPACK_AND_KEEP, codes);
+    for (int row = most; row < task->m; row += most)
+        some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, tiles, UNPACKED, codes);
 }
 
 KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
@@ -142,8 +150,11 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         .unpacked = task->scratch->weights,
         .a = task->a,
         .meta = task->meta,
+        .sums = task->accumulate ? task->scratch->sums : task->out,
     };
-    memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
+    for (int r = 0; r < task->m; r++)
+        for (int t = 0; t < tiles; t++)
+            _mm512_store_ps(view.sums + r * PAIR_N + t * TILE_N, _mm512_setzero_ps());
     const ptrdiff_t bytes = task_bytes(task);
     for (int g = 0; g < task->num_groups; g++) {
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
@@ -152,18 +163,14 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.header[t] = load_header(task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
         }
-        if (task->m * planes <= PLANE_ROWS) {
-            rows_of_group(task, &view, planes, tiles, 1, codes);
-        } else {
-            unpack_group(task->scratch->weights, &view, tiles, codes);
-            rows_of_group(task, &view, planes, tiles, 0, codes);
-        }
+        rows_of_group(task, &view, planes, tiles, codes);
         for (int t = 0; t < tiles; t++)
             view.packed[t] += view.blocks * BLOCK_BYTES;
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
-    finish(task, tiles);
+    if (task->accumulate)
+        add_to_out(task, tiles);
 }
 
 KERNEL void gemm(const gemm_task *task, int planes, int codes)

@@ -39,21 +39,20 @@ ZMM __m512i weights_of(__m512i nibbles, int codes)
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
 }
 
-/* The float step of one row and tile: `total` is the sum of products, its planes joined but the zero point still in it. */
-ZMM void add_group(float *sums, __m512i total, group_header header, __m512i sum_split, __m512 row_scale)
+/* The float step of one row and tile: `total` is the group's exact sum. */
+ZMM void add_group(float *sums, __m512i total, __m512 scale, __m512 row_scale)
 {
-    total = _mm512_dpwssd_epi32(total, header.minus_zero, sum_split);
-    const __m512 s = _mm512_mul_ps(row_scale, header.scale);
+    const __m512 s = _mm512_mul_ps(row_scale, scale);
     _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, _mm512_load_ps(sums)));
 }
 
-/* What a task leaves: the sums of its groups, or these added to what was there. */
-ZMM void finish(const gemm_task *task, int tiles)
+/* Adds the sums in the scratch to what was there. */
+ZMM void add_to_out(const gemm_task *task, int tiles)
 {
     for (int r = 0; r < task->m; r++)
         for (int t = 0; t < tiles; t++) {
             float *const out = task->out + r * PAIR_N + t * TILE_N;
             const __m512 sum = _mm512_load_ps(task->scratch->sums + r * PAIR_N + t * TILE_N);
-            _mm512_store_ps(out, task->accumulate ? _mm512_add_ps(_mm512_load_ps(out), sum) : sum);
+            _mm512_store_ps(out, _mm512_add_ps(_mm512_load_ps(out), sum));
         }
 }
