@@ -63,7 +63,7 @@ class Table(ctypes.Structure):
     """The first entries of ``ukernel_table``."""
 
     _fields_ = [("name", ctypes.c_char_p), ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
-                ("consecutive_rows", ctypes.c_int)]  # fmt: skip
+                ("consecutive_rows", ctypes.c_int * 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_few_rows_may_lie_anywhere(library, rng, planes):
-    few = Table.in_dll(library, "ukernels_amx").consecutive_rows - 1
+    few = Table.in_dll(library, "ukernels_amx").consecutive_rows[planes - 1] - 1
     assert few > 0
     Problem(rng, few, planes, 0, rows=rng.permutation(20)[:few]).check(library)
 

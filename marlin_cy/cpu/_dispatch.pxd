@@ -70,7 +70,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct ukernel_table:
         const char *name
         gemm_fn *gemm[2][2]
-        int consecutive_rows
+        int consecutive_rows[2]
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

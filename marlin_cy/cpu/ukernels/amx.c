@@ -30,7 +30,10 @@
         always_inline, target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
 enum {
-    MIN_ROWS = 5,      /* below this unpacking a group costs more than the products: AVX-512 does it on the way */
+    /* With fewer rows, with one plane and with two, unpacking a group costs more than the products: AVX-512 does it on
+     * the way. */
+    MIN_ROWS_1 = 10,
+    MIN_ROWS_2 = 6,
     REGISTER_ROWS = 16,
     SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
 };
@@ -178,7 +181,7 @@ KERNEL group_view prepare(const gemm_task *task, group_header headers[2][2], int
 /* `planes` and `codes` are constants. */
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
-    if (task->m < MIN_ROWS) {
+    if (task->m < (planes == 2 ? MIN_ROWS_2 : MIN_ROWS_1)) {
         ukernels_avx512vnni.gemm[codes][planes - 1](task);
         return;
     }
@@ -254,6 +257,6 @@ TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2
 const ukernel_table ukernels_amx = {
     .name = "amx",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .consecutive_rows = MIN_ROWS,
+    .consecutive_rows = {MIN_ROWS_1, MIN_ROWS_2},
 };
 #endif

@@ -157,7 +157,8 @@ typedef void gemm_fn(const gemm_task *task);
 typedef struct {
     const char *name;
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
-    int consecutive_rows; /* tasks of this many rows or more have consecutive ones, rows[i] = rows[0] + i; 0: any rows */
+    int consecutive_rows[2]; /* by planes - 1: tasks of this many rows or more have consecutive ones,
+                              * rows[i] = rows[0] + i; 0: any rows */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
