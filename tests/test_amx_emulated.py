@@ -63,7 +63,7 @@ class Table(ctypes.Structure):
     """The first entries of ``ukernel_table``."""
 
     _fields_ = [("name", ctypes.c_char_p), ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
-                ("consecutive_rows", ctypes.c_int * 2)]  # fmt: skip
+                ("row_step", ctypes.c_int), ("consecutive_rows", ctypes.c_int * 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct ukernel_table:
         const char *name
         gemm_fn *gemm[2][2]
+        int row_step
         int consecutive_rows[2]
         quantize_row_fn *quantize_row
         widen_fn *widen

@@ -74,4 +74,4 @@ cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_bl
                      const int32_t *order_of, bint one_order, int64_t input_rows,
                      int consecutive_rows) noexcept nogil
 cdef void use_row_places(quantize_job *job, const row_places *places) noexcept nogil
-cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil
+cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count, int64_t row_step) noexcept nogil

@@ -25,7 +25,6 @@ from marlin_cy.cpu._quantize cimport (
 
 cdef enum:
     CHUNK_K = 1024
-    ROW_STEP = 8
     # Fewer items than this per thread leave threads idle at the end: then K is split.
     MIN_ITEMS_PER_THREAD = 4
     # Items taken at a time, and how many such turns a thread should have at least, so that one that is
@@ -237,16 +236,17 @@ cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Row plans: which rows go through which expert
 
-cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil:
+cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,
+                             int64_t row_step) noexcept nogil:
     """Cut a run of one expert's pairs into blocks; returns how many.
 
-    Blocks are as even as they can be in whole steps of ``ROW_STEP`` rows, which micro-kernels take at
+    Blocks are as even as they can be in whole steps of ``row_step`` rows, which micro-kernels take at
     full speed; what is left over is in the last.
     """
-    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, steps = (count + ROW_STEP - 1) // ROW_STEP, part
+    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, steps = (count + row_step - 1) // row_step, part
     cdef int64_t first, end
     for part in range(parts):
-        first, end = steps * part // parts * ROW_STEP, min(steps * (part + 1) // parts * ROW_STEP, count)
+        first, end = steps * part // parts * row_step, min(steps * (part + 1) // parts * row_step, count)
         blocks[part] = row_block(expert=expert, begin=begin + first, count=end - first)
     return parts
 
@@ -327,7 +327,7 @@ cdef class RowPlanner:
 
     cdef row_plan plan
     cdef bint one_order
-    cdef int consecutive_rows
+    cdef int consecutive_rows, row_step
     cdef const int32_t *order_of
     cdef int64_t run_expert, run_begin, input_rows
 
@@ -341,6 +341,7 @@ cdef class RowPlanner:
         self.plan.pair_rows = self.plan.places.row_place + input_rows
         self.one_order = len(store.group_orders) == 1
         self.consecutive_rows = workspace.table.consecutive_rows[workspace.planes - 1]
+        self.row_step = workspace.table.row_step
         self.order_of = store.view.order_of
         self.run_begin, self.input_rows = 0, input_rows
         return 0
@@ -355,7 +356,7 @@ cdef class RowPlanner:
     cdef void end_run(self) noexcept nogil:
         self.plan.num_blocks += cut_into_blocks(
             self.plan.blocks + self.plan.num_blocks, self.run_expert, self.run_begin,
-            self.plan.num_pairs - self.run_begin)
+            self.plan.num_pairs - self.run_begin, self.row_step)
         self.run_begin = self.plan.num_pairs
 
     cdef void add(self, int64_t input_row, int64_t output_row) noexcept nogil:

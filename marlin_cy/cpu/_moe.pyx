@@ -239,7 +239,7 @@ cdef void place_grouping(grouping *g, char *memory, int64_t num_experts, int64_t
 
 
 cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64_t top_k, int64_t num_experts,
-                          const int32_t *down_order_of) noexcept nogil:
+                          const int32_t *down_order_of, int64_t row_step) noexcept nogil:
     """Sort (token, j) by expert, keeping their order; an id of -1 takes no part."""
     cdef int64_t pair, e, place
     memset(g.offsets, 0, (num_experts + 1) * sizeof(int64_t))
@@ -248,7 +248,7 @@ cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64
             g.offsets[ids[pair] + 1] += 1
     g.num_blocks = 0
     for e in range(num_experts):
-        g.num_blocks += cut_into_blocks(g.blocks + g.num_blocks, e, g.offsets[e], g.offsets[e + 1])
+        g.num_blocks += cut_into_blocks(g.blocks + g.num_blocks, e, g.offsets[e], g.offsets[e + 1], row_step)
         g.offsets[e + 1] += g.offsets[e]
     g.num_pairs = g.offsets[num_experts]
     for pair in range(tokens * top_k):
@@ -355,7 +355,7 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
     ``input_weights`` is NULL, or what rows of the input are multiplied by.
     """
     cdef grouping *g = &p.group
-    group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.down_order_of)
+    group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.down_order_of, p.gate_up.table.row_step)
 
     place_rows(&g.quantized, g.blocks, g.num_blocks, g.tokens, p.gate_order_of, p.one_order, tokens,
                p.consecutive_rows)

@@ -2,17 +2,15 @@
  *
  * Tile registers, of 8; each is `rows` (16, or what the task has) by 64 bytes:
  *
- *                     B: w[tile 0]  w[tile 1]           C: 32-bit sums
- *                         tmm6        tmm7              A: 64 values of K, a row of activations each
- *       A: a[0] tmm4   C: tmm0        tmm1              B: 16 quads of K, a row of 16 columns x 4 weights each
- *          a[1] tmm5      tmm2        tmm3
+ *   tmm0, tmm1   C: 32-bit sums of an even step, tile 0's and tile 1's of the weights
+ *   tmm2, tmm3   C: of an odd step
+ *   tmm4         A: 64 values of K, a row of activations each
+ *   tmm6, tmm7   B: 16 quads of K, a row of 16 columns x 4 weights each; tile 0's and tile 1's
  *
- * a[0] and a[1] are the two planes of the same rows, or, with one plane, neighbouring rows. Four sums side by side hide
- * the 52 cycles that a sum needs before its next addition.
- *
- * Each group of K ends in a float step, for which the sums pass through memory to vector registers. That costs as many
- * cycles as the products do, so it is done a step later, among the products of the next rows or group, and so is the
- * unpacking of the next group: vector and matrix units work at the same time.
+ * A step is one plane of up to 16 rows, over a group of K. Each group ends in a float step, for which the sums pass
+ * through memory to vector registers. Nothing of that waits for what has just been multiplied: while a step's products
+ * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the next
+ * group is unpacked. So vector and matrix units work at the same time.
  *
  * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
  * those that have been done. With fewer than 16 rows the tiles are as low.
@@ -35,6 +33,7 @@ enum {
     MIN_ROWS_1 = 10,
     MIN_ROWS_2 = 6,
     REGISTER_ROWS = 16,
+    HEADERS = 4,
     SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
 };
 
@@ -77,13 +76,13 @@ typedef struct {
     int rows;
 } pending_rows;
 
-KERNEL void add_rows(const pending_rows *pending, int planes)
+KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
 {
     const group_header header[2] = {pending->header[0], pending->header[1]};
-    const int32_t *products = pending->products;
-    const act_meta *meta = pending->meta;
-    float *sums = pending->sums;
-    for (int r = 0; r < pending->rows; r++, products += TILE_N, meta++, sums += PAIR_N) {
+    const int32_t *products = pending->products + begin * TILE_N;
+    const act_meta *meta = pending->meta + begin;
+    float *sums = pending->sums + begin * PAIR_N;
+    for (int r = begin; r < end; r++, products += TILE_N, meta++, sums += PAIR_N) {
         const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
         const __m512 row_scale = _mm512_set1_ps(meta->scale);
         for (int t = 0; t < 2; t++) {
@@ -96,45 +95,37 @@ KERNEL void add_rows(const pending_rows *pending, int planes)
     }
 }
 
-/* The products of `halves` A tiles over the values of K from `k` on. */
-KERNEL void multiply(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k, int halves)
+KERNEL void multiply(const group_view *view, const int8_t *a, ptrdiff_t a_stride, int k_step, int odd)
 {
-    _tile_loadd(6, view->weights[0] + k * TILE_N, 4 * TILE_N);
-    _tile_loadd(4, a[0] + k, a_stride);
-    _tile_dpbsud(0, 4, 6);
-    _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
-    _tile_dpbsud(1, 4, 7);
-    if (halves == 2) {
-        _tile_loadd(5, a[1] + k, a_stride);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
-}
-
-/* A step: the products of a group and up to two A tiles, and beside them the float step of the ones before. */
-KERNEL void step(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k_step, int halves,
-                 const pending_rows pending[2], int planes)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    if (halves == 2) {
+    if (odd) {
         _tile_zero(2);
         _tile_zero(3);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
     }
-    multiply(view, a, a_stride, 0, halves);
-    add_rows(&pending[0], planes);
-    for (int k = k_step; k < view->size; k += k_step)
-        multiply(view, a, a_stride, k, halves);
-    add_rows(&pending[1], planes);
+    for (int k = 0; k < view->size; k += k_step) {
+        _tile_loadd(6, view->weights[0] + k * TILE_N, 4 * TILE_N);
+        _tile_loadd(4, a + k, a_stride);
+        _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
+        if (odd) {
+            _tile_dpbsud(2, 4, 6);
+            _tile_dpbsud(3, 4, 7);
+        } else {
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+        }
+    }
 }
 
-KERNEL void store_products(int32_t *products, int halves)
+KERNEL void store_products(int32_t *products, int odd)
 {
-    _tile_stored(0, products, 4 * TILE_N);
-    _tile_stored(1, products + SUMS, 4 * TILE_N);
-    if (halves == 2) {
-        _tile_stored(2, products + 2 * SUMS, 4 * TILE_N);
-        _tile_stored(3, products + 3 * SUMS, 4 * TILE_N);
+    if (odd) {
+        _tile_stored(2, products, 4 * TILE_N);
+        _tile_stored(3, products + SUMS, 4 * TILE_N);
+    } else {
+        _tile_stored(0, products, 4 * TILE_N);
+        _tile_stored(1, products + SUMS, 4 * TILE_N);
     }
 }
 
@@ -150,15 +141,15 @@ KERNEL void unpack_tile(uint8_t *w, const uint8_t *packed, const uint8_t *ahead,
     }
 }
 
-/* Everything about group g but its rows. Groups take turns with two places, as the float steps of the one before
- * are yet to come. */
-KERNEL group_view prepare(const gemm_task *task, group_header headers[2][2], int g, int tiles, int codes)
+/* Everything about group g but its rows. Groups take turns with HEADERS places for their headers, as the float steps of
+ * the two before are yet to come while it is prepared. */
+KERNEL group_view prepare(const gemm_task *task, group_header headers[HEADERS][2], int g, int tiles, int codes)
 {
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
     const ptrdiff_t ahead = begin + PREFETCH_BYTES;
     uint8_t *const weights = task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
-    group_header *const header = headers[g % 2];
+    group_header *const header = headers[g % HEADERS];
     group_view view = {
         .header = header,
         .size = blocks * BLOCK_K,
@@ -185,59 +176,67 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         ukernels_avx512vnni.gemm[codes][planes - 1](task);
         return;
     }
-    _Alignas(64) int32_t products[4 * SUMS];
-    _Alignas(64) group_header headers[2][2];
-    const int m = task->m, tiles = task->header[1] ? 2 : 1, step_rows = planes == 2 ? REGISTER_ROWS : 2 * REGISTER_ROWS;
-    const int rows = m < REGISTER_ROWS ? m : REGISTER_ROWS;
+    /* Of two blocks of rows; see pending_rows. */
+    _Alignas(64) int32_t products[2][4 * SUMS];
+    _Alignas(64) group_header headers[HEADERS][2];
+    const int m = task->m, tiles = task->header[1] ? 2 : 1, rows = m < REGISTER_ROWS ? m : REGISTER_ROWS;
     const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
     const ptrdiff_t stride = task->a_row_stride;
     /* A single tile has a neighbour, which out must not see. */
     float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
-    pending_rows pending[2] = {{.header = headers[0]}, {.header = headers[0]}};
+    pending_rows pending[2] = {{.header = headers[0], .products = products[0]}, {.header = headers[0], .products = products[0]}};
+    int block = 0; /* the last bit of its number: whose turn it is of products and pending */
 
     memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
     configure(rows, k_step);
     group_view view = prepare(task, headers, 0, tiles, codes);
     for (int g = 0; g < task->num_groups; g++) {
         group_view next = view;
-        for (int begin = 0; begin < m; begin += step_rows) {
-            /* The rows of a[0] and, with one plane, of a[1]; tiles start earlier where they would not be full. */
-            const int second = begin + REGISTER_ROWS;
-            const int first_row = begin < m - rows ? begin : m - rows;
-            const int second_row = second < m - rows ? second : m - rows;
-            const int halves = planes == 2 || second < m ? 2 : 1;
-            const int8_t *const first_a = view.a + first_row * stride;
-            const int8_t *const a[2] = {first_a, planes == 2 ? first_a + view.size : view.a + second_row * stride};
-            if (halves == 2)
-                step(&view, a, stride, k_step, 2, pending, planes);
-            else
-                step(&view, a, stride, k_step, 1, pending, planes);
-            if (begin == 0 && g + 1 < task->num_groups)
-                next = prepare(task, headers, g + 1, tiles, codes);
-            store_products(products, halves);
-
-            const int end = second < m ? second : m, middle = planes == 2 ? (begin + end) / 2 : second;
-            const int last = planes == 2 ? end : second + REGISTER_ROWS < m ? second + REGISTER_ROWS : m;
-            pending[0] = (pending_rows){
-                .products = products + (begin - first_row) * TILE_N,
+        for (int begin = 0; begin < m; begin += REGISTER_ROWS) {
+            const int first = begin < m - rows ? begin : m - rows; /* earlier where the tile would not be full */
+            const int8_t *const a = view.a + first * stride;
+            pending_rows *const mine = &pending[block], *const before = &pending[1 - block];
+            if (planes == 2) {
+                multiply(&view, a, stride, k_step, 0);
+                add_rows(mine, mine->rows / 2, mine->rows, 2);
+                store_products(products[1 - block] + 2 * SUMS, 1);
+                multiply(&view, a + view.size, stride, k_step, 1);
+                if (begin == 0 && g + 1 < task->num_groups)
+                    next = prepare(task, headers, g + 1, tiles, codes);
+                add_rows(before, 0, before->rows / 2, 2);
+                store_products(products[block], 0);
+            } else {
+                if (block)
+                    multiply(&view, a, stride, k_step, 1);
+                else
+                    multiply(&view, a, stride, k_step, 0);
+                if (begin == 0 && g + 1 < task->num_groups)
+                    next = prepare(task, headers, g + 1, tiles, codes);
+                add_rows(mine, 0, mine->rows, 1);
+                if (block)
+                    store_products(products[0], 0);
+                else
+                    store_products(products[1], 1);
+            }
+            *mine = (pending_rows){
+                .products = products[block] + (begin - first) * TILE_N,
                 .meta = view.meta + begin,
                 .header = view.header,
                 .sums = sums + begin * PAIR_N,
-                .rows = (planes == 2 ? middle : end) - begin,
+                .rows = m - begin < REGISTER_ROWS ? m - begin : REGISTER_ROWS,
             };
-            pending[1] = (pending_rows){
-                .products = planes == 2 ? products + (middle - first_row) * TILE_N
-                                        : products + 2 * SUMS + (second - second_row) * TILE_N,
-                .meta = view.meta + middle,
-                .header = view.header,
-                .sums = sums + middle * PAIR_N,
-                .rows = last - middle,
-            };
+            block = 1 - block;
         }
         view = next;
     }
-    add_rows(&pending[0], planes);
-    add_rows(&pending[1], planes);
+    add_rows(&pending[block], planes == 2 ? pending[block].rows / 2 : 0, pending[block].rows, planes);
+    if (planes == 2)
+        store_products(products[1 - block] + 2 * SUMS, 1);
+    else if (block)
+        store_products(products[0], 0);
+    else
+        store_products(products[1], 1);
+    add_rows(&pending[1 - block], 0, pending[1 - block].rows, planes);
     _tile_release();
     if (task->accumulate)
         add_to_out(task, tiles);
@@ -257,6 +256,7 @@ TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2
 const ukernel_table ukernels_amx = {
     .name = "amx",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+    .row_step = REGISTER_ROWS,
     .consecutive_rows = {MIN_ROWS_1, MIN_ROWS_2},
 };
 #endif

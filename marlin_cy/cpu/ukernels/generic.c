@@ -184,6 +184,7 @@ static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 const ukernel_table ukernels_generic = {
     .name = "generic",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+    .row_step = 8,
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,

@@ -134,6 +134,7 @@ static void install(ukernel_table *table, int isa)
     for (int codes = 0; codes < CODES_COUNT; codes++)
         for (int planes = 1; planes <= 2; planes++)
             OVERRIDE(gemm[codes][planes - 1]);
+    OVERRIDE(row_step);
     for (int planes = 0; planes < 2; planes++)
         OVERRIDE(consecutive_rows[planes]);
     OVERRIDE(quantize_row);

@@ -157,6 +157,7 @@ typedef void gemm_fn(const gemm_task *task);
 typedef struct {
     const char *name;
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
+    int row_step;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
     int consecutive_rows[2]; /* by planes - 1: tasks of this many rows or more have consecutive ones,
                               * rows[i] = rows[0] + i; 0: any rows */
     quantize_row_fn *quantize_row;
