@@ -4,9 +4,7 @@
  * of 4-bit floats, up to 24, it is 6144, and four of them fit, those of two blocks. Then one vpmaddwd a
  * plane brings them to 32 bits, by 256 for plane 0 of two.
  *
- * Registers, of 16: `rows * planes` times two halves of 16-bit sums.
- *   packed (weights unpacked on the way, for few rows):  4 * 2 sums, 4 weights, mask, activation, product
- *   unpacked (the group was unpacked beforehand):        6 * 2 sums, 2 weights, activation, product
+ * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product.
  * The 32-bit sums live in memory, touched once a 16-bit sum.
  */
 #include "ukernel.h"
@@ -20,15 +18,15 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
-enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6 };
+enum { PLANE_ROWS = 6 };
 
-/* rows, planes, packed and codes are constants wherever this is inlined. */
+/* rows, planes, source and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                         int planes, int packed, int codes)
+                         int planes, int source, int codes)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
-    const int8_t *a[UNPACKED_PLANE_ROWS];
-    __m256i total[UNPACKED_PLANE_ROWS][2];
+    const int8_t *a[PLANE_ROWS];
+    __m256i total[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const int32_t index = task->rows[row + r];
@@ -40,22 +38,24 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
     }
     const int blocks_per_sum = codes == CODES_UINT4 ? 4 : 2;
     for (int block = 0; block < view->blocks; block += blocks_per_sum) {
-        __m256i sum16[UNPACKED_PLANE_ROWS][2];
+        __m256i sum16[PLANE_ROWS][2];
 #pragma GCC unroll 4
         for (int b = 0; b < blocks_per_sum; b++) {
-            __m256i w[2][2];
-            load_block(w, view, block + b, packed, codes);
 #pragma GCC unroll 2
-            for (int quad = 0; quad < 2; quad++)
+            for (int quad = 0; quad < 2; quad++) {
+                __m256i w[2];
+                load_quad(w, view, block + b, quad, source, codes);
 #pragma GCC unroll 8
                 for (int i = 0; i < rows * planes; i++) {
                     const __m256i x = broadcast_quad(a[i] + (block + b) * BLOCK_K + 4 * quad);
                     for (int half = 0; half < 2; half++) {
-                        const __m256i product = _mm256_maddubs_epi16(w[quad][half], x);
+                        __m256i product = _mm256_maddubs_epi16(w[half], x);
+                        KEEP(product);
                         sum16[i][half] = b + quad == 0 ? product : _mm256_add_epi16(sum16[i][half], product);
                         KEEP(sum16[i][half]);
                     }
                 }
+            }
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows * planes; i++)

@@ -24,13 +24,13 @@ enum {
 
 typedef struct {
     const uint8_t *packed[2]; /* blocks of this group, per tile */
-    const uint8_t *ahead[2];  /* what to prefetch while they are read, a block a block */
+    const uint8_t *ahead[2];  /* what to prefetch far ahead while they are read, a block a block */
     uint8_t *unpacked;        /* room for the same as bytes, both tiles */
     int blocks;
     const int8_t *a;
     const act_meta *meta;
     group_header header[2];
-    float *sums;
+    float *sums; /* [m][PAIR_N] of the groups so far */
 } group_view;
 
 /* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
@@ -59,7 +59,8 @@ KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles
             continue;
         }
         const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
-        _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T1);
+        _mm_prefetch((const char *)view->packed[t] + b * BLOCK_BYTES + PREFETCH_NEAR, _MM_HINT_T0);
         w[0][t] = weights_of(_mm512_and_si512(both, mask), codes);
         w[1][t] = weights_of(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask), codes);
         if (source == UNPACK_AND_KEEP) {
@@ -159,7 +160,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
     for (int g = 0; g < task->num_groups; g++) {
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         for (int t = 0; t < tiles; t++) {
-            const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_BYTES;
+            const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.header[t] = load_header(task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
         }

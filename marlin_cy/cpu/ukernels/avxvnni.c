@@ -1,9 +1,7 @@
 /* AVX2 with AVX-VNNI: vpdpbusd multiplies 32 unsigned weights by 32 signed activations and adds the
  * four products of each lane to its 32-bit sum.
  *
- * Registers, of 16: `rows * planes` times two halves of 32-bit sums.
- *   packed:    4 * 2 sums, 4 weights, mask, activation
- *   unpacked:  6 * 2 sums, 2 weights, activation
+ * Registers, of 16: `rows * planes` (6) times two halves of 32-bit sums, 2 weights, activation, mask.
  */
 #include "ukernel.h"
 
@@ -13,14 +11,14 @@
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c,avxvnni")))
 
-enum { PACKED_PLANE_ROWS = 4, UNPACKED_PLANE_ROWS = 6 };
+enum { PLANE_ROWS = 6 };
 
-/* rows, planes, packed and codes are constants wherever this is inlined. */
+/* rows, planes, source and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
-                         int planes, int packed, int codes)
+                         int planes, int source, int codes)
 {
-    const int8_t *a[UNPACKED_PLANE_ROWS];
-    __m256i sum[UNPACKED_PLANE_ROWS][2];
+    const int8_t *a[PLANE_ROWS];
+    __m256i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * BLOCK_K;
@@ -28,18 +26,19 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
     for (int i = 0; i < rows * planes; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     for (int block = 0; block < view->blocks; block++) {
-        __m256i w[2][2];
-        load_block(w, view, block, packed, codes);
 #pragma GCC unroll 2
-        for (int quad = 0; quad < 2; quad++)
+        for (int quad = 0; quad < 2; quad++) {
+            __m256i w[2];
+            load_quad(w, view, block, quad, source, codes);
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
                 const __m256i x = broadcast_quad(a[i] + block * BLOCK_K + 4 * quad);
                 for (int half = 0; half < 2; half++) {
-                    sum[i][half] = _mm256_dpbusd_avx_epi32(sum[i][half], w[quad][half], x);
+                    sum[i][half] = _mm256_dpbusd_avx_epi32(sum[i][half], w[half], x);
                     KEEP(sum[i][half]);
                 }
             }
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {

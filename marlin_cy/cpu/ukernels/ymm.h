@@ -8,11 +8,15 @@
 
 #define YMM static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
-enum { PREFETCH_BYTES = 4096 }; /* ahead in the stream of packed weights */
+enum {
+    UNPACKED_BLOCK = 2 * BLOCK_BYTES,
+    PREFETCH_FAR = 4096, /* ahead in the stream of packed weights, into the second-level cache */
+    PREFETCH_NEAR = 512, /* and from there into the first */
+};
 
-/* Pins a sum to its register and its additions to their order: without it GCC turns a chain of vector
+/* Pins a sum or a product to its register and additions to their order: without it GCC turns a chain of vector
  * additions into a tree whose products go to the stack, and copies sums around the loop. */
-#define KEEP(sum) __asm__("" : "+x"(sum))
+#define KEEP(vector) __asm__("" : "+x"(vector))
 
 /* Four activations of one row and plane, in every lane. */
 YMM __m256i broadcast_quad(const int8_t *a)
@@ -62,45 +66,38 @@ YMM __m256i weights_of(__m256i nibbles, int codes)
 
 /* One group of one tile, as the micro-kernel sees it. */
 typedef struct {
-    const uint8_t *weights; /* packed, or unpacked by unpack_group */
-    const uint8_t *ahead;   /* what to prefetch while packed weights are read, a block a block */
+    const uint8_t *packed; /* its blocks */
+    const uint8_t *ahead;  /* what to prefetch far ahead while they are read, a block a block */
+    uint8_t *unpacked;     /* room for the same as bytes */
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    float *sums; /* the tile's first column in row 0 of the task's sums */
+    float *sums; /* the tile's first column in row 0 of the sums of the groups so far */
 } group_view;
 
-/* Unpacked order: per block 32 bytes of (values 0-3, half 0), (0-3, half 1), (4-7, 0), (4-7, 1). */
-YMM void unpack_group(uint8_t *w, const group_view *view, int codes)
-{
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < 2 * view->blocks; i++) {
-        if (i % 2 == 0)
-            _mm_prefetch((const char *)view->ahead + 32 * i, _MM_HINT_T0);
-        const __m256i packed = _mm256_load_si256((const __m256i *)(view->weights + 32 * i));
-        uint8_t *to = w + i / 2 * 128 + i % 2 * 32;
-        const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
-        _mm256_store_si256((__m256i *)to, weights_of(low, codes));
-        _mm256_store_si256((__m256i *)(to + 64), weights_of(high, codes));
-    }
-}
+/* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
+ * micro-kernel keeps what it unpacks for the others. */
+enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
-/* The weights of one block as bytes: w[values 0-3 or 4-7][half]. `packed` and `codes` are constants. */
-YMM void load_block(__m256i w[2][2], const group_view *view, int b, int packed, int codes)
+/* Half of a block's weights as bytes, values 0-3 or 4-7 by `quad`: w[half], which is their order in `unpacked` too.
+ * `quad`, `source` and `codes` are constants. */
+YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int source, int codes)
 {
-    const uint8_t *const blocks = view->weights;
-    const __m256i mask = _mm256_set1_epi8(15);
-    if (packed)
-        _mm_prefetch((const char *)view->ahead + b * BLOCK_BYTES, _MM_HINT_T0);
+    const uint8_t *const packed = view->packed + b * BLOCK_BYTES;
+    __m256i *const unpacked = (__m256i *)(view->unpacked + b * UNPACKED_BLOCK) + 2 * quad;
+    if (source != UNPACKED && quad == 0) {
+        _mm_prefetch((const char *)view->ahead + b * BLOCK_BYTES, _MM_HINT_T1);
+        _mm_prefetch((const char *)packed + PREFETCH_NEAR, _MM_HINT_T0);
+    }
     for (int half = 0; half < 2; half++) {
-        if (packed) {
-            const __m256i both = _mm256_load_si256((const __m256i *)(blocks + b * BLOCK_BYTES + 32 * half));
-            w[0][half] = weights_of(_mm256_and_si256(both, mask), codes);
-            w[1][half] = weights_of(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), codes);
-        } else {
-            w[0][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 32 * half));
-            w[1][half] = _mm256_load_si256((const __m256i *)(blocks + b * 128 + 64 + 32 * half));
+        if (source == UNPACKED) {
+            w[half] = _mm256_load_si256(unpacked + half);
+            continue;
         }
+        const __m256i both = _mm256_load_si256((const __m256i *)packed + half);
+        w[half] = weights_of(_mm256_and_si256(quad ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15)), codes);
+        if (source == UNPACK_AND_KEEP)
+            _mm256_store_si256(unpacked + half, w[half]);
     }
 }
 
@@ -111,13 +108,19 @@ YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
     _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
 }
 
-/* What a task leaves: the sums of its groups, or these added to what was there. */
-YMM void finish(const gemm_task *task, int columns)
+/* The first 16 columns of m rows. */
+YMM void clear_sums(float *sums, int m)
 {
-    for (int r = 0; r < task->m; r++)
+    for (int r = 0; r < m; r++)
+        for (int c = 0; c < TILE_N; c += 8)
+            _mm256_store_ps(sums + r * PAIR_N + c, _mm256_setzero_ps());
+}
+
+YMM void add_sums(float *out, const float *sums, int m, int columns)
+{
+    for (int r = 0; r < m; r++)
         for (int c = 0; c < columns; c += 8) {
-            float *const out = task->out + r * PAIR_N + c;
-            const __m256 sum = _mm256_load_ps(task->scratch->sums + r * PAIR_N + c);
-            _mm256_store_ps(out, task->accumulate ? _mm256_add_ps(_mm256_load_ps(out), sum) : sum);
+            const int i = r * PAIR_N + c;
+            _mm256_store_ps(out + i, _mm256_add_ps(_mm256_load_ps(out + i), _mm256_load_ps(sums + i)));
         }
 }

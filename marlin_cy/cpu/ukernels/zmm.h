@@ -5,7 +5,9 @@
 
 #define ZMM static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
-enum { PREFETCH_BYTES = 3072 }; /* ahead in each of the two streams: 1024 reads 6% less, 8192 8% less */
+/* Ahead in each of the two streams, into the second-level cache and from there into the first. All the way into the first
+ * at once, 1024 or 3072 ahead, occupies its few miss buffers: on Zen 4 one row then reads up to 30% less. */
+enum { PREFETCH_FAR = 4096, PREFETCH_NEAR = 512 };
 
 /* Scales as floats, and minus the zero points as pairs (-zero, -256 * zero), the factor that
  * act_meta.sum_split is made for. */
