@@ -68,7 +68,7 @@ static inline void amx_stored(int tile, void *base, ptrdiff_t stride)
         memcpy((char *)base + r * stride, amx.data[tile][r], (size_t)amx.row_bytes[tile]);
 }
 
-static inline void amx_dpbsud(int c, int a, int b)
+static inline void amx_dpbssd(int c, int a, int b)
 {
     amx_require(a), amx_require(b), amx_require(c);
     AMX_REQUIRE(c != a && c != b && a != b);
@@ -79,7 +79,7 @@ static inline void amx_dpbsud(int c, int a, int b)
             uint32_t sum;
             memcpy(&sum, amx.data[c][m] + 4 * n, sizeof sum);
             for (int k = 0; k < amx.row_bytes[a]; k++)
-                sum += (uint32_t)((int8_t)amx.data[a][m][k] * amx.data[b][k / 4][4 * n + k % 4]);
+                sum += (uint32_t)((int8_t)amx.data[a][m][k] * (int8_t)amx.data[b][k / 4][4 * n + k % 4]);
             memcpy(amx.data[c][m] + 4 * n, &sum, sizeof sum);
         }
 }
@@ -87,10 +87,10 @@ static inline void amx_dpbsud(int c, int a, int b)
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
-#undef _tile_dpbsud
+#undef _tile_dpbssd
 #define _tile_loadconfig amx_loadconfig
 #define _tile_release amx_release
 #define _tile_zero amx_zero
 #define _tile_loadd amx_loadd
 #define _tile_stored amx_stored
-#define _tile_dpbsud amx_dpbsud
+#define _tile_dpbssd amx_dpbssd

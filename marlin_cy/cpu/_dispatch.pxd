@@ -49,6 +49,7 @@ cdef extern from "ukernel.h" nogil:
         int accumulate
         float *out
         gemm_scratch *scratch
+        const gemm_task *neighbour
 
     ctypedef void gemm_fn(const gemm_task *task) noexcept nogil
     ctypedef void quantize_row_fn(
@@ -71,7 +72,7 @@ cdef extern from "ukernel.h" nogil:
         const char *name
         gemm_fn *gemm[2][2]
         int row_step
-        int consecutive_rows[2]
+        int matrix_rows
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

@@ -9,10 +9,11 @@ from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum:
     OUT_FLOATS = MAX_ROWS * PAIR_N      # the sums of an item
+    MAX_NEIGHBOURS = 2                  # items done together
 
 cdef struct thread_area:
-    gemm_scratch scratch
-    float[OUT_FLOATS] out
+    gemm_scratch[MAX_NEIGHBOURS] scratch
+    float[MAX_NEIGHBOURS * OUT_FLOATS] out
     int64_t next_item           # of this thread's share of the list; all threads take from it
     int64_t end_item
     int64_t[6] padding          # to a whole number of cache lines
@@ -72,6 +73,6 @@ cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,
                      const int32_t *order_of, bint one_order, int64_t input_rows,
-                     int consecutive_rows) noexcept nogil
+                     int matrix_rows) noexcept nogil
 cdef void use_row_places(quantize_job *job, const row_places *places) noexcept nogil
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count, int64_t row_step) noexcept nogil

@@ -279,7 +279,7 @@ cdef struct expert_pass:
     const int32_t *gate_order_of
     const int32_t *down_order_of
     bint one_order              # of K in the first product, for all experts
-    int consecutive_rows        # as in ukernel_table
+    int matrix_rows             # as in ukernel_table
     void *quantized             # memory of either quantisation
     void *quantized_inner
 
@@ -291,7 +291,7 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     p.num_experts, p.top_k = gate_store.num_experts, top_k
     p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
     p.one_order = len(gate_store.group_orders) == 1
-    p.consecutive_rows = workspace.table.consecutive_rows[workspace.planes - 1]
+    p.matrix_rows = workspace.table.matrix_rows
     set_quantize_job(&p.quantize_input, workspace, gate_store)
     p.quantize_input.dtype = dtype
     set_quantize_job(&p.quantize_inner, workspace, down_store)
@@ -318,7 +318,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
     cdef int64_t pairs = tokens * p.top_k
     most.grouping = max(most.grouping, grouping_bytes(p.num_experts, tokens, pairs))
     most.quantized = max(most.quantized, quantized_bytes(
-        tokens if p.one_order and not p.consecutive_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
+        tokens if p.one_order and not p.matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
     most.inner = max(most.inner, pairs * p.gate_up.inner)
@@ -358,7 +358,7 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
     group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.down_order_of, p.gate_up.table.row_step)
 
     place_rows(&g.quantized, g.blocks, g.num_blocks, g.tokens, p.gate_order_of, p.one_order, tokens,
-               p.consecutive_rows)
+               p.matrix_rows)
     use_row_places(&p.quantize_input, &g.quantized)
     place_quantized(&p.quantize_input, p.quantized)
     quantize_rows(&p.quantize_input, num_threads)

@@ -80,7 +80,7 @@ cdef void quantize_with_copies(const quantize_job *job, int64_t index, int threa
 cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:
     """Quantise all rows of a job."""
     cdef int64_t index
-    if job.num_distinct < num_threads:
+    if job.num_rows < num_threads:
         for index in range(job.num_distinct):
             quantize_with_copies(job, index, 0)
         return

@@ -1,6 +1,6 @@
-/* AMX: one TDPBSUD multiplies 16 rows of 64 signed activations by 64 x 16 unsigned weights, in 16 cycles.
+/* AMX: one TDPBSSD multiplies 16 rows of 64 activations by 64 x 16 weights less their zero points, in 16 cycles.
  *
- * Tile registers, of 8; each is `rows` (16, or what the task has) by 64 bytes:
+ * Tile registers, of 8; each is 16 rows of 64 bytes:
  *
  *   tmm0, tmm1   C: 32-bit sums of an even step, tile 0's and tile 1's of the weights
  *   tmm2, tmm3   C: of an odd step
@@ -12,8 +12,11 @@
  * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the next
  * group is unpacked. So vector and matrix units work at the same time.
  *
+ * A task and its neighbour are done a group of each in turn: then the group's activations, which they share, are still in
+ * the first-level cache, where those of all groups have no room.
+ *
  * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
- * those that have been done. With fewer than 16 rows the tiles are as low.
+ * those that have been done.
  */
 #include "ukernel.h"
 
@@ -28,12 +31,8 @@
         always_inline, target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
 enum {
-    /* With fewer rows, with one plane and with two, unpacking a group costs more than the products: AVX-512 does it on
-     * the way. */
-    MIN_ROWS_1 = 10,
-    MIN_ROWS_2 = 6,
-    REGISTER_ROWS = 16,
-    HEADERS = 4,
+    REGISTER_ROWS = 16, /* fewer are left to AVX-512, which unpacks weights on the way to its products */
+    SCALES = 4, /* views whose scales are kept: float steps of the two before are yet to come while one is prepared */
     SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
 };
 
@@ -47,50 +46,49 @@ typedef struct {
 /* The compilers' tile loads do not say that they read memory: what has been stored must stay before them. */
 #define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
 
-KERNEL void configure(int rows, int k)
+KERNEL void configure(int k)
 {
     tile_config config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
-        config.rows[i] = (uint8_t)(i < 6 ? rows : k / 4);
+        config.rows[i] = (uint8_t)(i < 6 ? REGISTER_ROWS : k / 4);
         config.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? k : 4 * TILE_N);
     }
     COMPILER_BARRIER();
     _tile_loadconfig(&config);
 }
 
-/* A group that is made ready for the multiplication. */
+/* A group of a task, made ready for the multiplication. */
 typedef struct {
-    const uint8_t *weights[2]; /* unpacked, per tile: quads of K, each of 16 columns */
-    const group_header *header; /* per tile */
-    int size;                  /* values of K */
-    const int8_t *a;           /* of the task's first row */
+    const int8_t *weights[2]; /* less zero points, per tile: quads of K, each of 16 columns */
+    const __m512 *scale;      /* per tile */
+    int size;                 /* values of K */
+    const int8_t *a;          /* of the task's first row */
     const act_meta *meta;
+    float *sums; /* [m][PAIR_N] of the task's groups so far */
 } group_view;
 
 /* Sums of products that wait for their float step: rows one after the other. */
 typedef struct {
     const int32_t *products; /* tile 0's, and SUMS further tile 1's; 2 * SUMS further again those of plane 1 */
     const act_meta *meta;
-    const group_header *header;
+    const __m512 *scale;
     float *sums;
     int rows;
 } pending_rows;
 
 KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
 {
-    const group_header header[2] = {pending->header[0], pending->header[1]};
+    const __m512 scale[2] = {pending->scale[0], pending->scale[1]};
     const int32_t *products = pending->products + begin * TILE_N;
     const act_meta *meta = pending->meta + begin;
     float *sums = pending->sums + begin * PAIR_N;
     for (int r = begin; r < end; r++, products += TILE_N, meta++, sums += PAIR_N) {
-        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
         const __m512 row_scale = _mm512_set1_ps(meta->scale);
         for (int t = 0; t < 2; t++) {
             __m512i total = _mm512_load_si512(products + t * SUMS);
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(products + (2 + t) * SUMS));
-            total = _mm512_dpwssd_epi32(total, header[t].minus_zero, sum_split);
-            add_group(sums + t * TILE_N, total, header[t].scale, row_scale);
+            add_group(sums + t * TILE_N, total, scale[t], row_scale);
         }
     }
 }
@@ -109,11 +107,11 @@ KERNEL void multiply(const group_view *view, const int8_t *a, ptrdiff_t a_stride
         _tile_loadd(4, a + k, a_stride);
         _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
         if (odd) {
-            _tile_dpbsud(2, 4, 6);
-            _tile_dpbsud(3, 4, 7);
+            _tile_dpbssd(2, 4, 6);
+            _tile_dpbssd(3, 4, 7);
         } else {
-            _tile_dpbsud(0, 4, 6);
-            _tile_dpbsud(1, 4, 7);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
         }
     }
 }
@@ -129,71 +127,95 @@ KERNEL void store_products(int32_t *products, int odd)
     }
 }
 
-KERNEL void unpack_tile(uint8_t *w, const uint8_t *packed, const uint8_t *ahead, int blocks, int codes)
+KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, const uint8_t *header, int blocks, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i zeros = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101)); /* each four times */
     for (int b = 0; b < blocks; b++) {
         const __m512i both = _mm512_load_si512(packed + b * BLOCK_BYTES);
-        _mm_prefetch((const char *)ahead + b * BLOCK_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)ahead + b * BLOCK_BYTES, _MM_HINT_T1);
+        _mm_prefetch((const char *)packed + (b + blocks) * BLOCK_BYTES, _MM_HINT_T0);
         const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-        _mm512_store_si512(w + 2 * b * BLOCK_BYTES, weights_of(low, codes));
-        _mm512_store_si512(w + (2 * b + 1) * BLOCK_BYTES, weights_of(high, codes));
+        _mm512_store_si512(w + 2 * b * BLOCK_BYTES, _mm512_sub_epi8(weights_of(low, codes), zeros));
+        _mm512_store_si512(w + (2 * b + 1) * BLOCK_BYTES, _mm512_sub_epi8(weights_of(high, codes), zeros));
     }
 }
 
-/* Everything about group g but its rows. Groups take turns with HEADERS places for their headers, as the float steps of
- * the two before are yet to come while it is prepared. */
-KERNEL group_view prepare(const gemm_task *task, group_header headers[HEADERS][2], int g, int tiles, int codes)
+/* Where sums of the groups so far are: not in out if they are to be added to it, or if they have a neighbouring tile that
+ * out must not see. */
+KERNEL float *sums_of(const gemm_task *task)
 {
+    return task->accumulate || !task->header[1] ? task->scratch->sums : task->out;
+}
+
+/* Views are numbered: a group of the task, the same of its neighbour, the next group of the task ... */
+KERNEL group_view prepare(const gemm_task *first, __m512 scales[SCALES][2], int number, int codes)
+{
+    const int pair = first->neighbour != NULL, g = number >> pair;
+    const gemm_task *const task = number & pair ? first->neighbour : first;
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+    const int tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
-    const ptrdiff_t ahead = begin + PREFETCH_BYTES;
-    uint8_t *const weights = task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
-    group_header *const header = headers[g % HEADERS];
+    const ptrdiff_t ahead = begin + PREFETCH_FAR;
+    int8_t *const weights = (int8_t *)first->scratch->weights + number % 2 * (MAX_GROUP_K * PAIR_N);
+    __m512 *const scale = scales[number % SCALES];
     group_view view = {
-        .header = header,
+        .scale = scale,
         .size = blocks * BLOCK_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
         .meta = task->meta + g * task->meta_group_stride + task->rows[0],
+        .sums = sums_of(task),
     };
     for (int t = 0; t < 2; t++) {
         const int of = t < tiles ? t : 0; /* a single tile is its own neighbour, whose sums nobody reads */
-        uint8_t *const w = weights + of * (MAX_GROUP_K * TILE_N);
+        int8_t *const w = weights + of * (MAX_GROUP_K * TILE_N);
+        const uint8_t *const header = task->header[of] + g * GROUP_HEADER_BYTES;
         if (t < tiles)
             unpack_tile(w, task->body[t] + begin,
-                        ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes), blocks, codes);
-        header[t] = load_header(task->header[of] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
+                        ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes), header, blocks, codes);
+        scale[t] = load_scales(header, task->scale_dtype, codes);
         view.weights[t] = w;
     }
     COMPILER_BARRIER();
     return view;
 }
 
+KERNEL void finish(const gemm_task *task)
+{
+    if (task->accumulate)
+        add_to_out(task, task->header[1] ? 2 : 1);
+    else if (!task->header[1])
+        for (int r = 0; r < task->m; r++)
+            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(task->scratch->sums + r * PAIR_N));
+}
+
 /* `planes` and `codes` are constants. */
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
-    if (task->m < (planes == 2 ? MIN_ROWS_2 : MIN_ROWS_1)) {
+    if (task->m < REGISTER_ROWS) {
         ukernels_avx512vnni.gemm[codes][planes - 1](task);
         return;
     }
     /* Of two blocks of rows; see pending_rows. */
     _Alignas(64) int32_t products[2][4 * SUMS];
-    _Alignas(64) group_header headers[HEADERS][2];
-    const int m = task->m, tiles = task->header[1] ? 2 : 1, rows = m < REGISTER_ROWS ? m : REGISTER_ROWS;
+    __m512 scales[SCALES][2];
+    const gemm_task *const neighbour = task->neighbour;
+    const int m = task->m;
+    const int views = neighbour ? 2 * task->num_groups : task->num_groups;
     const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
     const ptrdiff_t stride = task->a_row_stride;
-    /* A single tile has a neighbour, which out must not see. */
-    float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
-    pending_rows pending[2] = {{.header = headers[0], .products = products[0]}, {.header = headers[0], .products = products[0]}};
+    pending_rows pending[2] = {{.scale = scales[0], .products = products[0]}, {.scale = scales[0], .products = products[0]}};
     int block = 0; /* the last bit of its number: whose turn it is of products and pending */
 
-    memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
-    configure(rows, k_step);
-    group_view view = prepare(task, headers, 0, tiles, codes);
-    for (int g = 0; g < task->num_groups; g++) {
+    memset(sums_of(task), 0, (size_t)m * PAIR_N * sizeof(float));
+    if (neighbour)
+        memset(sums_of(neighbour), 0, (size_t)m * PAIR_N * sizeof(float));
+    configure(k_step);
+    group_view view = prepare(task, scales, 0, codes);
+    for (int number = 0; number < views; number++) {
         group_view next = view;
         for (int begin = 0; begin < m; begin += REGISTER_ROWS) {
-            const int first = begin < m - rows ? begin : m - rows; /* earlier where the tile would not be full */
+            const int first = begin + REGISTER_ROWS <= m ? begin : m - REGISTER_ROWS; /* the last ones overlap */
             const int8_t *const a = view.a + first * stride;
             pending_rows *const mine = &pending[block], *const before = &pending[1 - block];
             if (planes == 2) {
@@ -201,8 +223,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
                 add_rows(mine, mine->rows / 2, mine->rows, 2);
                 store_products(products[1 - block] + 2 * SUMS, 1);
                 multiply(&view, a + view.size, stride, k_step, 1);
-                if (begin == 0 && g + 1 < task->num_groups)
-                    next = prepare(task, headers, g + 1, tiles, codes);
+                if (begin == 0 && number + 1 < views)
+                    next = prepare(task, scales, number + 1, codes);
                 add_rows(before, 0, before->rows / 2, 2);
                 store_products(products[block], 0);
             } else {
@@ -210,8 +232,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
                     multiply(&view, a, stride, k_step, 1);
                 else
                     multiply(&view, a, stride, k_step, 0);
-                if (begin == 0 && g + 1 < task->num_groups)
-                    next = prepare(task, headers, g + 1, tiles, codes);
+                if (begin == 0 && number + 1 < views)
+                    next = prepare(task, scales, number + 1, codes);
                 add_rows(mine, 0, mine->rows, 1);
                 if (block)
                     store_products(products[0], 0);
@@ -221,8 +243,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
             *mine = (pending_rows){
                 .products = products[block] + (begin - first) * TILE_N,
                 .meta = view.meta + begin,
-                .header = view.header,
-                .sums = sums + begin * PAIR_N,
+                .scale = view.scale,
+                .sums = view.sums + begin * PAIR_N,
                 .rows = m - begin < REGISTER_ROWS ? m - begin : REGISTER_ROWS,
             };
             block = 1 - block;
@@ -238,11 +260,9 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         store_products(products[1], 1);
     add_rows(&pending[1 - block], 0, pending[1 - block].rows, planes);
     _tile_release();
-    if (task->accumulate)
-        add_to_out(task, tiles);
-    else if (tiles == 1)
-        for (int r = 0; r < m; r++)
-            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(sums + r * PAIR_N));
+    finish(task);
+    if (neighbour)
+        finish(neighbour);
 }
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
@@ -257,6 +277,6 @@ const ukernel_table ukernels_amx = {
     .name = "amx",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
     .row_step = REGISTER_ROWS,
-    .consecutive_rows = {MIN_ROWS_1, MIN_ROWS_2},
+    .matrix_rows = REGISTER_ROWS,
 };
 #endif

@@ -29,7 +29,8 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    group_header header[2];
+    __m512 scale[2];
+    __m512i minus_zero[2]; /* pairs (-zero, -256 * zero), the factor that act_meta.sum_split is made for */
     float *sums; /* [m][PAIR_N] of the groups so far */
 } group_view;
 
@@ -87,7 +88,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
             a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * BLOCK_K;
             for (int t = 0; t < tiles; t++)
                 sum[r * planes + plane][t] =
-                    plane == planes - 1 ? _mm512_madd_epi16(view->header[t].minus_zero, sum_split) : _mm512_setzero_si512();
+                    plane == planes - 1 ? _mm512_madd_epi16(view->minus_zero[t], sum_split) : _mm512_setzero_si512();
         }
     }
     for (int block = 0; block < view->blocks; block++) {
@@ -112,7 +113,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
-            add_group(sums + r * PAIR_N + t * TILE_N, total, view->header[t].scale, _mm512_set1_ps(row_scale[r]));
+            add_group(sums + r * PAIR_N + t * TILE_N, total, view->scale[t], _mm512_set1_ps(row_scale[r]));
         }
 }
 
@@ -162,7 +163,10 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            view.header[t] = load_header(task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
+            const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
+            const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), load_zeros(header));
+            view.scale[t] = load_scales(header, task->scale_dtype, codes);
+            view.minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
         }
         rows_of_group(task, &view, planes, tiles, codes);
         for (int t = 0; t < tiles; t++)

@@ -135,8 +135,7 @@ static void install(ukernel_table *table, int isa)
         for (int planes = 1; planes <= 2; planes++)
             OVERRIDE(gemm[codes][planes - 1]);
     OVERRIDE(row_step);
-    for (int planes = 0; planes < 2; planes++)
-        OVERRIDE(consecutive_rows[planes]);
+    OVERRIDE(matrix_rows);
     OVERRIDE(quantize_row);
     OVERRIDE(widen);
     OVERRIDE(narrow);

@@ -9,27 +9,20 @@
  * at once, 1024 or 3072 ahead, occupies its few miss buffers: on Zen 4 one row then reads up to 30% less. */
 enum { PREFETCH_FAR = 4096, PREFETCH_NEAR = 512 };
 
-/* Scales as floats, and minus the zero points as pairs (-zero, -256 * zero), the factor that
- * act_meta.sum_split is made for. */
-typedef struct {
-    __m512 scale;
-    __m512i minus_zero;
-} group_header;
-
-ZMM group_header load_header(const uint8_t *header, int scale_dtype, int codes)
+/* A header's scales as floats. */
+ZMM __m512 load_scales(const uint8_t *header, int scale_dtype, int codes)
 {
-    group_header h;
-    const __m256i scale = _mm256_loadu_si256((const __m256i *)header);
-    if (scale_dtype == DTYPE_BF16)
-        h.scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scale), 16));
-    else
-        h.scale = _mm512_cvtph_ps(scale);
-    if (codes == CODES_E2M1)
-        h.scale = _mm512_mul_ps(h.scale, _mm512_set1_ps(0.5f));
-    const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
-    const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), zero);
-    h.minus_zero = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
-    return h;
+    const __m256i scales = _mm256_loadu_si256((const __m256i *)header);
+    const __m512 floats = scale_dtype == DTYPE_BF16
+                              ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scales), 16))
+                              : _mm512_cvtph_ps(scales);
+    return codes == CODES_E2M1 ? _mm512_mul_ps(floats, _mm512_set1_ps(0.5f)) : floats;
+}
+
+/* Its zero points, an integer a lane. */
+ZMM __m512i load_zeros(const uint8_t *header)
+{
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
 }
 
 /* Weights from nibbles, a byte each. `codes` is a constant. */
