@@ -1,7 +1,8 @@
-"""The AMX kernels through their contract, on machines without AMX: compiled against ``amx_emulation.h``.
+"""The AMX kernels on machines without AMX: compiled against ``amx_emulation.h``.
 
-They are held to the generic kernels, whose results ``test_numerics_cpu.py`` holds to the reference; there AMX
-itself is tested where the machine has it. What a task reads ends where memory does, so that reading on is a crash.
+Through their contract they are held to the generic kernels, whose results ``test_numerics_cpu.py`` holds to the
+reference; there AMX itself is tested where the machine has it. What a task reads ends where memory does, so that
+reading on is a crash. Then the framework gives them their tasks, whose rows must be consecutive.
 """
 
 import copy
@@ -17,6 +18,10 @@ import numpy as np
 import pytest
 from asserts import assert_same_bits
 from conftest import ISAS
+from problems import G_IDX_MODES, activations, random_problem
+
+import marlin_cy
+from marlin_cy.cpu import _dispatch
 
 TESTS = Path(__file__).parent
 UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
@@ -267,3 +272,58 @@ def test_other_users_find_no_tiles(library, rng, planes):
     """Tiles are given back, so that nothing is left to save on a context switch."""
     Problem(rng, 20, planes, 0).check(library)
     assert not library.amx_is_configured()
+
+
+@pytest.fixture
+def emulated_context(library, cpu_backend):
+    """Makes a context that works as with AMX: what it gives the kernels is what AMX is given.
+
+    Its table, that of AVX-512, has the emulated entries for as long as no other context asks for that table.
+    """
+    isa_table = ctypes.CDLL(_dispatch.__file__).isa_table
+    isa_table.argtypes, isa_table.restype = [ctypes.c_char_p], ctypes.POINTER(Table)
+    table, amx = isa_table(b"avx512vnni").contents, Table.in_dll(library, "ukernels_amx")
+    before = bytes(table)
+
+    def make(**options):
+        ctx = cpu_backend.new_context(isa="avx512vnni", **options)
+        for name in ("gemm", "row_step", "matrix_rows"):
+            setattr(table, name, getattr(amx, name))
+        return ctx
+
+    yield make
+    ctypes.memmove(ctypes.addressof(table), before, len(before))
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("n", [16, 56, 96])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_products(emulated_context, cpu_backend, rng, compute_dtype, g_idx, n, num_threads):
+    """Rows that several experts share, few and many; with one panel of columns, an odd number of them, and a view."""
+    k = 1056
+    stack = random_problem(rng, 4, k, n, 32, g_idx=g_idx).stack(cpu_backend)
+    x = activations(rng, 120, k)
+    x[70, 5] = np.nan
+    dispatches = [(2, 60, 0, 16), (0, 0, 16, 100), (1, 65, 116, 7), (3, 62, 123, 49), (0, 119, 172, 1)]
+    view = stack.make_expert_linear(n + 8, n - 8)
+    results = []
+    generic = cpu_backend.new_context(num_threads=1, isa="generic", compute_dtype=compute_dtype)
+    for ctx in generic, emulated_context(num_threads=num_threads, compute_dtype=compute_dtype):
+        out, of_view = np.full((173, n), 5, np.float32), np.full((120, n - 8), 5, np.float32)
+        stack.gemm_phase_batched(ctx, x, dispatches, out, k)
+        view.forward(ctx, x, of_view, 120)
+        results.append(np.concatenate([out, np.pad(of_view, [(0, 0), (0, 8)])]))
+    assert np.isnan(results[0]).any(axis=1).sum() == 5
+    assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("tokens", [5, 40, 150])
+def test_layer(emulated_context, cpu_backend, rng, compute_dtype, g_idx, tokens):
+    gate_up = random_problem(rng, 5, 96, 192, 32, g_idx=g_idx).stack(cpu_backend)
+    down = random_problem(rng, 5, 96, 96, 32, g_idx=g_idx).stack(cpu_backend)
+    layer = marlin_cy.MoeLayer(gate_up, down, top_k=2)
+    x, logits = activations(rng, tokens, 96), rng.standard_normal((tokens, 5)).astype(np.float32)
+    generic = cpu_backend.new_context(num_threads=1, isa="generic", compute_dtype=compute_dtype)
+    expected = layer(generic, x, logits)
+    assert_same_bits(layer(emulated_context(num_threads=2, compute_dtype=compute_dtype), x, logits), expected)
