@@ -8,6 +8,8 @@ K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chun
 That is so whether one thread computes them all or, where there are fewer items than would keep the
 threads busy, each chunk is an item of its own (split-K), which leaves its sums in a workspace slot. So
 the bits do not depend on the number of threads.
+
+Where a matrix unit can do it, two neighbouring items are done together, which reads their rows once.
 """
 
 from cython.parallel cimport prange
@@ -192,6 +194,7 @@ cdef inline bint has_neighbour(const gemm_job *job, int64_t item) noexcept nogil
 
 
 cdef int64_t items_together(const gemm_job *job) noexcept nogil:
+    """How many items a thread must take at a time for neighbours to meet."""
     cdef int64_t b
     for b in range(job.num_blocks):
         if has_matrix_rows(job, job.blocks + b):
@@ -331,8 +334,8 @@ cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_bl
     """Decide where quantised rows lie. ``order_of`` has the order of K of each expert, ``one_order`` says that they
     are the same.
 
-    An input row has one place, but for blocks of ``matrix_rows`` rows or more (0: any number will do), which
-    have places of their own; and with several orders every pair has.
+    An input row has one place, but for blocks of ``matrix_rows`` rows or more (0: no blocks), which have places of
+    their own; and with several orders every pair has.
     """
     cdef int64_t b
     cdef bint large, is_large

@@ -318,7 +318,8 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
     cdef int64_t pairs = tokens * p.top_k
     most.grouping = max(most.grouping, grouping_bytes(p.num_experts, tokens, pairs))
     most.quantized = max(most.quantized, quantized_bytes(
-        tokens if p.one_order and not p.matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
+        tokens if p.one_order and not p.matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size,
+        p.gate_up.planes))
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
     most.inner = max(most.inner, pairs * p.gate_up.inner)

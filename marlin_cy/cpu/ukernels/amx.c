@@ -9,11 +9,11 @@
  *
  * A step is one plane of up to 16 rows, over a group of K. Each group ends in a float step, for which the sums pass
  * through memory to vector registers. Nothing of that waits for what has just been multiplied: while a step's products
- * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the next
- * group is unpacked. So vector and matrix units work at the same time.
+ * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the
+ * next group is unpacked. So vector and matrix units work at the same time.
  *
- * A task and its neighbour are done a group of each in turn: then the group's activations, which they share, are still in
- * the first-level cache, where those of all groups have no room.
+ * A task and its neighbour are done a group of each in turn: then the group's activations, which they share, are still
+ * in the first-level cache, which has no room for those of all groups.
  *
  * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
  * those that have been done.
@@ -127,7 +127,8 @@ KERNEL void store_products(int32_t *products, int odd)
     }
 }
 
-KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, const uint8_t *header, int blocks, int codes)
+KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, const uint8_t *header, int blocks,
+                        int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
     const __m512i zeros = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101)); /* each four times */
@@ -141,8 +142,8 @@ KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, 
     }
 }
 
-/* Where sums of the groups so far are: not in out if they are to be added to it, or if they have a neighbouring tile that
- * out must not see. */
+/* Where sums of the groups so far are: not in out if they are to be added to it, or if there are those of a second
+ * tile, which out must not see. */
 KERNEL float *sums_of(const gemm_task *task)
 {
     return task->accumulate || !task->header[1] ? task->scratch->sums : task->out;
@@ -198,13 +199,14 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     }
     /* Of two blocks of rows; see pending_rows. */
     _Alignas(64) int32_t products[2][4 * SUMS];
-    __m512 scales[SCALES][2];
+    __m512 scales[SCALES][2]; /* of views, in turn */
     const gemm_task *const neighbour = task->neighbour;
     const int m = task->m;
     const int views = neighbour ? 2 * task->num_groups : task->num_groups;
     const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
     const ptrdiff_t stride = task->a_row_stride;
-    pending_rows pending[2] = {{.scale = scales[0], .products = products[0]}, {.scale = scales[0], .products = products[0]}};
+    const pending_rows none = {.scale = scales[0], .products = products[0]};
+    pending_rows pending[2] = {none, none};
     int block = 0; /* the last bit of its number: whose turn it is of products and pending */
 
     memset(sums_of(task), 0, (size_t)m * PAIR_N * sizeof(float));

@@ -104,8 +104,8 @@ struct gemm_task {
     int accumulate;
     float *out;
     gemm_scratch *scratch;
-    const gemm_task *neighbour; /* NULL, or a task of other tiles to be done too, if there are ukernel_table's matrix_rows:
-                                 * it differs in header, body, next, out and scratch, and its own neighbour is NULL */
+    const gemm_task *neighbour; /* NULL; or, where m is at least the table's matrix_rows, a task to be done too: it
+                                 * differs in header, body, next, out and scratch, and has no neighbour */
 };
 
 /* Bytes of a task's blocks, in each tile. */

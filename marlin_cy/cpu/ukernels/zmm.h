@@ -3,10 +3,11 @@
 
 #include "ukernel.h"
 
-#define ZMM static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define ZMM \
+    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
-/* Ahead in each of the two streams, into the second-level cache and from there into the first. All the way into the first
- * at once, 1024 or 3072 ahead, occupies its few miss buffers: on Zen 4 one row then reads up to 30% less. */
+/* Ahead in each of the two streams, into the second-level cache and from there into the first. All the way into the
+ * first at once, 1024 or 3072 ahead, occupies its few miss buffers: on Zen 4 one row then reads up to 30% less. */
 enum { PREFETCH_FAR = 4096, PREFETCH_NEAR = 512 };
 
 /* A header's scales as floats. */
