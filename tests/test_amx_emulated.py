@@ -5,7 +5,6 @@ reference; there AMX itself is tested where the machine has it. What a task read
 reading on is a crash. Then the framework gives them their tasks, whose rows must be consecutive.
 """
 
-import copy
 import ctypes
 import mmap
 import shutil
@@ -62,7 +61,6 @@ class Task(ctypes.Structure):
         ("accumulate", ctypes.c_int),
         ("out", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
-        ("neighbour", ctypes.c_void_p),
     ]
 
 
@@ -148,18 +146,27 @@ class Problem:
             "m": m,
         }
 
-    def result(self, table, accumulate=None, neighbour=None):
-        """What a table's kernel leaves in out, float32 ``[m, columns]``; ``accumulate`` is what it is added to.
-
-        With a neighbour, a problem with the same rows, the results of both one beside the other; so is ``accumulate``.
-        """
-        problems = [self] if neighbour is None else [self, neighbour]
-        added = [None] * 2 if accumulate is None else np.split(accumulate, [self.tiles * TILE_N], axis=1)
-        calls = [Call(problem, to) for problem, to in zip(problems, added, strict=False)]
-        if neighbour is not None:
-            calls[0].task.neighbour = ctypes.addressof(calls[1].task)
-        table.gemm[self.codes][self.planes - 1](calls[0].task)
-        return np.hstack([call.take_result() for call in calls])
+    def result(self, table, accumulate=None):
+        """What a table's kernel leaves in out, float32 ``[m, columns]``; ``accumulate`` is what it is added to."""
+        memory = aligned((MAX_ROWS + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
+        memory[:] = 12345
+        out = memory[1 : self.m + 1]
+        columns = self.tiles * TILE_N
+        if accumulate is not None:
+            out[:, :columns] = accumulate
+        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_ROWS * PAIR_N * 4 + 64)
+        scratch[:] = 0xFF
+        task = Task(**self.sizes, accumulate=accumulate is not None)
+        for name, part in {**self.parts, "out": out, "scratch": scratch}.items():
+            setattr(task, name, part.ctypes.data)
+        for tile in range(self.tiles):
+            task.header[tile], task.body[tile] = self.header[tile].ctypes.data, self.body[tile].ctypes.data
+        table.gemm[self.codes][self.planes - 1](task)
+        result = out[:, :columns].copy()
+        out[:, :columns] = 12345
+        assert (memory == 12345).all(), "written outside the task's columns"
+        assert (scratch[-64:] == 0xFF).all(), "written behind the scratch"
+        return result
 
     def check(self, library):
         amx, generic = (Table.in_dll(library, f"ukernels_{name}") for name in ("amx", "generic"))
@@ -167,44 +174,6 @@ class Problem:
         assert np.isnan(expected).any(axis=1).sum() == 1
         assert_same_bits(self.result(amx), expected)
         assert_same_bits(self.result(amx, expected), self.result(generic, expected))
-
-    def neighbour(self, rng, tiles):
-        """Other weights for the same rows."""
-        other = copy.copy(self)
-        other.tiles = tiles
-        headers = np.stack(self.header)[:, : other.sizes["num_groups"] * 3 * TILE_N].reshape(2, -1, 3 * TILE_N).copy()
-        headers[:, :, : 2 * TILE_N] = rng.permuted(headers[:, :, : 2 * TILE_N].view(np.uint16), axis=2).view(np.uint8)
-        headers[:, :, 2 * TILE_N :] = rng.permuted(headers[:, :, 2 * TILE_N :], axis=2)
-        other.header = [at_the_end_of_memory(part) for part in headers]
-        other.body = [at_the_end_of_memory(rng.permuted(part)) for part in self.body]
-        return other
-
-
-class Call:
-    """A problem's task, with memory that it writes to, and around it memory that it must not."""
-
-    def __init__(self, problem, accumulate):
-        self.problem = problem
-        self.memory = aligned((MAX_ROWS + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
-        self.memory[:] = 12345
-        self.out = self.memory[1 : problem.m + 1, : problem.tiles * TILE_N]
-        if accumulate is not None:
-            self.out[:] = accumulate
-        self.scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_ROWS * PAIR_N * 4 + 64)
-        self.scratch[:] = 0xFF
-        self.task = Task(**problem.sizes, accumulate=accumulate is not None)
-        for name, part in {**problem.parts, "out": self.out, "scratch": self.scratch}.items():
-            setattr(self.task, name, part.ctypes.data)
-        for tile in range(problem.tiles):
-            self.task.header[tile] = problem.header[tile].ctypes.data
-            self.task.body[tile] = problem.body[tile].ctypes.data
-
-    def take_result(self):
-        result = self.out.copy()
-        self.out[:] = 12345
-        assert (self.memory == 12345).all(), "written outside the task's columns"
-        assert (self.scratch[-64:] == 0xFF).all(), "written behind the scratch"
-        return result
 
 
 @pytest.mark.parametrize("m", range(1, MAX_ROWS + 1))
@@ -238,26 +207,6 @@ def test_every_number_of_rows(library, rng, m, planes, codes):
 def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
     scale_dtype = int(rng.integers(1, 3))
     Problem(rng, m, planes, codes, tiles=tiles, group_sizes=group_sizes, scale_dtype=scale_dtype).check(library)
-
-
-@pytest.mark.parametrize("group_sizes", [(32,), (128,), (64, 32), (128, 128, 96)], ids=str)
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("codes", [0, 1])
-@pytest.mark.parametrize("tiles", [(2, 2), (2, 1), (1, 2), (1, 1)])
-@pytest.mark.parametrize("m", [16, 37, 48])
-def test_neighbours(library, rng, group_sizes, planes, codes, tiles, m):
-    """A task and its neighbour leave what they leave alone."""
-    amx, generic = (Table.in_dll(library, f"ukernels_{name}") for name in ("amx", "generic"))
-    first = Problem(rng, m, planes, codes, tiles=tiles[0], group_sizes=group_sizes)
-    second = first.neighbour(rng, tiles[1])
-    expected = np.hstack([first.result(generic), second.result(generic)])
-    added = rng.standard_normal(expected.shape).astype(np.float32)
-    first_added, second_added = np.split(added, [tiles[0] * TILE_N], axis=1)
-    assert_same_bits(first.result(amx, neighbour=second), expected)
-    assert_same_bits(
-        first.result(amx, added, second),
-        np.hstack([first.result(generic, first_added), second.result(generic, second_added)]),
-    )
 
 
 @pytest.mark.parametrize("planes", [1, 2])

@@ -49,7 +49,6 @@ cdef extern from "ukernel.h" nogil:
         int accumulate
         float *out
         gemm_scratch *scratch
-        const gemm_task *neighbour
 
     ctypedef void gemm_fn(const gemm_task *task) noexcept nogil
     ctypedef void quantize_row_fn(

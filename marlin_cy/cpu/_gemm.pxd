@@ -9,11 +9,10 @@ from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum:
     OUT_FLOATS = MAX_ROWS * PAIR_N      # the sums of an item
-    MAX_NEIGHBOURS = 2                  # items done together
 
 cdef struct thread_area:
-    gemm_scratch[MAX_NEIGHBOURS] scratch
-    float[MAX_NEIGHBOURS * OUT_FLOATS] out
+    gemm_scratch scratch
+    float[OUT_FLOATS] out
     int64_t next_item           # of this thread's share of the list; all threads take from it
     int64_t end_item
     int64_t[6] padding          # to a whole number of cache lines

@@ -8,8 +8,6 @@ K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chun
 That is so whether one thread computes them all or, where there are fewer items than would keep the
 threads busy, each chunk is an item of its own (split-K), which leaves its sums in a workspace slot. So
 the bits do not depend on the number of threads.
-
-Where a matrix unit can do it, two neighbouring items are done together, which reads their rows once.
 """
 
 from cython.parallel cimport prange
@@ -49,7 +47,7 @@ cdef extern from *:
     """
     int64_t fetch_add(int64_t *value, int64_t increment) nogil
 
-ctypedef void items_fn(const gemm_job *job, int64_t begin, int64_t end, int thread) noexcept nogil
+ctypedef void item_fn(const gemm_job *job, int64_t item, int thread) noexcept nogil
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,55 +98,47 @@ cdef tile_pair tiles_of(const gemm_job *job, int64_t item) noexcept nogil:
     return pair
 
 
-cdef void sum_items(const gemm_job *job, int64_t item, int count, int64_t chunk_begin, int64_t chunk_end, float *out,
-                    gemm_scratch *scratch) noexcept nogil:
-    """The sums over some chunks of an item, or of two that ``has_neighbour`` allows."""
+cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64_t chunk_end, float *out,
+                   gemm_scratch *scratch) noexcept nogil:
+    """The sums of an item over some chunks."""
     cdef const packed_view *store = &job.store
     cdef const row_block *block = job.blocks + item // panels(job)
     cdef gemm_fn *gemm = job.table.gemm[store.codes][job.planes - 1]
+    cdef tile_pair pair = tiles_of(job, item)
+    cdef tile_pair following = tiles_of(job, min(item + 1, job.num_blocks * panels(job) - 1))
     cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // BLOCK_K * BLOCK_BYTES
-    cdef int64_t last_item = job.num_blocks * panels(job) - 1, chunk, group, groups
-    cdef gemm_task[MAX_NEIGHBOURS] tasks
-    cdef gemm_task *task
-    cdef tile_pair[MAX_NEIGHBOURS] pairs
-    cdef tile_pair[MAX_NEIGHBOURS] following
-    cdef tile_pair *pair
-    cdef int i, t
-    for i in range(count):
-        pairs[i], following[i] = tiles_of(job, item + i), tiles_of(job, min(item + i + count, last_item))
-        task = &tasks[i]
-        task.scale_dtype = store.scale_dtype
-        task.group_blocks = store.group_size // BLOCK_K
-        task.a_row_stride = <int64_t>store.group_size * job.planes
-        task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
-        task.meta_group_stride = group_rows(job.num_quantized)
-        task.rows = job.in_rows + block.begin
-        task.m = <int>block.count
-        task.out = out + i * OUT_FLOATS
-        task.scratch = scratch + i
-        task.neighbour = &tasks[i + 1] if i + 1 < count else NULL
+    cdef int64_t chunk, group, groups
+    cdef gemm_task task
+    cdef int t
+    task.scale_dtype = store.scale_dtype
+    task.group_blocks = store.group_size // BLOCK_K
+    task.a_row_stride = <int64_t>store.group_size * job.planes
+    task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
+    task.meta_group_stride = group_rows(job.num_quantized)
+    task.rows = job.in_rows + block.begin
+    task.m = <int>block.count
+    task.out = out
+    task.scratch = scratch
     for chunk in range(chunk_begin, chunk_end):
         group = chunk * chunk_groups
         groups = min(chunk_groups, store.num_groups - group)
-        for i in range(count):
-            task, pair = &tasks[i], &pairs[i]
-            for t in range(2):
-                if pair.tile[t] is NULL:
-                    task.header[t] = task.body[t] = NULL
-                    continue
-                task.header[t] = pair.tile[t] + group * GROUP_HEADER_BYTES
-                task.body[t] = pair.tile[t] + store.header_bytes + chunk * chunk_bytes
-                if chunk + 1 < chunk_end:
-                    task.next[t] = task.body[t] + chunk_bytes
-                else:
-                    task.next[t] = following[i].tile[0] if following[i].tile[t] is NULL else following[i].tile[t]
-            task.num_groups = <int>groups
-            task.last_group_blocks = <int>(
-                min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // BLOCK_K)
-            task.a = job.a + group * task.a_group_stride
-            task.meta = job.meta + group * task.meta_group_stride
-            task.accumulate = chunk > chunk_begin
-        gemm(&tasks[0])
+        for t in range(2):
+            if pair.tile[t] is NULL:
+                task.header[t] = task.body[t] = NULL
+                continue
+            task.header[t] = pair.tile[t] + group * GROUP_HEADER_BYTES
+            task.body[t] = pair.tile[t] + store.header_bytes + chunk * chunk_bytes
+            if chunk + 1 < chunk_end:
+                task.next[t] = task.body[t] + chunk_bytes
+            else:
+                task.next[t] = following.tile[0] if following.tile[t] is NULL else following.tile[t]
+        task.num_groups = <int>groups
+        task.last_group_blocks = <int>(
+            min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // BLOCK_K)
+        task.a = job.a + group * task.a_group_stride
+        task.meta = job.meta + group * task.meta_group_stride
+        task.accumulate = chunk > chunk_begin
+        gemm(&task)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,46 +173,19 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noex
 # ---------------------------------------------------------------------------------------------
 # The flat list of work
 
-cdef inline bint has_matrix_rows(const gemm_job *job, const row_block *block) noexcept nogil:
-    return 0 < job.table.matrix_rows <= block.count
-
-
-cdef inline bint has_neighbour(const gemm_job *job, int64_t item) noexcept nogil:
-    """Whether an item and the one behind it can be done together."""
-    cdef int64_t num_panels = panels(job)
-    return item % num_panels + 1 < num_panels and has_matrix_rows(job, job.blocks + item // num_panels)
-
-
-cdef int64_t items_together(const gemm_job *job) noexcept nogil:
-    """How many items a thread must take at a time for neighbours to meet."""
-    cdef int64_t b
-    for b in range(job.num_blocks):
-        if has_matrix_rows(job, job.blocks + b):
-            return MAX_NEIGHBOURS
-    return 1
-
-
-cdef void whole_items(const gemm_job *job, int64_t begin, int64_t end, int thread) noexcept nogil:
+cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef thread_area *area = job.areas + thread
-    cdef int64_t item = begin
-    cdef int count, i
-    while item < end:
-        count = 2 if item + 1 < end and has_neighbour(job, item) else 1
-        sum_items(job, item, count, 0, num_chunks(job), area.out, area.scratch)
-        for i in range(count):
-            finish_item(job, item + i, area.out + i * OUT_FLOATS)
-        item += count
+    sum_item(job, item, 0, num_chunks(job), area.out, &area.scratch)
+    finish_item(job, item, area.out)
 
 
-cdef void split_items(const gemm_job *job, int64_t begin, int64_t end, int thread) noexcept nogil:
-    cdef int64_t index, chunk
-    for index in range(begin, end):
-        chunk = index % num_chunks(job)
-        sum_items(job, index // num_chunks(job), 1, chunk, chunk + 1, job.slots + index * OUT_FLOATS,
-                  job.areas[thread].scratch)
+cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
+    cdef int64_t chunk = index % num_chunks(job)
+    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * OUT_FLOATS,
+             &job.areas[thread].scratch)
 
 
-cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
+cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), written = job.blocks[item // panels(job)].count * PAIR_N, chunk, i
     cdef float *out = job.slots + item * chunks * OUT_FLOATS
     cdef const float *slot
@@ -233,46 +196,41 @@ cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
     finish_item(job, item, out)
 
 
-cdef void join_items(const gemm_job *job, int64_t begin, int64_t end, int thread) noexcept nogil:
-    cdef int64_t item
-    for item in range(begin, end):
-        join_item(job, item)
-
-
-cdef void work(const gemm_job *job, int thread, int num_threads, int64_t turn, items_fn *do_items) noexcept nogil:
+cdef void work(const gemm_job *job, int thread, int num_threads, int64_t turn, item_fn *do_item) noexcept nogil:
     """Do a thread's own share of the list, then what others have not yet taken of theirs."""
-    cdef int64_t begin
+    cdef int64_t begin, item
     cdef int other
     cdef thread_area *area
     for other in range(num_threads):
         area = job.areas + (thread + other) % num_threads
         begin = fetch_add(&area.next_item, turn)
         while begin < area.end_item:
-            do_items(job, begin, min(begin + turn, area.end_item), thread)
+            for item in range(begin, min(begin + turn, area.end_item)):
+                do_item(job, item, thread)
             begin = fetch_add(&area.next_item, turn)
 
 
-cdef void share_out(const gemm_job *job, int64_t items, int64_t min_turn, int64_t max_turn, int num_threads,
-                    items_fn *do_items) noexcept nogil:
+cdef void share_out(const gemm_job *job, int64_t items, int64_t max_turn, int num_threads,
+                    item_fn *do_item) noexcept nogil:
     """One prange over the list. Each thread begins at its own share of it: there it streams neighbouring
     tiles, and mostly multiplies rows that it has quantised itself and still has in its cache."""
-    cdef int64_t turn = min(max_turn, max(min_turn, items // (TURNS_PER_THREAD * num_threads)))
+    cdef int64_t turn = min(max_turn, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
     cdef int thread
     for thread in range(num_threads):
         job.areas[thread].next_item = items * thread // num_threads
         job.areas[thread].end_item = items * (thread + 1) // num_threads
     for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
-        work(job, thread, num_threads, turn, do_items)
+        work(job, thread, num_threads, turn, do_item)
 
 
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
     """Do a job on ``num_threads`` threads."""
     cdef int64_t items = job.num_blocks * panels(job)
     if is_split(job, num_threads):
-        share_out(job, items * num_chunks(job), 1, 1, num_threads, split_items)
-        share_out(job, items, 1, 1, num_threads, join_items)
+        share_out(job, items * num_chunks(job), 1, num_threads, split_item)
+        share_out(job, items, 1, num_threads, join_item)
     else:
-        share_out(job, items, items_together(job), MAX_ITEMS_PER_TURN, num_threads, whole_items)
+        share_out(job, items, MAX_ITEMS_PER_TURN, num_threads, whole_item)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,9 +12,6 @@
  * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the
  * next group is unpacked. So vector and matrix units work at the same time.
  *
- * A task and its neighbour are done a group of each in turn: then the group's activations, which they share, are still
- * in the first-level cache, which has no room for those of all groups.
- *
  * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
  * those that have been done.
  */
@@ -32,7 +29,7 @@
 
 enum {
     REGISTER_ROWS = 16, /* fewer are left to AVX-512, which unpacks weights on the way to its products */
-    SCALES = 4, /* views whose scales are kept: float steps of the two before are yet to come while one is prepared */
+    SCALES = 4, /* groups whose scales are kept: float steps of the two before are yet to come while one is prepared */
     SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
 };
 
@@ -64,7 +61,6 @@ typedef struct {
     int size;                 /* values of K */
     const int8_t *a;          /* of the task's first row */
     const act_meta *meta;
-    float *sums; /* [m][PAIR_N] of the task's groups so far */
 } group_view;
 
 /* Sums of products that wait for their float step: rows one after the other. */
@@ -142,30 +138,19 @@ KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, 
     }
 }
 
-/* Where sums of the groups so far are: not in out if they are to be added to it, or if there are those of a second
- * tile, which out must not see. */
-KERNEL float *sums_of(const gemm_task *task)
+/* Everything about group g but its rows; its weights and scales take turns with those of other groups. */
+KERNEL group_view prepare(const gemm_task *task, __m512 scales[SCALES][2], int g, int tiles, int codes)
 {
-    return task->accumulate || !task->header[1] ? task->scratch->sums : task->out;
-}
-
-/* Views are numbered: a group of the task, the same of its neighbour, the next group of the task ... */
-KERNEL group_view prepare(const gemm_task *first, __m512 scales[SCALES][2], int number, int codes)
-{
-    const int pair = first->neighbour != NULL, g = number >> pair;
-    const gemm_task *const task = number & pair ? first->neighbour : first;
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-    const int tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
     const ptrdiff_t ahead = begin + PREFETCH_FAR;
-    int8_t *const weights = (int8_t *)first->scratch->weights + number % 2 * (MAX_GROUP_K * PAIR_N);
-    __m512 *const scale = scales[number % SCALES];
+    int8_t *const weights = (int8_t *)task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
+    __m512 *const scale = scales[g % SCALES];
     group_view view = {
         .scale = scale,
         .size = blocks * BLOCK_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
         .meta = task->meta + g * task->meta_group_stride + task->rows[0],
-        .sums = sums_of(task),
     };
     for (int t = 0; t < 2; t++) {
         const int of = t < tiles ? t : 0; /* a single tile is its own neighbour, whose sums nobody reads */
@@ -181,15 +166,6 @@ KERNEL group_view prepare(const gemm_task *first, __m512 scales[SCALES][2], int 
     return view;
 }
 
-KERNEL void finish(const gemm_task *task)
-{
-    if (task->accumulate)
-        add_to_out(task, task->header[1] ? 2 : 1);
-    else if (!task->header[1])
-        for (int r = 0; r < task->m; r++)
-            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(task->scratch->sums + r * PAIR_N));
-}
-
 /* `planes` and `codes` are constants. */
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
@@ -199,22 +175,21 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     }
     /* Of two blocks of rows; see pending_rows. */
     _Alignas(64) int32_t products[2][4 * SUMS];
-    __m512 scales[SCALES][2]; /* of views, in turn */
-    const gemm_task *const neighbour = task->neighbour;
-    const int m = task->m;
-    const int views = neighbour ? 2 * task->num_groups : task->num_groups;
+    __m512 scales[SCALES][2]; /* of groups, in turn */
+    const int m = task->m, tiles = task->header[1] ? 2 : 1;
     const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
     const ptrdiff_t stride = task->a_row_stride;
+    /* Of the groups so far: not in out if they are to be added to it, or if a single tile has those of a second, which
+     * out must not see. */
+    float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
     const pending_rows none = {.scale = scales[0], .products = products[0]};
     pending_rows pending[2] = {none, none};
     int block = 0; /* the last bit of its number: whose turn it is of products and pending */
 
-    memset(sums_of(task), 0, (size_t)m * PAIR_N * sizeof(float));
-    if (neighbour)
-        memset(sums_of(neighbour), 0, (size_t)m * PAIR_N * sizeof(float));
+    memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
     configure(k_step);
-    group_view view = prepare(task, scales, 0, codes);
-    for (int number = 0; number < views; number++) {
+    group_view view = prepare(task, scales, 0, tiles, codes);
+    for (int g = 0; g < task->num_groups; g++) {
         group_view next = view;
         for (int begin = 0; begin < m; begin += REGISTER_ROWS) {
             const int first = begin + REGISTER_ROWS <= m ? begin : m - REGISTER_ROWS; /* the last ones overlap */
@@ -225,8 +200,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
                 add_rows(mine, mine->rows / 2, mine->rows, 2);
                 store_products(products[1 - block] + 2 * SUMS, 1);
                 multiply(&view, a + view.size, stride, k_step, 1);
-                if (begin == 0 && number + 1 < views)
-                    next = prepare(task, scales, number + 1, codes);
+                if (begin == 0 && g + 1 < task->num_groups)
+                    next = prepare(task, scales, g + 1, tiles, codes);
                 add_rows(before, 0, before->rows / 2, 2);
                 store_products(products[block], 0);
             } else {
@@ -234,8 +209,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
                     multiply(&view, a, stride, k_step, 1);
                 else
                     multiply(&view, a, stride, k_step, 0);
-                if (begin == 0 && number + 1 < views)
-                    next = prepare(task, scales, number + 1, codes);
+                if (begin == 0 && g + 1 < task->num_groups)
+                    next = prepare(task, scales, g + 1, tiles, codes);
                 add_rows(mine, 0, mine->rows, 1);
                 if (block)
                     store_products(products[0], 0);
@@ -246,7 +221,7 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
                 .products = products[block] + (begin - first) * TILE_N,
                 .meta = view.meta + begin,
                 .scale = view.scale,
-                .sums = view.sums + begin * PAIR_N,
+                .sums = sums + begin * PAIR_N,
                 .rows = m - begin < REGISTER_ROWS ? m - begin : REGISTER_ROWS,
             };
             block = 1 - block;
@@ -262,9 +237,11 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         store_products(products[1], 1);
     add_rows(&pending[1 - block], 0, pending[1 - block].rows, planes);
     _tile_release();
-    finish(task);
-    if (neighbour)
-        finish(neighbour);
+    if (task->accumulate)
+        add_to_out(task, tiles);
+    else if (tiles == 1)
+        for (int r = 0; r < m; r++)
+            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(sums + r * PAIR_N));
 }
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }

@@ -86,8 +86,7 @@ typedef struct {
  * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (8) and rows (4). Nothing
  * overlaps; next may be any address. 1 <= m <= MAX_ROWS, num_groups >= 1.
  */
-typedef struct gemm_task gemm_task;
-struct gemm_task {
+typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
@@ -104,9 +103,7 @@ struct gemm_task {
     int accumulate;
     float *out;
     gemm_scratch *scratch;
-    const gemm_task *neighbour; /* NULL; or, where m is at least the table's matrix_rows, a task to be done too: it
-                                 * differs in header, body, next, out and scratch, and has no neighbour */
-};
+} gemm_task;
 
 /* Bytes of a task's blocks, in each tile. */
 static inline ptrdiff_t task_bytes(const gemm_task *task)
@@ -162,7 +159,7 @@ typedef struct {
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
     int row_step;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
     int matrix_rows;      /* tasks of this many rows or more are for a matrix unit, and have consecutive rows,
-                           * rows[i] = rows[0] + i, and perhaps a neighbour; 0: no tasks are */
+                           * rows[i] = rows[0] + i; 0: no tasks are */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
