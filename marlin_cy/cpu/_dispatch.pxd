@@ -71,6 +71,7 @@ cdef extern from "ukernel.h" nogil:
         const char *name
         gemm_fn *gemm[2][2]
         int row_step
+        int max_rows
         int matrix_rows
         quantize_row_fn *quantize_row
         widen_fn *widen

@@ -1,6 +1,6 @@
 """Products of quantised rows with packed experts: one flat list of work, one prange.
 
-An *item* is a block of at most ``MAX_ROWS`` rows of one expert by two tiles of columns, over all of
+An *item* is a block of rows of one expert, as many as suit the ISA, by two tiles of columns, over all of
 K. The micro-kernel sums it in float32 in the thread's own scratch; the epilogue adds the bias or
 applies the activation, converts, and writes the rows to where they belong.
 
@@ -72,10 +72,16 @@ cdef inline bint is_split(const gemm_job *job, int num_threads) noexcept nogil:
     return num_chunks(job) > 1 and job.num_blocks * panels(job) < MIN_ITEMS_PER_THREAD * num_threads
 
 
-cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil:
-    """Slots of ``OUT_FLOATS`` floats that ``run_gemm`` needs at most, whatever the number of blocks."""
+cdef inline int64_t slot_floats(const gemm_job *job) noexcept nogil:
+    return job.table.max_rows * PAIR_N
+
+
+cdef int64_t split_floats(const gemm_job *job, int num_threads) noexcept nogil:
+    """Floats of the slots that ``run_gemm`` needs at most, whatever the number of blocks."""
     cdef int64_t most_items = MIN_ITEMS_PER_THREAD * num_threads
-    return most_items * num_chunks(job) if num_chunks(job) > 1 and panels(job) < most_items else 0
+    if num_chunks(job) == 1 or panels(job) >= most_items:
+        return 0
+    return most_items * num_chunks(job) * slot_floats(job)
 
 
 cdef struct tile_pair:
@@ -181,16 +187,16 @@ cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nog
 
 cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
     cdef int64_t chunk = index % num_chunks(job)
-    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * OUT_FLOATS,
+    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * slot_floats(job),
              &job.areas[thread].scratch)
 
 
 cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), written = job.blocks[item // panels(job)].count * PAIR_N, chunk, i
-    cdef float *out = job.slots + item * chunks * OUT_FLOATS
+    cdef float *out = job.slots + item * chunks * slot_floats(job)
     cdef const float *slot
     for chunk in range(1, chunks):
-        slot = out + chunk * OUT_FLOATS
+        slot = out + chunk * slot_floats(job)
         for i in range(written):
             out[i] += slot[i]
     finish_item(job, item, out)
@@ -236,14 +242,20 @@ cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Row plans: which rows go through which expert
 
+cdef int64_t max_blocks(const ukernel_table *table, int64_t runs, int64_t pairs) noexcept nogil:
+    """Blocks that so many runs of so many pairs in all are cut into, at most."""
+    return runs + pairs // table.max_rows
+
+
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,
-                             int64_t row_step) noexcept nogil:
+                             const ukernel_table *table) noexcept nogil:
     """Cut a run of one expert's pairs into blocks; returns how many.
 
     Blocks are as even as they can be in whole steps of ``row_step`` rows, which micro-kernels take at
     full speed; what is left over is in the last.
     """
-    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, steps = (count + row_step - 1) // row_step, part
+    cdef int64_t max_rows = table.max_rows, row_step = table.row_step
+    cdef int64_t parts = (count + max_rows - 1) // max_rows, steps = (count + row_step - 1) // row_step, part
     cdef int64_t first, end
     for part in range(parts):
         first, end = steps * part // parts * row_step, min(steps * (part + 1) // parts * row_step, count)
@@ -313,12 +325,8 @@ cdef void use_row_places(quantize_job *job, const row_places *places) noexcept n
     job.distinct, job.next_copy = places.distinct, places.next_copy
 
 
-cdef int64_t max_blocks(int64_t runs, int64_t pairs) noexcept nogil:
-    return runs + pairs // MAX_ROWS
-
-
-cdef int64_t plan_bytes(int64_t pairs, int64_t runs, int64_t input_rows) noexcept nogil:
-    return (row_places_bytes(pairs, input_rows) + max_blocks(runs, pairs) * <int64_t>sizeof(row_block)
+cdef int64_t plan_bytes(const ukernel_table *table, int64_t pairs, int64_t runs, int64_t input_rows) noexcept nogil:
+    return (row_places_bytes(pairs, input_rows) + max_blocks(table, runs, pairs) * <int64_t>sizeof(row_block)
             + pairs * <int64_t>(sizeof(int64_t) + sizeof(int32_t)) + <int64_t>sizeof(int64_t))
 
 
@@ -327,21 +335,22 @@ cdef class RowPlanner:
 
     cdef row_plan plan
     cdef bint one_order
-    cdef int matrix_rows, row_step
+    cdef const ukernel_table *table
     cdef const int32_t *order_of
     cdef int64_t run_expert, run_begin, input_rows
 
     cdef int begin(self, Workspace workspace, CpuGptqStore store, int64_t pairs, int64_t runs,
                    int64_t input_rows) except -1:
-        cdef char *memory = <char *>workspace.reserve(&workspace.rows, plan_bytes(pairs, runs, input_rows))
+        cdef char *memory = <char *>workspace.reserve(
+            &workspace.rows, plan_bytes(workspace.table, pairs, runs, input_rows))
         memset(&self.plan, 0, sizeof(row_plan))
         self.plan.out_rows = <int64_t *>memory
         self.plan.blocks = <row_block *>(self.plan.out_rows + pairs)
-        set_row_places(&self.plan.places, self.plan.blocks + max_blocks(runs, pairs), pairs, input_rows)
+        self.table = workspace.table
+        set_row_places(
+            &self.plan.places, self.plan.blocks + max_blocks(self.table, runs, pairs), pairs, input_rows)
         self.plan.pair_rows = self.plan.places.row_place + input_rows
         self.one_order = len(store.group_orders) == 1
-        self.matrix_rows = workspace.table.matrix_rows
-        self.row_step = workspace.table.row_step
         self.order_of = store.view.order_of
         self.run_begin, self.input_rows = 0, input_rows
         return 0
@@ -356,7 +365,7 @@ cdef class RowPlanner:
     cdef void end_run(self) noexcept nogil:
         self.plan.num_blocks += cut_into_blocks(
             self.plan.blocks + self.plan.num_blocks, self.run_expert, self.run_begin,
-            self.plan.num_pairs - self.run_begin, self.row_step)
+            self.plan.num_pairs - self.run_begin, self.table)
         self.run_begin = self.plan.num_pairs
 
     cdef void add(self, int64_t input_row, int64_t output_row) noexcept nogil:
@@ -368,7 +377,7 @@ cdef class RowPlanner:
         """All pairs are there."""
         self.end_run()
         place_rows(&self.plan.places, self.plan.blocks, self.plan.num_blocks, self.plan.pair_rows, self.order_of,
-                   self.one_order, self.input_rows, self.matrix_rows)
+                   self.one_order, self.input_rows, self.table.matrix_rows)
 
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept:
@@ -411,9 +420,9 @@ cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan,
     job.in_rows, job.out_rows = plan.places.in_rows, plan.out_rows
     job.blocks, job.num_blocks = plan.blocks, plan.num_blocks
     job.areas = <thread_area *>workspace.reserve(&workspace.threads, sizeof(thread_area) * workspace.num_threads)
-    slots = split_slots(job, workspace.num_threads)
+    slots = split_floats(job, workspace.num_threads)
     if slots:
-        job.slots = <float *>workspace.reserve(&workspace.slots, slots * OUT_FLOATS * sizeof(float))
+        job.slots = <float *>workspace.reserve(&workspace.slots, slots * sizeof(float))
     with nogil:
         quantize_rows(&quantize, workspace.num_threads)
         run_gemm(job, workspace.num_threads)

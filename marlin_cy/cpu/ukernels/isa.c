@@ -135,6 +135,7 @@ static void install(ukernel_table *table, int isa)
         for (int planes = 1; planes <= 2; planes++)
             OVERRIDE(gemm[codes][planes - 1]);
     OVERRIDE(row_step);
+    OVERRIDE(max_rows);
     OVERRIDE(matrix_rows);
     OVERRIDE(quantize_row);
     OVERRIDE(widen);
