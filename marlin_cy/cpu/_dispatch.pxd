@@ -70,6 +70,9 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct ukernel_table:
         const char *name
         gemm_fn *gemm[2][2]
+        int row_step
+        int max_rows
+        int matrix_rows
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow

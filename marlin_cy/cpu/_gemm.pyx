@@ -1,6 +1,6 @@
 """Products of quantised rows with packed experts: one flat list of work, one prange.
 
-An *item* is a block of at most ``MAX_ROWS`` rows of one expert by two tiles of columns, over all of
+An *item* is a block of rows of one expert, as many as suit the ISA, by two tiles of columns, over all of
 K. The micro-kernel sums it in float32 in the thread's own scratch; the epilogue adds the bias or
 applies the activation, converts, and writes the rows to where they belong.
 
@@ -25,7 +25,6 @@ from marlin_cy.cpu._quantize cimport (
 
 cdef enum:
     CHUNK_K = 1024
-    ROW_STEP = 8
     # Fewer items than this per thread leave threads idle at the end: then K is split.
     MIN_ITEMS_PER_THREAD = 4
     # Items taken at a time, and how many such turns a thread should have at least, so that one that is
@@ -73,10 +72,16 @@ cdef inline bint is_split(const gemm_job *job, int num_threads) noexcept nogil:
     return num_chunks(job) > 1 and job.num_blocks * panels(job) < MIN_ITEMS_PER_THREAD * num_threads
 
 
-cdef int64_t split_slots(const gemm_job *job, int num_threads) noexcept nogil:
-    """Slots of ``OUT_FLOATS`` floats that ``run_gemm`` needs at most, whatever the number of blocks."""
+cdef inline int64_t slot_floats(const gemm_job *job) noexcept nogil:
+    return job.table.max_rows * PAIR_N
+
+
+cdef int64_t split_floats(const gemm_job *job, int num_threads) noexcept nogil:
+    """Floats of the slots that ``run_gemm`` needs at most, whatever the number of blocks."""
     cdef int64_t most_items = MIN_ITEMS_PER_THREAD * num_threads
-    return most_items * num_chunks(job) if num_chunks(job) > 1 and panels(job) < most_items else 0
+    if num_chunks(job) == 1 or panels(job) >= most_items:
+        return 0
+    return most_items * num_chunks(job) * slot_floats(job)
 
 
 cdef struct tile_pair:
@@ -182,16 +187,16 @@ cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nog
 
 cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
     cdef int64_t chunk = index % num_chunks(job)
-    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * OUT_FLOATS,
+    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * slot_floats(job),
              &job.areas[thread].scratch)
 
 
 cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), written = job.blocks[item // panels(job)].count * PAIR_N, chunk, i
-    cdef float *out = job.slots + item * chunks * OUT_FLOATS
+    cdef float *out = job.slots + item * chunks * slot_floats(job)
     cdef const float *slot
     for chunk in range(1, chunks):
-        slot = out + chunk * OUT_FLOATS
+        slot = out + chunk * slot_floats(job)
         for i in range(written):
             out[i] += slot[i]
     finish_item(job, item, out)
@@ -237,55 +242,117 @@ cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Row plans: which rows go through which expert
 
-cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count) noexcept nogil:
+cdef int64_t max_blocks(const ukernel_table *table, int64_t runs, int64_t pairs) noexcept nogil:
+    """Blocks that so many runs of so many pairs in all are cut into, at most."""
+    return runs + pairs // table.max_rows
+
+
+cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,
+                             const ukernel_table *table) noexcept nogil:
     """Cut a run of one expert's pairs into blocks; returns how many.
 
-    Blocks are as even as they can be in whole steps of ``ROW_STEP`` rows, which micro-kernels take at
+    Blocks are as even as they can be in whole steps of ``row_step`` rows, which micro-kernels take at
     full speed; what is left over is in the last.
     """
-    cdef int64_t parts = (count + MAX_ROWS - 1) // MAX_ROWS, steps = (count + ROW_STEP - 1) // ROW_STEP, part
+    cdef int64_t max_rows = table.max_rows, row_step = table.row_step
+    cdef int64_t parts = (count + max_rows - 1) // max_rows, steps = (count + row_step - 1) // row_step, part
     cdef int64_t first, end
     for part in range(parts):
-        first, end = steps * part // parts * ROW_STEP, min(steps * (part + 1) // parts * ROW_STEP, count)
+        first, end = steps * part // parts * row_step, min(steps * (part + 1) // parts * row_step, count)
         blocks[part] = row_block(expert=expert, begin=begin + first, count=end - first)
     return parts
 
 
-cdef int64_t max_blocks(int64_t runs, int64_t pairs) noexcept nogil:
-    return runs + pairs // MAX_ROWS
+cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil:
+    return pairs * <int64_t>(sizeof(int64_t) + 4 * sizeof(int32_t)) + input_rows * <int64_t>sizeof(int32_t)
 
 
-cdef int64_t plan_bytes(int64_t pairs, int64_t runs, int64_t input_rows) noexcept nogil:
-    return (2 * pairs * <int64_t>sizeof(int64_t) + max_blocks(runs, pairs) * <int64_t>sizeof(row_block)
-            + (2 * pairs + input_rows) * <int64_t>sizeof(int32_t))
+cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil:
+    """Point into memory of :func:`row_places_bytes` bytes, aligned to 8."""
+    places.input_rows = <int64_t *>memory
+    places.in_rows = <int32_t *>(places.input_rows + pairs)
+    places.row_orders = places.in_rows + pairs
+    places.next_copy = places.row_orders + pairs
+    places.distinct = places.next_copy + pairs
+    places.row_place = places.distinct + pairs
+
+
+cdef void place_block(row_places *places, const row_block *block, const int32_t *pair_rows, int32_t order,
+                      bint one_order, bint consecutive) noexcept nogil:
+    cdef int64_t pair, row
+    cdef int32_t before, place
+    for pair in range(block.begin, block.begin + block.count):
+        row = pair_rows[pair]
+        before = places.row_place[row] if one_order else -1
+        if before >= 0 and not consecutive:
+            places.in_rows[pair] = before
+            continue
+        place = <int32_t>places.num_rows
+        places.num_rows += 1
+        if before >= 0:
+            places.next_copy[before] = place
+        else:
+            places.distinct[places.num_distinct] = place
+            places.num_distinct += 1
+        places.input_rows[place], places.row_orders[place], places.next_copy[place] = row, order, -1
+        places.row_place[row] = places.in_rows[pair] = place
+
+
+cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,
+                     const int32_t *order_of, bint one_order, int64_t input_rows,
+                     int matrix_rows) noexcept nogil:
+    """Decide where quantised rows lie. ``order_of`` has the order of K of each expert, ``one_order`` says that they
+    are the same.
+
+    An input row has one place, but for blocks of ``matrix_rows`` rows or more (0: no blocks), which have places of
+    their own; and with several orders every pair has.
+    """
+    cdef int64_t b
+    cdef bint large, is_large
+    places.num_rows = places.num_distinct = 0
+    memset(places.row_place, 0xff, input_rows * sizeof(int32_t))
+    # Large blocks first: then small ones need no places but for rows that are in no large one.
+    for large in range(1, -1, -1):
+        for b in range(num_blocks):
+            is_large = matrix_rows > 0 and blocks[b].count >= matrix_rows
+            if is_large == large:
+                place_block(places, blocks + b, pair_rows, order_of[blocks[b].expert], one_order, large)
+
+
+cdef void use_row_places(quantize_job *job, const row_places *places) noexcept nogil:
+    job.num_rows, job.num_distinct = places.num_rows, places.num_distinct
+    job.input_rows, job.row_orders = places.input_rows, places.row_orders
+    job.distinct, job.next_copy = places.distinct, places.next_copy
+
+
+cdef int64_t plan_bytes(const ukernel_table *table, int64_t pairs, int64_t runs, int64_t input_rows) noexcept nogil:
+    return (row_places_bytes(pairs, input_rows) + max_blocks(table, runs, pairs) * <int64_t>sizeof(row_block)
+            + pairs * <int64_t>(sizeof(int64_t) + sizeof(int32_t)) + <int64_t>sizeof(int64_t))
 
 
 cdef class RowPlanner:
-    """Collects (expert, input row, output row), quantising an input row once however often it is used.
-
-    Where experts have their own orders of K, a row is quantised for each of its uses instead.
-    """
+    """Collects (expert, input row, output row)."""
 
     cdef row_plan plan
-    cdef bint once_per_row
-    cdef int32_t *slot_of_row       # [input_rows] quantised row of each, -1 for none yet
+    cdef bint one_order
+    cdef const ukernel_table *table
     cdef const int32_t *order_of
-    cdef int64_t run_expert, run_begin
+    cdef int64_t run_expert, run_begin, input_rows
 
     cdef int begin(self, Workspace workspace, CpuGptqStore store, int64_t pairs, int64_t runs,
                    int64_t input_rows) except -1:
-        cdef char *memory = <char *>workspace.reserve(&workspace.rows, plan_bytes(pairs, runs, input_rows))
+        cdef char *memory = <char *>workspace.reserve(
+            &workspace.rows, plan_bytes(workspace.table, pairs, runs, input_rows))
         memset(&self.plan, 0, sizeof(row_plan))
-        self.plan.input_rows = <int64_t *>memory
-        self.plan.out_rows = self.plan.input_rows + pairs
+        self.plan.out_rows = <int64_t *>memory
         self.plan.blocks = <row_block *>(self.plan.out_rows + pairs)
-        self.plan.row_orders = <int32_t *>(self.plan.blocks + max_blocks(runs, pairs))
-        self.plan.in_rows = self.plan.row_orders + pairs
-        self.slot_of_row = self.plan.in_rows + pairs
-        self.once_per_row = len(store.group_orders) == 1
+        self.table = workspace.table
+        set_row_places(
+            &self.plan.places, self.plan.blocks + max_blocks(self.table, runs, pairs), pairs, input_rows)
+        self.plan.pair_rows = self.plan.places.row_place + input_rows
+        self.one_order = len(store.group_orders) == 1
         self.order_of = store.view.order_of
-        self.run_begin = 0
-        memset(self.slot_of_row, 0xff, input_rows * sizeof(int32_t))
+        self.run_begin, self.input_rows = 0, input_rows
         return 0
 
     cdef void start_run(self, int64_t expert) noexcept nogil:
@@ -298,20 +365,19 @@ cdef class RowPlanner:
     cdef void end_run(self) noexcept nogil:
         self.plan.num_blocks += cut_into_blocks(
             self.plan.blocks + self.plan.num_blocks, self.run_expert, self.run_begin,
-            self.plan.num_pairs - self.run_begin)
+            self.plan.num_pairs - self.run_begin, self.table)
         self.run_begin = self.plan.num_pairs
 
     cdef void add(self, int64_t input_row, int64_t output_row) noexcept nogil:
-        cdef int32_t slot = self.slot_of_row[input_row] if self.once_per_row else -1
-        if slot < 0:
-            slot = <int32_t>self.plan.num_quantized
-            self.plan.num_quantized += 1
-            self.plan.input_rows[slot] = input_row
-            self.plan.row_orders[slot] = 0 if self.once_per_row else self.order_of[self.run_expert]
-            self.slot_of_row[input_row] = slot
-        self.plan.in_rows[self.plan.num_pairs] = slot
+        self.plan.pair_rows[self.plan.num_pairs] = <int32_t>input_row
         self.plan.out_rows[self.plan.num_pairs] = output_row
         self.plan.num_pairs += 1
+
+    cdef void finish(self) noexcept nogil:
+        """All pairs are there."""
+        self.end_run()
+        place_rows(&self.plan.places, self.plan.blocks, self.plan.num_blocks, self.plan.pair_rows, self.order_of,
+                   self.one_order, self.input_rows, self.table.matrix_rows)
 
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept:
@@ -346,18 +412,17 @@ cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan,
     cdef int64_t row_floats = row_buffer_floats(store.k, store.view.packed_k), slots
     set_quantize_job(&quantize, workspace, store)
     quantize.input, quantize.dtype = input.data, input.dtype
-    quantize.num_rows, quantize.input_rows = plan.num_quantized, plan.input_rows
-    quantize.row_orders = plan.row_orders
+    use_row_places(&quantize, &plan.places)
     quantize.row_buffers = <float *>workspace.reserve(&workspace.floats, 4 * row_floats * workspace.num_threads)
     place_quantized(&quantize, workspace.reserve(&workspace.quantized, quantized_bytes(
-        plan.num_quantized, store.view.packed_k, store.view.group_size, workspace.planes)))
-    job.a, job.meta, job.num_quantized = quantize.a, quantize.meta, plan.num_quantized
-    job.in_rows, job.out_rows = plan.in_rows, plan.out_rows
+        quantize.num_rows, store.view.packed_k, store.view.group_size, workspace.planes)))
+    job.a, job.meta, job.num_quantized = quantize.a, quantize.meta, quantize.num_rows
+    job.in_rows, job.out_rows = plan.places.in_rows, plan.out_rows
     job.blocks, job.num_blocks = plan.blocks, plan.num_blocks
     job.areas = <thread_area *>workspace.reserve(&workspace.threads, sizeof(thread_area) * workspace.num_threads)
-    slots = split_slots(job, workspace.num_threads)
+    slots = split_floats(job, workspace.num_threads)
     if slots:
-        job.slots = <float *>workspace.reserve(&workspace.slots, slots * OUT_FLOATS * sizeof(float))
+        job.slots = <float *>workspace.reserve(&workspace.slots, slots * sizeof(float))
     with nogil:
         quantize_rows(&quantize, workspace.num_threads)
         run_gemm(job, workspace.num_threads)
@@ -445,7 +510,7 @@ def gemm_batched(Workspace workspace, CpuGptqStore store, const float[:, ::1] bi
             planner.start_run(dispatches[i, 0])
             for r in range(dispatches[i, 3]):
                 planner.add(dispatches[i, 1] + r, dispatches[i, 2] + r)
-        planner.end_run()
+        planner.finish()
         run_plan(workspace, store, &planner.plan, &inp, &job)
     finally:
         workspace.leave()
@@ -506,7 +571,7 @@ def gemm_vllm(Workspace workspace, CpuGptqStore store, const float[:, ::1] bias,
             for s in range(i * moe_block_size, (i + 1) * moe_block_size):
                 if sorted_ids[s] < pairs:
                     planner.add(sorted_ids[s] // top_k, sorted_ids[s])
-        planner.end_run()
+        planner.finish()
         if planner.plan.num_pairs:
             run_plan(workspace, store, &planner.plan, &inp, &job)
     finally:
@@ -537,7 +602,7 @@ def linear(Workspace workspace, CpuGptqStore store, input, output, int64_t m, in
             planner.start_run(expert)
             for row in range(m):
                 planner.add(row, row)
-            planner.end_run()
+            planner.finish()
             set_gemm_job(&job, workspace, store, None)
             job.column_begin, job.column_end = begin, end
             set_output(&job, &out, done)

@@ -8,9 +8,10 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
 from marlin_cy.cpu._buffers cimport float_matrix, matrix, refuse_overlap
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, MAX_ROWS, ukernel_table
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, ukernel_table
 from marlin_cy.cpu._gemm cimport (
-    OUT_FLOATS, cut_into_blocks, gemm_job, row_block, run_gemm, set_gemm_job, set_quantize_job, split_slots, thread_area,
+    cut_into_blocks, gemm_job, max_blocks, place_rows, row_block, row_places, row_places_bytes, run_gemm, set_gemm_job,
+    set_quantize_job, set_row_places, split_floats, thread_area, use_row_places,
 )
 from marlin_cy.cpu._quantize cimport (
     group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
@@ -213,34 +214,34 @@ cdef struct grouping:
     int64_t num_blocks
     int64_t *offsets        # [num_experts + 1]
     int32_t *tokens         # [pairs] token of each sorted pair: the row of hidden_states
-    int64_t *input_rows     # [pairs] the same, where each pair is quantised in its expert's order
     int64_t *places         # [pairs] 0, 1, 2, ...: the sorted pair's own row
     int32_t *place_rows     # [pairs] the same
     int64_t *pairs          # [pairs] token * top_k + j of each sorted pair
-    int32_t *gate_orders    # [pairs] order of K in the first product
-    int32_t *down_orders    # [pairs] and in the second
+    int32_t *down_orders    # [pairs] order of K in the second product
     row_block *blocks
+    row_places quantized    # in the first product
 
 
-cdef int64_t grouping_bytes(int64_t num_experts, int64_t pairs) noexcept nogil:
-    return (8 * (num_experts + 1) + pairs * (3 * 8 + 4 * 4)
-            + (num_experts + pairs // MAX_ROWS) * <int64_t>sizeof(row_block))
+cdef int64_t grouping_bytes(const ukernel_table *table, int64_t num_experts, int64_t tokens,
+                            int64_t pairs) noexcept nogil:
+    return (row_places_bytes(pairs, tokens) + 8 * (num_experts + 1) + pairs * (2 * 8 + 3 * 4)
+            + max_blocks(table, num_experts, pairs) * <int64_t>sizeof(row_block))
 
 
-cdef void place_grouping(grouping *g, char *memory, int64_t num_experts, int64_t pairs) noexcept nogil:
+cdef void place_grouping(grouping *g, const ukernel_table *table, char *memory, int64_t num_experts, int64_t tokens,
+                         int64_t pairs) noexcept nogil:
     g.offsets = <int64_t *>memory
-    g.input_rows = g.offsets + num_experts + 1
-    g.places = g.input_rows + pairs
+    g.places = g.offsets + num_experts + 1
     g.pairs = g.places + pairs
     g.blocks = <row_block *>(g.pairs + pairs)
-    g.tokens = <int32_t *>(g.blocks + num_experts + pairs // MAX_ROWS)
+    set_row_places(&g.quantized, g.blocks + max_blocks(table, num_experts, pairs), pairs, tokens)
+    g.tokens = g.quantized.row_place + tokens
     g.place_rows = g.tokens + pairs
-    g.gate_orders = g.place_rows + pairs
-    g.down_orders = g.gate_orders + pairs
+    g.down_orders = g.place_rows + pairs
 
 
 cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64_t top_k, int64_t num_experts,
-                          const int32_t *gate_order_of, const int32_t *down_order_of) noexcept nogil:
+                          const int32_t *down_order_of, const ukernel_table *table) noexcept nogil:
     """Sort (token, j) by expert, keeping their order; an id of -1 takes no part."""
     cdef int64_t pair, e, place
     memset(g.offsets, 0, (num_experts + 1) * sizeof(int64_t))
@@ -249,7 +250,7 @@ cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64
             g.offsets[ids[pair] + 1] += 1
     g.num_blocks = 0
     for e in range(num_experts):
-        g.num_blocks += cut_into_blocks(g.blocks + g.num_blocks, e, g.offsets[e], g.offsets[e + 1])
+        g.num_blocks += cut_into_blocks(g.blocks + g.num_blocks, e, g.offsets[e], g.offsets[e + 1], table)
         g.offsets[e + 1] += g.offsets[e]
     g.num_pairs = g.offsets[num_experts]
     for pair in range(tokens * top_k):
@@ -260,10 +261,8 @@ cdef void group_by_expert(grouping *g, const int32_t *ids, int64_t tokens, int64
         g.offsets[e] += 1
         g.pairs[place] = pair
         g.tokens[place] = <int32_t>(pair // top_k)
-        g.input_rows[place] = pair // top_k
         g.places[place] = place
         g.place_rows[place] = <int32_t>place
-        g.gate_orders[place] = gate_order_of[e]
         g.down_orders[place] = down_order_of[e]
 
 
@@ -281,7 +280,8 @@ cdef struct expert_pass:
     int64_t top_k
     const int32_t *gate_order_of
     const int32_t *down_order_of
-    bint ordered                # experts quantise their rows in their own orders of K
+    bint one_order              # of K in the first product, for all experts
+    int matrix_rows             # as in ukernel_table
     void *quantized             # memory of either quantisation
     void *quantized_inner
 
@@ -292,7 +292,8 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     cdef CpuGptqStore gate_store = gate_up.store, down_store = down.store
     p.num_experts, p.top_k = gate_store.num_experts, top_k
     p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
-    p.ordered = len(gate_store.group_orders) > 1
+    p.one_order = len(gate_store.group_orders) == 1
+    p.matrix_rows = workspace.table.matrix_rows
     set_quantize_job(&p.quantize_input, workspace, gate_store)
     p.quantize_input.dtype = dtype
     set_quantize_job(&p.quantize_inner, workspace, down_store)
@@ -310,20 +311,21 @@ cdef struct pass_memory:
     int64_t quantized           # bytes
     int64_t quantized_inner     # bytes
     int64_t inner               # floats
-    int64_t slots               # of OUT_FLOATS floats
+    int64_t slots               # floats
     int64_t thread_floats       # of each thread
 
 
 cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t tokens, int num_threads) noexcept:
     """Let ``most`` be enough for a pass over ``tokens`` tokens, too."""
     cdef int64_t pairs = tokens * p.top_k
-    most.grouping = max(most.grouping, grouping_bytes(p.num_experts, pairs))
+    most.grouping = max(most.grouping, grouping_bytes(p.gate_up.table, p.num_experts, tokens, pairs))
     most.quantized = max(most.quantized, quantized_bytes(
-        pairs if p.ordered else tokens, p.quantize_input.packed_k, p.quantize_input.group_size, p.gate_up.planes))
+        tokens if p.one_order and not p.matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size,
+        p.gate_up.planes))
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
     most.inner = max(most.inner, pairs * p.gate_up.inner)
-    most.slots = max(most.slots, split_slots(&p.gate_up, num_threads), split_slots(&p.down, num_threads))
+    most.slots = max(most.slots, split_floats(&p.gate_up, num_threads), split_floats(&p.down, num_threads))
     most.thread_floats = max(most.thread_floats, row_buffer_floats(p.quantize_input.k, p.quantize_input.packed_k),
                              row_buffer_floats(p.quantize_inner.k, p.quantize_inner.packed_k))
 
@@ -331,7 +333,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
 cdef void place_pass(expert_pass *p, Workspace workspace, int64_t tokens, float *row_buffers, float *inner,
                      float *products) noexcept:
     """Point into what the workspace holds. Passes that run one after the other share all but the products."""
-    place_grouping(&p.group, <char *>workspace.rows.data, p.num_experts, tokens * p.top_k)
+    place_grouping(&p.group, workspace.table, <char *>workspace.rows.data, p.num_experts, tokens, tokens * p.top_k)
     p.quantized, p.quantized_inner = workspace.quantized.data, workspace.hidden.data
     p.quantize_input.row_buffers = p.quantize_inner.row_buffers = row_buffers
     p.gate_up.output = <char *>inner
@@ -356,11 +358,11 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
     ``input_weights`` is NULL, or what rows of the input are multiplied by.
     """
     cdef grouping *g = &p.group
-    group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.gate_order_of, p.down_order_of)
+    group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.down_order_of, p.gate_up.table)
 
-    p.quantize_input.num_rows = g.num_pairs if p.ordered else tokens
-    p.quantize_input.input_rows = g.input_rows if p.ordered else NULL
-    p.quantize_input.row_orders = g.gate_orders if p.ordered else NULL
+    place_rows(&g.quantized, g.blocks, g.num_blocks, g.tokens, p.gate_order_of, p.one_order, tokens,
+               p.matrix_rows)
+    use_row_places(&p.quantize_input, &g.quantized)
     place_quantized(&p.quantize_input, p.quantized)
     quantize_rows(&p.quantize_input, num_threads)
     if input_weights is not NULL:
@@ -368,12 +370,12 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
 
     p.gate_up.a, p.gate_up.meta = p.quantize_input.a, p.quantize_input.meta
     p.gate_up.num_quantized = p.quantize_input.num_rows
-    p.gate_up.in_rows = g.place_rows if p.ordered else g.tokens
+    p.gate_up.in_rows = g.quantized.in_rows
     p.gate_up.out_rows = g.places
     p.gate_up.blocks, p.gate_up.num_blocks = g.blocks, g.num_blocks
     run_gemm(&p.gate_up, num_threads)
 
-    p.quantize_inner.num_rows = g.num_pairs
+    p.quantize_inner.num_rows = p.quantize_inner.num_distinct = g.num_pairs
     p.quantize_inner.row_orders = g.down_orders
     place_quantized(&p.quantize_inner, p.quantized_inner)
     quantize_rows(&p.quantize_inner, num_threads)
@@ -467,8 +469,8 @@ cdef int64_t tokens_a_slice(const layer_job *job, bint has_shared) noexcept:
     if has_shared:
         products += 1
         inner = max(inner, job.shared.gate_up.inner)
-    return max(SLICE_BYTES // (4 * (inner + products * job.combine.width)), MAX_ROWS * job.routed.num_experts // top_k,
-               <int64_t>1)
+    return max(SLICE_BYTES // (4 * (inner + products * job.combine.width)),
+               job.routed.gate_up.table.max_rows * job.routed.num_experts // top_k, <int64_t>1)
 
 
 cdef int reserve_layer(layer_job *job, Workspace workspace, int64_t slice_tokens, bint has_shared, routing *router,
@@ -497,7 +499,7 @@ cdef int reserve_layer(layer_job *job, Workspace workspace, int64_t slice_tokens
                                 + memory.thread_floats * num_threads))
     workspace.reserve(&workspace.threads, sizeof(thread_area) * num_threads)
     if memory.slots:
-        workspace.reserve(&workspace.slots, memory.slots * OUT_FLOATS * sizeof(float))
+        workspace.reserve(&workspace.slots, memory.slots * sizeof(float))
 
     products = inner + memory.inner
     shared_products = products + pairs * job.combine.width

@@ -12,8 +12,11 @@ cdef struct quantize_job:
     int64_t packed_k            # elements in a quantised row
     int group_size
     int planes
-    int64_t num_rows            # rows to quantise
+    int64_t num_rows            # quantised rows
     const int64_t *input_rows   # [num_rows], or NULL for 0 .. num_rows - 1
+    int64_t num_distinct        # of them, those to quantise; the others are copies of these
+    const int32_t *distinct     # [num_distinct], or NULL for 0 .. num_distinct - 1
+    const int32_t *next_copy    # [num_rows] the next quantised row that is the same, or -1; NULL: no copies
     const int32_t *orders       # [*, packed_k], or NULL
     const int32_t *row_orders   # [num_rows] which order each row takes, or NULL for the first
     int8_t *a                   # [groups][group_rows(num_rows)][group_size * planes]

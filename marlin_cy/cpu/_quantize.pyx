@@ -1,11 +1,13 @@
 """Quantisation of activations, a row at a time, in parallel.
 
 Each row is brought to float32, its K put into the packed order where the weights have one, and
-quantised group by group by the ISA's ``quantize_row``. Formula: ``ukernels/ukernel.h``.
+quantised group by group by the ISA's ``quantize_row``. Formula: ``ukernels/ukernel.h``. Where a row must
+lie in several places, it is copied to the others.
 """
 
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int8_t, int32_t, int64_t
+from libc.string cimport memcpy
 
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 
@@ -56,12 +58,31 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
                            job.meta + row, stride)
 
 
+cdef void copy_quantized(const quantize_job *job, int64_t source, int64_t target) noexcept nogil:
+    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows)
+    cdef int64_t group, groups = (job.packed_k + job.group_size - 1) // job.group_size
+    for group in range(groups):
+        memcpy(job.a + (group * stride + target) * cell, job.a + (group * stride + source) * cell, cell)
+        job.meta[group * stride + target] = job.meta[group * stride + source]
+
+
+cdef void quantize_with_copies(const quantize_job *job, int64_t index, int thread) noexcept nogil:
+    cdef int64_t row = index if job.distinct is NULL else job.distinct[index], copy
+    quantize_one(job, row, thread)
+    if job.next_copy is NULL:
+        return
+    copy = job.next_copy[row]
+    while copy >= 0:
+        copy_quantized(job, row, copy)
+        copy = job.next_copy[copy]
+
+
 cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:
     """Quantise all rows of a job."""
-    cdef int64_t row
+    cdef int64_t index
     if job.num_rows < num_threads:
-        for row in range(job.num_rows):
-            quantize_one(job, row, 0)
+        for index in range(job.num_distinct):
+            quantize_with_copies(job, index, 0)
         return
-    for row in prange(job.num_rows, num_threads=num_threads, schedule="static"):
-        quantize_one(job, row, threadid())
+    for index in prange(job.num_distinct, num_threads=num_threads, schedule="static"):
+        quantize_with_copies(job, index, threadid())

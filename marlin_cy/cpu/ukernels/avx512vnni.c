@@ -8,10 +8,10 @@
 #include "ukernel.h"
 
 #ifdef MARLIN_CY_X86
-#include <immintrin.h>
 #include <string.h>
 
 #include "quantize.h"
+#include "zmm.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 #define KERNEL \
@@ -20,11 +20,6 @@
 enum {
     PLANE_ROWS = 8,
     UNPACKED_BLOCK = 4 * BLOCK_BYTES, /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
-    /* Ahead in each of the two streams, into the second-level cache and from there into the first. All the way into
-     * the first at once, 1024 or 3072 ahead, occupies its few miss buffers: on Zen 4 one row then reads up to 30%
-     * less. */
-    PREFETCH_FAR = 4096,
-    PREFETCH_NEAR = 512,
 };
 
 typedef struct {
@@ -51,29 +46,6 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     int32_t quad;
     memcpy(&quad, a, sizeof quad);
     return _mm512_set1_epi32(quad);
-}
-
-KERNEL void load_header(group_view *view, int t, const uint8_t *header, int scale_dtype, int codes)
-{
-    const __m256i scale = _mm256_loadu_si256((const __m256i *)header);
-    if (scale_dtype == DTYPE_BF16)
-        view->scale[t] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scale), 16));
-    else
-        view->scale[t] = _mm512_cvtph_ps(scale);
-    if (codes == CODES_E2M1)
-        view->scale[t] = _mm512_mul_ps(view->scale[t], _mm512_set1_ps(0.5f));
-    const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
-    const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), zero);
-    view->minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
-}
-
-/* Weights from nibbles, a byte each. `codes` is a constant. */
-KERNEL __m512i weights_of(__m512i nibbles, int codes)
-{
-    if (codes == CODES_UINT4)
-        return nibbles;
-    const __m128i table = _mm_loadu_si128((const __m128i *)e2m1_weights);
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
 }
 
 /* The weights of one block as bytes: w[values 0-3 or 4-7][tile]. */
@@ -138,12 +110,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tiles; t++) {
-            float *const place = sums + r * PAIR_N + t * TILE_N;
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
-            const __m512 s = _mm512_mul_ps(_mm512_set1_ps(row_scale[r]), view->scale[t]);
-            _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, _mm512_load_ps(place)));
+            add_group(sums + r * PAIR_N + t * TILE_N, total, view->scale[t], _mm512_set1_ps(row_scale[r]));
         }
 }
 
@@ -193,7 +163,10 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            load_header(&view, t, task->header[t] + g * GROUP_HEADER_BYTES, task->scale_dtype, codes);
+            const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
+            const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), load_zeros(header));
+            view.scale[t] = load_scales(header, task->scale_dtype, codes);
+            view.minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
         }
         rows_of_group(task, &view, planes, tiles, codes);
         for (int t = 0; t < tiles; t++)
@@ -202,12 +175,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         view.meta += task->meta_group_stride;
     }
     if (task->accumulate)
-        for (int r = 0; r < task->m; r++)
-            for (int t = 0; t < tiles; t++) {
-                float *const out = task->out + r * PAIR_N + t * TILE_N;
-                const __m512 sum = _mm512_load_ps(view.sums + r * PAIR_N + t * TILE_N);
-                _mm512_store_ps(out, _mm512_add_ps(_mm512_load_ps(out), sum));
-            }
+        add_to_out(task, tiles);
 }
 
 KERNEL void gemm(const gemm_task *task, int planes, int codes)

@@ -184,6 +184,8 @@ static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 const ukernel_table ukernels_generic = {
     .name = "generic",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+    .row_step = 8,
+    .max_rows = 48, /* sums (6 KiB), activations of a group (12) and its weights (4) fit an L1 of 32 KiB */
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,

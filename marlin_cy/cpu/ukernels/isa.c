@@ -5,10 +5,14 @@
 
 #ifdef MARLIN_CY_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* Register state that the operating system saves on a context switch (XCR0). Without it a CPU's
  * instructions fault or, worse, lose their registers. */
-enum { XCR0_YMM = 0x6, XCR0_ZMM = 0xe6 };
+enum { XCR0_YMM = 0x6, XCR0_ZMM = 0xe6, XCR0_TILES = 0x60000 };
 
 static uint32_t read_xcr0(void)
 {
@@ -17,8 +21,20 @@ static uint32_t read_xcr0(void)
     return low;
 }
 
+/* Linux saves tiles only for a process that has asked for it, which holds for its threads and children. Asking again
+ * changes nothing. */
+static int ask_for_tiles(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 typedef struct {
-    int avx2, avxvnni, avx512vnni, ymm, zmm;
+    int avx2, avxvnni, avx512vnni, amx, ymm, zmm, tiles;
 } features;
 
 static features detect(void)
@@ -31,6 +47,7 @@ static features detect(void)
     const uint32_t xcr0 = osxsave ? read_xcr0() : 0;
     found.ymm = (xcr0 & XCR0_YMM) == XCR0_YMM;
     found.zmm = (xcr0 & XCR0_ZMM) == XCR0_ZMM;
+    found.tiles = found.zmm && (xcr0 & XCR0_TILES) == XCR0_TILES;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d7))
         return found;
     const uint32_t subleaves = a;
@@ -38,6 +55,7 @@ static features detect(void)
     found.avx2 = (b >> 5 & 1) && fma && f16c;
     const int avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
     found.avx512vnni = found.avx2 && avx512 && (c >> 11 & 1);
+    found.amx = found.avx512vnni && (d7 >> 24 & 1) && (d7 >> 25 & 1); /* TILE, INT8 */
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
         found.avxvnni = found.avx2 && (a >> 4 & 1);
     return found;
@@ -68,6 +86,16 @@ int isa_list(isa_info *info)
     info[count++] = (isa_info){"avx512vnni", found.avx512vnni && found.zmm,
                                why(found.avx512vnni, found.zmm, "AVX-512 F, DQ, BW, VL and VNNI",
                                    "the CPU lacks AVX-512 F, DQ, BW, VL or VNNI")};
+#ifdef MARLIN_CY_AMX
+    const int permitted = found.amx && found.tiles && ask_for_tiles();
+    info[count++] = (isa_info){"amx", permitted,
+                               found.amx && found.tiles && !permitted
+                                   ? "the CPU has it, but the operating system does not permit its use"
+                                   : why(found.amx, found.tiles, "AMX TILE and INT8, beside AVX-512 with VNNI",
+                                         "the CPU lacks AMX TILE or INT8")};
+#else
+    info[count++] = (isa_info){"amx", 0, "built by a compiler that does not know AMX"};
+#endif
 #endif
     return count;
 }
@@ -86,6 +114,11 @@ static const struct {
     {NULL, 1},
 #endif
     {&ukernels_avx512vnni, 1},
+#ifdef MARLIN_CY_AMX
+    {&ukernels_amx, 3},
+#else
+    {NULL, 3},
+#endif
 #endif
 };
 
@@ -101,6 +134,9 @@ static void install(ukernel_table *table, int isa)
     for (int codes = 0; codes < CODES_COUNT; codes++)
         for (int planes = 1; planes <= 2; planes++)
             OVERRIDE(gemm[codes][planes - 1]);
+    OVERRIDE(row_step);
+    OVERRIDE(max_rows);
+    OVERRIDE(matrix_rows);
     OVERRIDE(quantize_row);
     OVERRIDE(widen);
     OVERRIDE(narrow);

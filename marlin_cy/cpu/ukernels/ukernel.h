@@ -38,7 +38,7 @@ enum {
     GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
     MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 stays far below 2^31 */
     GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
-    MAX_ROWS = 48,           /* rows of a task: their sums (6 KiB), activations of a group (12) and its weights (4) fit L1 */
+    MAX_ROWS = 96,           /* rows of a task: the largest max_rows of a ukernel_table */
 };
 
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
@@ -157,6 +157,10 @@ typedef void gemm_fn(const gemm_task *task);
 typedef struct {
     const char *name;
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
+    int row_step;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
+    int max_rows;         /* tasks have no more rows than this, a multiple of row_step, at most MAX_ROWS */
+    int matrix_rows;      /* tasks of this many rows or more are for a matrix unit, and have consecutive rows,
+                           * rows[i] = rows[0] + i; 0: no tasks are */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
@@ -175,7 +179,9 @@ extern const ukernel_table ukernels_avx2;
 extern const ukernel_table ukernels_avx512vnni;
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
 #define MARLIN_CY_AVXVNNI 1
+#define MARLIN_CY_AMX 1
 extern const ukernel_table ukernels_avxvnni;
+extern const ukernel_table ukernels_amx;
 #endif
 #endif
 

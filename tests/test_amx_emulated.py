@@ -1,0 +1,278 @@
+"""The AMX kernels on machines without AMX: compiled against ``amx_emulation.h``.
+
+Through their contract they are held to the generic kernels, whose results ``test_numerics_cpu.py`` holds to the
+reference; there AMX itself is tested where the machine has it. What a task reads ends where memory does, so that
+reading on is a crash. Then the framework gives them their tasks, whose rows must be consecutive.
+"""
+
+import ctypes
+import mmap
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from asserts import assert_same_bits
+from conftest import ISAS
+from problems import G_IDX_MODES, activations, random_problem
+
+import marlin_cy
+from marlin_cy.cpu import _dispatch
+
+TESTS = Path(__file__).parent
+UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
+FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-shared", "-fPIC"]
+COMPILER = shutil.which("cc")
+
+TILE_N, PAIR_N, BLOCK_K, MAX_GROUP_K, MAX_ROWS = 16, 32, 8, 128, 96
+SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
+META = np.dtype([("scale", np.float32), ("sum_split", np.int32)])
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="AMX is for Linux"),
+    pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
+    pytest.mark.skipif(
+        not ISAS.get("avx512vnni", {"available": False})["available"], reason="the kernels' other half is AVX-512"
+    ),
+]
+
+
+class Task(ctypes.Structure):
+    """``gemm_task`` of ``ukernel.h``."""
+
+    _fields_ = [
+        ("header", ctypes.c_void_p * 2),
+        ("body", ctypes.c_void_p * 2),
+        ("next", ctypes.c_void_p * 2),
+        ("scale_dtype", ctypes.c_int),
+        ("num_groups", ctypes.c_int),
+        ("group_blocks", ctypes.c_int),
+        ("last_group_blocks", ctypes.c_int),
+        ("a", ctypes.c_void_p),
+        ("a_group_stride", ctypes.c_ssize_t),
+        ("a_row_stride", ctypes.c_ssize_t),
+        ("meta", ctypes.c_void_p),
+        ("meta_group_stride", ctypes.c_ssize_t),
+        ("rows", ctypes.c_void_p),
+        ("m", ctypes.c_int),
+        ("accumulate", ctypes.c_int),
+        ("out", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class Table(ctypes.Structure):
+    """The first entries of ``ukernel_table``."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
+                ("row_step", ctypes.c_int), ("max_rows", ctypes.c_int), ("matrix_rows", ctypes.c_int)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("amx") / "kernels.so"
+    emulated = path.with_name("amx.o")
+    compile_ = [COMPILER, *FLAGS, f"-I{UKERNELS}"]
+    subprocess.run(
+        [*compile_, "-c", "-include", TESTS / "amx_emulation.h", UKERNELS / "amx.c", "-o", emulated], check=True
+    )
+    rest = [UKERNELS / f"{name}.c" for name in ("generic", "avx512vnni")]
+    subprocess.run([*compile_, emulated, *rest, "-o", path, "-lm"], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def at_the_end_of_memory(values):
+    """A copy behind which nothing can be read."""
+    values = np.ascontiguousarray(values)
+    size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(memory.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = memory[size - values.nbytes : size]
+    copy[:] = values.reshape(-1).view(np.uint8)
+    return copy
+
+
+def aligned(nbytes):
+    memory = np.empty(nbytes + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:nbytes]
+
+
+class Problem:
+    """A random task, with all that it points to."""
+
+    def __init__(self, rng, m, planes, codes, *, tiles=2, group_sizes=(128, 128), scale_dtype=1, rows=None):
+        self.planes, self.codes, self.tiles, self.m = planes, codes, tiles, m
+        groups, group_size, k = len(group_sizes), group_sizes[0], sum(group_sizes)
+        rows = np.arange(3, 3 + m) if rows is None else rows  # the last of them ends where memory does
+        num_rows = rows.max() + 1
+        a = rng.integers(-128, 128, (groups, num_rows, group_size * planes)).astype(np.int8)
+        a[rng.random(a.shape) < 0.1] = -128
+        for group, size in enumerate(group_sizes):
+            np.maximum(a[group, :, :size], -127, out=a[group, :, :size])  # plane 0: a value is at most 32639
+        meta = np.empty((groups, num_rows), META)
+        meta["scale"] = rng.standard_normal(meta.shape) ** 2
+        meta["scale"][-1, rows[m // 2]] = np.nan
+        for group, size in enumerate(group_sizes):
+            values = a[group, :, :size].astype(np.int32)
+            if planes == 2:
+                values = 256 * values + a[group, :, size : 2 * size]
+            total = values.sum(axis=1)
+            meta["sum_split"][group] = total & 255 | total >> 8 << 16
+        used = a.size - (group_size - group_sizes[-1]) * planes
+        headers = np.empty((2, groups, 3 * TILE_N), np.uint8)
+        scale = rng.standard_normal((2, groups, TILE_N)).astype(SCALE_DTYPES[scale_dtype])
+        headers[:, :, : 2 * TILE_N] = scale.view(np.uint8)
+        headers[:, :, 2 * TILE_N :] = rng.integers(0, 17, (2, groups, TILE_N)) if codes == 0 else 12
+        bodies = rng.integers(0, 256, (2, k // BLOCK_K, 64)).astype(np.uint8)
+        self.parts = {
+            "a": at_the_end_of_memory(a.reshape(-1)[:used]),
+            "meta": at_the_end_of_memory(meta),
+            "rows": at_the_end_of_memory(rows.astype(np.int32)),
+        }
+        self.header = [at_the_end_of_memory(part) for part in headers]
+        self.body = [at_the_end_of_memory(part) for part in bodies]
+        self.sizes = {
+            "scale_dtype": scale_dtype,
+            "num_groups": groups,
+            "group_blocks": group_size // BLOCK_K,
+            "last_group_blocks": group_sizes[-1] // BLOCK_K,
+            "a_group_stride": a.strides[0],
+            "a_row_stride": a.strides[1],
+            "meta_group_stride": num_rows,
+            "m": m,
+        }
+
+    def result(self, table, accumulate=None):
+        """What a table's kernel leaves in out, float32 ``[m, columns]``; ``accumulate`` is what it is added to."""
+        memory = aligned((MAX_ROWS + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
+        memory[:] = 12345
+        out = memory[1 : self.m + 1]
+        columns = self.tiles * TILE_N
+        if accumulate is not None:
+            out[:, :columns] = accumulate
+        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_ROWS * PAIR_N * 4 + 64)
+        scratch[:] = 0xFF
+        task = Task(**self.sizes, accumulate=accumulate is not None)
+        for name, part in {**self.parts, "out": out, "scratch": scratch}.items():
+            setattr(task, name, part.ctypes.data)
+        for tile in range(self.tiles):
+            task.header[tile], task.body[tile] = self.header[tile].ctypes.data, self.body[tile].ctypes.data
+        table.gemm[self.codes][self.planes - 1](task)
+        result = out[:, :columns].copy()
+        out[:, :columns] = 12345
+        assert (memory == 12345).all(), "written outside the task's columns"
+        assert (scratch[-64:] == 0xFF).all(), "written behind the scratch"
+        return result
+
+    def check(self, library):
+        amx, generic = (Table.in_dll(library, f"ukernels_{name}") for name in ("amx", "generic"))
+        expected = self.result(generic)
+        assert np.isnan(expected).any(axis=1).sum() == 1
+        assert_same_bits(self.result(amx), expected)
+        assert_same_bits(self.result(amx, expected), self.result(generic, expected))
+
+
+@pytest.mark.parametrize("m", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("codes", [0, 1])
+def test_every_number_of_rows(library, rng, m, planes, codes):
+    Problem(rng, m, planes, codes).check(library)
+
+
+@pytest.mark.parametrize(
+    "group_sizes",
+    [
+        (32,),
+        (64,),
+        (96,),
+        (128,),
+        (32, 32, 32),
+        (64, 64, 32),
+        (64, 64, 64),
+        (128, 32),
+        (128, 64),
+        (128, 128, 96),
+        (96, 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("codes", [0, 1])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("m", [16, 17, 37])
+def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
+    scale_dtype = int(rng.integers(1, 3))
+    Problem(rng, m, planes, codes, tiles=tiles, group_sizes=group_sizes, scale_dtype=scale_dtype).check(library)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_few_rows_may_lie_anywhere(library, rng, planes):
+    few = Table.in_dll(library, "ukernels_amx").matrix_rows - 1
+    assert few > 0
+    Problem(rng, few, planes, 0, rows=rng.permutation(20)[:few]).check(library)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_other_users_find_no_tiles(library, rng, planes):
+    """Tiles are given back, so that nothing is left to save on a context switch."""
+    Problem(rng, 20, planes, 0).check(library)
+    assert not library.amx_is_configured()
+
+
+@pytest.fixture
+def emulated_context(library, cpu_backend):
+    """Makes a context that works as with AMX: what it gives the kernels is what AMX is given.
+
+    Its table, that of AVX-512, has the emulated entries for as long as no other context asks for that table.
+    """
+    isa_table = ctypes.CDLL(_dispatch.__file__).isa_table
+    isa_table.argtypes, isa_table.restype = [ctypes.c_char_p], ctypes.POINTER(Table)
+    table, amx = isa_table(b"avx512vnni").contents, Table.in_dll(library, "ukernels_amx")
+    before = bytes(table)
+
+    def make(**options):
+        ctx = cpu_backend.new_context(isa="avx512vnni", **options)
+        for name in ("gemm", "row_step", "max_rows", "matrix_rows"):
+            setattr(table, name, getattr(amx, name))
+        return ctx
+
+    yield make
+    ctypes.memmove(ctypes.addressof(table), before, len(before))
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("n", [16, 56, 96])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_products(emulated_context, cpu_backend, rng, compute_dtype, g_idx, n, num_threads):
+    """Rows that several experts share, few and many; with one panel of columns, an odd number of them, and a view."""
+    k = 1056
+    stack = random_problem(rng, 4, k, n, 32, g_idx=g_idx).stack(cpu_backend)
+    x = activations(rng, 120, k)
+    x[70, 5] = np.nan
+    dispatches = [(2, 60, 0, 16), (0, 0, 16, 96), (1, 65, 112, 7), (3, 62, 119, 49), (0, 119, 168, 1)]
+    view = stack.make_expert_linear(n + 8, n - 8)
+    results = []
+    generic = cpu_backend.new_context(num_threads=1, isa="generic", compute_dtype=compute_dtype)
+    for ctx in generic, emulated_context(num_threads=num_threads, compute_dtype=compute_dtype):
+        out, of_view = np.full((169, n), 5, np.float32), np.full((120, n - 8), 5, np.float32)
+        stack.gemm_phase_batched(ctx, x, dispatches, out, k)
+        view.forward(ctx, x, of_view, 120)
+        results.append(np.concatenate([out, np.pad(of_view, [(0, 0), (0, 8)])]))
+    assert np.isnan(results[0]).any(axis=1).sum() == 5
+    assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("tokens", [5, 40, 150])
+def test_layer(emulated_context, cpu_backend, rng, compute_dtype, g_idx, tokens):
+    gate_up = random_problem(rng, 5, 96, 192, 32, g_idx=g_idx).stack(cpu_backend)
+    down = random_problem(rng, 5, 96, 96, 32, g_idx=g_idx).stack(cpu_backend)
+    layer = marlin_cy.MoeLayer(gate_up, down, top_k=2)
+    x, logits = activations(rng, tokens, 96), rng.standard_normal((tokens, 5)).astype(np.float32)
+    generic = cpu_backend.new_context(num_threads=1, isa="generic", compute_dtype=compute_dtype)
+    expected = layer(generic, x, logits)
+    assert_same_bits(layer(emulated_context(num_threads=2, compute_dtype=compute_dtype), x, logits), expected)
