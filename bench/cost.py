@@ -22,9 +22,11 @@ __all__ = ["Machine", "add_options", "experts_hit", "markdown", "overlap_of", "p
 
 COMPUTE_DTYPES = ("int16", "int8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-MAX_ROWS = 48  # rows of a block: marlin_cy/cpu/ukernels/ukernel.h
-ROW_STEP = 8  # blocks are as even as whole steps allow: cut_into_blocks in marlin_cy/cpu/_gemm.pyx
+# Blocks have so many rows at most, and are as even as whole steps allow: max_rows and row_step of marlin_cy/cpu/ukernels.
+MAX_ROWS, ROW_STEP = 48, 8
+AMX_MAX_ROWS, AMX_ROW_STEP = 96, 16
 KERNEL_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48)
+AMX_KERNEL_ROWS = (*KERNEL_ROWS, 64, 80, 96)
 SLICE_BYTES = 64 << 20  # what lies between the products: marlin_cy/cpu/_moe.pyx
 LEAST_OVERLAP, MOST_OVERLAP = 0.5, 16.0
 STREAM_ROWS = (1, 2, 4, 8, 16, 48)
@@ -54,6 +56,8 @@ class Machine:
     overlap : dict of int to float
         How much of reading weights and of arithmetic hides behind the other, for an expert with so many rows: their
         times add up to the norm of this order. 1: nothing, one comes after the other. Large: all of the shorter one.
+    max_rows, row_step : int
+        Of a block.
     """
 
     threads: int
@@ -64,6 +68,8 @@ class Machine:
     prepare: float
     finish: float
     overlap: dict
+    max_rows: int = MAX_ROWS
+    row_step: int = ROW_STEP
 
     def block(self, rows):
         """Seconds a weight of a block; between measured numbers of rows, on the line between them."""
@@ -71,8 +77,8 @@ class Machine:
 
     def expert(self, rows):
         """Seconds a weight of all blocks that an expert's rows are cut into."""
-        parts, steps = -(-rows // MAX_ROWS), -(-rows // ROW_STEP)
-        edges = [min(steps * part // parts * ROW_STEP, rows) for part in range(parts + 1)]
+        parts, steps = -(-rows // self.max_rows), -(-rows // self.row_step)
+        edges = [min(steps * part // parts * self.row_step, rows) for part in range(parts + 1)]
         return sum(self.block(end - begin) for begin, end in zip(edges, edges[1:], strict=False))
 
     def together(self, reading, arithmetic, rows):
@@ -99,10 +105,10 @@ def overlap_of(reading, arithmetic, both):
     return low
 
 
-def slices(model, tokens):
+def slices(model, tokens, max_rows=MAX_ROWS):
     """Tokens of each slice that a layer takes its tokens in: ``tokens_a_slice`` in marlin_cy/cpu/_moe.pyx."""
     bytes_a_token = 4 * model.top_k * (model.intermediate + model.hidden)
-    size = max(SLICE_BYTES // bytes_a_token, MAX_ROWS * model.num_experts // model.top_k, 1)
+    size = max(SLICE_BYTES // bytes_a_token, max_rows * model.num_experts // model.top_k, 1)
     return [min(size, tokens - begin) for begin in range(0, tokens, size)]
 
 
@@ -142,7 +148,7 @@ def predict(machine, model, tokens, expert_bytes):
     """
     pairs = tokens * model.top_k
     terms = {"start": machine.start, "gate_up": 0.0, "down": 0.0}
-    for count in slices(model, tokens):
+    for count in slices(model, tokens, machine.max_rows):
         for name, (k, n) in model.projections.items():
             reading = expert_bytes[name] / machine.read
             for rows, chance in rows_of_an_expert(model, count).items():
@@ -205,6 +211,8 @@ class _Bench:
 
     def __init__(self, backend, isa, model, tokens, repeats, quick):
         self.backend, self.isa, self.model, self.tokens, self.quick = backend, isa, model, tokens, quick
+        self.kernel_rows = AMX_KERNEL_ROWS if isa == "amx" else KERNEL_ROWS
+        self.block = (AMX_MAX_ROWS, AMX_ROW_STEP) if isa == "amx" else (MAX_ROWS, ROW_STEP)
         self.repeats = 2 if quick else repeats
         self.min_seconds, self.pause_seconds = (1e-3, 0) if quick else (10e-3, 2e-3)
         self.layer = self._layer(model)
@@ -224,7 +232,7 @@ class _Bench:
             "prepare": gemm_call(thin, context, PREPARE_ROWS, 1),
             "finish": self._layer_call(self._layer(ends), context, ends, end_tokens),
         }
-        for rows in KERNEL_ROWS:
+        for rows in self.kernel_rows:
             for name, stack in (("narrow", narrow), ("wide", wide)):
                 calls[name, rows] = gemm_call(stack, context, rows, 1)
         for rows in STREAM_ROWS:
@@ -239,10 +247,12 @@ class _Bench:
             compute_dtype=dtype,
             read=float(np.percentile(figures["read"], 100 - QUARTILE)),
             start=seconds["start"],
-            kernel=_kernel(seconds, threads),
+            kernel=_kernel(seconds, threads, self.kernel_rows),
             prepare=0.0,
             finish=0.0,
             overlap={1: MOST_OVERLAP},
+            max_rows=self.block[0],
+            row_step=self.block[1],
         )
         arithmetic = self.model.hidden * 32 * threads * machine.expert(PREPARE_ROWS)
         left = seconds["prepare"] - machine.start - arithmetic
@@ -293,10 +303,10 @@ class _Bench:
         return lambda i: layer.forward_routed(context, x, drawn[i % len(drawn)], shares, out=out)
 
 
-def _kernel(seconds, threads):
+def _kernel(seconds, threads, kernel_rows):
     """``Machine.kernel``: what the columns cost that one product has more than another."""
     columns = threads * (KERNEL_COLUMNS[1] - KERNEL_COLUMNS[0])
-    kernel = {rows: (seconds["wide", rows] - seconds["narrow", rows]) / (KERNEL_K * columns) for rows in KERNEL_ROWS}
+    kernel = {rows: (seconds["wide", rows] - seconds["narrow", rows]) / (KERNEL_K * columns) for rows in kernel_rows}
     if min(kernel.values()) <= 0:
         raise ValueError("more columns took less time: other processes use this machine")
     return kernel
