@@ -22,7 +22,7 @@ __all__ = ["Machine", "add_options", "experts_hit", "markdown", "overlap_of", "p
 
 COMPUTE_DTYPES = ("int16", "int8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Blocks have so many rows at most, and are as even as whole steps allow: max_rows and row_step of marlin_cy/cpu/ukernels.
+# Blocks have so many rows at most, and are as even as whole steps allow: as in marlin_cy/cpu/ukernels.
 MAX_ROWS, ROW_STEP = 48, 8
 AMX_MAX_ROWS, AMX_ROW_STEP = 96, 16
 KERNEL_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48)
