@@ -95,11 +95,13 @@ class WavedTable(NamedTuple):
 
 FEW_ROWS = (
     waved(1, k_waves=8, wave_strips=2),
-    waved(4, k_waves=4, wave_strips=2),
+    waved(2, k_waves=4, wave_strips=2),
+    waved(4, k_waves=2, wave_strips=2),
     waved(8, k_waves=2, wave_strips=2, row_step=2),
 )
 FEW_SHORT_ROWS = (
     waved(1, k_waves=4, wave_strips=2),
+    waved(2, k_waves=4, wave_strips=2),
     waved(4, k_waves=2, wave_strips=2),
     waved(8, k_waves=2, wave_strips=2, row_step=2),
 )
@@ -126,7 +128,7 @@ SUBGROUP_TABLE = PORTABLE_TABLE._replace(
 
 def waved_block_size(average_rows):
     """So that most blocks have few rows to spare: work-items multiply those that lie between others."""
-    return next((size for limit, size in ((0.5, 1), (2, 4), (24, 8)) if average_rows <= limit), 32)
+    return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (24, 8)) if average_rows <= limit), 32)
 
 
 def portable_inputs(device):
