@@ -22,7 +22,7 @@ COMBINE_ARGUMENTS = (
     *(BUFFER, BUFFER, BUFFER, ULONG, UINT, UINT),
 )
 ALIGN_ITEMS, WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 256, 64, 256, 64  # work-items in a work-group, as in moe.cl
-ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS  # but for what grows with the experts
+ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # but for what grows with the experts
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
 SLICE_BYTES = 1 << 30

@@ -553,7 +553,7 @@ class TestLayer:
         monkeypatch.setattr(backend, "runtime", runtime)
         layer.route(ctx, logits)
         with pytest.raises(
-            UnsupportedError, match=r"num_experts: got 5, which take 5140 bytes of local memory; .* 1100"
+            UnsupportedError, match=r"num_experts: got 5, which take 5144 bytes of local memory; .* 1100"
         ):
             layer(ctx, x, logits, out=out.buffer)
         with pytest.raises(UnsupportedError, match="num_experts: got 20, which take 1152 bytes"):

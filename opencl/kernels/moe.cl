@@ -63,12 +63,15 @@ __kernel void align(__global const int *restrict ids, const ulong ids_offset, co
 {
     __local uint marks[TILE_WORDS];
     __local uint sums[ALIGN_ITEMS];
+    __local uint first_block;
     const uint me = get_local_id(0), expert = get_group_id(0);
     ids += ids_offset;
     sorted_ids += sorted_offset;
 
     for (uint e = me; e < num_experts; e += ALIGN_ITEMS)
         counts[e] = 0;
+    if (me == 0)
+        first_block = 0;
     barrier(CLK_LOCAL_MEM_FENCE);
     // Four at a time, to have as many loads under way.
     for (uint pair = me; pair < pairs; pair += 4 * ALIGN_ITEMS) {
@@ -83,7 +86,9 @@ __kernel void align(__global const int *restrict ids, const ulong ids_offset, co
     uint before = 0;
     for (uint e = me; e < expert; e += ALIGN_ITEMS)
         before += (counts[e] + block_size - 1) / block_size;
-    const uint first_block = sums_over_group(before, sums).y;
+    if (before)
+        atomic_add(&first_block, before);
+    barrier(CLK_LOCAL_MEM_FENCE);
     const uint count = counts[expert], blocks = (count + block_size - 1) / block_size;
     __global int *slots = sorted_ids + (ulong)first_block * block_size;
 
