@@ -21,7 +21,9 @@ __all__ = [
     "check_routed",
     "random_routing",
     "relative_error",
+    "require_matching",
     "require_plain",
+    "require_routing",
 ]
 
 ACCURACIES = ("int8", "bf16", "int16", "float32")
@@ -253,6 +255,25 @@ def require_plain(weight, group_sizes=None):
         raise UnsupportedError(f"weight: got K {weight.k}, expected a multiple of its group size {weight.group_size}")
     if group_sizes is not None and weight.group_size not in group_sizes:
         raise UnsupportedError(f"weight: got group_size {weight.group_size}, expected one of {group_sizes}")
+
+
+def require_matching(gate_up, down):
+    """Raise ValueError unless the second product of each expert takes what the first gives, and gives what it took."""
+    if (down[0].k, down[0].n, len(down)) != (gate_up[0].n // 2, gate_up[0].k, len(gate_up)):
+        raise ValueError(
+            f"down: got {len(down)} weights [{down[0].k}, {down[0].n}], "
+            f"expected {len(gate_up)} weights [{gate_up[0].n // 2}, {gate_up[0].k}]"
+        )
+
+
+def require_routing(x, ids, weights, hidden, num_experts):
+    """Raise ValueError or IndexError unless tokens, their experts and weights fit each other and a layer."""
+    if x.ndim != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x: got shape {x.shape}, expected [T, {hidden}]")
+    if ids.ndim != 2 or len(ids) != len(x) or ids.shape != weights.shape:
+        raise ValueError(f"topk_ids, topk_weights: got {ids.shape}, {weights.shape}, expected [{len(x)}, top_k]")
+    if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
+        raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {num_experts - 1}")
 
 
 def bound(accuracy, k):

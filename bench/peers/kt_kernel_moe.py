@@ -34,7 +34,7 @@ from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 
-from .interface import Experts, Peer, require_plain
+from .interface import Experts, Peer, require_matching, require_plain, require_routing
 
 __all__ = ["KtAmxInt4", "KtGptqAvx2", "KtGptqAvxVnni", "KtRawInt4"]
 
@@ -109,11 +109,7 @@ class _KtKernel(Peer):
         return self.available()
 
     def load_moe(self, gate_up, down):
-        if (down[0].k, down[0].n, len(down)) != (gate_up[0].n // 2, gate_up[0].k, len(gate_up)):
-            raise ValueError(
-                f"down: got {len(down)} weights [{down[0].k}, {down[0].n}], "
-                f"expected {len(gate_up)} weights [{gate_up[0].n // 2}, {gate_up[0].k}]"
-            )
+        require_matching(gate_up, down)
         for weight in (*gate_up, *down):
             self.require_form(weight)
         return _Experts(self, gate_up, down)
@@ -242,12 +238,9 @@ class _Experts(Experts):
         x = np.array(x, ml_dtypes.bfloat16, order="C")
         ids = np.array(topk_ids, np.int64, order="C")
         weights = np.array(topk_weights, np.float32, order="C")
-        if x.ndim != 2 or x.shape[1] != hidden or len(x) > MAX_TOKENS:
-            raise ValueError(f"x: got shape {x.shape}, expected [T, {hidden}], at most {MAX_TOKENS} tokens")
-        if ids.ndim != 2 or len(ids) != len(x) or ids.shape != weights.shape:
-            raise ValueError(f"topk_ids, topk_weights: got {ids.shape}, {weights.shape}, expected [{len(x)}, top_k]")
-        if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
-            raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {num_experts - 1}")
+        require_routing(x, ids, weights, hidden, num_experts)
+        if len(x) > MAX_TOKENS:
+            raise ValueError(f"x: got {len(x)} tokens, expected at most {MAX_TOKENS} tokens")
         top_k = ids.shape[1]
         if top_k not in self._objects:
             self._objects[top_k] = self._make(top_k)

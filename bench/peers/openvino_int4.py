@@ -19,7 +19,7 @@ import numpy as np
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 
-from .interface import Experts, Peer, Projection, require_plain
+from .interface import Experts, Peer, Projection, require_matching, require_plain, require_routing
 
 __all__ = ["OpenVinoBf16", "OpenVinoFloat32", "OpenVinoInt8"]
 
@@ -68,14 +68,9 @@ class OpenVino(Peer):
         return self.available()
 
     def load_moe(self, gate_up, down):
-        hidden, intermediate = gate_up[0].k, gate_up[0].n // 2
-        if (down[0].k, down[0].n, len(down)) != (intermediate, hidden, len(gate_up)):
-            raise ValueError(
-                f"down: got {len(down)} weights [{down[0].k}, {down[0].n}], "
-                f"expected {len(gate_up)} weights [{intermediate}, {hidden}]"
-            )
+        require_matching(gate_up, down)
         model, held = _experts(gate_up, down)
-        return _Experts(self._compile(model, "GatherMatmul", 3), held, hidden, len(gate_up))
+        return _Experts(self._compile(model, "GatherMatmul", 3), held, gate_up[0].k, len(gate_up))
 
     def _compile(self, model, kind, products):
         settings = {
@@ -146,12 +141,7 @@ class _Experts(Experts):
         x = np.array(x, np.float32, order="C")
         ids = np.array(topk_ids, np.int32, order="C")
         weights = np.array(topk_weights, np.float32, order="C")
-        if x.ndim != 2 or x.shape[1] != self._hidden:
-            raise ValueError(f"x: got shape {x.shape}, expected [T, {self._hidden}]")
-        if ids.ndim != 2 or len(ids) != len(x) or ids.shape != weights.shape:
-            raise ValueError(f"topk_ids, topk_weights: got {ids.shape}, {weights.shape}, expected [{len(x)}, top_k]")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._num_experts:
-            raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {self._num_experts - 1}")
+        require_routing(x, ids, weights, self._hidden, self._num_experts)
         return _request(self._compiled, x, ids, weights)
 
     def run(self, prepared):

@@ -21,7 +21,7 @@ import numpy as np
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.canonical import unpack_words
 
-from .interface import Experts, require_plain
+from .interface import Experts, require_matching, require_plain, require_routing
 from .torch_dense import TorchPeer
 
 __all__ = ["VllmW4A8", "VllmW4A16"]
@@ -107,11 +107,7 @@ class VllmW4A8(Vllm):
     def load_moe(self, gate_up, down):
         import torch
 
-        if (down[0].k, down[0].n, len(down)) != (gate_up[0].n // 2, gate_up[0].k, len(gate_up)):
-            raise ValueError(
-                f"down: got {len(down)} weights [{down[0].k}, {down[0].n}], "
-                f"expected {len(gate_up)} weights [{gate_up[0].n // 2}, {gate_up[0].k}]"
-            )
+        require_matching(gate_up, down)
         torch.set_num_threads(self.num_threads)
         with torch.inference_mode():
             packed = [self._packed(torch, weights) for weights in (gate_up, down)]
@@ -150,12 +146,7 @@ class _Experts(Experts):
     def prepare(self, x, topk_ids, topk_weights):
         x, ids = np.array(x, np.float32), np.array(topk_ids, np.int32, order="C")
         weights = np.array(topk_weights, np.float32, order="C")
-        if x.ndim != 2 or x.shape[1] != self._hidden:
-            raise ValueError(f"x: got shape {x.shape}, expected [T, {self._hidden}]")
-        if ids.ndim != 2 or len(ids) != len(x) or ids.shape != weights.shape:
-            raise ValueError(f"topk_ids, topk_weights: got {ids.shape}, {weights.shape}, expected [{len(x)}, top_k]")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._num_experts:
-            raise IndexError(f"topk_ids: got {ids.min()} to {ids.max()}, expected 0 to {self._num_experts - 1}")
+        require_routing(x, ids, weights, self._hidden, self._num_experts)
         from_numpy = self._torch.from_numpy
         inputs = {"hidden_states": from_numpy(x).bfloat16().contiguous()}
         return inputs | {"topk_weights": from_numpy(weights), "topk_ids": from_numpy(ids)}

@@ -102,7 +102,7 @@ __attribute__((always_inline)) static inline void close_groups(__local uint *cho
 //   bias           float32 [num_experts] (CORRECTED), finite
 //   num_groups     divides num_experts (GROUPING); topk_groups of them hold top_k experts or more
 //   ids, weights   int32 and float32 [tokens][top_k]
-//   choices        local uint [fours], fours = num_experts rounded up to a multiple of 4
+//   fours          local uint4 [num_experts / 4, rounded up]: a rank of each expert
 //   groups         local uint [num_groups] (GROUPING)
 //   picked         local float [top_k]
 __attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
