@@ -87,6 +87,11 @@ PROGRAMS = {
             {"PREPARED_TYPE": 2, "INPUT_TYPE": 2, "GROUP_SHIFT": 7, "ACTIVATION": 4 - gather},
         )
     ],
+    "align_prepare": [
+        {"PREPARED_TYPE": 0, "INPUT_TYPE": 2, "GATHER": 1},
+        {"PREPARED_TYPE": 2, "INPUT_TYPE": 1, "GATHER": 1, "GROUP_SHIFT": 7},
+        {"PREPARED_TYPE": 1, "INPUT_TYPE": 2, "GATHER": 0, "ALIGNED": 1},
+    ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 1, "BIAS": 2}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
     "moe": [{}, {**HALVES, "SHARED": 1}, {**BFLOATS, "WEIGHTED": 0, "SHARED": 2}],
     "routing": [

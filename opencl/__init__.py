@@ -7,7 +7,8 @@
     store.py      packed weights in device memory         layout.py   the same in plain NumPy
     buffers.py    checks arrays
     context.py    queue and workspace                     program.py  compiles and keeps programs
-    gemm.py       one product: which kernels, which grid  prepare.py  rows as a kernel reads them
+    gemm.py       one product: which kernels, which grid  work.py     which rows, with which experts
+                                                          prepare.py  rows as a kernel reads them
                                                           launch.py   launches at little cost
     moe.py        a layer: both products, combination     routing.py  which experts tokens go to
     kernels/      the device's code

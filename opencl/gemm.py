@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marlin_cy.opencl.buffers import Vector
 from marlin_cy.opencl.configuration import (
     FLOAT16,
     FLOAT16_ROWS,
@@ -20,110 +19,21 @@ from marlin_cy.opencl.configuration import (
     Problem,
 )
 from marlin_cy.opencl.launch import Launch
-from marlin_cy.opencl.prepare import prepare
+from marlin_cy.opencl.prepare import are_aligned, needs_preparation, prepare
+from marlin_cy.opencl.work import Routed
 
-__all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "Listed", "Routed", "multiply", "problem_of"]
+__all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "multiply", "problem_of"]
 
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
 WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT, FLOAT)  # after the parts
 PRODUCT_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
 REDUCE_ARGUMENTS = (UINT, UINT, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
-ROUTED_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, INT, INT)
-LISTED_ARGUMENTS = (BUFFER, INT)
-ALIGNED_ELEMENTS = 8
 REDUCE_LOCAL_SIZE = 64
 MAX_GROUPS = (1 << 31) - 1  # that a GPU can count
 NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
 CODES = {"uint4": 0, "e2m1": 1}  # CODES of common.cl
 # What a gemm that reads prepared rows takes its input for.
 PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
-
-
-class Routed(NamedTuple):
-    """Rows by vLLM's routing arrays, on the device."""
-
-    sorted_ids: Vector
-    expert_ids: Vector
-    past: Vector | None  # None: ``limit`` alone counts
-    limit: int  # slots
-    valid: int  # ids below this are rows of the output
-    block_size: int
-    top_k: int
-
-    def kind(self):
-        """What calls for which the same configuration suits have in common."""
-        return self.block_size, self.valid.bit_length(), self.limit.bit_length()
-
-    def arguments(self, ctx, by_slot):
-        """The arguments of common.cl's WORK_ARGS."""
-        past = self.past
-        return (
-            self.sorted_ids.data,
-            self.sorted_ids.offset,
-            self.expert_ids.data,
-            self.expert_ids.offset,
-            ctx.unlimited() if past is None else past.data,
-            0 if past is None else past.offset,
-            self.limit,
-            self.valid,
-            self.block_size,
-            self.top_k,
-            by_slot,
-        )
-
-
-class Listed(NamedTuple):
-    """Rows by a list made on the host.
-
-    ``runs`` is int32 ``[runs, 7]``: expert, first column, columns, first output column, first input row,
-    first output row, rows. With ``one_order`` they are one view's: all experts order K alike, and all
-    runs are the same rows, from 0 on.
-    """
-
-    runs: np.ndarray
-    one_order: bool = False
-
-    def kind(self):
-        """What calls for which the same configuration suits have in common."""
-        return len(self.runs).bit_length(), self.total_rows().bit_length(), int(self.runs[:, 2].max())
-
-    def total_rows(self):
-        """Rows of all runs."""
-        return int(self.runs[:, 6].sum(dtype=np.int64))
-
-    def tiles(self, rows):
-        """int32 ``[tiles, 8]`` for the device: the runs cut into tiles of at most ``rows`` rows."""
-        parts = -(-self.runs[:, 6] // rows)
-        run = np.repeat(np.arange(len(parts)), parts)
-        done = (np.arange(len(run)) - np.repeat(np.cumsum(parts) - parts, parts)) * rows
-        tiles = np.zeros((len(run), 8), np.int32)
-        tiles[:, :7] = self.runs[run]
-        tiles[:, 4] += done
-        tiles[:, 5] += done
-        tiles[:, 6] = np.minimum(rows, tiles[:, 6] - done)
-        return tiles
-
-    def span(self):
-        """``(first, count, work)``: the input rows from the first to the last, and the work as counted from there."""
-        runs = self.runs.copy()
-        first = int(runs[:, 4].min())
-        count = int((runs[:, 4].astype(np.int64) + runs[:, 6]).max()) - first
-        runs[:, 4] -= first
-        return first, count, self._replace(runs=runs)
-
-    def mapped(self):
-        """``(map, work)``: int32 ``[rows, 2]``, the input row and the expert of each row, and the work on these."""
-        if self.one_order:
-            m = int(self.runs[0, 6])
-            expert = np.full(m, self.runs[0, 0], np.int32)
-            return np.stack([np.arange(m, dtype=np.int32), expert], axis=1), self
-        runs = self.runs.copy()
-        m = runs[:, 6].astype(np.int64)
-        begins = np.cumsum(m) - m
-        run = np.repeat(np.arange(len(m)), m)
-        row_map = np.stack([runs[run, 4] + np.arange(len(run)) - begins[run], runs[run, 0]], axis=1)
-        runs[:, 4] = begins
-        return np.ascontiguousarray(row_map, np.int32), self._replace(runs=runs)
 
 
 class Plan(NamedTuple):
@@ -151,7 +61,7 @@ class Plan(NamedTuple):
     max_groups: int
 
 
-def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, label):
+def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, waits=None, label):
     """Enqueue a product; the caller has checked everything and holds the context.
 
     Parameters
@@ -163,6 +73,8 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, labe
     work : Routed or Listed
     activation : str, optional
         One of a MoE layer's: rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``act(gate) * up``.
+    prepared : Prepared, optional
+        The rows made ready, where that is enqueued already; with ``needs_preparation`` alone.
     waits : list of pyopencl.Event, optional
         What the first launch has to wait for.
     label : str
@@ -175,18 +87,19 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, waits=None, labe
     """
     store, bias = weights.store, weights.bias_buffer
     routed = type(work) is Routed
-    aligned = rows.offset % ALIGNED_ELEMENTS == 0
+    aligned = are_aligned(rows)
     plans = ctx.plans_of(store)
     key = rows.type_code, aligned, out.type_code, activation, weights.bias_kind, work.kind()
     plan = plans.get(key)
     if plan is None:
-        plan = plans[key] = make_plan(ctx, store, rows, out, work, aligned, weights.bias_kind, activation)
+        plan = plans[key] = make_plan(ctx, store, rows, out, work, weights.bias_kind, activation)
     configuration, queue, limit = plan.configuration, ctx.queue, plan.max_groups
     data, offset, row_factor, by_slot = rows.data, rows.offset, None, 0
     if plan.prepared:
-        types = ROUTED_ARGUMENTS if routed else None
-        data, row_factor, by_slot, work = prepare(ctx, store, rows, work, types, activation, waits, label)
-        offset, waits = 0, None
+        if prepared is None:
+            prepared, waits = prepare(ctx, store, rows, work, activation, waits, label), None
+        data, row_factor, by_slot, work = prepared
+        offset = 0
     if routed:
         row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
         work_arguments = work.arguments(ctx, by_slot)
@@ -248,12 +161,11 @@ def problem_of(store, work, device):
     )
 
 
-def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
+def make_plan(ctx, store, rows, out, work, bias_kind, activation):
     """Choose a configuration, and build its kernels."""
     tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
     inputs, routed = tier.inputs(device), type(work) is Routed
-    direct = rows.type_code in inputs.direct_types and (aligned or not inputs.aligned)
-    prepared = activation is not None or store.act_order or not direct
+    prepared = needs_preparation(ctx, store, rows, activation)
     layout = store.layout
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
     configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
@@ -269,14 +181,13 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
         **dict(configuration.macros),
         **shape,
         "INPUT_TYPE": PREPARED_INPUT_TYPE[inputs.prepared_type] if prepared else rows.type_code,
-        "ALIGNED": int(prepared or aligned),
+        "ALIGNED": int(prepared or are_aligned(rows)),
         "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
         "SPLIT": int(split),
         "PARTS": len(store.parts),
         "CODES": CODES[store.codes],
         "SYMMETRIC": int(store.symmetric),
     }
-    work_types = ROUTED_ARGUMENTS if routed else LISTED_ARGUMENTS
     weights = (
         *store.parts,
         store.num_experts,
@@ -291,14 +202,14 @@ def make_plan(ctx, store, rows, out, work, aligned, bias_kind, activation):
     programs = ctx.backend.runtime.programs
     gemm = Launch(
         programs.kernel(configuration.file or tier.file, "gemm", gemm_macros, tier.options(device)),
-        (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work_types,
+        (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work.argument_types,
         weights,
     )
     reduce = None
     if split:
         reduce = Launch(
             programs.kernel("reduce", "reduce_splits", shape),
-            REDUCE_ARGUMENTS + work_types,
+            REDUCE_ARGUMENTS + work.argument_types,
             (store.num_experts, store.n),
         )
     shares = -(-layout.n // configuration.columns) * configuration.splits

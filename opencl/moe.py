@@ -8,8 +8,10 @@ from pyopencl.array import Array
 
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.configuration import FLOAT16, FLOAT32
-from marlin_cy.opencl.gemm import Routed, multiply
+from marlin_cy.opencl.gemm import multiply
+from marlin_cy.opencl.prepare import needs_preparation, ordered_alike, preparation
 from marlin_cy.opencl.routing import Chosen, check_local_memory, check_routing, enqueue_route
+from marlin_cy.opencl.work import Routed
 
 __all__ = ["forward"]
 
@@ -21,7 +23,8 @@ COMBINE_ARGUMENTS = (
     *(BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT),
     *(BUFFER, BUFFER, BUFFER, ULONG, UINT, UINT),
 )
-ALIGN_ITEMS, WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 256, 64, 256, 64  # work-items in a work-group, as in moe.cl
+# Work-items in a work-group, as in align.cl and moe.cl.
+ALIGN_ITEMS, WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 256, 64, 256, 64
 ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # but for what grows with the experts
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
@@ -132,16 +135,20 @@ def forward_slice(ctx, layer, hidden, result, chosen):
         shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     weighed_before = layer.apply_router_weight_on_input
     rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
-    work = enqueue_align(ctx, chosen, hidden.rows * chosen.top_k, layer.num_experts)
-    products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code)
+    work = routed_by(ctx, chosen, hidden.rows * chosen.top_k, layer.num_experts)
+    prepared = enqueue_align(ctx, chosen, work, layer.gate_up, rows)
+    products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code, prepared=prepared)
     return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
 
 
-def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix=""):
-    """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work."""
+def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix="", prepared=None):
+    """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work.
+
+    ``prepared``: what :func:`enqueue_align` made of the rows.
+    """
     gate_up, down = experts.gate_up, experts.down
     inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
-    multiply(ctx, gate_up, rows, inner, work, label=f"{prefix}gate_up")
+    multiply(ctx, gate_up, rows, inner, work, prepared=prepared, label=f"{prefix}gate_up")
     products = workspace_rows(ctx, f"{prefix}down", work.valid, down.n_per_expert, type_code)
     work = work._replace(top_k=1)
     multiply(ctx, down, inner, products, work, activation=activation, label=f"{prefix}down")
@@ -211,41 +218,55 @@ def enqueue_weigh(ctx, hidden, chosen):
     return rows
 
 
-def enqueue_align(ctx, chosen, pairs, num_experts):
-    """Group (token, choice) pairs by expert."""
+def routed_by(ctx, chosen, pairs, num_experts):
+    """The routing arrays of (token, choice) pairs, which :func:`enqueue_align` fills."""
     block_size = ctx.backend.tier.block_size(pairs / num_experts)
     blocks = most_blocks(pairs, num_experts, block_size)
-    sorted_ids = ctx.reserve("sorted_token_ids", 4 * blocks * block_size)
-    expert_ids = ctx.reserve("expert_ids", 4 * blocks)
-    past = ctx.reserve("num_tokens_past_padded", 4)
-    kernel = ctx.kernel("moe", "align", {}, ALIGN_ARGUMENTS)
-    event = kernel(
-        ctx.queue,
-        (ALIGN_ITEMS * num_experts,),
-        (ALIGN_ITEMS,),
-        chosen.ids,
-        chosen.ids_offset,
-        pairs,
-        num_experts,
-        block_size,
-        sorted_ids,
-        0,
-        expert_ids,
-        0,
-        past,
-        0,
-        cl.LocalMemory(4 * num_experts),
-    )
-    ctx.log("align", event)
     return Routed(
-        sorted_ids=Vector(sorted_ids, 0, blocks * block_size),
-        expert_ids=Vector(expert_ids, 0, blocks),
-        past=Vector(past, 0, 1),
+        sorted_ids=Vector(ctx.reserve("sorted_token_ids", 4 * blocks * block_size), 0, blocks * block_size),
+        expert_ids=Vector(ctx.reserve("expert_ids", 4 * blocks), 0, blocks),
+        past=Vector(ctx.reserve("num_tokens_past_padded", 4), 0, 1),
         limit=blocks * block_size,
         valid=pairs,
         block_size=block_size,
         top_k=chosen.top_k,
     )
+
+
+def enqueue_align(ctx, chosen, work, gate_up, rows):
+    """Group pairs by expert, and prepare the rows of the first product, where these don't wait for each other.
+
+    Returns
+    -------
+    Prepared or None
+        For the product; None where the rows need no preparation, or one that depends on their experts.
+    """
+    num_experts = gate_up.num_experts
+    arguments = (
+        chosen.ids,
+        chosen.ids_offset,
+        work.valid,
+        num_experts,
+        work.block_size,
+        work.sorted_ids.data,
+        work.sorted_ids.offset,
+        work.expert_ids.data,
+        work.expert_ids.offset,
+        work.past.data,
+        work.past.offset,
+        cl.LocalMemory(4 * num_experts),
+    )
+    if needs_preparation(ctx, gate_up.store, rows) and ordered_alike(gate_up.store):
+        how = preparation(ctx, gate_up.store, rows, work)
+        kernel = ctx.kernel("align_prepare", "align_prepare", how.macros, ALIGN_ARGUMENTS + how.argument_types)
+        groups, label = num_experts + how.count, "align, gate_up: prepare_rows"
+        arguments, prepared = arguments + how.arguments, how.prepared
+    else:
+        kernel = ctx.kernel("align", "align", {}, ALIGN_ARGUMENTS)
+        groups, label, prepared = num_experts, "align", None
+    event = kernel(ctx.queue, (ALIGN_ITEMS * groups,), (ALIGN_ITEMS,), *arguments)
+    ctx.log(label, event)
+    return prepared
 
 
 def enqueue_combine(ctx, products, chosen, num_experts, shared, result, *, weighted):

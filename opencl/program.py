@@ -26,7 +26,7 @@ __all__ = ["CACHE_VARIABLE", "ProgramCache", "cache_folder", "kernel_files", "so
 CACHE_VARIABLE = "MARLIN_CY_CACHE_DIR"
 KERNELS = files("marlin_cy.opencl") / "kernels"
 COMMON = "common"
-NEEDS = re.compile(r"// needs (\w+)\.cl\n")
+NEEDS = re.compile(r"(?:// needs \w+\.cl\n)*")
 POCL = "Portable Computing Language"
 # One build at a time in the process: each sets aside a warning, and the filters of warnings are the process's.
 BUILDING = threading.Lock()
@@ -44,7 +44,7 @@ def kernel_files(folder=KERNELS):
 def source(file, folder=KERNELS):
     """A program's source: ``common.cl``, what the file needs, then the file; messages keep their lines.
 
-    A file whose first line is ``// needs NAME.cl`` comes after that one (and after what that one needs).
+    A file whose first lines are ``// needs NAME.cl`` comes after those (and after what these need), each once.
 
     Parameters
     ----------
@@ -53,13 +53,18 @@ def source(file, folder=KERNELS):
     folder : path-like, optional
         Where the files lie; the package's own when left out.
     """
-    parts = []
-    while file:
-        text = (folder / f"{file}.cl").read_text(encoding="utf-8")
-        parts.append(f'#line 1 "{file}.cl"\n{text}\n')
-        needed = NEEDS.match(text)
-        file = needed[1] if needed else None if file == COMMON else COMMON
-    return "".join(reversed(parts))
+    parts = {}
+
+    def add(name):
+        if name not in parts:
+            text = (folder / f"{name}.cl").read_text(encoding="utf-8")
+            for needed in re.findall(r"(\w+)\.cl", NEEDS.match(text)[0]):
+                add(needed)
+            parts[name] = f'#line 1 "{name}.cl"\n{text}\n'
+
+    add(COMMON)
+    add(file)
+    return "".join(parts.values())
 
 
 def cache_folder():

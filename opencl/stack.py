@@ -26,12 +26,13 @@ from marlin_cy.opencl.buffers import (
 )
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import Capabilities, capabilities, describe, open_device
-from marlin_cy.opencl.gemm import EXPERT_BIAS, NO_BIAS, OUTPUT_BIAS, Listed, Routed, multiply
+from marlin_cy.opencl.gemm import EXPERT_BIAS, NO_BIAS, OUTPUT_BIAS, multiply
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.routing import device_topk, route
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder, driver_errors, memory_errors, uploaded
 from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.opencl.work import Listed, Routed
 from marlin_cy.packed import PackedLinear, PackedStack, as_dispatches
 
 __all__ = ["OpenClBackend", "OpenClLinear", "OpenClMarlinExpertStack", "Runtime"]

@@ -30,9 +30,10 @@ from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
 from marlin_cy.opencl.configuration import Configuration
-from marlin_cy.opencl.gemm import Routed, problem_of
+from marlin_cy.opencl.gemm import problem_of
 from marlin_cy.opencl.program import CACHE_VARIABLE, cache_folder
 from marlin_cy.opencl.timing import times_of
+from marlin_cy.opencl.work import Routed
 
 __all__ = ["Shape", "Tuned", "Tuning", "candidates", "tune", "tuning_file"]
 

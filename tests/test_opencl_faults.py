@@ -306,7 +306,7 @@ def test_no_tier_compiles(backend, monkeypatch, fresh_checks):
         assert (f"tier {name!r} is not used on" in str(caught.value)) == (missing is None)
 
 
-@pytest.mark.parametrize("file", ["moe", "routing"])
+@pytest.mark.parametrize("file", ["align", "moe", "routing"])
 def test_a_layer_whose_program_does_not_compile(backend, rng, monkeypatch, file):
     """The tier is right, but not all that a layer needs: the log is shown, and the context is free."""
     fresh = OpenClBackend(device=backend.device, tier=backend.tier.name)

@@ -1,4 +1,4 @@
-"""The kernels of ``routing.cl`` and ``moe.cl`` by themselves, and what a layer keeps on a device for them."""
+"""The kernels of ``routing.cl``, ``align.cl`` and ``moe.cl`` by themselves, and what a layer keeps for them."""
 
 import dataclasses
 import gc
@@ -107,7 +107,7 @@ def route(runtime, logits, how, dtype="float32"):
 def align(runtime, ids, block_size, num_experts):
     """``(sorted_ids, expert_ids, past)`` by the device, cut off at past."""
     capacity = ids.size + num_experts * (block_size - 1)
-    kernel = runtime.programs.kernel("moe", "align", {"ALIGN_ITEMS": ALIGN_ITEMS})
+    kernel = runtime.programs.kernel("align", "align", {"ALIGN_ITEMS": ALIGN_ITEMS})
     sorted_ids, past = Output(runtime, (capacity,), np.int32), Output(runtime, (1,), np.int32)
     expert_ids = Output(runtime, (-(-capacity // block_size),), np.int32)
     kernel(

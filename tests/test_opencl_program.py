@@ -116,6 +116,18 @@ def test_a_file_comes_after_what_it_needs(programs, sources):
     assert result(programs().kernel("sum", "write", {"VALUE": 3, "MORE": 4})) == 4
 
 
+def test_a_file_that_several_need_comes_once(programs, sources):
+    (sources / "number.cl").write_text("__constant int number = 5;\n")
+    (sources / "twice.cl").write_text("// needs number.cl\n#define TWICE (2 * number)\n")
+    (sources / "thrice.cl").write_text("// needs number.cl\n#define THRICE (3 * number)\n")
+    (sources / "both.cl").write_text(
+        "// needs twice.cl\n// needs thrice.cl\n" + WRITE.replace("VALUE", "TWICE + THRICE")
+    )
+    text = program.source("both", sources)
+    assert re.findall(r'#line 1 "(.*)"\n', text) == ["common.cl", "number.cl", "twice.cl", "thrice.cl", "both.cl"]
+    assert result(programs().kernel("both", "write")) == 25
+
+
 def test_the_package_has_its_kernels():
     names = program.kernel_files()
     assert {"moe", "pack", "prepare", "reduce", "gemm_portable", "gemm_subgroup"} <= set(names)

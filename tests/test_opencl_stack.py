@@ -27,6 +27,7 @@ from marlin_cy.opencl import gemm, moe, selfcheck, tiers, waved  # noqa: E402
 from marlin_cy.opencl.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
 from marlin_cy.opencl.timing import times_of  # noqa: E402
+from marlin_cy.opencl.work import Listed  # noqa: E402
 
 PORTABLE_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "portable"]
 SUBGROUP_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "subgroup"]
@@ -623,7 +624,7 @@ def test_tiles_of_runs():
     runs = np.array([[2, 0, 24, 0, 5, 10, 7], [1, 8, 16, 24, 0, 0, 3]], np.int32)
     expected = [[2, 0, 24, 0, 5, 10, 3, 0], [2, 0, 24, 0, 8, 13, 3, 0], [2, 0, 24, 0, 11, 16, 1, 0]]
     expected.append([1, 8, 16, 24, 0, 0, 3, 0])
-    np.testing.assert_array_equal(gemm.Listed(runs).tiles(3), expected)
+    np.testing.assert_array_equal(Listed(runs).tiles(3), expected)
 
 
 def test_host_time_of_a_warm_call(portable, rng):

@@ -62,6 +62,9 @@
 #define PREPARED JOIN(TYPE_, PREPARED_TYPE)
 #endif
 #define MAX_LOCAL 256
+#define PREPARE_ARGS                                                                                 \
+    __global const INPUT *restrict input, const ulong input_offset, __global PREPARED *restrict output, \
+        __global float *restrict row_factor, const uint k_in, const uint k_out, __global const int *restrict order
 
 // Element j of a row: of x, before any order.
 static inline float row_value(__global const INPUT *row, uint j, uint k_in)
@@ -114,39 +117,17 @@ static inline uint plane_word(int v0, int v1, int v2, int v3)
 }
 #endif
 
-__kernel void prepare_rows(
-    __global const INPUT *restrict input, const ulong input_offset,
-    __global PREPARED *restrict output,
-    __global float *restrict row_factor,
-    const uint k_in, const uint k_out,
-    __global const int *restrict order
-    GATHER_ARGS)
+// Row i, by a whole work-group, from row `from` of the input by one order (none with GATHER 0). Always inlined for PoCL,
+// as sums_over_group of align.cl.
+//   largest, value_sums   local uint and int [local size]
+__attribute__((always_inline)) static inline void prepare_row(
+    uint i, ulong from, __global const INPUT *input, __global PREPARED *output, __global float *row_factor, uint k_in,
+    uint k_out, __global const int *order, __local uint *largest, __local int *value_sums)
 {
-    const uint i = get_group_id(0), item = get_local_id(0), items = get_local_size(0);
-    long from = i;
-    __global const int *row_order = order;
-#if GATHER == 2
-    // One slot to a row tile, whatever the size of blocks.
-    from = -1;
-    if (i < (uint)clamp(past[past_offset], 0, past_limit)) {
-        const int expert = expert_ids[expert_offset + i / block_size];
-        const int id = sorted_ids[sorted_offset + i];
-        if ((uint)expert < num_experts && (uint)id < (uint)valid) {
-            from = id / top_k;
-            row_order = order + (ulong)expert * k_out;
-        }
-    }
-#elif GATHER == 3
-    from = map[i].x;
-    row_order = order + (ulong)map[i].y * k_out;
-#endif
-    if (from < 0)
-        return; // the whole work-group
-    __global const INPUT *row = input + input_offset + (ulong)from * k_in * (ACTIVATION ? 2 : 1);
+    const uint item = get_local_id(0), items = get_local_size(0);
+    __global const INPUT *row = input + from * k_in * (ACTIVATION ? 2 : 1);
 #if PREPARED_TYPE == 2
     // A work-item takes 8 elements in each turn; the items of a group share their maxima and sums.
-    __local uint largest[MAX_LOCAL];
-    __local int value_sums[MAX_LOCAL];
     const uint octets = k_out / 8, groups = (k_out + (1 << GROUP_SHIFT) - 1) >> GROUP_SHIFT;
     const uint row_words = k_out / 2 + (groups + 1) / 2 * 4;
     __global uint *to = output + (ulong)i * row_words;
@@ -155,7 +136,7 @@ __kernel void prepare_rows(
         float x[8];
         uint most = 0; // magnitudes as bits: infinities and NaNs are above all else
         for (uint j = 0; j < 8; j++) {
-            x[j] = octet < octets ? prepared_value(row, 8 * octet + j, k_in, row_order) : 0;
+            x[j] = octet < octets ? prepared_value(row, 8 * octet + j, k_in, order) : 0;
             most = max(most, as_uint(x[j]) & 0x7fffffffu);
         }
         largest[item] = most;
@@ -191,10 +172,9 @@ __kernel void prepare_rows(
     const ulong to = (ulong)i * k_out;
     const uint octets = k_out / 8;
 #if PREPARED_TYPE == 1
-    __local uint largest[MAX_LOCAL];
     uint8 magnitudes = (uint8)(0); // as bits: infinities and NaNs are above all else
     for (uint octet = item; octet < octets; octet += items)
-        magnitudes = max(magnitudes, as_uint8(prepared_values(row, octet, k_in, row_order)) & 0x7fffffffu);
+        magnitudes = max(magnitudes, as_uint8(prepared_values(row, octet, k_in, order)) & 0x7fffffffu);
     const uint4 four = max(magnitudes.lo, magnitudes.hi);
     largest[item] = max(max(four.x, four.y), max(four.z, four.w));
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -213,10 +193,37 @@ __kernel void prepare_rows(
         row_factor[i] = ldexp(1.0f, e);
     const float factor = ldexp(1.0f, -e);
     for (uint octet = item; octet < octets; octet += items)
-        vstore_half8_rte(prepared_values(row, octet, k_in, row_order) * factor, octet, output + to);
+        vstore_half8_rte(prepared_values(row, octet, k_in, order) * factor, octet, output + to);
 #else
     for (uint octet = item; octet < octets; octet += items)
-        vstore8(prepared_values(row, octet, k_in, row_order), octet, output + to);
+        vstore8(prepared_values(row, octet, k_in, order), octet, output + to);
 #endif
 #endif
+}
+
+__kernel void prepare_rows(PREPARE_ARGS GATHER_ARGS)
+{
+    __local uint largest[MAX_LOCAL];
+    __local int value_sums[MAX_LOCAL];
+    const uint i = get_group_id(0);
+    long from = i;
+    ulong order_offset = 0;
+#if GATHER == 2
+    // One slot to a row tile, whatever the size of blocks.
+    from = -1;
+    if (i < (uint)clamp(past[past_offset], 0, past_limit)) {
+        const int expert = expert_ids[expert_offset + i / block_size];
+        const int id = sorted_ids[sorted_offset + i];
+        if ((uint)expert < num_experts && (uint)id < (uint)valid) {
+            from = id / top_k;
+            order_offset = (ulong)expert * k_out;
+        }
+    }
+#elif GATHER == 3
+    from = map[i].x;
+    order_offset = (ulong)map[i].y * k_out;
+#endif
+    if (from >= 0) // else the whole work-group has nothing to do
+        prepare_row(i, from, input + input_offset, output, row_factor, k_in, k_out, order + order_offset, largest,
+                    value_sums);
 }
