@@ -94,10 +94,16 @@ PROGRAMS = {
     ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 1, "BIAS": 2}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
     "moe": [{}, {**HALVES, "SHARED": 1}, {**BFLOATS, "WEIGHTED": 0, "SHARED": 2}],
+    "route_align": [
+        {},
+        {"LOGITS_TYPE": 1, "GROUPING": 1, "PREPARES": 1, "PREPARED_TYPE": 2, "GATHER": 1, "GROUP_SHIFT": 7},
+        {"LOGITS_TYPE": 2, "INPUT_TYPE": 2, "PREPARES": 1, "PREPARED_TYPE": 1},
+        {"LOGITS_TYPE": 2, "INPUT_TYPE": 2, "PREPARES": 1, "PREPARED_TYPE": 1, "PTX": 1},
+    ],
     "routing": [
         {},
-        {"INPUT_TYPE": 1, "SCORING": 0, "CORRECTED": 1},
-        {"INPUT_TYPE": 2, "SCORING": 1, "GROUPING": 1},
+        {"LOGITS_TYPE": 1, "SCORING": 0, "CORRECTED": 1},
+        {"LOGITS_TYPE": 2, "SCORING": 1, "GROUPING": 1},
         {"SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
     ],
     "pack": [{}],
@@ -113,8 +119,8 @@ class Target(NamedTuple):
         The commands that turn ``folder/program.cl`` into code, from their flags and ``folder``.
     missing : callable
         The programs that this machine lacks for it, as text; None for nothing.
-    subgroups : str
-        The version of OpenCL C that has sub-groups here.
+    newest : str
+        The version of OpenCL C that has sub-groups and atomics of a device's scope here.
     macros : callable
         Macros that a file needs here, from its name.
     skip : callable
@@ -123,7 +129,7 @@ class Target(NamedTuple):
 
     commands: Callable
     missing: Callable
-    subgroups: str = "CL2.0"
+    newest: str = "CL2.0"
     macros: Callable = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
     skip: Callable = lambda file, macros: False
 
@@ -148,7 +154,7 @@ def amd(name):
         ]
 
     # Its integer dot products and shuffles are built-in functions of clang, not those of OpenCL.
-    return Target(commands, lacking("clang"), skip=lambda file, macros: "DOT" in macros or "SHUFFLE" in macros)
+    return Target(commands, lacking("clang"), skip=lambda file, macros: {"DOT", "SHUFFLE", "PTX"} & macros.keys())
 
 
 def spirv(flags, folder):
@@ -181,14 +187,17 @@ def nvidia(name):
         return [ptx, cubin] if shutil.which("ptxas") else [ptx]
 
     return Target(
-        commands, lacking("clang"), macros=lambda file: {}, skip=lambda file, macros: not file.startswith("gemm_mma")
+        commands,
+        lacking("clang"),
+        macros=lambda file: {},
+        skip=lambda file, macros: not (file.startswith("gemm_mma") or "PTX" in macros),
     )
 
 
 TARGETS = {
     "gfx90a": amd("gfx90a"),
     "gfx1100": amd("gfx1100"),
-    "spir64": Target(spirv, lacking("clang", "llvm-spirv"), subgroups="CL3.0"),
+    "spir64": Target(spirv, lacking("clang", "llvm-spirv"), newest="CL3.0", skip=lambda file, macros: "PTX" in macros),
     "sm_80": nvidia("sm_80"),
     "sm_90": nvidia("sm_90"),
 }
@@ -209,7 +218,7 @@ class Program(NamedTuple):
         target, macros = TARGETS[self.target], self.macros
         if macros.get("DOT"):
             macros = {**macros, "__opencl_c_integer_dot_product_input_4x8bit_packed": 1}
-        standard = target.subgroups if self.file == "gemm_subgroup" else "CL1.2"
+        standard = target.newest if self.file in ("gemm_subgroup", "route_align") and not macros.get("PTX") else "CL1.2"
         defined = [f"-D{name}={value}" for name, value in {**macros, **target.macros(self.file)}.items()]
         return target.commands([*FLAGS, f"-cl-std={standard}", *defined], folder)
 

@@ -11,6 +11,7 @@
                                                           prepare.py  rows as a kernel reads them
                                                           launch.py   launches at little cost
     moe.py        a layer: both products, combination     routing.py  which experts tokens go to
+                                                          align.py    pairs grouped by expert
     kernels/      the device's code
     selfcheck.py  a tier's kernels against NumPy
     tuning.py     which configurations are fastest here

@@ -31,6 +31,7 @@ __all__ = [
 
 DEVICE_VARIABLE = "MARLIN_CY_OPENCL_DEVICE"
 PYOPENCL_VARIABLE = "PYOPENCL_CTX"
+DEVICE_ATOMICS = {"__opencl_c_atomic_order_acq_rel", "__opencl_c_atomic_scope_device"}
 INSTALL = (
     "install the driver of your GPU, or PoCL, which runs on the CPU and needs no root: pip install 'marlin-cy[opencl]'"
 )
@@ -130,6 +131,13 @@ class Capabilities:
     @property
     def is_cpu(self):
         return self.type == "CPU"
+
+    @property
+    def device_atomics(self):
+        """By what a work-group sees what others of its launch wrote: ``"PTX"``, ``"OpenCL C 3.0"``, or None."""
+        if (self.compute_capability or (0, 0)) >= (7, 0):
+            return "PTX"
+        return "OpenCL C 3.0" if self.features >= DEVICE_ATOMICS else None
 
 
 @cache

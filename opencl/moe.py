@@ -6,26 +6,23 @@ import numpy as np
 import pyopencl as cl
 from pyopencl.array import Array
 
+from marlin_cy.opencl.align import aligns_as_it_routes, check_align, enqueue_align, enqueue_route_align
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.configuration import FLOAT16, FLOAT32
 from marlin_cy.opencl.gemm import multiply
-from marlin_cy.opencl.prepare import needs_preparation, ordered_alike, preparation
-from marlin_cy.opencl.routing import Chosen, check_local_memory, check_routing, enqueue_route
+from marlin_cy.opencl.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.work import Routed
 
 __all__ = ["forward"]
 
 BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
-ALIGN_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, BUFFER)
 WEIGH_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, UINT)
 FACTOR_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT)
 COMBINE_ARGUMENTS = (
     *(BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT),
     *(BUFFER, BUFFER, BUFFER, ULONG, UINT, UINT),
 )
-# Work-items in a work-group, as in align.cl and moe.cl.
-ALIGN_ITEMS, WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 256, 64, 256, 64
-ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # but for what grows with the experts
+WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 64, 256, 64  # work-items in a work-group, as in moe.cl
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
 SLICE_BYTES = 1 << 30
@@ -37,11 +34,6 @@ class Shared(NamedTuple):
 
     rows: Rows
     factors: cl.Buffer | None
-
-
-def most_blocks(pairs, num_experts, block_size):
-    """Blocks that the worst routing needs."""
-    return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
 
 
 def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
@@ -76,27 +68,32 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         check_routing(ctx, layer.routing)
     if tokens * top_k > MAX_PAIRS:
         raise ValueError(f"hidden_states: got {tokens} rows of {top_k} experts each, expected fewer than 2**31 pairs")
-    check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * layer.num_experts, layer.num_experts)
+    check_align(ctx, layer.num_experts)
     if tokens == 0:
         return
     with ctx:
         waits = wait_list(ctx.queue, used)
         if waits:
             cl.enqueue_barrier(ctx.queue, wait_for=waits)
+        begin, slice_tokens = 0, tokens_a_slice(ctx, layer, tokens, top_k)
+        aligned = None
         if logits is not None:
             ids, weights = (ctx.reserve(f"topk_{name}", 4 * tokens * top_k) for name in ("ids", "weights"))
             chosen = Chosen(ids, 0, weights, 0, top_k)
-            enqueue_route(ctx, logits, layer.routing, chosen, None)
+            if slice_tokens == tokens and aligns_as_it_routes(ctx, tokens, layer.routing):
+                rows = None if layer.apply_router_weight_on_input else hidden
+                aligned = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, rows)
+            else:
+                enqueue_route(ctx, logits, layer.routing, chosen, None)
         elif isinstance(topk_ids, Array):
             chosen = Chosen(
                 topk_ids.base_data, topk_ids.offset // 4, topk_weights.base_data, topk_weights.offset // 4, top_k
             )
         else:
             chosen = Chosen(ctx.upload("topk_ids", topk_ids), 0, ctx.upload("topk_weights", topk_weights), 0, top_k)
-        begin, slice_tokens = 0, tokens_a_slice(ctx, layer, tokens, top_k)
         while begin < tokens:
             count = min(slice_tokens, tokens - begin)
-            event = forward_slice(ctx, layer, part(hidden, begin, count), part(result, begin, count), chosen)
+            event = forward_slice(ctx, layer, part(hidden, begin, count), part(result, begin, count), chosen, aligned)
             chosen = chosen._replace(
                 ids_offset=chosen.ids_offset + count * top_k, weights_offset=chosen.weights_offset + count * top_k
             )
@@ -126,25 +123,24 @@ def row_bytes(experts):
     return 4 * (gate_up.n_per_expert + down.store.packed_k + down.n_per_expert)
 
 
-def forward_slice(ctx, layer, hidden, result, chosen):
-    """Some tokens; enqueues everything, returns the last event."""
+def forward_slice(ctx, layer, hidden, result, chosen, aligned):
+    """Some tokens; enqueues everything, returns the last event. ``aligned``: None if that is still to be done."""
     # What lies between is as wide as what the caller gave: float16 tokens make float16 products.
     type_code = FLOAT16 if hidden.type_code == FLOAT16 else FLOAT32
-    shared = None
-    if layer.shared_expert is not None:
-        shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     weighed_before = layer.apply_router_weight_on_input
     rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
-    work = routed_by(ctx, chosen, hidden.rows * chosen.top_k, layer.num_experts)
-    prepared = enqueue_align(ctx, chosen, work, layer.gate_up, rows)
+    work, prepared = aligned or enqueue_align(ctx, chosen, layer.gate_up, rows)
     products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code, prepared=prepared)
+    shared = None
+    if layer.shared_expert is not None:  # its rows are prepared where the other experts' were
+        shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
 
 
 def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix="", prepared=None):
     """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work.
 
-    ``prepared``: what :func:`enqueue_align` made of the rows.
+    ``prepared``: what aligning made of the rows beside.
     """
     gate_up, down = experts.gate_up, experts.down
     inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
@@ -216,57 +212,6 @@ def enqueue_weigh(ctx, hidden, chosen):
     )
     ctx.log("weigh_tokens", event)
     return rows
-
-
-def routed_by(ctx, chosen, pairs, num_experts):
-    """The routing arrays of (token, choice) pairs, which :func:`enqueue_align` fills."""
-    block_size = ctx.backend.tier.block_size(pairs / num_experts)
-    blocks = most_blocks(pairs, num_experts, block_size)
-    return Routed(
-        sorted_ids=Vector(ctx.reserve("sorted_token_ids", 4 * blocks * block_size), 0, blocks * block_size),
-        expert_ids=Vector(ctx.reserve("expert_ids", 4 * blocks), 0, blocks),
-        past=Vector(ctx.reserve("num_tokens_past_padded", 4), 0, 1),
-        limit=blocks * block_size,
-        valid=pairs,
-        block_size=block_size,
-        top_k=chosen.top_k,
-    )
-
-
-def enqueue_align(ctx, chosen, work, gate_up, rows):
-    """Group pairs by expert, and prepare the rows of the first product, where these don't wait for each other.
-
-    Returns
-    -------
-    Prepared or None
-        For the product; None where the rows need no preparation, or one that depends on their experts.
-    """
-    num_experts = gate_up.num_experts
-    arguments = (
-        chosen.ids,
-        chosen.ids_offset,
-        work.valid,
-        num_experts,
-        work.block_size,
-        work.sorted_ids.data,
-        work.sorted_ids.offset,
-        work.expert_ids.data,
-        work.expert_ids.offset,
-        work.past.data,
-        work.past.offset,
-        cl.LocalMemory(4 * num_experts),
-    )
-    if needs_preparation(ctx, gate_up.store, rows) and ordered_alike(gate_up.store):
-        how = preparation(ctx, gate_up.store, rows, work)
-        kernel = ctx.kernel("align_prepare", "align_prepare", how.macros, ALIGN_ARGUMENTS + how.argument_types)
-        groups, label = num_experts + how.count, "align, gate_up: prepare_rows"
-        arguments, prepared = arguments + how.arguments, how.prepared
-    else:
-        kernel = ctx.kernel("align", "align", {}, ALIGN_ARGUMENTS)
-        groups, label, prepared = num_experts, "align", None
-    event = kernel(ctx.queue, (ALIGN_ITEMS * groups,), (ALIGN_ITEMS,), *arguments)
-    ctx.log(label, event)
-    return prepared
 
 
 def enqueue_combine(ctx, products, chosen, num_experts, shared, result, *, weighted):

@@ -8,7 +8,18 @@ import pyopencl as cl
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.buffers import check_contiguous, examined, float_rows, wait_list
 
-__all__ = ["Chosen", "check_local_memory", "check_routing", "device_topk", "enqueue_route", "route"]
+__all__ = [
+    "ROUTE_ARGUMENTS",
+    "ROUTE_ITEMS",
+    "Chosen",
+    "check_local_memory",
+    "check_routing",
+    "device_topk",
+    "enqueue_route",
+    "route",
+    "route_call",
+    "route_local_bytes",
+]
 
 BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
 ROUTE_ARGUMENTS = (
@@ -56,10 +67,14 @@ def is_grouped(routing):
     return routing.topk_groups < routing.num_groups
 
 
+def route_local_bytes(routing):
+    """Local memory of a work-group that routes a token."""
+    return ROUTE_LOCAL_BYTES + 4 * sum(kept_words(routing.num_experts, routing.num_groups, routing.top_k))
+
+
 def check_routing(ctx, routing):
     """Refuse more experts than the device can route by."""
-    words = kept_words(routing.num_experts, routing.num_groups, routing.top_k)
-    check_local_memory(ctx, ROUTE_LOCAL_BYTES + 4 * sum(words), routing.num_experts)
+    check_local_memory(ctx, route_local_bytes(routing), routing.num_experts)
 
 
 def check_local_memory(ctx, needed, num_experts):
@@ -72,22 +87,18 @@ def check_local_memory(ctx, needed, num_experts):
         )
 
 
-def enqueue_route(ctx, logits, routing, chosen, waits):
-    """Fill ``chosen`` by the rows of ``logits``; the caller has checked everything and holds the context."""
+def route_call(ctx, logits, routing, chosen):
+    """``(macros, arguments)`` of `route`, which fills ``chosen`` by the rows of ``logits``."""
     bias = None
     if routing.correction_bias is not None:
         bias = ctx.kept(routing, routing.correction_bias, "correction bias")
     macros = {
-        "INPUT_TYPE": logits.type_code,
+        "LOGITS_TYPE": logits.type_code,
         "SCORING": SCORING[routing.scoring],
         "CORRECTED": int(bias is not None),
         "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
     }
-    kernel = ctx.kernel("routing", "route", macros, ROUTE_ARGUMENTS)
-    event = kernel(
-        ctx.queue,
-        (ROUTE_ITEMS * logits.rows,),
-        (ROUTE_ITEMS,),
+    return macros, (
         logits.data,
         logits.offset,
         logits.width,
@@ -102,8 +113,14 @@ def enqueue_route(ctx, logits, routing, chosen, waits):
         chosen.weights,
         chosen.weights_offset,
         *(cl.LocalMemory(4 * words) for words in kept_words(logits.width, routing.num_groups, chosen.top_k)),
-        wait_for=waits,
     )
+
+
+def enqueue_route(ctx, logits, routing, chosen, waits):
+    """Fill ``chosen`` by the rows of ``logits``; the caller has checked everything and holds the context."""
+    macros, arguments = route_call(ctx, logits, routing, chosen)
+    kernel = ctx.kernel("routing", "route", macros, ROUTE_ARGUMENTS)
+    event = kernel(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), *arguments, wait_for=waits)
     return ctx.log("route", event)
 
 

@@ -90,9 +90,8 @@ def test_opencl_show_has_every_part(tmp_path):
         assert cell["cuda_marlin_us"] is None
     for layer in document["layer"]:
         assert layer["us"] >= layer["products_us"] > 0
-        assert {"route", "gate_up", "down", "combine"} <= layer["labels_us"].keys()
-        # With the preparation of rows, where the device's best tier needs one.
-        assert {"align", "align, gate_up: prepare_rows"} & layer["labels_us"].keys()
+        parts = {part for label in layer["labels_us"] for part in label.split(", ")}  # of launches that do several
+        assert {"route", "align", "gate_up", "down", "combine"} <= parts
     assert [one["tokens"] for one in document["layer"]] == [1, 16]
     assert {one["tier"] for one in document["host"]} == set(tiers)
     assert [one["state"] for one in document["compile"]] == ["empty cache", "binaries on disk"]

@@ -1,5 +1,6 @@
 """Which OpenCL devices there are, which is taken, and what is said where there is none."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -317,6 +318,24 @@ def test_capabilities_from_features():
     has = devices.capabilities(device)
     assert (has.sub_groups, has.integer_dot_product, has.fp16) == (True, True, False)
     assert (has.version, has.c_version) == ((3, 0), (3, 0))
+    assert has.device_atomics is None
+
+
+def test_device_atomics():
+    FakePlatform("Acme", device := FakeDevice("Card"))
+    plain = devices.capabilities(device)
+    order, scope = "__opencl_c_atomic_order_acq_rel", "__opencl_c_atomic_scope_device"
+    for changes, expected in (
+        ({}, None),
+        ({"features": frozenset((order,))}, None),
+        ({"features": frozenset((scope,))}, None),
+        ({"features": frozenset((order, scope))}, "OpenCL C 3.0"),
+        ({"compute_capability": (6, 1)}, None),
+        ({"compute_capability": (6, 1), "features": frozenset((order, scope))}, "OpenCL C 3.0"),
+        ({"compute_capability": (7, 0)}, "PTX"),
+        ({"compute_capability": (9, 0), "features": frozenset((order, scope))}, "PTX"),
+    ):
+        assert dataclasses.replace(plain, **changes).device_atomics == expected
 
 
 # Nothing to run on ------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ class Output:
         self._filled = np.full((before + size + GUARD) * self.dtype.itemsize, 0xA5, np.uint8)
         self.buffer = runtime.buffer(self._filled)
 
+    def refill(self):
+        """As if nothing had been written."""
+        cl.enqueue_copy(self._runtime.queue, self.buffer, self._filled)
+
     def read(self):
         """What was written, the guards having been checked."""
         result = np.empty_like(self._filled)
@@ -68,24 +72,20 @@ def input_buffer(runtime, array, before=0):
     )
 
 
-def route(runtime, logits, how, dtype="float32"):
-    """``(ids, weights)`` by the device, by a :class:`Routing`."""
+def route_call(runtime, logits, how, dtype):
+    """``(macros, arguments, ids, weights)`` of the kernel; the last two are where its results go."""
     tokens, experts = logits.shape
     bias, grouped = how.correction_bias, how.topk_groups < how.num_groups
     macros = {
-        "INPUT_TYPE": TYPE_CODES[dtype],
+        "LOGITS_TYPE": TYPE_CODES[dtype],
         "ROUTE_ITEMS": ROUTE_ITEMS,
         "SCORING": routing.SCORING[how.scoring],
         "CORRECTED": bias is not None,
         "GROUPING": routing.GROUPING[how.group_score] if grouped else 0,
     }
-    kernel = runtime.programs.kernel("routing", "route", macros)
     shape = tokens, how.top_k
     ids, weights = Output(runtime, shape, np.int32), Output(runtime, shape, np.float32)
-    kernel(
-        runtime.queue,
-        (tokens * ROUTE_ITEMS,),
-        (ROUTE_ITEMS,),
+    arguments = (
         input_buffer(runtime, logits.astype(DTYPES[dtype]), before=5),
         np.uint64(5),
         np.uint32(experts),
@@ -101,6 +101,14 @@ def route(runtime, logits, how, dtype="float32"):
         np.uint64(GUARD),
         *(cl.LocalMemory(4 * words) for words in routing.kept_words(experts, how.num_groups, how.top_k)),
     )
+    return macros, arguments, ids, weights
+
+
+def route(runtime, logits, how, dtype="float32"):
+    """``(ids, weights)`` by the device, by a :class:`Routing`."""
+    macros, arguments, ids, weights = route_call(runtime, logits, how, dtype)
+    kernel = runtime.programs.kernel("routing", "route", macros)
+    kernel(runtime.queue, (len(logits) * ROUTE_ITEMS,), (ROUTE_ITEMS,), *arguments)
     return ids.read(), weights.read()
 
 
@@ -465,7 +473,8 @@ class TestCombine:
 class TestLayer:
     """What a layer does on a device beside being right, which test_moe.py holds it to."""
 
-    def test_labels(self, device_alone, rng):
+    def test_labels(self, device_alone, rng, monkeypatch):
+        monkeypatch.setattr(moe, "aligns_as_it_routes", lambda *args: False)
         layer = Layer(rng, shared=160, gate=True, weigh_input=True).on(device_alone)
         ctx = device_alone.new_context()
         x = device_alone.from_host(activations(rng, 4, 96))
@@ -474,8 +483,8 @@ class TestLayer:
             layer(ctx, x, logits)
         labels = [label for label, _ in events if ": " not in label]
         assert labels == [
-            *("route", "shared gate_up", "shared down", "shared_factor"),
-            *("weigh_tokens", "align", "gate_up", "down", "combine"),
+            *("route", "weigh_tokens", "align", "gate_up", "down"),
+            *("shared gate_up", "shared down", "shared_factor", "combine"),
         ]
 
     @pytest.mark.parametrize("weigh_input", [False, True])

@@ -117,8 +117,8 @@ static inline uint plane_word(int v0, int v1, int v2, int v3)
 }
 #endif
 
-// Row i, by a whole work-group, from row `from` of the input by one order (none with GATHER 0). Always inlined for PoCL,
-// as sums_over_group of align.cl.
+// Row i, by a whole work-group, from row `from` of the input by one order (none with GATHER 0). Always inlined, as PoCL
+// needs it: see align.cl.
 //   largest, value_sums   local uint and int [local size]
 __attribute__((always_inline)) static inline void prepare_row(
     uint i, ulong from, __global const INPUT *input, __global PREPARED *output, __global float *row_factor, uint k_in,

@@ -3,6 +3,7 @@
 // Not to be built with -cl-fast-relaxed-math or -cl-finite-math-only: NaN and infinities mean something here.
 //
 // Build options
+//   LOGITS_TYPE   of logits, as common.cl's INPUT_TYPE (0)
 //   SCORING    an expert's score, from its logit: 0 softmax, 1 softmax_topk (the logit itself; weights are the softmax
 //              of the logits picked), 2 sigmoid
 //   CORRECTED  1: experts are picked by score + bias, and weighed by the score alone
@@ -11,6 +12,9 @@
 
 #ifndef ROUTE_ITEMS
 #define ROUTE_ITEMS 128
+#endif
+#ifndef LOGITS_TYPE
+#define LOGITS_TYPE 0
 #endif
 #ifndef SCORING
 #define SCORING 0
@@ -21,6 +25,8 @@
 #ifndef GROUPING
 #define GROUPING 0
 #endif
+#define LOGIT JOIN(TYPE_, LOGITS_TYPE)
+#define load_logit JOIN(load_, LOGITS_TYPE)
 #define SOFTMAX 0
 #define SOFTMAX_TOPK 1
 #define SIGMOID 2
@@ -95,7 +101,7 @@ __attribute__((always_inline)) static inline void close_groups(__local uint *cho
 // One work-group a token. A NaN or +inf among the logits, or none but -inf, gives ids 0 to top_k - 1 with weights of
 // NaN. Each work-item looks through all experts by itself, four at a time: that takes fewer steps than to share the
 // work and wait for each other, for each of top_k experts above all.
-//   logits         INPUT [tokens][num_experts]
+//   logits         LOGIT [tokens][num_experts]
 //   top_k          1 to num_experts
 //   normalise      whether a token's weights are divided by their sum; 1 where SCORING is 1
 //   factor         what they are multiplied by at the end
@@ -105,25 +111,33 @@ __attribute__((always_inline)) static inline void close_groups(__local uint *cho
 //   fours          local uint4 [num_experts / 4, rounded up]: a rank of each expert
 //   groups         local uint [num_groups] (GROUPING)
 //   picked         local float [top_k]
-__attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
-__kernel void route(__global const INPUT *restrict logits, const ulong logits_offset, const uint num_experts,
-                    const uint top_k, const int normalise, const float factor, __global const float *restrict bias,
-                    const uint num_groups, const uint topk_groups, __global int *restrict ids, const ulong ids_offset,
-                    __global float *restrict weights, const ulong weights_offset, __local uint4 *restrict fours,
-                    __local uint *restrict groups, __local float *restrict picked)
+// ids without restrict: route_align reads what other work-groups wrote there.
+#define ROUTE_ARGS                                                                                   \
+    __global const LOGIT *restrict logits, const ulong logits_offset, const uint num_experts, const uint top_k, \
+        const int normalise, const float factor, __global const float *restrict bias, const uint num_groups, \
+        const uint topk_groups, __global int *ids, const ulong ids_offset,                           \
+        __global float *restrict weights, const ulong weights_offset, __local uint4 *restrict fours, \
+        __local uint *restrict groups, __local float *restrict picked
+// What route_token takes of them.
+#define ROUTE_NAMES                                                                                  \
+    logits + logits_offset, num_experts, top_k, normalise, factor, bias, num_groups, topk_groups, ids + ids_offset, \
+        weights + weights_offset, fours, groups, picked
+
+// One token's part, by a whole work-group.
+//   pairs   local uint2 [ROUTE_ITEMS] (GROUPING)
+__attribute__((always_inline)) static inline void route_token(
+    ulong token, __global const LOGIT *logits, uint num_experts, uint top_k, int normalise, float factor,
+    __global const float *bias, uint num_groups, uint topk_groups, __global int *ids, __global float *weights,
+    __local uint4 *fours, __local uint *groups, __local float *picked, __local uint2 *pairs)
 {
-#if GROUPING
-    __local uint2 pairs[ROUTE_ITEMS];
-#endif
     __local uint *choices = (__local uint *)fours;
     const uint me = get_local_id(0), num_fours = (num_experts + 3) / 4;
-    const ulong token = get_group_id(0);
-    const ulong row = logits_offset + token * num_experts;
-    ids += ids_offset + token * top_k;
-    weights += weights_offset + token * top_k;
+    const ulong row = token * num_experts;
+    ids += token * top_k;
+    weights += token * top_k;
 
     for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
-        const float logit = e < num_experts ? load_input(logits, row + e) : -INFINITY;
+        const float logit = e < num_experts ? load_logit(logits, row + e) : -INFINITY;
         choices[e] = rank_of(isnan(logit) ? INFINITY : logit);
     }
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -136,7 +150,7 @@ __kernel void route(__global const INPUT *restrict logits, const ulong logits_of
 
     // What fills up the last four must not be picked: 0, or a score of 0, which adds nothing, behind others of 0.
     for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
-        const float logit = e < num_experts ? load_input(logits, row + e) : 0;
+        const float logit = e < num_experts ? load_logit(logits, row + e) : 0;
         const uint rank = rank_of(SCORING == SOFTMAX_TOPK ? logit : weight_of(logit, largest));
         choices[e] = e < num_experts ? rank : SCORING == SOFTMAX ? rank_of(0) : 0;
     }
@@ -171,9 +185,9 @@ __kernel void route(__global const INPUT *restrict logits, const ulong logits_of
         if (place < top_k && !bad) {
             ids[place] = e;
 #if SCORING == SOFTMAX_TOPK
-            picked[place] = load_input(logits, row + e);
+            picked[place] = load_logit(logits, row + e);
 #elif CORRECTED
-            picked[place] = weight_of(load_input(logits, row + e), largest) / sum;
+            picked[place] = weight_of(load_logit(logits, row + e), largest) / sum;
 #else
             picked[place] = float_of(own) / sum;
 #endif
@@ -196,4 +210,11 @@ __kernel void route(__global const INPUT *restrict logits, const ulong logits_of
             ids[j] = j;
         weights[j] = bad ? NAN : PICKED_WEIGHT(j) / divisor * factor;
     }
+}
+
+__attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
+__kernel void route(ROUTE_ARGS)
+{
+    __local uint2 pairs[ROUTE_ITEMS];
+    route_token(get_group_id(0), ROUTE_NAMES, pairs);
 }
