@@ -153,7 +153,10 @@ def random_problem(
     scale_dtype=np.float16,
     bias=False,
 ):
-    """Weights of every code and every zero point that the format can hold, with scales of either sign."""
+    """Weights of every code and every zero point that the format can hold, with scales of either sign.
+
+    Unless ``sym``, where all of them are, about a third of the groups of 16 columns have zero points of 8.
+    """
     group = k if group_size == -1 else group_size
     groups = -(-k // group)
     low = gptq.ZERO_OFFSETS[checkpoint_format]
@@ -162,7 +165,13 @@ def random_problem(
     def zeros():
         if codes == "e2m1":
             return None
-        return (np.full(shape, 8) if sym else rng.integers(low, low + 16, shape)).astype(np.uint8)
+        if sym:
+            return np.full(shape, 8, np.uint8)
+        zero = rng.integers(low, low + 16, shape).astype(np.uint8)
+        # Kernels may take a group of a tile of 16 columns that is symmetric by a way of its own.
+        symmetric = rng.random((num_experts, groups, -(-n // 16))) < 0.3
+        zero[symmetric.repeat(16, axis=2)[:, :, :n]] = 8
+        return zero
 
     return Problem(
         q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),

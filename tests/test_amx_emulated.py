@@ -29,7 +29,7 @@ COMPILER = shutil.which("cc")
 
 TILE_N, PAIR_N, BLOCK_K, MAX_GROUP_K, MAX_ROWS = 16, 32, 8, 128, 96
 SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
-META = np.dtype([("scale", np.float32), ("sum_split", np.int32)])
+META = np.dtype([("scale", np.float32), ("sum_split", np.int32), ("symmetric_sum", np.int32)])
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="AMX is for Linux"),
@@ -122,11 +122,14 @@ class Problem:
                 values = 256 * values + a[group, :, size : 2 * size]
             total = values.sum(axis=1)
             meta["sum_split"][group] = total & 255 | total >> 8 << 16
+            meta["symmetric_sum"][group] = -8 * total
         used = a.size - (group_size - group_sizes[-1]) * planes
         headers = np.empty((2, groups, 3 * TILE_N), np.uint8)
         scale = rng.standard_normal((2, groups, TILE_N)).astype(SCALE_DTYPES[scale_dtype])
         headers[:, :, : 2 * TILE_N] = scale.view(np.uint8)
         headers[:, :, 2 * TILE_N :] = rng.integers(0, 17, (2, groups, TILE_N)) if codes == 0 else 12
+        if codes == 0:
+            headers[rng.random((2, groups)) < 0.3, 2 * TILE_N :] = 8
         bodies = rng.integers(0, 256, (2, k // BLOCK_K, 64)).astype(np.uint8)
         self.parts = {
             "a": at_the_end_of_memory(a.reshape(-1)[:used]),

@@ -27,6 +27,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct act_meta:
         float scale
         int32_t sum_split
+        int32_t symmetric_sum
 
     ctypedef struct gemm_scratch:
         pass

@@ -30,16 +30,25 @@ typedef struct {
     const int8_t *a;
     const act_meta *meta;
     __m512 scale[2];
-    __m512i minus_zero[2]; /* pairs (-zero, -256 * zero), the factor that act_meta.sum_split is made for */
+    int symmetric;         /* whether all zero points are SYMMETRIC_ZERO, or all E2M1_ZERO with 4-bit floats */
+    __m512i minus_zero[2]; /* if not: pairs (-z, -256 * z) of z = zero - SYMMETRIC_ZERO, as act_meta.sum_split wants */
     float *sums; /* [m][PAIR_N] of the groups so far */
 } group_view;
 
 /* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
- * micro-kernel keeps what it unpacks for the others: its stores go beside its products. */
+ * micro-kernel keeps what it unpacks for the others. Its stores cost a tenth of its products (on Zen 4), too much for
+ * one other, which then unpacks by itself. */
 enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
 /* Pins a sum to its register: without it GCC copies sums around the loop and stores some of them. */
 #define KEEP(sum) __asm__("" : "+v"(sum))
+
+/* Where the sums of a row begin: what zero points subtract, if the group is symmetric. `codes` is a constant. */
+KERNEL __m512i symmetric_begin(const act_meta *meta, int codes)
+{
+    const __m512i begin = _mm512_set1_epi32(meta->symmetric_sum);
+    return codes == CODES_E2M1 ? _mm512_add_epi32(begin, _mm512_srai_epi32(begin, 1)) : begin; /* 12 = 8 + 4 */
+}
 
 KERNEL __m512i broadcast_quad(const int8_t *a)
 {
@@ -82,29 +91,38 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     for (int r = 0; r < rows; r++) {
         const ptrdiff_t index = task->rows[row + r];
         const act_meta *const meta = view->meta + index;
-        const __m512i sum_split = _mm512_set1_epi32(meta->sum_split);
+        const __m512i begin = symmetric_begin(meta, codes);
         row_scale[r] = meta->scale;
+        a[r] = view->a + index * task->a_row_stride;
         for (int plane = 0; plane < planes; plane++) {
-            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * BLOCK_K;
             for (int t = 0; t < tiles; t++)
-                sum[r * planes + plane][t] =
-                    plane == planes - 1 ? _mm512_madd_epi16(view->minus_zero[t], sum_split) : _mm512_setzero_si512();
+                sum[r * planes + plane][t] = plane == planes - 1 ? begin : _mm512_setzero_si512();
         }
     }
     for (int block = 0; block < view->blocks; block++) {
         __m512i w[2][2];
+        const ptrdiff_t plane0 = block * BLOCK_K, plane1 = plane0 + view->blocks * BLOCK_K;
         load_block(w, view, block, tiles, source, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
-                const __m512i x = broadcast_quad(a[i] + block * BLOCK_K + 4 * quad);
+                const __m512i x = broadcast_quad(a[i / planes] + (i % planes ? plane1 : plane0) + 4 * quad);
                 for (int t = 0; t < tiles; t++) {
                     sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], w[quad][t], x);
                     KEEP(sum[i][t]);
                 }
             }
     }
+    if (!view->symmetric) /* after the products, where it costs nothing if it is not to be done */
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const __m512i sum_split = _mm512_set1_epi32(view->meta[task->rows[row + r]].sum_split);
+            for (int t = 0; t < tiles; t++) {
+                __m512i *const last = &sum[r * planes + planes - 1][t];
+                *last = _mm512_add_epi32(*last, _mm512_madd_epi16(view->minus_zero[t], sum_split));
+            }
+        }
     /* A local: the compiler must assume that a vector store changes what view points to. */
     float *const sums = view->sums + row * PAIR_N;
 #pragma GCC unroll 8
@@ -140,6 +158,11 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int pla
         some_rows(task, view, 0, task->m, planes, tiles, UNPACK, codes);
         return;
     }
+    if (task->m <= 2 * most) {
+        micro_kernel(task, view, 0, most, planes, tiles, UNPACK, codes);
+        some_rows(task, view, most, task->m - most, planes, tiles, UNPACK, codes);
+        return;
+    }
     micro_kernel(task, view, 0, most, planes, tiles, UNPACK_AND_KEEP, codes);
     for (int row = most; row < task->m; row += most)
         some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, tiles, UNPACKED, codes);
@@ -159,15 +182,18 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             _mm512_store_ps(view.sums + r * PAIR_N + t * TILE_N, _mm512_setzero_ps());
     const ptrdiff_t bytes = task_bytes(task);
     for (int g = 0; g < task->num_groups; g++) {
+        __mmask16 asymmetric = 0;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
-            const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), load_zeros(header));
+            const __m512i minus = _mm512_sub_epi32(_mm512_set1_epi32(SYMMETRIC_ZERO), load_zeros(header));
             view.scale[t] = load_scales(header, task->scale_dtype, codes);
             view.minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
+            asymmetric |= _mm512_test_epi32_mask(minus, minus);
         }
+        view.symmetric = codes == CODES_E2M1 || !asymmetric;
         rows_of_group(task, &view, planes, tiles, codes);
         for (int t = 0; t < tiles; t++)
             view.packed[t] += view.blocks * BLOCK_BYTES;

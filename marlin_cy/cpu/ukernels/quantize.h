@@ -18,13 +18,17 @@ static inline float group_amax(uint32_t amax_bits, int8_t *a, int bytes, act_met
     if (finite && amax >= QUANTIZE_MIN_AMAX)
         return amax;
     memset(a, 0, (size_t)bytes);
-    *meta = (act_meta){finite ? 0.0f : NAN, 0};
+    *meta = (act_meta){.scale = finite ? 0.0f : NAN};
     return 0.0f;
 }
 
 static inline act_meta group_meta(float scale, int32_t sum)
 {
-    return (act_meta){scale, (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16)};
+    return (act_meta){
+        .scale = scale,
+        .sum_split = (int32_t)((uint32_t)(sum & 255) | (uint32_t)(sum >> 8) << 16),
+        .symmetric_sum = -SYMMETRIC_ZERO * sum,
+    };
 }
 
 #endif

@@ -48,7 +48,7 @@ enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
  *   CODES_UINT4   w(q) = q
  *   CODES_E2M1    w(q) = e2m1_weights[q], twice the value of a 4-bit float plus 12; the packed zero points are 12, and
  *                 scales are halved once they are float32, which is exact whatever the 16-bit scale was */
-enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2, E2M1_ZERO = 12 };
+enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2, SYMMETRIC_ZERO = 8, E2M1_ZERO = 12 };
 
 static const uint8_t e2m1_weights[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -59,12 +59,17 @@ enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIV
  * qmax / amax nor amax / qmax leaves the range of normal floats. */
 #define QUANTIZE_MIN_AMAX 0x1p-100f
 
-/* Scale of one row's group, and the sum of its quantised values, split for a product with the zero
- * point by one multiply-add of 16-bit pairs: sum = 256 * (sum_split >> 16) + (sum_split & 0xffff),
- * the upper half signed. A scale of NaN marks a group that held a NaN or an infinity. */
+/* Scale of one row's group, and the sum of its quantised values in two forms:
+ *
+ *   sum_split       for a product with any zero point by one multiply-add of 16-bit pairs:
+ *                   sum = 256 * (sum_split >> 16) + (sum_split & 0xffff), the upper half signed
+ *   symmetric_sum   -SYMMETRIC_ZERO * sum: what is added where zero points are SYMMETRIC_ZERO, with no product at all
+ *
+ * A scale of NaN marks a group that held a NaN or an infinity. */
 typedef struct {
     float scale;
     int32_t sum_split;
+    int32_t symmetric_sum;
 } act_meta;
 
 /* What each thread owns: written and read by one task, meaningless afterwards. */
@@ -83,7 +88,7 @@ typedef struct {
  *   out[r][c] = accumulate ? out[r][c] + sum[r][c] : sum[r][c]
  *
  * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Everything that is
- * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (8) and rows (4). Nothing
+ * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (4) and rows (4). Nothing
  * overlaps; next may be any address. 1 <= m <= MAX_ROWS, num_groups >= 1.
  */
 typedef struct {
