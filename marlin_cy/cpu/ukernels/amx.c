@@ -34,7 +34,8 @@ enum {
     REGISTER_ROWS = 16, /* fewer are left to AVX-512, which unpacks weights on the way to its products */
     SCALES = 4, /* groups whose scales are kept: float steps of the two before are yet to come while one is prepared */
     SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
-    TILE_PRODUCTS = 2 * SUMS,      /* of a step, in each tile of the weights */
+    TILE_PRODUCTS = 2 * SUMS, /* of a step, in each tile of the weights */
+    TILE_WEIGHTS = MAX_GROUP_K * TILE_N,
 };
 
 /* The operand of ldtilecfg. */
@@ -60,21 +61,19 @@ KERNEL void configure(int k)
 
 /* A group of a task. */
 typedef struct {
-    int8_t *weights[2]; /* less zero points, per tile: quads of K, each of 16 columns */
-    __m512 *scale;      /* per tile */
-    int size;           /* values of K */
-    const int8_t *a;    /* of the task's first row */
+    int8_t *weights; /* less zero points: quads of K, each of 16 columns; TILE_WEIGHTS further those of tile 1 */
+    __m512 *scale;   /* per tile */
+    int size;        /* values of K */
+    const int8_t *a; /* of the task's first row */
     const act_meta *meta;
 } group_view;
 
 /* A group's weights and scales take turns with those of other groups. */
 KERNEL group_view view_group(const gemm_task *task, __m512 scales[SCALES][2], int g)
 {
-    int8_t *const weights = (int8_t *)task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
     return (group_view){
-        /* A single tile is its own neighbour, whose sums nobody reads. */
-        .weights = {weights, task->header[1] ? weights + MAX_GROUP_K * TILE_N : weights},
+        .weights = (int8_t *)task->scratch->weights + g % 2 * 2 * TILE_WEIGHTS,
         .scale = scales[g % SCALES],
         .size = blocks * BLOCK_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
@@ -85,7 +84,7 @@ KERNEL group_view view_group(const gemm_task *task, __m512 scales[SCALES][2], in
 /* What is left to unpack of a group. */
 typedef struct {
     const uint8_t *packed[2], *ahead[2]; /* per tile */
-    int8_t *weights[2];
+    int8_t *weights;
     __m512i zeros[2]; /* each four times in a lane */
     int blocks;       /* left, of each tile */
 } unpacking;
@@ -94,14 +93,13 @@ KERNEL unpacking begin_unpacking(const gemm_task *task, const group_view *view, 
 {
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
     const ptrdiff_t ahead = begin + PREFETCH_FAR;
-    unpacking left = {.blocks = view->size / BLOCK_K};
+    unpacking left = {.weights = view->weights, .blocks = view->size / BLOCK_K};
     for (int t = 0; t < tiles; t++) {
         const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
         view->scale[t] = load_scales(header, task->scale_dtype, codes);
         left.zeros[t] = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101));
         left.packed[t] = task->body[t] + begin;
         left.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-        left.weights[t] = view->weights[t];
     }
     return left;
 }
@@ -117,15 +115,15 @@ KERNEL void unpack_blocks(unpacking *left, int most, int tiles, int codes)
             _mm_prefetch((const char *)left->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T1);
             _mm_prefetch((const char *)left->packed[t] + b * BLOCK_BYTES + PREFETCH_NEAR, _MM_HINT_T0);
             const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-            int8_t *const w = left->weights[t] + 2 * b * BLOCK_BYTES;
+            int8_t *const w = left->weights + t * TILE_WEIGHTS + 2 * b * BLOCK_BYTES;
             _mm512_store_si512(w, _mm512_sub_epi8(weights_of(low, codes), left->zeros[t]));
             _mm512_store_si512(w + BLOCK_BYTES, _mm512_sub_epi8(weights_of(high, codes), left->zeros[t]));
         }
     for (int t = 0; t < tiles; t++) {
         left->packed[t] += blocks * BLOCK_BYTES;
         left->ahead[t] += blocks * BLOCK_BYTES;
-        left->weights[t] += 2 * blocks * BLOCK_BYTES;
     }
+    left->weights += 2 * blocks * BLOCK_BYTES;
     left->blocks -= blocks;
 }
 
@@ -191,37 +189,39 @@ KERNEL void do_portion(const side_work *side, int planes, int tiles, int codes)
     COMPILER_BARRIER();
 }
 
-/* One tile's depth of K of a step. At the first, the step before gives its registers up. */
-KERNEL void multiply(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k, int is_first,
+/* A step; `before` is where the sums of the step before go, which gives its registers up. */
+KERNEL void multiply(const group_view *view, const int8_t *const a[2], ptrdiff_t a_stride, int k_step,
                      step_products before, const side_work *side, int planes, int tiles, int codes)
 {
-    _tile_loadd(6, view->weights[0] + k * TILE_N, 4 * TILE_N);
-    _tile_loadd(4, a[0] + k, a_stride);
-    _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
-    if (is_first) {
-        _tile_stored(0, before.first, 4 * TILE_N);
-        _tile_stored(1, before.first + TILE_PRODUCTS, 4 * TILE_N);
-        _tile_zero(0);
-        _tile_zero(1);
-    }
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
-    do_portion(side, planes, tiles, codes);
-    if (a[1])
-        _tile_loadd(5, a[1] + k, a_stride);
-    if (is_first) {
-        if (before.second) {
+    for (int k = 0; k < view->size; k += k_step) {
+        const int8_t *const weights = view->weights + k * TILE_N;
+        _tile_loadd(6, weights, 4 * TILE_N);
+        _tile_loadd(4, a[0] + k, a_stride);
+        _tile_loadd(7, weights + (tiles - 1) * TILE_WEIGHTS, 4 * TILE_N);
+        if (k == 0) {
+            _tile_stored(0, before.first, 4 * TILE_N);
+            _tile_stored(1, before.first + TILE_PRODUCTS, 4 * TILE_N);
+            _tile_zero(0);
+            _tile_zero(1);
+        }
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        do_portion(side, planes, tiles, codes);
+        if (k == 0 && before.second) {
             _tile_stored(2, before.second, 4 * TILE_N);
             _tile_stored(3, before.second + TILE_PRODUCTS, 4 * TILE_N);
         }
-        _tile_zero(2);
-        _tile_zero(3);
+        if (a[1]) {
+            _tile_loadd(5, a[1] + k, a_stride);
+            if (k == 0) {
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+        do_portion(side, planes, tiles, codes);
     }
-    if (a[1]) {
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
-    do_portion(side, planes, tiles, codes);
 }
 
 KERNEL int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -270,9 +270,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             const int second = planes == 2 ? REGISTER_ROWS : rows - REGISTER_ROWS;
             const int8_t *const a0 = view.a + first * stride;
             const int8_t *const a[2] = {a0, planes == 2 ? a0 + view.size : second > 0 ? a0 + second * stride : NULL};
-            multiply(&view, a, stride, 0, 1, before, &side, planes, tiles, codes);
-            for (int k = k_step; k < view.size; k += k_step)
-                multiply(&view, a, stride, k, 0, before, &side, planes, tiles, codes);
+            multiply(&view, a, stride, k_step, before, &side, planes, tiles, codes);
             before = (step_products){
                 .first = products[slot],
                 .second = a[1] ? products[slot] + second * TILE_N : NULL,
