@@ -27,7 +27,9 @@ UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
 FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-shared", "-fPIC"]
 COMPILER = shutil.which("cc")
 
-TILE_N, PAIR_N, BLOCK_K, MAX_GROUP_K, MAX_ROWS = 16, 32, 8, 128, 96
+TILE_N, PAIR_N, BLOCK_K, GROUP_K_STEP, MAX_GROUP_K, MAX_ROWS = 16, 32, 8, 32, 128, 96
+SIZES = range(GROUP_K_STEP, MAX_GROUP_K + 1, GROUP_K_STEP)
+GROUP_SIZES = [(size,) for size in SIZES] + [(size, size, last) for size in SIZES for last in SIZES if last <= size]
 SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
 META = np.dtype([("scale", np.float32), ("sum_split", np.int32), ("symmetric_sum", np.int32)])
 
@@ -186,23 +188,7 @@ def test_every_number_of_rows(library, rng, m, planes, codes):
     Problem(rng, m, planes, codes).check(library)
 
 
-@pytest.mark.parametrize(
-    "group_sizes",
-    [
-        (32,),
-        (64,),
-        (96,),
-        (128,),
-        (32, 32, 32),
-        (64, 64, 32),
-        (64, 64, 64),
-        (128, 32),
-        (128, 64),
-        (128, 128, 96),
-        (96, 64),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("codes", [0, 1])
 @pytest.mark.parametrize("tiles", [1, 2])

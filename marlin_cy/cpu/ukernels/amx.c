@@ -1,16 +1,18 @@
 /* AMX: one TDPBSSD multiplies 16 rows of 64 activations by 64 x 16 weights less their zero points, in 16 cycles.
  *
- * Tile registers, of 8; each is 16 rows of 64 bytes:
+ * K of a group is cut in two, DEPTH values or all there are, and the rest. Tile registers, of 8:
  *
- *   tmm0, tmm1   C: 32-bit sums of an even step, tile 0's and tile 1's of the weights
- *   tmm2, tmm3   C: of an odd step
- *   tmm4         A: 64 values of K, a row of activations each
- *   tmm6, tmm7   B: 16 quads of K, a row of 16 columns x 4 weights each; tile 0's and tile 1's
+ *                             B: tmm4   tmm5    first half of K: quads of it, a row of 16 columns x 4 weights each
+ *                                tmm6   tmm7    second half; tile 0's weights are on the left, tile 1's on the right
+ *   A: tmm2   tmm3            C: tmm0   tmm1    A: 16 rows of activations, first and second half of K
+ *                                               C: their 32-bit sums
  *
- * A step is one plane of up to 16 rows, over a group of K. Each group ends in a float step, for which the sums pass
- * through memory to vector registers. Nothing of that waits for what has just been multiplied: while a step's products
- * are under way, the sums of the step before are stored, and of those stored earlier the float step is done; and the
- * next group is unpacked. So vector and matrix units work at the same time.
+ * B stays where it is for all rows of the task. A step is one plane of 16 rows: A is loaded, and multiplied by B.
+ *
+ * Each group ends in a float step, for which sums pass through memory to vector registers; and the next group is to be
+ * unpacked. Neither waits for what has just been multiplied, and both go in small portions between the products, so
+ * that vector and matrix units work at the same time: while a step multiplies, the sums of the step before have just
+ * been stored, and of those stored earlier the float step is done.
  *
  * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
  * those that have been done.
@@ -30,7 +32,12 @@
 enum {
     REGISTER_ROWS = 16, /* fewer are left to AVX-512, which unpacks weights on the way to its products */
     SCALES = 4, /* groups whose scales are kept: float steps of the two before are yet to come while one is prepared */
-    SUMS = REGISTER_ROWS * TILE_N, /* of a tile register */
+    SUMS = REGISTER_ROWS * TILE_N,       /* of a tile register */
+    TILE_WEIGHTS = MAX_GROUP_K * TILE_N, /* of a group */
+    DEPTH = 64,                          /* values of K that a tile register has room for */
+    PORTIONS = 2,                        /* of vector work in a step */
+    SLOTS = 3, /* for products of 16 rows: of some the float step is done, others are complete but for what registers
+                * still hold, and the rest are being multiplied */
 };
 
 /* The operand of ldtilecfg. */
@@ -43,205 +50,247 @@ typedef struct {
 /* The compilers' tile loads do not say that they read memory: what has been stored must stay before them. */
 #define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
 
-KERNEL void configure(int k)
+/* Registers' shapes for groups of so many values. What a group has no second half for is left out. */
+KERNEL void configure(int size)
 {
+    const int first = size < DEPTH ? size : DEPTH, k[2] = {first, size - first};
     tile_config config = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        config.rows[i] = (uint8_t)(i < 6 ? REGISTER_ROWS : k / 4);
-        config.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? k : 4 * TILE_N);
+    for (int i = 0; i < 2; i++) { /* tiles of the weights, and halves of K */
+        config.rows[i] = REGISTER_ROWS;
+        config.row_bytes[i] = 4 * TILE_N;
+        if (k[i] == 0)
+            continue;
+        config.rows[2 + i] = REGISTER_ROWS;
+        config.row_bytes[2 + i] = (uint16_t)k[i];
+        for (int b = 4 + 2 * i; b < 6 + 2 * i; b++) {
+            config.rows[b] = (uint8_t)(k[i] / 4);
+            config.row_bytes[b] = 4 * TILE_N;
+        }
     }
     COMPILER_BARRIER();
     _tile_loadconfig(&config);
 }
 
-/* A group of a task, made ready for the multiplication. */
+/* A group of a task. */
 typedef struct {
-    const int8_t *weights[2]; /* less zero points, per tile: quads of K, each of 16 columns */
-    const __m512 *scale;      /* per tile */
-    int size;                 /* values of K */
-    const int8_t *a;          /* of the task's first row */
+    __m512 *scale;   /* per tile; they take turns with those of other groups */
+    int size;        /* values of K */
+    const int8_t *a; /* of the task's first row */
     const act_meta *meta;
 } group_view;
 
-/* Sums of products that wait for their float step: rows one after the other. */
-typedef struct {
-    const int32_t *products; /* tile 0's, and SUMS further tile 1's; 2 * SUMS further again those of plane 1 */
-    const act_meta *meta;
-    const __m512 *scale;
-    float *sums;
-    int rows;
-} pending_rows;
-
-KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
-{
-    const __m512 scale[2] = {pending->scale[0], pending->scale[1]};
-    const int32_t *products = pending->products + begin * TILE_N;
-    const act_meta *meta = pending->meta + begin;
-    float *sums = pending->sums + begin * PAIR_N;
-    for (int r = begin; r < end; r++, products += TILE_N, meta++, sums += PAIR_N) {
-        const __m512 row_scale = _mm512_set1_ps(meta->scale);
-        for (int t = 0; t < 2; t++) {
-            __m512i total = _mm512_load_si512(products + t * SUMS);
-            if (planes == 2)
-                total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(products + (2 + t) * SUMS));
-            add_group(sums + t * TILE_N, total, scale[t], row_scale);
-        }
-    }
-}
-
-KERNEL void multiply(const group_view *view, const int8_t *a, ptrdiff_t a_stride, int k_step, int odd)
-{
-    if (odd) {
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-    }
-    for (int k = 0; k < view->size; k += k_step) {
-        _tile_loadd(6, view->weights[0] + k * TILE_N, 4 * TILE_N);
-        _tile_loadd(4, a + k, a_stride);
-        _tile_loadd(7, view->weights[1] + k * TILE_N, 4 * TILE_N);
-        if (odd) {
-            _tile_dpbssd(2, 4, 6);
-            _tile_dpbssd(3, 4, 7);
-        } else {
-            _tile_dpbssd(0, 4, 6);
-            _tile_dpbssd(1, 4, 7);
-        }
-    }
-}
-
-KERNEL void store_products(int32_t *products, int odd)
-{
-    if (odd) {
-        _tile_stored(2, products, 4 * TILE_N);
-        _tile_stored(3, products + SUMS, 4 * TILE_N);
-    } else {
-        _tile_stored(0, products, 4 * TILE_N);
-        _tile_stored(1, products + SUMS, 4 * TILE_N);
-    }
-}
-
-KERNEL void unpack_tile(int8_t *w, const uint8_t *packed, const uint8_t *ahead, const uint8_t *header, int blocks,
-                        int codes)
-{
-    const __m512i mask = _mm512_set1_epi8(15);
-    const __m512i zeros = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101)); /* each four times */
-    for (int b = 0; b < blocks; b++) {
-        const __m512i both = _mm512_load_si512(packed + b * BLOCK_BYTES);
-        _mm_prefetch((const char *)ahead + b * BLOCK_BYTES, _MM_HINT_T1);
-        _mm_prefetch((const char *)packed + (b + blocks) * BLOCK_BYTES, _MM_HINT_T0);
-        const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-        _mm512_store_si512(w + 2 * b * BLOCK_BYTES, _mm512_sub_epi8(weights_of(low, codes), zeros));
-        _mm512_store_si512(w + (2 * b + 1) * BLOCK_BYTES, _mm512_sub_epi8(weights_of(high, codes), zeros));
-    }
-}
-
-/* Everything about group g but its rows; its weights and scales take turns with those of other groups. */
-KERNEL group_view prepare(const gemm_task *task, __m512 scales[SCALES][2], int g, int tiles, int codes)
+KERNEL group_view view_group(const gemm_task *task, __m512 scales[SCALES][2], int g)
 {
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-    const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
-    const ptrdiff_t ahead = begin + PREFETCH_FAR;
-    int8_t *const weights = (int8_t *)task->scratch->weights + g % 2 * (MAX_GROUP_K * PAIR_N);
-    __m512 *const scale = scales[g % SCALES];
-    group_view view = {
-        .scale = scale,
+    return (group_view){
+        .scale = scales[g % SCALES],
         .size = blocks * BLOCK_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
         .meta = task->meta + g * task->meta_group_stride + task->rows[0],
     };
-    for (int t = 0; t < 2; t++) {
-        const int of = t < tiles ? t : 0; /* a single tile is its own neighbour, whose sums nobody reads */
-        int8_t *const w = weights + of * (MAX_GROUP_K * TILE_N);
-        const uint8_t *const header = task->header[of] + g * GROUP_HEADER_BYTES;
-        if (t < tiles)
-            unpack_tile(w, task->body[t] + begin,
-                        ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes), header, blocks, codes);
-        scale[t] = load_scales(header, task->scale_dtype, codes);
-        view.weights[t] = w;
-    }
-    COMPILER_BARRIER();
-    return view;
 }
 
-/* `planes` and `codes` are constants. */
-KERNEL void gemm(const gemm_task *task, int planes, int codes)
+/* A group on its way from blocks to weights less their zero points. */
+typedef struct {
+    const uint8_t *packed[2], *ahead[2]; /* per tile */
+    int8_t *weights;  /* quads of K, each of 16 columns; TILE_WEIGHTS further those of tile 1 */
+    __m512i zeros[2]; /* each four times in a lane */
+    int blocks, done; /* of each tile */
+} unpacking;
+
+KERNEL unpacking begin_unpacking(const gemm_task *task, const group_view *view, int g, int tiles, int codes)
 {
-    if (task->m < REGISTER_ROWS) {
-        ukernels_avx512vnni.gemm[codes][planes - 1](task);
-        return;
+    const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
+    const ptrdiff_t ahead = begin + PREFETCH_FAR;
+    unpacking group = {.weights = (int8_t *)task->scratch->weights, .blocks = view->size / BLOCK_K};
+    for (int t = 0; t < tiles; t++) {
+        const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
+        view->scale[t] = load_scales(header, task->scale_dtype, codes);
+        group.zeros[t] = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101));
+        group.packed[t] = task->body[t] + begin;
+        group.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
     }
-    /* Of two blocks of rows; see pending_rows. */
-    _Alignas(64) int32_t products[2][4 * SUMS];
+    return group;
+}
+
+/* A block is two quads of K. */
+KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
+{
+    const __m512i mask = _mm512_set1_epi8(15);
+    const int end = group->done + most < group->blocks ? group->done + most : group->blocks;
+    for (int b = group->done; b < end; b++)
+        for (int t = 0; t < tiles; t++) {
+            const __m512i both = _mm512_load_si512(group->packed[t] + b * BLOCK_BYTES);
+            _mm_prefetch((const char *)group->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T1);
+            _mm_prefetch((const char *)group->packed[t] + b * BLOCK_BYTES + PREFETCH_NEAR, _MM_HINT_T0);
+            const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+            int8_t *const w = group->weights + t * TILE_WEIGHTS + 2 * b * BLOCK_BYTES;
+            _mm512_store_si512(w, _mm512_sub_epi8(weights_of(low, codes), group->zeros[t]));
+            _mm512_store_si512(w + BLOCK_BYTES, _mm512_sub_epi8(weights_of(high, codes), group->zeros[t]));
+        }
+    group->done = end;
+}
+
+/* Up to 16 rows that wait for their float step. */
+typedef struct {
+    const int32_t *products; /* row after row of tile 0; SUMS further those of tile 1; 2 * SUMS further plane 1's */
+    const act_meta *meta;
+    const __m512 *scale; /* per tile */
+    float *sums;
+    int rows;
+} pending_rows;
+
+/* `begin` and `end` are constants. */
+KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
+{
+    const __m512 scale[2] = {pending->scale[0], pending->scale[1]};
+#pragma GCC unroll 16
+    for (int r = begin; r < end; r++) {
+        if (r >= pending->rows)
+            break;
+        const __m512 row_scale = _mm512_set1_ps(pending->meta[r].scale);
+        for (int t = 0; t < 2; t++) {
+            const int32_t *const product = pending->products + r * TILE_N + t * SUMS;
+            __m512i total = _mm512_load_si512(product);
+            if (planes == 2)
+                total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(product + 2 * SUMS));
+            add_group(pending->sums + r * PAIR_N + t * TILE_N, total, scale[t], row_scale);
+        }
+    }
+}
+
+KERNEL void store_products(int32_t *products)
+{
+    _tile_stored(0, products, 4 * TILE_N);
+    _tile_stored(1, products + SUMS, 4 * TILE_N);
+}
+
+/* What vector units do while others multiply: the float step of 16 rows, and some of the unpacking. */
+typedef struct {
+    const pending_rows *pending;
+    unpacking *group;
+    int blocks; /* in a portion */
+} side_work;
+
+/* Portions take turns with the products of 16 rows; `portion` is a constant. */
+KERNEL void do_portion(const side_work *side, int portion, int planes, int tiles, int codes)
+{
+    const int rows = REGISTER_ROWS / (PORTIONS * planes);
+    add_rows(side->pending, portion * rows, (portion + 1) * rows, planes);
+    unpack_blocks(side->group, side->blocks, tiles, codes);
+    COMPILER_BARRIER();
+}
+
+/* A group's B, whose memory is free for the next group then. A single tile is its own neighbour, whose sums nobody
+ * reads. */
+KERNEL void load_weights(const int8_t *weights, int size, int tiles)
+{
+    const int8_t *const neighbour = weights + (tiles - 1) * TILE_WEIGHTS;
+    COMPILER_BARRIER();
+    _tile_loadd(4, weights, 4 * TILE_N);
+    _tile_loadd(5, neighbour, 4 * TILE_N);
+    if (size > DEPTH) {
+        _tile_loadd(6, weights + DEPTH * TILE_N, 4 * TILE_N);
+        _tile_loadd(7, neighbour + DEPTH * TILE_N, 4 * TILE_N);
+    }
+    COMPILER_BARRIER();
+}
+
+/* A step; `before` is where the sums of the step before go. */
+KERNEL void multiply(const int8_t *a, ptrdiff_t a_stride, int size, int32_t *before, const side_work *side, int plane,
+                     int planes, int tiles, int codes)
+{
+    _tile_loadd(2, a, a_stride);
+    if (size > DEPTH)
+        _tile_loadd(3, a + DEPTH, a_stride);
+    store_products(before);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_dpbssd(0, 2, 4);
+    _tile_dpbssd(1, 2, 5);
+    do_portion(side, PORTIONS * plane, planes, tiles, codes);
+    if (size > DEPTH) {
+        _tile_dpbssd(0, 3, 6);
+        _tile_dpbssd(1, 3, 7);
+    }
+    do_portion(side, PORTIONS * plane + 1, planes, tiles, codes);
+}
+
+KERNEL int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+/* `planes`, `tiles` and `codes` are constants. */
+KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
+{
+    _Alignas(64) int32_t products[2 * SLOTS][2 * SUMS]; /* a step each; with one plane, half of them are not used */
     __m512 scales[SCALES][2]; /* of groups, in turn */
-    const int m = task->m, tiles = task->header[1] ? 2 : 1;
-    const int k_step = (task->group_blocks | task->last_group_blocks) * BLOCK_K % 64 ? 32 : 64;
+    const int m = task->m;
     const ptrdiff_t stride = task->a_row_stride;
     /* Of the groups so far: not in out if they are to be added to it, or if a single tile has those of a second, which
      * out must not see. */
     float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
-    const pending_rows none = {.scale = scales[0], .products = products[0]};
-    pending_rows pending[2] = {none, none};
-    int block = 0; /* the last bit of its number: whose turn it is of products and pending */
+    pending_rows stored = {.scale = scales[0]}, multiplied = stored;
+    int slot = 0;
+    int32_t *before = products[slot];
 
     memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
-    configure(k_step);
-    group_view view = prepare(task, scales, 0, tiles, codes);
+    memset(scales, 0, sizeof scales);
+    group_view view = view_group(task, scales, 0);
+    unpacking unpacked = begin_unpacking(task, &view, 0, tiles, codes);
+    unpack_blocks(&unpacked, unpacked.blocks, tiles, codes);
+    configure(view.size);
     for (int g = 0; g < task->num_groups; g++) {
         group_view next = view;
+        load_weights((int8_t *)task->scratch->weights, view.size, tiles);
+        if (g + 1 < task->num_groups) {
+            next = view_group(task, scales, g + 1);
+            unpacked = begin_unpacking(task, &next, g + 1, tiles, codes);
+        }
+        const int portions = PORTIONS * planes * divide_up(m, REGISTER_ROWS);
+        const side_work side = {&stored, &unpacked, divide_up(unpacked.blocks, portions)};
         for (int begin = 0; begin < m; begin += REGISTER_ROWS) {
             const int first = begin + REGISTER_ROWS <= m ? begin : m - REGISTER_ROWS; /* the last ones overlap */
-            const int8_t *const a = view.a + first * stride;
-            pending_rows *const mine = &pending[block], *const before = &pending[1 - block];
-            if (planes == 2) {
-                multiply(&view, a, stride, k_step, 0);
-                add_rows(mine, mine->rows / 2, mine->rows, 2);
-                store_products(products[1 - block] + 2 * SUMS, 1);
-                multiply(&view, a + view.size, stride, k_step, 1);
-                if (begin == 0 && g + 1 < task->num_groups)
-                    next = prepare(task, scales, g + 1, tiles, codes);
-                add_rows(before, 0, before->rows / 2, 2);
-                store_products(products[block], 0);
-            } else {
-                if (block)
-                    multiply(&view, a, stride, k_step, 1);
-                else
-                    multiply(&view, a, stride, k_step, 0);
-                if (begin == 0 && g + 1 < task->num_groups)
-                    next = prepare(task, scales, g + 1, tiles, codes);
-                add_rows(mine, 0, mine->rows, 1);
-                if (block)
-                    store_products(products[0], 0);
-                else
-                    store_products(products[1], 1);
+#pragma GCC unroll 2
+            for (int plane = 0; plane < planes; plane++) {
+                const int8_t *const a = view.a + first * stride + plane * view.size;
+                multiply(a, stride, view.size, before, &side, plane, planes, tiles, codes);
+                before = products[slot + plane];
             }
-            *mine = (pending_rows){
-                .products = products[block] + (begin - first) * TILE_N,
+            stored = multiplied;
+            multiplied = (pending_rows){
+                .products = products[slot] + (begin - first) * TILE_N,
                 .meta = view.meta + begin,
                 .scale = view.scale,
                 .sums = sums + begin * PAIR_N,
-                .rows = m - begin < REGISTER_ROWS ? m - begin : REGISTER_ROWS,
+                .rows = REGISTER_ROWS - (begin - first),
             };
-            block = 1 - block;
+            slot = (slot + planes) % (planes * SLOTS);
+        }
+        if (next.size != view.size) { /* a configuration clears all registers */
+            store_products(before);
+            before = products[slot];
+            configure(next.size);
         }
         view = next;
     }
-    add_rows(&pending[block], planes == 2 ? pending[block].rows / 2 : 0, pending[block].rows, planes);
-    if (planes == 2)
-        store_products(products[1 - block] + 2 * SUMS, 1);
-    else if (block)
-        store_products(products[0], 0);
-    else
-        store_products(products[1], 1);
-    add_rows(&pending[1 - block], 0, pending[1 - block].rows, planes);
+    store_products(before);
     _tile_release();
+    add_rows(&stored, 0, REGISTER_ROWS, planes);
+    add_rows(&multiplied, 0, REGISTER_ROWS, planes);
     if (task->accumulate)
         add_to_out(task, tiles);
     else if (tiles == 1)
         for (int r = 0; r < m; r++)
             _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(sums + r * PAIR_N));
+}
+
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
+{
+    if (task->m < REGISTER_ROWS)
+        ukernels_avx512vnni.gemm[codes][planes - 1](task);
+    else if (task->header[1])
+        gemm_tiles(task, planes, 2, codes);
+    else
+        gemm_tiles(task, planes, 1, codes);
 }
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
