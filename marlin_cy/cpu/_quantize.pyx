@@ -13,6 +13,7 @@ from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 
 cdef enum:
     CACHE_LINE = 64
+    TURNS_PER_THREAD = 8
 
 
 cdef inline int64_t round_up(int64_t value, int64_t multiple) noexcept nogil:
@@ -79,10 +80,12 @@ cdef void quantize_with_copies(const quantize_job *job, int64_t index, int threa
 
 cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:
     """Quantise all rows of a job."""
-    cdef int64_t index
+    cdef int64_t index, turn
     if job.num_rows < num_threads:
         for index in range(job.num_distinct):
             quantize_with_copies(job, index, 0)
         return
-    for index in prange(job.num_distinct, num_threads=num_threads, schedule="static"):
+    # Not static: where cores are shared with others, or are of two kinds, one thread may take twice as long.
+    turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * num_threads))
+    for index in prange(job.num_distinct, num_threads=num_threads, schedule="dynamic", chunksize=turn):
         quantize_with_copies(job, index, threadid())
