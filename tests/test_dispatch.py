@@ -116,6 +116,16 @@ def test_default_number_of_threads(monkeypatch, value, expected):
     assert cpu.default_num_threads() == (expected or len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_threads_that_openmp_binds_do_not_hide_other_cpus():
+    code = "from marlin_cy import cpu; print(cpu.default_num_threads())"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"OMP_PROC_BIND": "true"}, capture_output=True, text=True
+    )
+    assert int(done.stdout) == len(os.sched_getaffinity(0)), done.stderr
+
+
 def test_openmp_is_reported():
     report = cpu.openmp_report()
     assert report["enabled"] == (report["version"] != 0)

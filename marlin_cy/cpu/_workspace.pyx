@@ -12,10 +12,28 @@ from marlin_cy.cpu._dispatch cimport table_of
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.errors import ContextInUse
 
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #else
+    static int omp_get_num_procs(void) { return 1; }
+    #endif
+    """
+    int omp_get_num_procs() nogil
+
 cdef enum:
     ALIGNMENT = 64
 
 PLANES = {"int16": 2, "int8": 1}
+
+
+def available_cpus():
+    """CPUs that threads of a call may run on.
+
+    OpenMP's count, as ``OMP_PROC_BIND`` binds the thread that loads OpenMP to a single one of them.
+    """
+    return omp_get_num_procs()
 
 
 cdef class Workspace:

@@ -9,7 +9,7 @@ from marlin_cy.builder import CheckedStackBuilder, checked_stack_sizes
 from marlin_cy.cpu import _gemm, _moe, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
-from marlin_cy.cpu._workspace import PLANES, Workspace
+from marlin_cy.cpu._workspace import PLANES, Workspace, available_cpus
 from marlin_cy.interface import Backend, Context
 from marlin_cy.moe.chosen import as_topk
 from marlin_cy.packed import PackedLinear, PackedStack, as_dispatches
@@ -22,9 +22,7 @@ def default_num_threads():
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if wanted.strip().isdecimal() and int(wanted) > 0:
         return int(wanted)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return available_cpus()
 
 
 class CpuContext(Context):
