@@ -62,11 +62,11 @@ cdef struct gemm_job:
     const float *bias           # of expert 0's column column_begin, or NULL; added before the activation
     int64_t bias_stride         # elements from one expert's to the next's; 0: the same for all
     thread_area *areas          # [num_threads]
-    float *slots                # [split_floats(job)]
+    float *slots                # split_bytes(job) of them
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
-cdef int64_t split_floats(const gemm_job *job, int num_threads) noexcept nogil
+cdef int64_t split_bytes(const gemm_job *job, int num_threads) noexcept nogil
 cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil
 cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil

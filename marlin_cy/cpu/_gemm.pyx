@@ -6,8 +6,8 @@ applies the activation, converts, and writes the rows to where they belong.
 
 K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chunks in ascending order.
 That is so whether one thread computes them all or, where there are fewer items than would keep the
-threads busy, each chunk is an item of its own (split-K), which leaves its sums in a workspace slot. So
-the bits do not depend on the number of threads.
+threads busy, each chunk is an item of its own (split-K), which leaves its sums in a workspace slot;
+whoever finishes the last chunk adds them up. So the bits do not depend on the number of threads.
 """
 
 from cython.parallel cimport prange
@@ -35,13 +35,14 @@ cdef enum:
 
 cdef extern from *:
     """
+    /* What a thread wrote before can be read by threads whose own addition comes after. */
     #ifdef _MSC_VER
     #include <intrin.h>
     static int64_t fetch_add(int64_t *value, int64_t increment) { return _InterlockedExchangeAdd64(value, increment); }
     #else
     static int64_t fetch_add(int64_t *value, int64_t increment)
     {
-        return __atomic_fetch_add(value, increment, __ATOMIC_RELAXED);
+        return __atomic_fetch_add(value, increment, __ATOMIC_ACQ_REL);
     }
     #endif
     """
@@ -76,12 +77,17 @@ cdef inline int64_t slot_floats(const gemm_job *job) noexcept nogil:
     return job.table.max_rows * PAIR_N
 
 
-cdef int64_t split_floats(const gemm_job *job, int num_threads) noexcept nogil:
-    """Floats of the slots that ``run_gemm`` needs at most, whatever the number of blocks."""
+cdef inline int64_t *arrivals(const gemm_job *job) noexcept nogil:
+    """How many of its chunks each item has: behind the slots."""
+    return <int64_t *>(job.slots + job.num_blocks * panels(job) * num_chunks(job) * slot_floats(job))
+
+
+cdef int64_t split_bytes(const gemm_job *job, int num_threads) noexcept nogil:
+    """Bytes for split-K that ``run_gemm`` needs at most, whatever the number of blocks."""
     cdef int64_t most_items = MIN_ITEMS_PER_THREAD * num_threads
     if num_chunks(job) == 1 or panels(job) >= most_items:
         return 0
-    return most_items * num_chunks(job) * slot_floats(job)
+    return most_items * (num_chunks(job) * slot_floats(job) * <int64_t>sizeof(float) + <int64_t>sizeof(int64_t))
 
 
 cdef struct tile_pair:
@@ -185,13 +191,7 @@ cdef void whole_item(const gemm_job *job, int64_t item, int thread) noexcept nog
     finish_item(job, item, area.out)
 
 
-cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
-    cdef int64_t chunk = index % num_chunks(job)
-    sum_item(job, index // num_chunks(job), chunk, chunk + 1, job.slots + index * slot_floats(job),
-             &job.areas[thread].scratch)
-
-
-cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogil:
+cdef void join_item(const gemm_job *job, int64_t item) noexcept nogil:
     cdef int64_t chunks = num_chunks(job), written = job.blocks[item // panels(job)].count * PAIR_N, chunk, i
     cdef float *out = job.slots + item * chunks * slot_floats(job)
     cdef const float *slot
@@ -200,6 +200,13 @@ cdef void join_item(const gemm_job *job, int64_t item, int thread) noexcept nogi
         for i in range(written):
             out[i] += slot[i]
     finish_item(job, item, out)
+
+
+cdef void split_item(const gemm_job *job, int64_t index, int thread) noexcept nogil:
+    cdef int64_t item = index // num_chunks(job), chunk = index % num_chunks(job)
+    sum_item(job, item, chunk, chunk + 1, job.slots + index * slot_floats(job), &job.areas[thread].scratch)
+    if fetch_add(arrivals(job) + item, 1) == num_chunks(job) - 1:
+        join_item(job, item)
 
 
 cdef void work(const gemm_job *job, int thread, int num_threads, int64_t turn, item_fn *do_item) noexcept nogil:
@@ -233,8 +240,8 @@ cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
     """Do a job on ``num_threads`` threads."""
     cdef int64_t items = job.num_blocks * panels(job)
     if is_split(job, num_threads):
+        memset(arrivals(job), 0, items * sizeof(int64_t))
         share_out(job, items * num_chunks(job), 1, num_threads, split_item)
-        share_out(job, items, 1, num_threads, join_item)
     else:
         share_out(job, items, MAX_ITEMS_PER_TURN, num_threads, whole_item)
 
@@ -409,7 +416,7 @@ cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan,
                   gemm_job *job) except -1:
     """Quantise the rows of a plan and multiply them by their experts."""
     cdef quantize_job quantize
-    cdef int64_t row_floats = row_buffer_floats(store.k, store.view.packed_k), slots
+    cdef int64_t row_floats = row_buffer_floats(store.k, store.view.packed_k), slots_bytes
     set_quantize_job(&quantize, workspace, store)
     quantize.input, quantize.dtype = input.data, input.dtype
     use_row_places(&quantize, &plan.places)
@@ -420,9 +427,9 @@ cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan,
     job.in_rows, job.out_rows = plan.places.in_rows, plan.out_rows
     job.blocks, job.num_blocks = plan.blocks, plan.num_blocks
     job.areas = <thread_area *>workspace.reserve(&workspace.threads, sizeof(thread_area) * workspace.num_threads)
-    slots = split_floats(job, workspace.num_threads)
-    if slots:
-        job.slots = <float *>workspace.reserve(&workspace.slots, slots * sizeof(float))
+    slots_bytes = split_bytes(job, workspace.num_threads)
+    if slots_bytes:
+        job.slots = <float *>workspace.reserve(&workspace.slots, slots_bytes)
     with nogil:
         quantize_rows(&quantize, workspace.num_threads)
         run_gemm(job, workspace.num_threads)

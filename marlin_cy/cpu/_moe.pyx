@@ -11,7 +11,7 @@ from marlin_cy.cpu._buffers cimport float_matrix, matrix, refuse_overlap
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, ukernel_table
 from marlin_cy.cpu._gemm cimport (
     cut_into_blocks, gemm_job, max_blocks, place_rows, row_block, row_places, row_places_bytes, run_gemm, set_gemm_job,
-    set_quantize_job, set_row_places, split_floats, thread_area, use_row_places,
+    set_quantize_job, set_row_places, split_bytes, thread_area, use_row_places,
 )
 from marlin_cy.cpu._quantize cimport (
     group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
@@ -311,7 +311,7 @@ cdef struct pass_memory:
     int64_t quantized           # bytes
     int64_t quantized_inner     # bytes
     int64_t inner               # floats
-    int64_t slots               # floats
+    int64_t slots               # bytes
     int64_t thread_floats       # of each thread
 
 
@@ -325,7 +325,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
     most.inner = max(most.inner, pairs * p.gate_up.inner)
-    most.slots = max(most.slots, split_floats(&p.gate_up, num_threads), split_floats(&p.down, num_threads))
+    most.slots = max(most.slots, split_bytes(&p.gate_up, num_threads), split_bytes(&p.down, num_threads))
     most.thread_floats = max(most.thread_floats, row_buffer_floats(p.quantize_input.k, p.quantize_input.packed_k),
                              row_buffer_floats(p.quantize_inner.k, p.quantize_inner.packed_k))
 
@@ -499,7 +499,7 @@ cdef int reserve_layer(layer_job *job, Workspace workspace, int64_t slice_tokens
                                 + memory.thread_floats * num_threads))
     workspace.reserve(&workspace.threads, sizeof(thread_area) * num_threads)
     if memory.slots:
-        workspace.reserve(&workspace.slots, memory.slots * sizeof(float))
+        workspace.reserve(&workspace.slots, memory.slots)
 
     products = inner + memory.inner
     shared_products = products + pairs * job.combine.width

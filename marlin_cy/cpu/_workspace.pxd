@@ -20,7 +20,7 @@ cdef class Workspace:
     cdef buffer quantized   # activations of the call: planes and scales
     cdef buffer hidden      # quantised inner activations of a MoE layer
     cdef buffer floats      # float32 rows between the phases of a MoE layer
-    cdef buffer slots       # partial sums of split-K, an item and chunk a slot
+    cdef buffer slots       # partial sums of split-K, an item and chunk a slot, and how many of them each item has
 
     cdef void *reserve(self, buffer *which, size_t size) except NULL
     cdef int enter(self) except -1
