@@ -140,6 +140,9 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
 
 cdef void route_tokens(const routing *r, int64_t tokens, float *buffers, int num_threads) noexcept nogil:
     cdef int64_t token
+    if tokens == 1:  # others would take longer to come than it does
+        route_token(r, 0, buffers)
+        return
     for token in prange(tokens, num_threads=num_threads, schedule="static"):
         route_token(r, token, buffers + threadid() * routing_floats(r.num_experts))
 
@@ -449,6 +452,9 @@ cdef void combine_token(const combination *c, int64_t token, int thread) noexcep
 
 cdef void combine_tokens(const combination *c, int64_t tokens, int num_threads) noexcept nogil:
     cdef int64_t token
+    if tokens == 1:
+        combine_token(c, 0, 0)
+        return
     for token in prange(tokens, num_threads=num_threads, schedule="static"):
         combine_token(c, token, threadid())
 
