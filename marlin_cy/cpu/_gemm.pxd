@@ -67,7 +67,7 @@ cdef struct gemm_job:
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
 cdef int64_t split_bytes(const gemm_job *job, int num_threads) noexcept nogil
-cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil
+cdef void run_gemm(const gemm_job *job, quantize_job *rows, int num_threads) noexcept nogil
 cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,

@@ -15,12 +15,13 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport qsort
 from libc.string cimport memset
 
+from marlin_cy.cpu._atomic cimport fetch_add
 from marlin_cy.cpu._buffers cimport float_matrix, int32_vector, matrix, refuse_overlap
 from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, BLOCK_K, DTYPE_F32, GROUP_HEADER_BYTES, TILE_N, gemm_fn, gemm_task,
 )
 from marlin_cy.cpu._quantize cimport (
-    group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
+    begin_quantizing, group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
 )
 
 cdef enum:
@@ -32,21 +33,6 @@ cdef enum:
     MAX_ITEMS_PER_TURN = 8
     TURNS_PER_THREAD = 32
 
-
-cdef extern from *:
-    """
-    /* What a thread wrote before can be read by threads whose own addition comes after. */
-    #ifdef _MSC_VER
-    #include <intrin.h>
-    static int64_t fetch_add(int64_t *value, int64_t increment) { return _InterlockedExchangeAdd64(value, increment); }
-    #else
-    static int64_t fetch_add(int64_t *value, int64_t increment)
-    {
-        return __atomic_fetch_add(value, increment, __ATOMIC_ACQ_REL);
-    }
-    #endif
-    """
-    int64_t fetch_add(int64_t *value, int64_t increment) nogil
 
 ctypedef void item_fn(const gemm_job *job, int64_t item, int thread) noexcept nogil
 
@@ -223,27 +209,29 @@ cdef void work(const gemm_job *job, int thread, int num_threads, int64_t turn, i
             begin = fetch_add(&area.next_item, turn)
 
 
-cdef void share_out(const gemm_job *job, int64_t items, int64_t max_turn, int num_threads,
+cdef void share_out(const gemm_job *job, quantize_job *rows, int64_t items, int64_t max_turn, int num_threads,
                     item_fn *do_item) noexcept nogil:
-    """One prange over the list. Each thread begins at its own share of it: there it streams neighbouring
-    tiles, and mostly multiplies rows that it has quantised itself and still has in its cache."""
+    """One prange over the list, after the rows have been quantised. Each thread begins at its own share of it: there
+    it streams neighbouring tiles."""
     cdef int64_t turn = min(max_turn, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
     cdef int thread
     for thread in range(num_threads):
         job.areas[thread].next_item = items * thread // num_threads
         job.areas[thread].end_item = items * (thread + 1) // num_threads
+    begin_quantizing(rows)
     for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
+        quantize_rows(rows, thread, num_threads)
         work(job, thread, num_threads, turn, do_item)
 
 
-cdef void run_gemm(const gemm_job *job, int num_threads) noexcept nogil:
-    """Do a job on ``num_threads`` threads."""
+cdef void run_gemm(const gemm_job *job, quantize_job *rows, int num_threads) noexcept nogil:
+    """Quantise rows and do a job that multiplies them, on ``num_threads`` threads."""
     cdef int64_t items = job.num_blocks * panels(job)
     if is_split(job, num_threads):
         memset(arrivals(job), 0, items * sizeof(int64_t))
-        share_out(job, items * num_chunks(job), 1, num_threads, split_item)
+        share_out(job, rows, items * num_chunks(job), 1, num_threads, split_item)
     else:
-        share_out(job, items, MAX_ITEMS_PER_TURN, num_threads, whole_item)
+        share_out(job, rows, items, MAX_ITEMS_PER_TURN, num_threads, whole_item)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -431,8 +419,7 @@ cdef int run_plan(Workspace workspace, CpuGptqStore store, const row_plan *plan,
     if slots_bytes:
         job.slots = <float *>workspace.reserve(&workspace.slots, slots_bytes)
     with nogil:
-        quantize_rows(&quantize, workspace.num_threads)
-        run_gemm(job, workspace.num_threads)
+        run_gemm(job, &quantize, workspace.num_threads)
     return 0
 
 

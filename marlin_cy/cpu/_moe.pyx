@@ -14,7 +14,7 @@ from marlin_cy.cpu._gemm cimport (
     set_quantize_job, set_row_places, split_bytes, thread_area, use_row_places,
 )
 from marlin_cy.cpu._quantize cimport (
-    group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
+    place_quantized, quantize_job, quantized_bytes, row_buffer_floats,
 )
 from marlin_cy.cpu._store cimport CpuGptqStore
 from marlin_cy.cpu._workspace cimport Workspace
@@ -346,14 +346,6 @@ cdef void place_pass(expert_pass *p, Workspace workspace, int64_t tokens, float 
     p.gate_up.slots = p.down.slots = <float *>workspace.slots.data
 
 
-cdef void weigh_rows(const quantize_job *job, const float *weights) noexcept nogil:
-    """Multiply quantised rows by the weights of their tokens: their scales alone, which rounds once."""
-    cdef int64_t stride = group_rows(job.num_rows), group, row
-    for group in range((job.packed_k + job.group_size - 1) // job.group_size):
-        for row in range(job.num_rows):
-            job.meta[group * stride + row].scale *= weights[row if job.input_rows is NULL else job.input_rows[row]]
-
-
 cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weights, int64_t tokens,
                    int num_threads) noexcept nogil:
     """Rows ``[0, tokens)`` of the input to their products ``[tokens, top_k]``.
@@ -367,27 +359,24 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
                p.matrix_rows)
     use_row_places(&p.quantize_input, &g.quantized)
     place_quantized(&p.quantize_input, p.quantized)
-    quantize_rows(&p.quantize_input, num_threads)
-    if input_weights is not NULL:
-        weigh_rows(&p.quantize_input, input_weights)
+    p.quantize_input.weights = input_weights
 
     p.gate_up.a, p.gate_up.meta = p.quantize_input.a, p.quantize_input.meta
     p.gate_up.num_quantized = p.quantize_input.num_rows
     p.gate_up.in_rows = g.quantized.in_rows
     p.gate_up.out_rows = g.places
     p.gate_up.blocks, p.gate_up.num_blocks = g.blocks, g.num_blocks
-    run_gemm(&p.gate_up, num_threads)
+    run_gemm(&p.gate_up, &p.quantize_input, num_threads)
 
     p.quantize_inner.num_rows = p.quantize_inner.num_distinct = g.num_pairs
     p.quantize_inner.row_orders = g.down_orders
     place_quantized(&p.quantize_inner, p.quantized_inner)
-    quantize_rows(&p.quantize_inner, num_threads)
 
     p.down.a, p.down.meta = p.quantize_inner.a, p.quantize_inner.meta
     p.down.num_quantized = g.num_pairs
     p.down.in_rows, p.down.out_rows = g.place_rows, g.pairs
     p.down.blocks, p.down.num_blocks = g.blocks, g.num_blocks
-    run_gemm(&p.down, num_threads)
+    run_gemm(&p.down, &p.quantize_inner, num_threads)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,9 +19,14 @@ cdef struct quantize_job:
     const int32_t *next_copy    # [num_rows] the next quantised row that is the same, or -1; NULL: no copies
     const int32_t *orders       # [*, packed_k], or NULL
     const int32_t *row_orders   # [num_rows] which order each row takes, or NULL for the first
+    const float *weights        # of input rows, what their scales are multiplied by; NULL for 1
     int8_t *a                   # [groups][group_rows(num_rows)][group_size * planes]
     act_meta *meta              # [groups][group_rows(num_rows)]
     float *row_buffers          # [threads][row_buffer_floats(k, packed_k)]
+    char[64] apart              # what threads write lies in other cache lines than what they read
+    int64_t next_distinct       # that no thread has begun
+    int64_t num_done            # distinct rows
+    char[64] apart_from_others
 
 cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
     """Rows from one group to the next: an odd number, so that the groups of a row, which a micro-kernel
@@ -31,4 +36,5 @@ cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
 cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil
 cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil
 cdef void place_quantized(quantize_job *job, void *memory) noexcept nogil
-cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil
+cdef void begin_quantizing(quantize_job *job) noexcept nogil
+cdef void quantize_rows(quantize_job *job, int thread, int num_threads) noexcept nogil

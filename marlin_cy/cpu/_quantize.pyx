@@ -5,10 +5,10 @@ quantised group by group by the ISA's ``quantize_row``. Formula: ``ukernels/uker
 lie in several places, it is copied to the others.
 """
 
-from cython.parallel cimport prange, threadid
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 
+from marlin_cy.cpu._atomic cimport fetch_add, wait_until
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 
 cdef enum:
@@ -46,7 +46,7 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
     cdef float *widened = job.row_buffers + thread * row_buffer_floats(job.k, job.packed_k)
     cdef float *ordered = widened + round_up(job.k, CACHE_LINE // 4)
     cdef const int32_t *order
-    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows)
+    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows), group
     if job.dtype != DTYPE_F32:
         job.table.widen(widened, values, job.dtype, job.k)
         x = widened
@@ -57,6 +57,9 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
         x = ordered
     job.table.quantize_row(x, job.packed_k, job.group_size, job.planes, job.a + row * cell, stride * cell,
                            job.meta + row, stride)
+    if job.weights is not NULL:
+        for group in range((job.packed_k + job.group_size - 1) // job.group_size):
+            job.meta[group * stride + row].scale *= job.weights[source]
 
 
 cdef void copy_quantized(const quantize_job *job, int64_t source, int64_t target) noexcept nogil:
@@ -78,14 +81,22 @@ cdef void quantize_with_copies(const quantize_job *job, int64_t index, int threa
         copy = job.next_copy[copy]
 
 
-cdef void quantize_rows(const quantize_job *job, int num_threads) noexcept nogil:
-    """Quantise all rows of a job."""
-    cdef int64_t index, turn
-    if job.num_rows < num_threads:
-        for index in range(job.num_distinct):
-            quantize_with_copies(job, index, 0)
-        return
-    # Not static: where cores are shared with others, or are of two kinds, one thread may take twice as long.
-    turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * num_threads))
-    for index in prange(job.num_distinct, num_threads=num_threads, schedule="dynamic", chunksize=turn):
-        quantize_with_copies(job, index, threadid())
+cdef void begin_quantizing(quantize_job *job) noexcept nogil:
+    """Before threads call :func:`quantize_rows`."""
+    job.next_distinct = job.num_done = 0
+
+
+cdef void quantize_rows(quantize_job *job, int thread, int num_threads) noexcept nogil:
+    """Quantise rows that no other thread has begun, a few at a time, until all of the job's are done.
+
+    Not a fixed share each: where cores are shared with others, or are of two kinds, one thread may take twice as long.
+    """
+    cdef int64_t turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * num_threads)), index, end
+    cdef int64_t begin = fetch_add(&job.next_distinct, turn)
+    while begin < job.num_distinct:
+        end = min(begin + turn, job.num_distinct)
+        for index in range(begin, end):
+            quantize_with_copies(job, index, thread)
+        fetch_add(&job.num_done, end - begin)
+        begin = fetch_add(&job.next_distinct, turn)
+    wait_until(&job.num_done, job.num_distinct)
