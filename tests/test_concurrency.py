@@ -296,6 +296,29 @@ def test_fork(rng, code):
     assert python(script) == "done\n"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"), [("OMP_THREAD_LIMIT", "1"), ("OMP_THREAD_LIMIT", "2"), ("OMP_DYNAMIC", "true")]
+)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_fewer_threads_than_asked_for(rng, monkeypatch, variable, value, rows):
+    """Threads wait for each other; one that does the work of several must not wait for itself."""
+    monkeypatch.setenv(variable, value)
+    code = f"""
+import faulthandler
+import numpy as np
+from asserts import assert_same_bits
+from marlin_cy import get_backend
+from test_concurrency import Work
+faulthandler.dump_traceback_later({DEADLINE_S}, exit=True)
+backend = get_backend("cpu")
+work = Work(backend, np.random.default_rng({int(rng.integers(1 << 30))}), m={rows})
+for num_threads in (1, 2, 7, 16):
+    assert_same_bits(work.on(backend.new_context(num_threads=num_threads)), work.expected)
+print("done")
+"""
+    assert python(code) == "done\n"
+
+
 def small_calls(backend, rng):
     """Small calls of everything, right and wrong, by name."""
     ctx, device = new_context(backend, 1), backend.from_host
