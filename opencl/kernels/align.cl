@@ -26,6 +26,13 @@ __attribute__((always_inline)) static inline uint2 sums_over_group(uint value, _
     return result;
 }
 
+// The experts of four pairs that lie `step` apart, to have as many loads under way; ~0 for those from `pairs` on.
+static inline void load_experts(uint experts[4], __global const int *ids, uint pair, uint pairs, uint step)
+{
+    for (uint i = 0; i < 4; i++)
+        experts[i] = pair + i * step < pairs ? (uint)ids[pair + i * step] : ~0u;
+}
+
 // vLLM's moe_align_block_size, up to *past; what lies beyond is left as it was. One work-group an
 // expert. Each counts the pairs of all experts, to know where its own slots begin, then marks its own
 // pairs, a bit each, and writes them in ascending order. Nothing passes between work-groups, so one
@@ -61,11 +68,9 @@ __attribute__((always_inline)) static inline void align_expert(
     if (me == 0)
         *first_block = 0;
     barrier(CLK_LOCAL_MEM_FENCE);
-    // Four at a time, to have as many loads under way.
     for (uint pair = me; pair < pairs; pair += 4 * ALIGN_ITEMS) {
         uint e[4];
-        for (uint i = 0; i < 4; i++)
-            e[i] = pair + i * ALIGN_ITEMS < pairs ? (uint)ids[pair + i * ALIGN_ITEMS] : ~0u;
+        load_experts(e, ids, pair, pairs, ALIGN_ITEMS);
         for (uint i = 0; i < 4; i++)
             if (e[i] < num_experts)
                 atomic_inc(&counts[e[i]]);
@@ -86,11 +91,10 @@ __attribute__((always_inline)) static inline void align_expert(
         barrier(CLK_LOCAL_MEM_FENCE);
         uint end = min(pairs - begin, (uint)TILE_PAIRS);
         for (uint i = me; i < end; i += 4 * ALIGN_ITEMS) {
-            bool mine[4];
+            uint e[4];
+            load_experts(e, ids + begin, i, end, ALIGN_ITEMS);
             for (uint j = 0; j < 4; j++)
-                mine[j] = i + j * ALIGN_ITEMS < end && (uint)ids[begin + i + j * ALIGN_ITEMS] == expert;
-            for (uint j = 0; j < 4; j++)
-                if (mine[j])
+                if (e[j] == expert)
                     atomic_or(&marks[(i + j * ALIGN_ITEMS) / 32], 1u << (i + j * ALIGN_ITEMS) % 32);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -134,8 +138,7 @@ __attribute__((always_inline)) static inline void align_few(
     barrier(CLK_LOCAL_MEM_FENCE);
     for (uint pair = me; pair < pairs; pair += 4 * items) {
         uint e[4];
-        for (uint i = 0; i < 4; i++)
-            e[i] = pair + i * items < pairs ? (uint)ids[pair + i * items] : ~0u;
+        load_experts(e, ids, pair, pairs, items);
         for (uint i = 0; i < 4; i++)
             if (e[i] < num_experts)
                 atomic_or(&marks[e[i] * stride + (pair + i * items) / 32], 1u << (pair + i * items) % 32);
