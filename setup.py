@@ -26,9 +26,10 @@ MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 
 def extension(name, sources=(), package="cpu"):
+    path = package.replace(".", "/")
     return Extension(
         f"marlin_cy.{package}.{name}",
-        [f"marlin_cy/{package}/{name}.pyx", *sources],
+        [f"marlin_cy/{path}/{name}.pyx", *sources],
         include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels"],
         depends=HEADERS,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
@@ -74,12 +75,19 @@ class BuildExt(build_ext):
 setup(
     packages=[
         "marlin_cy",
+        "marlin_cy.checkpoints",
         "marlin_cy.commands",
         "marlin_cy.cpu",
+        "marlin_cy.cpu.measure",
         "marlin_cy.formats",
         "marlin_cy.integrations",
         "marlin_cy.moe",
         "marlin_cy.opencl",
+        "marlin_cy.opencl.gemm",
+        "marlin_cy.opencl.layer",
+        "marlin_cy.opencl.tiers",
+        "marlin_cy.stacks",
+        "marlin_cy.weights",
     ],
     package_dir={"marlin_cy": "marlin_cy", "marlin_cy.opencl": "opencl"},
     # The sdist holds all sources (MANIFEST.in); what is installed holds these files alone.
@@ -98,9 +106,9 @@ setup(
             extension("_quantize"),
             extension("_gemm"),
             extension("_moe"),
-            extension("_bandwidth"),
-            extension("_peak"),
-            extension("_nibbles", package="formats"),
+            extension("_bandwidth", package="cpu.measure"),
+            extension("_peak", package="cpu.measure"),
+            extension("_nibbles", package="weights"),
         ],
         language_level=3,
         compiler_directives={

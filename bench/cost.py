@@ -23,7 +23,7 @@ __all__ = ["Machine", "add_options", "experts_hit", "markdown", "overlap_of", "p
 COMPUTE_DTYPES = ("int16", "int8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Blocks have so many rows at most, and are as even as whole steps allow: as in marlin_cy/cpu/ukernels.
-MAX_ROWS, ROW_STEP = 48, 8
+MAX_MC, ROW_STEP = 48, 8
 AMX_MAX_ROWS, AMX_ROW_STEP = 96, 16
 KERNEL_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48)
 AMX_KERNEL_ROWS = (*KERNEL_ROWS, 64, 80, 96)
@@ -56,7 +56,7 @@ class Machine:
     overlap : dict of int to float
         How much of reading weights and of arithmetic hides behind the other, for an expert with so many rows: their
         times add up to the norm of this order. 1: nothing, one comes after the other. Large: all of the shorter one.
-    max_rows, row_step : int
+    mc, mr : int
         Of a block.
     """
 
@@ -68,8 +68,8 @@ class Machine:
     prepare: float
     finish: float
     overlap: dict
-    max_rows: int = MAX_ROWS
-    row_step: int = ROW_STEP
+    mc: int = MAX_MC
+    mr: int = ROW_STEP
 
     def block(self, rows):
         """Seconds a weight of a block; between measured numbers of rows, on the line between them."""
@@ -77,8 +77,8 @@ class Machine:
 
     def expert(self, rows):
         """Seconds a weight of all blocks that an expert's rows are cut into."""
-        parts, steps = -(-rows // self.max_rows), -(-rows // self.row_step)
-        edges = [min(steps * part // parts * self.row_step, rows) for part in range(parts + 1)]
+        parts, steps = -(-rows // self.mc), -(-rows // self.mr)
+        edges = [min(steps * part // parts * self.mr, rows) for part in range(parts + 1)]
         return sum(self.block(end - begin) for begin, end in zip(edges, edges[1:], strict=False))
 
     def together(self, reading, arithmetic, rows):
@@ -105,10 +105,10 @@ def overlap_of(reading, arithmetic, both):
     return low
 
 
-def slices(model, tokens, max_rows=MAX_ROWS):
+def slices(model, tokens, mc=MAX_MC):
     """Tokens of each slice that a layer takes its tokens in: ``tokens_a_slice`` in marlin_cy/cpu/_moe.pyx."""
     bytes_a_token = 4 * model.top_k * (model.intermediate + model.hidden)
-    size = max(SLICE_BYTES // bytes_a_token, max_rows * model.num_experts // model.top_k, 1)
+    size = max(SLICE_BYTES // bytes_a_token, mc * model.num_experts // model.top_k, 1)
     return [min(size, tokens - begin) for begin in range(0, tokens, size)]
 
 
@@ -148,7 +148,7 @@ def predict(machine, model, tokens, expert_bytes):
     """
     pairs = tokens * model.top_k
     terms = {"start": machine.start, "gate_up": 0.0, "down": 0.0}
-    for count in slices(model, tokens, machine.max_rows):
+    for count in slices(model, tokens, machine.mc):
         for name, (k, n) in model.projections.items():
             reading = expert_bytes[name] / machine.read
             for rows, chance in rows_of_an_expert(model, count).items():
@@ -212,7 +212,7 @@ class _Bench:
     def __init__(self, backend, isa, model, tokens, repeats, quick):
         self.backend, self.isa, self.model, self.tokens, self.quick = backend, isa, model, tokens, quick
         self.kernel_rows = AMX_KERNEL_ROWS if isa == "amx" else KERNEL_ROWS
-        self.block = (AMX_MAX_ROWS, AMX_ROW_STEP) if isa == "amx" else (MAX_ROWS, ROW_STEP)
+        self.block = (AMX_MAX_ROWS, AMX_ROW_STEP) if isa == "amx" else (MAX_MC, ROW_STEP)
         self.repeats = 2 if quick else repeats
         self.min_seconds, self.pause_seconds = (1e-3, 0) if quick else (10e-3, 2e-3)
         self.layer = self._layer(model)
@@ -251,8 +251,8 @@ class _Bench:
             prepare=0.0,
             finish=0.0,
             overlap={1: MOST_OVERLAP},
-            max_rows=self.block[0],
-            row_step=self.block[1],
+            mc=self.block[0],
+            mr=self.block[1],
         )
         arithmetic = self.model.hidden * 32 * threads * machine.expert(PREPARE_ROWS)
         left = seconds["prepare"] - machine.start - arithmetic

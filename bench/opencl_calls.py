@@ -8,10 +8,10 @@ import pyopencl as cl
 
 from bench.shapes import DISTINCT_WEIGHTS
 from marlin_cy import MoeLayer, get_backend
-from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl import tiers
 from marlin_cy.opencl.timing import times_of
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = [
     "DAM_BYTES",

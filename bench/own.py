@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 
 from bench.machine import last_level_cache_bytes
-from marlin_cy.cpu._bandwidth import read_bandwidth
-from marlin_cy.cpu._peak import int8_peak
+from marlin_cy.cpu.measure._bandwidth import read_bandwidth
+from marlin_cy.cpu.measure._peak import int8_peak
 
 __all__ = ["experts_that_outgrow_cache", "gemm_call", "gemm_flop", "layer_call", "layer_flop", "peak_side", "read_side"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 __all__ = [
     "MODELS",

@@ -37,7 +37,7 @@ _LAZY = {
     "Routing": "marlin_cy.moe",
     "SharedExpert": "marlin_cy.moe",
     "moe_align_block_size": "marlin_cy.moe",
-    "open_checkpoint": "marlin_cy.checkpoint",
+    "open_checkpoint": "marlin_cy.checkpoints.checkpoint",
 }
 
 __all__ = [

@@ -319,7 +319,7 @@ class Backend(ABC):
         g_idx : int32 ``[k]``, or a sequence of ``num_experts`` of these (or None), optional
             Group of each row of K: one for all experts, or one an expert.
         codes : {"uint4", "e2m1"}
-            What the weights' codes stand for, see :class:`~marlin_cy.formats.canonical.Int4Weight`.
+            What the weights' codes stand for, see :class:`~marlin_cy.weights.int4.Int4Weight`.
         scale_dtype : {float16, bfloat16}
             Of the weights' scales.
         """

@@ -6,15 +6,13 @@ not specified that tightly, so :func:`moe_layer` and :func:`route` are float64 a
 a bound.
 """
 
-import math
-
 import numpy as np
 
-from marlin_cy.formats.canonical import E2M1_VALUES, unpack_words
-from marlin_cy.formats.order import group_order, packed_group_size
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.weights.int4 import E2M1_VALUES, unpack_words
+from marlin_cy.weights.order import group_order, packed_group_size
 
 __all__ = [
-    "ACTIVATIONS",
     "QMAX",
     "dequantize",
     "dequantize_weight",
@@ -27,7 +25,6 @@ __all__ = [
     "quantize",
     "route",
     "shared_expert",
-    "silu",
 ]
 
 QMAX = {"int16": 32639, "int8": 127}  # int16: 256 * 127 + 127, the largest two signed bytes can say
@@ -38,7 +35,7 @@ CHUNK_K = 1024
 def dequantize(q, scale, zero, group_size, g_idx=None, codes="uint4"):
     """``w``, float64 ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
 
-    ``value`` is documented in :mod:`marlin_cy.formats.canonical`; with ``codes="e2m1"``, ``zero`` is None.
+    ``value`` is documented in :mod:`marlin_cy.weights.int4`; with ``codes="e2m1"``, ``zero`` is None.
     """
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
     scale = scale.astype(np.float64)[groups]
@@ -48,7 +45,7 @@ def dequantize(q, scale, zero, group_size, g_idx=None, codes="uint4"):
 
 
 def dequantize_weight(weight):
-    """``w``, float64 ``[K, N]``, of an :class:`~marlin_cy.formats.canonical.Int4Weight`."""
+    """``w``, float64 ``[K, N]``, of an :class:`~marlin_cy.weights.int4.Int4Weight`."""
     codes = unpack_words(weight.words)
     return dequantize(codes, weight.scale, weight.zero, weight.group_size, weight.g_idx, weight.codes)
 
@@ -235,39 +232,6 @@ def sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
 
-def silu(x):
-    """``x / (1 + exp(-x))``."""
-    with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
-
-
-def gelu(x):
-    """``x * 0.5 * (1 + erf(x / sqrt(2)))``."""
-    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(np.asarray(x) / math.sqrt(2)))
-
-
-def gelu_tanh(x):
-    """``x * 0.5 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))``."""
-    with np.errstate(over="ignore"):
-        return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def swigluoai(gate, up):
-    """``gate / (1 + exp(-1.702 * gate)) * (up + 1)`` of ``gate`` at most 7 and ``up`` between -7 and 7."""
-    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
-    with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
-
-
-ACTIVATIONS = {
-    "silu": lambda gate, up: silu(gate) * up,
-    "gelu": lambda gate, up: gelu(gate) * up,
-    "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
-    "swigluoai": swigluoai,
-}
-"""``f(gate, up)`` of each activation of :class:`~marlin_cy.moe.MoeLayer`, for float64 arrays."""
-
-
 def moe_layer(
     hidden_states,
     gate_up,
@@ -320,5 +284,5 @@ def shared_expert(
 def expert(x, gate_up, down, activation, gate_up_bias=None, down_bias=None):
     """One expert's output for ``x``, ``[H]`` or ``[rows, H]``."""
     sums = x @ gate_up if gate_up_bias is None else x @ gate_up + gate_up_bias
-    inner = ACTIVATIONS[activation](*np.split(sums, 2, axis=-1))
+    inner = ACTIVATIONS[activation].reference(*np.split(sums, 2, axis=-1))
     return inner @ down if down_bias is None else inner @ down + down_bias

@@ -3,7 +3,7 @@
 ``stack.py`` implements the interface; below it, in the order in which a call goes through them::
 
     device.py     platforms, devices, which one is taken and what it can do
-    tiers.py      which kernels suit it: waved.py (any vendor), mma.py (NVIDIA), configuration.py (their sizes)
+    tiers.py      which kernels suit it: wave_tiled.py (any vendor), mma.py (NVIDIA), configuration.py (their sizes)
     store.py      packed weights in device memory         layout.py   the same in plain NumPy
     buffers.py    checks arrays
     context.py    queue and workspace                     program.py  compiles and keeps programs
@@ -51,7 +51,7 @@ def backend(**options):
     Parameters
     ----------
     **options
-        Those of :class:`~marlin_cy.opencl.stack.OpenClBackend`.
+        Those of :class:`~marlin_cy.opencl.backend.OpenClBackend`.
 
     Raises
     ------
@@ -60,6 +60,6 @@ def backend(**options):
     """
     if reason := availability():
         raise BackendUnavailable(f"backend 'opencl': {reason}")
-    from marlin_cy.opencl.stack import OpenClBackend
+    from marlin_cy.opencl.backend import OpenClBackend
 
     return OpenClBackend(**options)

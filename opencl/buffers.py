@@ -18,7 +18,7 @@ __all__ = [
     "Vector",
     "as_bytes",
     "check_contiguous",
-    "examined",
+    "array_info",
     "float_rows",
     "int32_vector",
     "mark_written",
@@ -30,7 +30,7 @@ __all__ = [
 TYPE_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 TYPES = tuple(TYPE_CODES)
 INT32 = np.dtype(np.int32)
-KEPT = "_marlin_cy_examined"  # the attribute of an array that holds its Examined
+KEPT = "_marlin_cy_examined"  # the attribute of an array that holds its ArrayInfo
 MAX_INT32 = 2**31 - 1
 
 
@@ -52,7 +52,7 @@ class Vector(NamedTuple):
     length: int
 
 
-class Examined:
+class ArrayInfo:
     """What was found out about an array, once: queries of OpenCL objects add up to more than a launch costs.
 
     It is kept with the array, and holds as long as the array's own attributes are the same objects.
@@ -103,8 +103,8 @@ class Examined:
         )
 
 
-def examined(array, name, context):
-    """The :class:`Examined` of an array; refuses what is no array of this context."""
+def array_info(array, name, context):
+    """The :class:`ArrayInfo` of an array; refuses what is no array of this context."""
     if not isinstance(array, Array):
         if isinstance(array, np.ndarray):
             raise TypeError(
@@ -114,14 +114,14 @@ def examined(array, name, context):
         raise TypeError(f"{name}: got {type(array).__name__}, expected a pyopencl.array.Array")
     found = array.__dict__.get(KEPT)
     if found is None or not found.is_of(array, context):
-        found = Examined(array, name, context)
+        found = ArrayInfo(array, name, context)
         setattr(array, KEPT, found)
     return found
 
 
 def float_rows(array, name, width, context, writeable=False):
     """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows."""
-    found = examined(array, name, context)
+    found = array_info(array, name, context)
     rows = found.rows.get((width, writeable))
     if rows is None:
         rows = found.rows[width, writeable] = new_rows(array, name, width, writeable)
@@ -155,7 +155,7 @@ def check_contiguous(array, name):
 
 def int32_vector(array, name, context):
     """``array`` as a vector of int32; one of a single element may have any shape."""
-    found = examined(array, name, context)
+    found = array_info(array, name, context)
     if found.vector is None:
         if array.dtype != INT32:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected int32")
@@ -168,7 +168,7 @@ def int32_vector(array, name, context):
 
 
 def refuse_overlap(output, input, name):
-    """Refuse an output that shares bytes with an input; both were examined before."""
+    """Refuse an output that shares bytes with an input; both were array_info before."""
     out, inp = getattr(output, KEPT), getattr(input, KEPT)
     if out.whole == inp.whole and out.begin < inp.end and inp.begin < out.end:
         raise ValueError(f"{name}: shares memory with the input, expected separate arrays")

@@ -11,7 +11,7 @@ import pyopencl as cl
 from marlin_cy.errors import ContextInUse
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import mark_written
-from marlin_cy.opencl.store import device_error, driver_errors, uploaded, zeroed_buffers
+from marlin_cy.opencl.memory import device_error, driver_errors, uploaded, zeroed_buffers
 
 __all__ = ["OpenClContext"]
 

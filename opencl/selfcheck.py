@@ -9,9 +9,9 @@ import pyopencl as cl
 
 from marlin_cy import reference
 from marlin_cy.errors import BuildError, DeviceError
-from marlin_cy.formats.canonical import Int4Weight, pack_words
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.configuration import FLOAT16_ROWS
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 __all__ = ["TOLERANCE", "reason_wrong"]
 

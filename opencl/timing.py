@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pyopencl as cl
 
-from marlin_cy.opencl.store import memory_errors
+from marlin_cy.opencl.memory import memory_errors
 
 __all__ = ["Times", "copy_bandwidth", "times_of"]
 

@@ -26,14 +26,14 @@ import pyopencl as cl
 
 from marlin_cy import __version__
 from marlin_cy.errors import BuildError, MarlinError
-from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
-from marlin_cy.opencl.configuration import Configuration
-from marlin_cy.opencl.gemm import problem_of
+from marlin_cy.opencl.gemm.multiply import problem_of
+from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.program import CACHE_VARIABLE, cache_folder
+from marlin_cy.opencl.tiers.configuration import Configuration
 from marlin_cy.opencl.timing import times_of
-from marlin_cy.opencl.work import Routed
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["Shape", "Tuned", "Tuning", "candidates", "tune", "tuning_file"]
 
@@ -399,7 +399,7 @@ class Case:
             self._calls.append(call)
         none = Vector(None, 0, 0)
         limit = min(len(sorted_ids) // block_size, len(expert_ids)) * block_size
-        work = Routed(none, none, None, limit, pairs, block_size, reads)
+        work = RoutedBlocks(none, none, None, limit, pairs, block_size, reads)
         self.problem = problem_of(stack.store, work, backend.runtime.capabilities)
         self.key = product_key(self.problem, stack.store.symmetric, stack.store.codes)
 

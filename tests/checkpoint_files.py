@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from marlin_cy.families import FAMILIES
+from marlin_cy.checkpoints.families import FAMILIES
 from marlin_cy.formats import gptq
 from marlin_cy.formats.awq import pack_awq
-from marlin_cy.formats.canonical import E2M1_VALUES
 from marlin_cy.formats.compressed_tensors import pack_compressed
+from marlin_cy.weights.int4 import E2M1_VALUES
 
 # What differs between the configurations of families; the rest is the same for all.
 CONFIGS = {

@@ -15,7 +15,7 @@ from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
 
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import E2M1_VALUES
+from marlin_cy.weights.int4 import E2M1_VALUES
 
 GROUP = 32
 QUANTIZATION = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}

@@ -8,7 +8,7 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import CODES, SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.weights.int4 import CODES, SCALE_DTYPES, Int4Weight, pack_words
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")

@@ -27,7 +27,7 @@ UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
 FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-shared", "-fPIC"]
 COMPILER = shutil.which("cc")
 
-TILE_N, PAIR_N, BLOCK_K, GROUP_K_STEP, MAX_GROUP_K, MAX_ROWS = 16, 32, 8, 32, 128, 96
+TILE_N, PAIR_N, BLOCK_K, GROUP_K_STEP, MAX_GROUP_K, MAX_MC = 16, 32, 8, 32, 128, 96
 SIZES = range(GROUP_K_STEP, MAX_GROUP_K + 1, GROUP_K_STEP)
 GROUP_SIZES = [(size,) for size in SIZES] + [(size, size, last) for size in SIZES for last in SIZES if last <= size]
 SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
@@ -70,7 +70,7 @@ class Table(ctypes.Structure):
     """The first entries of ``ukernel_table``."""
 
     _fields_ = [("name", ctypes.c_char_p), ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
-                ("row_step", ctypes.c_int), ("max_rows", ctypes.c_int), ("matrix_rows", ctypes.c_int)]  # fmt: skip
+                ("mr", ctypes.c_int), ("mc", ctypes.c_int), ("min_matrix_rows", ctypes.c_int)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +153,13 @@ class Problem:
 
     def result(self, table, accumulate=None):
         """What a table's kernel leaves in out, float32 ``[m, columns]``; ``accumulate`` is what it is added to."""
-        memory = aligned((MAX_ROWS + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
+        memory = aligned((MAX_MC + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
         memory[:] = 12345
         out = memory[1 : self.m + 1]
         columns = self.tiles * TILE_N
         if accumulate is not None:
             out[:, :columns] = accumulate
-        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_ROWS * PAIR_N * 4 + 64)
+        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_MC * PAIR_N * 4 + 64)
         scratch[:] = 0xFF
         task = Task(**self.sizes, accumulate=accumulate is not None)
         for name, part in {**self.parts, "out": out, "scratch": scratch}.items():
@@ -181,7 +181,7 @@ class Problem:
         assert_same_bits(self.result(amx, expected), self.result(generic, expected))
 
 
-@pytest.mark.parametrize("m", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("m", range(1, MAX_MC + 1))
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("codes", [0, 1])
 def test_every_number_of_rows(library, rng, m, planes, codes):
@@ -200,7 +200,7 @@ def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_few_rows_may_lie_anywhere(library, rng, planes):
-    few = Table.in_dll(library, "ukernels_amx").matrix_rows - 1
+    few = Table.in_dll(library, "ukernels_amx").min_matrix_rows - 1
     assert few > 0
     Problem(rng, few, planes, 0, rows=rng.permutation(20)[:few]).check(library)
 
@@ -225,7 +225,7 @@ def emulated_context(library, cpu_backend):
 
     def make(**options):
         ctx = cpu_backend.new_context(isa="avx512vnni", **options)
-        for name in ("gemm", "row_step", "max_rows", "matrix_rows"):
+        for name in ("gemm", "mr", "mc", "min_matrix_rows"):
             setattr(table, name, getattr(amx, name))
         return ctx
 

@@ -167,7 +167,7 @@ class Layer(Call):
         return {"hidden_states": activations(rng, ROWS, K), "router_logits": logits, "out": self.guarded()}
 
 
-class Routed(Layer):
+class RoutedBlocks(Layer):
     inputs = ["hidden_states"]
 
     def make(self, backend, rng):
@@ -178,7 +178,7 @@ class Routed(Layer):
         return {**args, "topk_ids": ids, "topk_weights": weights}
 
 
-class Weighed(Routed):
+class Weighed(RoutedBlocks):
     """With the router's weights on the input, a bias everywhere and a shared expert."""
 
     def make(self, backend, rng):
@@ -194,7 +194,7 @@ class Weighed(Routed):
         return {**args, "topk_ids": args["topk_ids"][:, :1].copy(), "topk_weights": np.ones((ROWS, 1), np.float32)}
 
 
-CALLS = {"batched": Batched, "vllm": Vllm, "view": View, "layer": Layer, "routed": Routed, "weighed": Weighed}
+CALLS = {"batched": Batched, "vllm": Vllm, "view": View, "layer": Layer, "routed": RoutedBlocks, "weighed": Weighed}
 
 
 def table(lines):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlin_cy.cpu._bandwidth import read_bandwidth
+from marlin_cy.cpu.measure._bandwidth import read_bandwidth
 
 MIB = 1 << 20
 

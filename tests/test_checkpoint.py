@@ -27,11 +27,11 @@ from safetensors.numpy import load_file, save_file
 
 from marlin_cy import reference
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoint import open_checkpoint
+from marlin_cy.checkpoints.checkpoint import open_checkpoint
+from marlin_cy.checkpoints.families import FAMILIES, MoeSpec
+from marlin_cy.checkpoints.safetensors import SafetensorsFile
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.families import FAMILIES, MoeSpec
 from marlin_cy.interface import Backend, StackBuilder
-from marlin_cy.safetensors_file import SafetensorsFile
 
 SHIPPED = Path(__file__).parents[1] / "marlin_cy" / "data" / "tiny-qwen3-moe-gptq-int4"
 GATE = "model.layers.1.mlp.experts.2.gate_proj"
@@ -715,7 +715,7 @@ def test_random_damage(tmp_path, name):
 PEAK_PROGRAM = """
 import sys
 from pathlib import Path
-from marlin_cy.checkpoint import open_checkpoint
+from marlin_cy.checkpoints.checkpoint import open_checkpoint
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

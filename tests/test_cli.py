@@ -70,7 +70,7 @@ def assert_refused(code, captured, *words):
 @pytest.fixture
 def quick_bandwidth(monkeypatch):
     """A bandwidth that costs nothing to measure: 10 GB/s."""
-    monkeypatch.setattr("marlin_cy.cpu._bandwidth.read_bandwidth", lambda num_threads: 10e9)
+    monkeypatch.setattr("marlin_cy.cpu.measure._bandwidth.read_bandwidth", lambda num_threads: 10e9)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from checkpoint_files import (
 )
 
 from marlin_cy import get_backend, open_checkpoint, reference
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.checkpoints.families import FAMILIES, MoeSpec, find_moe_layers, read_moe_spec
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.families import FAMILIES, MoeSpec, find_moe_layers, read_moe_spec
-from marlin_cy.safetensors_file import SafetensorsFolder
 
 SIZES = {"hidden_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 5}
 # One layer with int16 activations is off by some 5e-5; two products and a shared expert, by less than this.
@@ -183,7 +184,7 @@ def run(checkpoint, index, x, **options):
 
 
 def dense_mlp(x, gate, up, down):
-    return (reference.silu(x @ gate) * (x @ up)) @ down
+    return ACTIVATIONS["silu"].reference(x @ gate, x @ up) @ down
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))

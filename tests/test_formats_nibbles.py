@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_cy.formats import marlin
-from marlin_cy.formats._nibbles import transpose, words_of_awq, words_of_marlin
-from marlin_cy.formats.canonical import pack_words
+from marlin_cy.weights._nibbles import transpose, words_of_awq, words_of_marlin
+from marlin_cy.weights.int4 import pack_words
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 SIDES = st.integers(1, 40)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_cy.builder import check_weight
+from marlin_cy.checkpoints.safetensors import DTYPES
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import awq, compressed_tensors, gptq, marlin, mxfp4
-from marlin_cy.formats.canonical import unpack_words
 from marlin_cy.formats.scheme import Scheme
-from marlin_cy.safetensors_file import DTYPES
+from marlin_cy.stacks.builder import check_weight
+from marlin_cy.weights.int4 import unpack_words
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 

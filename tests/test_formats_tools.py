@@ -14,15 +14,15 @@ import pytest
 from asserts import assert_same_bits
 
 from marlin_cy import reference
+from marlin_cy.checkpoints.safetensors import SafetensorsFile
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.awq import AwqScheme
-from marlin_cy.formats.canonical import E2M1_VALUES, unpack_words
 from marlin_cy.formats.compressed_tensors import CompressedMxfp4Scheme, CompressedTensorsScheme
 from marlin_cy.formats.gptq import GptqScheme
 from marlin_cy.formats.marlin import MarlinScheme
 from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.registry import read_scheme
-from marlin_cy.safetensors_file import SafetensorsFile
+from marlin_cy.weights.int4 import E2M1_VALUES, unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from marlin_cy import open_checkpoint
+from marlin_cy.checkpoints.families import FAMILIES
+from marlin_cy.checkpoints.packed import write_packed
+from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder, read_json
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.families import FAMILIES
 from marlin_cy.formats.registry import read_scheme
-from marlin_cy.packed_folder import write_packed
-from marlin_cy.quantized_source import QuantizedSource, blaming
-from marlin_cy.safetensors_file import SafetensorsFolder, read_json
 
 EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))
 SOURCES = (
@@ -214,7 +214,7 @@ def use_layers(folder):
     modules = [name.removesuffix(scheme.marker) for name in tensors.names if name.endswith(scheme.marker)]
     if scheme.marker == "_blocks":  # of all experts in one, of which source knows through a model's configuration
         for module in modules:
-            with blaming(folder, module):
+            with as_checkpoint_error(folder, module):
                 arrays = {suffix: tensors.tensor(f"{module}{suffix}") for suffix in scheme.tensors(32, 8)}
                 k, n = scheme.sizes(arrays[scheme.marker].shape[1:])
                 scheme.to_canonical({suffix: array[0] for suffix, array in arrays.items() if array.ndim}, k, n)

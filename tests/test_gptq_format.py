@@ -6,7 +6,7 @@ from checkpoint_files import random_weight
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import unpack_words
+from marlin_cy.weights.int4 import unpack_words
 
 K, N, GROUP = 64, 16, 32
 

@@ -18,7 +18,7 @@ from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
 
 import marlin_cy
 from marlin_cy import reference
-from marlin_cy.moe.layer import ACTIVATIONS
+from marlin_cy.activations import ACTIVATIONS
 
 FLOAT32 = unit_roundoff(np.float32)
 SLICE_BYTES = 64 << 20  # of rows between the two products, as in _moe.pyx
@@ -152,9 +152,9 @@ class Layer:
         (gate, up), (off_gate, off_up) = np.split(sums, 2), np.split(off, 2)
         if self.activation == "swigluoai":
             gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
-            f = reference.swigluoai(gate, 0)
+            f = ACTIVATIONS["swigluoai"].reference(gate, 0)
         else:
-            f = reference.ACTIVATIONS[self.activation](gate, 1)
+            f = ACTIVATIONS[self.activation].reference(gate, 1)
         f, up = np.abs(f), np.abs(up)
         off = 1.2 * off_gate * (up + off_up) + f * off_up + 8 * FLOAT32 * (np.abs(gate) + off_gate) * (up + off_up)
         output = (f * up + off) @ np.abs(w2)

@@ -10,8 +10,9 @@ from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, as_given, r
 
 import marlin_cy
 from marlin_cy import reference
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.cpu._dispatch import activate
-from marlin_cy.formats.canonical import CODES, E2M1_VALUES, Int4Weight, pack_words
+from marlin_cy.weights.int4 import CODES, E2M1_VALUES, Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -262,7 +263,7 @@ SPECIAL = [np.nan, np.inf, 0.0, FLOAT32.max, 1e30, 1e19, 1e10, 100.0, 89.0, 7.0,
 
 
 def activation_sums(gates, ups):
-    """float32 ``[rows, 32]``: 16 gates and 16 ups a row, as ``gate_rows`` takes them."""
+    """float32 ``[rows, 32]``: 16 gates and 16 ups a row, as ``glu_epilogue`` takes them."""
     return np.concatenate([part.astype(np.float32).reshape(-1, 16) for part in (gates, ups)], axis=1)
 
 
@@ -275,11 +276,11 @@ def activation_bound(name, gates, ups):
 
 def assert_activated(name, isa, sums):
     gates, ups = np.split(sums.astype(np.float64), 2, axis=1)
-    expected = reference.ACTIVATIONS[name](gates, ups)
+    expected = ACTIVATIONS[name].reference(gates, ups)
     assert_close(activate(isa, name, sums), expected, activation_bound(name, gates, ups))
 
 
-@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 class TestActivations:
     def test_close_to_float64(self, rng, isa, name):
         gates = np.concatenate([np.linspace(-20, 20, 1 << 15), rng.standard_normal(1 << 15)])
@@ -299,10 +300,10 @@ class TestActivations:
         values = np.array(SPECIAL + [-value for value in SPECIAL]).astype(np.float32).astype(np.float64)
         pairs = np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)
         with np.errstate(all="ignore"):
-            faint = np.abs(reference.ACTIVATIONS[name](pairs[:, 0], 1)) < 1e-35
+            faint = np.abs(ACTIVATIONS[name].reference(pairs[:, 0], 1)) < 1e-35
             pairs = pairs[~(faint & np.isinf(pairs[:, 1]))]
             gates, ups = (np.resize(part, (50, 16)) for part in pairs.T)
-            expected, bound = reference.ACTIVATIONS[name](gates, ups), activation_bound(name, gates, ups)
+            expected, bound = ACTIVATIONS[name].reference(gates, ups), activation_bound(name, gates, ups)
             rounded = expected.astype(np.float32)
             actual = activate(isa, name, activation_sums(gates, ups))
         finite = np.isfinite(rounded)

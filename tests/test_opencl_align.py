@@ -18,10 +18,11 @@ from test_opencl_mma import CONFIGURATIONS, EMULATING, emulating  # noqa: E402
 from test_opencl_moe_kernels import GUARD, ROUTE_ITEMS, Output, input_buffer, route, route_call  # noqa: E402
 
 from marlin_cy import Routing, reference  # noqa: E402
-from marlin_cy.opencl import align, moe  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES  # noqa: E402
-from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES  # noqa: E402
 from marlin_cy.opencl.device import capabilities  # noqa: E402
+from marlin_cy.opencl.layer import align  # noqa: E402
+from marlin_cy.opencl.layer import forward as moe  # noqa: E402
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES  # noqa: E402
 
 ALIGN_ITEMS = 256
 GROUP_SHIFT = 5
@@ -359,7 +360,7 @@ class TestLayer:
         check_layer(with_order, monkeypatch, ["route", "align, gate_up: prepare_rows"], tokens=most + 1, **options)
 
     def test_slices(self, device_alone, monkeypatch):
-        """Routed at once, and aligned slice by slice."""
+        """RoutedBlocks at once, and aligned slice by slice."""
         monkeypatch.setattr(moe, "SLICE_BYTES", 20_000)
         first = ["route", "align, gate_up: prepare_rows", "gate_up"]
         check_layer(device_alone, monkeypatch, first, tokens=20, g_idx="common", shared=160)

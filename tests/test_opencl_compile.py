@@ -1,4 +1,4 @@
-"""Every ``.cl`` file compiles for GPUs that are not here: ``bench/compile_kernels.py``, one variant a file."""
+"""Every ``.cl`` file compiles for GPUs that are not here: ``tools/compile_kernels.py``, one variant a file."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from marlin_cy.opencl.program import kernel_files  # noqa: E402
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "compile_kernels.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
 
 
 def loaded():

@@ -447,7 +447,7 @@ def doctor(*arguments, **variables):
     code = f"""
 import sys
 from marlin_cy import cli
-from marlin_cy.cpu import _bandwidth
+from marlin_cy.cpu.measure import _bandwidth
 _bandwidth.read_bandwidth = lambda num_threads: 10e9
 sys.exit(cli.main(["doctor", *{arguments!r}]))
 """

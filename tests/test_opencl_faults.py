@@ -28,7 +28,7 @@ if DEVICE_LABELS == ["cpu"]:
 from pyopencl.array import Array, to_device  # noqa: E402
 
 from marlin_cy.opencl import program, selfcheck, tiers  # noqa: E402
-from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ if not OPENCL_PLACES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
 from marlin_cy.opencl import device as devices  # noqa: E402
-from marlin_cy.opencl import mma, selfcheck, tiers  # noqa: E402
-from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
+from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
+from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.tiers import mma  # noqa: E402
 
 NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
 EMULATING = [device for device in devices.list_devices() if devices.capabilities(device).extensions >= NEEDED]

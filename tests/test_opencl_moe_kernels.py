@@ -18,7 +18,8 @@ cl = pytest.importorskip("pyopencl")
 
 from opencl_devices import each_device, runtime_of  # noqa: E402
 
-from marlin_cy.opencl import moe, routing  # noqa: E402
+from marlin_cy.opencl.layer import forward as moe  # noqa: E402
+from marlin_cy.opencl.layer import routing  # noqa: E402
 
 FLOAT32 = unit_roundoff(np.float32)
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}

@@ -5,16 +5,15 @@ import pytest
 from asserts import assert_close, unit_roundoff
 from problems import DTYPES, as_given
 
-from marlin_cy import reference
-from marlin_cy.moe.layer import ACTIVATIONS
+from marlin_cy.activations import ACTIVATIONS
 
 cl = pytest.importorskip("pyopencl")
 
 from opencl_devices import each_device, runtime_of  # noqa: E402
 
-from marlin_cy.opencl import prepare  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES, as_bytes  # noqa: E402
-from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES  # noqa: E402
+from marlin_cy.opencl.gemm.multiply import prepare  # noqa: E402
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES  # noqa: E402
 
 FLOAT32 = unit_roundoff(np.float32)
 # An activation's relative error grows with that of what an exponential (or erfc) is taken of: so many roundings of it.
@@ -71,7 +70,7 @@ def prepared(device, rows, activation, prepared_type=FLOAT32_ROWS, order=None):
 def expected(rows, activation):
     """``(result, bound)`` in float64, whose own ``1 + erf`` and ``1 + tanh`` cancel."""
     gate, up = np.split(as_given(rows).astype(np.float64), 2, axis=1)
-    result = reference.ACTIVATIONS[activation](gate, up)
+    result = ACTIVATIONS[activation].reference(gate, up)
     off = (ROUNDINGS + ARGUMENT[activation](np.clip(gate, -20, 20))) * FLOAT32 * np.abs(result)
     return result, off + 4 * unit_roundoff(np.float64) * np.abs(gate * up) + SMALL * (1 + np.abs(up))
 

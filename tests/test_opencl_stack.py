@@ -12,10 +12,9 @@ from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
 from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
 
 import marlin_cy
-from marlin_cy import reference
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.errors import BackendUnavailable, ContextInUse
-from marlin_cy.formats.canonical import CODES
-from marlin_cy.moe.layer import ACTIVATIONS
+from marlin_cy.weights.int4 import CODES
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
@@ -23,11 +22,14 @@ if not OPENCL_PLACES:
 
 from pyopencl.array import Array, to_device  # noqa: E402
 
-from marlin_cy.opencl import gemm, moe, selfcheck, tiers, waved  # noqa: E402
-from marlin_cy.opencl.configuration import Problem, fitting  # noqa: E402
-from marlin_cy.opencl.stack import OpenClBackend  # noqa: E402
+from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
+from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.gemm.multiply import multiply as gemm  # noqa: E402
+from marlin_cy.opencl.gemm.work import TileList  # noqa: E402
+from marlin_cy.opencl.layer import forward as moe  # noqa: E402
+from marlin_cy.opencl.tiers import wave_tiled as wave_tiled  # noqa: E402
+from marlin_cy.opencl.tiers.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.timing import times_of  # noqa: E402
-from marlin_cy.opencl.work import Listed  # noqa: E402
 
 PORTABLE_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "portable"]
 SUBGROUP_PLACES = [place for place in USABLE_PLACES.values() if place.tier == "subgroup"]
@@ -373,11 +375,11 @@ class TestConfigurations:
     @pytest.mark.parametrize(
         "configuration",
         [
-            waved.PORTABLE_TABLE.few[0],
-            waved.PORTABLE_TABLE.few[-1],
-            waved.PORTABLE_TABLE.many[0],
-            dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=4),
-            dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], groups_per_unit=1),
+            wave_tiled.PORTABLE_TABLE.few[0],
+            wave_tiled.PORTABLE_TABLE.few[-1],
+            wave_tiled.PORTABLE_TABLE.many[0],
+            dataclasses.replace(wave_tiled.PORTABLE_TABLE.cpu[0], splits=4),
+            dataclasses.replace(wave_tiled.PORTABLE_TABLE.cpu[0], groups_per_unit=1),
         ],
         ids=["few rows, 1", "few rows, 16", "many rows", "splits", "few work-groups"],
     )
@@ -420,7 +422,7 @@ class TestConfigurations:
         self.check(backend, rng, bias=True, **WEIGHT_KINDS[kind])
 
     def test_splits_with_views_and_biases(self, portable, rng):
-        configuration = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], splits=2)
+        configuration = dataclasses.replace(wave_tiled.PORTABLE_TABLE.cpu[0], splits=2)
         backend = with_configuration(portable, configuration)
         problem = random_problem(rng, 2, 1056, 40, 32)
         x, bias = activations(rng, 11, 1056), rng.standard_normal(48).astype(np.float32)
@@ -495,7 +497,7 @@ class TestTiers:
 
     def test_a_tier_that_does_not_compile(self, monkeypatch, place, rng):
         portable = tiers.tier_named("portable")
-        broken = dataclasses.replace(waved.PORTABLE_TABLE.cpu[0], macros=(("K_WAVES", 0),))
+        broken = dataclasses.replace(wave_tiled.PORTABLE_TABLE.cpu[0], macros=(("K_WAVES", 0),))
         best = dataclasses.replace(portable, name="best", configurations=lambda problem: [broken])
         monkeypatch.setattr(tiers, "TIERS", (best, portable))
         backend = OpenClBackend(device=place.device)
@@ -557,7 +559,7 @@ class TestLayer:
                 (gate, up), (off_gate, off_up) = (
                     np.split(a, 2, axis=1) for a in (row @ w1 + gate_up.bias[expert], off)
                 )
-                inner = reference.ACTIVATIONS[activation](gate, up)
+                inner = ACTIVATIONS[activation].reference(gate, up)
                 off = 1.2 * off_gate * (np.abs(up) + off_up + 1) + (np.abs(gate) + off_gate) * off_up
                 off += 2.0**-18 * np.abs(inner)
                 product = np.abs(inner @ w2 + down.bias[expert])
@@ -624,7 +626,7 @@ def test_tiles_of_runs():
     runs = np.array([[2, 0, 24, 0, 5, 10, 7], [1, 8, 16, 24, 0, 0, 3]], np.int32)
     expected = [[2, 0, 24, 0, 5, 10, 3, 0], [2, 0, 24, 0, 8, 13, 3, 0], [2, 0, 24, 0, 11, 16, 1, 0]]
     expected.append([1, 8, 16, 24, 0, 0, 3, 0])
-    np.testing.assert_array_equal(Listed(runs).tiles(3), expected)
+    np.testing.assert_array_equal(TileList(runs).tiles(3), expected)
 
 
 def test_host_time_of_a_warm_call(portable, rng):

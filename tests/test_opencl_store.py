@@ -11,12 +11,13 @@ cl = pytest.importorskip("pyopencl")
 from opencl_devices import each_device, runtime_of  # noqa: E402
 
 from marlin_cy.errors import DeviceError, DeviceMemoryError, UnsupportedError  # noqa: E402
-from marlin_cy.formats.canonical import CODES, Int4Weight  # noqa: E402
-from marlin_cy.formats.order import group_order  # noqa: E402
+from marlin_cy.opencl import memory  # noqa: E402
 from marlin_cy.opencl import store as store_module  # noqa: E402
 from marlin_cy.opencl.layout import ExpertLayout, expert_layout, pack_expert, unpack_expert  # noqa: E402
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: E402
 from marlin_cy.reference import dequantize  # noqa: E402
+from marlin_cy.weights.int4 import CODES, Int4Weight  # noqa: E402
+from marlin_cy.weights.order import group_order  # noqa: E402
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -374,12 +375,12 @@ class TestTooLittleMemory:
     def test_staging_that_does_not_fit(self, device, rng, monkeypatch):
         runtime, make = runtime_of(device), cl.Buffer
         problem = random_problem(rng, 1, 32, 16, 32)
-        held = store_module.live_stores.nbytes(device)
+        held = memory.live_stores.nbytes(device)
         with monkeypatch.context() as patch:
             patch.setattr(cl, "Buffer", fails_from(2, function=make))
             with pytest.raises(DeviceMemoryError, match="staging of weights"):
                 builder_for(runtime, problem)
-        assert store_module.live_stores.nbytes(device) == held
+        assert memory.live_stores.nbytes(device) == held
 
     def test_other_errors_are_not_taken_for_it(self, device, rng, monkeypatch):
         monkeypatch.setattr(cl, "enqueue_fill_buffer", fails_from(1, cl.status_code.DEVICE_NOT_AVAILABLE))
@@ -389,11 +390,11 @@ class TestTooLittleMemory:
     def test_says_what_packed_weights_hold(self, device, rng):
         gc.collect()
         runtime = runtime_of(device)
-        before = store_module.live_stores.nbytes(device)
+        before = memory.live_stores.nbytes(device)
         store = store_of(runtime, random_problem(rng, 2, 32, 16, 32))
-        assert store_module.live_stores.nbytes(device) == before + store.nbytes
+        assert memory.live_stores.nbytes(device) == before + store.nbytes
         with pytest.raises(DeviceMemoryError, match=f"of which packed weights hold {before + store.nbytes},|free,"):
             OpenClGptqStore(runtime, 2**20, 2**17, 2**17, 128, [None] * 2**20)
         del store
         gc.collect()
-        assert store_module.live_stores.nbytes(device) == before
+        assert memory.live_stores.nbytes(device) == before

@@ -17,7 +17,7 @@ from opencl_devices import DEVICES
 from problems import random_problem
 
 from marlin_cy.opencl import tuning
-from marlin_cy.opencl.gemm import problem_of
+from marlin_cy.opencl.gemm.multiply import problem_of
 
 pytestmark = pytest.mark.skipif(not DEVICES, reason="no OpenCL device")
 
@@ -257,7 +257,9 @@ def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeyp
     backend = new_backend()
     case, _ = product(backend, rng)
     seen = []
-    monkeypatch.setattr("marlin_cy.opencl.gemm.problem_of", lambda *given: seen.append(problem_of(*given)) or seen[-1])
+    monkeypatch.setattr(
+        "marlin_cy.opencl.gemm.multiply.problem_of", lambda *given: seen.append(problem_of(*given)) or seen[-1]
+    )
     planned(backend)
     assert tuning.product_key(seen[-1], True, "uint4") == case.key
 

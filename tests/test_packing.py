@@ -5,13 +5,13 @@ import pytest
 from asserts import assert_same_bits
 from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
 
-from marlin_cy.builder import check_weight
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.formats.gptq import normalised_g_idx
-from marlin_cy.formats.order import group_order
+from marlin_cy.stacks.builder import check_weight
+from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.order import group_order
 
 CACHE_LINE = 64
 

@@ -3,7 +3,7 @@
 import pytest
 
 from marlin_cy.cpu._dispatch import isas
-from marlin_cy.cpu._peak import int8_peak
+from marlin_cy.cpu.measure._peak import int8_peak
 
 AVAILABLE = [isa["name"] for isa in isas() if isa["available"]]
 

@@ -9,7 +9,7 @@ import pytest
 
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import Int4Weight, pack_words
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import unpack_words
+from marlin_cy.weights.int4 import unpack_words
 
 from .interface import Experts, Peer, Projection, RoutedProduct, require_plain
 

@@ -6,7 +6,7 @@ Source of the formats: the operators' own documentation, ``docs/ContribOperators
 import numpy as np
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import Int4Weight, unpack_words
+from marlin_cy.weights.int4 import Int4Weight, unpack_words
 
 from .interface import Experts, Peer, Projection, require_plain
 

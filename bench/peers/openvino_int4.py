@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import unpack_words
+from marlin_cy.weights.int4 import unpack_words
 
 from .interface import Experts, Peer, Projection, require_matching, require_plain, require_routing
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from bench.torch_peers import GROUP_SIZES, int4_linear, missing_int4, pack_int4
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import unpack_words
+from marlin_cy.weights.int4 import unpack_words
 
 from .torch_dense import TorchPeer
 

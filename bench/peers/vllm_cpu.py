@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.canonical import unpack_words
+from marlin_cy.weights.int4 import unpack_words
 
 from .interface import Experts, require_matching, require_plain, require_routing
 from .torch_dense import TorchPeer

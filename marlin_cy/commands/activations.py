@@ -5,8 +5,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from marlin_cy.checkpoints.safetensors import SafetensorsFile
 from marlin_cy.errors import CheckpointError
-from marlin_cy.safetensors_file import SafetensorsFile
 
 __all__ = ["LayerActivations", "RandomActivations", "RecordedActivations"]
 

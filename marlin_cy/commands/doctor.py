@@ -77,8 +77,8 @@ def report():
 def _compiled_report():
     """What only the compiled CPU backend knows."""
     from marlin_cy.cpu import default_num_threads, dispatch_report, openmp_report
-    from marlin_cy.cpu._bandwidth import read_bandwidth
     from marlin_cy.cpu._dispatch import isas
+    from marlin_cy.cpu.measure._bandwidth import read_bandwidth
 
     try:
         isa = dispatch_report()

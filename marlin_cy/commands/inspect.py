@@ -1,7 +1,7 @@
 """Show what a checkpoint's folder holds and what would be loaded of it, without loading it.
 
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
-format), ``family``, ``moe`` (the fields of `marlin_cy.families.MoeSpec`), ``layers``, ``moe_layers``,
+format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
 ``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``bytes`` (``total``, ``experts``, ``linears``,
 ``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
 """

@@ -146,7 +146,7 @@ class CpuPlace:
     def measure_bandwidth(self):
         """Find out what the times are held against."""
         # Only here: where the extension modules are missing, get_backend says so better than an import.
-        from marlin_cy.cpu._bandwidth import read_bandwidth
+        from marlin_cy.cpu.measure._bandwidth import read_bandwidth
 
         self._bandwidth = read_bandwidth(self._context.num_threads)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from marlin_cy.commands.measure import LayerResult, common_figures, repeated
 from marlin_cy.commands.output import gigabytes
-from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 from marlin_cy.opencl.device import describe
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 from marlin_cy.opencl.timing import copy_bandwidth, times_of
 
 __all__ = ["OpenClLayerResult", "OpenClPlace"]

@@ -12,7 +12,9 @@
 
 from marlin_cy.cpu._dispatch import choose_isa, isas, openmp_report
 from marlin_cy.cpu._store import CpuGptqStore
-from marlin_cy.cpu.stack import CpuBackend, CpuContext, CpuLinear, CpuMarlinExpertStack, default_num_threads
+from marlin_cy.cpu.backend import CpuBackend
+from marlin_cy.cpu.context import CpuContext, default_num_threads
+from marlin_cy.cpu.stack import CpuLinear, CpuMarlinExpertStack
 
 __all__ = [
     "CpuBackend",

@@ -12,7 +12,7 @@ cdef extern from "ukernel.h" nogil:
         GROUP_HEADER_BYTES
         MAX_GROUP_K
         GROUP_K_STEP
-        MAX_ROWS
+        MAX_MC
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
@@ -60,7 +60,7 @@ cdef extern from "ukernel.h" nogil:
     ctypedef void store_rows_fn(
         char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias, int n,
         int dtype) noexcept nogil
-    ctypedef void gate_rows_fn(
+    ctypedef void glu_epilogue_fn(
         float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums, const float *gate_bias,
         const float *up_bias, int activation) noexcept nogil
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
@@ -71,14 +71,14 @@ cdef extern from "ukernel.h" nogil:
     ctypedef struct ukernel_table:
         const char *name
         gemm_fn *gemm[2][2]
-        int row_step
-        int max_rows
-        int matrix_rows
+        int mr
+        int mc
+        int min_matrix_rows
         quantize_row_fn *quantize_row
         widen_fn *widen
         narrow_fn *narrow
         store_rows_fn *store_rows
-        gate_rows_fn *gate_rows
+        glu_epilogue_fn *glu_epilogue
         axpy_fn *axpy
         softmax_fn *softmax
         sigmoid_fn *sigmoid

@@ -84,7 +84,7 @@ def choose_isa():
 
 
 def activate(str isa, str activation, const float[:, ::1] sums, const float[::1] bias=None):
-    """What an ISA's ``gate_rows`` makes of sums, float32 ``[rows, 16]``; for tests and inspection.
+    """What an ISA's ``glu_epilogue`` makes of sums, float32 ``[rows, 16]``; for tests and inspection.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def activate(str isa, str activation, const float[:, ::1] sums, const float[::1]
     if bias is not None:
         gate_bias, up_bias = &bias[0], &bias[TILE_N]
     if m:
-        table.gate_rows(&to[0, 0], TILE_N, &places[0], m, &sums[0, 0], gate_bias, up_bias, code)
+        table.glu_epilogue(&to[0, 0], TILE_N, &places[0], m, &sums[0, 0], gate_bias, up_bias, code)
     return out
 
 

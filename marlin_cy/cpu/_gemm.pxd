@@ -2,13 +2,13 @@
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 
-from marlin_cy.cpu._dispatch cimport MAX_ROWS, PAIR_N, act_meta, gemm_scratch, ukernel_table
+from marlin_cy.cpu._dispatch cimport MAX_MC, PAIR_N, act_meta, gemm_scratch, ukernel_table
 from marlin_cy.cpu._quantize cimport quantize_job
 from marlin_cy.cpu._store cimport CpuGptqStore, packed_view
 from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum:
-    OUT_FLOATS = MAX_ROWS * PAIR_N      # the sums of an item, at most
+    OUT_FLOATS = MAX_MC * PAIR_N      # the sums of an item, at most
 
 cdef struct thread_area:
     gemm_scratch scratch
@@ -20,7 +20,7 @@ cdef struct thread_area:
 cdef struct row_block:
     int64_t expert
     int64_t begin       # in the row lists
-    int64_t count       # 1 to ukernel_table's max_rows
+    int64_t count       # 1 to ukernel_table's mc
 
 # Where pairs find their rows quantised: how quantize_job and gemm_job have it.
 cdef struct row_places:
@@ -72,7 +72,7 @@ cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil
 cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,
                      const int32_t *order_of, bint one_order, int64_t input_rows,
-                     int matrix_rows) noexcept nogil
+                     int min_matrix_rows) noexcept nogil
 cdef void use_row_places(quantize_job *job, const row_places *places) noexcept nogil
 cdef int64_t max_blocks(const ukernel_table *table, int64_t runs, int64_t pairs) noexcept nogil
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,

@@ -60,7 +60,7 @@ cdef inline bint is_split(const gemm_job *job, int num_threads) noexcept nogil:
 
 
 cdef inline int64_t slot_floats(const gemm_job *job) noexcept nogil:
-    return job.table.max_rows * PAIR_N
+    return job.table.mc * PAIR_N
 
 
 cdef inline int64_t *arrivals(const gemm_job *job) noexcept nogil:
@@ -156,7 +156,7 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noex
         if bias is not NULL:
             bias += panel * TILE_N
             up_bias = bias + job.inner
-        job.table.gate_rows(<float *>job.output + panel * TILE_N, job.out_width, rows, <int>block.count, sums, bias,
+        job.table.glu_epilogue(<float *>job.output + panel * TILE_N, job.out_width, rows, <int>block.count, sums, bias,
                             up_bias, job.activation)
         return
     tile_column = (first_tile(job) + 2 * panel) * TILE_N
@@ -239,21 +239,21 @@ cdef void run_gemm(const gemm_job *job, quantize_job *rows, int num_threads) noe
 
 cdef int64_t max_blocks(const ukernel_table *table, int64_t runs, int64_t pairs) noexcept nogil:
     """Blocks that so many runs of so many pairs in all are cut into, at most."""
-    return runs + pairs // table.max_rows
+    return runs + pairs // table.mc
 
 
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,
                              const ukernel_table *table) noexcept nogil:
     """Cut a run of one expert's pairs into blocks; returns how many.
 
-    Blocks are as even as they can be in whole steps of ``row_step`` rows, which micro-kernels take at
+    Blocks are as even as they can be in whole steps of ``mr`` rows, which micro-kernels take at
     full speed; what is left over is in the last.
     """
-    cdef int64_t max_rows = table.max_rows, row_step = table.row_step
-    cdef int64_t parts = (count + max_rows - 1) // max_rows, steps = (count + row_step - 1) // row_step, part
+    cdef int64_t mc = table.mc, mr = table.mr
+    cdef int64_t parts = (count + mc - 1) // mc, steps = (count + mr - 1) // mr, part
     cdef int64_t first, end
     for part in range(parts):
-        first, end = steps * part // parts * row_step, min(steps * (part + 1) // parts * row_step, count)
+        first, end = steps * part // parts * mr, min(steps * (part + 1) // parts * mr, count)
         blocks[part] = row_block(expert=expert, begin=begin + first, count=end - first)
     return parts
 
@@ -295,11 +295,11 @@ cdef void place_block(row_places *places, const row_block *block, const int32_t 
 
 cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,
                      const int32_t *order_of, bint one_order, int64_t input_rows,
-                     int matrix_rows) noexcept nogil:
+                     int min_matrix_rows) noexcept nogil:
     """Decide where quantised rows lie. ``order_of`` has the order of K of each expert, ``one_order`` says that they
     are the same.
 
-    An input row has one place, but for blocks of ``matrix_rows`` rows or more (0: no blocks), which have places of
+    An input row has one place, but for blocks of ``min_matrix_rows`` rows or more (0: no blocks), which have places of
     their own; and with several orders every pair has.
     """
     cdef int64_t b
@@ -309,7 +309,7 @@ cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_bl
     # Large blocks first: then small ones need no places but for rows that are in no large one.
     for large in range(1, -1, -1):
         for b in range(num_blocks):
-            is_large = matrix_rows > 0 and blocks[b].count >= matrix_rows
+            is_large = min_matrix_rows > 0 and blocks[b].count >= min_matrix_rows
             if is_large == large:
                 place_block(places, blocks + b, pair_rows, order_of[blocks[b].expert], one_order, large)
 
@@ -372,7 +372,7 @@ cdef class RowPlanner:
         """All pairs are there."""
         self.end_run()
         place_rows(&self.plan.places, self.plan.blocks, self.plan.num_blocks, self.plan.pair_rows, self.order_of,
-                   self.one_order, self.input_rows, self.table.matrix_rows)
+                   self.one_order, self.input_rows, self.table.min_matrix_rows)
 
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept:

@@ -48,7 +48,7 @@ cdef struct routing:
     const float *bias       # [num_experts], or NULL
     int64_t num_groups
     int64_t topk_groups
-    bint of_two             # a group's score is the sum of its two largest, not its largest
+    bint top2_group_score             # a group's score is the sum of its two largest, not its largest
     float factor
     int32_t *ids            # [tokens, top_k]
     float *weights          # [tokens, top_k]
@@ -59,7 +59,7 @@ cdef inline int64_t routing_floats(int64_t num_experts) noexcept nogil:
     return 3 * num_experts
 
 
-cdef bint has_order(const float *logits, int64_t num_experts) noexcept nogil:
+cdef bint has_finite_max(const float *logits, int64_t num_experts) noexcept nogil:
     """Whether there is no NaN and no infinity of positive sign, and not only infinities of negative sign."""
     cdef int64_t e
     cdef float largest = -INFINITY
@@ -70,7 +70,7 @@ cdef bint has_order(const float *logits, int64_t num_experts) noexcept nogil:
     return isfinite(largest)
 
 
-cdef int64_t take_largest(float *values, int64_t count) noexcept nogil:
+cdef int64_t pop_argmax(float *values, int64_t count) noexcept nogil:
     """The index of the largest value, of equal ones the smaller; a NaN in its place marks it as taken."""
     cdef int64_t best = 0, i
     while best < count - 1 and isnan(values[best]):
@@ -82,7 +82,7 @@ cdef int64_t take_largest(float *values, int64_t count) noexcept nogil:
     return best
 
 
-cdef void close_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:
+cdef void mask_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:
     """Mark the experts of all groups but the chosen ones as taken."""
     cdef int64_t size = r.num_experts // r.num_groups, g, e
     cdef float first, second
@@ -94,9 +94,9 @@ cdef void close_groups(const routing *r, float *choice, float *group_scores) noe
                 first = choice[e]
             elif choice[e] > second:
                 second = choice[e]
-        group_scores[g] = first + second if r.of_two else first
+        group_scores[g] = first + second if r.top2_group_score else first
     for g in range(r.topk_groups):
-        take_largest(group_scores, r.num_groups)
+        pop_argmax(group_scores, r.num_groups)
     for g in range(r.num_groups):
         if not isnan(group_scores[g]):
             for e in range(g * size, (g + 1) * size):
@@ -110,7 +110,7 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
     cdef float *choice = scores + num_experts
     cdef float total = 0
     r.table.widen(scores, r.logits + token * num_experts * element, r.dtype, num_experts)
-    if not has_order(scores, num_experts):
+    if not has_finite_max(scores, num_experts):
         for j in range(r.top_k):
             ids[j] = <int32_t>j
             weights[j] = NAN
@@ -122,9 +122,9 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
     for e in range(num_experts):
         choice[e] = scores[e] if r.bias is NULL else scores[e] + r.bias[e]
     if r.num_groups > 1:
-        close_groups(r, choice, choice + num_experts)
+        mask_groups(r, choice, choice + num_experts)
     for j in range(r.top_k):
-        e = take_largest(choice, num_experts)
+        e = pop_argmax(choice, num_experts)
         ids[j] = <int32_t>e
         weights[j] = scores[e]
         total += scores[e]
@@ -156,7 +156,7 @@ cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind
     r.bias = NULL
     if bias is not None:
         r.bias = &bias[0]
-    r.num_groups, r.topk_groups, r.of_two = kind.num_groups, kind.topk_groups, kind.group_score == "top2_sum"
+    r.num_groups, r.topk_groups, r.top2_group_score = kind.num_groups, kind.topk_groups, kind.group_score == "top2_sum"
     return 0
 
 
@@ -284,7 +284,7 @@ cdef struct expert_pass:
     const int32_t *gate_order_of
     const int32_t *down_order_of
     bint one_order              # of K in the first product, for all experts
-    int matrix_rows             # as in ukernel_table
+    int min_matrix_rows             # as in ukernel_table
     void *quantized             # memory of either quantisation
     void *quantized_inner
 
@@ -296,7 +296,7 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     p.num_experts, p.top_k = gate_store.num_experts, top_k
     p.gate_order_of, p.down_order_of = gate_store.view.order_of, down_store.view.order_of
     p.one_order = len(gate_store.group_orders) == 1
-    p.matrix_rows = workspace.table.matrix_rows
+    p.min_matrix_rows = workspace.table.min_matrix_rows
     set_quantize_job(&p.quantize_input, workspace, gate_store)
     p.quantize_input.dtype = dtype
     set_quantize_job(&p.quantize_inner, workspace, down_store)
@@ -323,7 +323,7 @@ cdef void add_pass_memory(pass_memory *most, const expert_pass *p, int64_t token
     cdef int64_t pairs = tokens * p.top_k
     most.grouping = max(most.grouping, grouping_bytes(p.gate_up.table, p.num_experts, tokens, pairs))
     most.quantized = max(most.quantized, quantized_bytes(
-        tokens if p.one_order and not p.matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size,
+        tokens if p.one_order and not p.min_matrix_rows else pairs, p.quantize_input.packed_k, p.quantize_input.group_size,
         p.gate_up.planes))
     most.quantized_inner = max(most.quantized_inner, quantized_bytes(
         pairs, p.quantize_inner.packed_k, p.quantize_inner.group_size, p.down.planes))
@@ -356,7 +356,7 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
     group_by_expert(g, ids, tokens, p.top_k, p.num_experts, p.down_order_of, p.gate_up.table)
 
     place_rows(&g.quantized, g.blocks, g.num_blocks, g.tokens, p.gate_order_of, p.one_order, tokens,
-               p.matrix_rows)
+               p.min_matrix_rows)
     use_row_places(&p.quantize_input, &g.quantized)
     place_quantized(&p.quantize_input, p.quantized)
     p.quantize_input.weights = input_weights
@@ -465,7 +465,7 @@ cdef int64_t tokens_a_slice(const layer_job *job, bint has_shared) noexcept:
         products += 1
         inner = max(inner, job.shared.gate_up.inner)
     return max(SLICE_BYTES // (4 * (inner + products * job.combine.width)),
-               job.routed.gate_up.table.max_rows * job.routed.num_experts // top_k, <int64_t>1)
+               job.routed.gate_up.table.mc * job.routed.num_experts // top_k, <int64_t>1)
 
 
 cdef int reserve_layer(layer_job *job, Workspace workspace, int64_t slice_tokens, bint has_shared, routing *router,

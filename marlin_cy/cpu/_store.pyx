@@ -14,10 +14,10 @@ from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, BLOCK_K, CODES_E2M1, CODES_UINT4, DTYPE_BF16, DTYPE_F16, E2M1_ZERO, GROUP_HEADER_BYTES, TILE_N,
 )
 
-from marlin_cy.builder import N_TILE, checked_stack_sizes
+from marlin_cy.stacks.builder import N_TILE, checked_stack_sizes
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
-from marlin_cy.formats.canonical import Int4Weight
-from marlin_cy.formats.order import distinct_orders, packed_group_size, rows_of_orders
+from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 
 cdef extern from "pack.h" nogil:
     void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,

@@ -5,14 +5,14 @@ one after another, experts too, each tile a multiple of 64 bytes::
 
     | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
 
-K is cut into groups, see ``marlin_cy.formats.order``.
+K is cut into groups, see ``marlin_cy.weights.order``.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from marlin_cy.formats.canonical import E2M1_VALUES
+from marlin_cy.weights.int4 import E2M1_VALUES
 
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from marlin_cy.formats.canonical import SCALE_DTYPES
+from marlin_cy.weights.int4 import SCALE_DTYPES
 
 __all__ = ["WORDS", "as_array", "check_finite", "symmetric_zeros", "unpack_nibbles"]
 

@@ -13,11 +13,11 @@ Source: AutoRound, ``auto_round/export/export_to_autoround/export.py`` and ``aut
 
 from dataclasses import dataclass, field
 
+from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import awq, gptq
 from marlin_cy.formats.fields import check_bits, compiled, refuse_rotation
 from marlin_cy.formats.scheme import Scheme
-from marlin_cy.json_fields import optional, required
 
 __all__ = ["ExtraConfig", "parse"]
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats._nibbles import words_of_awq
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
-from marlin_cy.formats.canonical import NIBBLE_SHIFTS, SCALE_DTYPES, Int4Weight
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.overrides import Dynamic, NotConverted, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.json_fields import optional, required
+from marlin_cy.weights._nibbles import words_of_awq
+from marlin_cy.weights.int4 import NIBBLE_SHIFTS, SCALE_DTYPES, Int4Weight
 
 __all__ = ["AwqScheme", "pack_awq", "parse", "read_settings"]
 

@@ -23,15 +23,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats._nibbles import transpose
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, symmetric_zeros, unpack_nibbles
-from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
 from marlin_cy.formats.fields import compiled, refuse_rotation
 from marlin_cy.formats.mxfp4 import BLOCK_K, Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.json_fields import optional, required
+from marlin_cy.weights._nibbles import transpose
+from marlin_cy.weights.int4 import SCALE_DTYPES, Int4Weight, pack_words
 
 __all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
 

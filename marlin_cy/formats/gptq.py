@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from marlin_cy.arguments import integer, sequence
+from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
-from marlin_cy.formats.canonical import SCALE_DTYPES, Int4Weight, pack_words
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.overrides import Dynamic, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.json_fields import optional, required
+from marlin_cy.weights.int4 import SCALE_DTYPES, Int4Weight, pack_words
 
 __all__ = [
     "ZERO_OFFSETS",

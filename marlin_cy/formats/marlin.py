@@ -25,14 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats._nibbles import words_of_marlin
 from marlin_cy.formats.arrays import WORDS, as_array, check_finite, symmetric_zeros
-from marlin_cy.formats.canonical import NIBBLE_SHIFTS, Int4Weight, unpack_words
 from marlin_cy.formats.fields import check_bits
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.json_fields import optional, required
+from marlin_cy.weights._nibbles import words_of_marlin
+from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight, unpack_words
 
 __all__ = ["MarlinScheme", "pack_marlin", "parse", "scale_columns", "unpack_marlin"]
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from marlin_cy.checkpoints.json_fields import optional
 from marlin_cy.formats import gptq
-from marlin_cy.formats._nibbles import transpose
 from marlin_cy.formats.arrays import as_array
-from marlin_cy.formats.canonical import Int4Weight
 from marlin_cy.formats.overrides import NotConverted, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.json_fields import optional
+from marlin_cy.weights._nibbles import transpose
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
 

@@ -1,10 +1,10 @@
 """Which format a checkpoint folder is in, and its settings: the files that say so, and who reads them."""
 
+from marlin_cy.checkpoints.json_fields import optional
+from marlin_cy.checkpoints.safetensors import read_json
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import auto_round, awq, compressed_tensors, gptq, marlin, mxfp4
 from marlin_cy.formats.scheme import Scheme
-from marlin_cy.json_fields import optional
-from marlin_cy.safetensors_file import read_json
 
 __all__ = ["METHODS", "read_scheme"]
 
@@ -21,15 +21,20 @@ METHODS = {
 }
 """Who reads the quantisation config of each method."""
 
-OTHER_NAMES = {"intel/auto-round": "auto-round"}
+METHOD_ALIASES = {"intel/auto-round": "auto-round"}
 
-TELLING = {"packing_format": "auto-round", "config_groups": "compressed-tensors", "w_bit": "awq", "zero_point": "awq"}
+METHOD_HINTS = {
+    "packing_format": "auto-round",
+    "config_groups": "compressed-tensors",
+    "w_bit": "awq",
+    "zero_point": "awq",
+}
 """Fields that tell the method where none is named. AutoGPTQ, the first to write these files, has none of them."""
 
 LAYOUTS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
 """The fields in which a method's configuration may say that its tensors are Marlin's."""
 
-AGREEING = (
+CONSISTENT_FIELDS = (
     "quant_method",
     "method",
     "bits",
@@ -93,7 +98,7 @@ def _merged(found, folder):
         for key, value in config.items():
             if value is None:
                 continue
-            if key in AGREEING and key in merged and _folded(value) != _folded(merged[key]):
+            if key in CONSISTENT_FIELDS and key in merged and _folded(value) != _folded(merged[key]):
                 raise CheckpointError(
                     f"{key}: got {value!r} in {name}, but {said_by[key]} says {merged[key]!r}", file=file
                 )
@@ -109,8 +114,8 @@ def _folded(value):
 def _method(config, file):
     method = optional(config, ("quant_method", "method"), str, file)
     if method is None:
-        method = next((method for name, method in TELLING.items() if name in config), "gptq")
-    method = OTHER_NAMES.get(method, method)
+        method = next((method for name, method in METHOD_HINTS.items() if name in config), "gptq")
+    method = METHOD_ALIASES.get(method, method)
     if method not in METHODS:
         raise UnsupportedError(f"{file}: quantisation method {method!r}, supported: {', '.join(METHODS)}")
     return method

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from marlin_cy.formats.canonical import Int4Weight
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["Scheme", "TensorSpec"]
 
@@ -49,7 +49,7 @@ class Scheme(ABC):
     order : str or None
         The suffix of the tensor that says which group each row of K is in, where the format has one.
     codes : str
-        What a 4-bit code stands for, one of :data:`~marlin_cy.formats.canonical.CODES`.
+        What a 4-bit code stands for, one of :data:`~marlin_cy.weights.int4.CODES`.
     group_size : int
         As the checkpoint says it: -1 for one group of all of K.
     """

@@ -14,7 +14,7 @@ import re
 import warnings
 from contextlib import contextmanager
 
-from marlin_cy.checkpoint import open_checkpoint
+from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, as_tensor, packed_experts, packed_linear

@@ -4,7 +4,7 @@ import numpy as np
 
 from marlin_cy.arguments import integer
 from marlin_cy.cpu._moe import align_block_size
-from marlin_cy.moe.chosen import as_ids
+from marlin_cy.moe.topk_arguments import as_ids
 
 __all__ = ["moe_align_block_size"]
 

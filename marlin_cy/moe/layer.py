@@ -1,13 +1,12 @@
 """The Mixture-of-Experts layer, on any backend."""
 
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.arguments import flag, float_vector
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Context
 from marlin_cy.moe.routing import Routing
 
-__all__ = ["ACTIVATIONS", "MoeLayer", "SharedExpert"]
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
+__all__ = ["MoeLayer", "SharedExpert"]
 
 
 class SharedExpert:

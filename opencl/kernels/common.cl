@@ -199,7 +199,7 @@ static inline uint4 e2m1_halves(uint word)
 // Which rows -----------------------------------------------------------------------------------
 //
 // A row tile is up to ROWS rows of one expert. ROUTED: tile i is part i % parts of block i / parts of
-// the routing arrays, where a block of block_size slots has parts = ceil(block_size / ROWS). Listed: tile i is
+// the routing arrays, where a block of block_size slots has parts = ceil(block_size / ROWS). TileList: tile i is
 //   list[8 * i ..] = expert, first column, columns, first output column, first input row,
 //                    first output row, rows, 0
 // where the columns are within the expert and the first is a multiple of 8.

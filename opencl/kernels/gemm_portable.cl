@@ -1,4 +1,4 @@
-// needs waved.cl
+// needs wave_tiled.cl
 //
 // gemm, tier "portable": OpenCL C 1.2, no extension; products and sums in float32.
 //
@@ -6,11 +6,11 @@
 // flight; every lane reads its activations itself. Many rows (STAGED): row_waves and column_waves share activations in
 // local memory.
 //
-// Build options besides those of waved.cl
+// Build options besides those of wave_tiled.cl
 //   STAGED   1: activations go through local memory, 64 * K_WAVES rows of K at a time (0)
 //
 // What the host must respect, besides: up to 64 sums of a work-item stay in registers, and local memory holds
-// max(STAGED * 256 * ROWS * K_WAVES, what waved.cl says of sums) + 8 * ROWS bytes.
+// max(STAGED * 256 * ROWS * K_WAVES, what wave_tiled.cl says of sums) + 8 * ROWS bytes.
 
 #ifndef STAGED
 #define STAGED 0

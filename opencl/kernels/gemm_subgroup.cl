@@ -1,4 +1,4 @@
-// needs waved.cl
+// needs wave_tiled.cl
 //
 // gemm, tier "subgroup": cl_khr_fp16 and sub-groups; DOT=1: the integer dot product as well.
 //
@@ -15,7 +15,7 @@
 //           256 * dot(high, q) + dot(low, q) - zero * sum(a). For CODES 1 q is twice the code's value and 12 more,
 //           0 to 24, and so is zero 12.
 //
-// Build options besides those of waved.cl
+// Build options besides those of wave_tiled.cl
 //   DOT       1: integer planes (0)
 //   SHUFFLE   1: sums of t by sub_group_shuffle_xor (where cl_khr_subgroup_shuffle is defined)
 //

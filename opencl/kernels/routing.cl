@@ -61,7 +61,7 @@ static inline uint2 two_largest(uint2 a, uint2 b)
 // the better. `lanes` work-items look through one group.
 //   choices   ranks [num_experts]
 //   groups    room for ranks [num_groups]
-__attribute__((always_inline)) static inline void close_groups(__local uint *choices, __local uint *groups,
+__attribute__((always_inline)) static inline void mask_groups(__local uint *choices, __local uint *groups,
                                                                uint num_experts, uint num_groups, uint topk_groups,
                                                                __local uint2 *pairs)
 {
@@ -169,7 +169,7 @@ __attribute__((always_inline)) static inline void route_token(
     barrier(CLK_LOCAL_MEM_FENCE);
 #endif
 #if GROUPING
-    close_groups(choices, groups, num_experts, num_groups, topk_groups, pairs);
+    mask_groups(choices, groups, num_experts, num_groups, topk_groups, pairs);
 #endif
 
     for (uint e = me; e < num_experts; e += ROUTE_ITEMS) {

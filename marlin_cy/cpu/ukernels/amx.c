@@ -304,11 +304,11 @@ TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2
 const ukernel_table ukernels_amx = {
     .name = "amx",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .row_step = REGISTER_ROWS,
+    .mr = REGISTER_ROWS,
     /* Sums (12 KiB), activations of a group (12, or 24 with two planes) and its weights (4) fit L1, which has 48 KiB
      * where there is AMX. With 48 rows weights are unpacked more often: a product of 256 takes 1.05 to 1.16 times as
      * long; with 128, 0.95 to 1.1. */
-    .max_rows = 96,
-    .matrix_rows = REGISTER_ROWS,
+    .mc = 96,
+    .min_matrix_rows = REGISTER_ROWS,
 };
 #endif

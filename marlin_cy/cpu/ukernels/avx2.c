@@ -187,10 +187,10 @@ TARGET static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *row
         store_sums(dst, row_bytes, rows, m, sums, bias, n, dtype);
 }
 
-TARGET static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+TARGET static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                              const float *gate_bias, const float *up_bias, int activation)
 {
-    gate_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
+    glu_epilogue_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
 
 TARGET static void axpy(float *dst, const float *src, float weight, int64_t n)
@@ -209,7 +209,7 @@ const ukernel_table ukernels_avx2 = {
     .widen = widen,
     .narrow = narrow,
     .store_rows = store_rows,
-    .gate_rows = gate_rows,
+    .glu_epilogue = glu_epilogue,
     .axpy = axpy,
     .softmax = softmax,
     .sigmoid = sigmoid,

@@ -59,10 +59,10 @@ static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int 
     store_sums(dst, row_bytes, rows, m, sums, bias, n, dtype);
 }
 
-static void gate_rows(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                       const float *gate_bias, const float *up_bias, int activation)
 {
-    gate_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
+    glu_epilogue_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
 
 static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }
@@ -184,13 +184,13 @@ static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 const ukernel_table ukernels_generic = {
     .name = "generic",
     .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .row_step = 8,
-    .max_rows = 48, /* sums (6 KiB), activations of a group (12) and its weights (4) fit an L1 of 32 KiB */
+    .mr = 8,
+    .mc = 48, /* sums (6 KiB), activations of a group (12) and its weights (4) fit an L1 of 32 KiB */
     .quantize_row = quantize_row,
     .widen = widen,
     .narrow = narrow,
     .store_rows = store_rows,
-    .gate_rows = gate_rows,
+    .glu_epilogue = glu_epilogue,
     .axpy = axpy,
     .softmax = softmax,
     .sigmoid = sigmoid,

@@ -134,14 +134,14 @@ static void install(ukernel_table *table, int isa)
     for (int codes = 0; codes < CODES_COUNT; codes++)
         for (int planes = 1; planes <= 2; planes++)
             OVERRIDE(gemm[codes][planes - 1]);
-    OVERRIDE(row_step);
-    OVERRIDE(max_rows);
-    OVERRIDE(matrix_rows);
+    OVERRIDE(mr);
+    OVERRIDE(mc);
+    OVERRIDE(min_matrix_rows);
     OVERRIDE(quantize_row);
     OVERRIDE(widen);
     OVERRIDE(narrow);
     OVERRIDE(store_rows);
-    OVERRIDE(gate_rows);
+    OVERRIDE(glu_epilogue);
     OVERRIDE(axpy);
     OVERRIDE(softmax);
     OVERRIDE(sigmoid);

@@ -110,7 +110,7 @@ ROWOPS void gate_sums_by(float *dst, ptrdiff_t row_floats, const int64_t *rows, 
     }
 }
 
-ROWOPS void gate_sums(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+ROWOPS void glu_epilogue_sums(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                       const float *gate_bias, const float *up_bias, int activation)
 {
     switch (activation) {

@@ -38,7 +38,7 @@ enum {
     GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
     MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 stays far below 2^31 */
     GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
-    MAX_ROWS = 96,           /* rows of a task: the largest max_rows of a ukernel_table */
+    MAX_MC = 96,           /* rows of a task: the largest mc of a ukernel_table */
 };
 
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
@@ -75,7 +75,7 @@ typedef struct {
 /* What each thread owns: written and read by one task, meaningless afterwards. */
 typedef struct {
     uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group; the ISA's own order */
-    float sums[MAX_ROWS * PAIR_N];             /* sums of the groups so far */
+    float sums[MAX_MC * PAIR_N];             /* sums of the groups so far */
 } gemm_scratch;
 
 /* One task: m rows by one or two tiles, over `num_groups` consecutive groups.
@@ -89,7 +89,7 @@ typedef struct {
  *
  * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Everything that is
  * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (4) and rows (4). Nothing
- * overlaps; next may be any address. 1 <= m <= MAX_ROWS, num_groups >= 1.
+ * overlaps; next may be any address. 1 <= m <= MAX_MC, num_groups >= 1.
  */
 typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
@@ -145,7 +145,7 @@ typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, 
  *
  * An activation is within 6 * 2^-24 * |gate * up| of its formula (swigluoai: |gate| * (1 + |up|), both clamped), which
  * rowops.h derives, and (1 + |up|) times the smallest float; a NaN gives NaN, infinities what the formula gives. */
-typedef void gate_rows_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+typedef void glu_epilogue_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                           const float *gate_bias, const float *up_bias, int activation);
 
 /* dst[i] = fma(weight, src[i], dst[i]) */
@@ -162,15 +162,15 @@ typedef void gemm_fn(const gemm_task *task);
 typedef struct {
     const char *name;
     gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
-    int row_step;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
-    int max_rows;         /* tasks have no more rows than this, a multiple of row_step, at most MAX_ROWS */
-    int matrix_rows;      /* tasks of this many rows or more are for a matrix unit, and have consecutive rows,
+    int mr;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
+    int mc;         /* tasks have no more rows than this, a multiple of mr, at most MAX_MC */
+    int min_matrix_rows;      /* tasks of this many rows or more are for a matrix unit, and have consecutive rows,
                            * rows[i] = rows[0] + i; 0: no tasks are */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
     store_rows_fn *store_rows;
-    gate_rows_fn *gate_rows;
+    glu_epilogue_fn *glu_epilogue;
     axpy_fn *axpy;
     softmax_fn *softmax;
     sigmoid_fn *sigmoid;

@@ -6,7 +6,7 @@ where was measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` r
 
 from dataclasses import replace
 
-from marlin_cy.opencl.configuration import FLOAT16, FLOAT16_ROWS, Configuration, Inputs, Tier, with_splits
+from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT16_ROWS, Configuration, Inputs, Tier, with_splits
 
 __all__ = ["MMA", "direct", "tiled"]
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from marlin_cy.backends import get_backend
+from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.packed import PackedSource, is_packed
+from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error, new_builder
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo, read_json
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.families import find_family, find_moe_layers, read_moe_spec, text_config
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
-from marlin_cy.packed_folder import PackedSource, is_packed
-from marlin_cy.quantized_source import QuantizedSource, blaming, new_builder
-from marlin_cy.safetensors_file import SafetensorsFolder, TensorInfo, read_json
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -115,7 +115,7 @@ class Checkpoint:
         self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
         self.moe_spec = read_moe_spec(text, self.family, self._config_file)
-        with blaming(self._config_file):
+        with as_checkpoint_error(self._config_file):
             Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
         self._tensors = SafetensorsFolder(path)
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
@@ -371,7 +371,9 @@ class Checkpoint:
 
     def _blaming_correction_bias(self, layer):
         name = self._router(layer, "e_score_correction_bias")
-        return blaming(self._tensors.file_of(name).path if name in self._tensors else self._config_file, name)
+        return as_checkpoint_error(
+            self._tensors.file_of(name).path if name in self._tensors else self._config_file, name
+        )
 
     def _check_router(self, layer):
         self._tensors.check(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))

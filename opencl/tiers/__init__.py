@@ -1,7 +1,7 @@
 """The tiers by name, from the most special to the most general."""
 
-from marlin_cy.opencl.mma import MMA
-from marlin_cy.opencl.waved import PORTABLE, SUBGROUP
+from marlin_cy.opencl.tiers.mma import MMA
+from marlin_cy.opencl.tiers.wave_tiled import PORTABLE, SUBGROUP
 
 __all__ = ["TIERS", "explain", "tier_named"]
 

@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marlin_cy.opencl.configuration import (
+from marlin_cy.opencl.gemm.prepare import are_aligned, needs_preparation, prepare
+from marlin_cy.opencl.gemm.work import RoutedBlocks
+from marlin_cy.opencl.launch import Launch
+from marlin_cy.opencl.tiers.configuration import (
     FLOAT16,
     FLOAT16_ROWS,
     FLOAT32,
@@ -18,9 +21,6 @@ from marlin_cy.opencl.configuration import (
     Configuration,
     Problem,
 )
-from marlin_cy.opencl.launch import Launch
-from marlin_cy.opencl.prepare import are_aligned, needs_preparation, prepare
-from marlin_cy.opencl.work import Routed
 
 __all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "multiply", "problem_of"]
 
@@ -70,7 +70,7 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, w
     weights : OpenClMarlinExpertStack or OpenClLinear
         Has a ``store``, and what is added: ``bias_kind`` (as ``BIAS`` of common.cl) and ``bias_buffer``.
     rows, out : Rows
-    work : Routed or Listed
+    work : RoutedBlocks or TileList
     activation : str, optional
         One of a MoE layer's: rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``act(gate) * up``.
     prepared : Prepared, optional
@@ -86,7 +86,7 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, w
         Of the last launch.
     """
     store, bias = weights.store, weights.bias_buffer
-    routed = type(work) is Routed
+    routed = type(work) is RoutedBlocks
     aligned = are_aligned(rows)
     plans = ctx.plans_of(store)
     key = rows.type_code, aligned, out.type_code, activation, weights.bias_kind, work.kind()
@@ -143,8 +143,8 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, w
 
 
 def problem_of(store, work, device):
-    """The :class:`~marlin_cy.opencl.configuration.Problem` that some work on a store is."""
-    if type(work) is Routed:
+    """The :class:`~marlin_cy.opencl.tiers.configuration.Problem` that some work on a store is."""
+    if type(work) is RoutedBlocks:
         most = work.limit // work.block_size
         columns, runs, rows = store.n, min(most, work.valid), min(work.block_size, work.valid)
     else:
@@ -164,7 +164,7 @@ def problem_of(store, work, device):
 def make_plan(ctx, store, rows, out, work, bias_kind, activation):
     """Choose a configuration, and build its kernels."""
     tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
-    inputs, routed = tier.inputs(device), type(work) is Routed
+    inputs, routed = tier.inputs(device), type(work) is RoutedBlocks
     prepared = needs_preparation(ctx, store, rows, activation)
     layout = store.layout
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned

@@ -6,12 +6,12 @@ import numpy as np
 
 from marlin_cy.opencl.buffers import Vector
 
-__all__ = ["Listed", "Routed"]
+__all__ = ["TileList", "RoutedBlocks"]
 
 BUFFER, INT, ULONG = None, np.int32, np.uint64  # for Kernel.set_arg_types
 
 
-class Routed(NamedTuple):
+class RoutedBlocks(NamedTuple):
     """Rows by vLLM's routing arrays, on the device."""
 
     sorted_ids: Vector
@@ -50,7 +50,7 @@ class Routed(NamedTuple):
         )
 
 
-class Listed(NamedTuple):
+class TileList(NamedTuple):
     """Rows by a list made on the host.
 
     ``runs`` is int32 ``[runs, 7]``: expert, first column, columns, first output column, first input row,

@@ -17,20 +17,21 @@ bringing one of those here copies nothing but its zero points.
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
+
+from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
 
 __all__ = ["CODES", "E2M1_VALUES", "SCALE_DTYPES", "Int4Weight", "pack_words", "unpack_words"]
 
 NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
 
-CODES = ("uint4", "e2m1")
+CODES = tuple(CODE_TYPES)
 """What 4-bit codes may stand for."""
 
-SCALE_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+SCALE_DTYPES = tuple(row.dtype for row in SCALE_TYPES.values())
 """What scales may be stored in. A power of two of MXFP4, 2**-127 to 2**127, is a bfloat16."""
 
-E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1_VALUES = CODE_TYPES["e2m1"].decode_table
 """The value of each 4-bit float."""
 
 

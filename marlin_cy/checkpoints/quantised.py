@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from marlin_cy.checkpoints.safetensors import DTYPES
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.safetensors_file import DTYPES
 
-__all__ = ["ExpertPart", "QuantizedSource", "blaming"]
+__all__ = ["ExpertPart", "QuantizedSource", "as_checkpoint_error"]
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ class QuantizedSource:
         marker = f"{module}{scheme.marker}"
         self._tensors.file_of(marker)
         # Experts' sizes come from the configuration, other layers' from their tensors.
-        with self._blaming(marker) if config_file is None else blaming(config_file):
+        with self._blaming(marker) if config_file is None else as_checkpoint_error(config_file):
             scheme.checked_group_size(k, n)
             specs = scheme.tensors(k, n)
         for suffix, spec in specs.items():
@@ -374,7 +374,7 @@ class QuantizedSource:
                 self._tensors.check(name, (*lead, n))
 
     def _blaming(self, tensor):
-        return blaming(self._tensors.file_of(tensor).path, tensor)
+        return as_checkpoint_error(self._tensors.file_of(tensor).path, tensor)
 
 
 def new_builder(backend, num_experts, n_per_expert, weight, g_idx):
@@ -391,7 +391,7 @@ def new_builder(backend, num_experts, n_per_expert, weight, g_idx):
 
 
 @contextmanager
-def blaming(file, tensor=None):
+def as_checkpoint_error(file, tensor=None):
     """Turn a refused argument into a :class:`CheckpointError` about the file that it came from."""
     try:
         yield

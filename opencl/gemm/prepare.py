@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import pyopencl as cl
 
-from marlin_cy.opencl.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
-from marlin_cy.opencl.work import Listed
+from marlin_cy.opencl.gemm.work import TileList
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
         float32: what the products of each row are multiplied by.
     by_slot : int
         1: row s is that of slot s of the routing arrays.
-    work : Routed or Listed
+    work : RoutedBlocks or TileList
         What the product does with them.
     """
 
@@ -101,10 +101,10 @@ def preparation(ctx, store, rows, work, activation=None):
     Parameters
     ----------
     ctx, rows, work, activation
-        As in :func:`marlin_cy.opencl.gemm.multiply`.
+        As in :func:`marlin_cy.opencl.gemm.multiply.multiply`.
     store : OpenClGptqStore
     """
-    layout, listed = store.layout, type(work) is Listed
+    layout, listed = store.layout, type(work) is TileList
     prepared_type = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities).prepared_type
     begin, gather_arguments, gather_types = 0, (), ()
     if ordered_alike(store):

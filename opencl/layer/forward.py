@@ -6,12 +6,12 @@ import numpy as np
 import pyopencl as cl
 from pyopencl.array import Array
 
-from marlin_cy.opencl.align import aligns_as_it_routes, check_align, enqueue_align, enqueue_route_align
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
-from marlin_cy.opencl.configuration import FLOAT16, FLOAT32
-from marlin_cy.opencl.gemm import multiply
-from marlin_cy.opencl.routing import Chosen, check_routing, enqueue_route
-from marlin_cy.opencl.work import Routed
+from marlin_cy.opencl.gemm.multiply import multiply
+from marlin_cy.opencl.gemm.work import RoutedBlocks
+from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_align, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
+from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
 __all__ = ["forward"]
 
@@ -184,7 +184,7 @@ def all_to_one(ctx, tokens):
     block_size = ctx.backend.tier.block_size(tokens)
     blocks = -(-tokens // block_size)
     slots = blocks * block_size
-    return Routed(
+    return RoutedBlocks(
         sorted_ids=Vector(ctx.counting(slots), 0, slots),
         expert_ids=Vector(ctx.reserve("zeros", 4 * blocks), 0, blocks),  # buffers begin as zeros, and none writes it
         past=None,

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_cy.checkpoints.json_fields import optional, positive
+from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFile, read_json
 from marlin_cy.cpu import CpuBackend, CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.canonical import CODES, SCALE_DTYPES
-from marlin_cy.json_fields import optional, positive
-from marlin_cy.safetensors_file import DTYPES, SafetensorsFile, read_json
+from marlin_cy.weights.int4 import CODES, SCALE_DTYPES
 
 __all__ = ["FORMAT_VERSION", "METHOD", "PackedSource", "is_packed", "write_packed"]
 
@@ -56,7 +56,7 @@ def is_packed(config):
 
 class PackedSource:
     """The quantised linear layers of a packed folder: what
-    :class:`~marlin_cy.quantized_source.QuantizedSource` is for a quantiser's folder.
+    :class:`~marlin_cy.checkpoints.quantised.QuantizedSource` is for a quantiser's folder.
 
     Parameters
     ----------

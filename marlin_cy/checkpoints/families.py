@@ -6,8 +6,8 @@ classes of transformers may call the same things otherwise.
 
 from dataclasses import dataclass
 
+from marlin_cy.checkpoints.json_fields import finite, optional, positive
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.json_fields import finite, optional, positive
 
 __all__ = ["FAMILIES", "Family", "MoeSpec", "find_family", "find_moe_layers", "read_moe_spec", "text_config"]
 
@@ -126,7 +126,7 @@ class MoeSpec:
     norm_topk_prob : bool
         Whether the weights of the chosen experts are scaled to sum to one.
     activation : str
-        One of :data:`~marlin_cy.moe.layer.ACTIVATIONS`.
+        One of :data:`~marlin_cy.activations.ACTIVATIONS`.
     scoring, num_groups, topk_groups, group_score, routed_scaling_factor
         As in :class:`~marlin_cy.moe.routing.Routing`.
     """

@@ -10,9 +10,15 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.opencl.buffers import Vector
-from marlin_cy.opencl.prepare import Prepared, needs_preparation, ordered_alike, preparation
-from marlin_cy.opencl.routing import ROUTE_ARGUMENTS, ROUTE_ITEMS, check_local_memory, route_call, route_local_bytes
-from marlin_cy.opencl.work import Routed
+from marlin_cy.opencl.gemm.prepare import Prepared, needs_preparation, ordered_alike, preparation
+from marlin_cy.opencl.gemm.work import RoutedBlocks
+from marlin_cy.opencl.layer.routing import (
+    ROUTE_ARGUMENTS,
+    ROUTE_ITEMS,
+    check_local_memory,
+    route_call,
+    route_local_bytes,
+)
 
 __all__ = ["Aligned", "aligns_as_it_routes", "check_align", "enqueue_align", "enqueue_route_align"]
 
@@ -39,7 +45,7 @@ def check_align(ctx, num_experts):
 class Aligned(NamedTuple):
     """What a layer's first product needs: its routing arrays, and its rows where those were prepared beside them."""
 
-    work: Routed
+    work: RoutedBlocks
     prepared: Prepared | None
 
 
@@ -47,7 +53,7 @@ def routed_by(ctx, chosen, pairs, num_experts):
     """The routing arrays of (token, choice) pairs, still to be filled."""
     block_size = ctx.backend.tier.block_size(pairs / num_experts)
     blocks = most_blocks(pairs, num_experts, block_size)
-    return Routed(
+    return RoutedBlocks(
         sorted_ids=Vector(ctx.reserve("sorted_token_ids", 4 * blocks * block_size), 0, blocks * block_size),
         expert_ids=Vector(ctx.reserve("expert_ids", 4 * blocks), 0, blocks),
         past=Vector(ctx.reserve("num_tokens_past_padded", 4), 0, 1),

@@ -1,6 +1,6 @@
 """Compile every kernel file offline, for devices that are not here.
 
-    python bench/compile_kernels.py [--target gfx90a] [--file gemm] [--show] [--quick]
+    python tools/compile_kernels.py [--target gfx90a] [--file gemm] [--show] [--quick]
 
 AMD GPUs and NVIDIA's by clang, Intel's as SPIR-V. Every file is compiled for every target, in several
 variants that together have every branch of it. Inline PTX is compiled for NVIDIA alone; elsewhere

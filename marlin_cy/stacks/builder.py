@@ -9,8 +9,8 @@ import numpy as np
 from marlin_cy.arguments import integer
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.formats.canonical import CODES, SCALE_DTYPES, Int4Weight
 from marlin_cy.interface import StackBuilder
+from marlin_cy.weights.int4 import CODES, SCALE_DTYPES, Int4Weight
 
 __all__ = ["N_TILE", "CheckedStackBuilder", "as_bias", "check_weight", "checked_stack_sizes", "same_groups"]
 

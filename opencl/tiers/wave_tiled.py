@@ -1,12 +1,12 @@
 """The tiers for devices of any vendor: "portable" and "subgroup", whose kernels are cut up alike.
 
-The heads of ``waved.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` say what their macros are.
+The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` say what their macros are.
 """
 
 from dataclasses import replace
 from typing import NamedTuple
 
-from marlin_cy.opencl.configuration import (
+from marlin_cy.opencl.tiers.configuration import (
     ALL_TYPES,
     FLOAT32_ROWS,
     PLANES,
@@ -18,12 +18,12 @@ from marlin_cy.opencl.configuration import (
     with_splits,
 )
 
-__all__ = ["PORTABLE", "SUBGROUP", "staged", "waved"]
+__all__ = ["PORTABLE", "SUBGROUP", "staged", "wave_tiled"]
 
 RESIDENT_WAVES = 64  # of 32 work-items: what a compute unit of a GPU can have under way
 
 
-def waved(rows, *, k_waves=1, column_waves=1, row_waves=1, wave_strips=1, staged=0, row_step=1, macros=()):
+def wave_tiled(rows, *, k_waves=1, column_waves=1, row_waves=1, wave_strips=1, staged=0, row_step=1, macros=()):
     """A configuration of either."""
     waves = k_waves * column_waves * row_waves
     reduce_rows = max(1, min(rows // row_waves, 64 // (waves * wave_strips)))
@@ -46,10 +46,10 @@ def waved(rows, *, k_waves=1, column_waves=1, row_waves=1, wave_strips=1, staged
 
 def staged(rows, **sizes):
     """A configuration of gemm_portable.cl whose activations go through local memory."""
-    return waved(rows, staged=1, macros=(("STAGED", 1),), **sizes)
+    return wave_tiled(rows, staged=1, macros=(("STAGED", 1),), **sizes)
 
 
-class WavedTable(NamedTuple):
+class WaveTiledTable(NamedTuple):
     """Configurations by what limits them.
 
     Attributes
@@ -94,24 +94,24 @@ class WavedTable(NamedTuple):
 
 
 FEW_ROWS = (
-    waved(1, k_waves=8, wave_strips=2),
-    waved(2, k_waves=4, wave_strips=2),
-    waved(4, k_waves=2, wave_strips=2),
-    waved(8, k_waves=2, wave_strips=2, row_step=2),
+    wave_tiled(1, k_waves=8, wave_strips=2),
+    wave_tiled(2, k_waves=4, wave_strips=2),
+    wave_tiled(4, k_waves=2, wave_strips=2),
+    wave_tiled(8, k_waves=2, wave_strips=2, row_step=2),
 )
 FEW_SHORT_ROWS = (
-    waved(1, k_waves=4, wave_strips=2),
-    waved(2, k_waves=4, wave_strips=2),
-    waved(4, k_waves=2, wave_strips=2),
-    waved(8, k_waves=2, wave_strips=2, row_step=2),
+    wave_tiled(1, k_waves=4, wave_strips=2),
+    wave_tiled(2, k_waves=4, wave_strips=2),
+    wave_tiled(4, k_waves=2, wave_strips=2),
+    wave_tiled(8, k_waves=2, wave_strips=2, row_step=2),
 )
-SMALL = (waved(8, k_waves=2), waved(8))
-PORTABLE_TABLE = WavedTable(
-    cpu=(waved(8, macros=(("UNROLL", 0),)),),
+SMALL = (wave_tiled(8, k_waves=2), wave_tiled(8))
+PORTABLE_TABLE = WaveTiledTable(
+    cpu=(wave_tiled(8, macros=(("UNROLL", 0),)),),
     few=FEW_ROWS,
     few_short=FEW_SHORT_ROWS,
     many=(
-        waved(16, k_waves=2, wave_strips=2, row_step=2),
+        wave_tiled(16, k_waves=2, wave_strips=2, row_step=2),
         staged(32, column_waves=4, row_waves=2, wave_strips=2),
         staged(64, column_waves=2, row_waves=4, wave_strips=2),
     ),
@@ -119,14 +119,14 @@ PORTABLE_TABLE = WavedTable(
 )
 SUBGROUP_TABLE = PORTABLE_TABLE._replace(
     many=(
-        waved(16, k_waves=2, wave_strips=2, row_step=2),
-        waved(32, column_waves=4, row_waves=2, wave_strips=2),
-        waved(64, column_waves=2, row_waves=4, wave_strips=2),
+        wave_tiled(16, k_waves=2, wave_strips=2, row_step=2),
+        wave_tiled(32, column_waves=4, row_waves=2, wave_strips=2),
+        wave_tiled(64, column_waves=2, row_waves=4, wave_strips=2),
     ),
 )
 
 
-def waved_block_size(average_rows):
+def wave_tiled_block_size(average_rows):
     """So that most blocks have few rows to spare: work-items multiply those that lie between others."""
     return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (24, 8)) if average_rows <= limit), 32)
 
@@ -163,7 +163,9 @@ SUBGROUP = Tier(
     subgroup_inputs,
     subgroup_missing,
     subgroup_configurations,
-    waved_block_size,
+    wave_tiled_block_size,
     subgroup_options,
 )
-PORTABLE = Tier("portable", "gemm_portable", portable_inputs, PORTABLE_TABLE.missing, PORTABLE_TABLE, waved_block_size)
+PORTABLE = Tier(
+    "portable", "gemm_portable", portable_inputs, PORTABLE_TABLE.missing, PORTABLE_TABLE, wave_tiled_block_size
+)

@@ -5,16 +5,12 @@ equal where rows of K are ordered alike) and ``nbytes``.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
 
-import numpy as np
-
-from marlin_cy.arguments import integer
-from marlin_cy.builder import N_TILE, as_bias
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Linear, MarlinExpertStack, WeightMetadata
+from marlin_cy.stacks.builder import N_TILE, as_bias
 
-__all__ = ["PackedLinear", "PackedStack", "as_dispatches"]
+__all__ = ["PackedLinear", "PackedStack"]
 
 
 class PackedStack(MarlinExpertStack):
@@ -128,28 +124,3 @@ class PackedLinear(Linear):
     @abstractmethod
     def _placed(self, bias):
         """A float32 bias, where the backend's kernels read it."""
-
-
-def as_dispatches(dispatches):
-    """int64 ``[D, 4]`` from what ``gemm_phase_batched`` accepts."""
-    if isinstance(dispatches, np.ndarray):
-        array = dispatches
-        if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64):
-            raise TypeError(f"dispatches: got dtype {array.dtype}, expected int64")
-        if array.ndim != 2 or array.shape[1] != 4:
-            raise ValueError(f"dispatches: got shape {array.shape}, expected [D, 4]")
-        return np.ascontiguousarray(array, np.int64)
-    if not isinstance(dispatches, Iterable):
-        raise TypeError(f"dispatches: got {type(dispatches).__name__}, expected a sequence of 4-tuples or int64 [D, 4]")
-    rows = [as_dispatch(f"dispatches[{position}]", dispatch) for position, dispatch in enumerate(dispatches)]
-    return np.array(rows, np.int64).reshape(len(rows), 4)
-
-
-def as_dispatch(name, dispatch):
-    """Four ints of at most 64 bits."""
-    if not isinstance(dispatch, Iterable):
-        raise TypeError(f"{name}: got {dispatch!r}, expected (expert_idx, in_row_offset, out_row_offset, m)")
-    numbers = [integer(name, number) for number in dispatch]
-    if len(numbers) != 4:
-        raise ValueError(f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)")
-    return numbers

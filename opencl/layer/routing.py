@@ -6,7 +6,7 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.buffers import check_contiguous, examined, float_rows, wait_list
+from marlin_cy.opencl.buffers import array_info, check_contiguous, float_rows, wait_list
 
 __all__ = [
     "ROUTE_ARGUMENTS",
@@ -127,7 +127,7 @@ def enqueue_route(ctx, logits, routing, chosen, waits):
 def device_topk(topk_ids, topk_weights, cl_context):
     """Chosen experts on the device, checked but for what they are."""
     for name, array, dtype in (("topk_ids", topk_ids, np.int32), ("topk_weights", topk_weights, np.float32)):
-        examined(array, name, cl_context)
+        array_info(array, name, cl_context)
         if array.dtype != dtype:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected {np.dtype(dtype)}")
         if len(array.shape) != 2:

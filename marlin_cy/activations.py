@@ -1,0 +1,73 @@
+"""The activations of a MoE layer: one row each.
+
+An activation takes the gate and the up half of the first product and gives the input of the second. A backend
+has one kernel for each row, found by the row's number.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ACTIVATIONS", "Activation"]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation of :class:`~marlin_cy.MoeLayer`.
+
+    Attributes
+    ----------
+    name : str
+        The layer's argument.
+    number : int
+        As kernels know it: ``ACTIVATION_*`` in ``cpu/ukernels/ukernel.h``; one more in the macro ``ACTIVATION`` of
+        ``opencl/kernels``, where 0 means that there is none.
+    reference : callable
+        ``reference(gate, up)`` of float64 arrays: the definition that every backend is tested against.
+    """
+
+    name: str
+    number: int
+    reference: Callable[[FloatArray, FloatArray], FloatArray]
+
+
+def _silu(gate: FloatArray, up: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def _gelu(gate: FloatArray, up: FloatArray) -> FloatArray:
+    erf = np.vectorize(math.erf, otypes=[float])(np.asarray(gate) / math.sqrt(2))
+    return gate * 0.5 * (1 + erf) * up
+
+
+def _gelu_tanh(gate: FloatArray, up: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        return gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def _swigluoai(gate: FloatArray, up: FloatArray) -> FloatArray:
+    """gpt-oss's SwiGLU: gate at most 7, up between -7 and 7, a sigmoid with slope 1.702, up plus one."""
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Activation("silu", 0, _silu),
+            Activation("gelu", 1, _gelu),
+            Activation("gelu_tanh", 2, _gelu_tanh),
+            Activation("swigluoai", 3, _swigluoai),
+        )
+    }
+)
+"""The activations by name."""
