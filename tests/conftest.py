@@ -6,11 +6,14 @@ import re
 import zlib
 from typing import NamedTuple
 
-import numpy as np
-import pytest
+# Processes of pytest-xdist share the cores: a thread that waits must not spin. OpenMP reads this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import marlin_cy
-from marlin_cy import cpu
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import marlin_cy  # noqa: E402
+from marlin_cy import cpu  # noqa: E402
 
 SEED_VARIABLE = "MARLIN_CY_TEST_SEED"
 ISAS = {isa["name"]: isa for isa in cpu.dispatch_report()["isas"]}
@@ -26,6 +29,23 @@ def rng(request):
 
 # Compiled programs are not left in the user's cache.
 os.environ.setdefault("MARLIN_CY_CACHE_DIR", "")
+
+
+def pytest_collection_modifyitems(items):
+    """Put most cases of a test that is marked ``sampled(n)`` into the sweep.
+
+    The default run takes ``n`` cases of each such test, evenly spread over its parameters; the other cases get the
+    marker ``sweep``. A case that is marked ``sweep`` in its own right does not count.
+    """
+    cases = {}
+    for item in items:
+        if (sampled := item.get_closest_marker("sampled")) and not item.get_closest_marker("sweep"):
+            cases.setdefault((item.parent.nodeid, item.originalname), (sampled.args[0], []))[1].append(item)
+    for kept, of_one_test in cases.values():
+        chosen = {round(i * (len(of_one_test) - 1) / max(kept - 1, 1)) for i in range(kept)}
+        for position, item in enumerate(of_one_test):
+            if position not in chosen:
+                item.add_marker("sweep")
 
 
 class OpenClPlace(NamedTuple):

@@ -18,7 +18,7 @@ NOT_IN_A_CLONE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis", "results"
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 
 def succeed(*command, **options):
