@@ -2,19 +2,22 @@
 
 ::
 
-    checkpoint folder ── checkpoint.py ──┐
-    tensors ──────────── formats/ ───────┴─ canonical form ── StackBuilder ── packed int4 tiles
+    checkpoint folder ── checkpoints/ ───┐
+    tensors ──────────── formats/ ───────┴─ canonical form ── StackBuilder ── packed 4-bit tiles
                                                                                     │
     activations ── quantised per row and group of K ── integer tile GEMM ───────────┘
                                                               │
                      MoeLayer: route · gate_up · act·mul · down · combine ── outputs
 
-``interface.py`` holds the abstract classes and their documentation, ``cpu/`` and ``opencl/`` implement
-them, ``moe/`` builds layers on either, ``integrations/`` runs whole models in transformers, ``reference.py`` says
-in NumPy what every operation computes.
+``interface.py`` holds the abstract classes and their documentation. ``cpu/`` and ``opencl/`` implement
+them, and so may other packages (``backends.py``). ``moe/`` builds layers on any backend, ``integrations/`` runs whole
+models in transformers, ``reference.py`` defines in NumPy what each operation computes.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from marlin_cy.backends import available_backends, get_backend
 from marlin_cy.errors import (
@@ -29,9 +32,13 @@ from marlin_cy.errors import (
 )
 from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack
 
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.checkpoint import open_checkpoint
+    from marlin_cy.moe import MoeLayer, Routing, SharedExpert, moe_align_block_size
+
 __version__ = "0.1.0"
 
-# What is found on first use: the kernels and the checkpoint reader are not needed to import the package.
+# Names that are imported on first use: importing the package needs neither the kernels nor the checkpoint reader.
 _LAZY = {
     "MoeLayer": "marlin_cy.moe",
     "Routing": "marlin_cy.moe",
@@ -63,12 +70,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    if name in _LAZY:
-        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker believes that a module with __getattr__ has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])

@@ -1,55 +1,63 @@
-"""Checks of arguments that every part of the library makes alike."""
+"""Checks of arguments that all parts of the library share."""
 
+from __future__ import annotations
+
+import argparse
 import numbers
 import operator
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
-__all__ = ["flag", "float_vector", "integer", "number", "one_of", "sequence"]
+__all__ = ["flag", "float_vector", "integer", "number", "one_of", "positive_argument", "sequence"]
+
+T = TypeVar("T")
 
 FLOAT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
-def integer(name, value):
-    """``value`` as an int that fits 64 bits with its sign.
+def integer(name: str, value: Any) -> int:
+    """``value`` as an int that fits int64.
 
     Raises
     ------
     TypeError
-        Not an integer; a float or a bool is none, whatever its value.
+        ``value`` is not an integer; floats and bools are rejected even if integral.
     ValueError
-        Too large for the 64-bit sizes that the kernels compute with.
+        ``value`` does not fit int64, the type of sizes in the kernels.
     """
     if type(value) is int and -(1 << 63) <= value < 1 << 63:
         return value
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        index = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None:
+        index = None
+    if index is None:
         raise TypeError(f"{name}: got {value!r}, expected an int")
-    if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError(f"{name}: got a number of {number.bit_length()} bits, expected one of 64 with its sign")
-    return number
+    if not -(1 << 63) <= index < 1 << 63:
+        raise ValueError(f"{name}: got an int of {index.bit_length()} bits, expected one that fits int64")
+    return index
 
 
-def sequence(name, value):
-    """``value``, if it has a length and entries."""
+def sequence(name: str, value: T) -> T:
+    """``value``, which must have a length and be indexable."""
     if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence")
     return value
 
 
-def flag(name, value):
-    """``value`` as a bool; only a bool is one."""
+def flag(name: str, value: Any) -> bool:
+    """``value``, which must be a bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {value!r}, expected a bool")
     return bool(value)
 
 
-def number(name, value):
-    """``value`` as a float that float32 can hold."""
+def number(name: str, value: Any) -> float:
+    """``value`` as a float that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     if not abs(value) <= float(np.finfo(np.float32).max):
@@ -57,14 +65,14 @@ def number(name, value):
     return float(value)
 
 
-def one_of(name, value, known):
-    """``value``, if it is one of the strings ``known``."""
+def one_of(name: str, value: Any, known: Collection[str]) -> str:
+    """``value``, which must be one of the strings ``known``."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     return value
 
 
-def float_vector(name, value, length):
+def float_vector(name: str, value: Any, length: int) -> npt.NDArray[np.float32]:
     """A read-only float32 copy of finite floats ``[length]``."""
     try:
         array = np.asarray(value)
@@ -74,10 +82,27 @@ def float_vector(name, value, length):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
     if array.shape != (length,):
         raise ValueError(f"{name}: got shape {array.shape}, expected ({length},)")
-    with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN is found below
+    with np.errstate(over="ignore", invalid="ignore"):  # the check below finds a signalling NaN
         vector = array.astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(vector))
     if len(wrong):
         raise ValueError(f"{name}: got {array[wrong[0]]} at [{wrong[0]}], expected finite float32")
     vector.flags.writeable = False
     return vector
+
+
+def positive_argument(text: str) -> int:
+    """A whole number of at least 1, as the ``type`` of a command-line argument.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        ``text`` is not one.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return value

@@ -1,21 +1,41 @@
 """The command line, ``marlin-cy``: arguments, exit codes, messages.
 
-Exit codes: 0, all is well; 1, it failed (a message on stderr says why); 2, the arguments are wrong;
-130, interrupted; 141, whoever read the output has gone.
+Exit codes: 0, success; 1, failure (a message on stderr says why); 2, invalid arguments; 130, interrupted;
+141, the reader of the output has closed it.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from typing import Protocol
 
 from marlin_cy import __version__
 from marlin_cy.commands import doctor, generate, inspect, pack, perplexity, run, tune
+from marlin_cy.commands.options import refuse_unknown
 from marlin_cy.errors import MarlinError
 
 __all__ = ["main"]
 
-# Each module has HELP (a line), add_arguments(parser) and execute(arguments) -> exit code.
-COMMANDS = {
+
+class Command(Protocol):
+    """What a command's module has."""
+
+    __doc__: str | None
+    HELP: str
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+        """Declare the arguments; ``argv`` is the command line, where they depend on it."""
+
+    @staticmethod
+    def execute(arguments: argparse.Namespace) -> int:
+        """Run the command; returns the exit code. ``arguments.refuse(message)`` ends it with a usage error."""
+
+
+COMMANDS: dict[str, Command] = {
     "run": run,
     "generate": generate,
     "perplexity": perplexity,
@@ -26,7 +46,7 @@ COMMANDS = {
 }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Parameters
@@ -42,18 +62,21 @@ def main(argv=None):
     Raises
     ------
     SystemExit
-        By argparse, for ``--help``, ``--version`` and wrong arguments.
+        Raised by argparse for ``--help``, ``--version`` and invalid arguments.
     """
-    arguments = _parser().parse_args(argv)
-    # A terminal that cannot show an arrow gets a question mark, not a traceback.
+    argv = sys.argv[1:] if argv is None else argv
+    # On a terminal whose encoding lacks a character, print a question mark instead of a traceback.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        arguments, unknown = _parser(argv).parse_known_args(argv)
+        if unknown:
+            refuse_unknown(arguments, unknown)
         code = COMMANDS[arguments.command].execute(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends: let that go nowhere.
+        # The interpreter flushes stdout again when it exits: send that to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -65,12 +88,15 @@ def main(argv=None):
     return code
 
 
-def _parser():
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="marlin-cy", description="Mixture-of-Experts layers straight from 4-bit GPTQ weights."
+        prog="marlin-cy", description="Mixture-of-Experts layers straight from 4-bit weights."
     )
     parser.add_argument("--version", action="version", version=f"marlin-cy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.__doc__.split("\n\n")[0]))
+        assert module.__doc__ is not None
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__.split("\n\n")[0])
+        command.set_defaults(refuse=command.error)
+        module.add_arguments(command, argv)
     return parser

@@ -1,313 +1,160 @@
-"""The interface that every backend implements, and its documentation.
+"""The interface that a backend implements, and its documentation.
 
 The names are those of the Rust traits ``MarlinExpertStack<B>`` and ``Linear<B>`` of ferrum-kernels.
-A *buffer* is whatever a backend computes on: an ``ndarray`` on the CPU, a ``pyopencl.array.Array``
-on OpenCL. Activations are float32, float16 or bfloat16 (``ml_dtypes.bfloat16`` in NumPy), stored
-row-major and contiguous.
+A *buffer* is an array of the backend's own type: an ``ndarray`` on the CPU, a ``pyopencl.array.Array``
+on OpenCL. Activations are float32, float16 or bfloat16 (``ml_dtypes.bfloat16`` in NumPy), row-major and
+contiguous.
 
-All arguments are checked before any work is done: a call that raises has changed neither its
+A call checks all its arguments before it does any work: a call that raises has changed neither its
 outputs nor its context.
+
+``docs/adding-a-backend.md`` has a complete small backend. :mod:`marlin_cy.command_line` documents what a backend
+may add to the commands.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.arguments import integer, sequence
+from marlin_cy.command_line import CommandLine
 from marlin_cy.formats import gptq
+from marlin_cy.stacks.interface import Buffer, Dispatches, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
 
-__all__ = ["Backend", "Context", "Linear", "MarlinExpertStack", "StackBuilder", "WeightMetadata"]
+if TYPE_CHECKING:
+    import argparse
 
+    from marlin_cy.commands.measure import LayerMeasurement
+    from marlin_cy.moe.layer import SharedExpert
+    from marlin_cy.moe.routing import Routing
+    from marlin_cy.weights.packed_tiles import PackedTiles
 
-@dataclass(frozen=True)
-class WeightMetadata:
-    """What a quantised weight was made of.
-
-    Attributes
-    ----------
-    bits : int
-        Bits a code: 4.
-    group_size : int
-        Rows of K that share a scale and a zero point.
-    act_order : bool
-        True when groups are not runs of consecutive rows (``desc_act``).
-    packed_bytes : int
-        Bytes that the packed weight occupies, padding included.
-    """
-
-    bits: int
-    group_size: int
-    act_order: bool
-    packed_bytes: int
+__all__ = [
+    "Backend",
+    "Buffer",
+    "Context",
+    "Dispatches",
+    "Linear",
+    "MarlinExpertStack",
+    "MoePlan",
+    "StackBuilder",
+    "WeightMetadata",
+]
 
 
 class Context(ABC):
-    """Where calls run: threads or a command queue, and the workspace that they reuse.
+    """The threads or the command queue that calls use, and the workspace that they share.
 
-    A context may be used by one thread at a time (a second one gets
-    :class:`~marlin_cy.errors.ContextInUse`); any number of contexts may exist and run at once.
-    Its workspace grows on demand and is reused by every stack that is given this context.
+    One thread may use a context at a time; a second one gets :class:`~marlin_cy.errors.ContextInUse`. Any number
+    of contexts may exist, and run at once. The workspace grows on demand; every stack that is given the context
+    uses it.
     """
 
     @property
     @abstractmethod
-    def backend(self) -> "Backend":
-        """The backend that made it."""
+    def backend(self) -> Backend:
+        """The backend whose :meth:`Backend.new_context` made the context."""
 
 
-class Linear(ABC):
-    """A weight matrix ``[in_features, out_features]``, optionally with a bias."""
+@dataclass(frozen=True, eq=False)
+class MoePlan:
+    """A MoE layer as :meth:`Backend.moe_forward` takes it; :class:`~marlin_cy.moe.MoeLayer` has checked it.
 
-    @property
-    @abstractmethod
-    def in_features(self) -> int:
-        """K, the input width."""
+    Attributes
+    ----------
+    gate_up : MarlinExpertStack
+        ``[hidden_size, 2 * intermediate_size]`` for each expert: gate columns, then up columns.
+    down : MarlinExpertStack
+        ``[intermediate_size, hidden_size]`` for each expert.
+    routing : Routing
+    activation : str
+        A name in :data:`marlin_cy.activations.ACTIVATIONS`.
+    apply_router_weight_on_input : bool
+        The weight of a token multiplies the token, not the expert's output; ``top_k`` is 1.
+    shared_expert : SharedExpert or None
+        Has ``gate_up``, ``down`` (stacks of one expert) and ``gate_weight``: float32 ``[hidden_size]`` on the
+        host, or None.
+    """
 
-    @property
-    @abstractmethod
-    def out_features(self) -> int:
-        """N, the output width."""
-
-    @property
-    @abstractmethod
-    def metadata(self) -> WeightMetadata:
-        """Bits, group size and the rest."""
-
-    @abstractmethod
-    def forward(self, ctx, input, out, m):
-        """``out[:m] = input[:m] @ W + bias``.
-
-        Parameters
-        ----------
-        ctx : Context
-        input : buffer ``[rows, in_features]`` or flat
-            float32, float16 or bfloat16; contiguous; ``rows >= m``.
-        out : buffer ``[rows, out_features]`` or flat
-            Any of the three dtypes, contiguous, writeable, not overlapping ``input``; ``rows >= m``.
-            Rows from ``m`` on are not touched.
-        m : int
-            Rows to compute; 0 does nothing.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what it got and what was expected.
-        """
-
-
-class MarlinExpertStack(ABC):
-    """The int4 weights of E experts for one projection: each ``[k, n_per_expert]``, all in one store."""
+    gate_up: MarlinExpertStack
+    down: MarlinExpertStack
+    routing: Routing
+    activation: str
+    apply_router_weight_on_input: bool
+    shared_expert: SharedExpert | None
 
     @property
-    @abstractmethod
-    def n_per_expert(self) -> int:
-        """Output width of one expert."""
-
-    @property
-    @abstractmethod
-    def k(self) -> int:
-        """Input width, common to all experts."""
-
-    @property
-    @abstractmethod
     def num_experts(self) -> int:
-        """How many experts are stacked."""
+        """Number of routed experts."""
+        return self.gate_up.num_experts
 
     @property
-    @abstractmethod
-    def n_tile(self) -> int:
-        """Columns in the smallest unit at which a view may begin or end; divides 64."""
+    def top_k(self) -> int:
+        """Number of experts for each token, where the layer routes."""
+        return self.routing.top_k
 
     @property
-    @abstractmethod
-    def metadata(self) -> WeightMetadata:
-        """Bits, group size and the rest; ``packed_bytes`` counts all experts."""
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self.gate_up.k
 
     @property
-    @abstractmethod
-    def bias(self):
-        """What is added to each expert's product, float32 ``[num_experts, n_per_expert]`` on the host, or None.
+    def intermediate_size(self) -> int:
+        """Width between the two products."""
+        return self.down.k
 
-        :meth:`gemm_phase_batched`, :meth:`gemm_phase_vllm` and MoE layers add it; a view has its own.
-        """
-
-    @property
-    def requires_vllm_moe(self) -> bool:
-        """True when only :meth:`gemm_phase_vllm` works on this stack."""
-        return False
-
-    def as_any(self):
-        """The concrete object, for a caller that must reach its store."""
-        return self
-
-    @abstractmethod
-    def zero_workspace(self, ctx):
-        """Zero the per-expert workspace slots that split-K products use.
-
-        The CUDA kernels need it once before a batch of :meth:`gemm_phase_batched` calls. A backend
-        whose kernels write every slot before they read it allows it to be left out.
-        """
-
-    @abstractmethod
-    def gemm_phase_batched(self, ctx, input, dispatches, output, k):
-        """Multiply runs of rows by their experts.
-
-        For each dispatch ``(expert_idx, in_row_offset, out_row_offset, m)``::
-
-            output[out_row_offset : out_row_offset + m] = input[in_row_offset : in_row_offset + m] @ W[expert_idx]
-
-        Parameters
-        ----------
-        ctx : Context
-        input : buffer ``[rows, k]`` or flat
-        dispatches : sequence of 4-tuples of int, or int64 ndarray ``[D, 4]``
-            May be empty; an ``m`` of 0 does nothing; input rows may be shared by dispatches, output
-            rows may not.
-        output : buffer ``[rows, n_per_expert]`` or flat
-            Rows that no dispatch names are left untouched.
-        k : int
-            The stack's ``k``, as a check.
-
-        Raises
-        ------
-        TypeError
-            A dtype or type that is not accepted.
-        IndexError
-            ``expert_idx`` or a row range out of bounds.
-        ValueError
-            Anything else that contradicts the above.
-        """
-
-    @abstractmethod
-    def gemm_phase_vllm(
-        self,
-        ctx,
-        input,
-        sorted_token_ids,
-        expert_ids,
-        num_tokens_past_padded,
-        output,
-        prob_m,
-        moe_block_size,
-        top_k,
-    ):
-        """The semantics of vLLM's ``moe_wna16_marlin_gemm``.
-
-        Block ``b`` is ``sorted_token_ids[b * moe_block_size : (b + 1) * moe_block_size]``, up to
-        ``num_tokens_past_padded``, and uses expert ``expert_ids[b]`` (-1 skips the block). A slot
-        with id ``s`` computes ``output[s] = input[s // top_k] @ W``; ids of ``prob_m * top_k`` and
-        more are padding.
-
-        Parameters
-        ----------
-        ctx : Context
-        input : buffer ``[>= prob_m, k]`` or flat
-        sorted_token_ids : int32 buffer ``[>= num_tokens_past_padded]``
-            No id below ``prob_m * top_k`` may occur twice.
-        expert_ids : int32 buffer ``[>= num_tokens_past_padded / moe_block_size]``
-        num_tokens_past_padded : int32 buffer of one element, or int
-            A multiple of ``moe_block_size``.
-        output : buffer ``[>= prob_m * top_k, n_per_expert]`` or flat
-            Rows that no slot names are left untouched.
-        prob_m : int
-            Rows of ``input`` that take part.
-        moe_block_size, top_k : int
-            At least 1. Use ``top_k=1`` for rows that were gathered beforehand.
-
-        Raises
-        ------
-        TypeError, ValueError, IndexError
-            As :meth:`gemm_phase_batched`.
-
-        See Also
-        --------
-        marlin_cy.moe_align_block_size : makes the three routing arrays.
-        """
-
-    @abstractmethod
-    def make_expert_linear(self, expert_offset, expert_n, bias_host=None) -> Linear:
-        """A view on columns ``[expert_offset, expert_offset + expert_n)`` of the stacked N.
-
-        The stacked N is ``num_experts * n_per_expert`` wide, expert after expert; expert ``e`` is
-        ``make_expert_linear(e * n_per_expert, n_per_expert)``. The view shares the store and copies
-        nothing.
-
-        Parameters
-        ----------
-        expert_offset, expert_n : int
-            Multiples of :attr:`n_tile`.
-        bias_host : array ``[expert_n]``, optional
-            Added to every row, in float32.
-
-        Raises
-        ------
-        IndexError
-            The columns do not lie within the stack.
-        ValueError
-            Off the tile, or a bias of another shape.
-        UnsupportedError
-            The view spans experts whose rows of K are ordered differently (``desc_act``).
-        """
+    def stacks(self) -> list[tuple[str, MarlinExpertStack]]:
+        """``(name, stack)`` of all the layer's stacks."""
+        stacks = [("gate_up", self.gate_up), ("down", self.down)]
+        if self.shared_expert is not None:
+            stacks += [
+                ("shared_expert.gate_up", self.shared_expert.gate_up),
+                ("shared_expert.down", self.shared_expert.down),
+            ]
+        return stacks
 
 
-class StackBuilder(ABC):
-    """Fills a stack one weight at a time, so that a checkpoint is never held twice."""
-
-    @abstractmethod
-    def add(self, expert, column_offset, weight):
-        """Pack ``weight`` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
-
-        May be called from several threads at once for different columns; the GIL is released while
-        packing.
-
-        Parameters
-        ----------
-        expert : int
-        column_offset : int
-            A multiple of 8.
-        weight : Int4Weight
-            Its ``k``, ``group_size`` and ``g_idx`` must be those that the builder was made with.
-        """
-
-    @abstractmethod
-    def finish(self, bias=None) -> MarlinExpertStack:
-        """The stack. Every column of every expert must have been added.
-
-        Parameters
-        ----------
-        bias : float array ``[num_experts, n_per_expert]``, optional
-            Added to every row of an expert's product, in float32; copied.
-        """
-
-
-class Backend(ABC):
-    """A kind of device: makes contexts, buffers and weights."""
+class Backend(CommandLine, ABC):
+    """A kind of device: makes contexts, buffers and weights, and runs MoE layers."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """``"cpu"``, ``"opencl"``."""
+        """The name of the backend: ``"cpu"``, ``"opencl"``."""
 
     @abstractmethod
-    def new_context(self, **options) -> Context:
-        """A context; the options are the backend's own."""
+    def new_context(self, **options: Any) -> Context:
+        """A context. Each backend documents its own options."""
 
     @abstractmethod
-    def from_host(self, array):
-        """A buffer holding what the ndarray ``array`` holds (on the CPU: the array itself, made contiguous)."""
+    def from_host(self, array: npt.NDArray[Any]) -> Buffer:
+        """A buffer with the values of ``array``; where buffers are ndarrays, it may be ``array`` itself."""
 
     @abstractmethod
-    def to_host(self, buffer):
-        """The ndarray that ``buffer`` holds, after the work enqueued on it has finished."""
+    def to_host(self, buffer: Buffer) -> npt.NDArray[Any]:
+        """The values of ``buffer`` as an ndarray, after all work enqueued on ``buffer`` has finished."""
 
     @abstractmethod
-    def empty(self, shape, dtype):
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
         """An uninitialised buffer."""
 
     @abstractmethod
     def new_stack_builder(
-        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
+        self,
+        num_experts: int,
+        k: int,
+        n_per_expert: int,
+        *,
+        group_size: int,
+        g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
+        codes: str = "uint4",
+        scale_dtype: npt.DTypeLike = np.float16,
     ) -> StackBuilder:
         """A builder for a stack whose weights arrive one by one.
 
@@ -317,31 +164,129 @@ class Backend(ABC):
         group_size : int
             As in :meth:`load_gptq`.
         g_idx : int32 ``[k]``, or a sequence of ``num_experts`` of these (or None), optional
-            Group of each row of K: one for all experts, or one an expert.
-        codes : {"uint4", "e2m1"}
-            What the weights' codes stand for, see :class:`~marlin_cy.weights.int4.Int4Weight`.
+            Group of each row of K: one array for all experts, or one for each expert.
+        codes : str
+            A row of :data:`marlin_cy.weights.code_types.CODE_TYPES`: the values that the codes stand for.
         scale_dtype : {float16, bfloat16}
-            Of the weights' scales.
+            Dtype of the weights' scales.
         """
 
     @abstractmethod
-    def _linear(self, stack, bias) -> Linear:
-        """The linear layer that a stack of one expert is."""
+    def route(self, ctx: Context, router_logits: Buffer, routing: Routing) -> tuple[Buffer, Buffer]:
+        """The experts of each token and their weights, as :class:`~marlin_cy.moe.routing.Routing` defines them.
+
+        Parameters
+        ----------
+        ctx : Context
+        router_logits : buffer ``[tokens, num_experts]``
+            float32, float16 or bfloat16; not checked before.
+        routing : Routing
+
+        Returns
+        -------
+        topk_ids : int32 buffer ``[tokens, top_k]``
+        topk_weights : float32 buffer ``[tokens, top_k]``
+        """
 
     @abstractmethod
-    def _route(self, ctx, router_logits, routing):
-        """``(topk_ids, topk_weights)`` of each row of logits, by a :class:`~marlin_cy.moe.routing.Routing`."""
+    def moe_forward(
+        self,
+        ctx: Context,
+        plan: MoePlan,
+        hidden_states: Buffer,
+        out: Buffer,
+        router_logits: Buffer | None,
+        topk_ids: Buffer | None,
+        topk_weights: Buffer | None,
+    ) -> None:
+        """Write a MoE layer's output, as :class:`~marlin_cy.moe.MoeLayer` defines it, to ``out``.
 
-    @abstractmethod
-    def _topk(self, topk_ids, topk_weights, num_experts):
-        """What a caller chose, ``(topk_ids, topk_weights)``, checked, as :meth:`_moe_forward` takes it."""
+        Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are.
 
-    @abstractmethod
-    def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
-        """A MoE layer's forward pass; the arguments were checked by :class:`~marlin_cy.moe.MoeLayer`."""
+        Parameters
+        ----------
+        ctx : Context
+        plan : MoePlan
+            Its stacks may be those of another backend: check them.
+        hidden_states : buffer ``[tokens, hidden_size]``
+            float32, float16 or bfloat16; not checked before.
+        out : buffer ``[tokens, hidden_size]``
+            Of any of these dtypes; not checked before.
+        router_logits : buffer ``[tokens, num_experts]`` or None
+            Of any of these dtypes; not checked before.
+        topk_ids, topk_weights : buffer ``[tokens, any number]`` or None
+            As :meth:`topk_arguments` returned them.
+        """
+
+    def topk_arguments(
+        self, topk_ids: Any, topk_weights: Any, num_experts: int
+    ) -> tuple[Buffer | npt.NDArray[np.int32], Buffer | npt.NDArray[np.float32]]:
+        """Check the experts and weights that a caller chose, and copy them where they are on the host.
+
+        Parameters
+        ----------
+        topk_ids, topk_weights
+            The arguments of :meth:`~marlin_cy.moe.MoeLayer.forward_routed`.
+        num_experts : int
+
+        Returns
+        -------
+        topk_ids, topk_weights
+            Passed to :meth:`moe_forward`. Unless a backend overrides this method, they are ndarrays, int32 and
+            float32 ``[tokens, any number]``, and each id is -1 to ``num_experts - 1``.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            The message names the argument.
+        """
+        from marlin_cy.moe.topk_arguments import as_topk
+
+        return as_topk(topk_ids, topk_weights, num_experts)
+
+    def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
+        """The linear layer that is all of a stack of one expert, with ``bias`` (``[n_per_expert]`` or None)."""
+        return stack.make_expert_linear(0, stack.n_per_expert, bias)
+
+    def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack | None:
+        """A stack that uses the tiles of a packed folder where they lie, or None if the backend cannot.
+
+        After None, the caller unpacks the tiles and fills a :meth:`new_stack_builder`.
+
+        Parameters
+        ----------
+        packed : PackedTiles
+            ``data`` is mapped from a file, and stays valid as long as something refers to it.
+        """
+        return None
+
+    def context_from_arguments(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """The options of :meth:`new_context`, from a command line with the options of :meth:`add_arguments`."""
+        return {}
+
+    def describe(self, ctx: Context) -> str:
+        """The device and the settings of a context, in a few words."""
+        return self.name
+
+    def layer_measurement(self, arguments: argparse.Namespace) -> LayerMeasurement:
+        """How ``marlin-cy run`` measures a layer; by default, by the time until the output is on the host."""
+        from marlin_cy.commands.measure import LayerMeasurement
+
+        return LayerMeasurement(self, self.new_context(**self.context_from_arguments(arguments)))
 
     def load_gptq(
-        self, qweight, scales, qzeros, g_idx=None, bias=None, *, bits, group_size, k, n, checkpoint_format="gptq"
+        self,
+        qweight: npt.NDArray[Any],
+        scales: npt.NDArray[Any],
+        qzeros: npt.NDArray[Any],
+        g_idx: npt.NDArray[Any] | None = None,
+        bias: npt.ArrayLike | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        k: int,
+        n: int,
+        checkpoint_format: str = "gptq",
     ) -> Linear:
         """One projection from GPTQ tensors on the host.
 
@@ -382,18 +327,28 @@ class Backend(ABC):
             1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scale_dtype=weight.scale.dtype
         )
         builder.add(0, 0, weight)
-        return self._linear(builder.finish(), bias)
+        return self.linear_of(builder.finish(), bias)
 
     def load_gptq_stacked(
-        self, qweights, scales, qzeros, g_idx=None, *, bits, group_size, k, n_per_expert, checkpoint_format="gptq"
+        self,
+        qweights: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
+        scales: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
+        qzeros: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
+        g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        k: int,
+        n_per_expert: int,
+        checkpoint_format: str = "gptq",
     ) -> MarlinExpertStack:
-        """A stack from sequences of GPTQ tensors on the host, one entry an expert.
+        """A stack from GPTQ tensors on the host, one entry for each expert.
 
         Parameters
         ----------
         qweights, scales, qzeros : sequences of arrays, or arrays with a leading axis of experts
             Each entry as in :meth:`load_gptq`.
-        g_idx : int32 ``[k]``, or a sequence of one (or None) an expert, optional
+        g_idx : int32 ``[k]``, or a sequence of one (or None) for each expert, optional
         bits, group_size, k, n_per_expert, checkpoint_format
             As in :meth:`load_gptq`.
         """
@@ -417,7 +372,7 @@ class Backend(ABC):
         if len(qweights) == 0:
             raise ValueError("qweights: got no experts, expected at least one")
 
-        def canonical(expert):
+        def canonical(expert: int) -> Any:
             return gptq.to_canonical(
                 qweights[expert],
                 scales[expert],

@@ -1,38 +1,36 @@
 """The OpenCL backend.
 
-``stack.py`` implements the interface; below it, in the order in which a call goes through them::
+In the order in which a call goes through the files::
 
-    device.py     platforms, devices, which one is taken and what it can do
-    tiers.py      which kernels suit it: wave_tiled.py (any vendor), mma.py (NVIDIA), configuration.py (their sizes)
-    store.py      packed weights in device memory         layout.py   the same in plain NumPy
-    buffers.py    checks arrays
-    context.py    queue and workspace                     program.py  compiles and keeps programs
-    gemm.py       one product: which kernels, which grid  work.py     which rows, with which experts
-                                                          prepare.py  rows as a kernel reads them
-                                                          launch.py   launches at little cost
-    moe.py        a layer: both products, combination     routing.py  which experts tokens go to
-                                                          align.py    pairs grouped by expert
-    kernels/      the device's code
-    selfcheck.py  a tier's kernels against NumPy
-    tuning.py     which configurations are fastest here
-    timing.py     what events say
+    backend.py    the backend                             factory.py, command_line.py   what works without PyOpenCL
+    device.py     platforms and devices: which one is used, and what it can do
+    context.py    a queue and its workspace               stack.py    stacks and linear layers
+    store.py      packed weights in device memory         layout.py   their layout in plain NumPy
+    buffers.py    checks of device arrays                 memory.py   errors of the driver, uploads
+    tiers/        which kernels suit a device: wave_tiled.py (any vendor), mma.py (NVIDIA)
+    gemm/         one product: kernels, grid, and the rows of each expert
+    layer/        a MoE layer: routing, grouping of tokens by expert, both products, combination
+    kernels/      the device's code                       launch.py   launches with little overhead
+    program.py    compiles programs and keeps them        tuning.py   measures the fastest configurations
+    selfcheck.py  checks a tier's kernels against NumPy   timing.py   times from events
+    doctor.py, layer_measurement.py                       what the commands `doctor` and `run` show
 
-PyOpenCL is imported when the backend is asked for, not before.
+PyOpenCL is imported when the backend is made, not before.
 """
 
-from marlin_cy.errors import BackendUnavailable
+from __future__ import annotations
 
-__all__ = ["availability", "backend"]
+__all__ = ["availability"]
 
 
-def availability():
+def availability() -> str | None:
     """Whether the backend can run here.
 
     Returns
     -------
     str or None
-        None if it can; else what is missing, and what to do: PyOpenCL, a platform, a device, or a
-        driver that works.
+        None if it can, else what is missing and what to do: PyOpenCL, a platform, a device, or a driver that
+        works.
     """
     try:
         from marlin_cy.opencl.device import reason_unavailable
@@ -43,23 +41,3 @@ def availability():
     except ImportError as error:
         return f"PyOpenCL is installed but cannot be imported ({error}); pip install --force-reinstall pyopencl"
     return reason_unavailable()
-
-
-def backend(**options):
-    """The OpenCL backend.
-
-    Parameters
-    ----------
-    **options
-        Those of :class:`~marlin_cy.opencl.backend.OpenClBackend`.
-
-    Raises
-    ------
-    BackendUnavailable
-        It cannot run here: see :func:`availability`.
-    """
-    if reason := availability():
-        raise BackendUnavailable(f"backend 'opencl': {reason}")
-    from marlin_cy.opencl.backend import OpenClBackend
-
-    return OpenClBackend(**options)

@@ -1,19 +1,25 @@
 """The OpenCL backend: opens a device, chooses a tier, and makes contexts, buffers, stacks and linear layers."""
 
+from __future__ import annotations
+
+import argparse
 import copy
 import threading
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
 from marlin_cy.errors import BackendUnavailable
-from marlin_cy.interface import Backend
-from marlin_cy.moe.topk_arguments import as_topk
+from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.opencl import tiers
 from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous
+from marlin_cy.opencl.command_line import OpenClCommandLine
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import capabilities, describe, open_device
 from marlin_cy.opencl.layer import forward
@@ -23,44 +29,57 @@ from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.stack import OpenClLinear, OpenClMarlinExpertStack, Runtime, opencl_context
 from marlin_cy.opencl.store import OpenClStackBuilder
+from marlin_cy.opencl.tiers.configuration import Tier
 from marlin_cy.opencl.tuning import Tuned
 from marlin_cy.stacks.builder import checked_stack_sizes
+
+if TYPE_CHECKING:
+    from marlin_cy.moe.routing import Routing
+    from marlin_cy.opencl.layer_measurement import OpenClLayerMeasurement
 
 __all__ = ["OpenClBackend"]
 
 
-class OpenClBackend(Backend):
+class OpenClBackend(OpenClCommandLine, Backend):
     """An OpenCL device. A buffer is a :class:`pyopencl.array.Array` on the backend's context.
 
-    Gemm and layer calls take device arrays only; an ``ndarray`` is refused with a ``TypeError`` that
-    names :meth:`from_host`, which copies. (What a caller chose for ``MoeLayer.forward_routed`` may be on either side.)
+    Products and layers take device arrays only: an ``ndarray`` is a ``TypeError`` whose message names
+    :meth:`from_host`, which copies. The expert ids and weights of ``MoeLayer.forward_routed`` may be on the host or
+    on the device.
 
-    A device or driver that fails raises :class:`~marlin_cy.errors.DeviceError`, whatever the call; one that has too
-    little memory, :class:`~marlin_cy.errors.DeviceMemoryError`. Contexts stay usable as far as the device is.
+    In every call, a device or driver that fails raises :class:`~marlin_cy.errors.DeviceError`, and a device with too
+    little memory raises :class:`~marlin_cy.errors.DeviceMemoryError`. Contexts stay usable if the device is.
 
     Parameters
     ----------
     device : pyopencl.Device, int or str, optional
-        As :func:`~marlin_cy.opencl.device.choose_device` takes it.
+        As for :func:`~marlin_cy.opencl.device.choose_device`.
     context : pyopencl.Context, optional
-        Used as it is.
+        The context to use.
     queue : pyopencl.CommandQueue, optional
-        Its context and device are used, and contexts made by :meth:`new_context` enqueue there unless
-        they are given another.
+        Its context and device are used. Contexts from :meth:`new_context` enqueue on it, unless they are given
+        another queue.
     tier : str, optional
-        ``"mma"``, ``"subgroup"`` or ``"portable"``: the kernels to use. The best that works unless given.
+        The kernels to use: ``"mma"``, ``"subgroup"`` or ``"portable"``; by default the best that work.
     max_alloc_bytes : int, optional
-        The largest single buffer, when it is to be smaller than the device's.
+        A limit on the size of one buffer, below the device's own.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        An option that is not one of these.
+        An invalid option.
     BackendUnavailable
-        The device cannot be used, or not with this tier; the message says why.
+        The device or the tier cannot be used. The message says why.
     """
 
-    def __init__(self, device=None, context=None, queue=None, tier=None, max_alloc_bytes=None):
+    def __init__(
+        self,
+        device: cl.Device | int | str | None = None,
+        context: cl.Context | None = None,
+        queue: cl.CommandQueue | None = None,
+        tier: str | None = None,
+        max_alloc_bytes: int | None = None,
+    ) -> None:
         opened = open_device(device, context, queue)
         found = capabilities(opened.device)
         largest = found.max_allocation
@@ -69,19 +88,20 @@ class OpenClBackend(Backend):
             if max_alloc_bytes < 1:
                 raise ValueError(f"max_alloc_bytes: got {max_alloc_bytes}, expected at least 1")
             largest = min(largest, max_alloc_bytes)
+        forced: Tier | None = None
         if tier is not None:
             if not isinstance(tier, str):
                 raise TypeError(f"tier: got {type(tier).__name__}, expected str")
-            tier = tiers.tier_named(tier)
-            if reason := tier.missing(found):
+            forced = tiers.tier_named(tier)
+            if reason := forced.missing(found):
                 raise BackendUnavailable(
-                    f"backend 'opencl': tier {tier.name!r} cannot run on {describe(opened.device)}: {reason}"
+                    f"backend 'opencl': tier {tier!r} cannot run on {describe(opened.device)}: {reason}"
                 )
         try:
             loading_queue = cl.CommandQueue(opened.context, opened.device)
         except cl.Error as error:
             raise BackendUnavailable(
-                f"backend 'opencl': {describe(opened.device)} takes no command queue ({error}); choose another device"
+                f"backend 'opencl': {describe(opened.device)} has no command queue ({error}); choose another device"
             ) from error
         self.device_reason = opened.reason
         self.runtime = Runtime(
@@ -94,34 +114,35 @@ class OpenClBackend(Backend):
             max_alloc_bytes=largest,
             tuned=Tuned(found),
         )
-        self._queue, self._forced, self._tier = queue, tier, None
+        self._queue, self._forced = queue, forced
+        self._tier: Tier | None = None
         self._tier_lock = threading.Lock()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"OpenClBackend({describe(self.runtime.device)})"
 
     @property
-    def name(self):
+    def name(self) -> str:
         return "opencl"
 
     @property
-    def context(self):
+    def context(self) -> cl.Context:
         """The ``pyopencl.Context``."""
         return self.runtime.context
 
     @property
-    def device(self):
+    def device(self) -> cl.Device:
         """The ``pyopencl.Device``."""
         return self.runtime.device
 
     @property
-    def tier(self):
-        """The :class:`~marlin_cy.opencl.tiers.configuration.Tier` in use; chosen, and checked, when first asked for.
+    def tier(self) -> Tier:
+        """The :class:`~marlin_cy.opencl.tiers.configuration.Tier` in use; chosen and checked on first access.
 
         Raises
         ------
         BackendUnavailable
-            The tier that was asked for, or every one, fails its check.
+            The requested tier fails its check; or, without a request, all tiers do.
         """
         if self._tier is None:
             with self._tier_lock:
@@ -129,7 +150,7 @@ class OpenClBackend(Backend):
                     self._tier = self._choose_tier()
         return self._tier
 
-    def _choose_tier(self):
+    def _choose_tier(self) -> Tier:
         runtime = self.runtime
         candidates = tiers.TIERS if self._forced is None else (self._forced,)
         candidates = [tier for tier in candidates if tier.missing(runtime.capabilities) is None]
@@ -143,18 +164,18 @@ class OpenClBackend(Backend):
                 warnings.warn(reasons[-1], RuntimeWarning, stacklevel=5)
         raise BackendUnavailable(f"backend 'opencl': {'; '.join(reasons)}")
 
-    def _unchecked(self, tier):
-        """This backend with a tier that is taken on trust."""
+    def _unchecked(self, tier: Tier) -> OpenClBackend:
+        """A copy of this backend that uses a tier without a check."""
         other = copy.copy(self)
         other._tier = other._forced = tier
         return other
 
-    def new_context(self, *, queue=None, profiling=False):
-        """An :class:`~marlin_cy.opencl.context.OpenClContext`; the options are documented there."""
+    def new_context(self, *, queue: cl.CommandQueue | None = None, profiling: bool = False) -> OpenClContext:
+        """An :class:`~marlin_cy.opencl.context.OpenClContext`, which documents the options."""
         return OpenClContext(self, self._queue if queue is None else queue, profiling)
 
-    def from_host(self, array):
-        """A device array holding a copy of ``array``; the copy has been made on return."""
+    def from_host(self, array: npt.NDArray[Any]) -> Array:
+        """A device array with a copy of ``array``. The copy is complete on return."""
         array = np.ascontiguousarray(array)
         buffer = self.empty(array.shape, array.dtype)
         if array.size:
@@ -162,7 +183,7 @@ class OpenClBackend(Backend):
                 cl.enqueue_copy(self.runtime.loading_queue, buffer.base_data, as_bytes(array))
         return buffer
 
-    def to_host(self, buffer):
+    def to_host(self, buffer: Array) -> npt.NDArray[Any]:
         """A copy of a device array, after the work enqueued on it has finished."""
         array_info(buffer, "buffer", self.runtime.context)
         check_contiguous(buffer, "buffer")
@@ -178,31 +199,59 @@ class OpenClBackend(Backend):
                 )
         return host
 
-    def empty(self, shape, dtype):
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
         with memory_errors(self.runtime, nbytes, f"array of shape {shape}"):
             return Array(self.runtime.loading_queue, shape, dtype)
 
     def new_stack_builder(
-        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
-    ):
+        self,
+        num_experts: int,
+        k: int,
+        n_per_expert: int,
+        *,
+        group_size: int,
+        g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
+        codes: str = "uint4",
+        scale_dtype: npt.DTypeLike = np.float16,
+    ) -> StackBuilder:
         return OpenClStackBuilder(
             self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
 
-    def _linear(self, stack, bias):
+    def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
         return OpenClLinear(stack, 0, stack.n_per_expert, bias)
 
-    def _route(self, ctx, router_logits, routing):
-        return route(opencl_context(ctx), router_logits, routing)
+    def route(self, ctx: Context, router_logits: Array, routing: Routing) -> tuple[Array, Array]:
+        ids, weights = route(opencl_context(ctx), router_logits, routing)
+        return ids, weights
 
-    def _topk(self, topk_ids, topk_weights, num_experts):
+    def topk_arguments(self, topk_ids: Any, topk_weights: Any, num_experts: int) -> tuple[Any, Any]:
+        """Arrays on the host are checked and copied. Of arrays on the device only type and shape are checked."""
         if not isinstance(topk_ids, Array) and not isinstance(topk_weights, Array):
-            return as_topk(topk_ids, topk_weights, num_experts)
-        return device_topk(topk_ids, topk_weights, self.runtime.context)
+            return super().topk_arguments(topk_ids, topk_weights, num_experts)
+        ids, weights = device_topk(topk_ids, topk_weights, self.runtime.context)
+        return ids, weights
 
-    def _moe_forward(self, ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
-        for name, stack in layer._stacks():
+    def moe_forward(
+        self,
+        ctx: Context,
+        plan: MoePlan,
+        hidden_states: Array,
+        out: Array,
+        router_logits: Array | None,
+        topk_ids: Array | npt.NDArray[np.int32] | None,
+        topk_weights: Array | npt.NDArray[np.float32] | None,
+    ) -> None:
+        for name, stack in plan.stacks():
             if not isinstance(stack, OpenClMarlinExpertStack):
                 raise TypeError(f"ctx: got an OpenCL context, but the layer's {name} is a {type(stack).__name__}")
-        forward.forward(opencl_context(ctx), layer, hidden_states, out, router_logits, topk_ids, topk_weights)
+        forward.forward(opencl_context(ctx), plan, hidden_states, out, router_logits, topk_ids, topk_weights)
+
+    def describe(self, ctx: Context) -> str:
+        return f"{self.runtime.capabilities.name}, tier {self.tier.name}"
+
+    def layer_measurement(self, arguments: argparse.Namespace) -> OpenClLayerMeasurement:
+        from marlin_cy.opencl.layer_measurement import OpenClLayerMeasurement
+
+        return OpenClLayerMeasurement(self)

@@ -43,8 +43,8 @@ def test_available_backends():
     assert reasons["cpu"] is None
 
 
-def test_a_backend_that_cannot_be_imported(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "abacus", backends.BACKENDS["cpu"]._replace(module="marlin_cy.abacus"))
+def test_a_built_in_backend_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(backends, "BUILT_IN", {"abacus": "marlin_cy.abacus:Abacus"})
     assert "marlin_cy.abacus" in marlin_cy.available_backends()["abacus"]
     with pytest.raises(BackendUnavailable, match=r"'abacus'.*marlin_cy\.abacus.*pip install"):
         marlin_cy.get_backend("abacus")

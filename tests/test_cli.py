@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from marlin_cy import __version__, available_backends, cli
 from marlin_cy.commands import doctor, output, run
-from marlin_cy.commands.measure import ERROR_BOUNDS
+from marlin_cy.cpu.layer_measurement import ERROR_BOUNDS
 
 BUILT_IN = files("marlin_cy") / run.BUILT_IN
 RUN_KEYS = {
@@ -377,8 +377,8 @@ def test_doctor_speaks_of_an_unknown_isa(capsys, monkeypatch, quick_bandwidth):
 
 
 def test_doctor_speaks_when_nothing_was_compiled(capsys, monkeypatch):
-    reasons = {"cpu": "marlin_cy.cpu cannot be imported", "opencl": "no kernels"}
-    monkeypatch.setattr(doctor, "available_backends", lambda: reasons)
+    monkeypatch.setitem(sys.modules, "marlin_cy.cpu", None)  # an ImportError when it is imported
+    monkeypatch.setattr("marlin_cy.opencl.availability", lambda: "no kernels")
     assert cli.main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == DOCTOR_KEYS

@@ -16,7 +16,7 @@ from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, as_given, r
 
 import marlin_cy
 from marlin_cy import reference
-from marlin_cy.backends import BACKENDS
+from marlin_cy.backends import BUILT_IN
 from marlin_cy.errors import UnsupportedError
 
 SHAPES = [  # (k, n, group_size): tails of K, N down to one unit, groups longer than K
@@ -64,7 +64,7 @@ def untouched(rows, n, dtype=np.float32):
     return GuardedArray((rows, n), dtype).array
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_backend_is_tested_here(name):
     reason = marlin_cy.available_backends()[name]
     if reason is not None:

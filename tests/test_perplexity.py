@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from marlin_cy import cli
-from marlin_cy.commands import perplexity
 from marlin_cy.commands.run import BUILT_IN
-from marlin_cy.errors import BackendUnavailable
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
@@ -121,17 +119,19 @@ def test_json(run):
 def test_compare(run, monkeypatch):
     """All in one run; without OpenCL it says so."""
 
-    def unavailable(arguments):
-        raise BackendUnavailable("backend 'opencl': no abacus")
-
-    monkeypatch.setattr(language_model, "open_opencl", unavailable)
+    monkeypatch.setattr("marlin_cy.opencl.availability", lambda: "no abacus")
     code, out, err = run("--compare", "--window", 16)
     assert (code, err) == (0, "")
     assert "32 windows of 16 tokens of validation.txt (16384 tokens), 480 scored" in out
     rows = re.findall(r"^(\S.*?) {2,}(float32|bfloat16) +(\d+\.\d{5}) +(—|[-+]\S+%) +\d", out, re.MULTILINE)
-    assert [row[:2] for row in rows] == [(name, dtype) for name, _, dtype, _ in perplexity.COMPARED[:-1]]
+    assert [row[:2] for row in rows] == [
+        ("dequantised, float32", "float32"),
+        ("dequantised, bfloat16", "bfloat16"),
+        ("cpu, int16", "float32"),
+        ("cpu, int8", "float32"),
+    ]
     assert [row[3] for row in rows][0] == "—"
-    assert "Left out: opencl, float16 (backend 'opencl': no abacus)" in out
+    assert "Skipped: opencl, float16 (backend 'opencl': no abacus)" in out
     report = report_of(run("--compare", "--window", 128, "--json"))
     assert report["skipped"] == {"opencl, float16": "backend 'opencl': no abacus"}
     bounds = {"dequantised, bfloat16": 5e-3, "cpu, int16": 2e-4, "cpu, int8": 5e-3}
@@ -170,7 +170,7 @@ def test_text_that_is_shorter_than_a_window(run, tmp_path):
         (b"", (), ["empty"]),
         (b"a", (), ["1 tokens, expected at least 2"]),
         (b"abc\xff", (), ["not UTF-8", "byte 3"]),
-        (b"abc", ("--window", "2048"), ["--window: got 2048", "1024 tokens at once"]),
+        (b"abc", ("--window", "2048"), ["--window: got 2048", "context of 1024 tokens"]),
     ],
 )
 def test_refuses(run, tmp_path, text, options, words):
@@ -197,10 +197,7 @@ def test_refuses_folders_and_files_that_are_not_there(run, tmp_path):
 
 
 def test_refuses_a_backend_that_is_missing(run, monkeypatch):
-    def unavailable(arguments):
-        raise BackendUnavailable("backend 'opencl': no abacus")
-
-    monkeypatch.setattr(language_model, "open_opencl", unavailable)
+    monkeypatch.setattr("marlin_cy.opencl.availability", lambda: "no abacus")
     code, out, err = run("--backend", "opencl", threads=())
     assert (code, out, err) == (1, "", "marlin-cy: error: backend 'opencl': no abacus\n")
 

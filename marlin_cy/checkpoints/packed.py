@@ -197,7 +197,7 @@ class PackedSource:
         stack = self._stack(module, backend, False)
         if f"{module}{BIAS}" in self._tensors:
             self._tensors.check(f"{module}{BIAS}", (stack.n_per_expert,))
-        return backend._linear(stack, self.bias(module))
+        return backend.linear_of(stack, self.bias(module))
 
     def weight(self, module):
         """As QuantizedSource's."""

@@ -174,7 +174,7 @@ class QuantizedSource:
         weight = self.weight(module)
         builder = new_builder(backend, 1, weight.n, weight, [weight.g_idx])
         builder.add(0, 0, weight)
-        return backend._linear(builder.finish(), self.bias(module))
+        return backend.linear_of(builder.finish(), self.bias(module))
 
     def weight(self, module):
         """A linear layer in canonical form, checked; views of the files where the format allows."""

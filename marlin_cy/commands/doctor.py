@@ -1,32 +1,40 @@
-"""Say what this machine has, what the library makes of it, and why.
+"""Show what this machine has, which backends work here, and why others do not.
 
-The object that ``--json`` prints has these keys; bandwidths are in bytes per second, and what could
-not be found out is null:
+The object that ``--json`` prints has these keys. Bandwidths are in bytes per second; an unknown value is null.
 
 ``version``
 ``cpu``: ``model``, ``architecture``
 ``isa``: ``chosen``, ``reason``, ``isas`` (a list of ``name``, ``available``, ``reason``), or null; ``chosen`` is
-  null where ``MARLIN_CY_ISA`` asks for what cannot run
+  null where ``MARLIN_CY_ISA`` names an instruction set that cannot run
 ``threads``: ``default``, ``affinity``, ``omp_num_threads``
-``openmp``: ``enabled``, ``version`` (the date that OpenMP's ``_OPENMP`` gives, 0 without it), or null
+``openmp``: ``enabled``, ``version`` (the date in OpenMP's ``_OPENMP``, 0 without OpenMP), or null
 ``memory``: ``bandwidth_one_thread``, ``bandwidth_all_threads``, ``transparent_huge_pages``
-``backends``: from each name to null, or to the reason why it is missing
-``opencl``: null without PyOpenCL, else what the top of ``doctor_opencl.py`` lists
+``backends``: from each name to null, or to the reason why the backend does not work
+``opencl``: null without PyOpenCL, else an object that the top of ``opencl/doctor.py`` documents
 ``versions``: ``python``, ``numpy``, ``ml_dtypes``, ``safetensors``, ``marlin_cy``
-``ok``: whether any backend works, with the instruction set and the device that the environment asks for
+``ok``: whether a backend works, and all that do work with what the environment variables ask for
+
+A backend of another package may add a key with its own name.
 """
 
+from __future__ import annotations
+
+import argparse
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
 from marlin_cy import __version__, available_backends
-from marlin_cy.commands import doctor_opencl
+from marlin_cy.backends import BUILT_IN, backend_factory
+from marlin_cy.command_line import DoctorReport
 from marlin_cy.commands.output import console, gigabytes, mark, print_json, table
+from marlin_cy.errors import BackendUnavailable
 
 __all__ = ["HELP", "add_arguments", "execute", "report"]
 
@@ -35,32 +43,41 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    found = report()
+    found, parts = report()
     if arguments.json:
         print_json(found)
     else:
-        _print_tables(found)
+        _print_tables(found, parts)
     return 0 if found["ok"] else 1
 
 
-def report():
-    """What was found: the object that ``--json`` prints."""
+def report() -> tuple[dict[str, Any], list[DoctorReport]]:
+    """The object that ``--json`` prints, and the reports of the backends that it includes."""
     backends = available_backends()
-    compiled = _compiled_report() if backends["cpu"] is None else _uncompiled_report()
-    opencl = doctor_opencl.report()
-    return {
+    found: dict[str, Any] = {
         "version": __version__,
         "cpu": {"model": cpu_model(), "architecture": platform.machine()},
-        **compiled,
+        "isa": None,
+        "threads": {
+            "default": None,
+            "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        },
+        "openmp": None,
+        "memory": {
+            "bandwidth_one_thread": None,
+            "bandwidth_all_threads": None,
+            "transparent_huge_pages": huge_pages_state(),
+        },
         "backends": backends,
-        "opencl": opencl,
+        "opencl": None,
         "versions": {
             "python": platform.python_version(),
             "numpy": version("numpy"),
@@ -68,55 +85,43 @@ def report():
             "safetensors": version("safetensors"),
             "marlin_cy": __version__,
         },
-        "ok": None in backends.values()
-        and (compiled["isa"] is None or compiled["isa"]["chosen"] is not None)
-        and (backends["opencl"] is not None or opencl["chosen"] is not None),
+        "ok": None in backends.values(),
     }
+    parts = []
+    for name, reason in backends.items():
+        part = _report_of(name)
+        if part is None:
+            continue
+        parts.append(part)
+        for key, value in (part.document if name in BUILT_IN else {name: part.document}).items():
+            if name not in BUILT_IN and key in found:
+                continue  # a package cannot replace the doctor's own keys
+            found[key] = {**found[key], **value} if isinstance(found.get(key), dict) else value
+        found["ok"] = found["ok"] and (reason is not None or part.works)
+    # The last key stays the last one.
+    found["ok"] = found.pop("ok")
+    return found, parts
 
 
-def _compiled_report():
-    """What only the compiled CPU backend knows."""
-    from marlin_cy.cpu import default_num_threads, dispatch_report, openmp_report
-    from marlin_cy.cpu._dispatch import isas
-    from marlin_cy.cpu.measure._bandwidth import read_bandwidth
-
+def _report_of(name: str) -> DoctorReport | None:
+    """A backend's own report; None where it has none, or its package cannot be imported."""
     try:
-        isa = dispatch_report()
-    except ValueError as error:
-        isa = {"chosen": None, "reason": str(error), "isas": isas()}
-    threads = default_num_threads()
-    one_thread = read_bandwidth(1)
-    return {
-        "isa": isa,
-        "threads": _threads(threads),
-        "openmp": openmp_report(),
-        "memory": _memory(one_thread, read_bandwidth(threads) if threads > 1 else one_thread),
-    }
+        doctor = getattr(backend_factory(name), "doctor", None)
+    except BackendUnavailable:
+        return None
+    if doctor is None:
+        return None
+    try:
+        part = doctor()
+    except Exception as error:  # the package's own, of any type
+        if name in BUILT_IN:
+            raise
+        part = DoctorReport({"error": f"doctor() fails ({type(error).__name__}: {error})"}, works=False)
+    return part if isinstance(part, DoctorReport) else None
 
 
-def _uncompiled_report():
-    """The same when the extension modules cannot be imported: a doctor must still speak."""
-    return {"isa": None, "threads": _threads(None), "openmp": None, "memory": _memory(None, None)}
-
-
-def _threads(default):
-    return {
-        "default": default,
-        "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def _memory(one_thread, all_threads):
-    return {
-        "bandwidth_one_thread": one_thread,
-        "bandwidth_all_threads": all_threads,
-        "transparent_huge_pages": huge_pages_state(),
-    }
-
-
-def cpu_model():
-    """The processor's name, or None where the system does not tell."""
+def cpu_model() -> str | None:
+    """The processor's name, or None where the system does not report it."""
     if CPU_INFO.exists():
         name = re.search(r"^(?:model name|Processor|cpu model)\s*:\s*(.+)$", CPU_INFO.read_text(), re.MULTILINE)
         if name:
@@ -124,7 +129,7 @@ def cpu_model():
     return platform.processor() or None
 
 
-def huge_pages_state():
+def huge_pages_state() -> str | None:
     """``"always"``, ``"madvise"`` or ``"never"``; None where the kernel has no such setting."""
     if not HUGE_PAGES.exists():
         return None
@@ -132,12 +137,12 @@ def huge_pages_state():
     return chosen[1] if chosen else None
 
 
-def _print_tables(found):
-    def known(value, suffix=""):
-        return "unknown" if value is None else f"{value}{suffix}"
+def _print_tables(found: dict[str, Any], parts: list[DoctorReport]) -> None:
+    def known(value: object) -> str:
+        return "unknown" if value is None else str(value)
 
     screen = console()
-    threads, memory, openmp, isa = found["threads"], found["memory"], found["openmp"], found["isa"]
+    threads, memory, openmp = found["threads"], found["memory"], found["openmp"]
 
     facts = table("machine", "")
     facts.add_row("CPU", escape(f"{known(found['cpu']['model'])} ({found['cpu']['architecture']})"))
@@ -156,23 +161,15 @@ def _print_tables(found):
     facts.add_row("transparent huge pages", known(memory["transparent_huge_pages"]))
     screen.print(facts)
 
-    if isa:
-        screen.print()
-        isas = table("instruction set", "here", "why")
-        for row in isa["isas"]:
-            name = f"[bold]{row['name']}[/bold] (chosen)" if row["name"] == isa["chosen"] else row["name"]
-            isas.add_row(name, mark(row["available"]), escape(row["reason"]))
-        screen.print(isas)
-        screen.print(escape(f"Chosen: {isa['chosen'] or 'none'}, {isa['reason']}."))
-
     screen.print()
     backends = table("backend", "works", "why not")
     for name, reason in found["backends"].items():
         backends.add_row(name, mark(reason is None), escape(reason or ""))
     screen.print(backends)
 
-    if found["opencl"]:
-        doctor_opencl.print_tables(screen, found["opencl"])
+    for part in parts:
+        screen.print()
+        part.print_tables(screen)
 
     screen.print()
     screen.print(", ".join(f"{name} {number}" for name, number in found["versions"].items()))

@@ -1,18 +1,22 @@
 """Continue a text with a checkpoint's model, token by token.
 
 The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``backend``, ``device`` (in
-words), ``dtype`` (of the activations), ``load_seconds``, ``prompt``, ``text``, ``tokens`` (the text's),
-``stopped`` ("end": the model ended the text; "length": --max-new-tokens; "context": the model can see no more),
-``prompt_tokens``, ``prompt_tokens_per_second``, ``generated_tokens``, ``generated_tokens_per_second`` (of those after
-the first; null where there are none), ``packed_bytes``, ``other_weight_bytes``, ``resident_bytes`` (null where the
-system does not say).
+words), ``dtype`` (of the activations), ``load_seconds``, ``prompt``, ``text``, ``tokens`` (of the text),
+``stopped`` ("end": the model ended the text; "length": --max-new-tokens; "context": the model's context is full),
+``prompt_tokens``, ``prompt_tokens_per_second``, ``generated_tokens``, ``generated_tokens_per_second`` (without the
+first token; null where it is the only one), ``packed_bytes``, ``other_weight_bytes``, ``resident_bytes`` (null where
+the system does not report it).
 """
+
+from __future__ import annotations
 
 import argparse
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
@@ -20,9 +24,9 @@ from marlin_cy import __version__
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
-    check_backend_options,
     checkpoint_folder,
-    positive,
+    open_backend,
+    positive_argument,
 )
 from marlin_cy.commands.output import console, print_json, table
 from marlin_cy.errors import MarlinError
@@ -32,30 +36,28 @@ __all__ = ["HELP", "add_arguments", "execute"]
 
 HELP = "continue a text with a checkpoint's model"
 DTYPES = ("bfloat16", "float16", "float32")
-STOPPED = {"end": "the model ended the text", "length": "--max-new-tokens", "context": "the model can see no more"}
+STOPPED = {"end": "the model ended the text", "length": "--max-new-tokens", "context": "the model's context is full"}
 
 
-def add_arguments(parser):
-    """Declare the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Declare the command's arguments; ``argv`` is the command line."""
     add_checkpoint_argument(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with it, in UTF-8")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
-    add_backend_options(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the activations; default: that of the checkpoint's weights")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the text, in UTF-8")
+    parser.add_argument("--max-new-tokens", type=positive_argument, default=128, metavar="N", help="default: 128")
+    add_backend_options(parser, argv)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the activations; default: as the checkpoint's weights")
     parser.add_argument(
         "--temperature", type=_number(math.inf), metavar="T", help="draw tokens; default: take the most likely one"
     )
-    parser.add_argument("--top-p", type=_number(1), metavar="P", help="with --temperature: from the most likely ones")
+    parser.add_argument("--top-p", type=_number(1), metavar="P", help="with --temperature: draw from the likeliest")
     parser.add_argument("--seed", type=int, metavar="N", help="with --temperature; default: 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text as it comes")
-    parser.set_defaults(refuse=parser.error)
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    check_backend_options(arguments)
     for name in ("top_p", "seed"):
         if getattr(arguments, name) is not None and arguments.temperature is None:
             arguments.refuse(f"--{name.replace('_', '-')}: only with --temperature")
@@ -69,12 +71,14 @@ def execute(arguments):
     return 0
 
 
-def _generate(folder, prompt, arguments):
-    """The report; the text is written as it comes unless ``--json`` is given."""
+def _generate(folder: Path, prompt: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report. Without ``--json`` the text is written as the model produces it."""
     with needs_extra():
         from marlin_cy.commands import language_model
         from marlin_cy.integrations.transformers import weight_bytes
-    place = language_model.place_of(arguments.backend, arguments.compute_dtype or "int16", arguments)
+    backend = open_backend(arguments.backend, arguments)
+    language_model.set_torch_threads(arguments)
+    place = language_model.packed_place(backend, backend.context_from_arguments(arguments))
     tokenizer = language_model.load_tokenizer(folder)
     tokens = language_model.tokenize(tokenizer, prompt)
     prompt_tokens, room = tokens.shape[1], math.inf
@@ -84,7 +88,7 @@ def _generate(folder, prompt, arguments):
     if context is not None:
         room = context - prompt_tokens
         if room < 1:
-            raise MarlinError(f"the prompt has {prompt_tokens} tokens, but the model can see {context} at once")
+            raise MarlinError(f"the prompt has {prompt_tokens} tokens, but the model has a context of {context}")
     start = time.perf_counter()
     model = place.load(folder, arguments.dtype)
     load_seconds = time.perf_counter() - start
@@ -121,13 +125,13 @@ def _generate(folder, prompt, arguments):
     }
 
 
-def _write(text):
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _print_figures(report):
-    """After the text, to stderr: a pipe gets the text alone."""
+def _print_figures(report: dict[str, Any]) -> None:
+    """Print the figures to stderr, so that a pipe from stdout gets only the text."""
     _write("\n")
     screen = console(sys.stderr)
     screen.print()
@@ -153,14 +157,22 @@ def _print_figures(report):
     )
 
 
-def _prompt(arguments):
-    """The prompt; refuses what is none."""
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The prompt.
+
+    Raises
+    ------
+    MarlinError
+        It is empty, or not UTF-8.
+    """
+    prompt: str
+    source: Path | str
     if arguments.prompt_file is None:
         source, prompt = "--prompt", arguments.prompt
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            # The system hands over bytes that are no UTF-8 as halves of surrogate pairs.
+            # Python decodes invalid UTF-8 bytes of the command line to surrogates.
             raise MarlinError(f"{source}: not UTF-8") from None
     else:
         source = arguments.prompt_file
@@ -173,8 +185,8 @@ def _prompt(arguments):
     return prompt
 
 
-def resident_bytes():
-    """The memory of this process that is in RAM, mapped files included; None where the system does not say."""
+def resident_bytes() -> int | None:
+    """Resident memory of this process, mapped files included; None where the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -183,14 +195,14 @@ def resident_bytes():
     return int(line.split()[1]) * 1024
 
 
-def _megabytes(count):
+def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _number(most):
-    """A number above 0 and at most ``most``, for argparse."""
+def _number(most: float) -> Callable[[str], float]:
+    """A ``type`` of argparse: a number above 0 and at most ``most``."""
 
-    def parse(text):
+    def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:

@@ -6,7 +6,9 @@ format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeS
 ``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
 """
 
+import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_cy import __version__, open_checkpoint
@@ -17,7 +19,7 @@ __all__ = ["HELP", "add_arguments", "execute"]
 HELP = "show a checkpoint's format, layers, sizes, and anything unusual"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a packed one")
     parser.add_argument(

@@ -1,62 +1,59 @@
-"""What the commands on whole models do with PyTorch and transformers; imported where a command needs them."""
+"""The part of ``generate`` and ``perplexity`` that needs PyTorch and transformers.
 
+The commands import it where they use it, so that other commands work without the packages.
+"""
+
+from __future__ import annotations
+
+import argparse
 import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from marlin_cy import get_backend
-from marlin_cy.commands.opencl_options import open_opencl
+from marlin_cy.commands.options import argument_errors
 from marlin_cy.commands.output import LoadProgress
-from marlin_cy.errors import CheckpointError, MarlinError
+from marlin_cy.errors import CheckpointError
 from marlin_cy.integrations.dequantized import dequantized_model
 from marlin_cy.integrations.transformers import load, read_config
+from marlin_cy.interface import Backend
 
 __all__ = [
+    "DensePlace",
     "Generated",
+    "PackedPlace",
     "context_length",
     "generate",
     "load_tokenizer",
+    "packed_place",
     "perplexity",
-    "place_of",
+    "set_torch_threads",
     "tokenize",
 ]
 
 
-def place_of(backend, compute_dtype, arguments):
-    """Where a model's quantised layers run.
+def set_torch_threads(arguments: argparse.Namespace) -> None:
+    """Give PyTorch as many threads as ``--threads``, if the backend has that option and it was given."""
+    if (threads := getattr(arguments, "threads", None)) is not None:
+        torch.set_num_threads(threads)
 
-    Parameters
-    ----------
-    backend : str or None
-        None: in PyTorch, with dense weights.
-    compute_dtype : str or None
-        Of the CPU.
-    arguments : argparse.Namespace
-        ``threads``, ``device`` and ``tier``.
 
-    Returns
-    -------
-    DensePlace or PackedPlace
+def packed_place(backend: Backend, options: dict[str, Any]) -> PackedPlace:
+    """A backend with the options of its contexts.
+
+    Raises
+    ------
+    MarlinError
+        An option, or the environment variable in its place, has an invalid value.
     """
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    if backend is None:
-        return DensePlace()
-    if backend == "opencl":
-        backend = open_opencl(arguments)
-        return PackedPlace(backend, {}, f"{backend.runtime.capabilities.name}, tier {backend.tier.name}")
-    options = {"num_threads": arguments.threads, "compute_dtype": compute_dtype}
-    backend = get_backend(backend)
-    try:
-        context = backend.new_context(**options)
-    except ValueError as error:
-        # The arguments were checked before: what is left is the environment (MARLIN_CY_ISA).
-        raise MarlinError(str(error)) from error
-    return PackedPlace(backend, options, f"{context.isa}, {context.num_threads} threads, {compute_dtype}")
+    with argument_errors():
+        return PackedPlace(backend, options, backend.describe(backend.new_context(**options)))
 
 
 class DensePlace:
@@ -64,49 +61,56 @@ class DensePlace:
 
     description = "PyTorch"
 
-    def load(self, folder, dtype):
-        """The model of a folder."""
+    def load(self, folder: Path, dtype: str) -> Any:
+        """The model of a folder, with dequantised weights."""
         return dequantized_model(folder, getattr(torch, dtype))
 
 
 class PackedPlace:
-    """A backend and what its contexts are made with.
+    """A backend, and the options of its contexts.
 
     Attributes
     ----------
     description : str
-        In a few words.
+        The device and the settings, in a few words.
     """
 
-    def __init__(self, backend, options, description):
+    def __init__(self, backend: Backend, options: dict[str, Any], description: str) -> None:
         self._backend, self._options, self.description = backend, options, description
 
-    def load(self, folder, dtype):
-        """The model of a folder, with a progress bar where it takes long."""
+    def load(self, folder: Path, dtype: str | None) -> Any:
+        """The model of a folder; shows a progress bar where loading takes long."""
         with LoadProgress() as progress:
             return load(folder, self._backend, dtype=dtype, progress=progress, **self._options)
 
 
-def load_tokenizer(folder):
-    """A folder's tokenizer; a :class:`CheckpointError` where transformers finds none."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot load a tokenizer from the folder.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds: whatever it is, it is about the folder's files
+    except Exception as error:  # transformers raises many types for invalid files
         raise CheckpointError(f"no tokenizer that transformers can load: {error}", file=folder) from error
-    # Without files, transformers makes one of the model's family that knows no text.
+    # Where the folder has no tokenizer files, transformers returns one with only special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise CheckpointError("no tokenizer", file=folder)
     return tokenizer
 
 
-def tokenize(tokenizer, text):
-    """A text's tokens, int64 ``[1, tokens]``."""
+def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
+    """The tokens of a text, int64 ``[1, tokens]``."""
     return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].long()
 
 
-def context_length(folder):
-    """How many tokens a model can see at once, by its config; None where that does not say."""
-    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+def context_length(folder: Path) -> int | None:
+    """The model's maximum context in tokens; None where its config does not have it."""
+    length: int | None = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,44 +119,56 @@ def context_length(folder):
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What came of a prompt.
+    """The continuation of a prompt, and its times.
 
     Attributes
     ----------
     text : str
     tokens : list of int
     prompt_seconds : float
-        Until the first token was there.
+        From the prompt to the first token.
     seconds : float
-        For the others.
+        From the first token to the last one.
     """
 
     text: str
-    tokens: list
+    tokens: list[int]
     prompt_seconds: float
     seconds: float
 
 
-class Streamer(TextStreamer):
-    """Hands on text when its words are complete, and notes when each token came."""
+class Streamer(TextStreamer):  # type: ignore[misc]
+    """Passes text on when its words are complete, and records the time of each token."""
 
-    def __init__(self, tokenizer, write):
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
-        self.text, self.tokens, self.times = "", [], [time.perf_counter()]
+        self.text = ""
+        self.tokens: list[int] = []
+        self.times = [time.perf_counter()]
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
             self.tokens += value.tolist()
         super().put(value)
 
-    def on_finalized_text(self, text, stream_end=False):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
         self._write(text)
 
 
-def generate(model, tokenizer, tokens, max_new_tokens, *, temperature, top_p, seed, write):
+def generate(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float | None,
+    top_p: float,
+    seed: int,
+    write: Callable[[str], object],
+) -> Generated:
     """Continue a prompt.
 
     Parameters
@@ -164,23 +180,23 @@ def generate(model, tokenizer, tokens, max_new_tokens, *, temperature, top_p, se
     temperature : float or None
         None: take the most likely token each time.
     top_p : float
-        Draw among the most likely tokens that have this much of the probability.
+        Draw from the most likely tokens, as many as have this probability together.
     seed : int
     write : callable
-        Given text as it comes.
+        Called with each piece of text.
 
     Returns
     -------
     Generated
     """
     config = copy.deepcopy(model.generation_config)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature is not None:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(seed)
     config.update(**sampling, max_new_tokens=max_new_tokens, max_length=None, num_beams=1, use_cache=True)
     if config.pad_token_id is None:
-        config.pad_token_id = 0  # one prompt needs no padding, but transformers warns without
+        config.pad_token_id = 0  # one prompt needs no padding, but transformers warns without a padding token
     streamer = Streamer(tokenizer, write)
     model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=streamer)
     start, first, *_ = streamer.times
@@ -191,8 +207,10 @@ def generate(model, tokenizer, tokens, max_new_tokens, *, temperature, top_p, se
 # Perplexity
 
 
-@torch.no_grad()
-def perplexity(model, tokens, window, windows, progress):
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def perplexity(
+    model: Any, tokens: torch.Tensor, window: int, windows: int, progress: Callable[[int, int, str], None]
+) -> float:
     """``exp`` of the mean negative log-likelihood of tokens, in windows one after another.
 
     Parameters
@@ -200,9 +218,9 @@ def perplexity(model, tokens, window, windows, progress):
     model : transformers.PreTrainedModel
     tokens : int64 tensor ``[1, tokens]``
     window : int
-        Tokens that the model sees at once. The first of each is not scored.
+        Tokens that the model is given at once. The first token of each window is not scored.
     windows : int
-        Whole ones that there are.
+        Number of whole windows.
     progress : callable
         Called as ``progress(done, total, description)``.
     """

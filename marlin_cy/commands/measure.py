@@ -1,21 +1,34 @@
 """One MoE layer run over activations: is it right, and how fast is it?"""
 
+from __future__ import annotations
+
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-__all__ = ["ERROR_BOUNDS", "CpuLayerResult", "LayerResult", "common_figures", "measure_layer", "repeated"]
+if TYPE_CHECKING:
+    from marlin_cy.commands.activations import LayerActivations
+    from marlin_cy.interface import Backend, Buffer, Context
+    from marlin_cy.moe.layer import MoeLayer
 
-# Unless told otherwise, a layer is timed for so long, and so often: on a machine that others use too,
-# a median over a few milliseconds may see nothing but the others.
+__all__ = ["ERROR_BOUND", "LayerMeasurement", "LayerResult", "common_figures", "repeated"]
+
+ERROR_BOUND = 2e-2
+"""The relative error (Frobenius) that a layer may have on a backend that does not say.
+
+It suits bfloat16, the least precise dtype that activations have: its unit roundoff is 2**-9, and five roundings meet
+in an output: hidden states, gate_up's result, the activation, down's result, the output.
+"""
+
+# Unless --repeat says otherwise, passes are timed until both are reached. On a machine that runs other programs too,
+# the median over a few milliseconds may show only their effect.
 LEAST_SECONDS = 0.2
 LEAST_REPEATS = 5
-
-# Relative error (Frobenius) of a layer's output, by compute dtype: two products and an activation,
-# each at the error of its dtype on normal data, with room for activations that are less kind.
-ERROR_BOUNDS = {"int16": 2e-4, "int8": 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +41,14 @@ class LayerResult:
     experts_hit : int
         Experts that at least one token was routed to.
     finite : bool
-        Whether all of the output is.
+        Whether the whole output is finite.
     relative_error : float or None
         Frobenius norm of the difference to the recorded output, over that of the recorded output;
-        None where nothing was recorded or the output is not finite.
+        None where no output was recorded or the output is not finite.
     repeats : int
-        How many forward passes were timed.
+        Number of timed passes.
     seconds : float
-        Their median time, as the caller sees it.
+        The median time of a pass, as the caller sees it.
     weight_bytes : int
         Packed bytes of the experts that were hit.
     weight_bytes_per_second : float
@@ -55,8 +68,8 @@ class LayerResult:
     weight_bytes: int
     weight_bytes_per_second: float
 
-    def failure(self, bound):
-        """A sentence on what is wrong with it, or None."""
+    def failure(self, bound: float) -> str | None:
+        """A sentence on what is wrong with the result, or None."""
         if not self.finite:
             return f"layer {self.layer}: the output has NaN or infinity"
         if self.relative_error is not None and self.relative_error > bound:
@@ -64,75 +77,106 @@ class LayerResult:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
-class CpuLayerResult(LayerResult):
-    """What one layer showed on the CPU.
+class LayerMeasurement:
+    """How ``marlin-cy run`` measures layers: by the time until the output is on the host.
 
-    Attributes
-    ----------
-    read_share : float
-        ``weight_bytes_per_second`` over the machine's read bandwidth with the same threads.
-    """
-
-    read_share: float
-
-
-def measure_layer(context, index, layer, fed, *, repeats, read_bandwidth):
-    """Run a layer on the CPU: once for its output, then several times for its speed.
+    A backend that has clocks or bandwidths of its own returns a subclass from
+    :meth:`~marlin_cy.Backend.layer_measurement`.
 
     Parameters
     ----------
+    backend : Backend
     context : Context
-    index : int
-        The layer's number in the model.
-    layer : MoeLayer
-    fed : LayerActivations
-    repeats : int or None
-        Timed passes; None for as many as take 0.2 seconds, but at least 5.
-    read_bandwidth : float
-        Bytes per second at which the machine reads memory with the context's threads.
+        Of the backend; all passes use it.
 
-    Returns
-    -------
-    LayerResult
+    Attributes
+    ----------
+    columns : tuple of str
+        Headings of the table's columns for :meth:`cells`; one that begins with ``>`` is aligned to the right.
     """
-    out = layer(context, fed.hidden_states, fed.router_logits)
 
-    def one_pass():
+    columns: tuple[str, ...] = (">time\nms", ">weights\nGB/s")
+
+    def __init__(self, backend: Backend, context: Context) -> None:
+        self.backend, self.context = backend, context
+
+    def prepare(self) -> None:
+        """Measure what the results are compared with, such as a bandwidth. Called once, before any layer."""
+
+    def measure(self, index: int, layer: MoeLayer, fed: LayerActivations, repeats: int | None) -> LayerResult:
+        """Run a layer: once for its output, then several times for its speed.
+
+        Parameters
+        ----------
+        index : int
+            The layer's number in the model.
+        layer : MoeLayer
+        fed : LayerActivations
+        repeats : int or None
+            Number of timed passes; None for as many as take 0.2 seconds, but at least 5.
+        """
+        backend, context = self.backend, self.context
+        hidden, logits = backend.from_host(fed.hidden_states), backend.from_host(fed.router_logits)
+        buffer = layer(context, hidden, logits)
+        out = np.array(backend.to_host(buffer))
+        times = repeated(lambda: self.timed_pass(layer, hidden, logits, buffer), repeats)
+        topk_ids, _ = layer.route(context, logits)
+        common = common_figures(index, layer, fed, out, backend.to_host(topk_ids))
+        seconds = statistics.median(times)
+        rate = common["weight_bytes"] / seconds
+        return self.result(common | {"repeats": len(times), "seconds": seconds, "weight_bytes_per_second": rate})
+
+    def timed_pass(self, layer: MoeLayer, hidden_states: Buffer, router_logits: Buffer, out: Buffer) -> float:
+        """Run the layer once; returns its seconds."""
         start = time.perf_counter()
-        layer(context, fed.hidden_states, fed.router_logits)
+        layer(self.context, hidden_states, router_logits, out=out)
+        self.backend.to_host(out)
         return time.perf_counter() - start
 
-    pass_seconds = repeated(one_pass, repeats)
-    seconds = statistics.median(pass_seconds)
-    topk_ids, _ = layer.route(context, fed.router_logits)
-    common = common_figures(index, layer, fed, out, topk_ids)
-    return CpuLayerResult(
-        **common,
-        repeats=len(pass_seconds),
-        seconds=seconds,
-        weight_bytes_per_second=common["weight_bytes"] / seconds,
-        read_share=common["weight_bytes"] / seconds / read_bandwidth,
-    )
+    def result(self, figures: dict[str, Any]) -> LayerResult:
+        """The result of a layer; ``figures`` are the fields of :class:`LayerResult`."""
+        return LayerResult(**figures)
+
+    def error_bound(self, dtype: npt.DTypeLike) -> float:
+        """The relative error that a layer may have with activations of this dtype."""
+        return ERROR_BOUND
+
+    def about(self) -> dict[str, Any]:
+        """Keys that the backend adds to the object of ``--json``."""
+        return {"device": self.description()}
+
+    def description(self) -> str:
+        """The device and the settings, in a few words."""
+        return self.backend.describe(self.context)
+
+    def cells(self, result: LayerResult) -> tuple[str, ...]:
+        """A result's cells for :attr:`columns`."""
+        return f"{result.seconds * 1e3:.3f}", f"{result.weight_bytes_per_second / 1e9:#.3g}"
+
+    def notes(self) -> list[str]:
+        """Lines below the table."""
+        return []
 
 
-def repeated(one_pass, repeats):
-    """What the calls of ``one_pass``, which returns its seconds, return: ``repeats`` calls, or 0.2 seconds of them."""
-    seconds = []
+def repeated(one_pass: Callable[[], float], repeats: int | None) -> list[float]:
+    """The seconds that each call of ``one_pass`` returns: ``repeats`` calls, or 0.2 seconds of them."""
+    seconds: list[float] = []
     while len(seconds) < (repeats or LEAST_REPEATS) or (repeats is None and sum(seconds) < LEAST_SECONDS):
         seconds.append(one_pass())
     return seconds
 
 
-def common_figures(index, layer, fed, out, topk_ids):
-    """The fields of a :class:`LayerResult` that are no times.
+def common_figures(
+    index: int, layer: MoeLayer, fed: LayerActivations, out: npt.NDArray[Any], topk_ids: npt.NDArray[np.int32]
+) -> dict[str, Any]:
+    """The fields of a :class:`LayerResult` that do not depend on time.
 
     Parameters
     ----------
     index, layer, fed
-        As in :func:`measure_layer`.
+        As in :meth:`LayerMeasurement.measure`.
     out, topk_ids : ndarray
-        The layer's output, and the experts that it took.
+        The layer's output, and the experts that its tokens were routed to.
     """
     finite = bool(np.isfinite(out.astype(np.float32)).all())
     hit = np.unique(topk_ids).size
@@ -151,7 +195,7 @@ def common_figures(index, layer, fed, out, topk_ids):
     }
 
 
-def _relative_error(out, expected):
+def _relative_error(out: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     expected = expected.astype(np.float64)
-    # An expected output of zeros leaves the norm of what came out.
+    # Where the expected output is zero, the error is the norm of the output.
     return float(np.linalg.norm(out - expected) / (np.linalg.norm(expected) or 1.0))

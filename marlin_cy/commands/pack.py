@@ -4,7 +4,9 @@ The object that ``--json`` prints has the keys ``version``, ``source``, ``packed
 ``packed_bytes``, ``stacks``, ``files``, ``seconds``.
 """
 
+import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_cy import __version__, open_checkpoint
@@ -16,7 +18,7 @@ __all__ = ["HELP", "add_arguments", "execute"]
 HELP = "write a checkpoint's packed weights to a folder that opens at once"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="a checkpoint's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist, or be empty")

@@ -1,24 +1,31 @@
-"""How well does a checkpoint's model predict a text? Packed, and beside it the same weights dense.
+"""How well does a checkpoint's model predict a text? With packed weights, and for comparison with dense ones.
 
 The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``text`` (its path),
-``tokens`` (of it), ``window``, ``windows``, ``scored_tokens``, ``skipped`` (an object: what could not be run, and why)
-and ``results``, a list of ``name``, ``device`` (in words), ``dtype`` (of the activations), ``perplexity`` (a token),
-``relative_difference`` (to the first result), ``seconds``.
+``tokens`` (of the text), ``window``, ``windows``, ``scored_tokens``, ``skipped`` (an object: from the name of each
+precision that could not run to the reason) and ``results``, a list of ``name``, ``device`` (in words), ``dtype`` (of
+the activations), ``perplexity`` (per token), ``relative_difference`` (to the first result), ``seconds``.
 """
 
+from __future__ import annotations
+
+import argparse
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 
 from marlin_cy import __version__
+from marlin_cy.backends import backend_factory, backend_names
+from marlin_cy.command_line import CommandLine, Precision
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
-    check_backend_options,
     checkpoint_folder,
-    positive,
+    open_backend,
+    positive_argument,
 )
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
 from marlin_cy.errors import BackendUnavailable, MarlinError
@@ -30,58 +37,66 @@ HELP = "score a text with a checkpoint's model, packed and dense"
 BUILT_IN_TEXT = "validation.txt"
 WINDOW, WINDOWS = 512, 32
 
-# Of --compare: name, backend (None: PyTorch alone, with dense weights), dtype, compute dtype. The first is what the
-# others are held against.
-COMPARED = (
-    ("dequantised, float32", None, "float32", None),
-    ("dequantised, bfloat16", None, "bfloat16", None),
-    ("cpu, int16", "cpu", "float32", "int16"),
-    ("cpu, int8", "cpu", "float32", "int8"),
-    ("opencl, float16", "opencl", "float16", None),
+
+class Run(NamedTuple):
+    """One way to run the model; ``backend`` is None for PyTorch with dense weights.
+
+    ``options`` are those of the backend's contexts that differ from the command line's.
+    """
+
+    name: str
+    backend: str | None
+    dtype: str | None
+    options: Mapping[str, Any]
+
+
+# The first result of --compare is the one that the others are compared with.
+DENSE_RUNS = (
+    Run("dequantised, float32", None, "float32", {}),
+    Run("dequantised, bfloat16", None, "bfloat16", {}),
 )
 
 
-def add_arguments(parser):
-    """Declare the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Declare the command's arguments; ``argv`` is the command line."""
     add_checkpoint_argument(parser)
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help=f"in UTF-8; default: {BUILT_IN_TEXT} in the folder, if it is there"
+        "--text", type=Path, metavar="FILE", help=f"a text in UTF-8; default: {BUILT_IN_TEXT} in the folder"
     )
     parser.add_argument(
         "--window",
-        type=positive,
+        type=positive_argument,
         default=WINDOW,
         metavar="N",
-        help=f"tokens that the model sees at once, the first of which is not scored; default: {WINDOW}",
+        help=f"tokens that the model is given at once; the first one is not scored; default: {WINDOW}",
     )
-    parser.add_argument("--all", action="store_true", help=f"the whole text, not the first {WINDOWS} windows alone")
+    parser.add_argument("--all", action="store_true", help=f"score the whole text, not {WINDOWS} windows")
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="every precision beside the dequantised model, which needs memory for dense weights",
+        help="score every precision and the dequantised model, which needs memory for dense weights",
     )
-    add_backend_options(parser)
+    compares = any(len(argument) > 2 and "--compare".startswith(argument) for argument in argv)
+    add_backend_options(parser, argv, every=compares)
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the activations; default: that of the checkpoint's weights",
+        help="of the activations; default: as the checkpoint's weights",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.set_defaults(refuse=parser.error)
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if arguments.compare:
-        for name in ("compute_dtype", "dtype"):
-            if getattr(arguments, name) is not None:
-                arguments.refuse(f"--{name.replace('_', '-')}: not with --compare, which takes them all")
-    else:
-        check_backend_options(arguments)
+    runs = _compared_runs() if arguments.compare else None
+    if runs is not None:
+        for name in sorted({"dtype"}.union(*(run.options for run in runs))):
+            if getattr(arguments, name, None) is not None:
+                arguments.refuse(f"--{name.replace('_', '-')}: not with --compare, which runs every one")
     if arguments.window < 2:
-        arguments.refuse(f"--window: got {arguments.window}, expected at least 2: the first token is not scored")
+        arguments.refuse(f"--window: got {arguments.window}, expected at least 2, as the first token is not scored")
     with checkpoint_folder(arguments) as folder:
-        report = _measure(folder, arguments)
+        report = _measure(folder, runs, arguments)
     if arguments.json:
         print_json(report)
     else:
@@ -89,38 +104,48 @@ def execute(arguments):
     return 0
 
 
-def _measure(folder, arguments):
+def _measure(folder: Path, runs: list[Run] | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report; ``runs`` is None for the one that the options ask for."""
     with needs_extra():
         from marlin_cy.commands import language_model
     file = arguments.text or folder / BUILT_IN_TEXT
     text = _read(file)
     context = language_model.context_length(folder)
     if context is not None and arguments.window > context:
-        raise MarlinError(f"--window: got {arguments.window}, but the model can see {context} tokens at once")
+        raise MarlinError(f"--window: got {arguments.window}, but the model has a context of {context} tokens")
     tokens = language_model.tokenize(language_model.load_tokenizer(folder), text)
     count = tokens.shape[1]
     if count < 2:
         raise MarlinError(f"{file}: {count} tokens, expected at least 2")
     window = min(arguments.window, count)
     windows = count // window if arguments.all else min(WINDOWS, count // window)
-    results, skipped = [], {}
-    for name, backend, dtype, compute_dtype in COMPARED if arguments.compare else [_asked_for(arguments)]:
-        try:
-            place = language_model.place_of(backend, compute_dtype, arguments)
-        except BackendUnavailable as error:
-            if not arguments.compare:
-                raise
-            skipped[name] = str(error)
-            continue
-        model = place.load(folder, dtype)
+    results: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    language_model.set_torch_threads(arguments)
+    for run in [_asked_for(arguments)] if runs is None else runs:
+        place: language_model.DensePlace | language_model.PackedPlace
+        if run.backend is None:
+            place = language_model.DensePlace()
+        else:
+            try:
+                backend = open_backend(run.backend, arguments)
+                place = language_model.packed_place(
+                    backend, {**backend.context_from_arguments(arguments), **run.options}
+                )
+            except BackendUnavailable as error:
+                if runs is None:
+                    raise
+                skipped[run.name] = str(error)
+                continue
+        model = place.load(folder, run.dtype)
         start = time.perf_counter()
         with LoadProgress("scoring") as progress:
             value = language_model.perplexity(model, tokens, window, windows, progress)
         if not math.isfinite(value):
-            raise MarlinError(f"{name}: the model's output has NaN or infinity")
+            raise MarlinError(f"{run.name}: the model's output has NaN or infinity")
         results.append(
             {
-                "name": name,
+                "name": run.name,
                 "device": place.description,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "perplexity": value,
@@ -141,14 +166,38 @@ def _measure(folder, arguments):
     }
 
 
-def _asked_for(arguments):
-    """The row of :data:`COMPARED` that the options mean."""
-    compute_dtype = (arguments.compute_dtype or "int16") if arguments.backend == "cpu" else None
-    name = ", ".join(filter(None, (arguments.backend, compute_dtype)))
-    return name, arguments.backend, arguments.dtype, compute_dtype
+def _asked_for(arguments: argparse.Namespace) -> Run:
+    """The run that the options ask for, named after the precision whose context options it has, if there is one."""
+    options = open_backend(arguments.backend, arguments).context_from_arguments(arguments)
+    named = [
+        precision.name
+        for precision in _precisions(arguments.backend)
+        if precision.options and precision.options.items() <= options.items()
+    ]
+    return Run(", ".join([arguments.backend, *named]), arguments.backend, arguments.dtype, {})
 
 
-def _read(file):
+def _compared_runs() -> list[Run]:
+    """The runs of ``--compare``: dense ones, and each precision of each backend."""
+    runs = list(DENSE_RUNS)
+    for backend in backend_names():
+        for precision in _precisions(backend):
+            name = ", ".join(filter(None, (backend, precision.name)))
+            runs.append(Run(name, backend, precision.dtype, precision.options))
+    return runs
+
+
+def _precisions(backend: str) -> Sequence[Precision]:
+    """A backend's precisions; the default ones where it does not say, or cannot be imported."""
+    try:
+        precisions = getattr(backend_factory(backend), "precisions", CommandLine.precisions)
+    except BackendUnavailable:
+        precisions = CommandLine.precisions
+    found: Sequence[Precision] = precisions()
+    return found
+
+
+def _read(file: Path) -> str:
     try:
         text = file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -158,14 +207,14 @@ def _read(file):
     return text
 
 
-def _print_table(report):
+def _print_table(report: dict[str, Any]) -> None:
     screen = console()
     screen.print(
         f"[bold]{escape(Path(report['checkpoint']).name)}[/bold]: {report['windows']} windows of {report['window']} "
         f"tokens of {escape(Path(report['text']).name)} ({report['tokens']} tokens), {report['scored_tokens']} scored"
     )
     screen.print()
-    rows = table("weights", "activations", ">perplexity\na token", ">relative\ndifference", ">time\ns", "on")
+    rows = table("weights", "activations", ">perplexity\nper token", ">relative\ndifference", ">time\ns", "on")
     for position, result in enumerate(report["results"]):
         rows.add_row(
             result["name"],
@@ -177,4 +226,4 @@ def _print_table(report):
         )
     screen.print(rows)
     for name, reason in report["skipped"].items():
-        screen.print(f"Left out: {escape(name)} ({escape(reason)})")
+        screen.print(f"Skipped: {escape(name)} ({escape(reason)})")

@@ -7,14 +7,16 @@ results are kept) and ``results``, a list of ``k``, ``n``, ``experts``, ``group_
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
 from marlin_cy import __version__, open_checkpoint
-from marlin_cy.commands.opencl_options import add_opencl_options, open_opencl
+from marlin_cy.commands.options import open_backend
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
 from marlin_cy.errors import CheckpointError, MarlinError
+from marlin_cy.opencl.command_line import OpenClCommandLine
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -23,7 +25,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024)
 TOP_K = 8
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder: its MoE layers' products"
@@ -32,12 +34,11 @@ def add_arguments(parser):
         "--shape", action="append", type=_sizes(4), metavar="K,N,E,GROUP", help="a product: E experts of [K, N]"
     )
     parser.add_argument("--backend", default="opencl", choices=["opencl"], help="the only one that is tuned")
-    add_opencl_options(parser)
+    OpenClCommandLine.add_arguments(parser)
     parser.add_argument("--tokens", type=_sizes(), default=TOKENS, metavar="A,B", help="default: 1 to 1024")
     parser.add_argument("--top-k", type=int, default=TOP_K, metavar="N", help="with --shape: experts of a token")
     parser.add_argument("--asymmetric", action="store_true", help="with --shape: with zero points")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.set_defaults(refuse=parser.error)
 
 
 def execute(arguments):
@@ -46,7 +47,7 @@ def execute(arguments):
         arguments.refuse("got neither CHECKPOINT nor --shape, or both: expected one of them")
     if arguments.top_k < 1:
         arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
-    backend = open_opencl(arguments)
+    backend = open_backend("opencl", arguments)
     # Only here: it needs PyOpenCL.
     from marlin_cy.opencl import tuning
 

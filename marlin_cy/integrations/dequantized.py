@@ -115,11 +115,11 @@ class DenseBackend(Backend):
             *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
 
-    def _linear(self, stack, bias):
+    def linear_of(self, stack, bias):
         bias = None if bias is None else as_bias(bias, (stack.n_per_expert,))
         return DenseLinear(stack.weight[0], bias if stack.bias is None else stack.bias[0])
 
     def _refuse(self, *args, **kwargs):
         raise UnsupportedError("backend 'dense': it keeps weights, and computes nothing")
 
-    new_context = from_host = to_host = empty = _route = _topk = _moe_forward = _refuse
+    new_context = from_host = to_host = empty = route = topk_arguments = moe_forward = _refuse

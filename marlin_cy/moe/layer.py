@@ -3,7 +3,7 @@
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.arguments import flag, float_vector
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.interface import Context
+from marlin_cy.interface import Context, MarlinExpertStack, MoePlan
 from marlin_cy.moe.routing import Routing
 
 __all__ = ["MoeLayer", "SharedExpert"]
@@ -82,10 +82,6 @@ class MoeLayer:
     norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor
         As in :class:`~marlin_cy.moe.routing.Routing`.
 
-    Attributes
-    ----------
-    routing : Routing
-
     Raises
     ------
     TypeError, ValueError
@@ -108,10 +104,10 @@ class MoeLayer:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         check_stacks(gate_up, down)
-        self.routing = Routing(gate_up.num_experts, top_k, **routing)
-        self.apply_router_weight_on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
-        if self.apply_router_weight_on_input and self.top_k != 1:
-            raise ValueError(f"apply_router_weight_on_input: got top_k {self.top_k}, expected 1")
+        routing = Routing(gate_up.num_experts, top_k, **routing)
+        on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
+        if on_input and routing.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input: got top_k {routing.top_k}, expected 1")
         if shared_expert is not None:
             if not isinstance(shared_expert, SharedExpert):
                 raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
@@ -120,13 +116,48 @@ class MoeLayer:
                 raise ValueError(
                     f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
                 )
-        self.gate_up, self.down, self.activation, self.shared_expert = gate_up, down, activation, shared_expert
+        self._plan = MoePlan(gate_up, down, routing, activation, on_input, shared_expert)
 
     def __repr__(self):
         return (
             f"MoeLayer({self.num_experts} experts, top {self.top_k}, "
             f"{self.hidden_size} -> {self.intermediate_size} -> {self.down.n_per_expert})"
         )
+
+    @property
+    def plan(self) -> MoePlan:
+        """The layer as backends take it."""
+        return self._plan
+
+    @property
+    def gate_up(self) -> MarlinExpertStack:
+        """The stack of the first product."""
+        return self._plan.gate_up
+
+    @property
+    def down(self) -> MarlinExpertStack:
+        """The stack of the second product."""
+        return self._plan.down
+
+    @property
+    def routing(self) -> Routing:
+        """How experts and weights are chosen."""
+        return self._plan.routing
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation."""
+        return self._plan.activation
+
+    @property
+    def apply_router_weight_on_input(self) -> bool:
+        """Whether a token's weight multiplies the token, not the expert's output."""
+        return self._plan.apply_router_weight_on_input
+
+    @property
+    def shared_expert(self) -> SharedExpert | None:
+        """The expert that every token goes to, or None."""
+        return self._plan.shared_expert
 
     @property
     def top_k(self):
@@ -175,7 +206,7 @@ class MoeLayer:
             raise TypeError("router_logits: got None, expected a buffer of the backend")
         backend = backend_of(ctx)
         out = self._output(backend, hidden_states, out)
-        backend._moe_forward(ctx, self, hidden_states, out, router_logits, None, None)
+        backend.moe_forward(ctx, self._plan, hidden_states, out, router_logits, None, None)
         return out
 
     def forward_routed(self, ctx, hidden_states, topk_ids, topk_weights, *, out=None):
@@ -193,23 +224,18 @@ class MoeLayer:
             one a token.
         """
         backend = backend_of(ctx)
-        ids, weights = backend._topk(topk_ids, topk_weights, self.num_experts)
+        ids, weights = backend.topk_arguments(topk_ids, topk_weights, self.num_experts)
         if self.apply_router_weight_on_input and ids.shape[1] != 1:
             raise ValueError(
                 f"topk_ids: got shape {ids.shape}, expected [tokens, 1], as apply_router_weight_on_input is set"
             )
         out = self._output(backend, hidden_states, out)
-        backend._moe_forward(ctx, self, hidden_states, out, None, ids, weights)
+        backend.moe_forward(ctx, self._plan, hidden_states, out, None, ids, weights)
         return out
 
     def route(self, ctx, router_logits):
         """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
-        return backend_of(ctx)._route(ctx, router_logits, self.routing)
-
-    def _stacks(self):
-        """``(name, stack)`` of all that a backend must have made."""
-        layers = [("", self)] if self.shared_expert is None else [("", self), ("shared_expert.", self.shared_expert)]
-        return [(prefix + name, getattr(layer, name)) for prefix, layer in layers for name in ("gate_up", "down")]
+        return backend_of(ctx).route(ctx, router_logits, self.routing)
 
     def _output(self, backend, hidden_states, out):
         if out is not None:

@@ -40,7 +40,7 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
     """Fill ``out`` with the layer's output.
 
     Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are: arrays of the host, or of
-    the device, as :meth:`OpenClBackend._topk` returns them.
+    the device, as :meth:`OpenClBackend.topk_arguments` returns them.
     """
     gate_up, down = layer.gate_up, layer.down
     hidden = float_rows(hidden_states, "hidden_states", gate_up.k, ctx.cl_context)

@@ -1,29 +1,48 @@
-"""The doctor's report on OpenCL.
+"""The OpenCL backend's part of ``marlin-cy doctor``: platforms, devices, kernels.
 
 The object has these keys; memory is in bytes:
 
-``platforms``: a list of ``name``, ``version``, ``error`` (null, or why the driver fails), and ``devices``, a list of
-  ``index``, ``name``, ``type``, ``opencl``, ``driver``, ``compute_units``, ``global_memory``, ``max_allocation``,
-  ``local_memory``, ``fp16``, ``sub_groups``, ``integer_dot_product``, ``compute_capability`` (NVIDIA's, as text, or
-  null), ``unusable`` (null, or the reason); of a device that does not answer only ``index`` and ``unusable``
-``broken_drivers``: a list of ``file``, ``reason``: what the OpenCL loader leaves out without a word
-``chosen``: the index of the device that a backend would take, or null
-``reason``: why that one, or why none
-``tier``: the kernels chosen for it, or null
+``platforms``: a list of ``name``, ``version``, ``error`` (null, or the reason why the driver fails) and ``devices``, a
+  list of ``index``, ``name``, ``type``, ``opencl``, ``driver``, ``compute_units``, ``global_memory``,
+  ``max_allocation``, ``local_memory``, ``fp16``, ``sub_groups``, ``integer_dot_product``, ``compute_capability``
+  (NVIDIA's, as text, or null), ``unusable`` (null, or the reason). A device that does not answer has only ``index``
+  and ``unusable``
+``broken_drivers``: a list of ``file``, ``reason``: drivers that the OpenCL loader leaves out silently
+``chosen``: the index of the device that a backend would use, or null
+``reason``: why that device is chosen, or why none is
+``tier``: the name of the kernels chosen for the device, or null
 ``tiers``: a list of ``name``, ``missing`` (null, or what the device lacks), best first
 ``cache``: the folder of compiled programs; null where none are kept
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from rich.markup import escape
 
+from marlin_cy.command_line import DoctorReport
 from marlin_cy.commands.output import mark, table
 from marlin_cy.errors import BackendUnavailable
 
-__all__ = ["print_tables", "report"]
+if TYPE_CHECKING:
+    import pyopencl as cl
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["report"]
 
 
-def report():
-    """The object that ``--json`` prints; None where PyOpenCL is missing or broken."""
+def report() -> DoctorReport:
+    """The key ``opencl``: null where PyOpenCL is missing or broken."""
+    found = find()
+    if found is None:
+        return DoctorReport({"opencl": None}, False)
+    return DoctorReport({"opencl": found}, found["chosen"] is not None, lambda screen: print_tables(screen, found))
+
+
+def find() -> dict[str, Any] | None:
+    """The object of the key ``opencl``."""
     try:
         from marlin_cy.opencl import device, program, tiers
     except ImportError:
@@ -56,7 +75,7 @@ def report():
     }
 
 
-def _device(found, index):
+def _device(found: cl.Device, index: int) -> dict[str, Any]:
     import pyopencl as cl
 
     from marlin_cy.opencl import device
@@ -84,10 +103,11 @@ def _device(found, index):
     }
 
 
-def print_tables(screen, found):
-    """Print what :func:`report` found."""
-    for platform in found["platforms"]:
-        screen.print()
+def print_tables(screen: Console, found: dict[str, Any]) -> None:
+    """Print what :func:`find` returned."""
+    for number, platform in enumerate(found["platforms"]):
+        if number:
+            screen.print()
         screen.print(escape(f"OpenCL platform {platform['name']}, {platform['version']}"))
         if platform["error"]:
             screen.print(escape(f"The driver fails: {platform['error']}."))
@@ -114,7 +134,7 @@ def print_tables(screen, found):
     screen.print(escape(f"Compiled OpenCL programs: {found['cache'] or 'not kept'}"))
 
 
-def _devices_table(devices, chosen):
+def _devices_table(devices: list[dict[str, Any]], chosen: int | None) -> Table:
     rows = table(
         ">", "device", "type", "OpenCL", "driver", ">memory", ">one buffer", "fp16", "sub-groups", "dot product"
     )

@@ -1,0 +1,97 @@
+"""What a backend tells the command line before it is made: availability, options, precisions, diagnosis.
+
+Every method has a default, so a backend that overrides none of them still works with
+``marlin-cy run --backend NAME``. Where a backend's entry point names a function, the methods may be attributes of that
+function, see :mod:`marlin_cy.backends`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["ArgumentGroup", "CommandLine", "DoctorReport", "Precision"]
+
+
+class ArgumentGroup(Protocol):
+    """What :meth:`CommandLine.add_arguments` is given: a parser of argparse, or a group of one."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Declare an argument."""
+
+
+class Precision(NamedTuple):
+    """A precision in which ``marlin-cy perplexity --compare`` runs a model.
+
+    Attributes
+    ----------
+    name : str
+        A short name, which follows the backend's in the results.
+    dtype : str
+        Dtype of the model's activations: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    options : mapping
+        Options of :meth:`~marlin_cy.Backend.new_context`. The command line's option for each has the same name.
+    """
+
+    name: str
+    dtype: str
+    options: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """A backend's part of ``marlin-cy doctor``.
+
+    Attributes
+    ----------
+    document : dict
+        For ``--json``: types that JSON has. It is the value of the key that is the backend's name; those of the
+        built-in backends are at the top level.
+    works : bool
+        Whether the backend works with what the environment variables ask for.
+    print_tables : callable
+        Prints the report on a :class:`rich.console.Console`.
+    """
+
+    document: dict[str, Any]
+    works: bool = True
+    print_tables: Callable[[Console], None] = field(default=lambda screen: None)
+
+
+class CommandLine:
+    """What a :class:`~marlin_cy.Backend` may add to the command line."""
+
+    @classmethod
+    def availability(cls) -> str | None:
+        """None if the backend can run on this machine, else the reason why not, and what to install."""
+        return None
+
+    @classmethod
+    def add_arguments(cls, group: ArgumentGroup) -> None:
+        """Declare the command-line options of the backend and of its contexts.
+
+        The default of each is None: an option that was not given.
+        """
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> dict[str, Any]:
+        """The keyword arguments that the backend is made with, from the parsed command line."""
+        return {}
+
+    @classmethod
+    def precisions(cls) -> Sequence[Precision]:
+        """What ``marlin-cy perplexity --compare`` runs."""
+        return (Precision("", "float32"),)
+
+    @classmethod
+    def doctor(cls) -> DoctorReport | None:
+        """What ``marlin-cy doctor`` says about this machine's devices and drivers; None for nothing.
+
+        It is called even where :meth:`availability` gives a reason.
+        """
+        return None

@@ -1,0 +1,43 @@
+"""The OpenCL backend's part of the command line. It does not need PyOpenCL."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from marlin_cy import opencl
+from marlin_cy.command_line import ArgumentGroup, CommandLine, DoctorReport, Precision
+
+__all__ = ["OpenClCommandLine"]
+
+
+class OpenClCommandLine(CommandLine):
+    """The options ``--device`` and ``--tier``, the precision of ``--compare``, and the doctor's report."""
+
+    @classmethod
+    def availability(cls) -> str | None:
+        return opencl.availability()
+
+    @classmethod
+    def add_arguments(cls, group: ArgumentGroup) -> None:
+        from marlin_cy.opencl.tiers import TIERS
+
+        group.add_argument("--device", metavar="DEVICE", help="an index, or a part of the device's name")
+        group.add_argument(
+            "--tier", choices=[tier.name for tier in TIERS], help="the kernels to use; default: the best that work"
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> dict[str, Any]:
+        return {"device": arguments.device, "tier": arguments.tier}
+
+    @classmethod
+    def precisions(cls) -> Sequence[Precision]:
+        return [Precision("float16", "float16")]
+
+    @classmethod
+    def doctor(cls) -> DoctorReport:
+        from marlin_cy.opencl.doctor import report
+
+        return report()
