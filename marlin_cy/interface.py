@@ -16,6 +16,8 @@ import numpy as np
 
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.formats import gptq
+from marlin_cy.weights.packed_tiles import PackedTiles
+from marlin_cy.weights.sizes import checked_group_size, g_idx_per_expert
 
 __all__ = ["Backend", "Context", "Linear", "MarlinExpertStack", "StackBuilder", "WeightMetadata"]
 
@@ -324,6 +326,27 @@ class Backend(ABC):
             Of the weights' scales.
         """
 
+    def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack | None:
+        """A stack over packed tiles, without a copy where the backend can use them as they are.
+
+        Parameters
+        ----------
+        packed : PackedTiles
+            Kept alive by the stack if it uses the tiles.
+
+        Returns
+        -------
+        MarlinExpertStack or None
+            None, the default, if the backend has another layout: the caller then unpacks the tiles and adds the
+            canonical weights to a builder.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, UnsupportedError
+            Naming the argument.
+        """
+        return None
+
     @abstractmethod
     def _linear(self, stack, bias) -> Linear:
         """The linear layer that a stack of one expert is."""
@@ -400,15 +423,9 @@ class Backend(ABC):
         k, n_per_expert = integer("k", k), integer("n_per_expert", n_per_expert)
         for name, entries in (("qweights", qweights), ("scales", scales), ("qzeros", qzeros)):
             sequence(name, entries)
-        group_size = gptq.checked_group_size(
-            bits=bits,
-            group_size=group_size,
-            k=k,
-            n=n_per_expert,
-            checkpoint_format=checkpoint_format,
-            n_name="n_per_expert",
-        )
-        g_idx_of = gptq.g_idx_per_expert(g_idx, len(qweights), k)
+        gptq.check_checkpoint_format(checkpoint_format)
+        group_size = checked_group_size(bits=bits, group_size=group_size, k=k, n=n_per_expert, n_name="n_per_expert")
+        g_idx_of = g_idx_per_expert(g_idx, len(qweights), k)
         for name, entries in (("scales", scales), ("qzeros", qzeros)):
             if len(entries) != len(qweights):
                 raise ValueError(

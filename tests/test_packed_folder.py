@@ -12,7 +12,8 @@ from asserts import assert_same_bits
 from checkpoint_files import edit_header, edit_json, truncate, write_checkpoint, write_gpt_oss
 
 from marlin_cy import get_backend, open_checkpoint
-from marlin_cy.checkpoints.packed import FORMAT_VERSION, write_packed
+from marlin_cy.checkpoints.packed import FORMAT_VERSION
+from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.cli import main
 from marlin_cy.errors import CheckpointError
@@ -126,7 +127,7 @@ def test_one_isa_reads_what_another_wrote(tmp_path, packed):
     script = (
         "import sys; from pathlib import Path\n"
         "from marlin_cy import open_checkpoint\n"
-        "from marlin_cy.checkpoints.packed import write_packed\n"
+        "from marlin_cy.checkpoints.packed_writer import write_packed\n"
         "with open_checkpoint(sys.argv[1]) as checkpoint: write_packed(checkpoint, sys.argv[2])\n"
     )
     subprocess.run(
@@ -287,7 +288,7 @@ class TestWriting:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("marlin_cy.checkpoints.packed.sha256_of", full)
+        monkeypatch.setattr("marlin_cy.checkpoints.packed_writer.sha256_of", full)
         with open_checkpoint(tmp_path / "source") as checkpoint, pytest.raises(OSError, match="No space left"):
             write_packed(checkpoint, tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -4,6 +4,7 @@ import numpy as np
 
 from marlin_cy.cpu import _moe, fork
 from marlin_cy.cpu._dispatch import choose_isa
+from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.stack import CpuLinear, CpuMarlinExpertStack, CpuStackBuilder
 from marlin_cy.interface import Backend
@@ -42,6 +43,19 @@ class CpuBackend(Backend):
         return CpuStackBuilder(
             *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
+
+    def stack_from_packed(self, packed):
+        store = CpuGptqStore.from_packed(
+            packed.num_experts,
+            packed.k,
+            packed.n,
+            packed.group_size,
+            packed.g_idx,
+            packed.codes,
+            packed.scale_dtype,
+            packed.data.reshape(-1),
+        )
+        return CpuMarlinExpertStack(store, packed.num_experts, packed.n, packed.k, packed.bias)
 
     def _linear(self, stack, bias):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
