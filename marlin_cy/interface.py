@@ -347,6 +347,10 @@ class Backend(ABC):
         """
         return None
 
+    def linear_of(self, stack, bias) -> Linear:
+        """The linear layer that is all of a stack of one expert, with ``bias`` (``[n_per_expert]`` or None)."""
+        return self._linear(stack, bias)
+
     @abstractmethod
     def _linear(self, stack, bias) -> Linear:
         """The linear layer that a stack of one expert is."""

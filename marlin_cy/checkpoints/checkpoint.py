@@ -21,9 +21,10 @@ from typing import Any
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error, new_builder
+from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath, read_json
@@ -346,11 +347,14 @@ class Checkpoint:
         }
         with self._as_correction_bias_error(layer):
             Routing(spec.num_experts, **routing)
-        shared = self._shared_expert(block) if shared_expert and spec.shared_intermediate_size else None
+        shared = None
+        if shared_expert and spec.shared_intermediate_size is not None:
+            shared = self._shared_expert(block, spec.shared_intermediate_size)
         gate_up, down = self._source.expert_stacks(block, self.backend, f"layer {layer}")
         return MoeLayer(gate_up, down, activation=spec.activation, shared_expert=shared, **routing)
 
-    def _shared_expert(self, block: str) -> SharedExpert:
+    def _shared_expert(self, block: str, inter: int) -> SharedExpert:
+        """The shared expert of a block, of width ``inter``."""
         family, spec, source = self.family, self.moe_spec, self._source
         module = f"{block}.{family.shared_expert}"
         modules = [f"{module}.{name}" for name in (family.gate, family.up, family.down)]
@@ -361,7 +365,7 @@ class Checkpoint:
                     "shared expert's output to the layer's"
                 )
         gate, up, down = (source.weight(name) for name in modules)
-        hidden, inter = spec.hidden_size, spec.shared_intermediate_size
+        hidden = spec.hidden_size
         for name, weight, sizes in zip(
             modules, (gate, up, down), 2 * [(hidden, inter)] + [(inter, hidden)], strict=True
         ):

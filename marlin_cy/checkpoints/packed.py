@@ -228,7 +228,7 @@ class PackedSource:
         stack = self._stack(module, backend)
         if f"{module}{BIAS}" in self._tensors:
             self._tensors.check(f"{module}{BIAS}", (stack.n_per_expert,))
-        return backend._linear(stack, self.bias(module))
+        return backend.linear_of(stack, self.bias(module))
 
     def weight(self, module: str) -> Int4Weight:
         return self._tiles(module).canonical(0)
@@ -315,5 +315,5 @@ def sha256_of(data: npt.NDArray[np.uint8]) -> str:
     """Hexadecimal SHA-256 of a uint8 array, read in pieces."""
     digest = hashlib.sha256()
     for begin in range(0, len(data), READ_BYTES):
-        digest.update(data[begin : begin + READ_BYTES])
+        digest.update(data[begin : begin + READ_BYTES].data)
     return digest.hexdigest()

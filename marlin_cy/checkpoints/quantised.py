@@ -10,24 +10,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
-from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.stacks.builder import same_groups
 from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["ExpertPart", "QuantizedSource", "as_checkpoint_error", "new_builder"]
+__all__ = ["ExpertPart", "QuantizedSource", "new_builder"]
 
 ForEach = Callable[[Callable[[int], None], int, str], None]
 """``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
@@ -214,7 +215,7 @@ class QuantizedSource:
         weight = self.weight(module)
         builder = new_builder(backend, 1, weight.n, weight, [weight.g_idx])
         builder.add(0, 0, weight)
-        return backend._linear(builder.finish(), self.bias(module))
+        return backend.linear_of(builder.finish(), self.bias(module))
 
     def weight(self, module: str) -> Int4Weight:
         """A linear layer in canonical form, checked. Its arrays may be views of the files, except for ``g_idx``."""
@@ -440,14 +441,3 @@ def new_builder(
         codes=weight.codes,
         scale_dtype=weight.scale.dtype,
     )
-
-
-@contextmanager
-def as_checkpoint_error(file: StrPath, tensor: str | None = None) -> Iterator[None]:
-    """Turn an error about an argument into a :class:`CheckpointError` about the file that the argument is from."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(str(error), file=file, tensor=tensor) from error

@@ -239,7 +239,8 @@ def parse(config: JsonObject, file: StrPath) -> Scheme:
     if not schemes:
         said = next(iter(groups.values()), "config_groups: has no targets")
         raise UnsupportedError(f"{file}: {said}")
-    return replace(schemes[0], targets=Targets(groups, tuple(_checked_targets(config, "ignore", file))))
+    scheme: Scheme = replace(schemes[0], targets=Targets(groups, tuple(_checked_targets(config, "ignore", file))))
+    return scheme
 
 
 def _checked_targets(config: JsonObject, name: str, file: StrPath) -> list[str]:

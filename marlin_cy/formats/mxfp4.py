@@ -35,7 +35,8 @@ __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
 BLOCK_K = 32
 """Rows of K that share a scale."""
 
-BYTES = (np.dtype(np.uint8),)
+BYTES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8),)
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 NAN = 255
 MANTISSA_BITS = 7  # of a bfloat16
 SMALLEST = 0x0040
@@ -87,7 +88,7 @@ class Mxfp4Scheme(Scheme):
         }
 
     def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
-        return np.dtype(ml_dtypes.bfloat16)
+        return BFLOAT16
 
     def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         specs, blocks, name = self.tensors(k, n), self.marker.lstrip("._"), self.scales.lstrip("._")
@@ -102,7 +103,7 @@ class Mxfp4Scheme(Scheme):
         words = np.require(pairs.reshape(n, k // 2).view("<u4"), np.uint32, ("C_CONTIGUOUS", "ALIGNED"))
         return Int4Weight(
             words=transpose(words),
-            scale=scale.view(ml_dtypes.bfloat16),
+            scale=scale.view(BFLOAT16),
             zero=None,
             group_size=BLOCK_K,
             codes=self.codes,
@@ -149,5 +150,5 @@ def pack_mxfp4(q: npt.ArrayLike, exponents: npt.ArrayLike) -> tuple[npt.NDArray[
     for name, values, highest in (("q", q, 15), ("exponents", exponents, NAN - 1)):
         if values.min() < 0 or values.max() > highest:
             raise ValueError(f"{name}: got {values.min()} to {values.max()}, mxfp4 holds 0 to {highest}")
-    blocks = q.T.reshape(q.shape[1], -1, BLOCK_K // 2, 2).astype(np.uint8)
-    return blocks[..., 0] | blocks[..., 1] << 4, np.ascontiguousarray(exponents.T).astype(np.uint8)
+    pairs = q.T.reshape(q.shape[1], -1, BLOCK_K // 2, 2).astype(np.uint8)
+    return np.asarray(pairs[..., 0] | pairs[..., 1] << 4, np.uint8), np.ascontiguousarray(exponents.T).astype(np.uint8)

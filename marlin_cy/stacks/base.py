@@ -59,7 +59,7 @@ class PackedStack(MarlinExpertStack):
     bias : float32 ``[num_experts, n_per_expert]``, optional
     """
 
-    store_type: type
+    store_type: type[Any]
 
     def __init__(
         self,
@@ -76,7 +76,8 @@ class PackedStack(MarlinExpertStack):
                 f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
                 f"[{k}, {n_per_expert}]"
             )
-        self.store, self._bias = store, bias
+        self.store: Any = store
+        self._bias = bias
         self._metadata = metadata_of(store, store.nbytes)
 
     def __repr__(self) -> str:
@@ -84,15 +85,15 @@ class PackedStack(MarlinExpertStack):
 
     @property
     def n_per_expert(self) -> int:
-        return self.store.n
+        return int(self.store.n)
 
     @property
     def k(self) -> int:
-        return self.store.k
+        return int(self.store.k)
 
     @property
     def num_experts(self) -> int:
-        return self.store.num_experts
+        return int(self.store.num_experts)
 
     @property
     def n_tile(self) -> int:

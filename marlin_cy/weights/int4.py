@@ -70,12 +70,12 @@ class Int4Weight:
     @property
     def k(self) -> int:
         """Input width."""
-        return 8 * self.words.shape[0]
+        return 8 * int(self.words.shape[0])
 
     @property
     def n(self) -> int:
         """Output width."""
-        return self.words.shape[1]
+        return int(self.words.shape[1])
 
 
 def unpack_words(words: npt.ArrayLike) -> npt.NDArray[np.uint8]:
@@ -89,4 +89,5 @@ def pack_words(q: npt.ArrayLike) -> npt.NDArray[np.uint32]:
     """uint32 ``[K/8, N]`` from ``q``, integers ``[K, N]`` in 0..15: the inverse of :func:`unpack_words`."""
     q = np.asarray(q).astype(np.uint32)
     eights = q.reshape(q.shape[0] // 8, 8, q.shape[1])
-    return np.bitwise_or.reduce(eights << NIBBLE_SHIFTS[None, :, None], axis=1)
+    words: npt.NDArray[np.uint32] = np.bitwise_or.reduce(eights << NIBBLE_SHIFTS[None, :, None], axis=1)
+    return words

@@ -144,7 +144,7 @@ class PackedTiles:
 
     def _order(self, expert: int) -> GroupOrder:
         orders, order_of = self._orders
-        return orders[order_of[expert]]
+        return orders[int(order_of[expert])]
 
     @property
     def _packed_k(self) -> int:
@@ -170,7 +170,8 @@ class PackedTiles:
 
     def _expert(self, expert: int) -> npt.NDArray[np.uint8]:
         """uint8 ``[tiles, bytes of a tile]``."""
-        return self.data[expert].reshape(self._tiles, self._tile_bytes)
+        tiles: npt.NDArray[np.uint8] = self.data[expert].reshape(self._tiles, self._tile_bytes)
+        return tiles
 
     def _headers(self, expert: int) -> npt.NDArray[np.uint8]:
         """uint8 ``[packed groups of this expert, tiles, 48]``."""
