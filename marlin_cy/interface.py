@@ -26,6 +26,7 @@ from marlin_cy.arguments import integer, sequence
 from marlin_cy.command_line import CommandLine
 from marlin_cy.formats import gptq
 from marlin_cy.stacks.interface import Buffer, Dispatches, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
+from marlin_cy.weights.sizes import checked_group_size, g_idx_per_expert
 
 if TYPE_CHECKING:
     import argparse
@@ -355,15 +356,9 @@ class Backend(CommandLine, ABC):
         k, n_per_expert = integer("k", k), integer("n_per_expert", n_per_expert)
         for name, entries in (("qweights", qweights), ("scales", scales), ("qzeros", qzeros)):
             sequence(name, entries)
-        group_size = gptq.checked_group_size(
-            bits=bits,
-            group_size=group_size,
-            k=k,
-            n=n_per_expert,
-            checkpoint_format=checkpoint_format,
-            n_name="n_per_expert",
-        )
-        g_idx_of = gptq.g_idx_per_expert(g_idx, len(qweights), k)
+        gptq.check_checkpoint_format(checkpoint_format)
+        group_size = checked_group_size(bits=bits, group_size=group_size, k=k, n=n_per_expert, n_name="n_per_expert")
+        g_idx_of = g_idx_per_expert(g_idx, len(qweights), k)
         for name, entries in (("scales", scales), ("qzeros", qzeros)):
             if len(entries) != len(qweights):
                 raise ValueError(

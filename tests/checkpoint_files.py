@@ -302,3 +302,8 @@ def truncate(path, size):
     """Cut a file to ``size`` bytes; a negative size counts from its end."""
     content = path.read_bytes()
     path.write_bytes(content[:size])
+
+
+def header_bytes(text, data=b""):
+    """A function that writes a folder's model.safetensors from a header's text and the bytes after it."""
+    return lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)

@@ -160,7 +160,7 @@ class TestConfiguration:
                 "deepseek_v2",
                 {"norm_topk_prob": True},
                 UnsupportedError,
-                "norm_topk_prob True is not known of DeepSeek-V2",
+                "norm_topk_prob True is not supported for DeepSeek-V2",
             ),
             ("gpt_oss", {"swiglu_limit": 8.0}, UnsupportedError, "swiglu_limit 8.0, only 7.0 is supported"),
             ("gpt_oss", {"swiglu_alpha": 1}, UnsupportedError, "swiglu_alpha 1.0, only 1.702 is supported"),

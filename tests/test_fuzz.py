@@ -17,11 +17,13 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from marlin_cy import open_checkpoint
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import FAMILIES
-from marlin_cy.checkpoints.packed import write_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error
-from marlin_cy.checkpoints.safetensors import SafetensorsFolder, read_json
+from marlin_cy.checkpoints.packed_writer import write_packed
+from marlin_cy.checkpoints.quantised import QuantizedSource
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import read_json
 from marlin_cy.formats.registry import read_scheme
 
 EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))

@@ -7,6 +7,7 @@ from checkpoint_files import random_weight
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
 from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.sizes import g_idx_per_expert
 
 K, N, GROUP = 64, 16, 32
 
@@ -100,13 +101,13 @@ def test_g_idx():
 
 def test_g_idx_per_expert():
     one = np.zeros(K, np.int32)
-    assert gptq.g_idx_per_expert(None, 3, K) == [None] * 3
-    assert all(entry is one for entry in gptq.g_idx_per_expert(one, 3, K))
-    assert gptq.g_idx_per_expert([one, None, one], 3, K) == [one, None, one]
-    assert [len(entry) for entry in gptq.g_idx_per_expert(np.zeros((3, K), np.int32), 3, K)] == [K] * 3
+    assert g_idx_per_expert(None, 3, K) == [None] * 3
+    assert all(entry is one for entry in g_idx_per_expert(one, 3, K))
+    assert g_idx_per_expert([one, None, one], 3, K) == [one, None, one]
+    assert [len(entry) for entry in g_idx_per_expert(np.zeros((3, K), np.int32), 3, K)] == [K] * 3
     for wrong in ([one] * 2, np.zeros((2, K), np.int32), np.zeros(K - 1, np.int32), np.zeros((3, 1, K), np.int32), []):
         with pytest.raises(ValueError, match=r"g_idx: got .*expected .*(expert|64)"):
-            gptq.g_idx_per_expert(wrong, 3, K)
+            g_idx_per_expert(wrong, 3, K)
 
 
 def with_value(array, index, value):

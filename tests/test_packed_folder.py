@@ -5,14 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from asserts import assert_same_bits
 from checkpoint_files import edit_header, edit_json, truncate, write_checkpoint, write_gpt_oss
 
+import marlin_cy
 from marlin_cy import get_backend, open_checkpoint
-from marlin_cy.checkpoints.packed import FORMAT_VERSION, write_packed
+from marlin_cy.checkpoints import packed_writer
+from marlin_cy.checkpoints.packed import FORMAT_VERSION
+from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.cli import main
 from marlin_cy.errors import CheckpointError
@@ -126,7 +130,7 @@ def test_one_isa_reads_what_another_wrote(tmp_path, packed):
     script = (
         "import sys; from pathlib import Path\n"
         "from marlin_cy import open_checkpoint\n"
-        "from marlin_cy.checkpoints.packed import write_packed\n"
+        "from marlin_cy.checkpoints.packed_writer import write_packed\n"
         "with open_checkpoint(sys.argv[1]) as checkpoint: write_packed(checkpoint, sys.argv[2])\n"
     )
     subprocess.run(
@@ -281,16 +285,70 @@ class TestWriting:
         pack(tmp_path / "source", tmp_path / "out")
         open_checkpoint(tmp_path / "out").close()
 
-    def test_nothing_is_left_of_what_failed(self, tmp_path, monkeypatch):
+    def test_an_empty_folder_is_filled_in_place(self, tmp_path):
+        """The folder stays the same one: a shell, or a mount, may be in it."""
         write_checkpoint(tmp_path / "source")
+        (tmp_path / "out").mkdir()
+        before = (tmp_path / "out").stat().st_ino
+        pack(tmp_path / "source", tmp_path / "out")
+        assert (tmp_path / "out").stat().st_ino == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
-        def full(*_):
+    def test_through_a_link(self, tmp_path):
+        write_checkpoint(tmp_path / "source")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "link").symlink_to("out", target_is_directory=True)
+        pack(tmp_path / "source", tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        open_checkpoint(tmp_path / "out").close()
+
+    @pytest.mark.parametrize("existed", [False, True])
+    @pytest.mark.parametrize("at", ["a tensor", "a JSON file"])
+    def test_nothing_is_left_of_what_failed(self, tmp_path, monkeypatch, at, existed):
+        write_checkpoint(tmp_path / "source")
+        if existed:
+            (tmp_path / "out").mkdir()
+
+        def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("marlin_cy.checkpoints.packed.sha256_of", full)
+        if at == "a tensor":
+            monkeypatch.setattr("marlin_cy.checkpoints.packed_writer.sha256_of", full)
+        else:
+            monkeypatch.setattr(packed_writer.PackedFolderWriter, "_config", full)
         with open_checkpoint(tmp_path / "source") as checkpoint, pytest.raises(OSError, match="No space left"):
             write_packed(checkpoint, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"] * existed + ["source"]
+        assert not existed or not any((tmp_path / "out").iterdir())
+
+    def test_files_of_others_stay(self, tmp_path):
+        """A file that appears meanwhile is not overwritten, and not removed."""
+        write_checkpoint(tmp_path / "source")
+        (tmp_path / "source" / "tokenizer.json").write_text("{}")
+
+        def progress(*_):
+            (tmp_path / "out" / "tokenizer.json").write_text("mine")
+
+        with open_checkpoint(tmp_path / "source") as checkpoint, pytest.raises(FileExistsError, match="tokenizer"):
+            write_packed(checkpoint, tmp_path / "out", progress)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
+
+    def test_the_description_comes_last(self, tmp_path, monkeypatch):
+        """A writer that is killed at any time leaves no folder that opens."""
+        write_checkpoint(tmp_path / "source", layers=1)
+        created, create = [], packed_writer.PackedFolderWriter._create
+
+        def recording(self, name):
+            with pytest.raises(CheckpointError):
+                open_checkpoint(tmp_path / "out")
+            created.append(name)
+            return create(self, name)
+
+        monkeypatch.setattr(packed_writer.PackedFolderWriter, "_create", recording)
+        pack(tmp_path / "source", tmp_path / "out")
+        assert created[-2:] == ["packed.json", "config.json"]
+        open_checkpoint(tmp_path / "out").close()
 
 
 class TestCommands:
@@ -323,6 +381,21 @@ class TestCommands:
         text = capsys.readouterr().out
         assert "Qwen2-MoE" in text
         assert "experts quantised in 0, 2" in text
+
+    def test_pack_into_the_current_folder(self, tmp_path):
+        """``marlin-cy pack IN .`` in an empty folder, whose shell then is in the packed folder."""
+        write_checkpoint(tmp_path / "source")
+        (tmp_path / "out").mkdir()
+        command = [sys.executable, "-m", "marlin_cy", "pack", "../source", ".", "--json"]
+        inside = f"""
+import os, subprocess, sys
+subprocess.run({command!r}, check=True)
+assert "config.json" in os.listdir(".")
+"""
+        environment = os.environ | {"PYTHONPATH": str(Path(marlin_cy.__file__).parents[1])}
+        subprocess.run([sys.executable, "-c", inside], cwd=tmp_path / "out", env=environment, check=True)
+        with open_checkpoint(tmp_path / "out", verify=True) as checkpoint:
+            assert checkpoint.format == "packed"
 
     def test_run_on_a_packed_folder(self, packed, capsys):
         assert main(["run", str(packed), "--tokens", "2", "--repeat", "1", "--json"]) == 0

@@ -8,10 +8,10 @@ from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_part
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.gptq import normalised_g_idx
 from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import group_order
+from marlin_cy.weights.sizes import normalised_g_idx
 
 CACHE_LINE = 64
 

@@ -1,0 +1,26 @@
+"""Checkpoint folders: what they hold, and their weights, loaded to a backend or written as a packed folder.
+
+The way of a weight::
+
+    a quantiser's folder                                     a packed folder
+    *.safetensors                                            *.safetensors
+        │ safetensors.py: memory map                             │ safetensors.py: memory map
+    tensors of a linear layer                                PackedTiles
+        │ formats/: Scheme.to_canonical                          ├── Backend.stack_from_packed: a stack over the map,
+    Int4Weight (canonical)                                       │   if the backend uses this layout
+        │                                                        │ else PackedTiles.canonical
+        │                                                    Int4Weight (canonical)
+        │                                                        │
+        └── StackBuilder.add, one weight at a time ──────────────┘
+                              │ StackBuilder.finish
+                      stack on a backend ── packed_writer.py: a stack of the CPU, written as a packed folder
+
+::
+
+    checkpoint.py      open_checkpoint and Checkpoint: a folder and its MoE layers
+    families.py        model families: names of modules, and routing
+    quantised.py       QuantizedSource: the layers of a quantiser's folder
+    packed.py          PackedSource: the layers of a packed folder
+    packed_writer.py   write_packed
+    safetensors.py     memory-mapped files
+"""

@@ -1,4 +1,4 @@
-"""A checkpoint folder: what it says of itself, and its weights packed on demand.
+"""A checkpoint folder: its configuration, and its weights, packed on demand.
 
 ::
 
@@ -9,31 +9,49 @@
              moe_layer(i), linear(name): stacks and layers on a backend
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
+from __future__ import annotations
 
-import numpy as np
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error, new_builder
-from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo, read_json
+from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import StrPath, read_json
 from marlin_cy.formats.registry import read_scheme
+from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+Progress = Callable[[int, int, str], object]
+"""Called as ``progress(done, total, description)``."""
+
 LAYER_PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model.layers")
-"""Where layers are: of language models, and of models that see as well."""
+"""The prefixes of layers' names: of language models, and of vision-language models."""
 
 
-def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, verify=False) -> "Checkpoint":
-    """Open a checkpoint folder. Everything but the weights' values is checked; none is loaded.
+def open_checkpoint(
+    path: StrPath,
+    backend: str | Backend = "cpu",
+    *,
+    progress: Progress | None = None,
+    num_threads: int | None = None,
+    verify: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint folder. Everything except the weights' values is checked. No weight is loaded.
 
     Parameters
     ----------
@@ -42,22 +60,22 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, ver
         quantiser's own file (``quantize_config.json``, ...), and ``*.safetensors`` with or without an index.
         Or a folder that ``marlin-cy pack`` wrote.
     backend : str or Backend
-        Where weights are loaded to.
+        The backend to which weights are loaded.
     progress : callable, optional
-        Called as ``progress(done, total, description)`` after each expert, from the thread that loads.
+        Called as ``progress(done, total, description)`` after each expert, on the thread that loads the layer.
     num_threads : int, optional
-        Threads that pack; as many as the process may use.
+        Number of threads that pack weights. By default as many as the process may use.
     verify : bool
-        Read all of a packed folder's tensors and compare their checksums. Other folders have none.
+        Read all tensors of a packed folder and compare their checksums. Other folders have no checksums.
 
     Raises
     ------
     CheckpointError
-        A damaged or contradictory checkpoint, with file, tensor and reason.
+        The checkpoint is damaged or contradicts itself. The message has file, tensor and reason.
     UnsupportedError
-        A model family, activation, quantisation method, width of codes or group size that is not supported.
+        The model family, activation, quantisation method, width of codes or group size is not supported.
     TypeError, ValueError
-        A ``backend``, ``progress`` or ``num_threads`` that is none.
+        An invalid ``backend``, ``progress`` or ``num_threads``.
     """
     if isinstance(backend, str):
         backend = get_backend(backend)
@@ -75,10 +93,10 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, ver
 class Checkpoint:
     """An open checkpoint, made by :func:`open_checkpoint`; a context manager that closes its files.
 
-    Nothing is cached: each call that returns a layer packs it again (of a packed folder, maps it). Layers
-    loaded from a quantiser's folder do not depend on its files and outlive :meth:`close`; so do those of a
-    packed folder on the CPU, which keep its files mapped. Arrays from :meth:`tensor` and
-    :meth:`router_weight` are views of the files and must be copied to be kept once those change.
+    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed.
+    Layers stay valid after :meth:`close`. A layer from a quantiser's folder does not depend on the files; a layer
+    from a packed folder may keep them mapped. Arrays from :meth:`tensor` and :meth:`router_weight` are views of the
+    files: copy them before the files change.
 
     Attributes
     ----------
@@ -87,23 +105,25 @@ class Checkpoint:
     config : dict
         ``config.json``.
     format : str
-        What the weights are stored in: ``"gptq"``, ``"awq"``, ``"packed"``, ...
+        The format of the weights: ``"gptq"``, ``"awq"``, ``"packed"``, ...
     codes : str
-        What a 4-bit code stands for: ``"uint4"`` or ``"e2m1"``.
+        The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     scheme : Scheme or None
         The format's settings; None for a packed folder.
     family : Family
     moe_spec : MoeSpec
     moe_layers : list of int
-        The layers whose routed experts are quantised.
+        The MoE layers whose routed experts are quantised.
     dense_moe_layers : list of int
-        MoE layers whose experts are not.
+        The MoE layers whose routed experts are not quantised.
     num_layers : int
     layer_prefix : str
-        What names of a layer's tensors begin with, before its number: ``"model.layers"``.
+        The part of a tensor's name before the layer's number: ``"model.layers"``.
     """
 
-    def __init__(self, path, backend, progress, num_threads, verify=False):
+    def __init__(
+        self, path: Path, backend: Backend, progress: Progress | None, num_threads: int, verify: bool = False
+    ) -> None:
         self.path = path
         self.backend = backend
         self._progress = progress
@@ -111,7 +131,7 @@ class Checkpoint:
         self._config_file = path / "config.json"
         self.config = read_json(self._config_file)
         packed = is_packed(self.config)
-        self.scheme = None if packed else read_scheme(path, self.config)
+        self.scheme: Scheme | None = None if packed else read_scheme(path, self.config)
         self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
         self.moe_spec = read_moe_spec(text, self.family, self._config_file)
@@ -119,88 +139,90 @@ class Checkpoint:
             Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
         self._tensors = SafetensorsFolder(path)
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
-        self.num_layers = text["num_hidden_layers"]
+        self.num_layers: int = text["num_hidden_layers"]
         self.layer_prefix = self._find_prefix()
-        if packed:
+        self._source: QuantizedSource | PackedSource
+        if self.scheme is None:
             self._source = PackedSource(path, self.config, self._tensors, self.family, self.moe_spec, verify)
         else:
             self._source = QuantizedSource(
                 self._tensors, self.scheme, self.family, self.moe_spec, self._config_file, self._for_each
             )
-        self.format, self.codes = self._source.format, self._source.codes
+        self.format: str = self._source.format
+        self.codes: str = self._source.codes
         quantised = [self._source.holds_experts(self.moe_block(layer)) for layer in layers]
         self.moe_layers = [layer for layer, held in zip(layers, quantised, strict=True) if held]
         self.dense_moe_layers = [layer for layer, held in zip(layers, quantised, strict=True) if not held]
 
-    def __enter__(self):
+    def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def close(self):
-        """Close the files. Layers that were loaded stay; so do arrays that were handed out."""
+    def close(self) -> None:
+        """Close the files. Layers that were loaded and arrays that were returned stay valid."""
         self._tensors.close()
 
     # Tensors -----------------------------------------------------------------------------------
 
     @property
-    def tensor_names(self) -> list:
+    def tensor_names(self) -> list[str]:
         """The names of all tensors in the files."""
         return self._tensors.names
 
-    def tensor(self, name) -> np.ndarray:
+    def tensor(self, name: str) -> npt.NDArray[Any]:
         """A tensor as it is stored: a read-only view of the file.
 
         Raises
         ------
         CheckpointError
-            There is none of that name.
+            There is no tensor of this name.
         """
         return self._tensors.tensor(name)
 
-    def raw_tensor(self, name) -> np.ndarray:
+    def raw_tensor(self, name: str) -> npt.NDArray[Any]:
         """A tensor's bytes: a read-only uint8 view of the file. Raises as :meth:`tensor`."""
         return self._tensors.raw(name)
 
-    def tensor_info(self, name) -> TensorInfo:
-        """A tensor's dtype (safetensors' name), shape and place. Raises as :meth:`tensor`."""
+    def tensor_info(self, name: str) -> TensorInfo:
+        """A tensor's dtype (safetensors' name), shape and position in the file. Raises as :meth:`tensor`."""
         return self._tensors.info(name)
 
-    def release(self, name):
-        """Let the operating system take back the memory that a tensor was read into. Views stay valid."""
+    def release(self, name: str) -> None:
+        """Let the operating system reclaim the memory into which a tensor was read. Views stay valid."""
         self._tensors.release(name)
 
     @property
-    def quantized_tensors(self) -> list:
-        """The names of the tensors that quantised weights are made of, biases but for routed experts' not among them.
+    def quantized_tensors(self) -> list[str]:
+        """The names of the quantised layers' tensors. Of the biases, only those of routed experts are included.
 
-        All other tensors are the model's own.
+        All other tensors are not quantised.
         """
         return self._source.quantized_tensors()
 
     # Linear layers -----------------------------------------------------------------------------
 
     @property
-    def linears(self) -> list:
+    def linears(self) -> list[str]:
         """The names of the quantised linear layers that are not routed experts.
 
-        Attention's projections, say, and the shared expert of Qwen2-MoE.
+        Examples are attention's projections and the shared expert of Qwen2-MoE.
         """
         return self._source.linears
 
-    def linear(self, name) -> Linear:
-        """One quantised linear layer (an expert's as well), with its bias if it has one.
+    def linear(self, name: str) -> Linear:
+        """One quantised linear layer, which may be an expert's, with its bias if it has one.
 
         Parameters
         ----------
         name : str
-            Without the tensor's part: ``"model.layers.0.self_attn.q_proj"``.
+            The module's name, without a tensor's suffix: ``"model.layers.0.self_attn.q_proj"``.
 
         Raises
         ------
         CheckpointError, UnsupportedError
-            As :func:`open_checkpoint`, and for scales or a ``g_idx`` that are wrong.
+            As :func:`open_checkpoint`; also if scales or ``g_idx`` are invalid.
         """
         linear = self._source.linear(name, self.backend)
         self._source.release(name)
@@ -208,11 +230,16 @@ class Checkpoint:
 
     # MoE layers --------------------------------------------------------------------------------
 
-    def moe_block(self, layer) -> str:
+    @property
+    def act_order(self) -> bool:
+        """Whether rows of K are in an order of their own (``desc_act``), so that activations are gathered."""
+        return self._source.act_order
+
+    def moe_block(self, layer: int) -> str:
         """The name of a layer's MoE block: ``"model.layers.0.mlp"``."""
         return f"{self.layer_prefix}.{layer}.{self.family.block}"
 
-    def router_weight(self, layer) -> np.ndarray:
+    def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``: a read-only view in the file's dtype.
 
         Raises
@@ -220,14 +247,14 @@ class Checkpoint:
         IndexError
             ``layer`` is not a MoE layer.
         CheckpointError
-            It is missing, or its shape contradicts ``config.json``.
+            The tensor is missing, or its shape contradicts ``config.json``.
         """
         self._check_layer(layer)
         self._check_router(layer)
         return self._tensors.tensor(self._router(layer, "weight"))
 
-    def router_bias(self, layer) -> np.ndarray | None:
-        """What is added to a router's logits, ``[num_experts]``, or None. gpt-oss has it.
+    def router_bias(self, layer: int) -> npt.NDArray[Any] | None:
+        """The bias that is added to a router's logits, ``[num_experts]``, or None. gpt-oss has one.
 
         Raises
         ------
@@ -236,8 +263,10 @@ class Checkpoint:
         """
         return self._router_vector(layer, "bias")
 
-    def correction_bias(self, layer) -> np.ndarray | None:
-        """What is added to a router's scores to choose experts, ``[num_experts]``, or None. DeepSeek-V3 has it.
+    def correction_bias(self, layer: int) -> npt.NDArray[Any] | None:
+        """The bias that is added to a router's scores to select experts, ``[num_experts]``, or None.
+
+        DeepSeek-V3 has one.
 
         Raises
         ------
@@ -246,8 +275,8 @@ class Checkpoint:
         """
         return self._router_vector(layer, "e_score_correction_bias")
 
-    def expert_bytes(self, layer) -> int:
-        """Bytes that the routed experts of a MoE layer take in the files.
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of a MoE layer's routed experts in the files.
 
         Raises
         ------
@@ -257,8 +286,8 @@ class Checkpoint:
         self._check_layer(layer)
         return self._source.expert_bytes(self.moe_block(layer))
 
-    def expert_group_sizes(self, layer) -> tuple:
-        """Rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``.
+    def expert_group_sizes(self, layer: int) -> tuple[int, int]:
+        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``.
 
         Raises
         ------
@@ -268,19 +297,32 @@ class Checkpoint:
         self._check_layer(layer)
         return self._source.expert_group_sizes(self.moe_block(layer))
 
-    def moe_layer(self, layer, *, shared_expert=True) -> MoeLayer:
+    def expert_symmetry(self, layer: int) -> tuple[bool, bool]:
+        """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.
+
+        A quantiser's folder says so in its configuration; of a packed folder, the zero points are read.
+
+        Raises
+        ------
+        IndexError
+            ``layer`` is not a MoE layer.
+        """
+        self._check_layer(layer)
+        return self._source.expert_symmetry(self.moe_block(layer))
+
+    def moe_layer(self, layer: int, *, shared_expert: bool = True) -> MoeLayer:
         """Load the experts of a MoE layer.
 
-        gate and up share one stack, gate's columns first. Experts are packed in parallel, and the
-        memory that a tensor was read into is given back as soon as it is packed, so that the file
-        and the packed stack are never both resident.
+        The gate and up layers share one stack, gate's columns first. Experts are packed in parallel. The memory into
+        which a tensor was read is released as soon as the tensor is packed, so that the file and the packed stack are
+        never both resident.
 
         Parameters
         ----------
         layer : int
             One of :attr:`moe_layers`.
         shared_expert : bool
-            Load the family's shared expert, too, where it has one. False for a caller who computes it.
+            Also load the shared expert, if the family has one. Pass False if the caller computes it.
 
         Returns
         -------
@@ -291,20 +333,28 @@ class Checkpoint:
         IndexError
             ``layer`` is not a MoE layer.
         CheckpointError
-            Scales that are not finite, or a ``g_idx`` out of range.
+            A scale is not finite, or an entry of ``g_idx`` is out of range.
         UnsupportedError
-            An expert's gate and up order K differently (``desc_act``), or the shared expert is not quantised.
+            The gate and up layers of an expert order K differently (``desc_act``), or the shared expert is not
+            quantised.
         """
         self._check_layer(layer)
         spec, block = self.moe_spec, self.moe_block(layer)
-        routing = {"top_k": spec.top_k, "correction_bias": self.correction_bias(layer), **spec.routing()}
-        with self._blaming_correction_bias(layer):
+        routing: dict[str, Any] = {
+            "top_k": spec.top_k,
+            "correction_bias": self.correction_bias(layer),
+            **spec.routing(),
+        }
+        with self._as_correction_bias_error(layer):
             Routing(spec.num_experts, **routing)
-        shared = self._shared_expert(block) if shared_expert and spec.shared_intermediate_size else None
+        shared = None
+        if shared_expert and spec.shared_intermediate_size is not None:
+            shared = self._shared_expert(block, spec.shared_intermediate_size)
         gate_up, down = self._source.expert_stacks(block, self.backend, f"layer {layer}")
         return MoeLayer(gate_up, down, activation=spec.activation, shared_expert=shared, **routing)
 
-    def _shared_expert(self, block):
+    def _shared_expert(self, block: str, inter: int) -> SharedExpert:
+        """The shared expert of a block, of width ``inter``."""
         family, spec, source = self.family, self.moe_spec, self._source
         module = f"{block}.{family.shared_expert}"
         modules = [f"{module}.{name}" for name in (family.gate, family.up, family.down)]
@@ -315,7 +365,7 @@ class Checkpoint:
                     "shared expert's output to the layer's"
                 )
         gate, up, down = (source.weight(name) for name in modules)
-        hidden, inter = spec.hidden_size, spec.shared_intermediate_size
+        hidden = spec.hidden_size
         for name, weight, sizes in zip(
             modules, (gate, up, down), 2 * [(hidden, inter)] + [(inter, hidden)], strict=True
         ):
@@ -337,8 +387,8 @@ class Checkpoint:
             gate_weight = self._tensors.tensor(name)[0]
         return SharedExpert(builder.finish(), below.finish(), gate_weight)
 
-    def _for_each(self, work, total, description):
-        """Call ``work(i)`` for every i, in parallel; the first exception ends it."""
+    def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
+        """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""
         pool = ThreadPoolExecutor(self._num_threads)
         try:
             pending = [pool.submit(work, index) for index in range(total)]
@@ -351,17 +401,17 @@ class Checkpoint:
 
     # Checks ------------------------------------------------------------------------------------
 
-    def _find_prefix(self):
+    def _find_prefix(self) -> str:
         names = self._tensors.names
         for prefix in LAYER_PREFIXES:
             if any(name.startswith(f"{prefix}.") for name in names):
                 return prefix
         return LAYER_PREFIXES[0]
 
-    def _router(self, layer, part):
+    def _router(self, layer: int, part: str) -> str:
         return f"{self.moe_block(layer)}.{self.family.router}.{part}"
 
-    def _router_vector(self, layer, part):
+    def _router_vector(self, layer: int, part: str) -> npt.NDArray[Any] | None:
         self._check_layer(layer)
         name = self._router(layer, part)
         if name not in self._tensors:
@@ -369,15 +419,15 @@ class Checkpoint:
         self._tensors.check(name, (self.moe_spec.num_experts,))
         return self._tensors.tensor(name)
 
-    def _blaming_correction_bias(self, layer):
+    def _as_correction_bias_error(self, layer: int) -> AbstractContextManager[None]:
         name = self._router(layer, "e_score_correction_bias")
         return as_checkpoint_error(
             self._tensors.file_of(name).path if name in self._tensors else self._config_file, name
         )
 
-    def _check_router(self, layer):
+    def _check_router(self, layer: int) -> None:
         self._tensors.check(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))
 
-    def _check_layer(self, layer):
+    def _check_layer(self, layer: int) -> None:
         if layer not in self.moe_layers:
             raise IndexError(f"layer: got {layer!r}, expected one of the MoE layers: {self.moe_layers}")

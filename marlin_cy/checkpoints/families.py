@@ -1,13 +1,16 @@
-"""Model families: where each keeps its experts, and what its configuration says of routing.
+"""Model families: the names of a family's modules, and its routing, which its configuration describes.
 
-A family is a row of :data:`FAMILIES`. Names are those of checkpoints, which quantisers keep; the
-classes of transformers may call the same things otherwise.
+A family is a row of :data:`FAMILIES`; ``docs/adding-a-family.md`` says how to add one. Names are those of checkpoints,
+which quantisers keep. The classes of transformers may use other names.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from marlin_cy.checkpoints.json_fields import finite, optional, positive
+from dataclasses import dataclass
+from typing import Any
+
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import JsonObject, StrPath, finite, optional, positive
 
 __all__ = ["FAMILIES", "Family", "MoeSpec", "find_family", "find_moe_layers", "read_moe_spec", "text_config"]
 
@@ -18,43 +21,43 @@ ACTIVATION_OF = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""Our name of each ``hidden_act``."""
+"""The activation of each ``hidden_act``."""
 
 GROUP_SCORE_OF = {"greedy": None, "group_limited_greedy": "max", "noaux_tc": "top2_sum"}
-"""How each ``topk_method`` of DeepSeek's configurations scores groups of experts; None: there are none."""
+"""How each ``topk_method`` of DeepSeek's configurations scores groups of experts; None if it has no groups."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model family keeps its experts, and how it routes to them.
+    """The names of a model family's modules, and its routing.
 
     Attributes
     ----------
     name : str
     block : str
-        The MoE block in a layer: ``"mlp"``.
+        The name of the MoE block in a layer: ``"mlp"``.
     gate, up, down : str
-        An expert's linear layers.
+        The names of an expert's linear layers.
     gate_up : str
-        gate and up in one, where all experts are stored as one tensor.
+        The name of the tensor that holds gate and up of all experts, if experts are stored so.
     interleaved : bool
-        Such a tensor has gate and up columns in turn; else all of gate, then all of up.
+        Whether that tensor alternates columns of gate and up. Otherwise all of gate comes before all of up.
     router : str
-        The router in the block.
+        The name of the router in the block.
     shared_expert, shared_gate : str or None
-        The shared expert in the block, and the linear layer of one output that weighs it.
+        The names of the shared expert in the block, and of the linear layer with one output that weights it.
     intermediate_size : str
-        The key of ``config.json`` that holds an expert's width.
+        The key of ``config.json`` for an expert's width.
     scoring : str
         As in :class:`~marlin_cy.moe.routing.Routing`.
     norm_topk_prob : bool or None
-        Whether the family scales the chosen experts' weights; None when ``config.json`` says.
+        Whether the weights of the selected experts are normalised; None if ``config.json`` decides.
     norm_default : bool
-        What holds when it does not say.
+        The default for a ``config.json`` that does not decide.
     topk_method : str or None
-        Where ``config.json`` does not say: a key of :data:`GROUP_SCORE_OF`.
+        The default of the key ``topk_method``, a key of :data:`GROUP_SCORE_OF`; None if the family has no such key.
     activation : str or None
-        Of the experts; None when ``config.json`` says (``hidden_act``).
+        The experts' activation; None if ``hidden_act`` of ``config.json`` decides.
     """
 
     name: str
@@ -108,13 +111,15 @@ FAMILIES = {
         activation="swigluoai",
     ),
 }
-"""The model families known, by ``model_type`` of ``config.json``. Source: transformers, ``models/*/modeling_*.py``
-and ``conversion_mapping.py``."""
+"""The supported model families, by ``model_type`` of ``config.json``.
+
+Source: transformers, ``models/*/modeling_*.py`` and ``conversion_mapping.py``.
+"""
 
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """What a configuration says of a model's MoE layers, which are all alike.
+    """The sizes and the routing of a model's MoE layers. All MoE layers of a model are the same.
 
     Attributes
     ----------
@@ -122,11 +127,11 @@ class MoeSpec:
     hidden_size, intermediate_size : int
         Width of the model, and of one expert.
     shared_intermediate_size : int or None
-        Width of the shared expert, where there is one.
+        Width of the shared expert, if there is one.
     norm_topk_prob : bool
-        Whether the weights of the chosen experts are scaled to sum to one.
+        Whether the weights of the selected experts are scaled to sum to one.
     activation : str
-        One of :data:`~marlin_cy.activations.ACTIVATIONS`.
+        A key of :data:`~marlin_cy.activations.ACTIVATIONS`.
     scoring, num_groups, topk_groups, group_score, routed_scaling_factor
         As in :class:`~marlin_cy.moe.routing.Routing`.
     """
@@ -144,8 +149,8 @@ class MoeSpec:
     group_score: str = "max"
     routed_scaling_factor: float = 1.0
 
-    def routing(self):
-        """The keyword arguments of :class:`~marlin_cy.moe.routing.Routing` that are the same in all layers."""
+    def routing(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`~marlin_cy.moe.routing.Routing` that all layers share."""
         names = (
             "norm_topk_prob",
             "scoring",
@@ -157,13 +162,20 @@ class MoeSpec:
         return {name: getattr(self, name) for name in names}
 
 
-def text_config(config, file):
-    """The part of a configuration that describes the language model: all of it, or ``text_config`` of several."""
-    return optional(config, ("text_config",), dict, file, default=config)
+def text_config(config: JsonObject, file: StrPath) -> JsonObject:
+    """The part of a configuration that describes the language model: its ``text_config`` if it has one, else all."""
+    found: JsonObject = optional(config, ("text_config",), dict, file, default=config)
+    return found
 
 
-def find_family(config, file):
-    """The row of :data:`FAMILIES` that ``model_type`` names."""
+def find_family(config: JsonObject, file: StrPath) -> Family:
+    """The row of :data:`FAMILIES` for ``model_type``.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such row.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
@@ -173,8 +185,8 @@ def find_family(config, file):
     return FAMILIES[model_type]
 
 
-def tensor_patterns():
-    """What experts are called in the families known, each pattern once."""
+def tensor_patterns() -> list[str]:
+    """The patterns of experts' names in all families, each once."""
     patterns = dict.fromkeys(
         f"model.layers.N.{family.block}.experts."
         + (
@@ -187,8 +199,14 @@ def tensor_patterns():
     return list(patterns)
 
 
-def read_moe_spec(config, family, file):
-    """The :class:`MoeSpec` that a configuration of this family gives."""
+def read_moe_spec(config: JsonObject, family: Family, file: StrPath) -> MoeSpec:
+    """The :class:`MoeSpec` of a configuration of this family.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError
+        A value is missing, invalid or not supported.
+    """
     norm_topk_prob = family.norm_topk_prob
     if norm_topk_prob is None:
         norm_topk_prob = optional(config, ("norm_topk_prob",), bool, file, default=family.norm_default)
@@ -196,7 +214,7 @@ def read_moe_spec(config, family, file):
         family.topk_method
         and optional(config, ("norm_topk_prob",), bool, file, default=norm_topk_prob) != norm_topk_prob
     ):
-        raise UnsupportedError(f"{file}: norm_topk_prob {not norm_topk_prob} is not known of {family.name}")
+        raise UnsupportedError(f"{file}: norm_topk_prob {not norm_topk_prob} is not supported for {family.name}")
     # transformers 5 writes num_local_experts for every family.
     num_experts = positive(config, ("num_experts", "num_local_experts", "n_routed_experts"), file)
     intermediate_size = positive(config, (family.intermediate_size,), file)
@@ -222,7 +240,7 @@ def read_moe_spec(config, family, file):
     return spec
 
 
-def _groups(config, family, file):
+def _groups(config: JsonObject, family: Family, file: StrPath) -> tuple[int, int, str]:
     """``(num_groups, topk_groups, group_score)``."""
     method = family.topk_method and optional(config, ("topk_method",), str, file, default=family.topk_method)
     if method is None:
@@ -243,7 +261,7 @@ def _groups(config, family, file):
     return groups, chosen, group_score
 
 
-def _scoring(config, family, file):
+def _scoring(config: JsonObject, family: Family, file: StrPath) -> str:
     if family.topk_method is None:
         return family.scoring
     scoring = optional(config, ("scoring_func",), str, file, default=family.scoring)
@@ -252,7 +270,7 @@ def _scoring(config, family, file):
     return scoring
 
 
-def _activation(config, family, file):
+def _activation(config: JsonObject, family: Family, file: StrPath) -> str:
     name = optional(config, ("hidden_act",), str, file, default="silu")
     if family.activation is None:
         if name not in ACTIVATION_OF:
@@ -265,8 +283,8 @@ def _activation(config, family, file):
     return family.activation
 
 
-def _shared_size(config, family, intermediate_size, file):
-    """Width of the shared expert, None where the model has none."""
+def _shared_size(config: JsonObject, family: Family, intermediate_size: int, file: StrPath) -> int | None:
+    """Width of the shared expert; None if the model has none."""
     if family.shared_expert is None:
         return None
     if family.shared_gate is not None:
@@ -278,15 +296,24 @@ def _shared_size(config, family, intermediate_size, file):
     return size or None
 
 
-def find_moe_layers(config, num_tensors, file):
-    """The layers that are MoE layers, as transformers chooses them: Qwen's keys and DeepSeek's."""
+def find_moe_layers(config: JsonObject, num_tensors: int, file: StrPath) -> list[int]:
+    """The numbers of the MoE layers, by the keys of Qwen's and DeepSeek's configurations, as transformers reads them.
+
+    Parameters
+    ----------
+    config : dict
+    num_tensors : int
+        An upper bound of the number of layers, so that an invalid ``num_hidden_layers`` is refused.
+    file : path-like
+        For messages.
+    """
     num_layers = positive(config, ("num_hidden_layers",), file)
     if num_layers > num_tensors:
         raise CheckpointError(f"num_hidden_layers: got {num_layers}, but there are {num_tensors} tensors", file=file)
     step = positive(config, ("decoder_sparse_step",), file, default=1)
     frequency = positive(config, ("moe_layer_freq",), file, default=1)
     first = optional(config, ("first_k_dense_replace",), int, file, default=0)
-    dense = optional(config, ("mlp_only_layers",), list, file, default=[])
+    dense: list[Any] = optional(config, ("mlp_only_layers",), list, file, default=[])
     return [
         layer
         for layer in range(num_layers)

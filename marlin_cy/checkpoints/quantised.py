@@ -1,22 +1,39 @@
-"""Quantised weights in a quantiser's own format: found, checked, and packed for a backend on demand.
+"""The quantised weights of a quantiser's folder: found, checked, and packed for a backend on demand.
 
 ::
 
     Family ─ names ────┐
-    Scheme ─ tensors ──┼─ where experts are (Separate, Fused or none), all checked when opening
+    Scheme ─ tensors ──┼─ how experts are stored (separate, fused or not quantised), checked when opening
     SafetensorsFolder ─┘            │
-                     expert_stacks(layer): for each expert, in parallel: map → canonical → pack → give pages back
+                     expert_stacks(block): for each expert, in parallel: map → canonical → pack → release pages
 """
 
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.checkpoints.safetensors import DTYPES
-from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats.json_fields import StrPath
+from marlin_cy.formats.scheme import Scheme
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
+from marlin_cy.stacks.builder import same_groups
+from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["ExpertPart", "QuantizedSource", "as_checkpoint_error"]
+__all__ = ["ExpertPart", "QuantizedSource", "new_builder"]
+
+ForEach = Callable[[Callable[[int], None], int, str], None]
+"""``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
+
+GIdx = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -26,11 +43,11 @@ class ExpertPart:
     Attributes
     ----------
     module : str
-        Its name; with an ``index``, that of all experts' tensors.
+        The layer's name. If one tensor holds all experts, the name that they share.
     k, n : int
-        Input and output width of what is stored.
+        Input and output width of the stored layer.
     index : int or None
-        The expert's place on the first axis of the stored tensors, where one tensor holds all experts.
+        If one tensor holds all experts: the expert's index on its first axis.
     """
 
     module: str
@@ -49,17 +66,27 @@ class QuantizedSource:
     family : Family
     spec : MoeSpec
     config_file : Path
-        What the spec was read from, for messages.
+        The file that the spec was read from, for messages.
     for_each : callable
-        ``for_each(work, count, description)`` calls ``work(i)`` for each i, in parallel.
+        As :data:`ForEach`.
     """
 
-    def __init__(self, tensors, scheme, family, spec, config_file, for_each):
+    def __init__(
+        self,
+        tensors: SafetensorsFolder,
+        scheme: Scheme,
+        family: Family,
+        spec: MoeSpec,
+        config_file: StrPath,
+        for_each: ForEach,
+    ) -> None:
         self._tensors, self._scheme, self._family, self._spec = tensors, scheme, family, spec
         self._config_file = config_file
         self._for_each = for_each
-        self._kinds = {}
-        self._names = {}  # of a layer's tensors but for its bias, by its module
+        # How each block's experts are stored: see _find_experts.
+        self._kinds: dict[str, str] = {}
+        # The names of each module's tensors, without its bias.
+        self._names: dict[str, list[str]] = {}
         for name in tensors.names:
             module, _, part = name.rpartition(scheme.marker[0])
             if part != "bias":
@@ -68,17 +95,22 @@ class QuantizedSource:
     # What there is -----------------------------------------------------------------------------
 
     @property
-    def format(self):
+    def format(self) -> str:
         """The format's name."""
         return self._scheme.format
 
     @property
-    def codes(self):
-        """What a 4-bit code stands for."""
+    def codes(self) -> str:
+        """The name of the code type."""
         return self._scheme.codes
 
     @property
-    def linears(self):
+    def act_order(self) -> bool:
+        """Whether rows of K are in an order of their own (``desc_act``)."""
+        return self._scheme.act_order
+
+    @property
+    def linears(self) -> list[str]:
         """Names of the quantised linear layers that are not routed experts."""
         marker = self._scheme.marker
         return [
@@ -87,25 +119,25 @@ class QuantizedSource:
             if name.endswith(marker) and ".experts." not in name
         ]
 
-    def has_linear(self, module):
-        """Whether this linear layer is there, quantised."""
+    def has_linear(self, module: str) -> bool:
+        """Whether there is a quantised linear layer of this name."""
         return f"{module}{self._scheme.marker}" in self._tensors
 
-    def holds_experts(self, block):
-        """Whether a block's routed experts are quantised; every tensor of theirs has been checked then.
+    def holds_experts(self, block: str) -> bool:
+        """Whether a block's routed experts are quantised. If they are, all of their tensors were checked.
 
         Raises
         ------
         CheckpointError
-            There are no experts under the family's names; tensors that contradict the configuration; some
-            experts quantised and others not.
+            There are no experts under the family's names, a tensor contradicts the configuration, or only some of
+            the experts are quantised.
         """
         if block not in self._kinds:
             self._kinds[block] = self._find_experts(block)
         return self._kinds[block] != "dense"
 
-    def _find_experts(self, block):
-        """How a block's experts are stored: "fused" in one tensor each, "separate", or "dense" and not quantised."""
+    def _find_experts(self, block: str) -> str:
+        """How a block's experts are stored: "fused" (all in one tensor), "separate", or "dense" (not quantised)."""
         family, marker = self._family, self._scheme.marker
         fused = f"{block}.experts.{family.gate_up}"
         if f"{fused}{marker}" in self._tensors:
@@ -115,7 +147,7 @@ class QuantizedSource:
         separate = f"{block}.experts.0.{family.gate}"
         dense = [name for name in (f"{separate}.weight", fused, f"{fused}.weight") if name in self._tensors]
         if not dense:
-            # What is missing says which: an error names the first tensor that should be there.
+            # If there are no experts at all, the error names the first tensor that is missing.
             for expert in range(self._spec.num_experts):
                 for part in self._separate_parts(block, expert):
                     self._check_linear(part.module, part.k, part.n, config_file=self._config_file)
@@ -132,12 +164,12 @@ class QuantizedSource:
             )
         return "dense"
 
-    def _parts(self, block, expert):
-        """The :class:`ExpertPart` of an expert: gate, up, down, or gate_up, down."""
+    def _parts(self, block: str, expert: int) -> list[ExpertPart]:
+        """The parts of an expert: gate, up and down, or gate_up and down."""
         kind = self._kinds[block]
         return self._fused_parts(block, expert) if kind == "fused" else self._separate_parts(block, expert)
 
-    def _separate_parts(self, block, expert):
+    def _separate_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
         return [
             ExpertPart(f"{block}.experts.{expert}.{family.gate}", hidden, inter),
@@ -145,72 +177,88 @@ class QuantizedSource:
             ExpertPart(f"{block}.experts.{expert}.{family.down}", inter, hidden),
         ]
 
-    def _fused_parts(self, block, expert):
+    def _fused_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
         return [
             ExpertPart(f"{block}.experts.{family.gate_up}", hidden, 2 * inter, expert),
             ExpertPart(f"{block}.experts.{family.down}", inter, hidden, expert),
         ]
 
-    def expert_group_sizes(self, block):
-        """Rows of K that share a scale: ``(in gate and up, in down)``."""
+    def expert_group_sizes(self, block: str) -> tuple[int, int]:
+        """Number of rows of K that share a scale: ``(in gate and up, in down)``."""
         parts = self._parts(block, 0)
         return self._group_size(parts[0]), self._group_size(parts[-1])
 
-    def expert_bytes(self, block):
-        """Bytes that a block's quantised experts take in the files."""
+    def expert_symmetry(self, block: str) -> tuple[bool, bool]:
+        """Whether all zero points are the symmetric one, by the scheme: ``(in gate and up, in down)``."""
+        parts = [self._parts(block, expert) for expert in range(self._spec.num_experts)]
+
+        def symmetric(part: ExpertPart) -> bool:
+            return self._scheme.for_module(part.module).symmetric
+
+        return all(symmetric(part) for row in parts for part in row[:-1]), all(symmetric(row[-1]) for row in parts)
+
+    def expert_bytes(self, block: str) -> int:
+        """Bytes of a block's quantised experts in the files."""
         modules = self._expert_modules(block)
         return sum(self._tensors.info(name).nbytes for module in modules for name in self._names[module])
 
-    def _expert_modules(self, block):
-        """The modules that a block's quantised experts are stored as."""
+    def _expert_modules(self, block: str) -> list[str]:
+        """The modules that hold a block's quantised experts."""
         experts = {"dense": 0, "fused": 1, "separate": self._spec.num_experts}[self._kinds[block]]
         return [part.module for expert in range(experts) for part in self._parts(block, expert)]
 
     # Loading -----------------------------------------------------------------------------------
 
-    def linear(self, module, backend):
+    def linear(self, module: str, backend: Backend) -> Linear:
         """A linear layer that is not a routed expert's, with its bias if it has one."""
         weight = self.weight(module)
         builder = new_builder(backend, 1, weight.n, weight, [weight.g_idx])
         builder.add(0, 0, weight)
         return backend.linear_of(builder.finish(), self.bias(module))
 
-    def weight(self, module):
-        """A linear layer in canonical form, checked; views of the files where the format allows."""
+    def weight(self, module: str) -> Int4Weight:
+        """A linear layer in canonical form, checked. Its arrays may be views of the files, except for ``g_idx``."""
         k, n = self._linear_sizes(module)
         self._check_linear(module, k, n)
         part = ExpertPart(module, k, n)
-        weight = self._canonical(part, self._g_idx(part))
-        # A backend may keep it, and must not depend on the file.
-        return weight if weight.g_idx is None else replace(weight, g_idx=weight.g_idx.copy())
+        return self._canonical(part, self._g_idx(part))
 
-    def bias(self, module):
+    def bias(self, module: str) -> npt.NDArray[np.float32] | None:
         """A linear layer's bias, float32, or None."""
         name = f"{module}.bias"
         return self._tensors.tensor(name).astype(np.float32) if name in self._tensors else None
 
-    def release(self, module, index=None):
-        """Give back the memory that a linear layer's tensors (of one expert) were read into."""
+    def release(self, module: str, index: int | None = None) -> None:
+        """Release the memory into which a linear layer's tensors, or those of expert ``index``, were read."""
         for name in self._names.get(module, ()):
             self._tensors.release(name, index)
 
-    def quantized_tensors(self):
-        """The names of the tensors that quantised layers are made of; of biases, those of routed experts."""
+    def quantized_tensors(self) -> list[str]:
+        """The names of the quantised layers' tensors. Of the biases, only those of routed experts are included."""
         experts = [module for block in self._kinds for module in self._expert_modules(block)]
         names = [name for module in [*self.linears, *experts] for name in self._names[module]]
         biases = [f"{module}{separator}bias" for module in experts for separator in "._"]
         return names + [name for name in biases if name in self._tensors]
 
-    def expert_stacks(self, block, backend, description):
+    def expert_stacks(
+        self, block: str, backend: Backend, description: str
+    ) -> tuple[MarlinExpertStack, MarlinExpertStack]:
         """``(gate_up, down)`` of a block's routed experts.
+
+        Parameters
+        ----------
+        block : str
+        backend : Backend
+        description : str
+            For ``for_each``.
 
         Raises
         ------
         CheckpointError
-            Values that are wrong: scales that are not finite, a ``g_idx`` out of range.
+            A scale is not finite, or an entry of ``g_idx`` is out of range.
         UnsupportedError
-            gate and up of an expert order K differently (``desc_act``).
+            The gate and up layers of an expert order K differently (``desc_act``).
         """
         experts = range(self._spec.num_experts)
         parts = [self._parts(block, expert) for expert in experts]
@@ -221,7 +269,7 @@ class QuantizedSource:
         gate_up = self._new_builder(backend, inner, 2 * inter, g_idx)
         down = self._new_builder(backend, [part[-1:] for part in parts], hidden, g_idx_down)
 
-        def pack(expert):
+        def pack(expert: int) -> None:
             column = 0
             for part in inner[expert]:
                 weight = self._canonical(part, g_idx[expert])
@@ -237,8 +285,8 @@ class QuantizedSource:
         biases = self._expert_biases(inner, 2 * inter), self._expert_biases([part[-1:] for part in parts], hidden)
         return gate_up.finish(biases[0]), down.finish(biases[1])
 
-    def _gate_and_up(self, weight):
-        """The columns of a stored weight in the order of a stack: gate, then up."""
+    def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
+        """A stored weight, cut into gate and up if it interleaves their columns."""
         if not (self._family.interleaved and weight.n == 2 * self._spec.intermediate_size):
             return [weight]
         return [
@@ -251,8 +299,10 @@ class QuantizedSource:
             for first in (0, 1)
         ]
 
-    def _new_builder(self, backend, parts, n_per_expert, g_idx):
-        """A builder for the experts whose parts these are."""
+    def _new_builder(
+        self, backend: Backend, parts: Sequence[Sequence[ExpertPart]], n_per_expert: int, g_idx: Sequence[GIdx | None]
+    ) -> StackBuilder:
+        """A builder for a stack of experts, each of these parts."""
         first = parts[0][0]
         group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
         for part in (part for modules in parts for part in modules):
@@ -271,42 +321,41 @@ class QuantizedSource:
             scale_dtype=scale_dtype,
         )
 
-    def _canonical(self, part, g_idx):
+    def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> Int4Weight:
         scheme = self._scheme.for_module(part.module)
         arrays = {
             suffix: self._array(part, suffix)
             for suffix in scheme.tensors(part.k, part.n)
             if f"{part.module}{suffix}" in self._tensors and suffix != scheme.order
         }
-        # Dtypes and shapes were checked when opening, and g_idx before: what can still be wrong is a value.
-        with self._blaming(f"{part.module}{scheme.scales}"):
+        # Dtypes and shapes were checked when the checkpoint was opened, g_idx by the caller. Scales are checked here.
+        with self._as_tensor_error(f"{part.module}{scheme.scales}"):
             weight = scheme.to_canonical(arrays, part.k, part.n)
         return weight if g_idx is None else replace(weight, g_idx=g_idx)
 
-    def _array(self, part, suffix):
+    def _array(self, part: ExpertPart, suffix: str) -> npt.NDArray[Any]:
         array = self._tensors.tensor(f"{part.module}{suffix}")
         return array if part.index is None else array[part.index]
 
-    def _release(self, part):
+    def _release(self, part: ExpertPart) -> None:
         self.release(part.module, part.index)
 
-    def _g_idx(self, part):
-        """A linear layer's ``g_idx``, None where it has none or an ordinary one."""
+    def _g_idx(self, part: ExpertPart) -> GIdx | None:
+        """A private copy of a linear layer's ``g_idx``; None if there is none, or if it is K's own order."""
         scheme = self._scheme.for_module(part.module)
         name = f"{part.module}{scheme.order}"
         if scheme.order is None or name not in self._tensors:
             return None
-        with self._blaming(name):
+        with self._as_tensor_error(name):
             g_idx = scheme.g_idx(self._array(part, scheme.order), part.k, part.n)
-        g_idx = None if g_idx is None else g_idx.copy()
         self._tensors.release(name)
         return g_idx
 
-    def _common_g_idx(self, parts):
+    def _common_g_idx(self, parts: Sequence[ExpertPart]) -> GIdx | None:
         """The ``g_idx`` that gate and up share."""
         first, *others = (self._g_idx(part) for part in parts)
         for part, other in zip(parts[1:], others, strict=True):
-            if (first is None) != (other is None) or not np.array_equal(first, other):
+            if not same_groups(first, other):
                 file = self._tensors.file_of(f"{part.module}{self._scheme.order}").path
                 raise UnsupportedError(
                     f"{file}: {parts[0].module} and {part.module} order K differently (desc_act), so they cannot "
@@ -314,18 +363,18 @@ class QuantizedSource:
                 )
         return first
 
-    def _expert_biases(self, parts, n):
-        """float32 ``[num_experts, n]``, gate before up, or None where experts have none, or only zeros."""
+    def _expert_biases(self, parts: Sequence[Sequence[ExpertPart]], n: int) -> npt.NDArray[np.float32] | None:
+        """float32 ``[num_experts, n]``, gate before up; None if no expert has a bias, or all biases are 0."""
         if parts[0][0].index is not None:
             name = f"{parts[0][0].module}_bias"
             if name not in self._tensors:
                 return None
-            bias = self._tensors.tensor(name).astype(np.float32)
+            bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
             if self._family.interleaved and n == 2 * self._spec.intermediate_size:
                 bias = np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)
             return bias
         biases = [[self.bias(part.module) for part in modules] for modules in parts]
-        # Older AutoGPTQ writes a bias of zeros for linear layers that have none.
+        # Older versions of AutoGPTQ write a bias of zeros for linear layers that have no bias.
         if not any(bias is not None and bias.any() for modules in biases for bias in modules):
             return None
         return np.stack(
@@ -342,27 +391,29 @@ class QuantizedSource:
 
     # Checks ------------------------------------------------------------------------------------
 
-    def _group_size(self, part):
+    def _group_size(self, part: ExpertPart) -> int:
         return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)
 
-    def _scale_dtype(self, part):
+    def _scale_dtype(self, part: ExpertPart) -> np.dtype[Any]:
         scheme = self._scheme.for_module(part.module)
         return scheme.scale_dtype(DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype])
 
-    def _linear_sizes(self, module):
+    def _linear_sizes(self, module: str) -> tuple[int, int]:
         marker = f"{module}{self._scheme.marker}"
         shape = self._tensors.info(marker).shape
-        with self._blaming(marker):
+        with self._as_tensor_error(marker):
             return self._scheme.for_module(module).sizes(shape)
 
-    def _check_linear(self, module, k, n, experts=None, config_file=None):
-        """Check that a linear layer's tensors are there, with the dtypes and shapes of ``[k, n]``."""
+    def _check_linear(
+        self, module: str, k: int, n: int, experts: int | None = None, config_file: StrPath | None = None
+    ) -> None:
+        """Check that a linear layer's tensors exist and have the dtypes and shapes of ``[k, n]``."""
         lead = () if experts is None else (experts,)
         scheme = self._scheme.for_module(module)
         marker = f"{module}{scheme.marker}"
         self._tensors.file_of(marker)
-        # Experts' sizes come from the configuration, other layers' from their tensors.
-        with self._blaming(marker) if config_file is None else as_checkpoint_error(config_file):
+        # The sizes of experts come from config.json, those of other layers from their tensors.
+        with self._as_tensor_error(marker) if config_file is None else as_checkpoint_error(config_file):
             scheme.checked_group_size(k, n)
             specs = scheme.tensors(k, n)
         for suffix, spec in specs.items():
@@ -373,12 +424,14 @@ class QuantizedSource:
             if name in self._tensors:
                 self._tensors.check(name, (*lead, n))
 
-    def _blaming(self, tensor):
+    def _as_tensor_error(self, tensor: str) -> AbstractContextManager[None]:
         return as_checkpoint_error(self._tensors.file_of(tensor).path, tensor)
 
 
-def new_builder(backend, num_experts, n_per_expert, weight, g_idx):
-    """A builder for weights like this one."""
+def new_builder(
+    backend: Backend, num_experts: int, n_per_expert: int, weight: Int4Weight, g_idx: Sequence[GIdx | None]
+) -> StackBuilder:
+    """A builder for weights that have the K, group size, code type and scale type of ``weight``."""
     return backend.new_stack_builder(
         num_experts,
         weight.k,
@@ -388,14 +441,3 @@ def new_builder(backend, num_experts, n_per_expert, weight, g_idx):
         codes=weight.codes,
         scale_dtype=weight.scale.dtype,
     )
-
-
-@contextmanager
-def as_checkpoint_error(file, tensor=None):
-    """Turn a refused argument into a :class:`CheckpointError` about the file that it came from."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(str(error), file=file, tensor=tensor) from error

@@ -1,10 +1,11 @@
-"""Safetensors files by memory map: views without copying, and pages given back when done.
+"""Memory-mapped safetensors files: views without copies, and pages that can be released.
 
-A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The
-``safetensors`` library judges the header (offsets, sizes, the file's length); the views are made
-here because its own reader copies each tensor and offers no way to give pages back.
-Source: https://huggingface.co/docs/safetensors.
+A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The ``safetensors``
+library checks the header (offsets, sizes, the file's length). The views are made here, because the library's reader
+copies each tensor and cannot release pages. Source: https://huggingface.co/docs/safetensors.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -12,18 +13,22 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import StrPath, read_json
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsFolder", "TensorInfo", "read_json"]
+__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -41,43 +46,46 @@ DTYPES = {
     "F64": np.dtype(np.float64),
     "C64": np.dtype(np.complex64),
 }
-"""NumPy's dtype for each of the format's that has one."""
+"""The NumPy dtype of each safetensors dtype that has one."""
 
-# Touching a page maps its neighbours as well: 64 KiB of them (Linux's fault_around_bytes), or all of
-# a large folio, up to 2 MiB. Measured on Linux 6.18 with tensors of 4 to 64 KB: giving back only 64 KiB
-# on either side left a third of the file resident, 2 MiB left nothing, and loading took as long.
 NEIGHBOURHOOD = 2 * 1024 * 1024
+"""Bytes on either side of a tensor that are released with it.
+
+Reading a page maps its neighbours too: 64 KiB (Linux's fault_around_bytes), or a whole large folio of up to 2 MiB.
+Measured on Linux 6.18 with tensors of 4 to 64 KB: after releasing 64 KiB on either side, a third of the file stayed
+resident; after 2 MiB, nothing did, and loading took as long.
+"""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor.
+    """A tensor's entry in the header.
 
     Attributes
     ----------
     dtype : str
-        The format's own name: ``"I32"``, ``"BF16"``.
+        The safetensors name: ``"I32"``, ``"BF16"``.
     shape : tuple of int
     begin, end : int
-        Its bytes, counted from the start of the file.
+        The range of its bytes in the file.
     """
 
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     begin: int
     end: int
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """Size in bytes."""
         return self.end - self.begin
 
 
 class SafetensorsFile:
     """One file, mapped read-only.
 
-    Views may outlive the file object: the map is undone when the last of them is gone. The file
-    itself must not be shortened meanwhile; the operating system ends a process that touches mapped
-    bytes which are no longer there.
+    Views may outlive the file object: the file is unmapped when the last view is gone. The file must not be
+    truncated while it is mapped: the operating system terminates a process that reads mapped bytes beyond its end.
 
     Parameters
     ----------
@@ -86,32 +94,32 @@ class SafetensorsFile:
     Raises
     ------
     CheckpointError
-        No such file, not a file, or not a valid safetensors file.
+        There is no such file, or it is not a valid safetensors file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         try:
-            # Raises unless the tensors lie back to back and fill the file exactly.
+            # Raises unless the tensors are adjacent and fill the file exactly.
             with safe_open(self.path, framework="np"):
                 pass
             with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(str(error), file=path) from error
-        self._tensors = self._parse_header()
+        self._tensors = self._parse_header(self._map)
 
-    def _parse_header(self):
-        (length,) = struct.unpack_from("<Q", self._map)
-        start, size = 8 + length, len(self._map)
-        header = json.loads(self._map[8:start].decode())
+    def _parse_header(self, mapped: mmap.mmap) -> dict[str, TensorInfo]:
+        (length,) = struct.unpack_from("<Q", mapped)
+        start, size = 8 + length, len(mapped)
+        header = json.loads(mapped[8:start].decode())
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
             begin, end = (start + offset for offset in entry["data_offsets"])
             tensors[name] = info = TensorInfo(entry["dtype"], tuple(entry["shape"]), begin, end)
             dtype = DTYPES.get(info.dtype)
-            # The library reads a header with duplicate names in its own way: trust no offset but by this.
+            # The library and json resolve duplicate names differently, so the offsets are checked again here.
             count = math.prod(info.shape)
             if not start <= begin <= end <= size or (dtype and count * dtype.itemsize != info.nbytes):
                 raise CheckpointError(
@@ -122,12 +130,12 @@ class SafetensorsFile:
         return tensors
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The tensors' names, in the header's order."""
         return list(self._tensors)
 
-    def info(self, name) -> TensorInfo:
-        """What the header says of a tensor; its bytes are not touched.
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's entry in the header. Its bytes are not read.
 
         Raises
         ------
@@ -139,15 +147,15 @@ class SafetensorsFile:
         except KeyError:
             raise CheckpointError("missing", file=self.path, tensor=name) from None
 
-    def tensor(self, name) -> np.ndarray:
-        """A read-only view of a tensor; a copy where its bytes are not aligned to its dtype.
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """A read-only view of a tensor; a copy if its bytes are not aligned to its dtype.
 
         Raises
         ------
         CheckpointError
             The file has no such tensor.
         UnsupportedError
-            NumPy has no such dtype.
+            NumPy has no equivalent dtype.
         ValueError
             The file was closed.
         """
@@ -156,13 +164,13 @@ class SafetensorsFile:
             raise UnsupportedError(f"{self.path}, tensor {name!r}: dtype {info.dtype} has no NumPy equivalent")
         if self._map is None:
             raise ValueError(f"{self.path} was closed")
-        array = np.ndarray(info.shape, DTYPES[info.dtype], buffer=self._map, offset=info.begin)
+        array: npt.NDArray[Any] = np.ndarray(info.shape, DTYPES[info.dtype], buffer=self._map, offset=info.begin)
         if sys.byteorder == "big":
             return array.byteswap()
         return array if array.flags.aligned else array.copy()
 
-    def raw(self, name) -> np.ndarray:
-        """A tensor's bytes, a read-only uint8 view, whatever its dtype.
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor of any dtype: a read-only uint8 view.
 
         Raises
         ------
@@ -174,17 +182,16 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} was closed")
         return np.ndarray((info.nbytes,), np.uint8, buffer=self._map, offset=info.begin)
 
-    def release(self, name, index=None):
-        """Let the operating system take back the memory that a tensor's bytes were read into.
+    def release(self, name: str, index: int | None = None) -> None:
+        """Let the operating system reclaim the memory into which a tensor's bytes were read.
 
-        Neighbours that were read in with them go as well. Nothing is lost: views stay valid, and using
-        one reads the file again.
+        Neighbouring pages are released too. Views stay valid; using one reads the file again.
 
         Parameters
         ----------
         name : str
         index : int, optional
-            Only this entry of the tensor's first axis.
+            Release only this entry of the tensor's first axis.
         """
         if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -197,15 +204,15 @@ class SafetensorsFile:
         end = min(last + NEIGHBOURHOOD, len(self._map))
         self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-    def close(self):
-        """Forget the map. Views that exist stay valid and keep it until they are gone."""
+    def close(self) -> None:
+        """Drop the map. Existing views stay valid and keep the file mapped."""
         self._map = None
 
 
 class SafetensorsFolder:
     """The tensors of a model's folder: one ``*.safetensors``, or an index and its shards.
 
-    ``model.safetensors`` comes first, then an index, then any single file.
+    ``model.safetensors`` has precedence over an index, and an index over any other single file.
 
     Parameters
     ----------
@@ -214,11 +221,11 @@ class SafetensorsFolder:
     Raises
     ------
     CheckpointError
-        No such files, or several; a bad file or index; an index that names a shard or a tensor that
-        is not there.
+        There are no such files, or several without an index; a file or the index is invalid; or the index names
+        a shard or a tensor that does not exist.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath) -> None:
         folder = Path(folder)
         single = folder / "model.safetensors"
         files = sorted(folder.glob("*.safetensors"))
@@ -240,84 +247,77 @@ class SafetensorsFolder:
             )
 
     @property
-    def source(self):
-        """The file that says which tensors there are."""
+    def source(self) -> Path:
+        """The file that lists all tensors: the index, or the single file."""
         return self._source
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._file_of)
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
-    def file_of(self, name) -> SafetensorsFile:
-        """The file that holds a tensor; :class:`~marlin_cy.errors.CheckpointError` when none does."""
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor; a :class:`~marlin_cy.errors.CheckpointError` if no file does."""
         try:
             return self._file_of[name]
         except KeyError:
             raise CheckpointError("missing", file=self._source, tensor=name) from None
 
-    def info(self, name) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
         """As :meth:`SafetensorsFile.info`."""
         return self.file_of(name).info(name)
 
-    def error(self, name, reason) -> CheckpointError:
-        """What is wrong with a tensor that there is, with its file."""
+    def error(self, name: str, reason: str) -> CheckpointError:
+        """An error about an existing tensor, which names the tensor's file."""
         return CheckpointError(reason, file=self.file_of(name).path, tensor=name)
 
-    def check(self, name, shape, dtypes=None):
-        """Refuse a tensor that is missing, or of another shape or dtype (any of safetensors' names) than a model's
-        configuration says, with a :class:`~marlin_cy.errors.CheckpointError`."""
+    def check(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] | None = None) -> None:
+        """Refuse a tensor that does not match a model's configuration.
+
+        Parameters
+        ----------
+        name : str
+        shape : tuple of int
+        dtypes : sequence of str, optional
+            The accepted dtypes, by safetensors' names; any if omitted.
+
+        Raises
+        ------
+        CheckpointError
+            The tensor is missing, or has another shape or dtype.
+        """
         info = self.info(name)
         if info.shape != shape or (dtypes is not None and info.dtype not in dtypes):
             wanted = " or ".join(dtypes) if dtypes else info.dtype
             raise self.error(name, f"got {info.dtype} {info.shape}, expected {wanted} {shape} by the configuration")
 
-    def tensor(self, name) -> np.ndarray:
+    def tensor(self, name: str) -> npt.NDArray[Any]:
         """As :meth:`SafetensorsFile.tensor`."""
         return self.file_of(name).tensor(name)
 
-    def raw(self, name) -> np.ndarray:
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """As :meth:`SafetensorsFile.raw`."""
         return self.file_of(name).raw(name)
 
-    def release(self, name, index=None):
+    def release(self, name: str, index: int | None = None) -> None:
         """As :meth:`SafetensorsFile.release`."""
         self.file_of(name).release(name, index)
 
-    def close(self):
+    def close(self) -> None:
         """As :meth:`SafetensorsFile.close`, for every file."""
         for file in set(self._file_of.values()):
             file.close()
 
 
-def read_json(path) -> dict:
-    """The object that a JSON file holds.
-
-    Raises
-    ------
-    CheckpointError
-        No such file, or it holds something else.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(error.strerror or str(error), file=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not JSON: {error}", file=path) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"got a JSON {type(value).__name__}, expected an object", file=path)
-    return value
-
-
-def _open_shards(index):
+def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     """The :class:`SafetensorsFile` of each tensor that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError("weight_map: expected an object from tensor names to file names", file=index)
-    shards = {}
+    shards: dict[str, SafetensorsFile] = {}
     for shard in sorted(set(weight_map.values())):
         path = index.parent / shard
         if os.path.basename(shard) != shard or not os.path.isfile(path):

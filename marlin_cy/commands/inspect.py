@@ -98,11 +98,7 @@ def unusual(checkpoint):
         found.append(
             f"tensors of layers beyond num_hidden_layers ({checkpoint.num_layers}), not loaded: {runs(beyond)}"
         )
-    if (
-        checkpoint.scheme is not None
-        and checkpoint.scheme.order is not None
-        and getattr(checkpoint.scheme, "desc_act", False)
-    ):
+    if checkpoint.act_order:
         found.append("rows of K in an order of their own (desc_act): activations are gathered, which costs time")
     stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
     strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64"})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_cy import __version__, open_checkpoint
-from marlin_cy.checkpoints.packed import write_packed
+from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.commands.output import LoadProgress, gigabytes, print_json
 
 __all__ = ["HELP", "add_arguments", "execute"]

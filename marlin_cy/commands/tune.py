@@ -90,9 +90,10 @@ def _shapes(arguments, backend):
         if not checkpoint.moe_layers:
             raise CheckpointError("the checkpoint has no MoE layers", file=arguments.checkpoint)
         spec, group_sizes = checkpoint.moe_spec, checkpoint.expert_group_sizes(checkpoint.moe_layers[0])
-        symmetric, codes = getattr(checkpoint.scheme, "sym", True), checkpoint.codes
+        symmetry, codes = checkpoint.expert_symmetry(checkpoint.moe_layers[0]), checkpoint.codes
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    for (k, n), group_size in zip(((hidden, 2 * inner), (inner, hidden)), group_sizes, strict=True):
+    sizes = (hidden, 2 * inner), (inner, hidden)
+    for (k, n), group_size, symmetric in zip(sizes, group_sizes, symmetry, strict=True):
         yield Shape(
             k, n, spec.num_experts, group_size, spec.top_k, gathered=k == inner, symmetric=symmetric, codes=codes
         )

@@ -1,22 +1,27 @@
-"""AutoRound's checkpoints, whose tensors are GPTQ's or AWQ's: what its configuration says.
+"""AutoRound's quantisation config. The tensors of its checkpoints are in GPTQ's or AWQ's format.
 
 ==========================================  ================================================================
 ``packing_format``                          tensors
 ==========================================  ================================================================
 auto_round:auto_gptq, auto_round:gptq       GPTQ's, the zero point stored minus one
-auto_round, auto_round:gptqmodel            GPTQ's, the zero point as it is; the former without ``g_idx``
+auto_round, auto_round:gptqmodel            GPTQ's, the zero point itself stored; the former has no ``g_idx``
 auto_round:auto_awq, auto_round:awq         AWQ's
 ==========================================  ================================================================
 
 Source: AutoRound, ``auto_round/export/export_to_autoround/export.py`` and ``auto_round/inference``.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from marlin_cy.checkpoints.json_fields import optional, required
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import awq, gptq
 from marlin_cy.formats.fields import check_bits, compiled, refuse_rotation
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
+from marlin_cy.formats.overrides import Override, ReadSettings
 from marlin_cy.formats.scheme import Scheme
 
 __all__ = ["ExtraConfig", "parse"]
@@ -30,16 +35,16 @@ PACKING_FORMATS = {
     "auto_round:awq": "awq",
 }
 UNQUANTISED_BITS = 16
-"""Bits of weights, or of activations, from which on they are not quantised."""
+"""Weights, or activations, of this many bits or more are not quantised."""
 
 REGEX_CHARACTERS = frozenset(r"\*^$|()[]?+{}")
 
 
 @dataclass(frozen=True)
 class ExtraConfig:
-    """``extra_config``: settings by the names of modules, and by regular expressions for those not named.
+    """``extra_config``: settings by module name, and by regular expressions for modules that are not named.
 
-    Of the expressions, the first that is found in a name decides. See :mod:`marlin_cy.formats.overrides`.
+    The first expression that is found anywhere in a module's name decides. See :mod:`marlin_cy.formats.overrides`.
 
     Attributes
     ----------
@@ -48,31 +53,31 @@ class ExtraConfig:
     by_regex : tuple of (Pattern, dict)
     """
 
-    by_name: dict = field(hash=False)
-    by_regex: tuple = field(hash=False)
+    by_name: dict[str, dict[str, Any]] = field(hash=False)
+    by_regex: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = field(hash=False)
 
     @classmethod
-    def parse(cls, config, read_settings, file):
-        """From the JSON object; ``read_settings(dict, file)`` reads the settings of one module.
+    def parse(cls, config: JsonObject, read_settings: ReadSettings, file: StrPath) -> ExtraConfig:
+        """From the JSON object.
 
         Raises
         ------
         CheckpointError
-            No regular expression, or settings that are not an object.
+            A key is not a regular expression, or a value is not an object.
         """
         by_name, by_regex = {}, []
         for name, given in config.items():
             if not isinstance(given, dict):
                 raise CheckpointError(f"extra_config: got {given!r} for {name!r}, expected an object", file=file)
             settings = read_settings(given, file)
-            # The tool looks whether the model has a module of that name. Expressions that it writes have a ".*".
+            # AutoRound itself looks up whether the model has a module of this name. Its own expressions contain ".*".
             if REGEX_CHARACTERS.isdisjoint(name):
                 by_name[name] = settings
             else:
                 by_regex.append((compiled(name, "extra_config", file), settings))
         return cls(by_name, tuple(by_regex))
 
-    def settings(self, module):
+    def settings(self, module: str) -> dict[str, Any]:
         found = self.by_name.get(module)
         if found is None:
             found = next((settings for regex, settings in self.by_regex if regex.search(module)), {})
@@ -81,8 +86,8 @@ class ExtraConfig:
         return _of_integers(found, module)
 
 
-def parse(config, file) -> Scheme:
-    """The scheme that AutoRound's quantisation config describes: GPTQ's or AWQ's.
+def parse(config: JsonObject, file: StrPath) -> Scheme:
+    """The scheme that a quantisation config of AutoRound describes: GPTQ's or AWQ's.
 
     Parameters
     ----------
@@ -94,7 +99,7 @@ def parse(config, file) -> Scheme:
     ------
     CheckpointError
     UnsupportedError
-        Also for quantised activations: those layers have further tensors.
+        Also if activations are quantised: such layers have further tensors.
     """
     packing_format = required(config, ("packing_format",), str, file)
     if packing_format not in PACKING_FORMATS:
@@ -107,22 +112,22 @@ def parse(config, file) -> Scheme:
     settings = _of_integers(read_settings(config, file), file)
     del settings["bits"]
     extra_config = optional(config, ("extra_config",), dict, file)
-    overrides = (ExtraConfig.parse(extra_config, read_settings, file),) if extra_config else ()
+    overrides: tuple[Override, ...] = (ExtraConfig.parse(extra_config, read_settings, file),) if extra_config else ()
     if layout == "awq":
         return awq.AwqScheme(overrides=overrides, **settings)
     return gptq.GptqScheme(checkpoint_format=layout, overrides=overrides, **settings)
 
 
-def _read_gptq_settings(config, file):
+def _read_gptq_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
     return gptq.read_settings(config, file) | _read_kind(config, file)
 
 
-def _read_awq_settings(config, file):
+def _read_awq_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
     return awq.read_settings(config, file) | _read_kind(config, file)
 
 
-def _read_kind(config, file):
-    """What kind of quantisation it is, which :func:`_of_integers` judges once it is known whose it is."""
+def _read_kind(config: JsonObject, file: StrPath) -> dict[str, Any]:
+    """The kind of quantisation. :func:`_of_integers` checks it when the module that uses it is known."""
     kind = {
         "data_type": optional(config, ("data_type",), str, file),
         "act_bits": optional(config, ("act_bits",), int, file),
@@ -130,8 +135,8 @@ def _read_kind(config, file):
     return {name: value for name, value in kind.items() if value is not None}
 
 
-def _of_integers(settings, where):
-    """``settings`` without their kind, which has to be integers, of weights alone."""
+def _of_integers(settings: dict[str, Any], where: StrPath) -> dict[str, Any]:
+    """``settings`` without the kind of quantisation, which must be integer weights and float activations."""
     settings = dict(settings)
     data_type, act_bits = settings.pop("data_type", "int"), settings.pop("act_bits", UNQUANTISED_BITS)
     if not data_type.startswith("int"):

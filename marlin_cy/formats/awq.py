@@ -6,23 +6,29 @@ qzeros   int32                 ``[G, N/8]``  zero points, 0 to 15, in the same o
 scales   float16 or bfloat16   ``[G, N]``
 =======  ====================  ============  =====================================================================
 
-with ``G = K / group_size`` and ``ORDER`` = 0 2 4 6 1 3 5 7. There is no order of K. Source: AutoAWQ,
+with ``G = K / group_size`` and ``ORDER`` = 0 2 4 6 1 3 5 7. The format has no ``g_idx``. Source: AutoAWQ,
 ``awq/modules/linear/gemm.py``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats import gptq
-from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
-from marlin_cy.formats.overrides import Dynamic, NotConverted, overridden
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
+from marlin_cy.formats.overrides import Dynamic, NotConverted, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import words_of_awq
-from marlin_cy.weights.int4 import NIBBLE_SHIFTS, SCALE_DTYPES, Int4Weight
+from marlin_cy.weights.arrays import WORDS, checked_array
+from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight
+from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["AwqScheme", "pack_awq", "parse", "read_settings"]
 
@@ -38,31 +44,39 @@ class AwqScheme(Scheme):
     Attributes
     ----------
     zero_point : bool
-        False when all zero points are 8. Nothing depends on it: they are stored, and read, all the same.
-    overrides : tuple
-        Of :mod:`marlin_cy.formats.overrides`.
+        False if all zero points are 8. They are stored and read in any case.
+    overrides : tuple of Override
+        See :mod:`marlin_cy.formats.overrides`.
     """
 
     group_size: int
     zero_point: bool = True
-    overrides: tuple = ()
+    overrides: tuple[Override, ...] = ()
 
     format = "awq"
     marker = ".qweight"
     scales = ".scales"
 
-    def for_module(self, module):
+    @property
+    def symmetric(self) -> bool:
+        return not self.zero_point
+
+    @property
+    def act_order(self) -> bool:
+        return False
+
+    def for_module(self, module: str) -> AwqScheme:
         return overridden(self, module)
 
-    def sizes(self, marker_shape):
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
         return marker_shape[0], 8 * marker_shape[1]
 
-    def checked_group_size(self, k, n):
-        return gptq.checked_group_size(bits=4, group_size=self.group_size, k=k, n=n)
+    def checked_group_size(self, k: int, n: int) -> int:
+        return checked_group_size(group_size=self.group_size, k=k, n=n)
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         groups = -(-k // self.checked_group_size(k, n))
         return {
             ".qweight": TensorSpec((k, n // 8), ("I32",)),
@@ -70,11 +84,11 @@ class AwqScheme(Scheme):
             ".qzeros": TensorSpec((groups, n // 8), ("I32",)),
         }
 
-    def to_canonical(self, arrays, k, n, label=""):
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         specs = self.tensors(k, n)
-        qweight = as_array(f"qweight{label}", arrays[".qweight"], WORDS, specs[".qweight"].shape)
-        scales = as_array(f"scales{label}", arrays[".scales"], SCALE_DTYPES, specs[".scales"].shape)
-        qzeros = as_array(f"qzeros{label}", arrays[".qzeros"], WORDS, specs[".qzeros"].shape)
+        qweight = checked_array(f"qweight{label}", arrays[".qweight"], WORDS, specs[".qweight"].shape)
+        scales = checked_array(f"scales{label}", arrays[".scales"], SCALES, specs[".scales"].shape)
+        qzeros = checked_array(f"qzeros{label}", arrays[".qzeros"], WORDS, specs[".qzeros"].shape)
         check_finite(f"scales{label}", scales)
         zero = unpack_nibbles(qzeros).reshape(len(scales), -1, 8)[:, :, NIBBLE_OF_COLUMN]
         return Int4Weight(
@@ -85,8 +99,8 @@ class AwqScheme(Scheme):
         )
 
 
-def parse(config, file) -> AwqScheme:
-    """The scheme that AutoAWQ's, GPTQModel's or transformers' quantisation config describes.
+def parse(config: JsonObject, file: StrPath) -> AwqScheme:
+    """The scheme that a quantisation config of AutoAWQ, GPTQModel or transformers describes.
 
     Parameters
     ----------
@@ -97,11 +111,11 @@ def parse(config, file) -> AwqScheme:
     Raises
     ------
     CheckpointError, UnsupportedError
-        The layouts "gemv", "gemv_fast" and llm-awq's own are not supported; "marlin" is
-        :mod:`marlin_cy.formats.marlin`'s.
+        The layouts "gemv", "gemv_fast" and llm-awq's own are not supported. :mod:`marlin_cy.formats.marlin` reads
+        the layout "marlin".
     """
     version = optional(config, ("version", "format", "checkpoint_format"), str, file, default="gemm").lower()
-    if config.get("backend") == "llm-awq":  # which names its layout so
+    if config.get("backend") == "llm-awq":  # names its layout here, not in version
         version = "llm-awq"
     if version != "gemm":
         raise UnsupportedError(f"{file}: version {version!r} of AWQ, supported: {', '.join(SUPPORTED_VERSIONS)}")
@@ -110,7 +124,7 @@ def parse(config, file) -> AwqScheme:
     required(config, ("group_size", "q_group_size"), int, file)
     dynamic = optional(config, ("dynamic",), dict, file)
     not_converted = optional(config, ("modules_to_not_convert",), list, file)
-    overrides = []
+    overrides: list[Override] = []
     if dynamic:
         overrides.append(Dynamic.parse(dynamic, read_settings, file))
     if not_converted:
@@ -120,8 +134,8 @@ def parse(config, file) -> AwqScheme:
     return AwqScheme(overrides=tuple(overrides), **settings)
 
 
-def read_settings(config, file):
-    """Those settings of a layer that a JSON object has: a dict of ``bits``, ``group_size``, ``zero_point``."""
+def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
+    """The settings that a JSON object has, of ``bits``, ``group_size`` and ``zero_point``."""
     zero_point, sym = (optional(config, (name,), bool, file) for name in ("zero_point", "sym"))
     if zero_point is not None and zero_point is sym:
         raise CheckpointError(f"got zero_point {zero_point} and sym {sym}, which contradict each other", file=file)
@@ -133,7 +147,9 @@ def read_settings(config, file):
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def pack_awq(q, scale, zero):
+def pack_awq(
+    q: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16], npt.NDArray[np.int32]]:
     """AWQ tensors from plain codes: the inverse of :meth:`AwqScheme.to_canonical`, slow and obvious.
 
     Parameters
@@ -151,7 +167,7 @@ def pack_awq(q, scale, zero):
     Raises
     ------
     ValueError
-        A code or a zero point that the format cannot hold.
+        The format cannot hold a code or a zero point.
     """
     packed = []
     for name, codes in (("q", np.asarray(q)), ("zero", np.asarray(zero))):

@@ -6,32 +6,38 @@
 weight_packed       int32                 ``[N, K/8]``  bits ``4*i .. 4*i+3`` of word ``[n, b]``: ``q[8*b + i, n]``
 weight_scale        float16 or bfloat16   ``[N, G]``
 weight_zero_point   int32                 ``[N/8, G]``  bits ``4*j .. 4*j+3`` of word ``[c, g]``: ``zero[g, 8*c + j]``
-weight_g_idx        int32                 ``[K]``       the group of each row of K; newer releases write none
+weight_g_idx        int32                 ``[K]``       the group of each row of K; newer releases do not write it
 weight_shape        int64 or int32        ``[2]``       N and K
 ==================  ====================  ============  ============================================================
 
-with ``G = K / group_size``. Integers of -8 to 7 are stored plus 8, and so are zero points; a symmetric weight has
-none, they are 8. ``format`` "mxfp4-pack-quantized" is described in :mod:`marlin_cy.formats.mxfp4`. Experts are single
-layers here, also of models whose experts transformers keeps fused.
+with ``G = K / group_size``. Codes and zero points are integers of -8 to 7, stored plus 8. A symmetric weight stores no
+zero points; they are 8. ``format`` "mxfp4-pack-quantized" is described in :mod:`marlin_cy.formats.mxfp4`. Each expert's
+layers are stored separately, even if the model's class in transformers fuses all experts.
 
-Activations are not quantised, whatever ``input_activations`` says. Source: compressed-tensors,
+``input_activations`` is ignored: activations are not quantised. Source: compressed-tensors,
 ``compressors/pack_quantized`` and ``quantization``; llm-compressor, ``modeling/moe``.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats import gptq
-from marlin_cy.formats.arrays import WORDS, as_array, check_finite, symmetric_zeros, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, symmetric_zeros, unpack_nibbles
 from marlin_cy.formats.fields import compiled, refuse_rotation
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.mxfp4 import BLOCK_K, Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
-from marlin_cy.weights.int4 import SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.weights.arrays import WORDS, checked_array
+from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.sizes import BITS, checked_group_size, normalised_g_idx
 
 __all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
 
@@ -39,7 +45,7 @@ FORMAT = "compressed-tensors"
 SUPPORTED_FORMATS = ("pack-quantized", "mxfp4-pack-quantized")
 SUPPORTED_STRATEGIES = ("group", "channel")
 ORDERED = ("group", "dynamic", True)
-"""What ``actorder`` says when there is a ``weight_g_idx``."""
+"""The values of ``actorder`` for which there is a ``weight_g_idx``."""
 
 REGEX = "re:"
 LINEAR = "Linear"
@@ -50,28 +56,28 @@ SHAPES = (np.dtype(np.int64), np.dtype(np.int32))
 class Targets:
     """Which group of settings a module belongs to, by its name.
 
-    A target is a module's name, ``re:`` and a regular expression for the beginning of one, or "Linear" for all linear
-    layers. A name decides before an expression, and this before "Linear"; of several expressions, the one that sorts
-    first. What ``ignore`` names in the same way is not quantised. Source: compressed-tensors, ``utils/match.py``,
-    ``match_targets``.
+    A target is a module's name, or ``re:`` and a regular expression that matches the beginning of a name, or "Linear"
+    for all linear layers. A name has precedence over an expression, and an expression over "Linear". Of several
+    matching expressions, the one that sorts first is used. Targets in ``ignore`` are not quantised. Source:
+    compressed-tensors, ``utils/match.py``, ``match_targets``.
 
     Attributes
     ----------
     groups : dict
-        From target to :class:`Scheme`, or to a str that says why there is none.
+        From target to :class:`Scheme`, or to a str that says why the target is not supported.
     ignore : tuple of str
     """
 
-    groups: dict = field(hash=False)
-    ignore: tuple
+    groups: dict[str, Scheme | str] = field(hash=False)
+    ignore: tuple[str, ...]
 
-    def scheme(self, module) -> Scheme:
+    def scheme(self, module: str) -> Scheme:
         """The scheme of a module.
 
         Raises
         ------
         UnsupportedError
-            It is not quantised, or in a way that there are no kernels for.
+            The module is not quantised, or no kernel supports its settings.
         """
         for target in self.ignore:
             if _names(target, module):
@@ -85,7 +91,7 @@ class Targets:
         raise UnsupportedError(f"{module}: not quantised, no target of config_groups names it")
 
 
-def _names(target, module):
+def _names(target: str, module: str) -> bool:
     if target.startswith(REGEX):
         return re.match(target[len(REGEX) :], module) is not None
     return target in (module, LINEAR)
@@ -98,9 +104,9 @@ class CompressedTensorsScheme(Scheme):
     Attributes
     ----------
     symmetric : bool
-        There are no zero points.
+        No zero points are stored; all are 8.
     actorder : bool
-        Rows of K were quantised in another order; ``weight_g_idx`` then has to be there.
+        Rows of K were quantised in another order, and ``weight_g_idx`` is required.
     targets : Targets or None
     """
 
@@ -114,18 +120,22 @@ class CompressedTensorsScheme(Scheme):
     scales = ".weight_scale"
     order = ".weight_g_idx"
 
-    def for_module(self, module):
+    @property
+    def act_order(self) -> bool:
+        return self.actorder
+
+    def for_module(self, module: str) -> Scheme:
         return self if self.targets is None else self.targets.scheme(module)
 
-    def sizes(self, marker_shape):
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
         return 8 * marker_shape[1], marker_shape[0]
 
-    def checked_group_size(self, k, n):
-        return gptq.checked_group_size(bits=4, group_size=self.group_size, k=k, n=n)
+    def checked_group_size(self, k: int, n: int) -> int:
+        return checked_group_size(group_size=self.group_size, k=k, n=n)
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         groups = -(-k // self.checked_group_size(k, n))
         specs = {
             ".weight_packed": TensorSpec((n, k // 8), ("I32",)),
@@ -137,19 +147,19 @@ class CompressedTensorsScheme(Scheme):
             specs[".weight_zero_point"] = TensorSpec((n // 8, groups), ("I32",))
         return specs
 
-    def g_idx(self, array, k, n, label=""):
-        # A layer that was not calibrated keeps what the tensor was filled with at first.
-        if np.ndim(array) == 1 and len(array) and np.all(np.equal(array, -1)):
+    def g_idx(self, array: npt.ArrayLike, k: int, n: int, label: str = "") -> npt.NDArray[np.int32] | None:
+        # A layer that was not calibrated has the tensor's initial value, -1 for every row.
+        if np.ndim(array) == 1 and np.size(array) and np.all(np.equal(array, -1)):
             return None
-        return gptq.normalised_g_idx(array, k, self.checked_group_size(k, n), label)
+        return normalised_g_idx(array, k, self.checked_group_size(k, n), label)
 
-    def to_canonical(self, arrays, k, n, label=""):
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         specs, group_size = self.tensors(k, n), self.checked_group_size(k, n)
 
-        def array(suffix, dtypes):
-            return as_array(f"{suffix[1:]}{label}", arrays[suffix], dtypes, specs[suffix].shape)
+        def array(suffix: str, dtypes: tuple[np.dtype[Any], ...]) -> npt.NDArray[Any]:
+            return checked_array(f"{suffix[1:]}{label}", arrays[suffix], dtypes, specs[suffix].shape)
 
-        packed, scales = array(".weight_packed", WORDS), array(".weight_scale", SCALE_DTYPES)
+        packed, scales = array(".weight_packed", WORDS), array(".weight_scale", SCALES)
         check_finite(f"weight_scale{label}", scales)
         if ".weight_shape" in arrays:
             shape = array(".weight_shape", SHAPES).tolist()
@@ -183,15 +193,15 @@ class CompressedMxfp4Scheme(Mxfp4Scheme):
     marker = ".weight_packed"
     scales = ".weight_scale"
 
-    def for_module(self, module):
+    def for_module(self, module: str) -> Scheme:
         return self if self.targets is None else self.targets.scheme(module)
 
-    def sizes(self, marker_shape):
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
         return 2 * marker_shape[1], marker_shape[0]
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         self.checked_group_size(k, n)
         return {
             ".weight_packed": TensorSpec((n, k // 2), ("U8",)),
@@ -199,8 +209,8 @@ class CompressedMxfp4Scheme(Mxfp4Scheme):
         }
 
 
-def parse(config, file) -> Scheme:
-    """The scheme that compressed-tensors' quantisation config describes: that of its first supported group.
+def parse(config: JsonObject, file: StrPath) -> Scheme:
+    """The scheme that a quantisation config of compressed-tensors describes: that of its first supported group.
 
     Parameters
     ----------
@@ -219,21 +229,22 @@ def parse(config, file) -> Scheme:
     if sparsity not in (None, "dense"):
         raise UnsupportedError(f"{file}: sparsity_config: format {sparsity!r}, sparse weights are not supported")
     layout = optional(config, ("format",), str, file)
-    groups = {}
+    groups: dict[str, Scheme | str] = {}
     for name, group in required(config, ("config_groups",), dict, file).items():
         if not isinstance(group, dict):
             raise CheckpointError(f"config_groups: got {group!r} for {name!r}, expected an object", file=file)
         found = _read_group(group, layout, file)
         groups |= dict.fromkeys(_checked_targets(group, "targets", file), found)
-    schemes = [found for found in groups.values() if isinstance(found, Scheme)]
+    schemes: list[Any] = [found for found in groups.values() if isinstance(found, Scheme)]
     if not schemes:
         said = next(iter(groups.values()), "config_groups: has no targets")
         raise UnsupportedError(f"{file}: {said}")
-    return replace(schemes[0], targets=Targets(groups, tuple(_checked_targets(config, "ignore", file))))
+    scheme: Scheme = replace(schemes[0], targets=Targets(groups, tuple(_checked_targets(config, "ignore", file))))
+    return scheme
 
 
-def _checked_targets(config, name, file):
-    targets = optional(config, (name,), list, file, default=[])
+def _checked_targets(config: JsonObject, name: str, file: StrPath) -> list[str]:
+    targets: list[Any] = optional(config, (name,), list, file, default=[])
     for target in targets:
         if not isinstance(target, str):
             raise CheckpointError(f"{name}: got {target!r}, expected strings", file=file)
@@ -242,9 +253,9 @@ def _checked_targets(config, name, file):
     return targets
 
 
-def _read_group(group, layout, file):
-    """The scheme of a group's layers, or a str that says why there is none."""
-    layout = optional(group, ("format",), str, file, default=layout)
+def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme | str:
+    """The scheme of a group's layers, or a str that says why the group is not supported."""
+    layout = optional(group, ("format",), str, file) or layout
     weights = optional(group, ("weights",), dict, file)
     if weights is None:
         return "not quantised, its group has no weights"
@@ -253,8 +264,8 @@ def _read_group(group, layout, file):
     if layout not in SUPPORTED_FORMATS:
         return f"format {layout!r}, supported: {', '.join(SUPPORTED_FORMATS)}"
     bits = required(weights, ("num_bits",), int, file)
-    if bits != 4:
-        return f"num_bits: got {bits}, only 4 is supported"
+    if bits not in BITS:
+        return f"num_bits: got {bits}, only {' or '.join(map(str, BITS))} is supported"
     kind = optional(weights, ("type",), str, file, default="int")
     expected = "int" if layout == "pack-quantized" else "float"
     if kind != expected:
@@ -274,20 +285,22 @@ def _read_group(group, layout, file):
     if (strategy == "group") != (group_size is not None and group_size > 0):
         raise CheckpointError(f"got strategy {strategy!r} and group_size {group_size}, which contradict", file=file)
     return CompressedTensorsScheme(
-        group_size=group_size if strategy == "group" else -1,
+        group_size=-1 if strategy == "channel" or group_size is None else group_size,
         symmetric=symmetric,
         actorder=weights.get("actorder") in ORDERED,
     )
 
 
-def _usual_strategy(group_size):
-    """What is meant where no strategy is said."""
+def _usual_strategy(group_size: int | None) -> str:
+    """The strategy if the config does not name one."""
     if group_size is None:
         return "tensor"
     return "channel" if group_size == -1 else "group"
 
 
-def pack_compressed(q, scale, zero=None):
+def pack_compressed(
+    q: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int32] | None]:
     """Packed integers from plain codes: the inverse of :meth:`CompressedTensorsScheme.to_canonical`.
 
     Parameters
@@ -296,17 +309,17 @@ def pack_compressed(q, scale, zero=None):
         0 to 15; K and N multiples of 8.
     scale : float16 or bfloat16 ``[G, N]``
     zero : integers ``[G, N]``, optional
-        0 to 15; not there when all are 8.
+        0 to 15; omitted if all are 8.
 
     Returns
     -------
     weight_packed, weight_scale, weight_zero_point : int32 ``[N, K/8]``, as ``scale`` ``[N, G]``, int32 ``[N/8, G]``
-        The last one is None where ``zero`` is.
+        The last one is None if ``zero`` is None.
 
     Raises
     ------
     ValueError
-        A code or a zero point that the format cannot hold.
+        The format cannot hold a code or a zero point.
     """
     for name, codes in (("q", q), ("zero", 8 if zero is None else zero)):
         if np.min(codes) < 0 or np.max(codes) > 15:

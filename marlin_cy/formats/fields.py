@@ -1,29 +1,32 @@
-"""Fields of the JSON objects in which tools say how they quantised."""
+"""Fields that several tools' quantisation configs have in common."""
+
+from __future__ import annotations
 
 import re
+from typing import Any
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import JsonObject, StrPath
+from marlin_cy.weights import sizes
 
 __all__ = ["check_bits", "compiled", "refuse_rotation"]
 
-BITS = 4
+
+def check_bits(bits: int, where: StrPath) -> None:
+    """Refuse a width of codes that no code type has; ``where``, a file or a module, begins the message."""
+    sizes.check_bits(f"{where}: bits", bits)
 
 
-def check_bits(bits, where):
-    """Refuse a width of codes that there are no kernels for; ``where`` begins the message."""
-    if bits != BITS:
-        raise UnsupportedError(f"{where}: bits: got {bits}, only {BITS} is supported")
-
-
-def compiled(pattern, where, file):
-    """A regular expression; ``where`` says which field it is from."""
+def compiled(pattern: str, name: str, file: StrPath) -> re.Pattern[str]:
+    """A regular expression from the field ``name`` of a file; an invalid one is a :class:`CheckpointError`."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise CheckpointError(f"{where}: got {pattern!r}, expected a regular expression ({error})", file=file) from None
+        raise CheckpointError(f"{name}: got {pattern!r}, expected a regular expression ({error})", file=file) from None
 
 
-def refuse_rotation(config, name, file):
-    """Refuse a checkpoint whose layers expect rotated activations, which the field ``name`` then describes."""
-    if config.get(name):
-        raise UnsupportedError(f"{file}: {name}: got {config[name]!r}, activations that are rotated are not supported")
+def refuse_rotation(config: JsonObject, name: str, file: StrPath) -> None:
+    """Refuse a checkpoint whose layers expect rotated activations: its field ``name`` is set then."""
+    value: Any = config.get(name)
+    if value:
+        raise UnsupportedError(f"{file}: {name}: got {value!r}, activations that are rotated are not supported")

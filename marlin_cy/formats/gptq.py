@@ -7,30 +7,34 @@ qzeros      int32                 ``[G, N/8]``  the code of ``[g, 8*c + j]`` is 
 g_idx       int32                 ``[K]``       the group of each row of K
 ==========  ====================  ============  ======================================================
 
-with ``G = ceil(K / group_size)``. The two checkpoint formats differ in what a code of ``qzeros``
-means: ``"gptq"`` stores the zero point minus one, so it is 1 to 16 and is never wrapped to four
-bits; ``"gptq_v2"`` stores the zero point, 0 to 15.
+with ``G = ceil(K / group_size)``. The two checkpoint formats differ in the meaning of a code of ``qzeros``. Format
+``"gptq"`` stores the zero point minus one: the zero point is 1 to 16 and is never wrapped to four bits. Format
+``"gptq_v2"`` stores the zero point itself, 0 to 15.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.arguments import integer, sequence
-from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.arrays import WORDS, as_array, check_finite, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
-from marlin_cy.formats.overrides import Dynamic, overridden
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
+from marlin_cy.formats.overrides import Dynamic, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
-from marlin_cy.weights.int4 import SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.weights.arrays import WORDS, checked_array
+from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.sizes import checked_group_size, normalised_g_idx
 
 __all__ = [
     "ZERO_OFFSETS",
     "GptqScheme",
-    "checked_group_size",
-    "g_idx_per_expert",
-    "normalised_g_idx",
+    "check_checkpoint_format",
     "pack_gptq",
     "parse",
     "read_settings",
@@ -42,7 +46,7 @@ ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """What each checkpoint format adds to a code of ``qzeros`` to get the zero point."""
 
 CHECKPOINT_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2", "gptq_p": "gptq_v2"}
-"""What ``checkpoint_format`` may say, and which of the two it means. GPTQModel's "gptq_p" differs for other widths."""
+"""The format that each value of ``checkpoint_format`` means. GPTQModel's "gptq_p" differs for other widths only."""
 
 SUPPORTED_FORMATS = (*CHECKPOINT_FORMATS, "marlin")
 PACK_DTYPE = "int32"
@@ -57,51 +61,57 @@ class GptqScheme(Scheme):
     checkpoint_format : str
         ``"gptq"`` or ``"gptq_v2"``.
     desc_act : bool
-        Rows of K were quantised in another order; ``g_idx`` then has to be there.
+        Rows of K were quantised in another order, and ``g_idx`` is required.
     sym : bool
-        All zero points are 8. Nothing depends on it: they are always read.
-    overrides : tuple
-        Of :mod:`marlin_cy.formats.overrides`.
+        All zero points are 8. They are stored and read in any case.
+    overrides : tuple of Override
+        See :mod:`marlin_cy.formats.overrides`.
     """
 
     group_size: int
     checkpoint_format: str = "gptq"
     desc_act: bool = False
     sym: bool = True
-    overrides: tuple = ()
+    overrides: tuple[Override, ...] = ()
 
     format = "gptq"
     marker = ".qweight"
     scales = ".scales"
     order = ".g_idx"
 
-    def for_module(self, module):
+    @property
+    def symmetric(self) -> bool:
+        return self.sym
+
+    @property
+    def act_order(self) -> bool:
+        return self.desc_act
+
+    def for_module(self, module: str) -> GptqScheme:
         return overridden(self, module)
 
-    def sizes(self, marker_shape):
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
         return 8 * marker_shape[0], marker_shape[1]
 
-    def checked_group_size(self, k, n):
-        return checked_group_size(
-            bits=4, group_size=self.group_size, k=k, n=n, checkpoint_format=self.checkpoint_format
-        )
+    def checked_group_size(self, k: int, n: int) -> int:
+        return checked_group_size(group_size=self.group_size, k=k, n=n)
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         shapes = tensor_shapes(k, n, self.checked_group_size(k, n))
         return {
             ".qweight": TensorSpec(shapes["qweight"], ("I32",)),
             ".scales": TensorSpec(shapes["scales"], ("F16", "BF16")),
             ".qzeros": TensorSpec(shapes["qzeros"], ("I32",)),
-            # Without g_idx, rows are in groups one after another, which desc_act says they are not.
+            # Without g_idx, groups are runs of consecutive rows, which contradicts desc_act.
             ".g_idx": TensorSpec(shapes["g_idx"], ("I32",), required=self.desc_act),
         }
 
-    def g_idx(self, array, k, n):
+    def g_idx(self, array: npt.ArrayLike, k: int, n: int) -> npt.NDArray[np.int32] | None:
         return normalised_g_idx(array, k, self.checked_group_size(k, n))
 
-    def to_canonical(self, arrays, k, n, label=""):
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         return to_canonical(
             arrays[".qweight"],
             arrays[".scales"],
@@ -116,8 +126,8 @@ class GptqScheme(Scheme):
         )
 
 
-def parse(config, file) -> GptqScheme:
-    """The scheme that AutoGPTQ's, GPTQModel's or transformers' quantisation config describes.
+def parse(config: JsonObject, file: StrPath) -> GptqScheme:
+    """The scheme that a quantisation config of AutoGPTQ, GPTQModel or transformers describes.
 
     Parameters
     ----------
@@ -147,9 +157,9 @@ def parse(config, file) -> GptqScheme:
     )
 
 
-def read_settings(config, file):
-    """Those settings of a layer that a JSON object has: a dict of ``bits``, ``group_size``, ``desc_act``, ``sym``."""
-    kinds = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
+def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
+    """The settings that a JSON object has, of ``bits``, ``group_size``, ``desc_act`` and ``sym``."""
+    kinds: dict[str, type[Any]] = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
     settings = {name: optional(config, (name,), kind, file) for name, kind in kinds.items()}
     if optional(config, ("pack_dtype",), str, file, default=PACK_DTYPE) != PACK_DTYPE:
         raise UnsupportedError(f"{file}: pack_dtype: got {config['pack_dtype']!r}, only {PACK_DTYPE!r} is supported")
@@ -157,9 +167,19 @@ def read_settings(config, file):
 
 
 def to_canonical(
-    qweight, scales, qzeros, g_idx=None, *, bits, group_size, k, n, checkpoint_format="gptq", label=""
+    qweight: npt.ArrayLike,
+    scales: npt.ArrayLike,
+    qzeros: npt.ArrayLike,
+    g_idx: npt.ArrayLike | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    k: int,
+    n: int,
+    checkpoint_format: str = "gptq",
+    label: str = "",
 ) -> Int4Weight:
-    """One weight in canonical form; only its zero points are unpacked, the rest is not copied.
+    """One weight in canonical form. Only ``qzeros`` (unpacked) and ``g_idx`` are copied.
 
     Parameters
     ----------
@@ -169,154 +189,59 @@ def to_canonical(
     qzeros : int32 or uint32 ``[G, n/8]``
     g_idx : int32 or uint32 ``[k]``, optional
         Each in ``0 .. G-1``, in any order.
-    bits, group_size, k, n, checkpoint_format
-        As in :func:`checked_group_size`.
+    bits, group_size, k, n
+        As in :func:`~marlin_cy.weights.sizes.checked_group_size`.
+    checkpoint_format : {"gptq", "gptq_v2"}
     label : str
-        Follows the argument's name in messages: ``" of expert 3"``.
+        Follows each argument's name in messages: ``" of expert 3"``.
 
     Raises
     ------
     TypeError
-        A dtype that is not the above, or not in this machine's byte order.
+        An array has another dtype, or not native byte order.
     ValueError
-        A shape or size that contradicts the others, an unknown ``checkpoint_format``, a scale that
-        is not finite.
+        A shape or size contradicts the others, ``checkpoint_format`` is unknown, or a scale is not finite.
     IndexError
-        A ``g_idx`` outside ``0 .. G-1``.
+        An entry of ``g_idx`` is not in ``0 .. G-1``.
     UnsupportedError
-        ``bits`` or a ``group_size`` that this library has no kernels for.
+        No kernel supports ``bits`` or ``group_size``.
     """
-    group_size = checked_group_size(
-        bits=bits, group_size=group_size, k=k, n=n, checkpoint_format=checkpoint_format, label=label
-    )
+    check_checkpoint_format(checkpoint_format, label)
+    group_size = checked_group_size(bits=bits, group_size=group_size, k=k, n=n, label=label)
     shapes = tensor_shapes(k, n, group_size)
-    qweight = as_array(f"qweight{label}", qweight, WORDS, shapes["qweight"])
-    scales = as_array(f"scales{label}", scales, SCALE_DTYPES, shapes["scales"])
-    qzeros = as_array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
-    check_finite(f"scales{label}", scales)
+    words = checked_array(f"qweight{label}", qweight, WORDS, shapes["qweight"])
+    scale = checked_array(f"scales{label}", scales, SCALES, shapes["scales"])
+    zero_words = checked_array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
+    check_finite(f"scales{label}", scale)
     return Int4Weight(
-        words=qweight.view(np.uint32),
-        scale=scales,
-        zero=unpack_nibbles(qzeros, ZERO_OFFSETS[checkpoint_format]),
+        words=words.view(np.uint32),
+        scale=scale,
+        zero=unpack_nibbles(zero_words, ZERO_OFFSETS[checkpoint_format]),
         group_size=group_size,
         g_idx=normalised_g_idx(g_idx, k, group_size, label),
     )
 
 
-def checked_group_size(*, bits, group_size, k, n, checkpoint_format="gptq", label="", n_name="n") -> int:
-    """The rows of K that share a scale, after all sizes were checked; -1 becomes ``k``.
-
-    Parameters
-    ----------
-    bits : int
-        4.
-    group_size : int
-        32, 64, a multiple of 128, or one group of all of K: ``k`` or -1.
-    k, n : int
-        Multiples of 32 and of 8.
-    checkpoint_format : {"gptq", "gptq_v2"}
-    label : str
-        As in :func:`to_canonical`.
-    n_name : str
-        What the caller calls ``n``, for messages.
-
-    Raises
-    ------
-    TypeError, ValueError, UnsupportedError
-        As :func:`to_canonical`.
-    """
-    bits = integer(f"bits{label}", bits)
-    group_size = integer(f"group_size{label}", group_size)
-    for name, size, unit in (("k", k, 32), (n_name, n, 8)):
-        size = integer(f"{name}{label}", size)
-        if size <= 0 or size % unit:
-            raise ValueError(f"{name}{label}: got {size}, expected a positive multiple of {unit}")
+def check_checkpoint_format(checkpoint_format: str, label: str = "") -> None:
+    """Refuse a ``checkpoint_format`` that is not a key of :data:`ZERO_OFFSETS`, with a ``ValueError``."""
     if not isinstance(checkpoint_format, str) or checkpoint_format not in ZERO_OFFSETS:
         raise ValueError(
             f"checkpoint_format{label}: got {checkpoint_format!r}, expected one of {', '.join(ZERO_OFFSETS)}"
         )
-    if bits != 4:
-        raise UnsupportedError(f"bits{label}: got {bits}, only 4 is supported")
-    if group_size in (-1, k):
-        return k
-    if group_size <= 0:
-        raise ValueError(f"group_size{label}: got {group_size}, expected a positive number, or -1 for one group")
-    if group_size not in (32, 64) and group_size % 128:
-        raise UnsupportedError(
-            f"group_size{label}: got {group_size}, supported are 32, 64, multiples of 128, "
-            f"and -1 or k ({k}) for one group"
-        )
-    return group_size
 
 
-def tensor_shapes(k, n, group_size) -> dict:
-    """The shape of each tensor of a ``[k, n]`` weight, by name; the sizes were checked, -1 resolved."""
+def tensor_shapes(k: int, n: int, group_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a ``[k, n]`` weight, by name. The sizes were checked, -1 resolved."""
     groups = -(-k // group_size)
     return {"qweight": (k // 8, n), "scales": (groups, n), "qzeros": (groups, n // 8), "g_idx": (k,)}
 
 
-def normalised_g_idx(g_idx, k, group_size, label=""):
-    """``g_idx`` as int32 ``[k]``, or None where it is None or says ``k // group_size`` anyway.
-
-    Parameters
-    ----------
-    g_idx : int32 or uint32 ``[k]``, or None
-    k, group_size : int
-        Checked, -1 resolved.
-    label : str
-        As in :func:`to_canonical`.
-
-    Raises
-    ------
-    TypeError, ValueError, IndexError
-        As :func:`to_canonical`.
-    """
-    if g_idx is None:
-        return None
-    g_idx = as_array(f"g_idx{label}", g_idx, WORDS, (k,))
-    groups = -(-k // group_size)
-    # As unsigned numbers, negative ones are too large as well.
-    outside = g_idx.view(np.uint32) >= groups
-    if outside.any():
-        first = int(np.argmax(outside))
-        raise IndexError(f"g_idx{label}: got {g_idx[first]} at row {first}, expected 0 to {groups - 1}")
-    g_idx = g_idx.view(np.int32)
-    return None if np.array_equal(g_idx, np.arange(k, dtype=np.int32) // group_size) else g_idx
-
-
-def g_idx_per_expert(g_idx, num_experts, k) -> list:
-    """One ``g_idx`` (or None) an expert.
-
-    Parameters
-    ----------
-    g_idx : None, array ``[k]``, array ``[num_experts, k]``, or sequence of arrays ``[k]`` and Nones
-        A single one is for all experts.
-    num_experts, k : int
-
-    Raises
-    ------
-    ValueError
-        A shape or a length that is none of the above. Entries are checked by :func:`normalised_g_idx`.
-    """
-    if g_idx is None:
-        return [None] * num_experts
-    ndim = getattr(g_idx, "ndim", None)
-    if ndim == 1:
-        if len(g_idx) != k:
-            raise ValueError(f"g_idx: got shape ({len(g_idx)},), expected ({k},) or one an expert")
-        return [g_idx] * num_experts
-    if ndim not in (None, 2):
-        raise ValueError(f"g_idx: got {ndim} dimensions, expected ({k},) or ({num_experts}, {k})")
-    entries = list(sequence("g_idx", g_idx))
-    if len(entries) != num_experts:
-        raise ValueError(f"g_idx: got {len(entries)} entries, expected one an expert: {num_experts}")
-    return entries
-
-
-def pack_gptq(q, scale, zero, *, checkpoint_format="gptq"):
+def pack_gptq(
+    q: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike, *, checkpoint_format: str = "gptq"
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16], npt.NDArray[np.int32]]:
     """GPTQ tensors from plain codes: the inverse of :func:`to_canonical`, slow and obvious.
 
-    ``g_idx`` is not among them: a checkpoint stores it as it is.
+    ``g_idx`` is not returned, because a checkpoint stores it unchanged.
 
     Parameters
     ----------
@@ -334,7 +259,7 @@ def pack_gptq(q, scale, zero, *, checkpoint_format="gptq"):
     Raises
     ------
     ValueError
-        A code or a zero point that the format cannot hold.
+        The format cannot hold a code or a zero point.
     """
     offset = ZERO_OFFSETS[checkpoint_format]
     q, zero = np.asarray(q), np.asarray(zero)
@@ -343,6 +268,6 @@ def pack_gptq(q, scale, zero, *, checkpoint_format="gptq"):
             raise ValueError(
                 f"{name}: got {codes.min()} to {codes.max()}, {checkpoint_format} holds {low} to {low + 15}"
             )
-    # qzeros runs along N as qweight runs along K.
+    # qzeros is packed along N as qweight is packed along K.
     qzeros = pack_words((zero.astype(np.int64) - offset).T).T
     return pack_words(q).view(np.int32), np.asarray(scale, np.float16), np.ascontiguousarray(qzeros).view(np.int32)

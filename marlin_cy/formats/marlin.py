@@ -1,38 +1,44 @@
 """Marlin's tensors, as IST-DASLab's Marlin, AutoGPTQ and AutoAWQ store them, to canonical form and back.
 
 ==================  =======  ===============  ======================================
-B (AWQ: qweight)    int32    ``[K/16, 2*N]``  codes in the order of tensor cores
-s (AWQ: scales)     float16  ``[G, N]``       columns in that order
+B (AWQ: qweight)    int32    ``[K/16, 2*N]``  codes in the order of tensor core fragments
+s (AWQ: scales)     float16  ``[G, N]``       columns permuted to match
 ==================  =======  ===============  ======================================
 
 Weights are symmetric (zero points are 8), in groups of 128 rows or in one group. Row ``t`` of B holds rows
-``16*t .. 16*t+15`` of K; 128 words, one after another, are 64 columns of them. Word ``4*lane + tile`` is what one of
-32 lanes needs of a tile of 16 rows by 16 columns, with ``column = lane // 4`` and ``row = 2 * (lane % 4)``::
+``16*t .. 16*t+15`` of K. 128 consecutive words hold 64 columns of these rows, as four tiles of 16 by 16. Word
+``4*lane + tile`` holds the codes of a tile that one of 32 GPU lanes needs, with ``column = lane // 4`` and
+``row = 2 * (lane % 4)``::
 
     bits      0    4    8    12   16   20   24   28
     row      r  , r+8, r  , r+8, r+1, r+9, r+1, r+9
     column   c  , c  , c+8, c+8, c  , c  , c+8, c+8      of columns 16*tile .. 16*tile+15
 
-so that a mask of every fourth nibble takes two consecutive rows of a column out at once. Columns of s, which are
-stored in such an order that a lane's lie side by side, are permuted within 64, or within 32 if there is one group:
-see :func:`scale_columns`.
+A mask of every fourth nibble thus extracts two consecutive rows of a column at once. The columns of s are permuted so
+that a lane's scales are adjacent: within runs of 64, or of 32 if there is one group. See :func:`scale_columns`.
 
 Source: IST-DASLab/marlin, ``marlin/__init__.py``; AutoGPTQ, ``auto_gptq/nn_modules/qlinear/qlinear_marlin.py``;
-AutoAWQ, ``awq/modules/linear/marlin.py``. GPTQModel and vLLM repack when loading, and write no such files.
+AutoAWQ, ``awq/modules/linear/marlin.py``. GPTQModel and vLLM use this layout in memory only.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.checkpoints.json_fields import optional, required
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats import gptq
-from marlin_cy.formats.arrays import WORDS, as_array, check_finite, symmetric_zeros
+from marlin_cy.formats.arrays import check_finite, symmetric_zeros
 from marlin_cy.formats.fields import check_bits
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import words_of_marlin
+from marlin_cy.weights.arrays import WORDS, checked_array
 from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight, unpack_words
+from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["MarlinScheme", "pack_marlin", "parse", "scale_columns", "unpack_marlin"]
 
@@ -46,7 +52,7 @@ ROW_OF_NIBBLE = (0, 8, 0, 8, 1, 9, 1, 9)
 COLUMN_OF_NIBBLE = (0, 0, 8, 8, 0, 0, 8, 8)
 
 NAMES = {"gptq": (".B", ".s"), "marlin": (".B", ".s"), "awq": (".qweight", ".scales")}
-"""The suffixes of the two tensors, by what ``quant_method`` says."""
+"""The suffixes of the two tensors, by ``quant_method``."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class MarlinScheme(Scheme):
     Attributes
     ----------
     marker, scales : str
-        ``".B"`` and ``".s"``; AutoAWQ's names are ``".qweight"`` and ``".scales"``.
+        ``".B"`` and ``".s"``; in AutoAWQ's files, ``".qweight"`` and ``".scales"``.
     """
 
     group_size: int
@@ -65,29 +71,37 @@ class MarlinScheme(Scheme):
 
     format = "marlin"
 
-    def sizes(self, marker_shape):
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def act_order(self) -> bool:
+        return False
+
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2 or marker_shape[1] % 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions, the last of two for each column")
         return TILE * marker_shape[0], marker_shape[1] // 2
 
-    def checked_group_size(self, k, n):
-        group_size = gptq.checked_group_size(bits=4, group_size=self.group_size, k=k, n=n)
+    def checked_group_size(self, k: int, n: int) -> int:
+        group_size = checked_group_size(group_size=self.group_size, k=k, n=n)
         if n % BLOCK_N:
-            raise ValueError(f"n: got {n}, expected a multiple of {BLOCK_N} in Marlin's order")
+            raise ValueError(f"n: got {n}, expected a multiple of {BLOCK_N} in Marlin's layout")
         return group_size
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         groups = -(-k // self.checked_group_size(k, n))
         return {
             self.marker: TensorSpec((k // TILE, 2 * n), ("I32",)),
             self.scales: TensorSpec((groups, n), ("F16",)),
         }
 
-    def to_canonical(self, arrays, k, n, label=""):
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         specs = self.tensors(k, n)
         packed, scales = self.marker.lstrip("."), self.scales.lstrip(".")
-        words = as_array(f"{packed}{label}", arrays[self.marker], WORDS, specs[self.marker].shape)
-        scale = as_array(f"{scales}{label}", arrays[self.scales], HALVES, specs[self.scales].shape)
+        words = checked_array(f"{packed}{label}", arrays[self.marker], WORDS, specs[self.marker].shape)
+        scale = checked_array(f"{scales}{label}", arrays[self.scales], HALVES, specs[self.scales].shape)
         check_finite(f"{scales}{label}", scale)
         return Int4Weight(
             words=words_of_marlin(words.view(np.uint32)),
@@ -97,8 +111,8 @@ class MarlinScheme(Scheme):
         )
 
 
-def parse(config, file) -> MarlinScheme:
-    """The scheme of a checkpoint whose ``checkpoint_format``, or whose ``version`` of AWQ, is "marlin".
+def parse(config: JsonObject, file: StrPath) -> MarlinScheme:
+    """The scheme of a checkpoint whose ``checkpoint_format`` (AWQ: ``version``) is "marlin".
 
     Parameters
     ----------
@@ -109,7 +123,7 @@ def parse(config, file) -> MarlinScheme:
     Raises
     ------
     CheckpointError, UnsupportedError
-        Also for what cannot be: zero points, ``desc_act``, settings of single layers.
+        Also for settings that the layout cannot hold: zero points, ``desc_act``, other group sizes.
     """
     check_bits(required(config, ("bits", "w_bit"), int, file), file)
     group_size = required(config, ("group_size", "q_group_size"), int, file)
@@ -124,8 +138,10 @@ def parse(config, file) -> MarlinScheme:
     return MarlinScheme(group_size, *NAMES[method])
 
 
-def scale_columns(groups):
-    """Where columns of ``s`` are from: column ``i`` of each run of ``len(result)`` is column ``result[i]`` of the run.
+def scale_columns(groups: int) -> npt.NDArray[Any]:
+    """The permutation of the columns of ``s``, within each run of ``len(result)`` columns.
+
+    Stored column ``i`` of a run is column ``result[i]`` of the run.
 
     Parameters
     ----------
@@ -141,7 +157,7 @@ def scale_columns(groups):
     return (2 * np.arange(4)[:, None] + [0, 1, 8, 9, 16, 17, 24, 25]).ravel()
 
 
-def pack_marlin(q, scale):
+def pack_marlin(q: npt.ArrayLike, scale: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
     """Marlin's tensors from plain codes, slow and obvious.
 
     Parameters
@@ -157,7 +173,7 @@ def pack_marlin(q, scale):
     Raises
     ------
     ValueError
-        A code that the format cannot hold.
+        The format cannot hold a code.
     """
     q, scale = np.asarray(q), np.asarray(scale, np.float16)
     if q.min() < 0 or q.max() > 15:
@@ -172,7 +188,9 @@ def pack_marlin(q, scale):
     return words.reshape(k // TILE, 2 * n).view(np.int32), _permuted(scale, scale_columns(len(scale)))
 
 
-def unpack_marlin(packed, scale):
+def unpack_marlin(
+    packed: npt.NDArray[np.int32], scale: npt.NDArray[np.float16]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """Plain codes from Marlin's tensors: the inverse of :func:`pack_marlin`.
 
     Parameters
@@ -188,6 +206,6 @@ def unpack_marlin(packed, scale):
     return unpack_words(words), _permuted(scale, np.argsort(scale_columns(len(scale))))
 
 
-def _permuted(scale, columns):
-    """``scale`` with each run of columns in the order given."""
+def _permuted(scale: npt.NDArray[np.float16], columns: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """``scale`` with the columns of each run permuted."""
     return scale.reshape(len(scale), -1, len(columns))[:, :, columns].reshape(scale.shape)

@@ -1,53 +1,59 @@
-"""MXFP4 tensors: gpt-oss's, whose experts are stacked, and compressed-tensors' of single layers.
+"""MXFP4 tensors: those of gpt-oss, which stacks all experts, and those of compressed-tensors, one layer each.
 
-Of one expert, or one layer:
+The tensors of one expert or one layer:
 
 ==========================  =====  =================  =====================================================
 blocks (or weight_packed)   uint8  ``[N, K/32, 16]``  low and high nibbles of byte ``[n, b, i]`` are the codes
                                    (or ``[N, K/2]``)  of ``[32*b + 2*i, n]`` and ``[32*b + 2*i + 1, n]``
-scales (or weight_scale)    uint8  ``[N, K/32]``      ``e`` stands for ``2**(e - 127)``; 255 is NaN
+scales (or weight_scale)    uint8  ``[N, K/32]``      ``e`` is ``2**(e - 127)``; 255 is NaN
 ==========================  =====  =================  =====================================================
 
-Canonical scales are bfloat16, which holds all of these. Source: OCP Microscaling Formats (MX) Specification 1.0;
+Canonical scales are bfloat16, which represents all of them. Source: OCP Microscaling Formats (MX) Specification 1.0;
 transformers, ``integrations/mxfp4.py``; compressed-tensors, ``compressors/mxfp4``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.checkpoints.json_fields import optional
-from marlin_cy.formats import gptq
-from marlin_cy.formats.arrays import as_array
-from marlin_cy.formats.overrides import NotConverted, overridden
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional
+from marlin_cy.formats.overrides import NotConverted, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
+from marlin_cy.weights.arrays import checked_array
 from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
 
 BLOCK_K = 32
 """Rows of K that share a scale."""
 
-BYTES = (np.dtype(np.uint8),)
+BYTES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8),)
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 NAN = 255
 MANTISSA_BITS = 7  # of a bfloat16
 SMALLEST = 0x0040
-"""The bits of 2**-127, the one scale that is no normal bfloat16."""
+"""The bits of 2**-127, the only scale that is a subnormal bfloat16."""
 
 
 @dataclass(frozen=True)
 class Mxfp4Scheme(Scheme):
-    """gpt-oss's MXFP4 tensors: see :mod:`marlin_cy.formats.mxfp4`.
+    """The MXFP4 tensors of gpt-oss: see :mod:`marlin_cy.formats.mxfp4`.
 
     Attributes
     ----------
-    overrides : tuple
-        Of :mod:`marlin_cy.formats.overrides`.
+    overrides : tuple of Override
+        See :mod:`marlin_cy.formats.overrides`.
     """
 
-    overrides: tuple = ()
+    overrides: tuple[Override, ...] = ()
 
     format = "mxfp4"
     marker = "_blocks"
@@ -55,49 +61,57 @@ class Mxfp4Scheme(Scheme):
     codes = "e2m1"
     group_size = BLOCK_K
 
-    def for_module(self, module):
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def act_order(self) -> bool:
+        return False
+
+    def for_module(self, module: str) -> Scheme:
         return overridden(self, module)
 
-    def sizes(self, marker_shape):
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 3 or marker_shape[2] != BLOCK_K // 2:
             raise ValueError(f"got shape {marker_shape}, expected three dimensions, the last of {BLOCK_K // 2}")
         return BLOCK_K * marker_shape[1], marker_shape[0]
 
-    def checked_group_size(self, k, n):
-        return gptq.checked_group_size(bits=4, group_size=BLOCK_K, k=k, n=n)
+    def checked_group_size(self, k: int, n: int) -> int:
+        return checked_group_size(group_size=BLOCK_K, k=k, n=n)
 
-    def tensors(self, k, n):
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         self.checked_group_size(k, n)
         return {
             "_blocks": TensorSpec((n, k // BLOCK_K, BLOCK_K // 2), ("U8",)),
             "_scales": TensorSpec((n, k // BLOCK_K), ("U8",)),
         }
 
-    def scale_dtype(self, stored):
-        return np.dtype(ml_dtypes.bfloat16)
+    def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
+        return BFLOAT16
 
-    def to_canonical(self, arrays, k, n, label=""):
-        specs, name = self.tensors(k, n), self.scales.lstrip("._")
-        pairs = as_array(f"{self.marker.lstrip('._')}{label}", arrays[self.marker], BYTES, specs[self.marker].shape)
-        exponents = as_array(f"{name}{label}", arrays[self.scales], BYTES, specs[self.scales].shape)
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+        specs, blocks, name = self.tensors(k, n), self.marker.lstrip("._"), self.scales.lstrip("._")
+        pairs = checked_array(f"{blocks}{label}", arrays[self.marker], BYTES, specs[self.marker].shape)
+        exponents = checked_array(f"{name}{label}", arrays[self.scales], BYTES, specs[self.scales].shape)
         if exponents.max() == NAN:
             row, block = np.argwhere(exponents == NAN)[0]
             raise ValueError(f"{name}{label}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
         scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
         scale[scale == 0] = SMALLEST
-        # Four bytes are a canonical word; only that words of one column follow each other.
+        # Four consecutive bytes are a canonical word, but the words of a column are consecutive: transpose them.
         words = np.require(pairs.reshape(n, k // 2).view("<u4"), np.uint32, ("C_CONTIGUOUS", "ALIGNED"))
         return Int4Weight(
             words=transpose(words),
-            scale=scale.view(ml_dtypes.bfloat16),
+            scale=scale.view(BFLOAT16),
             zero=None,
             group_size=BLOCK_K,
             codes=self.codes,
         )
 
 
-def parse(config, file) -> Mxfp4Scheme:
-    """The scheme of gpt-oss's quantisation config, which has nothing but ``modules_to_not_convert``.
+def parse(config: JsonObject, file: StrPath) -> Mxfp4Scheme:
+    """The scheme of a quantisation config of gpt-oss, whose only setting is ``modules_to_not_convert``.
 
     Parameters
     ----------
@@ -113,8 +127,8 @@ def parse(config, file) -> Mxfp4Scheme:
     return Mxfp4Scheme(overrides=(NotConverted.parse(not_converted, file),) if not_converted else ())
 
 
-def pack_mxfp4(q, exponents):
-    """gpt-oss's tensors of one expert from plain codes: the inverse of :meth:`Mxfp4Scheme.to_canonical`.
+def pack_mxfp4(q: npt.ArrayLike, exponents: npt.ArrayLike) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """The tensors of one expert of gpt-oss from plain codes: the inverse of :meth:`Mxfp4Scheme.to_canonical`.
 
     Parameters
     ----------
@@ -130,11 +144,11 @@ def pack_mxfp4(q, exponents):
     Raises
     ------
     ValueError
-        A code or an exponent that the format cannot hold.
+        The format cannot hold a code or an exponent.
     """
     q, exponents = np.asarray(q), np.asarray(exponents)
     for name, values, highest in (("q", q, 15), ("exponents", exponents, NAN - 1)):
         if values.min() < 0 or values.max() > highest:
             raise ValueError(f"{name}: got {values.min()} to {values.max()}, mxfp4 holds 0 to {highest}")
-    blocks = q.T.reshape(q.shape[1], -1, BLOCK_K // 2, 2).astype(np.uint8)
-    return blocks[..., 0] | blocks[..., 1] << 4, np.ascontiguousarray(exponents.T).astype(np.uint8)
+    pairs = q.T.reshape(q.shape[1], -1, BLOCK_K // 2, 2).astype(np.uint8)
+    return np.asarray(pairs[..., 0] | pairs[..., 1] << 4, np.uint8), np.ascontiguousarray(exponents.T).astype(np.uint8)

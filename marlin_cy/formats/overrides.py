@@ -1,30 +1,58 @@
-"""Settings that a checkpoint gives for some of its layers alone, by the name of their module.
+"""Settings that a checkpoint gives for single modules, by name.
 
-Each class here, and AutoRound's :class:`~marlin_cy.formats.auto_round.ExtraConfig`, is one tool's way to say so. Its
-method ``settings(module)`` returns a dict of what differs from the checkpoint's own settings, ``bits`` among it,
-empty for a module that is nothing special. It raises an UnsupportedError for a module that is not quantised at all.
+Each class here, and AutoRound's :class:`~marlin_cy.formats.auto_round.ExtraConfig`, reads one tool's way to write such
+settings. All have the method of :class:`Override`.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.fields import check_bits, compiled
+from marlin_cy.formats.json_fields import JsonObject, StrPath
 
-__all__ = ["Dynamic", "NotConverted", "overridden"]
+__all__ = ["Dynamic", "NotConverted", "Override", "ReadSettings", "overridden"]
+
+ReadSettings = Callable[[JsonObject, StrPath], dict[str, Any]]
+"""Reads the settings of one rule: ``read_settings(json_object, file)``."""
 
 
-def overridden(scheme, module):
-    """A scheme with what all of its ``overrides`` say of a module, and none of them any more.
+class Override(Protocol):
+    """The settings of single modules."""
+
+    def settings(self, module: str) -> dict[str, Any]:
+        """The settings in which a module differs from the checkpoint, with ``bits`` among them; usually empty.
+
+        Raises
+        ------
+        UnsupportedError
+            The module is not quantised.
+        """
+
+
+S = TypeVar("S", bound=Any)
+
+
+def overridden(scheme: S, module: str) -> S:
+    """The scheme for one module, with per-module overrides applied.
+
+    Parameters
+    ----------
+    scheme : dataclass with a field ``overrides``, a tuple of :class:`Override`
+    module : str
 
     Raises
     ------
     UnsupportedError
-        A module that is not quantised, or to another width.
+        The module is not quantised, or its codes have an unsupported width.
     """
     if not scheme.overrides:
         return scheme
-    settings = {}
+    settings: dict[str, Any] = {}
     for override in scheme.overrides:
         settings |= override.settings(module)
     check_bits(settings.pop("bits", 4), module)
@@ -33,27 +61,28 @@ def overridden(scheme, module):
 
 @dataclass(frozen=True)
 class Dynamic:
-    """GPTQModel's ``dynamic``: regular expressions, of which the first that fits the module's beginning decides.
+    """GPTQModel's ``dynamic``: regular expressions with settings.
 
-    One that begins with ``-:`` says that a module is not quantised; ``+:`` is the same as nothing.
-    Source: GPTQModel, ``gptqmodel/quantization/config.py``, ``dynamic_get``.
+    The first expression that matches the beginning of the module's name decides. An expression that begins with
+    ``-:`` says that the module is not quantised; ``+:`` has no effect. Source: GPTQModel,
+    ``gptqmodel/quantization/config.py``, ``dynamic_get``.
 
     Attributes
     ----------
     rules : tuple of (str, Pattern, dict or None)
-        As written, the expression, and the settings; None for not quantised.
+        The expression as written, compiled, and the settings; None if the module is not quantised.
     """
 
-    rules: tuple = field(hash=False)
+    rules: tuple[tuple[str, re.Pattern[str], dict[str, Any] | None], ...] = field(hash=False)
 
     @classmethod
-    def parse(cls, config, read_settings, file):
-        """From the JSON object; ``read_settings(dict, file)`` reads the settings of one rule.
+    def parse(cls, config: JsonObject, read_settings: ReadSettings, file: StrPath) -> Dynamic:
+        """From the JSON object.
 
         Raises
         ------
         CheckpointError
-            No regular expression, or settings that are not an object.
+            A key is not a regular expression, or a value is not an object.
         """
         rules = []
         for text, given in config.items():
@@ -63,7 +92,7 @@ class Dynamic:
             rules.append((text, regex, None if text.startswith("-:") else read_settings(given, file)))
         return cls(tuple(rules))
 
-    def settings(self, module):
+    def settings(self, module: str) -> dict[str, Any]:
         for text, regex, settings in self.rules:
             if regex.match(module):
                 if settings is None:
@@ -74,25 +103,26 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class NotConverted:
-    """``modules_to_not_convert``: ends of names, or regular expressions for their beginnings, up to a dot.
+    """``modules_to_not_convert``: names of modules that are not quantised.
 
-    Source: transformers, ``quantizers/quantizers_utils.py``, ``should_convert_module``.
+    An entry matches the end of a module's name. As a regular expression, it also matches the beginning of a name, up
+    to a dot. Source: transformers, ``quantizers/quantizers_utils.py``, ``should_convert_module``.
 
     Attributes
     ----------
     rules : tuple of (str, Pattern)
     """
 
-    rules: tuple
+    rules: tuple[tuple[str, re.Pattern[str]], ...]
 
     @classmethod
-    def parse(cls, names, file):
+    def parse(cls, names: Sequence[Any], file: StrPath) -> NotConverted:
         """From the JSON list.
 
         Raises
         ------
         CheckpointError
-            An entry that is not a string, or no regular expression.
+            An entry is not a string, or not a regular expression.
         """
         rules = []
         for name in names:
@@ -102,7 +132,7 @@ class NotConverted:
             rules.append((name, re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")))
         return cls(tuple(rules))
 
-    def settings(self, module):
+    def settings(self, module: str) -> dict[str, Any]:
         for name, regex in self.rules:
             if regex.match(module) or module.endswith(name):
                 raise UnsupportedError(f"{module}: not quantised, by {name!r} of modules_to_not_convert")

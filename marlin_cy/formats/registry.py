@@ -1,17 +1,22 @@
-"""Which format a checkpoint folder is in, and its settings: the files that say so, and who reads them."""
+"""Finds a checkpoint folder's quantisation configs, and the format that they describe."""
 
-from marlin_cy.checkpoints.json_fields import optional
-from marlin_cy.checkpoints.safetensors import read_json
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import auto_round, awq, compressed_tensors, gptq, marlin, mxfp4
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, read_json
 from marlin_cy.formats.scheme import Scheme
 
 __all__ = ["METHODS", "read_scheme"]
 
 FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-"""What tools name the file beside ``config.json``: AutoGPTQ and GPTQModel, AutoAWQ, AutoRound."""
+"""The file that a tool writes beside ``config.json``: AutoGPTQ and GPTQModel, AutoAWQ, AutoRound."""
 
-METHODS = {
+METHODS: Mapping[str, Callable[[JsonObject, StrPath], Scheme]] = {
     "gptq": gptq.parse,
     "awq": awq.parse,
     "auto-round": auto_round.parse,
@@ -19,7 +24,7 @@ METHODS = {
     "mxfp4": mxfp4.parse,
     "marlin": marlin.parse,
 }
-"""Who reads the quantisation config of each method."""
+"""The function that reads the quantisation config of each method."""
 
 METHOD_ALIASES = {"intel/auto-round": "auto-round"}
 
@@ -29,10 +34,10 @@ METHOD_HINTS = {
     "w_bit": "awq",
     "zero_point": "awq",
 }
-"""Fields that tell the method where none is named. AutoGPTQ, the first to write these files, has none of them."""
+"""Fields that identify the method if none is named. AutoGPTQ, the first tool to write these files, has none of them."""
 
 LAYOUTS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
-"""The fields in which a method's configuration may say that its tensors are Marlin's."""
+"""The fields in which a method's config may name Marlin's layout."""
 
 CONSISTENT_FIELDS = (
     "quant_method",
@@ -49,24 +54,24 @@ CONSISTENT_FIELDS = (
     "version",
     "packing_format",
 )
-"""Fields that have to be the same where two files have them. Others may tell of the quantisation's history."""
+"""Fields that must be equal if two files have them. Other fields may record how the model was quantised."""
 
 
-def read_scheme(folder, config) -> Scheme:
-    """The scheme that a checkpoint's configuration files give, in agreement.
+def read_scheme(folder: Path, config: JsonObject) -> Scheme:
+    """The scheme that all quantisation configs of a checkpoint together describe.
 
     Parameters
     ----------
     folder : Path
     config : dict
-        ``config.json``, with a ``quantization_config`` of its own or in its ``text_config``.
+        ``config.json``. It may have a ``quantization_config``, itself or in its ``text_config``.
 
     Raises
     ------
     CheckpointError
-        There is no quantisation config, or it is damaged or contradicts itself.
+        There is no quantisation config, or it is damaged, or two configs contradict each other.
     UnsupportedError
-        A method, or settings, that cannot be read.
+        The method, or one of its settings, is not supported.
     """
     merged, file = _merged(_found(folder, config), folder)
     method = _method(merged, file)
@@ -77,9 +82,11 @@ def read_scheme(folder, config) -> Scheme:
     return METHODS[method](merged, file)
 
 
-def _found(folder, config):
-    """``(what to call it, its file, the JSON object)`` of each quantisation config."""
-    found = [(name, folder / name, read_json(folder / name)) for name in FILES if (folder / name).exists()]
+def _found(folder: Path, config: JsonObject) -> list[tuple[str, Path, Any]]:
+    """``(name for messages, file, JSON value)`` of each quantisation config."""
+    found: list[tuple[str, Path, Any]] = [
+        (name, folder / name, read_json(folder / name)) for name in FILES if (folder / name).exists()
+    ]
     text_config = config.get("text_config")
     for owner in (config, text_config if isinstance(text_config, dict) else {}):
         if owner.get("quantization_config") is not None:
@@ -87,11 +94,12 @@ def _found(folder, config):
     return found
 
 
-def _merged(found, folder):
-    """All fields that the configs have, and the file to blame: the last one."""
+def _merged(found: list[tuple[str, Path, Any]], folder: Path) -> tuple[JsonObject, Path]:
+    """The fields of all configs, and the file that messages name: the last one."""
     if not found:
         raise CheckpointError(f"no {FILES[0]} and no quantization_config in config.json", file=folder)
-    merged, said_by = {}, {}
+    merged: JsonObject = {}
+    said_by: dict[str, str] = {}
     for name, file, config in found:
         if not isinstance(config, dict):
             raise CheckpointError(f"{name}: got {config!r}, expected an object", file=file)
@@ -106,12 +114,12 @@ def _merged(found, folder):
     return merged, found[-1][1]
 
 
-def _folded(value):
-    """AutoAWQ writes its layout's name in capitals in one file, and in small letters in the other."""
+def _folded(value: Any) -> Any:
+    """A value to compare: AutoAWQ writes its layout's name in upper case in one file and in lower case in another."""
     return value.lower() if isinstance(value, str) else value
 
 
-def _method(config, file):
+def _method(config: JsonObject, file: Path) -> str:
     method = optional(config, ("quant_method", "method"), str, file)
     if method is None:
         method = next((method for name, method in METHOD_HINTS.items() if name in config), "gptq")

@@ -1,13 +1,19 @@
-"""What a checkpoint format is to the rest of the library.
+"""The interface between a checkpoint format and the rest of the library.
 
-A format's module has a subclass of :class:`Scheme`, which knows the names, dtypes and shapes of a linear
-layer's tensors and brings them to canonical form. An instance is one checkpoint's settings of it.
+A format's module has a subclass of :class:`Scheme`. The subclass knows the names, dtypes and shapes of a linear layer's
+tensors, and converts them to canonical form. An instance holds the settings of one checkpoint.
+``docs/adding-a-format.md`` says how to add a format.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.weights.int4 import Int4Weight
 
@@ -21,35 +27,34 @@ class TensorSpec:
     Attributes
     ----------
     shape : tuple of int
-        For one expert; fused experts have an axis of experts in front.
+        For one expert. A tensor of all experts has an axis of experts in front.
     dtypes : tuple of str
-        Any of these, by safetensors' names: ``"I32"``, ``"F16"``.
+        The accepted dtypes, by safetensors' names: ``"I32"``, ``"F16"``.
     required : bool
     """
 
-    shape: tuple
-    dtypes: tuple
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
     required: bool = True
 
 
 class Scheme(ABC):
-    """How a checkpoint stores its quantised linear layers: a format, with one checkpoint's settings.
+    """How a checkpoint stores its quantised linear layers: a format with one checkpoint's settings.
 
-    A layer's tensors are named by its module's name and a suffix: ``model.layers.0.mlp.up_proj`` and
-    ``.qweight``.
+    A tensor's name is its module's name and a suffix: ``model.layers.0.mlp.up_proj`` and ``.qweight``.
 
     Attributes
     ----------
     format : str
         The format's name: ``"gptq"``, ``"awq"``.
     marker : str
-        The suffix of the tensor that a layer has if, and only if, it is quantised.
+        The suffix of a tensor that every quantised layer has, and no other layer.
     scales : str
-        The suffix of its scales.
+        The suffix of the scales.
     order : str or None
-        The suffix of the tensor that says which group each row of K is in, where the format has one.
+        The suffix of the tensor that says which group each row of K is in, if the format has one.
     codes : str
-        What a 4-bit code stands for, one of :data:`~marlin_cy.weights.int4.CODES`.
+        The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     group_size : int
         As the checkpoint says it: -1 for one group of all of K.
     """
@@ -61,62 +66,74 @@ class Scheme(ABC):
     codes: str = "uint4"
     group_size: int
 
-    def for_module(self, module) -> "Scheme":
-        """The scheme of one linear layer, where a checkpoint's settings differ by name; else this one.
+    @property
+    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether every zero point is the symmetric one, or the code type has no zero points."""
+
+    @property
+    @abstractmethod
+    def act_order(self) -> bool:
+        """Whether groups are not runs of consecutive rows of K (``desc_act``), so that :attr:`order` is required."""
+
+    def for_module(self, module: str) -> Scheme:
+        """The scheme of one linear layer, if a checkpoint's settings differ by name; else this scheme.
 
         Raises
         ------
         UnsupportedError
-            The layer's settings are some that there are no kernels for; 8 bits, say.
+            The layer is not quantised, or no kernel supports its settings; 8 bits, say.
         """
         return self
 
     @abstractmethod
-    def sizes(self, marker_shape) -> tuple:
+    def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         """``(k, n)`` of the layer whose marker tensor has this shape.
 
         Raises
         ------
         ValueError
-            A shape that no layer's has.
+            No layer's marker tensor has this shape.
         """
 
     @abstractmethod
-    def checked_group_size(self, k, n) -> int:
-        """Rows of K that share a scale, -1 resolved, after the sizes were found to be supported.
+    def checked_group_size(self, k: int, n: int) -> int:
+        """Number of rows of K that share a scale, -1 resolved, after all sizes were checked.
 
         Raises
         ------
         ValueError, UnsupportedError
-            As :func:`marlin_cy.formats.gptq.checked_group_size`.
+            As :func:`marlin_cy.weights.sizes.checked_group_size`.
         """
 
     @abstractmethod
-    def tensors(self, k, n) -> dict:
-        """The :class:`TensorSpec` of each of a layer's tensors, by suffix; the sizes were checked."""
+    def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
+        """The :class:`TensorSpec` of each tensor of a ``[k, n]`` layer, by suffix. The sizes were checked."""
 
-    def scale_dtype(self, stored):
-        """The dtype of canonical scales, float16 or bfloat16, from that of stored ones (an ndarray's)."""
+    def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
+        """The dtype of canonical scales, float16 or bfloat16, from the dtype of the stored ones."""
         return np.dtype(stored)
 
-    def g_idx(self, array, k, n):
-        """A layer's canonical ``g_idx`` from its :attr:`order` tensor: int32 ``[k]``, None for K's own order.
+    def g_idx(self, array: npt.ArrayLike, k: int, n: int) -> npt.NDArray[np.int32] | None:
+        """A layer's canonical ``g_idx`` from its :attr:`order` tensor: int32 ``[k]``, or None for K's own order.
+
+        Only a format with an :attr:`order` tensor has this method.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            As :func:`marlin_cy.formats.gptq.normalised_g_idx`.
+            As :func:`marlin_cy.weights.sizes.normalised_g_idx`.
         """
         raise NotImplementedError
 
     @abstractmethod
-    def to_canonical(self, arrays, k, n, label="") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         """One linear layer in canonical form.
 
         Parameters
         ----------
         arrays : dict
-            The layer's tensors by suffix; optional ones may be missing.
+            The layer's tensors by suffix. Tensors that are not required may be missing.
         k, n : int
             Input and output width.
         label : str
@@ -125,5 +142,5 @@ class Scheme(ABC):
         Raises
         ------
         TypeError, ValueError, IndexError, UnsupportedError
-            Tensors that contradict the format, with the tensor's name without its dot.
+            The tensors contradict the format. The message has the tensor's name, without a leading dot.
         """

@@ -79,7 +79,7 @@ class Packed:
         raise UnsupportedError("packed weights cannot be pickled: load the checkpoint where they are needed")
 
 
-class PackedLinear(Packed):
+class TensorLinear(Packed):
     """A Linear; what does not change is looked up once, as a decoder calls it with one row at a time."""
 
     def __init__(self, linear, contexts):
@@ -93,7 +93,7 @@ class PackedLinear(Packed):
         return array
 
 
-class HostLinear(PackedLinear):
+class HostLinear(TensorLinear):
     """Runs a Linear whose backend's buffers are ndarrays."""
 
     def __call__(self, input):
@@ -103,7 +103,7 @@ class HostLinear(PackedLinear):
         return as_tensor(out)
 
 
-class DeviceLinear(PackedLinear):
+class DeviceLinear(TensorLinear):
     """Runs a Linear whose backend's buffers lie on a device."""
 
     def __call__(self, input):

@@ -1,0 +1,10 @@
+"""What the stacks of all backends have in common.
+
+::
+
+    builder.py      CheckedStackBuilder: checks weights, and counts the columns that were packed
+    base.py         PackedStack and PackedLinear: sizes, metadata, bias
+    dispatches.py   the dispatches of gemm_phase_batched, copied and checked
+
+A backend's own stack, linear layer and builder derive from these classes.
+"""

@@ -1,16 +1,51 @@
-"""Stacks and linear layers over a packed store: what every backend's have in common.
+"""Stacks and linear layers over a packed store: what all backends have in common."""
 
-A store has ``num_experts``, ``k``, ``n``, ``weight_group_size``, ``act_order``, ``order_of`` (for each expert a number:
-equal where rows of K are ordered alike) and ``nbytes``.
-"""
+from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Linear, MarlinExpertStack, WeightMetadata
 from marlin_cy.stacks.builder import N_TILE, as_bias
+from marlin_cy.weights.code_types import code_type
 
-__all__ = ["PackedLinear", "PackedStack"]
+__all__ = ["PackedLinear", "PackedStack", "PackedStore"]
+
+
+class PackedStore(Protocol):
+    """A backend's packed weights, as far as the classes below use them.
+
+    Attributes
+    ----------
+    num_experts, k, n : int
+        Number of experts, and the shape ``[k, n]`` of each.
+    weight_group_size : int
+        Number of rows of K that share a scale.
+    codes : str
+        The name of the code type.
+    act_order : bool
+        Whether some expert's rows of K are packed in another order than K's own.
+    order_of : int32 ``[num_experts]``
+        A number per expert. Experts whose numbers are equal pack K in the same order.
+    nbytes : int
+        Bytes of the packed weights.
+    """
+
+    num_experts: int
+    k: int
+    n: int
+    weight_group_size: int
+    codes: str
+    order_of: Sequence[int] | npt.NDArray[np.int32]
+    nbytes: int
+
+    @property
+    def act_order(self) -> bool: ...
 
 
 class PackedStack(MarlinExpertStack):
@@ -20,13 +55,20 @@ class PackedStack(MarlinExpertStack):
     ----------
     store : ``store_type``
     num_experts, n_per_expert, k : int
-        Of the store.
+        Must be the store's.
     bias : float32 ``[num_experts, n_per_expert]``, optional
     """
 
-    store_type: type
+    store_type: type[Any]
 
-    def __init__(self, store, num_experts, n_per_expert, k, bias=None):
+    def __init__(
+        self,
+        store: Any,
+        num_experts: int,
+        n_per_expert: int,
+        k: int,
+        bias: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         if not isinstance(store, self.store_type):
             raise TypeError(f"store: got {type(store).__name__}, expected {self.store_type.__name__}")
         if (num_experts, n_per_expert, k) != (store.num_experts, store.n, store.k):
@@ -34,41 +76,42 @@ class PackedStack(MarlinExpertStack):
                 f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
                 f"[{k}, {n_per_expert}]"
             )
-        self.store, self._bias = store, bias
-        self._metadata = WeightMetadata(
-            bits=4, group_size=store.weight_group_size, act_order=store.act_order, packed_bytes=store.nbytes
-        )
+        self.store: Any = store
+        self._bias = bias
+        self._metadata = metadata_of(store, store.nbytes)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_experts} experts of [{self.k}, {self.n_per_expert}])"
 
     @property
-    def n_per_expert(self):
-        return self.store.n
+    def n_per_expert(self) -> int:
+        return int(self.store.n)
 
     @property
-    def k(self):
-        return self.store.k
+    def k(self) -> int:
+        return int(self.store.k)
 
     @property
-    def num_experts(self):
-        return self.store.num_experts
+    def num_experts(self) -> int:
+        return int(self.store.num_experts)
 
     @property
-    def n_tile(self):
+    def n_tile(self) -> int:
         return N_TILE
 
     @property
-    def metadata(self):
+    def metadata(self) -> WeightMetadata:
         return self._metadata
 
     @property
-    def bias(self):
+    def bias(self) -> npt.NDArray[np.float32] | None:
         return self._bias
 
 
 class PackedLinear(Linear):
-    """A view on columns of a stack; a layer of its own is a view on all of a stack of one expert.
+    """A linear layer that is a view on columns of a stack.
+
+    A single linear layer is a view on all columns of a stack of one expert.
 
     Parameters
     ----------
@@ -77,9 +120,18 @@ class PackedLinear(Linear):
         Columns of the stacked N; multiples of the stack's ``n_tile``.
     bias : array ``[width]``, optional
         On the host; copied.
+
+    Raises
+    ------
+    IndexError
+        The columns do not lie within the stack.
+    ValueError
+        ``offset`` or ``width`` is not a multiple of ``n_tile``, or the bias has another shape.
+    UnsupportedError
+        The view spans experts that pack K in different orders (``desc_act``).
     """
 
-    def __init__(self, stack, offset, width, bias=None):
+    def __init__(self, stack: PackedStack, offset: int, width: int, bias: npt.ArrayLike | None = None) -> None:
         store, total = stack.store, stack.num_experts * stack.n_per_expert
         for name, value in (("expert_offset", offset), ("expert_n", width)):
             if value % N_TILE:
@@ -96,31 +148,36 @@ class PackedLinear(Linear):
             )
         self.stack, self._offset, self._width = stack, offset, width
         self._bias = None if bias is None else self._placed(as_bias(bias, (width,)))
-        self._metadata = WeightMetadata(
-            bits=4,
-            group_size=store.weight_group_size,
-            act_order=store.act_order,
-            packed_bytes=store.nbytes * width // total,
-        )
+        self._metadata = metadata_of(store, store.nbytes * width // total)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}([{self.in_features}, {self.out_features}]"
             f"{'' if self._bias is None else ' with bias'})"
         )
 
     @property
-    def in_features(self):
+    def in_features(self) -> int:
         return self.stack.k
 
     @property
-    def out_features(self):
+    def out_features(self) -> int:
         return self._width
 
     @property
-    def metadata(self):
+    def metadata(self) -> WeightMetadata:
         return self._metadata
 
     @abstractmethod
-    def _placed(self, bias):
-        """A float32 bias, where the backend's kernels read it."""
+    def _placed(self, bias: npt.NDArray[np.float32]) -> Any:
+        """A float32 bias in the memory from which the backend's kernels read it."""
+
+
+def metadata_of(store: PackedStore, packed_bytes: int) -> WeightMetadata:
+    """What a store's weights are made of."""
+    return WeightMetadata(
+        bits=code_type(store.codes).bits,
+        group_size=store.weight_group_size,
+        act_order=store.act_order,
+        packed_bytes=packed_bytes,
+    )

@@ -1,14 +1,14 @@
-"""From the layouts of checkpoints to canonical words, at the speed of memory. The GIL is released.
+"""Conversions from stored layouts to canonical words, at memory speed. The GIL is released.
 
-Each function is a line or two of NumPy in ``tests/test_formats_nibbles.py``. Arrays are contiguous, and may be
-read-only; what is returned is newly allocated.
+``tests/test_formats_nibbles.py`` has each function in a few lines of NumPy. Arguments are C-contiguous and may be
+read-only; results are newly allocated.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 
 import numpy as np
 
-__all__ = ["transpose", "words_of_awq", "words_of_marlin"]
+__all__ = ["transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
 
 ctypedef fused item_t:
     uint8_t
@@ -16,14 +16,19 @@ ctypedef fused item_t:
     uint32_t
 
 cdef enum:
-    # Side of the squares that are transposed. 16 words are a cache line: lines are read, and written, while they are
-    # in the first-level cache, whatever the distance between rows.
+    # Side of the squares in which an array is transposed. 16 words are a cache line, so that a square's lines are read
+    # and written while they are in the first-level cache, whatever the distance between rows.
     SIDE = 16
-    # Words of AWQ's that are turned at once, the same operations on each: whole vectors, on every ISA.
+    # AWQ words that are converted at once by the same operations: whole vectors on every ISA.
     LANES = 16
-    TILE_K = 16      # Marlin's tile of 16 rows ...
-    BLOCK_N = 64     # ... by four tiles' columns,
+    # A block of Marlin's layout: 16 rows by 64 columns, which are four tiles of 16 by 16.
+    TILE_K = 16
+    BLOCK_N = 64
     BLOCK_WORDS = TILE_K * BLOCK_N // 8
+    # The tile layout that is drawn in packed_tiles.py.
+    PACKED_TILE_N = 16
+    PACKED_BLOCK_K = 8
+    PACKED_BLOCK_BYTES = 64
 
 cdef Py_ssize_t[8] COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -45,7 +50,7 @@ def transpose(const item_t[:, ::1] array):
 
 
 def words_of_awq(const uint32_t[:, ::1] qweight):
-    """Canonical words, uint32 ``[K/8, N]``, from AWQ's.
+    """Canonical words, uint32 ``[K/8, N]``, from AWQ's layout.
 
     Parameters
     ----------
@@ -63,7 +68,7 @@ def words_of_awq(const uint32_t[:, ::1] qweight):
 
 
 def words_of_marlin(const uint32_t[:, ::1] packed):
-    """Canonical words, uint32 ``[K/8, N]``, from Marlin's.
+    """Canonical words, uint32 ``[K/8, N]``, from Marlin's layout.
 
     Parameters
     ----------
@@ -81,17 +86,63 @@ def words_of_marlin(const uint32_t[:, ::1] packed):
     return out
 
 
+def words_of_tiles(
+    const uint8_t[:, ::1] tiles, Py_ssize_t header_bytes, Py_ssize_t k, Py_ssize_t n, const int32_t[::1] positions=None
+):
+    """Canonical words, uint32 ``[k/8, n]``, from an expert's packed tiles.
+
+    Parameters
+    ----------
+    tiles : uint8 ``[ceil(n/16), bytes of a tile]``
+        As drawn in :mod:`marlin_cy.weights.packed_tiles`.
+    header_bytes : int
+        Bytes before a tile's first block.
+    k, n : int
+        ``k`` is a multiple of 8.
+    positions : int32 ``[k]``, optional
+        The packed row of each row of K; None if rows are packed in K's own order.
+
+    Raises
+    ------
+    ValueError
+        The tiles do not have all the rows and columns.
+    """
+    cdef Py_ssize_t blocks = k // PACKED_BLOCK_K, tile, columns
+    packed_k = (tiles.shape[1] - header_bytes) // PACKED_BLOCK_BYTES * PACKED_BLOCK_K
+    if k % PACKED_BLOCK_K or packed_k < k or PACKED_TILE_N * tiles.shape[0] < n:
+        raise ValueError(f"tiles: got {packed_k} rows of {PACKED_TILE_N * tiles.shape[0]} columns, expected [{k}, {n}]")
+    cdef const int32_t *places = NULL
+    if positions is not None:
+        if positions.shape[0] != k or not 0 <= np.min(positions) <= np.max(positions) < packed_k:
+            raise ValueError(f"positions: got {positions.shape[0]} entries, expected {k} of 0 to {packed_k - 1}")
+        places = &positions[0]
+    out = np.empty((blocks, n), np.uint32)
+    cdef uint32_t[:, ::1] words = out
+    if blocks and n:
+        with nogil:
+            for tile in range((n + PACKED_TILE_N - 1) // PACKED_TILE_N):
+                columns = min(<Py_ssize_t>PACKED_TILE_N, n - PACKED_TILE_N * tile)
+                if places == NULL:
+                    tile_in_order(&tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], blocks, columns, n)
+                else:
+                    tile_out_of_order(
+                        &tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], places, blocks, columns, n
+                    )
+    return out
+
+
 cdef void transpose_squares(const item_t *array, item_t *out, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
     cdef Py_ssize_t down, across, row, column
     for across in range((columns + SIDE - 1) // SIDE):
-        for down in range((rows + SIDE - 1) // SIDE):  # so that what is written, in SIDE places, is one run in each
+        # Squares go down first: the SIDE rows of `out` that are written then grow by consecutive elements.
+        for down in range((rows + SIDE - 1) // SIDE):
             for column in range(across * SIDE, min((across + 1) * SIDE, columns)):
                 for row in range(down * SIDE, min((down + 1) * SIDE, rows)):
                     out[column * rows + row] = array[row * columns + column]
 
 
 cdef void eight_rows_of_awq(const uint32_t *rows, uint32_t *words, Py_ssize_t width) noexcept nogil:
-    """``words[8*width]`` from eight rows of ``width``: an 8 by 8 transposition of nibbles for each column."""
+    """``words[8*width]`` from eight rows of ``width`` words: one 8 by 8 transposition of nibbles per column."""
     cdef uint32_t w[8][LANES]
     cdef Py_ssize_t part, begin, lanes, lane, i
     for part in range((width + LANES - 1) // LANES):
@@ -100,7 +151,7 @@ cdef void eight_rows_of_awq(const uint32_t *rows, uint32_t *words, Py_ssize_t wi
         for i in range(8):
             for lane in range(LANES):
                 w[i][lane] = rows[i * width + begin + lane] if lane < lanes else 0
-        # Halves of the square change places across the diagonal, then quarters, then single nibbles.
+        # Exchange the halves of the square across its diagonal, then the quarters, then single nibbles.
         exchange(w, 4, 0x0000FFFF)
         exchange(w, 2, 0x00FF00FF)
         exchange(w, 1, 0x0F0F0F0F)
@@ -110,7 +161,8 @@ cdef void eight_rows_of_awq(const uint32_t *rows, uint32_t *words, Py_ssize_t wi
 
 
 cdef inline void exchange(uint32_t (*w)[LANES], Py_ssize_t distance, uint32_t low) noexcept nogil:
-    """Swap the high nibbles of row ``i`` with the low ones of row ``i + distance``, in every square of twice that."""
+    """In every square of ``2 * distance`` rows, swap the high nibbles of row ``i`` with the low nibbles of row
+    ``i + distance``."""
     cdef Py_ssize_t i, lane
     cdef uint32_t differing
     for i in range(8):
@@ -122,7 +174,7 @@ cdef inline void exchange(uint32_t (*w)[LANES], Py_ssize_t distance, uint32_t lo
 
 
 cdef void block_of_marlin(const uint32_t *block, uint32_t *words, Py_ssize_t n) noexcept nogil:
-    """Two rows of 64 canonical words, ``n`` apart, from the 128 words of a block of Marlin's."""
+    """Two rows of 64 canonical words, ``n`` words apart, from the 128 words of one block of Marlin's layout."""
     cdef Py_ssize_t column, tile, half, side
     cdef uint32_t a, b, c, d
     cdef int shift
@@ -130,8 +182,8 @@ cdef void block_of_marlin(const uint32_t *block, uint32_t *words, Py_ssize_t n) 
         for tile in range(4):
             a, b = block[16 * column + tile], block[16 * column + 4 + tile]
             c, d = block[16 * column + 8 + tile], block[16 * column + 12 + tile]
-            for half in range(2):  # of the rows: which canonical word
-                for side in range(2):  # of the tile's columns
+            for half in range(2):  # half of the tile's rows: one canonical word each
+                for side in range(2):  # half of the tile's columns
                     shift = 4 * (half + 2 * side)
                     words[half * n + 16 * tile + 8 * side + column] = (
                         rows_of(a >> shift) | rows_of(b >> shift) << 8
@@ -140,5 +192,53 @@ cdef void block_of_marlin(const uint32_t *block, uint32_t *words, Py_ssize_t n) 
 
 
 cdef inline uint32_t rows_of(uint32_t word) noexcept nogil:
-    """Two consecutive rows' codes, which Marlin keeps 16 bits apart, side by side."""
+    """The codes of two consecutive rows, moved together: Marlin's layout has them 16 bits apart."""
     return (word & 0xF) | (word >> 12 & 0xF0)
+
+
+cdef void tile_in_order(const uint8_t *body, uint32_t *words, Py_ssize_t blocks, Py_ssize_t columns,
+                        Py_ssize_t n) noexcept nogil:
+    """``columns`` columns of canonical words, rows ``n`` words apart, from a packed tile in K's own order."""
+    cdef Py_ssize_t block, column
+    if columns == PACKED_TILE_N:
+        for block in range(blocks):
+            # A constant number of columns, which compilers vectorise.
+            for column in range(PACKED_TILE_N):
+                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
+    else:
+        for block in range(blocks):
+            for column in range(columns):
+                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
+
+
+cdef void tile_out_of_order(const uint8_t *body, uint32_t *words, const int32_t *positions, Py_ssize_t blocks,
+                            Py_ssize_t columns, Py_ssize_t n) noexcept nogil:
+    """As :func:`tile_in_order`, for rows of K that are packed at ``positions``."""
+    cdef Py_ssize_t block, column, i, row
+    cdef const uint8_t *source[PACKED_BLOCK_K]
+    cdef int shift[PACKED_BLOCK_K]
+    cdef uint32_t word
+    for block in range(blocks):
+        for i in range(PACKED_BLOCK_K):
+            row = positions[block * PACKED_BLOCK_K + i]
+            source[i] = body + row // PACKED_BLOCK_K * PACKED_BLOCK_BYTES + row % 4
+            shift[i] = 4 * (row % PACKED_BLOCK_K // 4)
+        for column in range(columns):
+            word = 0
+            for i in range(PACKED_BLOCK_K):
+                word |= <uint32_t>(source[i][4 * column] >> shift[i] & 15) << (4 * i)
+            words[block * n + column] = word
+
+
+cdef inline uint32_t word_of_bytes(const uint8_t *lane) noexcept nogil:
+    """Four bytes of a packed column, rows ``t`` and ``t + 4`` in byte ``t``, as a word of rows 0 to 7, lowest first."""
+    cdef uint32_t lane_word = (
+        lane[0] | <uint32_t>lane[1] << 8 | <uint32_t>lane[2] << 16 | <uint32_t>lane[3] << 24
+    )
+    return exchange_bits(exchange_bits(lane_word, 0x00F000F0, 4), 0x0000FF00, 8)
+
+
+cdef inline uint32_t exchange_bits(uint32_t x, uint32_t mask, int shift) noexcept nogil:
+    """``x`` with the bits under ``mask`` exchanged for those ``shift`` bits higher."""
+    cdef uint32_t differing = (x ^ x >> shift) & mask
+    return x ^ differing ^ differing << shift

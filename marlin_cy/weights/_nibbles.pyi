@@ -1,0 +1,17 @@
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+_Item = TypeVar("_Item", np.uint8, np.uint16, np.uint32)
+
+def transpose(array: npt.NDArray[_Item]) -> npt.NDArray[_Item]: ...
+def words_of_awq(qweight: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]: ...
+def words_of_marlin(packed: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]: ...
+def words_of_tiles(
+    tiles: npt.NDArray[np.uint8],
+    header_bytes: int,
+    k: int,
+    n: int,
+    positions: npt.NDArray[np.int32] | None = None,
+) -> npt.NDArray[np.uint32]: ...

@@ -1,0 +1,189 @@
+"""A stack in the tile layout that packed folders store and the CPU's kernels read, and its way back to canonical form.
+
+The columns of an expert are cut into tiles of 16. Tiles follow each other, and experts too::
+
+    | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
+
+    tile    | group 0 | group 1 | ... | padding to 64 bytes | block 0 | block 1 | ... |
+    group   16 scales (2 bytes each), then 16 zero points (1 byte each): 48 bytes
+    block   8 packed rows of 16 columns: 64 bytes. Byte 4*c + t belongs to column c;
+            its low nibble is the code of packed row t, its high nibble that of packed row t + 4.
+
+A code type without zero points stores its ``symmetric_zero`` in their place. :mod:`marlin_cy.weights.order` says which
+row of K each packed row is. The same layout is written out as plain loops in ``marlin_cy/cpu/layout.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.weights._nibbles import words_of_tiles
+from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
+from marlin_cy.weights.sizes import checked_stack_sizes
+
+__all__ = ["PackedTiles"]
+
+TILE_N = 16
+"""Columns of a tile."""
+
+SCALE_BYTES = 2
+GROUP_BYTES = (SCALE_BYTES + 1) * TILE_N
+"""Bytes of one group's scales and zero points in a tile."""
+
+BLOCK_K = 8
+BLOCK_BYTES = 64
+"""Bytes of 8 packed rows of a tile. A tile's header is padded to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class PackedTiles:
+    """The weights of a stack's experts, packed as tiles.
+
+    Attributes
+    ----------
+    data : uint8 ``[num_experts, bytes]``
+        C-contiguous. May be read-only, such as a memory map. Nothing may write to it while it is in use.
+    num_experts, k, n : int
+        Number of experts, and the shape ``[k, n]`` of each.
+    group_size : int
+        Number of rows of K that share a scale; -1 is resolved.
+    g_idx : sequence of int32 ``[k]`` or None, one per expert
+        The group of each row of K; None for ``row // group_size``.
+    codes : str
+        The name of the code type.
+    scale_dtype : dtype
+        float16 or bfloat16.
+    bias : float32 ``[num_experts, n]`` or None
+        Added to every row of an expert's product.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError, UnsupportedError
+        A size that is not supported, or ``data`` of another dtype or size. The message names the attribute.
+    """
+
+    data: npt.NDArray[np.uint8]
+    num_experts: int
+    k: int
+    n: int
+    group_size: int
+    g_idx: Sequence[npt.NDArray[np.int32] | None]
+    codes: str
+    scale_dtype: np.dtype[Any]
+    bias: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = checked_stack_sizes(
+            self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scale_dtype
+        )
+        # These are private copies, which the order of K is derived from.
+        object.__setattr__(self, "g_idx", tuple(sizes[4]))
+        if not isinstance(self.data, np.ndarray) or self.data.dtype != np.uint8:
+            raise TypeError(f"data: got {getattr(self.data, 'dtype', type(self.data).__name__)}, expected uint8")
+        expected = (self.num_experts, self._tiles * self._tile_bytes)
+        if self.data.shape != expected or not self.data.flags.c_contiguous:
+            raise ValueError(
+                f"data: got shape {self.data.shape} with strides {self.data.strides}, expected contiguous {expected}"
+            )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the code type's symmetric one. Reads the zero points of all experts."""
+        row = code_type(self.codes)
+        return not row.has_zero_points or all(
+            bool((self._zero(expert) == row.symmetric_zero).all()) for expert in range(self.num_experts)
+        )
+
+    def canonical(self, expert: int) -> Int4Weight:
+        """The canonical weight of one expert. The GIL is released.
+
+        Packed tiles do not store a group that has no rows: its scale and zero point become 0.
+
+        Raises
+        ------
+        IndexError
+            There is no such expert.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert: got {expert}, expected 0 to {self.num_experts - 1}")
+        order = self._order(expert)
+        groups = -(-self.k // self.group_size)
+        scale = np.zeros((groups, self.n), self.scale_dtype)
+        scale[order.scale_rows] = self._scale(expert)
+        zero = None
+        if code_type(self.codes).has_zero_points:
+            zero = np.zeros((groups, self.n), np.uint8)
+            zero[order.scale_rows] = self._zero(expert)
+        positions = None
+        if order.rows is not None:
+            kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
+            positions = np.empty(self.k, np.int32)
+            positions[order.rows[kept]] = kept
+        return Int4Weight(
+            words=words_of_tiles(self._expert(expert), self._header_bytes, self.k, self.n, positions),
+            scale=scale,
+            zero=zero,
+            group_size=self.group_size,
+            g_idx=self.g_idx[expert],
+            codes=self.codes,
+        )
+
+    # Places in the layout ----------------------------------------------------------------------
+
+    @cached_property
+    def _orders(self) -> tuple[list[GroupOrder], npt.NDArray[np.int32]]:
+        return distinct_orders(self.g_idx, self.k, self.group_size)
+
+    def _order(self, expert: int) -> GroupOrder:
+        orders, order_of = self._orders
+        return orders[int(order_of[expert])]
+
+    @property
+    def _packed_k(self) -> int:
+        """Packed rows of every expert: as many as the longest order has."""
+        return max(order.packed_k for order in self._orders[0])
+
+    @property
+    def _groups(self) -> int:
+        """Packed groups of a tile."""
+        return -(-self._packed_k // packed_group_size(self.group_size))
+
+    @property
+    def _header_bytes(self) -> int:
+        return -(-GROUP_BYTES * self._groups // BLOCK_BYTES) * BLOCK_BYTES
+
+    @property
+    def _tile_bytes(self) -> int:
+        return self._header_bytes + self._packed_k // BLOCK_K * BLOCK_BYTES
+
+    @property
+    def _tiles(self) -> int:
+        return -(-self.n // TILE_N)
+
+    def _expert(self, expert: int) -> npt.NDArray[np.uint8]:
+        """uint8 ``[tiles, bytes of a tile]``."""
+        tiles: npt.NDArray[np.uint8] = self.data[expert].reshape(self._tiles, self._tile_bytes)
+        return tiles
+
+    def _headers(self, expert: int) -> npt.NDArray[np.uint8]:
+        """uint8 ``[packed groups of this expert, tiles, 48]``."""
+        headers = self._expert(expert)[:, : GROUP_BYTES * self._groups].reshape(self._tiles, self._groups, GROUP_BYTES)
+        return headers.swapaxes(0, 1)[: len(self._order(expert).scale_rows)]
+
+    def _scale(self, expert: int) -> npt.NDArray[Any]:
+        """Scales of each packed group ``[packed groups, n]``."""
+        stored = np.ascontiguousarray(self._headers(expert)[:, :, : SCALE_BYTES * TILE_N])
+        return stored.view(self.scale_dtype).reshape(len(stored), -1)[:, : self.n]
+
+    def _zero(self, expert: int) -> npt.NDArray[np.uint8]:
+        """Zero points of each packed group, uint8 ``[packed groups, n]``."""
+        stored = self._headers(expert)[:, :, SCALE_BYTES * TILE_N :]
+        return stored.reshape(len(stored), -1)[:, : self.n]

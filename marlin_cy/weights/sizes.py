@@ -1,0 +1,211 @@
+"""Checks of a weight's sizes: K and N, the width of codes, group sizes, and ``g_idx``.
+
+No format's rules are here; a format's module adds its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.arguments import integer, sequence
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.weights.arrays import WORDS, checked_array
+from marlin_cy.weights.code_types import CODE_TYPES, code_type, scale_type
+
+__all__ = [
+    "K_STEP",
+    "N_TILE",
+    "check_bits",
+    "checked_group_size",
+    "checked_stack_sizes",
+    "g_idx_per_expert",
+    "normalised_g_idx",
+]
+
+K_STEP = 32
+"""K is a multiple of this."""
+
+N_TILE = 8
+"""Weights and views begin and end at multiples of this many columns: half a packed tile or strip of 16."""
+
+SMALL_GROUPS = (32, 64)
+"""The supported group sizes below :data:`GROUP_STEP`."""
+
+GROUP_STEP = 128
+"""Larger group sizes are multiples of this."""
+
+BITS = tuple(sorted({row.bits for row in CODE_TYPES.values()}))
+"""The supported widths of codes, in bits."""
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Refuse a width of codes that no code type has, with an :class:`~marlin_cy.errors.UnsupportedError`."""
+    if bits not in BITS:
+        raise UnsupportedError(f"{name}: got {bits}, only {' or '.join(map(str, BITS))} is supported")
+
+
+def checked_group_size(*, group_size: int, k: int, n: int, bits: int = 4, label: str = "", n_name: str = "n") -> int:
+    """The number of rows of K that share a scale, after all sizes were checked. -1 becomes ``k``.
+
+    Parameters
+    ----------
+    group_size : int
+        32, 64, a multiple of 128, or one group of all of K: ``k`` or -1.
+    k, n : int
+        Multiples of 32 and of 8.
+    bits : int
+        The width of a code.
+    label : str
+        Follows each argument's name in messages: ``" of expert 3"``.
+    n_name : str
+        The caller's name of ``n``, for messages.
+
+    Raises
+    ------
+    TypeError
+        A size is not an integer.
+    ValueError
+        A size is not positive, or not a multiple of what it has to be.
+    UnsupportedError
+        No kernel supports ``bits`` or ``group_size``.
+    """
+    bits = integer(f"bits{label}", bits)
+    group_size = integer(f"group_size{label}", group_size)
+    for name, size, unit in (("k", k, K_STEP), (n_name, n, N_TILE)):
+        size = integer(f"{name}{label}", size)
+        if size <= 0 or size % unit:
+            raise ValueError(f"{name}{label}: got {size}, expected a positive multiple of {unit}")
+    check_bits(f"bits{label}", bits)
+    if group_size in (-1, k):
+        return k
+    if group_size <= 0:
+        raise ValueError(f"group_size{label}: got {group_size}, expected a positive number, or -1 for one group")
+    if group_size not in SMALL_GROUPS and group_size % GROUP_STEP:
+        raise UnsupportedError(
+            f"group_size{label}: got {group_size}, supported are {', '.join(map(str, SMALL_GROUPS))}, multiples of "
+            f"{GROUP_STEP}, and -1 or k ({k}) for one group"
+        )
+    return group_size
+
+
+def normalised_g_idx(
+    g_idx: npt.ArrayLike | None, k: int, group_size: int, label: str = ""
+) -> npt.NDArray[np.int32] | None:
+    """A private, checked copy of ``g_idx``; None if ``g_idx`` is None or equals ``k // group_size`` for every k.
+
+    The copy is made before the check, so that another thread that writes to ``g_idx`` cannot change a checked value.
+
+    Parameters
+    ----------
+    g_idx : int32 or uint32 ``[k]``, or None
+        The group of each row of K.
+    k, group_size : int
+        Checked, -1 resolved.
+    label : str
+        As in :func:`checked_group_size`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``g_idx`` has another dtype or shape.
+    IndexError
+        An entry is not in ``0 .. ceil(k / group_size) - 1``.
+    """
+    if g_idx is None:
+        return None
+    own = checked_array(f"g_idx{label}", g_idx, WORDS, (k,)).copy()
+    groups = -(-k // group_size)
+    # A negative entry is a large one when it is read as unsigned.
+    outside = own.view(np.uint32) >= groups
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise IndexError(f"g_idx{label}: got {own[first]} at row {first}, expected 0 to {groups - 1}")
+    own = own.view(np.int32)
+    return None if np.array_equal(own, np.arange(k, dtype=np.int32) // group_size) else own
+
+
+def g_idx_per_expert(g_idx: Any, num_experts: int, k: int) -> list[Any]:
+    """A list of one ``g_idx`` (or None) per expert.
+
+    Parameters
+    ----------
+    g_idx : None, array ``[k]``, array ``[num_experts, k]``, or sequence of arrays ``[k]`` and Nones
+        A single array ``[k]`` is used for all experts.
+    num_experts, k : int
+
+    Raises
+    ------
+    TypeError
+        ``g_idx`` is not a sequence.
+    ValueError
+        ``g_idx`` has another shape or length. :func:`normalised_g_idx` checks the entries.
+    """
+    if g_idx is None:
+        return [None] * num_experts
+    ndim = getattr(g_idx, "ndim", None)
+    if ndim == 1:
+        if len(g_idx) != k:
+            raise ValueError(f"g_idx: got shape ({len(g_idx)},), expected ({k},) or one an expert")
+        return [g_idx] * num_experts
+    if ndim not in (None, 2):
+        raise ValueError(f"g_idx: got {ndim} dimensions, expected ({k},) or ({num_experts}, {k})")
+    entries = list(sequence("g_idx", g_idx))
+    if len(entries) != num_experts:
+        raise ValueError(f"g_idx: got {len(entries)} entries, expected one an expert: {num_experts}")
+    return entries
+
+
+def checked_stack_sizes(
+    num_experts: int,
+    k: int,
+    n_per_expert: int,
+    group_size: int,
+    g_idx: Any,
+    codes: str,
+    scale_dtype: npt.DTypeLike,
+) -> tuple[int, int, int, int, Sequence[npt.NDArray[np.int32] | None], str, np.dtype[Any]]:
+    """The arguments of :meth:`~marlin_cy.interface.Backend.new_stack_builder`, checked.
+
+    Returns
+    -------
+    num_experts, k, n_per_expert, group_size : int
+        The group size -1 is resolved.
+    g_idx : list of int32 ``[k]`` or None
+        One entry per expert. Experts that were given the same array share one copy.
+    codes : str
+    scale_dtype : dtype
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError, UnsupportedError
+        The message names the argument.
+    """
+    num_experts, k = integer("num_experts", num_experts), integer("k", k)
+    n_per_expert = integer("n_per_expert", n_per_expert)
+    for name, value, multiple in (
+        ("num_experts", num_experts, 1),
+        ("k", k, K_STEP),
+        ("n_per_expert", n_per_expert, N_TILE),
+    ):
+        if value < 1 or value % multiple:
+            raise ValueError(f"{name}: got {value}, expected a positive multiple of {multiple}")
+    group_size = checked_group_size(group_size=group_size, k=k, n=n_per_expert)
+    given = g_idx_per_expert(g_idx, num_experts, k)
+    copies: dict[int, npt.NDArray[np.int32] | None] = {}
+    for expert, groups in enumerate(given):
+        if id(groups) not in copies:
+            copies[id(groups)] = normalised_g_idx(groups, k, group_size, f" of expert {expert}")
+    row, scale = code_type(codes), scale_type(scale_dtype)
+    return (
+        num_experts,
+        k,
+        n_per_expert,
+        group_size,
+        [copies[id(groups)] for groups in given],
+        row.name,
+        scale.dtype,
+    )

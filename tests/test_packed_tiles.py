@@ -1,0 +1,132 @@
+"""Packed tiles without a backend: back to canonical weights, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from asserts import assert_same_bits
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, random_problem
+
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.stacks.builder import check_weight
+from marlin_cy.weights._nibbles import words_of_tiles
+from marlin_cy.weights.packed_tiles import PackedTiles
+
+
+def tiles_of(problem, backend, bias=None):
+    """The packed tiles that the CPU backend makes of a problem's experts."""
+    store = problem.stack(backend).store
+    return PackedTiles(
+        store.data.reshape(store.num_experts, -1),
+        store.num_experts,
+        store.k,
+        store.n,
+        store.weight_group_size,
+        [None if groups is None else groups.astype(np.int32) for groups in problem.g_idx],
+        store.codes,
+        store.scale_dtype,
+        bias,
+    ), store
+
+
+@pytest.mark.parametrize("g_idx", G_IDX_MODES)
+@pytest.mark.parametrize("group_size", [32, 64, 256, -1])
+@pytest.mark.parametrize(("k", "n"), [(352, 72), (32, 8), (544, 40)])
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_canonical_weights(cpu_backend, rng, k, n, group_size, g_idx, kind):
+    """They are what the CPU's store gives, and so what was packed (see test_packing.py)."""
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    tiles, store = tiles_of(problem, cpu_backend)
+    for expert in range(3):
+        actual, expected = tiles.canonical(expert), store.canonical(expert, 0, n)
+        check_weight(actual)
+        assert (actual.k, actual.n, actual.group_size, actual.codes) == (k, n, expected.group_size, expected.codes)
+        for name in ("words", "scale", "zero", "g_idx"):
+            if getattr(expected, name) is None:
+                assert getattr(actual, name) is None
+            else:
+                assert_same_bits(getattr(actual, name), getattr(expected, name))
+
+
+def test_a_stack_over_them_computes_the_same(cpu_backend, rng):
+    problem = random_problem(rng, 2, 160, 40, 32, g_idx="per_expert")
+    bias = rng.standard_normal((2, 40)).astype(np.float32)
+    tiles, store = tiles_of(problem, cpu_backend, bias)
+    stack = cpu_backend.stack_from_packed(tiles)
+    assert np.shares_memory(stack.store.data, store.data)
+    assert stack.bias is bias
+    np.testing.assert_array_equal(stack.store.unpack(1)[0], store.unpack(1)[0])
+
+
+@pytest.mark.parametrize("g_idx", ["none", "unequal"])
+def test_symmetric(cpu_backend, rng, g_idx):
+    """Only if all zero points of all experts are 8; there is one that is not, in the last group, row and expert."""
+    problem = random_problem(rng, 2, 160, 40, 32, g_idx=g_idx, sym=True)
+    assert tiles_of(problem, cpu_backend)[0].symmetric
+    last = problem.g_idx[1].max() if problem.g_idx[1] is not None else 4
+    problem.zero[1, last, 39] = 7
+    assert not tiles_of(problem, cpu_backend)[0].symmetric
+    floats = random_problem(rng, 2, 64, 16, 32, codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+    assert tiles_of(floats, cpu_backend)[0].symmetric
+
+
+REFUSED = [
+    ({"data": lambda data: data[:, :-64]}, ValueError, "data: got shape"),
+    ({"data": lambda data: data[::-1]}, ValueError, "data: got shape .* expected contiguous"),
+    ({"data": lambda data: data.view(np.int8)}, TypeError, "data: got int8, expected uint8"),
+    ({"data": lambda data: data.tolist()}, TypeError, "data: got list, expected uint8"),
+    ({"num_experts": 1}, ValueError, "data: got shape|g_idx: got 2 entries"),
+    ({"k": 72}, ValueError, "k: got 72, expected a positive multiple of 32"),
+    ({"n": 12}, ValueError, "n_per_expert: got 12"),
+    ({"group_size": 48}, UnsupportedError, "group_size: got 48"),
+    ({"group_size": 64}, ValueError, "data: got shape"),
+    ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries"),
+    ({"g_idx": [np.full(64, 2, np.int32), None]}, IndexError, "g_idx of expert 0: got 2 at row 0"),
+    ({"codes": "uint3"}, ValueError, "codes: got 'uint3'"),
+    ({"scale_dtype": np.float32}, ValueError, "scale_dtype: got float32"),
+]
+
+
+@pytest.mark.parametrize(("changes", "exception", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refused(cpu_backend, rng, changes, exception, message):
+    tiles, _ = tiles_of(random_problem(rng, 2, 64, 16, 32), cpu_backend)
+    changes = {
+        name: change(tiles.data) if callable(change) and name == "data" else change for name, change in changes.items()
+    }
+    with pytest.raises(exception, match=message):
+        replace(tiles, **changes)
+
+
+def test_no_such_expert(cpu_backend, rng):
+    tiles, _ = tiles_of(random_problem(rng, 2, 64, 16, 32), cpu_backend)
+    for expert in (-1, 2):
+        with pytest.raises(IndexError, match=f"expert: got {expert}, expected 0 to 1"):
+            tiles.canonical(expert)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 72, 16), r"tiles: got 64 rows of 16 columns, expected \[72, 16\]"),
+        ((0, 64, 17), r"tiles: got 64 rows of 16 columns, expected \[64, 17\]"),
+        ((64, 64, 16), r"tiles: got 56 rows of 16 columns"),
+        ((0, 64, 16, np.full(64, 64, np.int32)), "positions: got 64 entries, expected 64 of 0 to 63"),
+        ((0, 64, 16, np.full(64, -1, np.int32)), "positions: got 64 entries"),
+        ((0, 64, 16, np.zeros(8, np.int32)), "positions: got 8 entries, expected 64"),
+    ],
+)
+def test_words_out_of_bounds(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        words_of_tiles(np.zeros((1, 512), np.uint8), *arguments)
+
+
+def test_reading_needs_no_backend():
+    """The reader of packed folders imports no backend."""
+    program = (
+        "import sys, marlin_cy.checkpoints.packed\n"
+        "found = [name for name in sys.modules if name.startswith(('marlin_cy.cpu', 'marlin_cy.opencl'))]\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
