@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.stack import OpenClMarlinExpertStack
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["ALIGN_ITEMS", "Aligned", "aligns_as_it_routes", "check_align", "enqueue_align", "enqueue_route_align"]
+__all__ = ["ALIGN_ITEMS", "Aligned", "aligns_as_it_routes", "check_experts", "enqueue_align", "enqueue_route_align"]
 
 ALIGN_ITEMS = 256  # work-items in a work-group of `align`
 ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # `marks`, `sums` and `first_block`; the rest grows with the experts
@@ -171,6 +171,6 @@ def most_blocks(pairs: int, num_experts: int, block_size: int) -> int:
     return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
 
 
-def check_align(ctx: OpenClContext, num_experts: int) -> None:
+def check_experts(ctx: OpenClContext, num_experts: int) -> None:
     """Refuse more experts than a work-group's local memory holds."""
     check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * num_experts, num_experts)
