@@ -10,13 +10,18 @@ import pyopencl as cl
 
 from marlin_cy.errors import ContextInUse
 from marlin_cy.interface import Context
+from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import mark_written
+from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.memory import device_error, driver_errors, uploaded, zeroed_buffers
 
 __all__ = ["OpenClContext"]
 
 MAX_UPLOADS = 64  # host arrays that are kept until they were copied; a call waits for the oldest beyond that
 MAX_INT32 = 2**31 - 1
+ARRIVED = "arrived work-groups"
+ARRIVAL_BITS = 18  # of the counter of work-groups: a launch that uses it has fewer than 2**18, the rest is its number
+MAX_ARRIVAL_LAUNCH = (1 << (32 - ARRIVAL_BITS)) - 1
 
 
 class OpenClContext(Context):
@@ -59,7 +64,8 @@ class OpenClContext(Context):
         self._profile = None
         self._plans = WeakKeyDictionary()
         self._kept = WeakKeyDictionary()
-        self._kernels = {}
+        self._launches = {}
+        self._arrival_launch = 0
 
     def __repr__(self):
         return f"OpenClContext({self._backend!r})"
@@ -169,6 +175,19 @@ class OpenClContext(Context):
             self._workspace["counting"] = buffer = uploaded(self._backend.runtime, numbers, "workspace (counting)")
         return buffer
 
+    def arrival_counter(self) -> tuple[cl.Buffer, int]:
+        """``(buffer, launch_base)``: uint32 ``[1]`` in which the work-groups of one launch count themselves, and the
+        value of the counter for none of them.
+
+        Each launch has a larger ``launch_base`` than all before, up to which it raises the counter. So a launch that
+        failed midway does not matter to later ones.
+        """
+        if self._arrival_launch == MAX_ARRIVAL_LAUNCH:
+            self.zero([ARRIVED])
+            self._arrival_launch = 0
+        self._arrival_launch += 1
+        return self.reserve(ARRIVED, 4), self._arrival_launch << ARRIVAL_BITS
+
     def kept(self, owner, array, what):
         """A buffer that holds an array of ``owner``'s, the same in each call: made once, and kept while both live."""
         buffer = self._kept.get(owner)
@@ -194,26 +213,32 @@ class OpenClContext(Context):
             plans = self._plans[store] = {}
         return plans
 
-    def kernel(self, file, name, macros, argument_types, options=()):
-        """This context's own kernel of a program; made once.
+    def launch(
+        self,
+        file: str,
+        name: str,
+        macros: dict[str, int],
+        options: tuple[str, ...] = (),
+        changing: tuple[str, ...] = (),
+    ) -> Launch:
+        """This context's own :class:`Launch` of a kernel; made once.
 
         Parameters
         ----------
         file, name : str
             A ``.cl`` file without its suffix, and a kernel in it.
         macros : dict of str to int
-        argument_types : tuple
-            As for ``pyopencl.Kernel.set_arg_types``.
         options : tuple of str
             Of the compiler.
+        changing : tuple of str
+            As for :class:`Launch`.
         """
         key = file, name, tuple(sorted(macros.items())), options
-        kernel = self._kernels.get(key)
-        if kernel is None:
+        launch = self._launches.get(key)
+        if launch is None:
             kernel = self._backend.runtime.programs.kernel(file, name, macros, options)
-            kernel.set_arg_types(argument_types)
-            self._kernels[key] = kernel
-        return kernel
+            launch = self._launches[key] = Launch(kernel, arguments_of(name, macros), changing=changing)
+        return launch
 
 
 def check_queue(queue, runtime):

@@ -26,7 +26,7 @@ __all__ = ["CACHE_VARIABLE", "ProgramCache", "cache_folder", "kernel_files", "so
 CACHE_VARIABLE = "MARLIN_CY_CACHE_DIR"
 KERNELS = files("marlin_cy.opencl") / "kernels"
 COMMON = "common"
-NEEDS = re.compile(r"(?:// needs \w+\.cl\n)*")
+INCLUDE = re.compile(r'#include "(\w+)\.cl"\s*')
 POCL = "Portable Computing Language"
 # One build at a time in the process: each sets aside a warning, and the filters of warnings are the process's.
 BUILDING = threading.Lock()
@@ -42,9 +42,9 @@ def kernel_files(folder=KERNELS):
 
 
 def source(file, folder=KERNELS):
-    """A program's source: ``common.cl``, what the file needs, then the file; messages keep their lines.
+    """A program's source: ``common.cl``, then the file, with every line ``#include "NAME.cl"`` expanded.
 
-    A file whose first lines are ``// needs NAME.cl`` comes after those (and after what these need), each once.
+    A file is included once, where it is first named. Compilers' messages keep the files' names and lines.
 
     Parameters
     ----------
@@ -52,19 +52,31 @@ def source(file, folder=KERNELS):
         The name without ``.cl``.
     folder : path-like, optional
         Where the files lie; the package's own when left out.
+
+    Raises
+    ------
+    ValueError
+        A file includes itself, directly or through others.
     """
-    parts = {}
+    included = set()
 
-    def add(name):
-        if name not in parts:
-            text = (folder / f"{name}.cl").read_text(encoding="utf-8")
-            for needed in re.findall(r"(\w+)\.cl", NEEDS.match(text)[0]):
-                add(needed)
-            parts[name] = f'#line 1 "{name}.cl"\n{text}\n'
+    def expand(name, open_files):
+        if name in open_files:
+            raise ValueError(f"{' includes '.join(f'{each}.cl' for each in (*open_files, name))}: a cycle")
+        if name in included:
+            return
+        included.add(name)
+        yield f'#line 1 "{name}.cl"\n'
+        text = (folder / f"{name}.cl").read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            if found := INCLUDE.fullmatch(line):
+                yield from expand(found[1], (*open_files, name))
+                yield f'#line {number + 1} "{name}.cl"\n'
+            else:
+                yield line
+        yield "\n"
 
-    add(COMMON)
-    add(file)
-    return "".join(parts.values())
+    return "".join((*expand(COMMON, ()), *expand(file, ())))
 
 
 def cache_folder():

@@ -9,6 +9,8 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
+from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layout import STRIP_N, expert_layout
 from marlin_cy.opencl.memory import (
     live_stores,
@@ -18,13 +20,13 @@ from marlin_cy.opencl.memory import (
     zeroed_buffers,
 )
 from marlin_cy.stacks.builder import CheckedStackBuilder
+from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 
 __all__ = ["OpenClGptqStore", "OpenClStackBuilder"]
 
 PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
 STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
-SYMMETRIC_ZERO = 8
 SCALE_EXPONENT = 15  # stored scales are below 2**15
 MIN_FACTOR = 2.0**-120  # of those that kernels take: also its half, and its multiples by the tiers' units, are normal
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
@@ -83,7 +85,7 @@ class OpenClGptqStore:
         self.num_experts, self.k, self.n, self.weight_group_size, self.codes = num_experts, k, n, group_size, codes
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = expert_layout(packed_k, n, packed_group_size(group_size), has_zeros=codes == "uint4")
+        self.layout = expert_layout(packed_k, n, packed_group_size(group_size), has_zeros=CODE_TYPES[codes].has_zero_points)
         self.symmetric, self.weight_factor = False, 1.0
         self.runtime, self.device = runtime, runtime.device
         expert_bytes = 4 * self.expert_words
@@ -179,8 +181,8 @@ class OpenClStackBuilder(CheckedStackBuilder):
         try:
             super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
             self._runtime = runtime
-            self._pack_words = runtime.programs.kernel("pack", "pack_words")
-            self._pack_scales = runtime.programs.kernel("pack", "pack_scales")
+            self._pack_words = pack_launch(runtime, "pack_words")
+            self._pack_scales = pack_launch(runtime, "pack_scales")
             self._staging = Staging(runtime, k, n_per_expert, group_size, store.layout.has_zeros)
             scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
             for rows, order in zip(scale_rows, store.group_orders, strict=True):
@@ -194,7 +196,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
 
     def _pack(self, expert, column_offset, weight):
         runtime, staging = self._runtime, self._staging
-        symmetric = weight.zero is None or bool((weight.zero == SYMMETRIC_ZERO).all())
+        symmetric = weight.zero is None or bool((weight.zero == CODE_TYPES[weight.codes].symmetric_zero).all())
         scale = weight.scale.view(np.uint16)
         largest = largest_scale(scale, self._scale_dtype)
         for begin in range(0, weight.n, staging.columns):
@@ -218,28 +220,32 @@ class OpenClStackBuilder(CheckedStackBuilder):
             queue,
             (32 * strips, layout.k_blocks),
             None,
-            staging.words,
-            np.uint32(n),
-            store.order,
-            np.uint64(0 if len(store.group_orders) == 1 else expert * layout.packed_k),
-            np.uint32(layout.packed_k),
-            part,
-            np.uint64(base),
-            np.uint32(column_offset),
+            {
+                "words": staging.words,
+                "n": n,
+                "rows": store.order,
+                "rows_offset": 0 if len(store.group_orders) == 1 else expert * layout.packed_k,
+                "packed_k": layout.packed_k,
+                "packed": part,
+                "base": base,
+                "column_offset": column_offset,
+            },
         )
         self._pack_scales(
             queue,
             (n, layout.groups),
             None,
-            staging.scale,
-            staging.zero,
-            np.uint32(n),
-            self._scale_rows,
-            np.uint64(order * layout.groups),
-            part,
-            np.uint64(base + layout.scale_offset),
-            np.uint64(base + layout.zero_offset),
-            np.uint32(column_offset),
+            {
+                "scale": staging.scale,
+                "zero": staging.zero,
+                "n": n,
+                "scale_rows": self._scale_rows,
+                "scale_rows_offset": order * layout.groups,
+                "packed": part,
+                "scale_base": base + layout.scale_offset,
+                "zero_base": base + layout.zero_offset,
+                "column_offset": column_offset,
+            },
         )
 
     def _stack(self, bias):
@@ -264,20 +270,27 @@ class OpenClStackBuilder(CheckedStackBuilder):
             return
         store = self._store
         exponent = SCALE_EXPONENT - math.frexp(self._largest)[1]
-        kernel = self._runtime.programs.kernel("pack", "rescale")
+        rescale = pack_launch(self._runtime, "rescale")
         for index, buffer in enumerate(store._buffers):
             experts = min(store.experts_per_part, store.num_experts - index * store.experts_per_part)
-            kernel(
+            rescale(
                 self._runtime.loading_queue,
                 (2 * (store.layout.zero_offset - store.layout.scale_offset), experts),
                 None,
-                buffer,
-                np.uint64(store.expert_words),
-                np.uint64(store.layout.scale_offset),
-                np.int32(exponent),
-                np.int32(self._scale_dtype != np.float16),
+                {
+                    "packed": buffer,
+                    "expert_words": store.expert_words,
+                    "scale_base": store.layout.scale_offset,
+                    "exponent": exponent,
+                    "bfloat16": int(self._scale_dtype != np.float16),
+                },
             )
         store.weight_factor = 2.0**-exponent
+
+
+def pack_launch(runtime, name):
+    """A :class:`Launch` of a kernel of ``pack.cl``, for one builder."""
+    return Launch(runtime.programs.kernel("pack", name), arguments_of(name, {}))
 
 
 def largest_scale(bits, dtype):

@@ -14,11 +14,15 @@ if not OPENCL_PLACES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
 from opencl_devices import DEVICES, each_device, runtime_of  # noqa: E402
+from test_opencl_device import error  # noqa: E402
 from test_opencl_mma import CONFIGURATIONS, EMULATING, emulating  # noqa: E402
 from test_opencl_moe_kernels import GUARD, ROUTE_ITEMS, Output, input_buffer, route, route_call  # noqa: E402
 
 from marlin_cy import Routing, reference  # noqa: E402
+from marlin_cy.errors import DeviceError  # noqa: E402
+from marlin_cy.opencl.arguments import arguments_of  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES  # noqa: E402
+from marlin_cy.opencl.context import ARRIVAL_BITS, ARRIVED, MAX_ARRIVAL_LAUNCH  # noqa: E402
 from marlin_cy.opencl.device import capabilities  # noqa: E402
 from marlin_cy.opencl.layer import align  # noqa: E402
 from marlin_cy.opencl.layer import forward as moe  # noqa: E402
@@ -199,12 +203,20 @@ class RouteAlign:
             *(output.buffer for output in self.aligned.outputs),
             cl.LocalMemory(align.mark_bytes(pairs, how.num_experts)),
             self.arrived,
+            np.uint32(0),
         )
         macros = {**macros, **program}
         if preparation is not None:
             macros, arguments = {**macros, **preparation.macros, "PREPARES": 1}, arguments + preparation.arguments
-        kernel = runtime.programs.kernel("route_align", "route_align", macros, options)
-        self.call = lambda: kernel(runtime.queue, (len(logits) * ROUTE_ITEMS,), (ROUTE_ITEMS,), *arguments)
+        self.kernel = runtime.programs.kernel("route_align", "route_align", macros, options)
+        self.arguments = list(arguments)
+        self.launch_base_at, self.launches = list(arguments_of("route_align", macros)).index("launch_base"), 0
+        self.tokens = len(logits)
+
+    def call(self):
+        self.launches += 1
+        self.arguments[self.launch_base_at] = np.uint32(self.launches << ARRIVAL_BITS)
+        self.kernel(self.runtime.queue, (self.tokens * ROUTE_ITEMS,), (ROUTE_ITEMS,), *self.arguments)
 
     def run(self):
         """``[ids, weights, sorted_ids, expert_ids, past]``, of which nothing was there before."""
@@ -213,7 +225,7 @@ class RouteAlign:
         self.call()
         arrived = np.empty(1, np.uint32)
         cl.enqueue_copy(self.runtime.queue, arrived, self.arrived)
-        assert arrived == 0
+        assert arrived == (self.launches << ARRIVAL_BITS) + self.tokens
         return [*(output.read() for output in self.routed), *self.aligned.read()]
 
 
@@ -274,7 +286,7 @@ class TestRouteAlign:
         call = RouteAlign(runtime, logits, how, block_size, dtype, preparation)
         ids, weights = route(runtime, logits, how, dtype)
         expected = ids, weights, *right_arrays(ids, block_size, how.num_experts)
-        for _ in range(2):  # the counter is as it was
+        for _ in range(2):  # whatever the first launch leaves in the counter
             assert_same(call.run(), expected)
         return expected
 
@@ -296,7 +308,7 @@ def check_layer(backend, monkeypatch, first, dtype=np.float32, **options):
     result, labels = run_layer(backend, 1, dtype, **options)
     with monkeypatch.context() as patch:
         patch.setattr(moe, "aligns_as_it_routes", lambda *args: False)
-        patch.setattr(align, "ordered_alike", lambda store: False)
+        patch.setattr(align, "has_one_order", lambda store: False)
         expected, apart = run_layer(backend, 1, dtype, **options)
     assert_same_bits(result, expected)
     assert np.isfinite(result.astype(np.float32)).all()
@@ -380,3 +392,61 @@ class TestLayer:
             check_layer(backend, monkeypatch, ["align, gate_up: prepare_rows", "gate_up"], dtype, routed=True)
         first = ["route, align", "gate_up", "down: prepare_rows", "down", "combine"]
         check_layer(backend, monkeypatch, first, np.float16)
+
+
+class TestAfterAFailure:
+    """A launch that routes and aligns, and fails midway, leaves some of its work-groups counted as arrived."""
+
+    TOKENS = 24
+
+    def layer(self, backend):
+        rng = np.random.default_rng(3)
+        layer = Layer(rng, experts=7).on(backend, 2)
+        inputs = [
+            (activations(rng, self.TOKENS, layer.hidden_size), rng.standard_normal((self.TOKENS, 7))) for _ in range(3)
+        ]
+        inputs = [tuple(backend.from_host(np.float32(array)) for array in pair) for pair in inputs]
+        return layer, inputs, [backend.to_host(layer(backend.new_context(), *pair)) for pair in inputs]
+
+    def leave_arrivals(self, backend, ctx, count):
+        """What ``count`` work-groups leave of a launch whose others never come."""
+        arrived = np.zeros(1, np.uint32)
+        cl.enqueue_copy(ctx.queue, arrived, ctx.reserve(ARRIVED, 4))
+        cl.enqueue_copy(ctx.queue, ctx.reserve(ARRIVED, 4), arrived + np.uint32(count))
+
+    @pytest.mark.parametrize("count", [1, TOKENS // 2, TOKENS - 1])
+    def test_later_calls_use_their_own_routing_arrays(self, with_order, count):
+        """If the counter were wrong, another work-group than the last would align, and miss others' choices."""
+        layer, inputs, expected = self.layer(with_order)
+        ctx = with_order.new_context()
+        assert_same_bits(with_order.to_host(layer(ctx, *inputs[0])), expected[0])
+        self.leave_arrivals(with_order, ctx, count)
+        for pair, right in zip(inputs[1:], expected[1:], strict=True):
+            assert_same_bits(with_order.to_host(layer(ctx, *pair)), right)
+
+    def test_a_call_that_raises(self, with_order, monkeypatch):
+        """The launch is enqueued, some work-groups arrive, and the driver reports a failure."""
+        layer, inputs, expected = self.layer(with_order)
+        ctx = with_order.new_context()
+        enqueue = moe.enqueue_route_align
+
+        def fails(*arguments):
+            enqueue(*arguments)
+            self.leave_arrivals(with_order, ctx, 5)
+            raise error(cl.status_code.OUT_OF_RESOURCES)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "enqueue_route_align", fails)
+            with pytest.raises(DeviceError):
+                layer(ctx, *inputs[0])
+        for pair, right in zip(inputs[1:], expected[1:], strict=True):
+            assert_same_bits(with_order.to_host(layer(ctx, *pair)), right)
+
+    def test_more_launches_than_numbers(self, with_order):
+        """The counter begins again at zero where the numbers of launches end."""
+        layer, inputs, expected = self.layer(with_order)
+        ctx = with_order.new_context()
+        ctx._arrival_launch = MAX_ARRIVAL_LAUNCH - 1
+        for pair, right in zip(inputs, expected, strict=True):
+            assert_same_bits(with_order.to_host(layer(ctx, *pair)), right)
+        assert ctx._arrival_launch == 2

@@ -21,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.program import kernel_files, source
+from marlin_cy.weights.code_types import CODE_TYPES
 
 FLAGS = [
     "-x",
@@ -36,22 +38,22 @@ ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
 HALVES = {"INPUT_TYPE": 1, "OUTPUT_TYPE": 1}
 BFLOATS = {"INPUT_TYPE": 2, "OUTPUT_TYPE": 2}
 SPLIT = {"SPLIT": 1, "ROW_FACTOR": 1}
-E2M1 = {"CODES": 1, "SYMMETRIC": 1, "BIAS": 2}
 FEW = {"ROWS": 8, "K_WAVES": 8, "WAVE_STRIPS": 2}
 MANY = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 4, "COLUMN_WAVES": 2, "WAVE_STRIPS": 2, "ROW_STEP": 4}
 MMA = [
     {**HALVES, **ROUTED, "ROWS": 8},
     {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 8, "PARTS": 8},
-    {**HALVES, **ROUTED, **GROUPS_32, **E2M1, "ROWS": 8},
+    {**HALVES, **ROUTED, **GROUPS_32, "BIAS": 2, "ROWS": 8},
     {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
 ]
-# Macro sets by file; every branch of a file comes up in one. A file that is not here is compiled as it is.
-PROGRAMS = {
+# Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
+# of products are compiled with each set for every code type, too.
+VARIANTS = {
     "gemm_portable": [
         {},
         {"UNROLL": 0, "PARTS": 8, "BIAS": 1},
         {**FEW, **ROUTED, **HALVES},
-        {**FEW, **ROUTED, **HALVES, **E2M1},
+        {**FEW, **ROUTED, **HALVES, "BIAS": 2},
         {**FEW, **BFLOATS, **SPLIT, "ROUTED": 1, "PARTS": 2},
         {**MANY, **ROUTED, **HALVES, "STAGED": 1},
         {**MANY, **SPLIT, "STAGED": 1, "PARTS": 4},
@@ -60,9 +62,9 @@ PROGRAMS = {
         {},
         {**FEW, **ROUTED, **HALVES},
         {**FEW, **ROUTED, **HALVES, "SHUFFLE": 1},
-        {**FEW, **ROUTED, **HALVES, **E2M1},
+        {**FEW, **ROUTED, **HALVES, "BIAS": 2},
         {**FEW, **ROUTED, "DOT": 1, "SHUFFLE": 1},
-        {**FEW, **ROUTED, **E2M1, "DOT": 1, "SHUFFLE": 1},
+        {**FEW, **ROUTED, "BIAS": 2, "DOT": 1, "SHUFFLE": 1},
         {**MANY, **SPLIT, "INPUT_TYPE": 2, "PARTS": 4},
         {**MANY, **SPLIT, "DOT": 1, "PARTS": 2},
     ],
@@ -74,8 +76,8 @@ PROGRAMS = {
     "gemm_mma_tiled": [
         {**HALVES, **ROUTED, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
         {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 32, "PARTS": 8},
-        {**HALVES, **ROUTED, **GROUPS_32, **E2M1, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
-        {**HALVES, **E2M1, "ROW_FACTOR": 1, "ROWS": 32},
+        {**HALVES, **ROUTED, **GROUPS_32, "BIAS": 2, "ROWS": 64, "STRIPS_PER_WAVE": 4, "WAVES": 4, "DEPTH": 3},
+        {**HALVES, "BIAS": 2, "ROW_FACTOR": 1, "ROWS": 32},
         {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 16, "DEPTH": 4, "WAVES": 4},
     ],
     "prepare": [
@@ -108,6 +110,18 @@ PROGRAMS = {
     ],
     "pack": [{}],
 }
+
+
+def variants_of(file: str) -> list[dict[str, int]]:
+    """All macro sets of a file."""
+    variants = VARIANTS.get(file, [{}])
+    if not file.startswith("gemm"):
+        return variants
+    return [
+        {**variant, **code_macros(name, bool(variant.get("SYMMETRIC")))}
+        for name in reversed(list(CODE_TYPES))
+        for variant in variants
+    ]
 
 
 class Target(NamedTuple):
@@ -236,7 +250,7 @@ class Program(NamedTuple):
 def programs(target, quick=False):
     """All programs for a target; with ``quick`` the last of each file, which has most in it."""
     found = [
-        [Program(file, macros, target) for macros in PROGRAMS.get(file, [{}]) if not TARGETS[target].skip(file, macros)]
+        [Program(file, macros, target) for macros in variants_of(file) if not TARGETS[target].skip(file, macros)]
         for file in kernel_files()
     ]
     return [program for variants in found for program in (variants[-1:] if quick else variants)]

@@ -1,16 +1,21 @@
-"""Products of rows with packed experts: which kernels, with which arguments, on how many work-groups.
+"""Products of rows with packed experts: the kernels, their arguments, and the number of work-groups.
 
-A product is at most three launches: rows are prepared (where the kernel does not read them as they are:
-another element type, or another order of K), multiplied, and, where K was split, the sums of its runs
-are added up. What is decided for a kind of call (its :class:`Plan`) is decided once per context and store.
+A product is at most three launches. Rows are prepared, unless the kernel reads them as they are; they are multiplied;
+and where K is split, the sums of its runs are added. The choices for a kind of call (its :class:`Plan`) are made once
+per context and store.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from marlin_cy.opencl.gemm.prepare import are_aligned, needs_preparation, prepare
-from marlin_cy.opencl.gemm.work import RoutedBlocks
+import pyopencl as cl
+
+from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.gemm.codes import code_macros
+from marlin_cy.opencl.gemm.prepare import Prepared, are_aligned, needs_preparation, prepare
+from marlin_cy.opencl.gemm.work import RoutedBlocks, Work
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.tiers.configuration import (
     FLOAT16,
@@ -22,35 +27,51 @@ from marlin_cy.opencl.tiers.configuration import (
     Problem,
 )
 
-__all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "multiply", "problem_of"]
+if TYPE_CHECKING:
+    from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.device import Capabilities
+    from marlin_cy.opencl.store import OpenClGptqStore
 
-BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
-WEIGHT_ARGUMENTS = (UINT, UINT, ULONG, UINT, UINT, UINT, UINT, FLOAT, FLOAT)  # after the parts
-PRODUCT_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
-REDUCE_ARGUMENTS = (UINT, UINT, BUFFER, ULONG, UINT, BUFFER, BUFFER, UINT, INT)
+__all__ = ["EXPERT_BIAS", "NO_BIAS", "OUTPUT_BIAS", "Weights", "multiply", "problem_of"]
+
 REDUCE_LOCAL_SIZE = 64
-MAX_GROUPS = (1 << 31) - 1  # that a GPU can count
+MAX_GROUPS = (1 << 31) - 1  # the largest grid of a GPU
 NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
-CODES = {"uint4": 0, "e2m1": 1}  # CODES of common.cl
-# What a gemm that reads prepared rows takes its input for.
+# The INPUT_TYPE of a gemm that reads prepared rows.
 PREPARED_INPUT_TYPE = {FLOAT32_ROWS: FLOAT32, FLOAT16_ROWS: FLOAT16, PLANES: FLOAT32}
 
 
+class Weights(Protocol):
+    """The weights of a product: a stack or a view of one.
+
+    Attributes
+    ----------
+    store : OpenClGptqStore
+    bias_kind : int
+        NO_BIAS, OUTPUT_BIAS or EXPERT_BIAS.
+    bias_buffer : pyopencl.Buffer or None
+    """
+
+    store: OpenClGptqStore
+    bias_kind: int
+    bias_buffer: cl.Buffer | None
+
+
 class Plan(NamedTuple):
-    """What is decided for a kind of call.
+    """The choices for a kind of call.
 
     Attributes
     ----------
     configuration : Configuration
     gemm : Launch
     reduce : Launch or None
-        Where K is split.
+        None unless K is split.
     prepared : bool
-        Whether rows have to be made ready first.
+        Whether rows must be prepared first.
     shares : int
-        What each row tile can be shared out in, by columns and K.
+        Work-groups per row tile: column tiles times runs of K.
     max_groups : int
-        Work-groups in a grid.
+        The largest number of work-groups in the grid.
     """
 
     configuration: Configuration
@@ -61,24 +82,35 @@ class Plan(NamedTuple):
     max_groups: int
 
 
-def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, waits=None, label):
-    """Enqueue a product; the caller has checked everything and holds the context.
+def multiply(
+    ctx: OpenClContext,
+    weights: Weights,
+    rows: Rows,
+    out: Rows,
+    work: Work,
+    *,
+    activation: str | None = None,
+    prepared: Prepared | None = None,
+    waits: list[cl.Event] | None = None,
+    label: str,
+) -> cl.Event:
+    """Enqueue a product. The caller has checked all arguments and holds the context.
 
     Parameters
     ----------
     ctx : OpenClContext
     weights : OpenClMarlinExpertStack or OpenClLinear
-        Has a ``store``, and what is added: ``bias_kind`` (as ``BIAS`` of common.cl) and ``bias_buffer``.
     rows, out : Rows
     work : RoutedBlocks or TileList
     activation : str, optional
-        One of a MoE layer's: rows are ``[gate, up]``, twice as wide as K; what is multiplied is ``act(gate) * up``.
+        An activation of a MoE layer. Rows are then ``[gate, up]``, twice as wide as K, and the product is that of
+        ``act(gate) * up``.
     prepared : Prepared, optional
-        The rows made ready, where that is enqueued already; with ``needs_preparation`` alone.
+        The prepared rows, if their preparation has been enqueued; only where :func:`needs_preparation` is true.
     waits : list of pyopencl.Event, optional
-        What the first launch has to wait for.
+        Events that the first launch waits for.
     label : str
-        What the events are called.
+        The name of the events.
 
     Returns
     -------
@@ -86,10 +118,8 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, w
         Of the last launch.
     """
     store, bias = weights.store, weights.bias_buffer
-    routed = type(work) is RoutedBlocks
-    aligned = are_aligned(rows)
     plans = ctx.plans_of(store)
-    key = rows.type_code, aligned, out.type_code, activation, weights.bias_kind, work.kind()
+    key = rows.type_code, are_aligned(rows), out.type_code, activation, weights.bias_kind, work.kind()
     plan = plans.get(key)
     if plan is None:
         plan = plans[key] = make_plan(ctx, store, rows, out, work, weights.bias_kind, activation)
@@ -100,50 +130,114 @@ def multiply(ctx, weights, rows, out, work, *, activation=None, prepared=None, w
             prepared, waits = prepare(ctx, store, rows, work, activation, waits, label), None
         data, row_factor, by_slot, work = prepared
         offset = 0
-    if routed:
+    if type(work) is RoutedBlocks:
         row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
         work_arguments = work.arguments(ctx, by_slot)
     else:
-        tiles = work.tiles(configuration.rows)
-        row_tiles = len(tiles)
-        work_arguments = ctx.upload("row tiles", tiles), row_tiles
+        work_arguments = work.arguments(ctx, configuration.rows)
+        row_tiles = work_arguments["listed"]
     splits, local, partial = configuration.splits, configuration.local_size, None
-    work_groups = min(row_tiles * plan.shares, limit)
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
+    arguments = {
+        "output": out.data,
+        "output_offset": out.offset,
+        "output_stride": out.width,
+        "bias": bias,
+        "partial": partial,
+        "tiles_capacity": row_tiles,
+        "splits": splits,
+        **work_arguments,
+    }
     event = plan.gemm(
         queue,
-        (work_groups * local,),
+        (min(row_tiles * plan.shares, limit) * local,),
         (local,),
-        (
-            data,
-            offset,
-            row_factor,
-            out.data,
-            out.offset,
-            out.width,
-            bias,
-            partial,
-            row_tiles,
-            splits,
-            *work_arguments,
-        ),
+        {"input": data, "input_offset": offset, "row_factor": row_factor, **arguments},
         waits,
     )
     ctx.log(label, event)
-    if splits > 1:
+    if plan.reduce is not None:
         event = plan.reduce(
             queue,
             (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
             (REDUCE_LOCAL_SIZE,),
-            (out.data, out.offset, out.width, bias, partial, row_tiles, splits, *work_arguments),
+            arguments,
         )
         ctx.log(f"{label}: reduce_splits", event)
     return event
 
 
-def problem_of(store, work, device):
-    """The :class:`~marlin_cy.opencl.tiers.configuration.Problem` that some work on a store is."""
+def make_plan(
+    ctx: OpenClContext,
+    store: OpenClGptqStore,
+    rows: Rows,
+    out: Rows,
+    work: Work,
+    bias_kind: int,
+    activation: str | None,
+) -> Plan:
+    """Choose a configuration, and build its kernels."""
+    tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
+    inputs, routed = tier.inputs(device), type(work) is RoutedBlocks
+    prepared = needs_preparation(ctx, store, rows, activation)
+    layout = store.layout
+    problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
+    configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
+    shape = {
+        "ROWS": configuration.rows,
+        "WHOLE_BLOCKS": int(routed and work.block_size <= configuration.rows),
+        "ROUTED": int(routed),
+        "OUTPUT_TYPE": out.type_code,
+        "BIAS": bias_kind,
+    }
+    gemm_macros = {
+        **dict(configuration.macros),
+        **shape,
+        **code_macros(store.codes, store.symmetric),
+        "INPUT_TYPE": PREPARED_INPUT_TYPE[inputs.prepared_type] if prepared else rows.type_code,
+        "ALIGNED": int(prepared or are_aligned(rows)),
+        "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
+        "SPLIT": int(configuration.splits > 1),
+        "PARTS": len(store.parts),
+    }
+    weight_factor, tiny_factor = store.weight_factors
+    programs = ctx.backend.runtime.programs
+    gemm = Launch(
+        programs.kernel(configuration.file or tier.file, "gemm", gemm_macros, tier.options(device)),
+        arguments_of("gemm", gemm_macros),
+        {
+            **{f"w{number}": part for number, part in enumerate(store.parts)},
+            "num_experts": store.num_experts,
+            "experts_per_part": store.experts_per_part,
+            "expert_words": layout.expert_words,
+            "k": layout.packed_k,
+            "n": layout.n,
+            "groups": layout.groups,
+            "group_shift": layout.group_shift,
+            "weight_factor": weight_factor,
+            "tiny_factor": tiny_factor,
+        },
+    )
+    reduce = None
+    if configuration.splits > 1:
+        reduce = Launch(
+            programs.kernel("reduce", "reduce_splits", shape),
+            arguments_of("reduce_splits", shape),
+            {"num_experts": store.num_experts, "n": store.n},
+        )
+    return Plan(
+        configuration=configuration,
+        gemm=gemm,
+        reduce=reduce,
+        prepared=prepared,
+        shares=-(-layout.n // configuration.columns) * configuration.splits,
+        max_groups=min(device.compute_units * configuration.groups_per_unit, MAX_GROUPS),
+    )
+
+
+def problem_of(store: OpenClGptqStore, work: Work, device: Capabilities) -> Problem:
+    """The :class:`~marlin_cy.opencl.tiers.configuration.Problem` of some work on a store."""
     if type(work) is RoutedBlocks:
         most = work.limit // work.block_size
         columns, runs, rows = store.n, min(most, work.valid), min(work.block_size, work.valid)
@@ -158,66 +252,4 @@ def problem_of(store, work, device):
         n=columns,
         group_rows=1 << store.layout.group_shift,
         device=device,
-    )
-
-
-def make_plan(ctx, store, rows, out, work, bias_kind, activation):
-    """Choose a configuration, and build its kernels."""
-    tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
-    inputs, routed = tier.inputs(device), type(work) is RoutedBlocks
-    prepared = needs_preparation(ctx, store, rows, activation)
-    layout = store.layout
-    problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
-    configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
-    split = configuration.splits > 1
-    shape = {
-        "ROWS": configuration.rows,
-        "WHOLE_BLOCKS": int(routed and work.block_size <= configuration.rows),
-        "ROUTED": int(routed),
-        "OUTPUT_TYPE": out.type_code,
-        "BIAS": bias_kind,
-    }
-    gemm_macros = {
-        **dict(configuration.macros),
-        **shape,
-        "INPUT_TYPE": PREPARED_INPUT_TYPE[inputs.prepared_type] if prepared else rows.type_code,
-        "ALIGNED": int(prepared or are_aligned(rows)),
-        "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
-        "SPLIT": int(split),
-        "PARTS": len(store.parts),
-        "CODES": CODES[store.codes],
-        "SYMMETRIC": int(store.symmetric),
-    }
-    weights = (
-        *store.parts,
-        store.num_experts,
-        store.experts_per_part,
-        layout.expert_words,
-        layout.packed_k,
-        layout.n,
-        layout.groups,
-        layout.group_shift,
-        *store.weight_factors,
-    )
-    programs = ctx.backend.runtime.programs
-    gemm = Launch(
-        programs.kernel(configuration.file or tier.file, "gemm", gemm_macros, tier.options(device)),
-        (BUFFER,) * len(store.parts) + WEIGHT_ARGUMENTS + PRODUCT_ARGUMENTS + work.argument_types,
-        weights,
-    )
-    reduce = None
-    if split:
-        reduce = Launch(
-            programs.kernel("reduce", "reduce_splits", shape),
-            REDUCE_ARGUMENTS + work.argument_types,
-            (store.num_experts, store.n),
-        )
-    shares = -(-layout.n // configuration.columns) * configuration.splits
-    return Plan(
-        configuration=configuration,
-        gemm=gemm,
-        reduce=reduce,
-        prepared=prepared,
-        shares=shares,
-        max_groups=min(device.compute_units * configuration.groups_per_unit, MAX_GROUPS),
     )

@@ -1,30 +1,36 @@
-"""Rows made ready for a product: another element type, another order of K, or what an activation makes of them."""
+"""Preparing rows for a product: another element type, another order of K, or the result of an activation."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import pyopencl as cl
 
-from marlin_cy.opencl.gemm.work import TileList
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.gemm.work import TileList, Work
+from marlin_cy.opencl.layout import ExpertLayout
 from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, FLOAT32_ROWS, PLANES
 
+if TYPE_CHECKING:
+    from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.store import OpenClGptqStore
+
 __all__ = [
-    "ACTIVATIONS",
+    "NO_ACTIVATION",
     "Preparation",
     "Prepared",
+    "activation_number",
     "are_aligned",
+    "has_one_order",
     "needs_preparation",
-    "ordered_alike",
     "preparation",
     "prepare",
 ]
 
-BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
-ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT, UINT, BUFFER)
-ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swigluoai": 4}  # ACTIVATION of activation.cl
-# GATHER of prepare.cl
-NO_ORDER, ONE_ORDER, BY_SLOT, MAPPED = range(4)
-MAX_ITEMS = 256  # work-items in a work-group; a power of two
+NO_ACTIVATION = 0  # ACTIVATION of activation.cl
+NO_ORDER, ONE_ORDER, BY_SLOT, MAPPED = range(4)  # GATHER of prepare.cl
+MAX_ITEMS = 256  # MAX_LOCAL of prepare.cl: work-items in a work-group, a power of two
 CPU_ITEMS = 32
 ROW_STEP = 8  # elements that a work-item takes at a time; rows are multiples of 32
 
@@ -36,66 +42,67 @@ class Prepared(NamedTuple):
     ----------
     data : pyopencl.Buffer
     row_factor : pyopencl.Buffer or None
-        float32: what the products of each row are multiplied by.
+        float32: the factor of the products of each row.
     by_slot : int
-        1: row s is that of slot s of the routing arrays.
+        1: row s is the row of slot s of the routing arrays.
     work : RoutedBlocks or TileList
-        What the product does with them.
+        The work on the prepared rows.
     """
 
     data: cl.Buffer
     row_factor: cl.Buffer | None
     by_slot: int
-    work: object
+    work: Work
 
 
 class Preparation(NamedTuple):
-    """What a launch that prepares rows is made of.
+    """A launch that prepares rows.
 
     Attributes
     ----------
     macros : dict of str to int
-        What ``prepare.cl`` is built with.
-    argument_types, arguments : tuple
-        Those of ``prepare_rows``.
+        Of ``prepare.cl``.
+    arguments : dict of str to object
+        Of ``prepare_rows``.
     count : int
-        Rows, and so work-groups.
+        Rows, which is the number of work-groups.
     prepared : Prepared
-        What comes of it.
+        The result.
     """
 
-    macros: dict
-    argument_types: tuple
-    arguments: tuple
+    macros: dict[str, int]
+    arguments: dict[str, Any]
     count: int
     prepared: Prepared
 
 
-def row_bytes(prepared_type, layout):
-    """Bytes of a prepared row."""
-    if prepared_type == PLANES:
-        return 2 * layout.packed_k + 16 * -(-layout.groups // 2)
-    return layout.packed_k * (4 if prepared_type == FLOAT32_ROWS else 2)
+def prepare(
+    ctx: OpenClContext,
+    store: OpenClGptqStore,
+    rows: Rows,
+    work: Work,
+    activation: str | None,
+    waits: list[cl.Event] | None,
+    label: str,
+) -> Prepared:
+    """Enqueue the preparation of the rows that a product reads.
+
+    Parameters are as for :func:`preparation` and :func:`marlin_cy.opencl.gemm.multiply.multiply`.
+    """
+    device, how = ctx.backend.runtime.capabilities, preparation(ctx, store, rows, work, activation)
+    # A work-item for every 8 elements of a row.
+    octets = store.layout.packed_k // ROW_STEP
+    items = CPU_ITEMS if device.is_cpu else min(max(32, 1 << (octets - 1).bit_length()), MAX_ITEMS)
+    items = min(items, device.max_work_group_size)
+    launch = ctx.launch("prepare", "prepare_rows", how.macros)
+    event = launch(ctx.queue, (how.count * items,), (items,), how.arguments, waits)
+    ctx.log(f"{label}: prepare_rows", event)
+    return how.prepared
 
 
-def are_aligned(rows):
-    """Whether work-items may load what they take at a time at once (``ALIGNED`` of common.cl)."""
-    return rows.offset % ROW_STEP == 0
-
-
-def needs_preparation(ctx, store, rows, activation=None):
-    """Whether a product cannot read the rows as they are."""
-    inputs = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities)
-    direct = rows.type_code in inputs.direct_types and (are_aligned(rows) or not inputs.aligned)
-    return activation is not None or store.act_order or not direct
-
-
-def ordered_alike(store):
-    """Whether all experts order K alike, so that rows are prepared without knowing whose they are."""
-    return store.order is None or len(store.group_orders) == 1
-
-
-def preparation(ctx, store, rows, work, activation=None):
+def preparation(
+    ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: Work, activation: str | None = None
+) -> Preparation:
     """The :class:`Preparation` of the rows that a product reads.
 
     Parameters
@@ -106,8 +113,9 @@ def preparation(ctx, store, rows, work, activation=None):
     """
     layout, listed = store.layout, type(work) is TileList
     prepared_type = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities).prepared_type
-    begin, gather_arguments, gather_types = 0, (), ()
-    if ordered_alike(store):
+    begin = 0
+    gather_arguments: dict[str, Any] = {}
+    if has_one_order(store):
         gather = NO_ORDER if store.order is None else ONE_ORDER
         if listed:
             begin, count, work = work.span()
@@ -117,11 +125,10 @@ def preparation(ctx, store, rows, work, activation=None):
         gather = MAPPED
         row_map, work = work.mapped()
         count = len(row_map)
-        gather_arguments, gather_types = (ctx.upload("row map", row_map),), (BUFFER,)
+        gather_arguments = {"map": ctx.upload("row map", row_map)}
     else:
         gather, count = BY_SLOT, work.limit
-        gather_arguments = (store.num_experts, *work.arguments(ctx, 0))
-        gather_types = (UINT, *work.argument_types)
+        gather_arguments = {"num_experts": store.num_experts, **work.arguments(ctx, 0)}
     data = ctx.reserve("prepared rows", count * row_bytes(prepared_type, layout))
     row_factor = ctx.reserve("row factors", 4 * count) if prepared_type == FLOAT16_ROWS else None
     return Preparation(
@@ -129,35 +136,52 @@ def preparation(ctx, store, rows, work, activation=None):
             "INPUT_TYPE": rows.type_code,
             "ALIGNED": int(are_aligned(rows)),
             "PREPARED_TYPE": prepared_type,
-            "ACTIVATION": ACTIVATIONS[activation],
+            "ACTIVATION": activation_number(activation),
             "GATHER": gather,
             "ROUTED": int(gather == BY_SLOT),
             **({"GROUP_SHIFT": layout.group_shift} if prepared_type == PLANES else {}),
         },
-        argument_types=ARGUMENTS + gather_types,
-        arguments=(
-            rows.data,
-            rows.offset + begin * rows.width,
-            data,
-            row_factor,
-            store.k,
-            layout.packed_k,
-            store.order,
-            *gather_arguments,
-        ),
+        arguments={
+            "input": rows.data,
+            "input_offset": rows.offset + begin * rows.width,
+            "output": data,
+            "row_factor": row_factor,
+            "k_in": store.k,
+            "k_out": layout.packed_k,
+            "order": store.order,
+            **gather_arguments,
+        },
         count=count,
         prepared=Prepared(data, row_factor, int(gather == BY_SLOT), work),
     )
 
 
-def prepare(ctx, store, rows, work, activation, waits, label):
-    """Enqueue the preparation of the rows that a product reads; parameters as in :func:`preparation` and `multiply`."""
-    device, how = ctx.backend.runtime.capabilities, preparation(ctx, store, rows, work, activation)
-    # A work-item for every 8 elements of a row.
-    octets = store.layout.packed_k // ROW_STEP
-    items = CPU_ITEMS if device.is_cpu else min(max(32, 1 << (octets - 1).bit_length()), MAX_ITEMS)
-    items = min(items, device.max_work_group_size)
-    kernel = ctx.kernel("prepare", "prepare_rows", how.macros, how.argument_types)
-    event = kernel(ctx.queue, (how.count * items,), (items,), *how.arguments, wait_for=waits)
-    ctx.log(f"{label}: prepare_rows", event)
-    return how.prepared
+def needs_preparation(
+    ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, activation: str | None = None
+) -> bool:
+    """Whether a product cannot read the rows as they are."""
+    inputs = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities)
+    direct = rows.type_code in inputs.direct_types and (are_aligned(rows) or not inputs.aligned)
+    return activation is not None or store.act_order or not direct
+
+
+def has_one_order(store: OpenClGptqStore) -> bool:
+    """Whether all experts have the same order of K, so that a row can be prepared before its experts are known."""
+    return store.order is None or len(store.group_orders) == 1
+
+
+def are_aligned(rows: Rows) -> bool:
+    """Whether a work-item may load its 8 elements with one instruction (``ALIGNED`` of common.cl)."""
+    return rows.offset % ROW_STEP == 0
+
+
+def activation_number(activation: str | None) -> int:
+    """``ACTIVATION`` of activation.cl."""
+    return NO_ACTIVATION if activation is None else ACTIVATIONS[activation].number + 1
+
+
+def row_bytes(prepared_type: int, layout: ExpertLayout) -> int:
+    """Bytes of a prepared row."""
+    if prepared_type == PLANES:
+        return 2 * layout.packed_k + 16 * -(-layout.groups // 2)
+    return layout.packed_k * (4 if prepared_type == FLOAT32_ROWS else 2)

@@ -1,77 +1,100 @@
-"""Which rows a product multiplies with which experts: what WORK_ARGS of ``common.cl`` say."""
+"""Which rows a product multiplies with which experts: the arguments WORK_ARGS of ``common.cl``."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.opencl.buffers import Vector
 
-__all__ = ["TileList", "RoutedBlocks"]
+if TYPE_CHECKING:
+    from marlin_cy.opencl.context import OpenClContext
 
-BUFFER, INT, ULONG = None, np.int32, np.uint64  # for Kernel.set_arg_types
+__all__ = ["RoutedBlocks", "TileList", "Work"]
+
+Int32Array = npt.NDArray[np.int32]
 
 
 class RoutedBlocks(NamedTuple):
-    """Rows by vLLM's routing arrays, on the device."""
+    """Rows by vLLM's routing arrays, on the device.
+
+    Attributes
+    ----------
+    sorted_ids, expert_ids : Vector
+    past : Vector or None
+        The number of slots in use; None if all ``limit`` slots are.
+    limit : int
+        The largest number of slots that may be in use.
+    valid : int
+        Ids below this are rows of the output.
+    block_size, top_k : int
+    """
 
     sorted_ids: Vector
     expert_ids: Vector
-    past: Vector | None  # None: ``limit`` alone counts
-    limit: int  # slots
-    valid: int  # ids below this are rows of the output
+    past: Vector | None
+    limit: int
+    valid: int
     block_size: int
     top_k: int
 
-    argument_types = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, INT, INT, INT, INT, INT)
-
-    def kind(self):
-        """What calls for which the same configuration suits have in common."""
+    def kind(self) -> tuple[int, ...]:
+        """A key that is the same for all calls that use the same configuration."""
         return self.block_size, self.valid.bit_length(), self.limit.bit_length()
 
-    def input_rows(self):
+    def input_rows(self) -> int:
         """Rows that are read, unless they are gathered by slot."""
         return -(-self.valid // self.top_k)
 
-    def arguments(self, ctx, by_slot):
-        """The arguments of common.cl's WORK_ARGS."""
-        past = self.past
-        return (
-            self.sorted_ids.data,
-            self.sorted_ids.offset,
-            self.expert_ids.data,
-            self.expert_ids.offset,
-            ctx.unlimited() if past is None else past.data,
-            0 if past is None else past.offset,
-            self.limit,
-            self.valid,
-            self.block_size,
-            self.top_k,
-            by_slot,
-        )
+    def arguments(self, ctx: OpenClContext, by_slot: int) -> dict[str, Any]:
+        """WORK_ARGS with ROUTED; ``by_slot`` is 1 if slot s reads input row s."""
+        sorted_ids, expert_ids, past, limit, valid, block_size, top_k = self
+        return {
+            "sorted_ids": sorted_ids.data,
+            "sorted_offset": sorted_ids.offset,
+            "expert_ids": expert_ids.data,
+            "expert_offset": expert_ids.offset,
+            "past": ctx.unlimited() if past is None else past.data,
+            "past_offset": 0 if past is None else past.offset,
+            "past_limit": limit,
+            "valid": valid,
+            "block_size": block_size,
+            "top_k": top_k,
+            "slot_input": by_slot,
+        }
 
 
 class TileList(NamedTuple):
     """Rows by a list made on the host.
 
-    ``runs`` is int32 ``[runs, 7]``: expert, first column, columns, first output column, first input row,
-    first output row, rows. With ``one_order`` they are one view's: all experts order K alike, and all
-    runs are the same rows, from 0 on.
+    Attributes
+    ----------
+    runs : int32 ``[runs, 7]``
+        Expert, first column, columns, first output column, first input row, first output row, rows.
+    one_order : bool
+        The runs are those of one view: all experts have the same order of K, and every run has the same rows, from
+        row 0 on.
     """
 
-    runs: np.ndarray
+    runs: Int32Array
     one_order: bool = False
 
-    argument_types = (BUFFER, INT)
-
-    def kind(self):
-        """What calls for which the same configuration suits have in common."""
+    def kind(self) -> tuple[int, ...]:
+        """A key that is the same for all calls that use the same configuration."""
         return len(self.runs).bit_length(), self.total_rows().bit_length(), int(self.runs[:, 2].max())
 
-    def total_rows(self):
+    def total_rows(self) -> int:
         """Rows of all runs."""
         return int(self.runs[:, 6].sum(dtype=np.int64))
 
-    def tiles(self, rows):
+    def arguments(self, ctx: OpenClContext, rows: int) -> dict[str, Any]:
+        """WORK_ARGS without ROUTED: the runs in tiles of at most ``rows`` rows."""
+        tiles = self.tiles(rows)
+        return {"list": ctx.upload("row tiles", tiles), "listed": len(tiles)}
+
+    def tiles(self, rows: int) -> Int32Array:
         """int32 ``[tiles, 8]`` for the device: the runs cut into tiles of at most ``rows`` rows."""
         parts = -(-self.runs[:, 6] // rows)
         run = np.repeat(np.arange(len(parts)), parts)
@@ -83,24 +106,29 @@ class TileList(NamedTuple):
         tiles[:, 6] = np.minimum(rows, tiles[:, 6] - done)
         return tiles
 
-    def span(self):
-        """``(first, count, work)``: the input rows from the first to the last, and the work as counted from there."""
+    def span(self) -> tuple[int, int, TileList]:
+        """``(first, count, work)``: the first input row, the number of input rows up to the last, and the work with
+        input rows counted from the first."""
         runs = self.runs.copy()
         first = int(runs[:, 4].min())
         count = int((runs[:, 4].astype(np.int64) + runs[:, 6]).max()) - first
         runs[:, 4] -= first
         return first, count, self._replace(runs=runs)
 
-    def mapped(self):
-        """``(map, work)``: int32 ``[rows, 2]``, the input row and the expert of each row, and the work on these."""
+    def mapped(self) -> tuple[Int32Array, TileList]:
+        """``(map, work)``: int32 ``[rows, 2]``, the input row and the expert of each gathered row, and the work on the
+        gathered rows."""
         if self.one_order:
             m = int(self.runs[0, 6])
             expert = np.full(m, self.runs[0, 0], np.int32)
             return np.stack([np.arange(m, dtype=np.int32), expert], axis=1), self
         runs = self.runs.copy()
-        m = runs[:, 6].astype(np.int64)
-        begins = np.cumsum(m) - m
-        run = np.repeat(np.arange(len(m)), m)
+        m_of_run = runs[:, 6].astype(np.int64)
+        begins = np.cumsum(m_of_run) - m_of_run
+        run = np.repeat(np.arange(len(m_of_run)), m_of_run)
         row_map = np.stack([runs[run, 4] + np.arange(len(run)) - begins[run], runs[run, 0]], axis=1)
         runs[:, 4] = begins
         return np.ascontiguousarray(row_map, np.int32), self._replace(runs=runs)
+
+
+Work = RoutedBlocks | TileList

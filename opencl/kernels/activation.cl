@@ -6,22 +6,30 @@
 // Build options
 //   ACTIVATION   0: none; 1: silu; 2: gelu; 3: gelu_tanh; 4: swigluoai (0)
 
+#define ACTIVATION_NONE 0
+#define ACTIVATION_SILU 1
+#define ACTIVATION_GELU 2
+#define ACTIVATION_GELU_TANH 3
+#define ACTIVATION_SWIGLUOAI 4
+
 #ifndef ACTIVATION
-#define ACTIVATION 0
+#define ACTIVATION ACTIVATION_NONE
 #endif
 
-#if ACTIVATION == 1
+#if ACTIVATION == ACTIVATION_SILU
 #define ACTIVATED(type) gate / (1 + exp(-gate)) * up
-#elif ACTIVATION == 2
+#elif ACTIVATION == ACTIVATION_GELU
 #define ACTIVATED(type) 0.5f * gate * erfc(-M_SQRT1_2_F * gate) * up
-#elif ACTIVATION == 3 // 2 * sqrt(2 / pi), and 0.044715 times that
+#elif ACTIVATION == ACTIVATION_GELU_TANH // 2 * sqrt(2 / pi), and 0.044715 times that
 #define ACTIVATED(type) gate / (1 + exp(gate * (-1.5957691f - 0.07135482f * gate * gate))) * up
-#elif ACTIVATION == 4 // comparisons, by which a NaN stays what it is
+#elif ACTIVATION == ACTIVATION_SWIGLUOAI // comparisons, by which a NaN stays what it is
 #define AT_MOST(x, limit, type) ((x) > (limit) ? (type)(limit) : (x))
 #define AT_LEAST(x, limit, type) ((x) < (limit) ? (type)(limit) : (x))
 #define ACTIVATED(type)                                                                              \
     (gate = AT_MOST(gate, 7.0f, type), up = AT_LEAST(AT_MOST(up, 7.0f, type), -7.0f, type),          \
      gate / (1 + exp(-1.702f * gate)) * (up + 1))
+#elif ACTIVATION != ACTIVATION_NONE
+#error "activation.cl has no branch for this ACTIVATION"
 #endif
 
 #if ACTIVATION

@@ -1,6 +1,6 @@
-// needs align.cl
-// needs prepare.cl
-//
+#include "align.cl"
+#include "prepare.cl"
+
 // align_prepare: `align`, and `prepare_rows` of rows that do not depend on it, in one launch. The first num_experts
 // work-groups do the one, a work-group each of the others a row.
 

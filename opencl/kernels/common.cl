@@ -5,8 +5,6 @@
 // Build options
 //   INPUT_TYPE, OUTPUT_TYPE   0 float32, 1 float16, 2 bfloat16 (stored as ushort)
 //   PARTS                     buffers that the stack's experts are spread over
-//   CODES                     what a weight's 4 bits are: 0: an integer, less a zero point; 1: a float, "e2m1"
-//   SYMMETRIC                 1: no zero points are read; every one is 8, or there are none (always with CODES 1)
 //   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
 //   ROWS                      rows (tokens) in a tile
 //   WHOLE_BLOCKS              1: block_size is at most ROWS, so that tiles are found without divisions
@@ -22,15 +20,6 @@
 #endif
 #ifndef PARTS
 #define PARTS 1
-#endif
-#ifndef CODES
-#define CODES 0
-#endif
-#ifndef SYMMETRIC
-#define SYMMETRIC CODES
-#endif
-#if CODES && !SYMMETRIC
-#error "CODES=1 needs SYMMETRIC=1"
 #endif
 #ifndef ROUTED
 #define ROUTED 0
@@ -137,17 +126,6 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #define STRIP_N 16
 #define BLOCK_K 64
 #define BLOCK_WORDS 128
-
-// The codes of a word for CODES 1, as pairs of float16: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7. The bits of a code
-// move to where a float16 has its own, whose exponents mean less: all values, the subnormal one included, become 2^-14
-// times as large. Source of the idea: Xia et al., "FP6-LLM", 2024.
-#define E2M1_UNIT 0x1p-14f
-static inline uint4 e2m1_halves(uint word)
-{
-    const uint even = (word << 1 & 0x0e0e0e0eu) | (word << 4 & 0x80808080u); // the upper bytes
-    const uint odd = (word >> 3 & 0x0e0e0e0eu) | (word & 0x80808080u);
-    return (uint4)(even << 8 & 0xff00ff00u, odd << 8 & 0xff00ff00u, even & 0xff00ff00u, odd & 0xff00ff00u);
-}
 
 #if PARTS == 1
 #define WEIGHT_PARTS __global const uint *restrict w0

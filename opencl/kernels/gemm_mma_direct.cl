@@ -1,5 +1,5 @@
-// needs mma.cl
-//
+#include "mma.cl"
+
 // Few rows an expert: what takes time is reading weights. A work-group is one tile of ROWS rows and STRIPS_PER_WAVE
 // strips, its waves split K, and each asks for DEPTH blocks at once, weights and tokens straight into registers. What
 // keeps memory busy is that many work-groups fit a compute unit, one of which waits while others multiply; so tiles
@@ -12,10 +12,10 @@
 // times: what that is off by is put right at the end.
 // start_of: what the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens'
 // values.
-#if CODES == 1
-#define EVEN_UNIT E2M1_UNIT
-#define ODD_UNIT E2M1_UNIT
-static inline uint4 codes(uint word) { return e2m1_halves(word); }
+#if !HAS_ZERO_POINTS
+#define EVEN_UNIT CODE_UNIT
+#define ODD_UNIT CODE_UNIT
+static inline uint4 codes(uint word) { return code_halves(word); }
 static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
 #else
 // Nibbles as they are, under no exponent, are subnormal float16, which tensor cores take exactly.
@@ -23,6 +23,7 @@ static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
 #define ODD_UNIT 0x1p-20f
 static inline uint4 codes(uint word)
 {
+    word = code_integers(word);
     const uint next = word >> 8;
     return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
 }
@@ -30,7 +31,7 @@ static inline uint4 codes(uint word)
 static inline float4 start_of(float4 x, uint zeros)
 {
 #if SYMMETRIC
-    const float even = -8 * EVEN_UNIT, odd = -8 * ODD_UNIT;
+    const float even = -SYMMETRIC_ZERO * EVEN_UNIT, odd = -SYMMETRIC_ZERO * ODD_UNIT;
 #else
     const float even = -EVEN_UNIT * (zeros & 0xffu), odd = -ODD_UNIT * (zeros >> 8);
 #endif

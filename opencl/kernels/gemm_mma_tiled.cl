@@ -1,5 +1,5 @@
-// needs mma.cl
-//
+#include "mma.cl"
+
 // Many rows an expert: what takes time is multiplying. A tile is ROWS rows and STRIPS_PER_WAVE * WAVES strips;
 // each wave has its own strips and all of K. Tokens, weights and scales are copied DEPTH - 1 blocks ahead into
 // local memory, where all waves read the tokens. Token tiles without a row are left out.
@@ -65,8 +65,8 @@ static inline Source source_of(Expert expert, uint first_strip, uint strips, uin
     }
 
 // Weights become float16, scaled by this. Scales are stored with their largest between 2^14 and 2^15.
-#if CODES == 1
-#define WEIGHT_UNIT E2M1_UNIT
+#if !HAS_ZERO_POINTS
+#define WEIGHT_UNIT CODE_UNIT
 
 typedef struct {
     uint even, odd;             // scales of a lane's two columns of a strip
@@ -82,7 +82,7 @@ static inline Group group_of(uint scales, uint zeros)
 
 static inline uint4 weights_of(uint word, Group group)
 {
-    const uint4 q = e2m1_halves(word);
+    const uint4 q = code_halves(word);
     return (uint4)(half2_mul(q.x, group.even), half2_mul(q.y, group.odd), half2_mul(q.z, group.even),
                    half2_mul(q.w, group.odd));
 }
@@ -127,8 +127,9 @@ static inline Group group_of(uint scales, uint zeros)
 #if SYMMETRIC  // q * 2^-24 and q * 2^-20, as the nibbles are under no exponent; 8 * s is exact
     group.even = even;
     group.odd = half2_mul(odd, 0x2c002c00u);            // 2^-4
-    group.even_add = half2_mul(even, 0x80088008u);      // -8 * 2^-24
-    group.odd_add = half2_mul(odd, 0x80088008u);
+    const uint minus_zero = (0x8000u | SYMMETRIC_ZERO) * 0x10001u; // -z * 2^-24
+    group.even_add = half2_mul(even, minus_zero);
+    group.odd_add = half2_mul(odd, minus_zero);
 #else
     group.even = half2_mul(even, 0x14001400u);          // 2^-10
     group.odd = half2_mul(odd, 0x14001400u);
@@ -141,6 +142,7 @@ static inline Group group_of(uint scales, uint zeros)
 
 static inline uint4 weights_of(uint word, Group group)
 {
+    word = code_integers(word);
 #if SYMMETRIC
     const uint next = word >> 8;
     return (uint4)(half2_fma(word & 0x000f000fu, group.even, group.even_add),

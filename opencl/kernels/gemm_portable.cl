@@ -1,5 +1,5 @@
-// needs wave_tiled.cl
-//
+#include "wave_tiled.cl"
+
 // gemm, tier "portable": OpenCL C 1.2, no extension; products and sums in float32.
 //
 // A k_wave takes every K_WAVES-th block of 64 rows of K. Few rows (decode): many k_waves, so that enough loads are in
@@ -24,10 +24,10 @@
 #endif
 
 // The weights of a word, times WEIGHT_UNIT: four rows each of columns g and g + 8. All is exact: scales have 11 bits.
-#if CODES == 1
+#if !HAS_ZERO_POINTS
 static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
 {
-    const uint4 codes = e2m1_halves(word);
+    const uint4 codes = code_halves(word);
     *low = (float4)(halves_to_float2(codes.x), halves_to_float2(codes.z)) * scale.x;
     *high = (float4)(halves_to_float2(codes.y), halves_to_float2(codes.w)) * scale.y;
 }
@@ -35,6 +35,7 @@ static inline void dequantise(uint word, float2 scale, float2 offset, float4 *lo
 // q * scale + offset: a nibble at bit 12 of a float 2^11, or bit 16 of 2^7, adds its value.
 static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
 {
+    word = code_integers(word);
     uint4 at = (uint4)(word << 12, word >> 4, word << 4, word >> 12);
     *low = as_float4((at & 0xf000u) | 0x45000000u) * scale.x + offset.x;
     *high = as_float4((at & 0xf0000u) | 0x43000000u) * scale.y + offset.y;
@@ -145,7 +146,7 @@ __kernel void gemm(GEMM_ARGS)
                     if (half_block == 0 || group_shift == 5) {
                         scale[s] = halves_to_float2(half_block ? loaded[s].scales.y : loaded[s].scales.x);
 #if SYMMETRIC
-                        const float2 zero = 8;
+                        const float2 zero = SYMMETRIC_ZERO;
 #else
                         const uint zeros = half_block ? loaded[s].zeros.y : loaded[s].zeros.x;
                         const float2 zero = (float2)(zeros & 255u, zeros >> 8);

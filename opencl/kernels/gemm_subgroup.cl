@@ -1,5 +1,5 @@
-// needs wave_tiled.cl
-//
+#include "wave_tiled.cl"
+
 // gemm, tier "subgroup": cl_khr_fp16 and sub-groups; DOT=1: the integer dot product as well.
 //
 // A k_wave takes every K_WAVES-th 128 rows of K.
@@ -29,8 +29,6 @@
 #pragma OPENCL EXTENSION cl_khr_subgroups : enable
 #endif
 
-#define SYMMETRIC_ZERO (CODES ? 12 : 8)
-
 #if DOT
 
 // Dot products of four rows with the high and the low plane.
@@ -43,23 +41,16 @@ static inline Activations load_activations(__global const INPUT *input, ulong i)
     return *(__global const uint4 *)(input + i);
 }
 
-#if CODES == 1
-// Nibbles become 0, 1, 2, 3, 4, 6, 8, 12, or 15 less that where they are negative, which as bytes is put right.
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
-    const uint2 large = words >> 2 & 0x11111111u, negative = (words >> 3 & 0x11111111u) * 15;
-    const uint2 magnitude = (words & 0x77777777u) + (words & 3 * large) + 2 * (words & words >> 1 & large);
-    const uint2 flipped = magnitude ^ negative;
-    *low = (flipped & 0x0f0f0f0fu) + 0x0c0c0c0cu - (negative & 0x0f0f0f0fu);
-    *high = (flipped >> 4 & 0x0f0f0f0fu) + 0x0c0c0c0cu - (negative >> 4 & 0x0f0f0f0fu);
-}
-#else
-static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
-{
+#if HAS_ZERO_POINTS
+    words = code_integers(words);
     *low = words & 0x0f0f0f0fu;
     *high = words >> 4 & 0x0f0f0f0fu;
-}
+#else
+    code_bytes(words, low, high);
 #endif
+}
 
 static inline Part add_products(Part part, Activations a, Weights w)
 {
@@ -83,10 +74,10 @@ typedef float8 Activations;
 #define load_activations load8_input
 #endif
 
-#if CODES == 1
+#if !HAS_ZERO_POINTS
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
-    const uint4 first = e2m1_halves(words.x), second = e2m1_halves(words.y);
+    const uint4 first = code_halves(words.x), second = code_halves(words.y);
     *low = as_half8((uint4)(first.xz, second.xz));
     *high = as_half8((uint4)(first.yw, second.yw));
 }
@@ -94,6 +85,7 @@ static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 // Nibbles 0 and 4, 2 and 6 of both words (column g), or 1 and 5, 3 and 7 (column g + 8), in the lowest bits of 1024.
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
+    words = code_integers(words);
     const half2 offset = (half)1024 + zero;
     const uint4 at = (uint4)(words.x, words.x >> 8, words.y, words.y >> 8);
     *low = as_half8((at & 0x000f000fu) | 0x64006400u) - offset.x;

@@ -1,5 +1,6 @@
-// needs ptx.cl
-//
+#include "codes.cl"
+#include "ptx.cl"
+
 // What the kernels for NVIDIA tensor cores (compute capability 8.0 and later) share.
 //
 // Weights are the 16-row operand of mma.m16n8k16 and eight tokens its columns. A lane's word of packed

@@ -1,5 +1,5 @@
-// needs activation.cl
-//
+#include "activation.cl"
+
 // prepare_rows: rows of activations in the order of packed K, padded, of one element type.
 //
 //   output[i][j] = x[order[j]] * 2^-e,  row_factor[i] = 2^e

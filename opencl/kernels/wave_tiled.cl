@@ -1,3 +1,5 @@
+#include "codes.cl"
+
 // What gemm_portable and gemm_subgroup share: how waves divide a tile, and how they add up.
 //
 // A wave is 32 work-items, one for each lane of a packed block: lane 4 * g + t multiplies columns g and
@@ -65,12 +67,12 @@
 #endif
 
 // What a weight of 1 is among a kernel's products.
-#if CODES == 0
+#if DOT
+#define WEIGHT_UNIT ((float)UNITS_PER_ONE)
+#elif HAS_ZERO_POINTS
 #define WEIGHT_UNIT 1.0f
-#elif DOT // integers, twice the codes' values
-#define WEIGHT_UNIT 2.0f
 #else
-#define WEIGHT_UNIT E2M1_UNIT
+#define WEIGHT_UNIT CODE_UNIT
 #endif
 
 #if UNROLL

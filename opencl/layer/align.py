@@ -1,56 +1,158 @@
-"""(Token, choice) pairs grouped by expert, on the device, in one launch with what else comes before a layer's products.
+"""Align (token, choice) pairs by expert, fused with routing and row preparation to save launches.
 
-A launch costs several microseconds however little it does. So rows of the first product are prepared while pairs are
-aligned (``align_prepare.cl``); and few tokens are aligned by the last work-group that routes one (``route_align.cl``).
+A launch costs several microseconds, however little it does. So the rows of the first product are prepared in the launch
+that aligns pairs (``align_prepare.cl``); and where there are few tokens, the last work-group that routes a token aligns
+the pairs of all tokens (``route_align.cl``).
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyopencl as cl
 
-from marlin_cy.opencl.buffers import Vector
-from marlin_cy.opencl.gemm.prepare import Prepared, needs_preparation, ordered_alike, preparation
+from marlin_cy.opencl.buffers import Rows, Vector
+from marlin_cy.opencl.gemm.prepare import Preparation, Prepared, has_one_order, needs_preparation, preparation
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.layer.routing import (
-    ROUTE_ARGUMENTS,
     ROUTE_ITEMS,
+    Chosen,
     check_local_memory,
     route_call,
     route_local_bytes,
 )
 
-__all__ = ["Aligned", "aligns_as_it_routes", "check_align", "enqueue_align", "enqueue_route_align"]
+if TYPE_CHECKING:
+    from marlin_cy.moe.routing import Routing
+    from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.device import Capabilities
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
+    from marlin_cy.opencl.store import OpenClGptqStore
 
-BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
-ALIGN_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, BUFFER)
-ROUTE_ALIGN_ARGUMENTS = (*ROUTE_ARGUMENTS, UINT, BUFFER, BUFFER, BUFFER, BUFFER, BUFFER)
-ALIGN_ITEMS = 256  # as in align.cl
-ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # but for what grows with the experts
-# Of align_few: enough for 64 tokens with 8 of 256 experts each. One work-group goes through all marks, and with many
-# more would take longer than a launch that has one for each expert.
+__all__ = ["ALIGN_ITEMS", "Aligned", "aligns_as_it_routes", "check_experts", "enqueue_align", "enqueue_route_align"]
+
+ALIGN_ITEMS = 256  # work-items in a work-group of `align`
+ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # `marks`, `sums` and `first_block`; the rest grows with the experts
+# Local memory of align_few's marks: enough for 64 tokens with 8 of 256 experts each. One work-group goes through all
+# marks; with many more it would take longer than a launch that has one work-group for each expert.
 MAX_MARK_BYTES = 20 << 10
 
 
-def most_blocks(pairs, num_experts, block_size):
-    """Blocks that the worst routing needs."""
-    return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
-
-
-def check_align(ctx, num_experts):
-    """Refuse more experts than there is local memory for."""
-    check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * num_experts, num_experts)
-
-
 class Aligned(NamedTuple):
-    """What a layer's first product needs: its routing arrays, and its rows where those were prepared beside them."""
+    """What aligning gives to a layer's first product.
+
+    Attributes
+    ----------
+    work : RoutedBlocks
+        The routing arrays.
+    prepared : Prepared or None
+        The rows, if the launch prepared them.
+    """
 
     work: RoutedBlocks
     prepared: Prepared | None
 
 
-def routed_by(ctx, chosen, pairs, num_experts):
-    """The routing arrays of (token, choice) pairs, still to be filled."""
+def enqueue_route_align(
+    ctx: OpenClContext,
+    logits: Rows,
+    routing: Routing,
+    chosen: Chosen,
+    gate_up: OpenClMarlinExpertStack,
+    rows: Rows | None,
+) -> Aligned:
+    """Fill ``chosen`` from the rows of ``logits``, and do what :func:`enqueue_align` does, in one launch.
+
+    ``rows``: None if the rows depend on the choices, so that they cannot be prepared yet.
+    """
+    work = routing_arrays(ctx, chosen, logits.rows * chosen.top_k, logits.width)
+    how = None if rows is None else fused_preparation(ctx, gate_up.store, rows, work)
+    macros, arguments = route_call(ctx, logits, routing, chosen)
+    program, options = route_align_program(ctx.backend.runtime.capabilities)
+    arrived, launch_base = ctx.arrival_counter()
+    macros |= program
+    arguments |= {
+        "block_size": work.block_size,
+        "sorted_ids": work.sorted_ids.data,
+        "expert_ids": work.expert_ids.data,
+        "past": work.past.data,
+        "marks": mark_bytes(work.valid, logits.width),
+        "arrived": arrived,
+        "launch_base": np.uint32(launch_base),
+    }
+    label, prepared = "route, align", None
+    if how is not None:
+        macros |= {**how.macros, "PREPARES": 1}
+        arguments |= how.arguments
+        label, prepared = "route, align, gate_up: prepare_rows", how.prepared
+    launch = ctx.launch("route_align", "route_align", macros, options, changing=("launch_base",))
+    event = launch(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), arguments)
+    ctx.log(label, event)
+    return Aligned(work, prepared)
+
+
+def aligns_as_it_routes(ctx: OpenClContext, tokens: int, routing: Routing) -> bool:
+    """Whether :func:`enqueue_route_align` works on the device, and is faster than two launches."""
+    device = ctx.backend.runtime.capabilities
+    marks = mark_bytes(tokens * routing.top_k, routing.num_experts)
+    fits = marks <= MAX_MARK_BYTES and route_local_bytes(routing) + marks + 4 <= device.local_memory  # 4: is_last
+    return fits and device.device_atomics is not None
+
+
+def mark_bytes(pairs: int, num_experts: int) -> int:
+    """Local memory of align_few's marks."""
+    return 4 * num_experts * (-(-pairs // 32) | 1)
+
+
+def route_align_program(device: Capabilities) -> tuple[dict[str, int], tuple[str, ...]]:
+    """``(macros, options)`` with which ``route_align.cl`` is built for a device."""
+    return ({"PTX": 1}, ()) if device.device_atomics == "PTX" else ({"PTX": 0}, ("-cl-std=CL3.0",))
+
+
+def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: OpenClMarlinExpertStack, rows: Rows) -> Aligned:
+    """Align the pairs of ``rows`` by expert, and prepare the rows if they need it and do not depend on their experts."""
+    num_experts = gate_up.num_experts
+    work = routing_arrays(ctx, chosen, rows.rows * chosen.top_k, num_experts)
+    how = fused_preparation(ctx, gate_up.store, rows, work)
+    macros, groups = {"ALIGN_ITEMS": ALIGN_ITEMS}, num_experts
+    arguments: dict[str, Any] = {
+        "ids": chosen.ids,
+        "ids_offset": chosen.ids_offset,
+        "pairs": work.valid,
+        "num_experts": num_experts,
+        "block_size": work.block_size,
+        "sorted_ids": work.sorted_ids.data,
+        "sorted_offset": work.sorted_ids.offset,
+        "expert_ids": work.expert_ids.data,
+        "expert_offset": work.expert_ids.offset,
+        "past": work.past.data,
+        "past_offset": work.past.offset,
+        "counts": 4 * num_experts,
+    }
+    name, label, prepared = "align", "align", None
+    if how is not None:
+        macros |= how.macros
+        arguments |= how.arguments
+        groups += how.count
+        name, label, prepared = "align_prepare", "align, gate_up: prepare_rows", how.prepared
+    launch = ctx.launch(name, name, macros)
+    event = launch(ctx.queue, (ALIGN_ITEMS * groups,), (ALIGN_ITEMS,), arguments)
+    ctx.log(label, event)
+    return Aligned(work, prepared)
+
+
+def fused_preparation(
+    ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: RoutedBlocks
+) -> Preparation | None:
+    """The :class:`Preparation` that the launch which aligns can do; None if rows need none or depend on their
+    experts."""
+    if needs_preparation(ctx, store, rows) and has_one_order(store):
+        return preparation(ctx, store, rows, work)
+    return None
+
+
+def routing_arrays(ctx: OpenClContext, chosen: Chosen, pairs: int, num_experts: int) -> RoutedBlocks:
+    """Empty routing arrays for (token, choice) pairs."""
     block_size = ctx.backend.tier.block_size(pairs / num_experts)
     blocks = most_blocks(pairs, num_experts, block_size)
     return RoutedBlocks(
@@ -64,87 +166,11 @@ def routed_by(ctx, chosen, pairs, num_experts):
     )
 
 
-def preparation_beside(ctx, store, rows, work):
-    """The :class:`Preparation` of rows by a launch that aligns; None if they need none, or one that waits for that."""
-    if needs_preparation(ctx, store, rows) and ordered_alike(store):
-        return preparation(ctx, store, rows, work)
-    return None
+def most_blocks(pairs: int, num_experts: int, block_size: int) -> int:
+    """The largest number of blocks that any routing needs."""
+    return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
 
 
-def enqueue_align(ctx, chosen, gate_up, rows):
-    """Group the pairs of ``rows`` by expert, and prepare the rows; returns :class:`Aligned`."""
-    num_experts = gate_up.num_experts
-    work = routed_by(ctx, chosen, rows.rows * chosen.top_k, num_experts)
-    how = preparation_beside(ctx, gate_up.store, rows, work)
-    arguments = (
-        chosen.ids,
-        chosen.ids_offset,
-        work.valid,
-        num_experts,
-        work.block_size,
-        work.sorted_ids.data,
-        work.sorted_ids.offset,
-        work.expert_ids.data,
-        work.expert_ids.offset,
-        work.past.data,
-        work.past.offset,
-        cl.LocalMemory(4 * num_experts),
-    )
-    if how is None:
-        kernel = ctx.kernel("align", "align", {}, ALIGN_ARGUMENTS)
-        event = kernel(ctx.queue, (ALIGN_ITEMS * num_experts,), (ALIGN_ITEMS,), *arguments)
-        ctx.log("align", event)
-        return Aligned(work, None)
-    kernel = ctx.kernel("align_prepare", "align_prepare", how.macros, ALIGN_ARGUMENTS + how.argument_types)
-    groups = num_experts + how.count
-    event = kernel(ctx.queue, (ALIGN_ITEMS * groups,), (ALIGN_ITEMS,), *arguments, *how.arguments)
-    ctx.log("align, gate_up: prepare_rows", event)
-    return Aligned(work, how.prepared)
-
-
-def mark_bytes(pairs, num_experts):
-    """Local memory of align_few's marks."""
-    return 4 * num_experts * (-(-pairs // 32) | 1)
-
-
-def aligns_as_it_routes(ctx, tokens, routing):
-    """Whether :func:`enqueue_route_align` can, and is the faster way."""
-    device = ctx.backend.runtime.capabilities
-    marks = mark_bytes(tokens * routing.top_k, routing.num_experts)
-    fits = marks <= MAX_MARK_BYTES and route_local_bytes(routing) + marks + 4 <= device.local_memory  # 4: is_last
-    return fits and device.device_atomics is not None
-
-
-def route_align_program(device):
-    """``(macros, options)`` that ``route_align.cl`` is built with, by the device's capabilities."""
-    return ({"PTX": 1}, ()) if device.device_atomics == "PTX" else ({"PTX": 0}, ("-cl-std=CL3.0",))
-
-
-def enqueue_route_align(ctx, logits, routing, chosen, gate_up, rows):
-    """Fill ``chosen`` by the rows of ``logits``, and do what :func:`enqueue_align` does.
-
-    ``rows``: None where these wait for the choices.
-    """
-    work = routed_by(ctx, chosen, logits.rows * chosen.top_k, logits.width)
-    how = None if rows is None else preparation_beside(ctx, gate_up.store, rows, work)
-    macros, arguments = route_call(ctx, logits, routing, chosen)
-    program, options = route_align_program(ctx.backend.runtime.capabilities)
-    macros, types = {**macros, **program}, ROUTE_ALIGN_ARGUMENTS
-    arguments = (
-        *arguments,
-        work.block_size,
-        work.sorted_ids.data,
-        work.expert_ids.data,
-        work.past.data,
-        cl.LocalMemory(mark_bytes(work.valid, logits.width)),
-        ctx.reserve("arrived work-groups", 4),  # buffers begin as zeros
-    )
-    label, prepared = "route, align", None
-    if how is not None:
-        macros = {**macros, **how.macros, "PREPARES": 1}
-        types, arguments = types + how.argument_types, arguments + how.arguments
-        label, prepared = "route, align, gate_up: prepare_rows", how.prepared
-    kernel = ctx.kernel("route_align", "route_align", macros, types, options)
-    event = kernel(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), *arguments)
-    ctx.log(label, event)
-    return Aligned(work, prepared)
+def check_experts(ctx: OpenClContext, num_experts: int) -> None:
+    """Refuse more experts than a work-group's local memory holds."""
+    check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * num_experts, num_experts)

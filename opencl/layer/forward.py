@@ -9,20 +9,13 @@ from pyopencl.array import Array
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_align, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
 from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
 __all__ = ["forward"]
 
-BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
-WEIGH_ARGUMENTS = (BUFFER, ULONG, BUFFER, ULONG, BUFFER, UINT)
-FACTOR_ARGUMENTS = (BUFFER, ULONG, BUFFER, BUFFER, UINT)
-COMBINE_ARGUMENTS = (
-    *(BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, UINT, UINT),
-    *(BUFFER, BUFFER, BUFFER, ULONG, UINT, UINT),
-)
-WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 64, 256, 64  # work-items in a work-group, as in moe.cl
+WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 64, 256, 64  # work-items in a work-group
 # Tokens are taken in slices, so that what lies between the two products stays below this, or below an
 # eighth of the device's memory.
 SLICE_BYTES = 1 << 30
@@ -68,7 +61,7 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         check_routing(ctx, layer.routing)
     if tokens * top_k > MAX_PAIRS:
         raise ValueError(f"hidden_states: got {tokens} rows of {top_k} experts each, expected fewer than 2**31 pairs")
-    check_align(ctx, layer.num_experts)
+    check_experts(ctx, layer.num_experts)
     if tokens == 0:
         return
     with ctx:
@@ -164,16 +157,18 @@ def enqueue_shared(ctx, expert, activation, hidden, type_code):
     if expert.gate_weight is None:
         return Shared(rows, None)
     factors = ctx.reserve("shared factors", 4 * hidden.rows)
-    kernel = ctx.kernel("moe", "shared_factor", {"INPUT_TYPE": hidden.type_code}, FACTOR_ARGUMENTS)
-    event = kernel(
+    macros = {"INPUT_TYPE": hidden.type_code, "FACTOR_ITEMS": FACTOR_ITEMS}
+    event = ctx.launch("moe", "shared_factor", macros)(
         ctx.queue,
         (hidden.rows * FACTOR_ITEMS,),
         (FACTOR_ITEMS,),
-        hidden.data,
-        hidden.offset,
-        ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
-        factors,
-        hidden.width,
+        {
+            "input": hidden.data,
+            "input_offset": hidden.offset,
+            "gate": ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
+            "factors": factors,
+            "width": hidden.width,
+        },
     )
     ctx.log("shared_factor", event)
     return Shared(rows, factors)
@@ -198,17 +193,18 @@ def all_to_one(ctx, tokens):
 def enqueue_weigh(ctx, hidden, chosen):
     """Tokens times their weights, in float32, which holds the products of all dtypes."""
     rows = workspace_rows(ctx, "weighed tokens", hidden.rows, hidden.width, FLOAT32)
-    kernel = ctx.kernel("moe", "weigh_tokens", {"INPUT_TYPE": hidden.type_code}, WEIGH_ARGUMENTS)
-    event = kernel(
+    event = ctx.launch("moe", "weigh_tokens", {"INPUT_TYPE": hidden.type_code})(
         ctx.queue,
         (hidden.rows * WEIGH_ITEMS,),
         (WEIGH_ITEMS,),
-        hidden.data,
-        hidden.offset,
-        chosen.weights,
-        chosen.weights_offset,
-        rows.data,
-        hidden.width,
+        {
+            "input": hidden.data,
+            "input_offset": hidden.offset,
+            "weights": chosen.weights,
+            "weights_offset": chosen.weights_offset,
+            "output": rows.data,
+            "width": hidden.width,
+        },
     )
     ctx.log("weigh_tokens", event)
     return rows
@@ -223,25 +219,26 @@ def enqueue_combine(ctx, products, chosen, num_experts, shared, result, *, weigh
         "WEIGHTED": int(weighted),
         "SHARED": 0 if rows is None else 1 if factors is None else 2,
     }
-    kernel = ctx.kernel("moe", "combine", macros, COMBINE_ARGUMENTS)
     groups_per_token = -(-result.width // (4 * COMBINE_ITEMS))
-    event = kernel(
+    event = ctx.launch("moe", "combine", macros)(
         ctx.queue,
         (result.rows * groups_per_token * COMBINE_ITEMS,),
         (COMBINE_ITEMS,),
-        products.data,
-        products.offset,
-        chosen.ids,
-        chosen.ids_offset,
-        chosen.weights,
-        chosen.weights_offset,
-        num_experts,
-        chosen.top_k,
-        rows,
-        factors,
-        result.data,
-        result.offset,
-        result.width,
-        groups_per_token,
+        {
+            "input": products.data,
+            "input_offset": products.offset,
+            "ids": chosen.ids,
+            "ids_offset": chosen.ids_offset,
+            "weights": chosen.weights,
+            "weights_offset": chosen.weights_offset,
+            "num_experts": num_experts,
+            "top_k": chosen.top_k,
+            "shared": rows,
+            "factors": factors,
+            "output": result.data,
+            "output_offset": result.offset,
+            "width": result.width,
+            "groups_per_token": groups_per_token,
+        },
     )
     return ctx.log("combine", event)

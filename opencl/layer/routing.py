@@ -1,39 +1,51 @@
-"""Which experts tokens go to, on the device: by router logits (``routing.cl``), or as a caller chose."""
+"""The experts of each token, on the device: chosen from router logits (``routing.cl``), or given by the caller."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyopencl as cl
+from pyopencl.array import Array
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.buffers import array_info, check_contiguous, float_rows, wait_list
+from marlin_cy.opencl.buffers import Rows, array_info, check_contiguous, float_rows, wait_list
+
+if TYPE_CHECKING:
+    from marlin_cy.moe.routing import Routing
+    from marlin_cy.opencl.context import OpenClContext
 
 __all__ = [
-    "ROUTE_ARGUMENTS",
+    "GROUPING",
     "ROUTE_ITEMS",
+    "SCORING",
     "Chosen",
     "check_local_memory",
     "check_routing",
     "device_topk",
     "enqueue_route",
+    "kept_words",
     "route",
     "route_call",
     "route_local_bytes",
 ]
 
-BUFFER, INT, UINT, ULONG, FLOAT = None, np.int32, np.uint32, np.uint64, np.float32  # for Kernel.set_arg_types
-ROUTE_ARGUMENTS = (
-    *(BUFFER, ULONG, UINT, UINT, INT, FLOAT),
-    *(BUFFER, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, BUFFER, BUFFER),
-)
-ROUTE_ITEMS = 128  # as in routing.cl
-ROUTE_LOCAL_BYTES = 8 * ROUTE_ITEMS  # but for what grows with the experts
-SCORING = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2}  # as in routing.cl
-GROUPING = {"max": 1, "top2_sum": 2}
+ROUTE_ITEMS = 128  # work-items in a work-group
+ROUTE_LOCAL_BYTES = 8 * ROUTE_ITEMS  # `pairs`; the rest grows with the experts
+SCORING = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2}  # SCORING of routing.cl
+GROUPING = {"max": 1, "top2_sum": 2}  # GROUPING of routing.cl, where 0 is no grouping
 
 
 class Chosen(NamedTuple):
-    """Experts and weights of each token, on the device; ``offset`` counts elements of both."""
+    """Experts and weights of each token, on the device.
+
+    Attributes
+    ----------
+    ids : pyopencl.Buffer
+        int32 ``[tokens, top_k]``, from element ``ids_offset`` on.
+    weights : pyopencl.Buffer
+        float32 ``[tokens, top_k]``, from element ``weights_offset`` on.
+    """
 
     ids: cl.Buffer
     ids_offset: int
@@ -42,7 +54,7 @@ class Chosen(NamedTuple):
     top_k: int
 
 
-def route(ctx, router_logits, routing):
+def route(ctx: OpenClContext, router_logits: Array, routing: Routing) -> tuple[Array, Array]:
     """``(ids, weights)``, int32 and float32 arrays ``[tokens, top_k]``, by a :class:`~marlin_cy.Routing`."""
     logits = float_rows(router_logits, "router_logits", routing.num_experts, ctx.cl_context)
     check_routing(ctx, routing)
@@ -57,28 +69,58 @@ def route(ctx, router_logits, routing):
     return ids, weights
 
 
-def kept_words(num_experts, num_groups, top_k):
-    """Words of local memory that `route` takes for ranks of experts and of groups, and for weights."""
-    return -(-num_experts // 4) * 4, num_groups, top_k
+def enqueue_route(
+    ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen, waits: list[cl.Event] | None
+) -> cl.Event:
+    """Fill ``chosen`` from the rows of ``logits``. The caller has checked all arguments and holds the context."""
+    macros, arguments = route_call(ctx, logits, routing, chosen)
+    launch = ctx.launch("routing", "route", macros)
+    event = launch(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), arguments, waits)
+    return ctx.log("route", event)
 
 
-def is_grouped(routing):
-    """Whether groups keep any expert from being picked."""
-    return routing.topk_groups < routing.num_groups
+def route_call(
+    ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """``(macros, arguments)`` of `route`, which fills ``chosen`` from the rows of ``logits``."""
+    bias = None
+    if routing.correction_bias is not None:
+        bias = ctx.kept(routing, routing.correction_bias, "correction bias")
+    fours, groups, picked = kept_words(logits.width, routing.num_groups, chosen.top_k)
+    macros = {
+        "ROUTE_ITEMS": ROUTE_ITEMS,
+        "LOGITS_TYPE": logits.type_code,
+        "SCORING": SCORING[routing.scoring],
+        "CORRECTED": int(bias is not None),
+        "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
+    }
+    return macros, {
+        "logits": logits.data,
+        "logits_offset": logits.offset,
+        "num_experts": logits.width,
+        "top_k": chosen.top_k,
+        "normalise": int(routing.norm_topk_prob or routing.scoring == "softmax_topk"),
+        "factor": routing.routed_scaling_factor,
+        "bias": bias,
+        "num_groups": routing.num_groups,
+        "topk_groups": routing.topk_groups,
+        "ids": chosen.ids,
+        "ids_offset": chosen.ids_offset,
+        "weights": chosen.weights,
+        "weights_offset": chosen.weights_offset,
+        "fours": 4 * fours,
+        "groups": 4 * groups,
+        "picked": 4 * picked,
+    }
 
 
-def route_local_bytes(routing):
-    """Local memory of a work-group that routes a token."""
-    return ROUTE_LOCAL_BYTES + 4 * sum(kept_words(routing.num_experts, routing.num_groups, routing.top_k))
-
-
-def check_routing(ctx, routing):
-    """Refuse more experts than the device can route by."""
+def check_routing(ctx: OpenClContext, routing: Routing) -> None:
+    """Refuse more experts than a work-group's local memory holds."""
     check_local_memory(ctx, route_local_bytes(routing), routing.num_experts)
 
 
-def check_local_memory(ctx, needed, num_experts):
-    """Refuse more experts than there is local memory for."""
+def check_local_memory(ctx: OpenClContext, needed: int, num_experts: int) -> None:
+    """Refuse ``num_experts`` if they need more bytes of local memory than the device has."""
     has = ctx.backend.runtime.capabilities
     if needed > has.local_memory:
         raise UnsupportedError(
@@ -87,45 +129,23 @@ def check_local_memory(ctx, needed, num_experts):
         )
 
 
-def route_call(ctx, logits, routing, chosen):
-    """``(macros, arguments)`` of `route`, which fills ``chosen`` by the rows of ``logits``."""
-    bias = None
-    if routing.correction_bias is not None:
-        bias = ctx.kept(routing, routing.correction_bias, "correction bias")
-    macros = {
-        "LOGITS_TYPE": logits.type_code,
-        "SCORING": SCORING[routing.scoring],
-        "CORRECTED": int(bias is not None),
-        "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
-    }
-    return macros, (
-        logits.data,
-        logits.offset,
-        logits.width,
-        chosen.top_k,
-        int(routing.norm_topk_prob or routing.scoring == "softmax_topk"),
-        routing.routed_scaling_factor,
-        bias,
-        routing.num_groups,
-        routing.topk_groups,
-        chosen.ids,
-        chosen.ids_offset,
-        chosen.weights,
-        chosen.weights_offset,
-        *(cl.LocalMemory(4 * words) for words in kept_words(logits.width, routing.num_groups, chosen.top_k)),
-    )
+def route_local_bytes(routing: Routing) -> int:
+    """Local memory of a work-group that routes a token."""
+    return ROUTE_LOCAL_BYTES + 4 * sum(kept_words(routing.num_experts, routing.num_groups, routing.top_k))
 
 
-def enqueue_route(ctx, logits, routing, chosen, waits):
-    """Fill ``chosen`` by the rows of ``logits``; the caller has checked everything and holds the context."""
-    macros, arguments = route_call(ctx, logits, routing, chosen)
-    kernel = ctx.kernel("routing", "route", macros, ROUTE_ARGUMENTS)
-    event = kernel(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), *arguments, wait_for=waits)
-    return ctx.log("route", event)
+def kept_words(num_experts: int, num_groups: int, top_k: int) -> tuple[int, int, int]:
+    """32-bit words of local memory for the ranks of experts, the ranks of groups, and the weights."""
+    return -(-num_experts // 4) * 4, num_groups, top_k
 
 
-def device_topk(topk_ids, topk_weights, cl_context):
-    """Chosen experts on the device, checked but for what they are."""
+def is_grouped(routing: Routing) -> bool:
+    """Whether some groups' experts cannot be picked."""
+    return routing.topk_groups < routing.num_groups
+
+
+def device_topk(topk_ids: Array, topk_weights: Array, cl_context: cl.Context) -> tuple[Array, Array]:
+    """Experts that the caller chose, on the device. Types and shapes are checked, values are not."""
     for name, array, dtype in (("topk_ids", topk_ids, np.int32), ("topk_weights", topk_weights, np.float32)):
         array_info(array, name, cl_context)
         if array.dtype != dtype:

@@ -1,0 +1,275 @@
+"""The arguments of every OpenCL kernel: one table a kernel, in the order in which the kernel declares them.
+
+A table maps names to types, both spelled as in the ``.cl`` file: ``"uint"``, ``"global float*"``, ``"local uint4*"``.
+INPUT, OUTPUT, LOGIT and PREPARED are the element types that the macros INPUT_TYPE, OUTPUT_TYPE, LOGITS_TYPE and
+PREPARED_TYPE choose. What the arguments mean is said in the ``.cl`` files.
+
+``tests/test_opencl_arguments.py`` compares the tables with what a compiler reports for every kernel.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+__all__ = ["KERNELS", "Arguments", "Macros", "arguments_of", "is_local", "is_pointer", "numpy_types"]
+
+Arguments: TypeAlias = Mapping[str, str]
+Macros: TypeAlias = Mapping[str, int]
+
+NUMBERS: Mapping[str, type[np.number[Any]]] = {
+    "int": np.int32,
+    "uint": np.uint32,
+    "ulong": np.uint64,
+    "float": np.float32,
+}
+
+
+def arguments_of(kernel: str, macros: Macros) -> Arguments:
+    """The table of a kernel in a program that is built with ``macros``."""
+    return KERNELS[kernel](macros)
+
+
+def is_pointer(kind: str) -> bool:
+    """Whether an argument of this type is a buffer or local memory."""
+    return kind.endswith("*")
+
+
+def is_local(kind: str) -> bool:
+    """Whether an argument of this type is local memory."""
+    return kind.startswith("local ")
+
+
+def numpy_types(arguments: Arguments) -> list[type[np.number[Any]] | None]:
+    """The types for ``pyopencl.Kernel.set_arg_types``: None for a pointer."""
+    return [None if is_pointer(kind) else NUMBERS[kind] for kind in arguments.values()]
+
+
+# Rows and work (common.cl) ------------------------------------------------------------------------
+
+ROUTED_WORK = {
+    "sorted_ids": "global int*",
+    "sorted_offset": "ulong",
+    "expert_ids": "global int*",
+    "expert_offset": "ulong",
+    "past": "global int*",
+    "past_offset": "ulong",
+    "past_limit": "int",
+    "valid": "int",
+    "block_size": "int",
+    "top_k": "int",
+    "slot_input": "int",
+}
+LISTED_WORK = {"list": "global int*", "listed": "int"}
+
+
+def work(macros: Macros) -> Arguments:
+    """WORK_ARGS."""
+    return ROUTED_WORK if macros.get("ROUTED") else LISTED_WORK
+
+
+# Products (common.cl, reduce.cl) ------------------------------------------------------------------
+
+WEIGHTS = {
+    "num_experts": "uint",
+    "experts_per_part": "uint",
+    "expert_words": "ulong",
+    "k": "uint",
+    "n": "uint",
+    "groups": "uint",
+    "group_shift": "uint",
+    "weight_factor": "float",
+    "tiny_factor": "float",
+}
+PRODUCT = {
+    "input": "global INPUT*",
+    "input_offset": "ulong",
+    "row_factor": "global float*",
+    "output": "global OUTPUT*",
+    "output_offset": "ulong",
+    "output_stride": "uint",
+    "bias": "global float*",
+    "partial": "global float*",
+    "tiles_capacity": "uint",
+    "splits": "int",
+}
+REDUCE_SPLITS = {
+    "num_experts": "uint",
+    "n": "uint",
+    "output": "global OUTPUT*",
+    "output_offset": "ulong",
+    "output_stride": "uint",
+    "bias": "global float*",
+    "partial": "global float*",
+    "tiles_capacity": "uint",
+    "splits": "int",
+}
+
+
+def gemm(macros: Macros) -> Arguments:
+    """GEMM_ARGS: the same for every tier."""
+    parts = {f"w{part}": "global uint*" for part in range(macros.get("PARTS", 1))}
+    return {**parts, **WEIGHTS, **PRODUCT, **work(macros)}
+
+
+def reduce_splits(macros: Macros) -> Arguments:
+    """The arguments of ``reduce_splits``."""
+    return {**REDUCE_SPLITS, **work(macros)}
+
+
+# Preparation (prepare.cl) -------------------------------------------------------------------------
+
+PREPARE_ROW = {
+    "input": "global INPUT*",
+    "input_offset": "ulong",
+    "output": "global PREPARED*",
+    "row_factor": "global float*",
+    "k_in": "uint",
+    "k_out": "uint",
+    "order": "global int*",
+}
+
+
+def prepare_rows(macros: Macros) -> Arguments:
+    """PREPARE_ARGS, and GATHER_ARGS for the value of GATHER."""
+    match macros.get("GATHER", 0):
+        case 2:
+            return {**PREPARE_ROW, "num_experts": "uint", **work(macros)}
+        case 3:
+            return {**PREPARE_ROW, "map": "global int2*"}
+        case _:
+            return PREPARE_ROW
+
+
+# Layers (routing.cl, align.cl, align_prepare.cl, route_align.cl, moe.cl) --------------------------
+
+ROUTE = {
+    "logits": "global LOGIT*",
+    "logits_offset": "ulong",
+    "num_experts": "uint",
+    "top_k": "uint",
+    "normalise": "int",
+    "factor": "float",
+    "bias": "global float*",
+    "num_groups": "uint",
+    "topk_groups": "uint",
+    "ids": "global int*",
+    "ids_offset": "ulong",
+    "weights": "global float*",
+    "weights_offset": "ulong",
+    "fours": "local uint4*",
+    "groups": "local uint*",
+    "picked": "local float*",
+}
+ALIGN = {
+    "ids": "global int*",
+    "ids_offset": "ulong",
+    "pairs": "uint",
+    "num_experts": "uint",
+    "block_size": "uint",
+    "sorted_ids": "global int*",
+    "sorted_offset": "ulong",
+    "expert_ids": "global int*",
+    "expert_offset": "ulong",
+    "past": "global int*",
+    "past_offset": "ulong",
+    "counts": "local uint*",
+}
+ROUTE_ALIGN = {
+    **ROUTE,
+    "block_size": "uint",
+    "sorted_ids": "global int*",
+    "expert_ids": "global int*",
+    "past": "global int*",
+    "marks": "local uint*",
+    "arrived": "global uint*",
+    "launch_base": "uint",
+}
+WEIGH_TOKENS = {
+    "input": "global INPUT*",
+    "input_offset": "ulong",
+    "weights": "global float*",
+    "weights_offset": "ulong",
+    "output": "global float*",
+    "width": "uint",
+}
+SHARED_FACTOR = {
+    "input": "global INPUT*",
+    "input_offset": "ulong",
+    "gate": "global float*",
+    "factors": "global float*",
+    "width": "uint",
+}
+COMBINE = {
+    "input": "global INPUT*",
+    "input_offset": "ulong",
+    "ids": "global int*",
+    "ids_offset": "ulong",
+    "weights": "global float*",
+    "weights_offset": "ulong",
+    "num_experts": "uint",
+    "top_k": "uint",
+    "shared": "global INPUT*",
+    "factors": "global float*",
+    "output": "global OUTPUT*",
+    "output_offset": "ulong",
+    "width": "uint",
+    "groups_per_token": "uint",
+}
+
+
+def route_align(macros: Macros) -> Arguments:
+    """The arguments of ``route_align``: with PREPARES those of a row's preparation follow."""
+    return {**ROUTE_ALIGN, **PREPARE_ROW} if macros.get("PREPARES") else ROUTE_ALIGN
+
+
+# Packing of weights (pack.cl) ---------------------------------------------------------------------
+
+PACK_WORDS = {
+    "words": "global uint*",
+    "n": "uint",
+    "rows": "global int*",
+    "rows_offset": "ulong",
+    "packed_k": "uint",
+    "packed": "global uint*",
+    "base": "ulong",
+    "column_offset": "uint",
+}
+PACK_SCALES = {
+    "scale": "global ushort*",
+    "zero": "global uchar*",
+    "n": "uint",
+    "scale_rows": "global int*",
+    "scale_rows_offset": "ulong",
+    "packed": "global uint*",
+    "scale_base": "ulong",
+    "zero_base": "ulong",
+    "column_offset": "uint",
+}
+RESCALE = {
+    "packed": "global uint*",
+    "expert_words": "ulong",
+    "scale_base": "ulong",
+    "exponent": "int",
+    "bfloat16": "int",
+}
+
+KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
+    {
+        "gemm": gemm,
+        "reduce_splits": reduce_splits,
+        "prepare_rows": prepare_rows,
+        "route": lambda macros: ROUTE,
+        "align": lambda macros: ALIGN,
+        "align_prepare": lambda macros: {**ALIGN, **PREPARE_ROW},
+        "route_align": route_align,
+        "weigh_tokens": lambda macros: WEIGH_TOKENS,
+        "shared_factor": lambda macros: SHARED_FACTOR,
+        "combine": lambda macros: COMBINE,
+        "pack_words": lambda macros: PACK_WORDS,
+        "pack_scales": lambda macros: PACK_SCALES,
+        "rescale": lambda macros: RESCALE,
+    }
+)
+"""The table of each kernel by its name, from the macros of its program."""

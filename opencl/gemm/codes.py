@@ -1,0 +1,25 @@
+"""The macros that tell a ``gemm`` program what the codes of its weights are (``kernels/codes.cl``)."""
+
+from marlin_cy.weights.code_types import CODE_TYPES
+
+__all__ = ["code_macros"]
+
+
+def code_macros(codes: str, symmetric: bool) -> dict[str, int]:
+    """The macros for a code type.
+
+    Parameters
+    ----------
+    codes : str
+        The name of a row of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
+    symmetric : bool
+        Every zero point is the row's ``symmetric_zero``, or the code type has no zero points.
+    """
+    row = CODE_TYPES[codes]
+    return {
+        "CODES": row.number,
+        "HAS_ZERO_POINTS": int(row.has_zero_points),
+        "SYMMETRIC": int(symmetric or not row.has_zero_points),
+        "SYMMETRIC_ZERO": row.symmetric_zero,
+        "UNITS_PER_ONE": row.units_per_one,
+    }

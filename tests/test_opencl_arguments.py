@@ -1,0 +1,201 @@
+"""The tables of kernel arguments against what the compiler reports, and launches by name."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+
+from opencl_devices import DEVICES, runtime_of  # noqa: E402
+
+from marlin_cy.opencl.arguments import KERNELS, arguments_of, is_local, is_pointer, numpy_types  # noqa: E402
+from marlin_cy.opencl.device import capabilities  # noqa: E402
+from marlin_cy.opencl.launch import Launch  # noqa: E402
+from marlin_cy.opencl.program import KERNELS as KERNEL_FOLDER  # noqa: E402
+from marlin_cy.opencl.program import kernel_files, source  # noqa: E402
+
+if not DEVICES:
+    pytest.skip("no OpenCL device", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+ELEMENTS = {"INPUT": "INPUT_TYPE", "OUTPUT": "OUTPUT_TYPE", "LOGIT": "LOGITS_TYPE", "PREPARED": "PREPARED_TYPE"}
+ELEMENT_TYPES = "float", "half", "ushort"
+ADDRESS_SPACES = {
+    cl.kernel_arg_address_qualifier.GLOBAL: "global ",
+    cl.kernel_arg_address_qualifier.LOCAL: "local ",
+    cl.kernel_arg_address_qualifier.PRIVATE: "",
+}
+
+
+def compile_kernels():
+    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def signature_variants(file):
+    """The macro sets that `tools/compile_kernels.py` compiles a file with, once for each table and element types.
+
+    Sets that only change a kernel's body are left out.
+    """
+    found = {}
+    for macros in compile_kernels().variants_of(file):
+        key = tuple(macros.get(name) for name in (*ELEMENTS.values(), "PARTS", "ROUTED", "GATHER", "PREPARES"))
+        found.setdefault(key, macros)
+    return list(found.values())
+
+
+def declared(kind, macros):
+    """A table's type, with the element type that the macros choose."""
+    space, _, base = kind.rpartition(" ")
+    name = base.rstrip("*")
+    if name in ELEMENTS:
+        code = macros.get(ELEMENTS[name], 0)
+        base = "uint*" if (name, code) == ("PREPARED", 2) else f"{ELEMENT_TYPES[code]}*"
+    return f"{space} {base}".strip()
+
+
+def reported(kernel):
+    """``{name: type}`` of a kernel's arguments, as the compiler reports them."""
+    info, result = cl.kernel_arg_info, {}
+    for position in range(kernel.num_args):
+        space = ADDRESS_SPACES[kernel.get_arg_info(position, info.ADDRESS_QUALIFIER)]
+        kind = re.sub(r"\b(const|restrict|volatile)\b|\s", "", kernel.get_arg_info(position, info.TYPE_NAME))
+        result[kernel.get_arg_info(position, info.NAME)] = space + kind
+    return result
+
+
+def built(device, file, macros):
+    """The kernels of a program that is compiled with information on arguments."""
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    if file == "route_align" and not macros.get("PTX"):
+        options.append("-cl-std=CL3.0")
+    program = cl.Program(runtime_of(device).context, source(file))
+    return program.build([*options, "-cl-kernel-arg-info"], devices=[device], cache_dir=False).all_kernels()
+
+
+def builds(device, file, macros):
+    """Whether a device's compiler takes a program at all."""
+    has = capabilities(device)
+    if file == "gemm_subgroup":
+        return has.fp16 and has.sub_groups and (has.integer_dot_product or not macros.get("DOT"))
+    if file == "route_align":
+        return not macros.get("PTX") and has.device_atomics is not None
+    return True
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=[device.platform.name.strip() for device in DEVICES])
+@pytest.mark.parametrize("file", kernel_files())
+def test_tables_are_what_the_compiler_reports(device, file):
+    variants = [macros for macros in signature_variants(file) if builds(device, file, macros)]
+    if not variants:
+        pytest.skip(f"{file}.cl is for other devices; test_products_share_their_arguments reads it")
+    for macros in variants:
+        if file.startswith("gemm_mma"):
+            macros = {**macros, "NO_PTX": 1}
+        for kernel in built(device, file, macros):
+            table = arguments_of(kernel.function_name, macros)
+            expected = {name: declared(kind, macros) for name, kind in table.items()}
+            found = reported(kernel)
+            assert list(found.items()) == list(expected.items()), f"{kernel.function_name} of {file}.cl, {macros}"
+
+
+def test_products_share_their_arguments():
+    """So what the compiler reports for one tier's gemm holds for all of them."""
+    for file in kernel_files():
+        if file.startswith("gemm_"):
+            declarations = re.findall(r"__kernel\s+void\s+(\w+)\((.*?)\)", (KERNEL_FOLDER / f"{file}.cl").read_text())
+            assert declarations == [("gemm", "GEMM_ARGS")]
+
+
+def test_every_kernel_has_a_table_and_every_table_a_kernel():
+    texts = [(KERNEL_FOLDER / f"{file}.cl").read_text() for file in kernel_files()]
+    assert set(re.findall(r"__kernel\s+void\s+(\w+)\(", "".join(texts))) == set(KERNELS)
+
+
+def test_types_for_pyopencl():
+    table = {"a": "global float*", "b": "uint", "c": "ulong", "d": "local uint4*", "e": "float", "f": "int"}
+    assert numpy_types(table) == [None, np.uint32, np.uint64, None, np.float32, np.int32]
+    assert [name for name, kind in table.items() if is_pointer(kind)] == ["a", "d"]
+    assert [name for name, kind in table.items() if is_local(kind)] == ["d"]
+
+
+# Launches ---------------------------------------------------------------------------------------
+
+SCALE = {"to": "global float*", "from": "global float*", "factor": "float", "room": "local float*", "shift": "uint"}
+TEXT = """
+__kernel void scale(__global float *to, __global const float *from, const float factor, __local float *room,
+                    const uint shift)
+{
+    room[0] = from[get_global_id(0)] * factor;
+    to[get_global_id(0)] = room[0] + shift;
+}
+"""
+
+
+@pytest.fixture
+def runtime():
+    return runtime_of(DEVICES[0])
+
+
+def scale_launch(runtime, *rest, **options):
+    program = cl.Program(runtime.context, TEXT).build(devices=[runtime.device], cache_dir=False)
+    return Launch(cl.Kernel(program, "scale"), SCALE, *rest, **options)
+
+
+def read(runtime, buffer, count=4):
+    result = np.empty(count, np.float32)
+    cl.enqueue_copy(runtime.queue, result, buffer)
+    return result.tolist()
+
+
+def test_a_launch_takes_arguments_by_name(runtime):
+    """In any order; numbers that change are set again, and so are buffers."""
+    launch = scale_launch(runtime)
+    inputs = [runtime.buffer(np.arange(4, dtype=np.float32) + i) for i in range(2)]
+    outputs = [runtime.buffer(np.zeros(4, np.float32)) for _ in range(2)]
+    for factor, shift, i, j in [(2.0, 1, 0, 0), (2.0, 1, 1, 1), (2.0, 3, 1, 0), (0.5, 3, 0, 1), (0.5, 3, 0, 1)]:
+        arguments = {"room": 4, "shift": shift, "from": inputs[i], "to": outputs[j], "factor": factor}
+        launch(runtime.queue, (4,), (1,), arguments)
+        assert read(runtime, outputs[j]) == [(x + i) * factor + shift for x in range(4)]
+
+
+def test_numbers_are_set_when_they_change(runtime, monkeypatch):
+    """A call with the numbers of the last sets its buffers alone, and what changes in every call."""
+    kernel_calls = []
+
+    class Recorder:
+        function_name = "scale"
+
+        def set_arg_types(self, types):
+            self.types = types
+
+        def set_arg(self, position, value):
+            kernel_calls.append(position)
+
+        def set_args(self, *values):
+            kernel_calls.append("all")
+
+    monkeypatch.setattr(cl, "enqueue_nd_range_kernel", lambda *arguments: None)
+    launch = Launch(Recorder(), SCALE, {"from": "a buffer"}, changing=("shift",))
+    arguments = {"to": None, "factor": 1.0, "room": 4}
+    for shift in range(3):
+        launch(None, (1,), (1,), {**arguments, "shift": np.uint32(shift)})
+    launch(None, (1,), (1,), {**arguments, "room": 8, "shift": np.uint32(3)})
+    assert kernel_calls == ["all", 0, 4, 0, 4, "all"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda given: given.pop("factor"), lambda given: given.pop("to"), lambda given: given.update(offset=3)],
+    ids=["a number is missing", "a buffer is missing", "one too many"],
+)
+def test_wrong_names(runtime, change):
+    given = {"to": None, "factor": 1.0, "room": 4, "shift": 1}
+    change(given)
+    with pytest.raises(TypeError, match=r"arguments of scale: got .*, expected to, factor, room, shift$"):
+        scale_launch(runtime, {"from": None})(runtime.queue, (1,), (1,), given)
