@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,7 +153,9 @@ def _third_party(name: str, declarations: list[Declaration]) -> Any:
 
 
 def _load(name: str, value: str) -> Any:
-    return metadata.EntryPoint(name, value, GROUP).load()
+    from importlib.metadata import EntryPoint  # slow to import: not with the package
+
+    return EntryPoint(name, value, GROUP).load()
 
 
 def _reason_missing(name: str) -> str | None:
@@ -197,8 +198,10 @@ def _declared() -> dict[str, list[Declaration]]:
 
 def _declarations() -> Iterator[tuple[str, Declaration]]:
     """Each declaration once. Of a package that is found in several folders, Python imports the first."""
+    from importlib.metadata import distributions
+
     seen = set()
-    for distribution in metadata.distributions():
+    for distribution in distributions():
         try:
             entries = distribution.entry_points.select(group=GROUP)
             if not entries:

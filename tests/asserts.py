@@ -3,6 +3,7 @@
 import numpy as np
 
 from marlin_cy import reference
+from marlin_cy.backends import BUILT_IN
 
 GUARD_BYTES = 512
 GUARD = 0xC3  # as float32, float16 and bfloat16: finite, and no likely result
@@ -95,6 +96,8 @@ def arithmetic_of(backend):
     """What a backend multiplies: "planes" (activations as 16-bit integers), "float32" or "float16"."""
     if backend.name == "cpu":
         return "planes"
+    if backend.name not in BUILT_IN:
+        return "float32"
     prepared_type = backend.tier.inputs(backend.runtime.capabilities).prepared_type
     return ("float32", "float16", "planes")[prepared_type]
 
@@ -146,7 +149,7 @@ class GuardedBuffer:
 
     def __init__(self, backend, shape, dtype):
         self._backend, self._host = backend, GuardedArray(shape, dtype)
-        if backend.name == "cpu":
+        if isinstance(backend.empty((1,), dtype), np.ndarray):
             self._memory, self.buffer = None, self._host.array
             return
         from pyopencl.array import Array

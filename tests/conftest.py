@@ -16,6 +16,8 @@ import marlin_cy  # noqa: E402
 from marlin_cy import cpu  # noqa: E402
 
 SEED_VARIABLE = "MARLIN_CY_TEST_SEED"
+# The only backend for tests of every backend, by name: such as one of another package.
+BACKEND_VARIABLE = "MARLIN_CY_TEST_BACKEND"
 ISAS = {isa["name"]: isa for isa in cpu.dispatch_report()["isas"]}
 
 
@@ -80,15 +82,18 @@ DEVICE_LABELS = ["cpu", *{place.device: place.label for place in USABLE_PLACES.v
 @functools.cache
 def backend_called(name):
     """A backend by its label; one for all tests, so that they share compiled programs."""
-    if name == "cpu":
-        return marlin_cy.get_backend("cpu")
+    if name not in USABLE_PLACES:
+        return marlin_cy.get_backend(name)
     place = USABLE_PLACES[name]
     return marlin_cy.get_backend("opencl", device=place.device, tier=place.tier)
 
 
-@pytest.fixture(params=["cpu", *USABLE_PLACES])
+ONLY_BACKEND = os.environ.get(BACKEND_VARIABLE)
+
+
+@pytest.fixture(params=[ONLY_BACKEND] if ONLY_BACKEND else ["cpu", *USABLE_PLACES])
 def backend(request):
-    """Every backend that works here, OpenCL once for each device and tier.
+    """Every backend that works here, OpenCL once for each device and tier; or the one that the environment names.
 
     ``test_contract.py`` skips, with the reason, for each that does not.
     """

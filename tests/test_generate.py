@@ -154,7 +154,7 @@ def test_on_opencl(run):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(b"", ["empty"]), (b"ab\xff", ["not UTF-8", "byte 2"]), (b"a" * 1024, ["1024 tokens", "1024 at once"])],
+    [(b"", ["empty"]), (b"ab\xff", ["not UTF-8", "byte 2"]), (b"a" * 1024, ["1024 tokens", "a context of 1024"])],
 )
 def test_refuses_prompt_files(run, tmp_path, text, words):
     (tmp_path / "prompt").write_bytes(text)
