@@ -96,6 +96,7 @@ setup(
         "marlin_cy": ["data/*/*", "py.typed"],
         "marlin_cy.cpu": ["*.pxd"],
         "marlin_cy.opencl": ["kernels/*.cl"],
+        "marlin_cy.weights": ["*.pyi"],
     },
     ext_modules=cythonize(
         [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_cy.formats import marlin
-from marlin_cy.weights._nibbles import transpose, words_of_awq, words_of_marlin
+from marlin_cy.weights._nibbles import group_values_of_tiles, transpose, words_of_awq, words_of_marlin, words_of_tiles
 from marlin_cy.weights.int4 import pack_words
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -64,6 +64,52 @@ def test_marlin(seed, tiles, blocks):
     np.testing.assert_array_equal(words_of_marlin(words), pack_words(q))
     packed, _ = marlin.pack_marlin(q, np.ones((1, 64 * blocks)))
     np.testing.assert_array_equal(packed.view(np.uint32), words)
+
+
+def unpack_tiles(tiles, header_bytes):
+    """``q``, ``[packed K, N]``: byte ``4*c + t`` of a block is column ``c``, rows ``t`` and ``t + 4``."""
+    body = tiles[:, header_bytes:].reshape(len(tiles), -1, 16, 4)
+    halves = np.stack([body & 15, body >> 4])  # [half, tile, block, column, t]
+    return halves.transpose(2, 0, 4, 1, 3).reshape(8 * body.shape[1], 16 * len(tiles))
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 5), st.integers(0, 2), st.integers(0, 15))
+def test_tiles(seed, tiles, blocks, headers, missing):
+    rng = np.random.default_rng(seed)
+    packed = rng.integers(0, 256, (tiles, 64 * (headers + blocks)), np.uint8)
+    k, n = 8 * blocks, 16 * tiles - missing
+    q = unpack_tiles(packed, 64 * headers)[:, :n]
+    np.testing.assert_array_equal(words_of_tiles(packed, 64 * headers, k, n), pack_words(q))
+    positions = rng.integers(0, k, k, np.int32)
+    np.testing.assert_array_equal(words_of_tiles(packed, 64 * headers, k, n, positions), pack_words(q[positions]))
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 4), st.integers(0, 15), st.sampled_from([(0, 2), (32, 1)]))
+def test_group_values(seed, tiles, groups, missing, place):
+    rng = np.random.default_rng(seed)
+    (offset, size), n = place, 16 * tiles - missing
+    packed = rng.integers(0, 256, (tiles, 48 * groups + 16), np.uint8)
+    rows = rng.permutation(groups + 1)[:groups].astype(np.int32)
+    stored = packed[:, : 48 * groups].reshape(tiles, groups, 48)[:, :, offset : offset + 16 * size]
+    expected = np.zeros((groups + 1, n * size), np.uint8)
+    expected[rows] = stored.swapaxes(0, 1).reshape(groups, -1)[:, : n * size]
+    np.testing.assert_array_equal(group_values_of_tiles(packed, offset, size, rows, groups + 1, n), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 2, [0, 1], 2, 16), "tiles: got 1 of 64 bytes, expected 2 groups"),
+        ((0, 2, [0], 1, 17), "tiles: got 1 of 64 bytes"),
+        ((40, 2, [0], 1, 16), "tiles: got 1 of 64 bytes"),
+        ((0, 2, [1], 1, 16), "rows: got 1 to 1, expected 0 to 0"),
+        ((0, 2, [-1], 1, 16), "rows: got -1 to -1"),
+    ],
+)
+def test_group_values_out_of_bounds(arguments, message):
+    offset, size, rows, groups, n = arguments
+    with pytest.raises(ValueError, match=message):
+        group_values_of_tiles(np.zeros((1, 64), np.uint8), offset, size, np.array(rows, np.int32), groups, n)
 
 
 @pytest.mark.parametrize("function", [transpose, words_of_awq, words_of_marlin])

@@ -5,10 +5,11 @@ read-only; results are newly allocated.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy
 
 import numpy as np
 
-__all__ = ["transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
+__all__ = ["group_values_of_tiles", "transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
 
 ctypedef fused item_t:
     uint8_t
@@ -29,6 +30,7 @@ cdef enum:
     PACKED_TILE_N = 16
     PACKED_BLOCK_K = 8
     PACKED_BLOCK_BYTES = 64
+    PACKED_GROUP_BYTES = 48
 
 cdef Py_ssize_t[8] COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -113,7 +115,7 @@ def words_of_tiles(
         raise ValueError(f"tiles: got {packed_k} rows of {PACKED_TILE_N * tiles.shape[0]} columns, expected [{k}, {n}]")
     cdef const int32_t *places = NULL
     if positions is not None:
-        if positions.shape[0] != k or not 0 <= np.min(positions) <= np.max(positions) < packed_k:
+        if positions.shape[0] != k or not all_below(positions, packed_k):
             raise ValueError(f"positions: got {positions.shape[0]} entries, expected {k} of 0 to {packed_k - 1}")
         places = &positions[0]
     out = np.empty((blocks, n), np.uint32)
@@ -129,6 +131,59 @@ def words_of_tiles(
                         &tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], places, blocks, columns, n
                     )
     return out
+
+
+def group_values_of_tiles(
+    const uint8_t[:, ::1] tiles, Py_ssize_t offset, Py_ssize_t size, const int32_t[::1] rows, Py_ssize_t groups,
+    Py_ssize_t n
+):
+    """Scales or zero points, as bytes, uint8 ``[groups, n * size]``, from an expert's packed tiles.
+
+    Parameters
+    ----------
+    tiles : uint8 ``[ceil(n/16), bytes of a tile]``
+        As drawn in :mod:`marlin_cy.weights.packed_tiles`.
+    offset : int
+        Where the values begin in the 48 bytes of a packed group.
+    size : int
+        Bytes of a value.
+    rows : int32 ``[packed groups]``
+        The row of the result that each packed group holds. A row that none holds is 0.
+    groups, n : int
+
+    Raises
+    ------
+    ValueError
+        The tiles do not have all the groups and columns, or a row is out of range.
+    """
+    cdef Py_ssize_t packed_groups = rows.shape[0], tile, group, columns
+    if (PACKED_GROUP_BYTES * packed_groups > tiles.shape[1] or PACKED_TILE_N * tiles.shape[0] < n
+            or not 0 <= offset <= PACKED_GROUP_BYTES - PACKED_TILE_N * size):
+        raise ValueError(f"tiles: got {tiles.shape[0]} of {tiles.shape[1]} bytes, expected {packed_groups} groups")
+    if not all_below(rows, groups):
+        raise ValueError(f"rows: got {np.min(rows)} to {np.max(rows)}, expected 0 to {groups - 1}")
+    out = np.zeros((groups, n * size), np.uint8)
+    cdef uint8_t[:, ::1] values = out
+    if n:
+        with nogil:
+            for tile in range((n + PACKED_TILE_N - 1) // PACKED_TILE_N):
+                columns = min(<Py_ssize_t>PACKED_TILE_N, n - PACKED_TILE_N * tile)
+                for group in range(packed_groups):
+                    memcpy(
+                        &values[rows[group], PACKED_TILE_N * tile * size],
+                        &tiles[tile, PACKED_GROUP_BYTES * group + offset],
+                        columns * size,
+                    )
+    return out
+
+
+cdef bint all_below(const int32_t[::1] indices, Py_ssize_t end) noexcept:
+    """Whether every index is in ``0 .. end - 1``."""
+    cdef Py_ssize_t i
+    for i in range(indices.shape[0]):
+        if not 0 <= indices[i] < end:
+            return False
+    return True
 
 
 cdef void transpose_squares(const item_t *array, item_t *out, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights._nibbles import words_of_tiles
+from marlin_cy.weights._nibbles import group_values_of_tiles, words_of_tiles
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
@@ -99,7 +99,8 @@ class PackedTiles:
         """Whether every zero point is the code type's symmetric one. Reads the zero points of all experts."""
         row = code_type(self.codes)
         return not row.has_zero_points or all(
-            bool((self._zero(expert) == row.symmetric_zero).all()) for expert in range(self.num_experts)
+            bool((self._zero(expert)[self._order(expert).scale_rows] == row.symmetric_zero).all())
+            for expert in range(self.num_experts)
         )
 
     def canonical(self, expert: int) -> Int4Weight:
@@ -114,14 +115,7 @@ class PackedTiles:
         """
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert: got {expert}, expected 0 to {self.num_experts - 1}")
-        order = self._order(expert)
-        groups = -(-self.k // self.group_size)
-        scale = np.zeros((groups, self.n), self.scale_dtype)
-        scale[order.scale_rows] = self._scale(expert)
-        zero = None
-        if code_type(self.codes).has_zero_points:
-            zero = np.zeros((groups, self.n), np.uint8)
-            zero[order.scale_rows] = self._zero(expert)
+        order, row = self._order(expert), code_type(self.codes)
         positions = None
         if order.rows is not None:
             kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
@@ -129,8 +123,8 @@ class PackedTiles:
             positions[order.rows[kept]] = kept
         return Int4Weight(
             words=words_of_tiles(self._expert(expert), self._header_bytes, self.k, self.n, positions),
-            scale=scale,
-            zero=zero,
+            scale=self._scale(expert),
+            zero=self._zero(expert) if row.has_zero_points else None,
             group_size=self.group_size,
             g_idx=self.g_idx[expert],
             codes=self.codes,
@@ -173,17 +167,14 @@ class PackedTiles:
         tiles: npt.NDArray[np.uint8] = self.data[expert].reshape(self._tiles, self._tile_bytes)
         return tiles
 
-    def _headers(self, expert: int) -> npt.NDArray[np.uint8]:
-        """uint8 ``[packed groups of this expert, tiles, 48]``."""
-        headers = self._expert(expert)[:, : GROUP_BYTES * self._groups].reshape(self._tiles, self._groups, GROUP_BYTES)
-        return headers.swapaxes(0, 1)[: len(self._order(expert).scale_rows)]
-
     def _scale(self, expert: int) -> npt.NDArray[Any]:
-        """Scales of each packed group ``[packed groups, n]``."""
-        stored = np.ascontiguousarray(self._headers(expert)[:, :, : SCALE_BYTES * TILE_N])
-        return stored.view(self.scale_dtype).reshape(len(stored), -1)[:, : self.n]
+        """float16 or bfloat16 ``[groups, n]``; 0 for a group that has no rows."""
+        return self._group_values(expert, 0, SCALE_BYTES).view(self.scale_dtype)
 
     def _zero(self, expert: int) -> npt.NDArray[np.uint8]:
-        """Zero points of each packed group, uint8 ``[packed groups, n]``."""
-        stored = self._headers(expert)[:, :, SCALE_BYTES * TILE_N :]
-        return stored.reshape(len(stored), -1)[:, : self.n]
+        """uint8 ``[groups, n]``; 0 for a group that has no rows."""
+        return self._group_values(expert, SCALE_BYTES * TILE_N, 1)
+
+    def _group_values(self, expert: int, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        groups, rows = -(-self.k // self.group_size), self._order(expert).scale_rows
+        return group_values_of_tiles(self._expert(expert), offset, size, rows, groups, self.n)
