@@ -91,12 +91,10 @@ class Launch:
         values = {**self._constants, **arguments}
         if values.keys() != self._arguments.keys():
             raise self._wrong_names(arguments)
-        self._kernel.set_args(
-            *(
-                cl.LocalMemory(values[name]) if is_local(kind) else values[name]
-                for name, kind in self._arguments.items()
-            )
-        )
+        in_order: list[Any] = [
+            cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in self._arguments.items()
+        ]
+        self._kernel.set_args(*in_order)
 
     def _wrong_names(self, arguments: Mapping[str, Any]) -> TypeError:
         expected = [name for name in self._arguments if name not in self._constants]

@@ -85,7 +85,9 @@ class OpenClGptqStore:
         self.num_experts, self.k, self.n, self.weight_group_size, self.codes = num_experts, k, n, group_size, codes
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = expert_layout(packed_k, n, packed_group_size(group_size), has_zeros=CODE_TYPES[codes].has_zero_points)
+        self.layout = expert_layout(
+            packed_k, n, packed_group_size(group_size), has_zeros=CODE_TYPES[codes].has_zero_points
+        )
         self.symmetric, self.weight_factor = False, 1.0
         self.runtime, self.device = runtime, runtime.device
         expert_bytes = 4 * self.expert_words

@@ -105,27 +105,50 @@ def test_the_source_names_files_and_lines(sources):
     assert program.source("write", sources) == f'#line 1 "common.cl"\n{COMMON}\n#line 1 "write.cl"\n{WRITE}\n'
 
 
-def test_a_file_comes_after_what_it_needs(programs, sources):
+def test_a_file_includes_others(programs, sources):
     (sources / "shared.cl").write_text("#define VALUE_OR_MORE (VALUE + MORE)\n")
-    (sources / "sum.cl").write_text("// needs shared.cl\n" + WRITE.replace("VALUE", "VALUE_OR_MORE"))
+    (sources / "sum.cl").write_text('#include "shared.cl"\n' + WRITE.replace("VALUE", "VALUE_OR_MORE"))
     text = program.source("sum", sources)
-    assert re.findall(r'#line 1 "(.*)"\n', text) == ["common.cl", "shared.cl", "sum.cl"]
+    assert re.findall(r"#line (.*)\n", text) == ['1 "common.cl"', '1 "sum.cl"', '1 "shared.cl"', '2 "sum.cl"']
     assert result(programs().kernel("sum", "write", {"VALUE": 3, "MORE": 4})) == 7
     assert program.kernel_files(sources) == ["broken", "sum", "write"]
     (sources / "shared.cl").write_text("#define VALUE_OR_MORE MORE\n")
     assert result(programs().kernel("sum", "write", {"VALUE": 3, "MORE": 4})) == 4
 
 
-def test_a_file_that_several_need_comes_once(programs, sources):
+def test_a_file_is_included_once(programs, sources):
     (sources / "number.cl").write_text("__constant int number = 5;\n")
-    (sources / "twice.cl").write_text("// needs number.cl\n#define TWICE (2 * number)\n")
-    (sources / "thrice.cl").write_text("// needs number.cl\n#define THRICE (3 * number)\n")
+    (sources / "twice.cl").write_text('#include "number.cl"\n#define TWICE (2 * number)\n')
+    (sources / "thrice.cl").write_text('#include "number.cl"\n#define THRICE (3 * number)\n')
     (sources / "both.cl").write_text(
-        "// needs twice.cl\n// needs thrice.cl\n" + WRITE.replace("VALUE", "TWICE + THRICE")
+        '#include "twice.cl"\n#include "thrice.cl"\n' + WRITE.replace("VALUE", "TWICE + THRICE")
     )
     text = program.source("both", sources)
-    assert re.findall(r'#line 1 "(.*)"\n', text) == ["common.cl", "number.cl", "twice.cl", "thrice.cl", "both.cl"]
+    assert re.findall(r'#line 1 "(.*)"\n', text) == ["common.cl", "both.cl", "twice.cl", "number.cl", "thrice.cl"]
+    assert "#include" not in text
     assert result(programs().kernel("both", "write")) == 25
+
+
+def test_messages_name_the_line_after_an_include(programs, sources):
+    (sources / "number.cl").write_text("__constant int number = 5;\n\n")
+    (sources / "wrong.cl").write_text('\n#include "number.cl"\n' + BROKEN)
+    with pytest.raises(BuildError) as caught:
+        programs().kernel("wrong", "write")
+    assert "wrong.cl:5" in caught.value.log
+
+
+@pytest.mark.parametrize(
+    ("texts", "chain"),
+    [
+        ({"a": '#include "a.cl"\n'}, "a.cl includes a.cl"),
+        ({"a": '#include "b.cl"\n', "b": 'int x;\n#include "a.cl"\n'}, "a.cl includes b.cl includes a.cl"),
+    ],
+)
+def test_a_cycle_of_includes_is_refused(sources, texts, chain):
+    for name, text in texts.items():
+        (sources / f"{name}.cl").write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(chain)}: a cycle$"):
+        program.source("a", sources)
 
 
 def test_the_package_has_its_kernels():

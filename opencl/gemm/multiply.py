@@ -130,7 +130,7 @@ def multiply(
             prepared, waits = prepare(ctx, store, rows, work, activation, waits, label), None
         data, row_factor, by_slot, work = prepared
         offset = 0
-    if type(work) is RoutedBlocks:
+    if isinstance(work, RoutedBlocks):
         row_tiles = work.limit // work.block_size * -(-work.block_size // configuration.rows)
         work_arguments = work.arguments(ctx, by_slot)
     else:
@@ -179,15 +179,15 @@ def make_plan(
 ) -> Plan:
     """Choose a configuration, and build its kernels."""
     tier, device = ctx.backend.tier, ctx.backend.runtime.capabilities
-    inputs, routed = tier.inputs(device), type(work) is RoutedBlocks
+    inputs = tier.inputs(device)
     prepared = needs_preparation(ctx, store, rows, activation)
     layout = store.layout
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
     configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
     shape = {
         "ROWS": configuration.rows,
-        "WHOLE_BLOCKS": int(routed and work.block_size <= configuration.rows),
-        "ROUTED": int(routed),
+        "WHOLE_BLOCKS": int(isinstance(work, RoutedBlocks) and work.block_size <= configuration.rows),
+        "ROUTED": int(isinstance(work, RoutedBlocks)),
         "OUTPUT_TYPE": out.type_code,
         "BIAS": bias_kind,
     }
@@ -238,7 +238,7 @@ def make_plan(
 
 def problem_of(store: OpenClGptqStore, work: Work, device: Capabilities) -> Problem:
     """The :class:`~marlin_cy.opencl.tiers.configuration.Problem` of some work on a store."""
-    if type(work) is RoutedBlocks:
+    if isinstance(work, RoutedBlocks):
         most = work.limit // work.block_size
         columns, runs, rows = store.n, min(most, work.valid), min(work.block_size, work.valid)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
@@ -55,7 +56,8 @@ class Prepared(NamedTuple):
     work: Work
 
 
-class Preparation(NamedTuple):
+@dataclass(frozen=True)
+class Preparation:
     """A launch that prepares rows.
 
     Attributes
@@ -111,17 +113,17 @@ def preparation(
         As in :func:`marlin_cy.opencl.gemm.multiply.multiply`.
     store : OpenClGptqStore
     """
-    layout, listed = store.layout, type(work) is TileList
+    layout = store.layout
     prepared_type = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities).prepared_type
     begin = 0
     gather_arguments: dict[str, Any] = {}
     if has_one_order(store):
         gather = NO_ORDER if store.order is None else ONE_ORDER
-        if listed:
+        if isinstance(work, TileList):
             begin, count, work = work.span()
         else:
             count = work.input_rows()
-    elif listed:
+    elif isinstance(work, TileList):
         gather = MAPPED
         row_map, work = work.mapped()
         count = len(row_map)
@@ -156,9 +158,7 @@ def preparation(
     )
 
 
-def needs_preparation(
-    ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, activation: str | None = None
-) -> bool:
+def needs_preparation(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, activation: str | None = None) -> bool:
     """Whether a product cannot read the rows as they are."""
     inputs = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities)
     direct = rows.type_code in inputs.direct_types and (are_aligned(rows) or not inputs.aligned)

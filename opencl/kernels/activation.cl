@@ -1,10 +1,13 @@
-// What a MoE layer does between its two products: act(gate) * up.
+// The activation between a MoE layer's two products: act(gate) * up.
 //
-// Names, formulas and sources are in marlin_cy/moe/layer.py. Two are computed in another form: 1 + erf(x) is erfc(-x),
-// and (1 + tanh(x)) / 2 is 1 / (1 + exp(-2 * x)), so that nothing cancels where a gate is negative.
+// Names and definitions are in marlin_cy/activations.py. Two have another form here, in which nothing cancels for
+// negative gates: erfc(-x) for 1 + erf(x), and 1 / (1 + exp(-2 * x)) for (1 + tanh(x)) / 2.
 //
 // Build options
-//   ACTIVATION   0: none; 1: silu; 2: gelu; 3: gelu_tanh; 4: swigluoai (0)
+//   ACTIVATION   one of ACTIVATION_*: one more than the number in marlin_cy/activations.py (ACTIVATION_NONE)
+//
+// To add an activation, add its number and a branch that defines ACTIVATED(type): the result for float or float8 `gate`
+// and `up`.
 
 #define ACTIVATION_NONE 0
 #define ACTIVATION_SILU 1
@@ -20,9 +23,9 @@
 #define ACTIVATED(type) gate / (1 + exp(-gate)) * up
 #elif ACTIVATION == ACTIVATION_GELU
 #define ACTIVATED(type) 0.5f * gate * erfc(-M_SQRT1_2_F * gate) * up
-#elif ACTIVATION == ACTIVATION_GELU_TANH // 2 * sqrt(2 / pi), and 0.044715 times that
+#elif ACTIVATION == ACTIVATION_GELU_TANH // 2 * sqrt(2 / pi), and 0.044715 times as much
 #define ACTIVATED(type) gate / (1 + exp(gate * (-1.5957691f - 0.07135482f * gate * gate))) * up
-#elif ACTIVATION == ACTIVATION_SWIGLUOAI // comparisons, by which a NaN stays what it is
+#elif ACTIVATION == ACTIVATION_SWIGLUOAI // with comparisons, which keep a NaN
 #define AT_MOST(x, limit, type) ((x) > (limit) ? (type)(limit) : (x))
 #define AT_LEAST(x, limit, type) ((x) < (limit) ? (type)(limit) : (x))
 #define ACTIVATED(type)                                                                              \

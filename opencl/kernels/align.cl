@@ -1,15 +1,19 @@
-// align: (token, choice) pairs grouped by expert, in blocks.
+// align: groups (token, choice) pairs by expert, in blocks.
+//
+// Build options
+//   ALIGN_ITEMS   work-items in a work-group of `align`: a power of two
 
-#ifndef ALIGN_ITEMS // work-items in a group of `align`: a power of two
+#ifndef ALIGN_ITEMS
 #define ALIGN_ITEMS 256
 #endif
 
-// Pairs whose experts are looked at at a time: a bit each in local memory.
+// Pairs that are marked at a time, with one bit each in local memory.
 #define TILE_WORDS (4 * ALIGN_ITEMS)
 #define TILE_PAIRS (32 * TILE_WORDS)
 
-// Sum over the work-items before this one, and over all. `sums` is free again on return.
-// PoCL 3.0 crashes when it has to inline a static function with barriers itself, after the compiler.
+// (sum over the work-items before this one, sum over all). `sums` may be reused on return.
+//
+// always_inline: PoCL 3.0 crashes if its own passes inline a static function with barriers.
 __attribute__((always_inline)) static inline uint2 sums_over_group(uint value, __local uint *sums)
 {
     uint me = get_local_id(0);
@@ -26,34 +30,35 @@ __attribute__((always_inline)) static inline uint2 sums_over_group(uint value, _
     return result;
 }
 
-// The experts of four pairs that lie `step` apart, to have as many loads under way; ~0 for those from `pairs` on.
+// The experts of four pairs that are `step` apart; ~0 beyond `pairs`. Four loads are in flight at a time.
 static inline void load_experts(uint experts[4], __global const int *ids, uint pair, uint pairs, uint step)
 {
     for (uint i = 0; i < 4; i++)
         experts[i] = pair + i * step < pairs ? (uint)ids[pair + i * step] : ~0u;
 }
 
-// vLLM's moe_align_block_size, up to *past; what lies beyond is left as it was. One work-group an
-// expert. Each counts the pairs of all experts, to know where its own slots begin, then marks its own
-// pairs, a bit each, and writes them in ascending order. Nothing passes between work-groups, so one
-// launch does it.
-//   ids          int32 [pairs]; those that are not 0 to num_experts - 1 take no part
+// vLLM's moe_align_block_size. Slots from *past on are not written.
+//
+// There is a work-group for each expert. It counts the pairs of all experts, which gives the first of its own slots; it
+// marks its own pairs, one bit each; and it writes them in ascending order. Work-groups exchange nothing, so that one
+// launch is enough.
+//   ids          int32 [pairs]; an id outside 0 to num_experts - 1 is ignored
 //   sorted_ids   int32 [pairs + num_experts * (block_size - 1)]; padding is `pairs`
-//   expert_ids   int32 [a block_size-th of that]
-//   past         int32 [1]: slots used
+//   expert_ids   int32 [length of sorted_ids / block_size]
+//   past         int32 [1]: slots in use
 //   counts       local uint [num_experts]
-// All numbers of slots are below 2^31.
+// The number of slots is below 2^31.
 #define ALIGN_ARGS                                                                                   \
     __global const int *restrict ids, const ulong ids_offset, const uint pairs, const uint num_experts, \
         const uint block_size, __global int *restrict sorted_ids, const ulong sorted_offset,         \
         __global int *restrict expert_ids, const ulong expert_offset, __global int *restrict past,   \
         const ulong past_offset, __local uint *restrict counts
-// What align_expert takes of them.
+// The arguments of ALIGN_ARGS that align_expert takes.
 #define ALIGN_NAMES                                                                                  \
     ids + ids_offset, pairs, num_experts, block_size, sorted_ids + sorted_offset, expert_ids + expert_offset, \
         past + past_offset, counts
 
-// One expert's part, by a whole work-group.
+// Aligns the pairs of one expert; called by a whole work-group.
 //   marks         local uint [TILE_WORDS]
 //   sums          local uint [ALIGN_ITEMS]
 //   first_block   local uint [1]
@@ -86,7 +91,7 @@ __attribute__((always_inline)) static inline void align_expert(
     __global int *slots = sorted_ids + (ulong)first * block_size;
 
     for (uint begin = 0, written = 0; written < count; begin += TILE_PAIRS) {
-        for (uint i = 4 * me; i < 4 * me + 4; i++) // those that this work-item alone reads
+        for (uint i = 4 * me; i < 4 * me + 4; i++) // words that no other work-item reads
             marks[i] = 0;
         barrier(CLK_LOCAL_MEM_FENCE);
         uint end = min(pairs - begin, (uint)TILE_PAIRS);
@@ -123,10 +128,10 @@ __kernel void align(ALIGN_ARGS)
     align_expert(get_group_id(0), ALIGN_NAMES, marks, sums, &first_block);
 }
 
-// The same of few pairs, all experts' parts by one work-group.
+// Aligns few pairs: one work-group does it for all experts.
 //   counts   local uint4 [num_experts / 4, rounded up]
-//   marks    local uint [num_experts][ceil(pairs / 32) | 1]: a bit each; a number of words that is odd spreads the
-//            experts over the banks
+//   marks    local uint [num_experts][ceil(pairs / 32) | 1]: one bit for each pair. The odd number of words spreads the
+//            experts over the banks of local memory
 __attribute__((always_inline)) static inline void align_few(
     __global const int *ids, uint pairs, uint num_experts, uint block_size, __global int *sorted_ids,
     __global int *expert_ids, __global int *past, __local uint4 *counts, __local uint *marks)

@@ -1,11 +1,11 @@
 #include "align.cl"
 #include "prepare.cl"
 
-// align_prepare: `align`, and `prepare_rows` of rows that do not depend on it, in one launch. The first num_experts
-// work-groups do the one, a work-group each of the others a row.
+// align_prepare: `align`, and `prepare_rows` for rows that do not depend on its result, in one launch. Each of the
+// first num_experts work-groups aligns the pairs of an expert; each of the others prepares a row.
 
-#if GATHER > 1
-#error "align_prepare.cl needs GATHER 0 or 1"
+#if GATHER == GATHER_BY_SLOT || GATHER == GATHER_MAPPED
+#error "align_prepare.cl needs GATHER_NO_ORDER or GATHER_ONE_ORDER"
 #endif
 
 __attribute__((reqd_work_group_size(ALIGN_ITEMS, 1, 1)))

@@ -1,16 +1,17 @@
-// What all kernels share: element types, the packed weight's layout, and which rows a tile works on.
+// Shared by all kernels: element types, the layout of packed weights, and the rows of a tile.
 //
-// Programs are this file followed by one other. Everything below is OpenCL C 1.2 without extensions.
+// Every program begins with this file. It is OpenCL C 1.2 without extensions.
 //
 // Build options
 //   INPUT_TYPE, OUTPUT_TYPE   0 float32, 1 float16, 2 bfloat16 (stored as ushort)
-//   PARTS                     buffers that the stack's experts are spread over
-//   ROUTED                    1: rows come from vLLM's routing arrays; 0: from a list of tiles
+//   PARTS                     buffers that hold the stack's experts: 1, 2, 4 or 8
+//   ROUTED                    1: rows are given by vLLM's routing arrays; 0: by a list of tiles
 //   ROWS                      rows (tokens) in a tile
-//   WHOLE_BLOCKS              1: block_size is at most ROWS, so that tiles are found without divisions
-//   BIAS                      what a gemm adds: 0: nothing; 1: a bias of the output's columns; 2: one of each expert's
-//   SPLIT, ROW_FACTOR         1: a gemm uses its arguments partial and splits; row_factor
-//   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input may load all at once
+//   WHOLE_BLOCKS              1: block_size is at most ROWS, so that a block is one tile
+//   BIAS                      one of BIAS_*, below
+//   SPLIT                     1: a gemm uses its arguments partial and splits
+//   ROW_FACTOR                1: a gemm uses its argument row_factor
+//   ALIGNED                   1: input_offset is a multiple of 8 elements, so that load8_input can use wide loads
 
 #ifndef INPUT_TYPE
 #define INPUT_TYPE 0
@@ -33,8 +34,12 @@
 #ifndef ALIGNED
 #define ALIGNED 0
 #endif
+// The bias that a gemm adds: none, one for the output's columns, or one for each expert's columns.
+#define BIAS_NONE 0
+#define BIAS_OF_OUTPUT 1
+#define BIAS_OF_EXPERT 2
 #ifndef BIAS
-#define BIAS 0
+#define BIAS BIAS_NONE
 #endif
 #ifndef SPLIT
 #define SPLIT 0
@@ -55,7 +60,7 @@
 
 static inline float bfloat16_to_float(ushort bits) { return as_float((uint)bits << 16); }
 
-// Round to nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even. A NaN stays a NaN.
 static inline ushort float_to_bfloat16(float value)
 {
     uint bits = as_uint(value);
@@ -80,7 +85,7 @@ static inline float8 bfloat16s_to_float8(uint4 bits)
 #define DEFINE_LOAD(code, body1, body8)                                                              \
     static inline float JOIN(load_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body1; }   \
     static inline float8 JOIN(load8_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body8; }
-#if ALIGNED // as uint4: compilers split loads of eight shorts
+#if ALIGNED // loads of uint4, as compilers split a load of eight shorts
 DEFINE_LOAD(0, p[i], (float8)(((__global const float4 *)(p + i))[0], ((__global const float4 *)(p + i))[1]))
 DEFINE_LOAD(1, vload_half(i, p), halves_to_float8(*(__global const uint4 *)(p + i)))
 DEFINE_LOAD(2, bfloat16_to_float(p[i]), bfloat16s_to_float8(*(__global const uint4 *)(p + i)))
@@ -94,34 +99,36 @@ static inline void store_0(float value, __global float *p, ulong i) { p[i] = val
 static inline void store_1(float value, __global half *p, ulong i) { vstore_half_rte(value, i, p); }
 static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = float_to_bfloat16(value); }
 
-// Element i (or i to i + 7) of a buffer of INPUT as float; a float into a buffer of OUTPUT.
+// load_input, load8_input: element i, or elements i to i + 7, of a buffer of INPUT, as float.
+// store_output: stores a float in a buffer of OUTPUT.
 #define load_input JOIN(load_, INPUT_TYPE)
 #define load8_input JOIN(load8_, INPUT_TYPE)
 #define store_output JOIN(store_, OUTPUT_TYPE)
 
 // The packed weight ----------------------------------------------------------------------------
 //
-// K is padded to blocks of 64 rows, N to strips of 16 columns. One expert is, in uints,
+// K is padded to blocks of 64 rows, N to strips of 16 columns. The layout of one expert, in uints:
 //
 //   words   [strips][k_blocks][32 lanes][4 steps]
-//   scales  [strips][groups][8]        column g in the low half, column g + 8 in the high half, g = 0..7;
-//                                      by a power of two, the largest of the stack is 2^14 to 2^15
-//   zeros   [strips][groups][8]        as bytes in ushorts, alike; left out where CODES is 1
+//   scales  [strips][groups][8]        float16: column g in the low half, column g + 8 in the high half, g = 0..7.
+//                                      A power of two brings the stack's largest scale between 2^14 and 2^15
+//   zeros   [strips][groups][8]        ushorts of two bytes: column g in the low byte, column g + 8 in the high byte;
+//                                      left out for code types without zero points
 //
-// padded to expert_words. Lane = 4 * g + t of step s holds, of columns g and g + 8 of the strip, rows
+// It is padded to expert_words. Lane 4 * g + t of step s holds columns g and g + 8 of the strip, at rows
 //
 //   64 * block + 32 * (s / 2) + 8 * t + 4 * (s % 2) + {0, 1, 2, 3}
 //
-// in nibbles {0, 4, 2, 6} for column g and {1, 5, 3, 7} for column g + 8. So a lane's rows of two
-// steps are eight in a row; (word & 0x0f0f0f0f) is column g as four bytes in row order 0, 2, 1, 3, and
-// the nibbles 0 and 4 fall where two float16 of a 32-bit register have their lowest bits. The order is
-// that of mma.m16n8k16's first operand, as in Marlin (Frantar et al., "MARLIN: Mixed-Precision
+// in nibbles {0, 4, 2, 6} for column g and {1, 5, 3, 7} for column g + 8. So
+//
+// - a lane's rows of two steps are eight consecutive rows;
+// - (word & 0x0f0f0f0f) is column g as four bytes in row order 0, 2, 1, 3;
+// - nibbles 0 and 4 lie in the lowest bits of the two float16 of a 32-bit register.
+//
+// The order is that of mma.m16n8k16's first operand, as in Marlin (Frantar et al., "MARLIN: Mixed-Precision
 // Auto-Regressive Parallel Inference on Large Language Models", 2024), with K permuted within 32 rows.
 //
-// A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7.
-//
-// With CODES 1 a nibble is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and
-// their negatives for 8 to 15.
+// A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7. The meaning of a nibble is in codes.cl.
 
 #define STRIP_N 16
 #define BLOCK_K 64
@@ -151,15 +158,15 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #error "PARTS must be 1, 2, 4 or 8"
 #endif
 
-// The arguments of every gemm kernel that describe its weights.
-//   experts_per_part   experts in each buffer but the last
+// The arguments of every gemm that describe its weights.
+//   experts_per_part   experts in each buffer except the last
 //   expert_words       uints from one expert to the next
 //   k                  rows of packed K: a multiple of 32
 //   n                  columns of an expert
 //   groups             packed groups
 //   weight_factor, tiny_factor
-//                      powers of two that every product is multiplied by at the end: together they may be less than
-//                      the smallest float. tiny_factor is 1 but for stacks of scales below 2^-105
+//                      powers of two by which every product is multiplied at the end. Their product may be below the
+//                      smallest float. tiny_factor is 1 unless the stack's scales are below 2^-105
 #define WEIGHT_ARGS                                                                                  \
     WEIGHT_PARTS, const uint num_experts, const uint experts_per_part, const ulong expert_words,     \
         const uint k, const uint n, const uint groups, const uint group_shift, const float weight_factor, \
@@ -174,20 +181,27 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #define STRIPS ((n + STRIP_N - 1) / STRIP_N)
 #define K_BLOCKS ((k + BLOCK_K - 1) / BLOCK_K)
 
-// Which rows -----------------------------------------------------------------------------------
+// Row tiles ------------------------------------------------------------------------------------
 //
-// A row tile is up to ROWS rows of one expert. ROUTED: tile i is part i % parts of block i / parts of
-// the routing arrays, where a block of block_size slots has parts = ceil(block_size / ROWS). TileList: tile i is
+// A row tile is up to ROWS rows of one expert.
+//
+// ROUTED=1: a block of block_size slots has parts = ceil(block_size / ROWS); tile i is part i % parts of block
+// i / parts of the routing arrays.
+//
+// ROUTED=0: tile i is
 //   list[8 * i ..] = expert, first column, columns, first output column, first input row,
 //                    first output row, rows, 0
-// where the columns are within the expert and the first is a multiple of 8.
-
-// WORK_ARGS: of a kernel. WORK: those of a call in a kernel. WORK_PARAMS, WORK_NAMES: of a function, and what it passes on.
+// The columns are columns of the expert, and the first is a multiple of 8.
+//
+// WORK_ARGS     declares a kernel's arguments
+// WORK          passes a kernel's arguments to a function
+// WORK_PARAMS   declares a function's parameters
+// WORK_NAMES    passes a function's parameters to another function
 
 #if ROUTED
-//   past, past_limit   slots in use: *past, and never more than past_limit
+//   past, past_limit   slots in use: *past, at most past_limit
 //   valid              ids below this are rows, others are padding
-//   slot_input         1: slot s reads input row s (rows gathered by slot); 0: id i reads row i / top_k
+//   slot_input         1: slot s reads input row s, as rows were gathered by slot; 0: id i reads input row i / top_k
 #define WORK_ARGS                                                                                    \
     __global const int *restrict sorted_ids, const ulong sorted_offset,                              \
         __global const int *restrict expert_ids, const ulong expert_offset,                          \
@@ -212,16 +226,16 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #define BLOCK_PARTS (WHOLE_BLOCKS ? 1 : (block_size + ROWS - 1) / ROWS)
 
 typedef struct {
-    int expert;        // -1: nothing to do
-    int first;         // first slot (ROUTED) or row
-    int rows;          // slots to look at, at most ROWS
-    uint column;       // first column within the expert, a multiple of 8
-    uint columns;      // how many
-    uint out_column;   // where the first of them goes in an output row
-    int out_first;     // first output row (listed)
+    int expert;        // -1: the tile is empty
+    int first;         // first slot (ROUTED) or input row
+    int rows;          // slots or rows, at most ROWS
+    uint column;       // first column of the expert, a multiple of 8
+    uint columns;      // number of columns
+    uint out_column;   // output column of the first column
+    int out_first;     // first output row (ROUTED=0)
 } Tile;
 
-// How many row tiles there are.
+// Number of row tiles.
 static inline int num_row_tiles(WORK_PARAMS)
 {
 #if ROUTED
@@ -231,7 +245,7 @@ static inline int num_row_tiles(WORK_PARAMS)
 #endif
 }
 
-// Whether a tile that the host allows for is one of the num_row_tiles().
+// Whether tile i, below the host's upper bound, is below num_row_tiles().
 static inline bool row_tile_exists(int i, WORK_PARAMS)
 {
 #if ROUTED
@@ -267,7 +281,7 @@ static inline Tile row_tile(int i, uint num_experts, uint n, WORK_PARAMS)
     return tile;
 }
 
-// The input row of row r of a tile (in.x) and its output row (in.y); -1, -1 for padding.
+// (input row, output row) of row r of a tile; (-1, -1) for padding.
 static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
 {
     if (r >= tile.rows)
@@ -282,17 +296,18 @@ static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
 #endif
 }
 
-// What is added in a column of a tile's output. With 2 an output row is an expert's columns, all of them.
-#if BIAS == 2
+// The bias of a column of a tile's output. With BIAS_OF_EXPERT an output row holds all columns of an expert.
+#if BIAS == BIAS_OF_EXPERT
 #define BIAS_AT(tile, out_column) bias[(ulong)(tile).expert * n + (out_column)]
 #else
 #define BIAS_AT(tile, out_column) bias[out_column]
 #endif
 
 // The arguments of every gemm.
-//   row_factor           products of input row i are multiplied by row_factor[i]
-//   bias                 BIAS 1: [output columns]; 2: [num_experts][n]
-//   partial, splits      K is cut into `splits` runs, whose sums wait in `partial` for reduce_splits
+//   row_factor           float32: products of input row i are multiplied by row_factor[i]
+//   bias                 float32: BIAS_OF_OUTPUT [output columns], BIAS_OF_EXPERT [num_experts][n]
+//   partial, splits      K is cut into `splits` runs; their sums go to `partial`, and reduce_splits adds them
+//   tiles_capacity       upper bound of the number of row tiles
 #define GEMM_ARGS                                                                                    \
     WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \
         __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \

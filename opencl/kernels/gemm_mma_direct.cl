@@ -1,24 +1,26 @@
 #include "mma.cl"
 
-// Few rows an expert: what takes time is reading weights. A work-group is one tile of ROWS rows and STRIPS_PER_WAVE
-// strips, its waves split K, and each asks for DEPTH blocks at once, weights and tokens straight into registers. What
-// keeps memory busy is that many work-groups fit a compute unit, one of which waits while others multiply; so tiles
-// are small, and the code is short: a launch may be over before a longer one would have been fetched.
+// gemm, tier "mma", for few rows per expert, where reading weights takes the time.
+//
+// A work-group computes one tile of ROWS rows and STRIPS_PER_WAVE strips. Its waves split K, and each wave loads DEPTH
+// blocks at a time, weights and tokens directly into registers. Many work-groups fit on a compute unit, so that some of
+// them load while others multiply; therefore tiles are small. The code is short, as fetching longer code may take
+// longer than a launch.
 //
 // The grid has a work-group for each tile. Columns of a work-group: 16 * STRIPS_PER_WAVE. Local memory:
 // 4 * WAVES * ROWS * (columns + 4) bytes.
 
-// codes: a word's, as the float16 fragment of mma, in column g EVEN_UNIT times their values and in column g + 8 ODD_UNIT
-// times: what that is off by is put right at the end.
-// start_of: what the products of a group start from, so that they end as sums of (q - z) * x; x: sums of the tokens'
-// values.
+// codes: the codes of a word as a float16 fragment of mma: EVEN_UNIT times their values in column g, and ODD_UNIT times
+// in column g + 8. STORE_SUM divides by the units.
+// start_of: the value from which the products of a group start, so that they become sums of (q - z) * x. x: the sums of
+// the tokens' values.
 #if !HAS_ZERO_POINTS
 #define EVEN_UNIT CODE_UNIT
 #define ODD_UNIT CODE_UNIT
 static inline uint4 codes(uint word) { return code_halves(word); }
 static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
 #else
-// Nibbles as they are, under no exponent, are subnormal float16, which tensor cores take exactly.
+// Nibbles without an exponent are subnormal float16, which tensor cores multiply exactly.
 #define EVEN_UNIT 0x1p-24f
 #define ODD_UNIT 0x1p-20f
 static inline uint4 codes(uint word)
@@ -39,7 +41,7 @@ static inline float4 start_of(float4 x, uint zeros)
 }
 #endif
 
-// Sums of the 16-byte fragments x and y of eight tokens over one block of K, one or two groups.
+// The sums of eight tokens' values over one block of K, by group: x and y are their fragments of 16 bytes.
 static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)
 {
     const uint4 ones = (uint4)(0x3c003c00u);
@@ -50,7 +52,7 @@ static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)
     sums[GROUP_32] = mma(ones, y.z, y.w, sum);
 }
 
-// The products of one strip and one block with eight tokens, added to their totals.
+// Adds the products of one strip and one block with eight tokens to their totals.
 static inline float4 add_block(float4 total, uint4 words, uint4 x, uint4 y, const float4 token_sums[HALVES],
                                const float2 scale[HALVES], const uint zeros[HALVES])
 {
@@ -68,16 +70,16 @@ static inline float4 add_block(float4 total, uint4 words, uint4 x, uint4 y, cons
 
 // Sums of waves that split K -----------------------------------------------------------------------
 //
-// Local memory holds [WAVES][ROWS][SUMS_STRIDE] floats; work-items add up and store what is LANES * WAVES
+// Local memory holds floats [WAVES][ROWS][SUMS_STRIDE]. A work-item adds and stores outputs that are LANES * WAVES
 // apart in [ROWS][SUM_COLUMNS].
 
 #define SUM_COLUMNS (STRIP_N * S)
-#define SUMS_STRIDE (SUM_COLUMNS + 4)  // 4 keeps a store's 32 lanes on 32 banks
+#define SUMS_STRIDE (SUM_COLUMNS + 4)  // with 4 more, the 32 lanes of a store use 32 banks
 #define OUTPUTS ((ROWS * SUM_COLUMNS + LANES * WAVES - 1) / (LANES * WAVES))
 #define OUTPUT_ROW(o) ((item + (o) * LANES * WAVES) / SUM_COLUMNS)
 #define OUTPUT_COLUMN(o) ((item + (o) * LANES * WAVES) % SUM_COLUMNS)
 
-// One wave's totals for strip s and token tile i.
+// Stores one wave's totals for strip s and token tile i.
 static inline void put_sums(__local float *sums, float4 total, uint wave, uint s, uint i, uint g, uint t)
 {
     __local float *token = sums + (wave * ROWS + 8 * i + 2 * t) * SUMS_STRIDE + STRIP_N * s + g;
@@ -87,8 +89,8 @@ static inline void put_sums(__local float *sums, float4 total, uint wave, uint s
     token[SUMS_STRIDE + 8] = total.w;
 }
 
-// Of all waves.
-// Where work-items do not divide the tile, the last sums of some are of no row: these read another's.
+// The sum over all waves. If the number of work-items does not divide the tile, the last outputs of some work-items are
+// beyond its rows: these read the last row.
 #if ROWS * SUM_COLUMNS % (LANES * WAVES)
 #define SUM_OF_WAVES(o) sum_of_waves(sums, min(OUTPUT_ROW(o), (uint)ROWS - 1), OUTPUT_COLUMN(o))
 #else
@@ -103,7 +105,7 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
     return sum;
 }
 
-// Stores sum o of the tile whose first strip is first_strip; row: as of row_of(tile, OUTPUT_ROW(o), WORK).
+// Stores output o of the tile whose first strip is first_strip. row: row_of(tile, OUTPUT_ROW(o), WORK).
 #define STORE_SUM(o, row, sum)                                                                       \
     {                                                                                                \
         const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                \
@@ -119,7 +121,7 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
         }                                                                                            \
     }
 
-// Where the sum of row r and a column of the expert waits for those of the other parts of K.
+// The place in `partial` of the sum for row r and a column of the expert, over this part of K.
 #define PARTIAL_AT(r, column)                                                                        \
     ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))
 
@@ -135,7 +137,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
     const uint row_index = SPLIT ? part_row / splits : part_row;
     const uint part = SPLIT ? part_row - row_index * splits : 0;
 
-    // All that routing says of the tile is asked for at once.
+    // All loads of routing arrays are issued together.
     const Tile tile = row_tile(row_index, num_experts, n, WORK);
     int rows[TOKEN_TILES];
     int2 out_rows[OUTPUTS];
@@ -169,7 +171,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             const bool exists = chunk + d < end;
-            const uint block = exists ? chunk + d : chunk;  // read again, and multiplied by tokens of 0
+            const uint block = exists ? chunk + d : chunk;  // a block that does not exist is multiplied by zeros
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 const uint strip = min(first_strip + s, strips - 1);

@@ -1,30 +1,33 @@
 #include "mma.cl"
 
-// Many rows an expert: what takes time is multiplying. A tile is ROWS rows and STRIPS_PER_WAVE * WAVES strips;
-// each wave has its own strips and all of K. Tokens, weights and scales are copied DEPTH - 1 blocks ahead into
-// local memory, where all waves read the tokens. Token tiles without a row are left out.
+// gemm, tier "mma", for many rows per expert, where multiplying takes the time.
 //
-// Columns of a work-group: 16 * STRIPS_PER_WAVE * WAVES. ROWS: a multiple of 4 * WAVES.
-// Local memory: DEPTH * STAGE_BYTES (below). Scales must lie below 2^15, as the packer makes them.
+// A tile is ROWS rows and STRIPS_PER_WAVE * WAVES strips. Each wave has its own strips and all of K. Tokens, weights
+// and scales are copied to local memory DEPTH - 1 blocks ahead; all waves read the tokens there. Token tiles without
+// rows are skipped.
+//
+// Columns of a work-group: 16 * STRIPS_PER_WAVE * WAVES. ROWS: a multiple of 4 * WAVES. Local memory:
+// DEPTH * STAGE_BYTES (below). Scales are below 2^15, as the packer stores them.
 
 #if SPLIT
-#error "not with SPLIT"
+#error "gemm_mma_tiled.cl does not support SPLIT"
 #endif
 
 #define COLUMNS (STRIP_N * S * WAVES)
 #define CHUNKS 8                                            // of 16 bytes in a token's 64 values
-#define COPIES (ROWS * CHUNKS / (LANES * WAVES))            // of those, by each work-item for one stage
-// A stage holds the tokens, which all waves read, then for each wave and lane words [S] and scales [HALVES][S].
+#define COPIES (ROWS * CHUNKS / (LANES * WAVES))            // chunks that each work-item copies for one stage
+// A stage holds the tokens, which all waves read, and then for each wave words [S][LANES], scales [HALVES][S][LANES]
+// and, unless SYMMETRIC, zero points [HALVES][S][LANES].
 #define TOKEN_BYTES (ROWS * CHUNKS * 16)
 #define WAVE_BYTES (LANES * (16 * S + 4 * HALVES * S * (2 - SYMMETRIC)))
 #define SCALES_AT (LANES * 16 * S)
 #define ZEROS_AT (SCALES_AT + LANES * 4 * HALVES * S)
 #define STAGE_BYTES (TOKEN_BYTES + WAVES * WAVE_BYTES)
 
-// Of a lane's two zero points (bytes), from the four bytes that its copy brought.
+// A lane's two zero points (bytes), from the four bytes that were copied.
 #define MY_ZEROS(bytes) ((bytes) >> (g & 1) * 16 & 0xffffu)
 
-// Where a lane's words, scales and zeros of S strips are.
+// The addresses of a lane's words, scales and zeros of S strips.
 typedef struct {
     __global const uint4 *words[S];
     __global const uint *scales[S];
@@ -44,8 +47,8 @@ static inline Source source_of(Expert expert, uint first_strip, uint strips, uin
     return source;
 }
 
-// Copy one block: words to `to` on, scales and zeros (the 4 bytes that contain the lane's 2) to `to4` + SCALES_AT and
-// ZEROS_AT on.
+// Copies one block: words to `to`, scales to `to4` + SCALES_AT, and zeros to `to4` + ZEROS_AT. Zeros are copied as the
+// four bytes that contain the lane's two.
 #define COPY_WEIGHTS(to, to4, source, block)                                                         \
     {                                                                                                \
         _Pragma("unroll") for (int s = 0; s < S; s++)                                                \
@@ -64,7 +67,7 @@ static inline Source source_of(Expert expert, uint first_strip, uint strips, uin
         }                                                                                            \
     }
 
-// Weights become float16, scaled by this. Scales are stored with their largest between 2^14 and 2^15.
+// Products use float16 weights times WEIGHT_UNIT. The largest stored scale is between 2^14 and 2^15.
 #if !HAS_ZERO_POINTS
 #define WEIGHT_UNIT CODE_UNIT
 
@@ -89,7 +92,7 @@ static inline uint4 weights_of(uint word, Group group)
 #else
 #define WEIGHT_UNIT (SYMMETRIC ? 0x1p-24f : 0x1p-10f)
 
-// What dequantisation subtracts, as pairs of float16: 1024 + z of column g, -(64 + z) of column g + 8.
+// The terms that dequantisation subtracts, as pairs of float16: 1024 + z for column g, -(64 + z) for column g + 8.
 typedef struct {
     uint even, odd;
 } Zeros;
@@ -102,7 +105,7 @@ static inline Zeros zeros_of(uint z, uint z8)
     return zeros;
 }
 
-// q - z of a fragment, exact: a nibble under 0x6400 is the float16 1024 + q, one place higher 1024 + 16 q.
+// q - z of a fragment, exactly: a nibble below 0x6400 is the float16 1024 + q, and four bits higher it is 1024 + 16 q.
 // Source of the idea: Kim et al., "Who Says Elephants Can't Run", 2022; Marlin uses it too.
 static inline uint4 dequantise(uint word, Zeros zeros)
 {
@@ -117,14 +120,14 @@ static inline uint4 dequantise(uint word, Zeros zeros)
 // A group's constants for a lane's two columns of a strip.
 typedef struct {
     uint even, odd;             // factors
-    uint even_add, odd_add;     // SYMMETRIC: added after the factor. Otherwise: subtracted before it.
+    uint even_add, odd_add;     // SYMMETRIC: added to the product with the factor; otherwise: as in Zeros
 } Group;
 
 static inline Group group_of(uint scales, uint zeros)
 {
     Group group;
     const uint even = (scales & 0xffffu) * 0x10001u, odd = (scales >> 16) * 0x10001u;
-#if SYMMETRIC  // q * 2^-24 and q * 2^-20, as the nibbles are under no exponent; 8 * s is exact
+#if SYMMETRIC  // nibbles without an exponent are q * 2^-24 and q * 2^-20; z * scale is exact
     group.even = even;
     group.odd = half2_mul(odd, 0x2c002c00u);            // 2^-4
     const uint minus_zero = (0x8000u | SYMMETRIC_ZERO) * 0x10001u; // -z * 2^-24
@@ -162,8 +165,8 @@ static inline uint4 weights_of(uint word, Group group)
 
 WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
-    // A token's 128 bytes are 16-byte chunks; in odd rows the halves change places, so that the eight
-    // lanes that read at once (two tokens, four chunks) meet all banks.
+    // A token's 128 bytes are chunks of 16 bytes. In odd rows the two halves are swapped, so that the eight lanes that
+    // read together (two tokens, four chunks) use all banks.
     __local uint4 stages[DEPTH * STAGE_BYTES / 16];
     const uint item = get_local_id(0), lane = item % LANES, wave = item / LANES, g = lane / 4, t = lane % 4;
     const uint strips = STRIPS, blocks = K_BLOCKS;
@@ -187,10 +190,10 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             used = live ? (i + 32 - clz(live) + 7) / 8 : used;
         }
 
-        // What this work-item copies: of tokens always the same chunk, from rows that are 4 * WAVES apart.
+        // This work-item copies the same chunk of every token that it copies; their rows are 4 * WAVES apart.
         const uint chunk = item % CHUNKS;
         __global const INPUT *from[COPIES];
-        bool live[COPIES];  // rows that are not leave their column of products undefined, which nobody reads
+        bool live[COPIES];  // products of other rows are undefined, and are not read
         LocalAddress to[COPIES];
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
@@ -214,7 +217,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
     {                                                                                                \
         const uint copied = (which), at = (stage) * STAGE_BYTES;                                     \
         if (copied < blocks) {                                                                       \
-            const bool exists = BLOCK_K * copied + 8 * chunk < k; /* K may end amid a block */       \
+            const bool exists = BLOCK_K * copied + 8 * chunk < k; /* K may end inside a block */       \
             _Pragma("unroll") for (int i = 0; i < COPIES; i++)                                       \
                 if (live[i]) {                                                                       \
                     if (exists)                                                                      \
@@ -228,12 +231,12 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
         }                                                                                            \
         commit_copies();                                                                             \
     }
-        barrier(CLK_LOCAL_MEM_FENCE);  // the last tile's stages have been read
+        barrier(CLK_LOCAL_MEM_FENCE);  // all waves have read the previous tile's stages
 #pragma unroll 1
         for (uint d = 0; d < DEPTH - 1; d++)
             COPY_STAGE(d, d);
 
-        // The products, for a number of token tiles that the compiler knows.
+        // The products, for a number of token tiles that is known to the compiler.
 #define MULTIPLY(TILES_USED)                                                                         \
     {                                                                                                \
         uint stage_index = 0;                                                                        \

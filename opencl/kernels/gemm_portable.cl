@@ -1,16 +1,17 @@
 #include "wave_tiled.cl"
 
-// gemm, tier "portable": OpenCL C 1.2, no extension; products and sums in float32.
+// gemm, tier "portable": OpenCL C 1.2 without extensions; products and sums in float32.
 //
-// A k_wave takes every K_WAVES-th block of 64 rows of K. Few rows (decode): many k_waves, so that enough loads are in
-// flight; every lane reads its activations itself. Many rows (STAGED): row_waves and column_waves share activations in
-// local memory.
+// A k_wave takes every K_WAVES-th block of 64 rows of K. For few rows (decode) there are many k_waves, so that enough
+// loads are in flight, and each lane reads its own activations. For many rows (STAGED) row_waves and column_waves share
+// activations in local memory.
 //
 // Build options besides those of wave_tiled.cl
-//   STAGED   1: activations go through local memory, 64 * K_WAVES rows of K at a time (0)
+//   STAGED   1: activations are copied to local memory, 64 * K_WAVES rows of K at a time (0)
 //
-// What the host must respect, besides: up to 64 sums of a work-item stay in registers, and local memory holds
-// max(STAGED * 256 * ROWS * K_WAVES, what wave_tiled.cl says of sums) + 8 * ROWS bytes.
+// Limits for the host, besides those of wave_tiled.cl
+//   ROWS           a work-item's sums should stay in registers: at most 64
+//   local memory   max(STAGED * 256 * ROWS * K_WAVES, bytes for the sums as in wave_tiled.cl) + 8 * ROWS bytes
 
 #ifndef STAGED
 #define STAGED 0
@@ -23,7 +24,8 @@
 #define SCRATCH_SIZE STAGE_SIZE
 #endif
 
-// The weights of a word, times WEIGHT_UNIT: four rows each of columns g and g + 8. All is exact: scales have 11 bits.
+// The weights of a word times WEIGHT_UNIT, four rows each of columns g (low) and g + 8 (high). The results are exact,
+// as scales have 11 bits.
 #if !HAS_ZERO_POINTS
 static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
 {
@@ -32,7 +34,7 @@ static inline void dequantise(uint word, float2 scale, float2 offset, float4 *lo
     *high = (float4)(halves_to_float2(codes.y), halves_to_float2(codes.w)) * scale.y;
 }
 #else
-// q * scale + offset: a nibble at bit 12 of a float 2^11, or bit 16 of 2^7, adds its value.
+// q * scale + offset: a nibble at bit 12 of the float 2^11, or at bit 16 of the float 2^7, adds its value to the float.
 static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
 {
     word = code_integers(word);
@@ -75,11 +77,11 @@ __kernel void gemm(GEMM_ARGS)
     for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
         const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);
         if (!row_tile_exists(turn.index, WORK))
-            break; // nor do those that follow
+            break; // later tiles do not exist either
         const uint end_block = turn.end_block, wave_strip = turn.strip + place.column_wave * WAVE_STRIPS;
         const Lane at = lane_of(EXPERT_BASE(turn.live ? turn.tile.expert : 0), place, strips, k_blocks, groups);
 
-        // The first weights are on their way before anything waits for the rows.
+        // The loads of the first weights start before the first barrier.
         uint block = turn.first_block + k_wave;
         Block next[WAVE_STRIPS];
         if (block < end_block)
@@ -119,7 +121,7 @@ __kernel void gemm(GEMM_ARGS)
             block = stage + k_wave;
             if (block < end_block)
 #else
-        ulong starts[WAVE_ROWS]; // of the rows, in the input; for padding that of some row, as all must be readable
+        ulong starts[WAVE_ROWS]; // of the input rows; padding has the start of some row, as every start is read from
 #pragma unroll UNROLL_ROWS
         for (int r = 0; r < WAVE_ROWS; r++) {
             int row = in_rows[r * ROW_WAVES + row_wave];
@@ -140,7 +142,7 @@ __kernel void gemm(GEMM_ARGS)
                 const uint row_k = block * BLOCK_K + 32 * half_block;
                 if (row_k >= k || wave_rows <= 0)
                     break;
-                float4 w[WAVE_STRIPS][4]; // column g: rows 0 to 3, 4 to 7; column g + 8 alike
+                float4 w[WAVE_STRIPS][4]; // rows 0 to 3 and 4 to 7 of column g, then those of column g + 8
 #pragma unroll
                 for (int s = 0; s < WAVE_STRIPS; s++) {
                     if (half_block == 0 || group_shift == 5) {

@@ -1,28 +1,27 @@
 #include "wave_tiled.cl"
 
-// gemm, tier "subgroup": cl_khr_fp16 and sub-groups; DOT=1: the integer dot product as well.
+// gemm, tier "subgroup": needs cl_khr_fp16 and sub-groups; with DOT=1 the integer dot product, too.
 //
-// A k_wave takes every K_WAVES-th 128 rows of K.
+// A k_wave takes every K_WAVES-th chunk of 128 rows of K.
 //
-// Work-items are numbered by sub-group, so the four t of a column are next to each other in a sub-group of any size
-// from 4: where the device has shuffles they add up a column without local memory, which the k_waves alone use then.
+// Work-items are numbered by sub-group. So the four t of a column are neighbours in a sub-group of any size from 4.
+// With shuffles they add a column's sums without local memory, which only the sums of k_waves then need.
 //
-// Products of a group of K are added up before its scale is applied, out += scale * sum(a * (q - zero)):
+// The products of a group of K are added before its scale is applied, out += scale * sum(a * (q - zero)):
 //
 //   DOT=0   q - zero is exact in float16: a nibble in the lowest bits of the float16 1024 adds its value. Products and
-//           sums are float32; where a device multiplies float16 into float32 that takes no conversion.
-//   DOT=1   input rows are integer planes (prepare_rows with PREPARED_TYPE=2: see there). The sum is exact:
-//           256 * dot(high, q) + dot(low, q) - zero * sum(a). For CODES 1 q is twice the code's value and 12 more,
-//           0 to 24, and so is zero 12.
+//           sums are float32. A device that multiplies float16 into float32 needs no conversion.
+//   DOT=1   input rows are integer planes (PREPARED_PLANES of prepare.cl). The sum is exact:
+//           256 * dot(high, q) + dot(low, q) - zero * sum(a). Here q and zero are multiplicands (codes.cl).
 //
 // Build options besides those of wave_tiled.cl
 //   DOT       1: integer planes (0)
-//   SHUFFLE   1: sums of t by sub_group_shuffle_xor (where cl_khr_subgroup_shuffle is defined)
+//   SHUFFLE   1: sub_group_shuffle_xor adds the sums of the four t; needs cl_khr_subgroup_shuffle
 //
-// What the host must respect, besides
-//   DOT=1     INPUT_TYPE 0, though the rows are bytes: input row i starts at input_offset + i * row_bytes / 4 with
-//             row_bytes = 2 * k + 16 * ceil(groups / 2), and input_offset is a multiple of 4
-//   ROWS      each sum of a work-item is two registers (DOT: three)
+// Limits for the host, besides those of wave_tiled.cl
+//   DOT=1     INPUT_TYPE is 0, though rows are bytes: input row i starts at input_offset + i * row_bytes / 4, where
+//             row_bytes = 2 * k + 16 * ceil(groups / 2); input_offset is a multiple of 4
+//   ROWS      each sum of a work-item takes two registers (DOT=1: three)
 
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #ifdef cl_khr_subgroups
@@ -62,7 +61,7 @@ static inline Part add_products(Part part, Activations a, Weights w)
 #else
 
 typedef float Part;
-typedef half8 Weights; // a column's eight rows, less the zero point and times WEIGHT_UNIT
+typedef half8 Weights; // a column's eight rows, minus the zero point, times WEIGHT_UNIT
 #if INPUT_TYPE == 1 && ALIGNED
 typedef half8 Activations;
 static inline Activations load_activations(__global const INPUT *input, ulong i)
@@ -82,7 +81,8 @@ static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
     *high = as_half8((uint4)(first.yw, second.yw));
 }
 #else
-// Nibbles 0 and 4, 2 and 6 of both words (column g), or 1 and 5, 3 and 7 (column g + 8), in the lowest bits of 1024.
+// Puts nibbles 0, 4, 2, 6 of both words (column g) and nibbles 1, 5, 3, 7 (column g + 8) in the lowest bits of the
+// float16 1024.
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
     words = code_integers(words);
@@ -128,11 +128,11 @@ __kernel void gemm(GEMM_ARGS)
     for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
         const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);
         if (!row_tile_exists(turn.index, WORK))
-            break; // nor do those that follow
+            break; // later tiles do not exist either
         const uint end_block = turn.end_block, wave_strip = turn.strip + place.column_wave * WAVE_STRIPS;
         const Lane at = lane_of(EXPERT_BASE(turn.live ? turn.tile.expert : 0), place, strips, k_blocks, groups);
 
-        // The first weights are on their way before anything waits for the rows.
+        // The loads of the first weights start before the first barrier.
         uint block = turn.first_block + k_wave * CHUNK_BLOCKS;
         Block next[WAVE_STRIPS];
         if (block < end_block)
@@ -164,7 +164,7 @@ __kernel void gemm(GEMM_ARGS)
         const ulong row_length = k;
         const int lane_k = 8 * t, half_block_k = 32;
 #endif
-        ulong starts[WAVE_ROWS]; // of the rows, in the input; for padding that of some row, as all must be readable
+        ulong starts[WAVE_ROWS]; // of the input rows; padding has the start of some row, as every start is read from
 #pragma unroll UNROLL_ROWS
         for (int r = 0; r < WAVE_ROWS; r++) {
             int row = in_rows[r * ROW_WAVES + row_wave];
@@ -175,7 +175,7 @@ __kernel void gemm(GEMM_ARGS)
 #pragma unroll
             for (int s = 0; s < WAVE_STRIPS; s++)
                 loaded[s] = next[s];
-            // The other block of the chunk, or the wave's next chunk.
+            // The other block of the chunk, or the first block of the wave's next chunk.
             const uint next_block = block % CHUNK_BLOCKS == 0 ? block + 1 : block + CHUNK_BLOCKS * K_WAVES - 1;
             if (next_block < end_block)
                 load_blocks(next, at, wave_strip, strips, next_block, k_blocks, groups, group_shift);

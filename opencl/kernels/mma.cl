@@ -1,25 +1,25 @@
 #include "codes.cl"
 #include "ptx.cl"
 
-// What the kernels for NVIDIA tensor cores (compute capability 8.0 and later) share.
+// Shared by the kernels for NVIDIA tensor cores (compute capability 8.0 and later).
 //
-// Weights are the 16-row operand of mma.m16n8k16 and eight tokens its columns. A lane's word of packed
-// nibbles is one fragment of 16 columns by 16 rows of K, and 16 bytes of a token's row are its fragments for
-// two steps, so neither side needs a shuffle, nor ldmatrix. Input is float16.
+// Weights are the 16-row operand of mma.m16n8k16, and eight tokens are the columns of the other operand. A lane's word
+// of packed nibbles is one fragment of 16 columns by 16 rows of K, and 16 bytes of a token's row are fragments for two
+// steps. So neither operand needs shuffles or ldmatrix. Input is float16.
 //
-// Two kernels divide the work:
-//   gemm_mma_direct    few rows an expert: weight bytes are what takes time, waves split K
-//   gemm_mma_tiled     many rows an expert: tensor cores are what takes time, waves share the tokens
+// There are two kernels:
+//   gemm_mma_direct    for few rows per expert, where reading weights takes the time: waves split K
+//   gemm_mma_tiled     for many rows per expert, where multiplying takes the time: waves share the tokens
 //
-// Build options of both, besides those of common.cl
-//   ROWS              8 * r: rows of a tile
-//   WAVES             of 32 work-items; the local size is 32 * WAVES
+// Build options of both, besides those of common.cl and codes.cl
+//   ROWS              rows of a tile: a multiple of 8
+//   WAVES             waves of 32 work-items; the local size is 32 * WAVES
 //   STRIPS_PER_WAVE   strips of 16 columns that a wave computes
-//   DEPTH             blocks of K that are on their way at once
-//   GROUP_32          1: groups of 32 rows; 0: of 64 or 128
-//   SPLIT             in direct only
+//   DEPTH             blocks of K that are in flight at a time
+//   GROUP_32          1: groups of 32 rows; 0: groups of 64 or 128 rows
+//   SPLIT             gemm_mma_direct only
 //
-// They use more local memory than the driver reports: it says 48 KiB and gives what the hardware has.
+// The kernels use more local memory than the driver reports: it reports 48 KiB, and allows what the hardware has.
 
 #ifndef WAVES
 #define WAVES 8

@@ -1,13 +1,15 @@
-// The Mixture-of-Experts layer around its two products: weighing and combination. Routing is in routing.cl, grouping by
-// expert in align.cl.
+// The parts of a Mixture-of-Experts layer around its two products: weighing of tokens and combination. Routing is in
+// routing.cl, grouping by expert in align.cl.
 //
-// Not to be built with -cl-fast-relaxed-math or -cl-finite-math-only: NaN means something here.
+// Do not build with -cl-fast-relaxed-math or -cl-finite-math-only: NaNs have a meaning here.
 //
 // Build options
-//   WEIGHTED   0: `combine` takes all weights for 1
-//   SHARED     1: `combine` starts from a shared expert's rows; 2: from these times the token's factor; 0: from zero
+//   FACTOR_ITEMS   work-items in a work-group of `shared_factor`: a power of two
+//   WEIGHTED       0: all weights of `combine` are 1
+//   SHARED         `combine` starts from 0: zero; 1: the shared expert's row; 2: the shared expert's row times the
+//                  token's factor
 
-#ifndef FACTOR_ITEMS // work-items in a group of `shared_factor`: a power of two
+#ifndef FACTOR_ITEMS
 #define FACTOR_ITEMS 256
 #endif
 #ifndef WEIGHTED
@@ -19,8 +21,8 @@
 
 // Weighing -------------------------------------------------------------------------------------
 
-// output[token] = weights[token] * input[token]: what experts are given where a token is weighed beforehand.
-// tokens work-groups of any local size.
+// output[token] = weights[token] * input[token]: the experts' input, in layers that apply weights before the products.
+// A work-group for each token, of any local size.
 //   input     INPUT [tokens][width]; width is a multiple of 8
 //   weights   float32 [tokens]
 //   output    float32 [tokens][width]
@@ -36,8 +38,8 @@ __kernel void weigh_tokens(__global const INPUT *restrict input, const ulong inp
         vstore8(weight * load8_input(input, 8 * octet), octet, output);
 }
 
-// factors[token] = 1 / (1 + exp(-sum over i of input[token][i] * gate[i])): how much of a shared expert a token gets.
-// tokens work-groups.
+// factors[token] = 1 / (1 + exp(-sum over i of input[token][i] * gate[i])): a token's factor of the shared expert.
+// A work-group for each token.
 //   input     INPUT [tokens][width]
 //   gate      float32 [width]
 //   factors   float32 [tokens]
@@ -73,12 +75,12 @@ __kernel void shared_factor(__global const INPUT *restrict input, const ulong in
 #define load_four(p, i) as_float4(convert_uint4(((__global const ushort4 *)(p))[i]) << 16)
 #endif
 
-// output[token] = sum over j of weights[token][j] * input[token * top_k + j], j ascending, a chain of
-// fused multiply-adds from zero, or from what a shared expert gave. Rows whose id is no expert are left out,
-// whatever they hold.
+// output[token] = sum over j of weights[token][j] * input[token * top_k + j], j ascending: a chain of fused
+// multiply-adds from zero or from the shared expert's row. A row whose id is not an expert's is left out, and may hold
+// anything.
 //
-// A work-item sums four columns of a token: local size any, `groups_per_token` =
-// ceil(width / (4 * local size)), tokens * groups_per_token work-groups.
+// A work-item sums four columns of a token. Local size: any. groups_per_token = ceil(width / (4 * local size)). There
+// are tokens * groups_per_token work-groups.
 //   input     [tokens * top_k][width]; input_offset is a multiple of 4, as is width
 //   shared    INPUT [tokens][width] (SHARED)
 //   factors   float32 [tokens] (SHARED 2)
@@ -107,7 +109,7 @@ __kernel void combine(__global const INPUT *restrict input, const ulong input_of
 #else
     float4 sum = (float4)(0.0f);
 #endif
-    // Four rows at a time, to have as many loads under way; what need not be added is loaded all the same.
+    // Four rows at a time, so that four loads are in flight; rows that are left out are loaded, too.
     for (uint begin = 0; begin < top_k; begin += 4) {
         bool chosen[4];
         float weight[4];

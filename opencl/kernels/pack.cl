@@ -1,21 +1,21 @@
-// Packing on the device: from canonical form (formats/canonical.py) to the layout drawn in common.cl.
+// Packing on the device: from canonical form (marlin_cy/weights/int4.py) to the layout drawn in common.cl.
 //
-// Each launch writes columns [column_offset, column_offset + n) of one expert, whose first word is
-// packed[base]; both are multiples of 8, so a launch may own only half of the columns of a strip, which
-// are half of the nibbles of its words: those words are read, changed and written, so no two launches
-// for one strip may run at once. The expert was all zeros before; padding is never written.
+// A launch writes columns [column_offset, column_offset + n) of one expert, whose first word is packed[base].
+// column_offset and n are multiples of 8, so that a launch may own half of a strip's columns: half of the nibbles of
+// each word. Such words are read, changed and written, so that two launches for one strip must not run at the same
+// time. The expert is all zeros before; padding is never written.
 //
-// Scales and zeros are written as the ushorts and bytes that they are, on little-endian devices.
+// Scales are written as ushorts and zero points as bytes. The device is little-endian.
 
-// Rows 0 to 3 of a column, four nibbles, to where a word has them: nibbles 0, 4, 2, 6.
+// Moves rows 0 to 3 of a column, four nibbles, to their places in a word: nibbles 0, 4, 2, 6.
 static inline uint spread(uint rows)
 {
     return (rows & 0xfu) | ((rows & 0xf0u) << 12) | (rows & 0xf00u) | ((rows & 0xf000u) << 12);
 }
 
-// Eight packed rows of a column, a nibble each, from row `first` of packed K on.
+// Eight packed rows of a column, one nibble each, from row `first` of packed K on.
 //   words    [K / 8][n]
-//   rows     row of K of each packed row, -1 for padding; null: K's own order
+//   rows     the row of K of each packed row, -1 for padding; NULL for K's own order
 static inline uint eight_rows(__global const uint *words, uint n, __global const int *rows, uint packed_k, uint first,
                               uint column)
 {
@@ -34,7 +34,7 @@ static inline uint eight_rows(__global const uint *words, uint n, __global const
 
 // Global size (32 * strips touched, k_blocks): one work-item packs one lane of a block, its four words.
 //   words    [K / 8][n]
-//   rows     [packed_k] from rows_offset on; or null
+//   rows     [packed_k] from rows_offset on, or NULL
 __kernel void pack_words(__global const uint *restrict words, const uint n, __global const int *restrict rows,
                          const ulong rows_offset, const uint packed_k, __global uint *restrict packed,
                          const ulong base, const uint column_offset)
@@ -46,9 +46,9 @@ __kernel void pack_words(__global const uint *restrict words, const uint n, __gl
         rows += rows_offset;
 
     uint result[4] = {0, 0, 0, 0};
-    uint mine = 0; // the nibbles that this launch owns
+    uint mine = 0; // the nibbles of a word that this launch owns
     for (uint half_strip = 0; half_strip < 2; half_strip++) {
-        // Below column_offset this wraps around, to far more than n.
+        // A column below column_offset wraps around to a number above n.
         uint column = strip * STRIP_N + 8 * half_strip + lane / 4 - column_offset;
         if (column >= n)
             continue;
@@ -67,8 +67,9 @@ __kernel void pack_words(__global const uint *restrict words, const uint n, __gl
 }
 
 // Global size (n, groups): one work-item packs the scale and the zero point of a column and a group.
-//   scale, zero    the bits of float16 or bfloat16, and bytes [*][n]; zero may be null
-//   scale_rows     int32 at scale_rows_offset: [groups] row of them that each packed group uses, -1 for padding
+//   scale, zero    float16 or bfloat16 as bits, and bytes: [*][n]; zero may be NULL
+//   scale_rows     int32 [groups] from scale_rows_offset on: the row of scale and zero of each packed group, -1 for
+//                  padding
 __kernel void pack_scales(__global const ushort *restrict scale, __global const uchar *restrict zero, const uint n,
                           __global const int *restrict scale_rows, const ulong scale_rows_offset,
                           __global uint *restrict packed, const ulong scale_base, const ulong zero_base,
@@ -86,17 +87,17 @@ __kernel void pack_scales(__global const ushort *restrict scale, __global const 
         ((__global uchar *)(packed + zero_base))[place] = zero[source];
 }
 
-// A bfloat16 times 2^exponent, by way of integers: a device may take small floats for zero.
+// A bfloat16 times 2^exponent, computed from integers, as a device may flush small floats to zero.
 static inline float scaled_bfloat16(ushort bits, int exponent)
 {
     const int field = bits >> 7 & 0xff, digits = (bits & 0x7f) | (field ? 0x80 : 0);
     return ldexp((bits & 0x8000 ? -1.0f : 1.0f) * digits, max(field, 1) - 134 + exponent);
 }
 
-// Global size (scales of an expert, experts): multiply the scales of all experts of a part by 2^exponent; they become
-// float16.
+// Global size (scales of an expert, experts): multiplies the scales of all experts of a part by 2^exponent, and stores
+// them as float16.
 //   scale_base   uints from an expert's first word to its scales
-//   bfloat16     1: they are bfloat16 before; 0: float16
+//   bfloat16     1: the scales are bfloat16 before; 0: float16
 __kernel void rescale(__global uint *restrict packed, const ulong expert_words, const ulong scale_base,
                       const int exponent, const int bfloat16)
 {

@@ -1,62 +1,75 @@
 #include "activation.cl"
 
-// prepare_rows: rows of activations in the order of packed K, padded, of one element type.
+// prepare_rows: converts rows of activations to one element type, in the order of packed K, with padding.
 //
 //   output[i][j] = x[order[j]] * 2^-e,  row_factor[i] = 2^e
 //
-// with x the row that prepared row i comes from; an order of -1, or j beyond the row, gives 0. A work-group a
-// prepared row, of a local size that is a multiple of 16 up to 256; the grid has as many work-groups as rows (GATHER 2:
-// slots).
+// x is the source of prepared row i. Elements with an order of -1, or beyond the source's end, are 0. There is a
+// work-group for each prepared row; its local size is a multiple of 16, at most MAX_LOCAL.
 //
 // Build options
 //   INPUT_TYPE      of common.cl
-//   PREPARED_TYPE   0: float32, e = 0 and row_factor is not used
-//                   1: float16; 2^e brings the row's largest magnitude into [2^13, 2^14). A row of zeros has e = 0,
-//                      and so has one with a NaN or an infinity, which keeps them
-//   ACTIVATION      of activation.cl; with one, input rows are gate (k_in), then up (k_in), and x[j] is made of
-//                   gate[j] and up[j] in float32
-//   GATHER          0: row i from row i, in K's own order (0)
-//                   1: the same, by one order for all: order int32 [k_out]
-//                   2: row i is slot i of the routing arrays (ROUTED=1), from row id / top_k, by its expert's order:
-//                      order int32 [num_experts][k_out]. Slots not in use are left as they are
-//                   3: row i from row map[i].x, by the order of expert map[i].y; order as for 2
+//   PREPARED_TYPE   one of PREPARED_*, below
+//   ACTIVATION      of activation.cl. With an activation, an input row is gate (k_in), then up (k_in), and x[j] is
+//                   computed from gate[j] and up[j] in float32
+//   GATHER          one of GATHER_*, below
+//   GROUP_SHIFT     of packed K; with PREPARED_PLANES only
 //
 // Arguments
-//   input, input_offset    INPUT rows of k_in (ACTIVATION: 2 * k_in) elements; the offset in elements
+//   input, input_offset    INPUT rows of k_in elements (2 * k_in with ACTIVATION); the offset in elements
 //   output, row_factor     [rows][k_out] (planes: [rows][row bytes]), [rows]
-//   k_in, k_out            elements of a row; k_out >= k_in where GATHER is 0
-//   order                  GATHER 1, 2, 3; else NULL
-//   num_experts, WORK_ARGS of common.cl      GATHER 2 only
-//   map                    int2 [rows]       GATHER 3 only
+//   k_in, k_out            elements of a row; k_out >= k_in with GATHER_NO_ORDER
+//   order                  NULL with GATHER_NO_ORDER
+//   num_experts, WORK_ARGS of common.cl      GATHER_BY_SLOT only
+//   map                    int2 [rows]       GATHER_MAPPED only
 //
-// Integer planes: each group of K (of 2^GROUP_SHIFT) is quantised by itself to 16 bits, scale = max |x| / 32639,
-// value = rint(x / scale) = 256 * high + low with signed bytes. A prepared row is, in bytes,
+// Integer planes: each group of 2^GROUP_SHIFT elements is quantised to 16 bits by a scale of its own,
+// scale = max |x| / 32639, value = rint(x / scale) = 256 * high + low, where high and low are signed bytes. The layout
+// of a prepared row, in bytes:
 //
-//   [k_out / 8] of 16        for 8 rows of K: high of rows 0 2 1 3, high of rows 4 6 5 7, low of rows 0 2 1 3, low of
-//                            rows 4 6 5 7; the order of rows is that of (word & 0x0f0f0f0f) in the packed weight
+//   [k_out / 8] of 16        for 8 elements: high of 0 2 1 3, high of 4 6 5 7, low of 0 2 1 3, low of 4 6 5 7. The
+//                            order is that of (word & 0x0f0f0f0f) in the packed weight
 //   [groups] of 8            scale (float), sum of the group's values (int); groups = ceil(k_out / 2^GROUP_SHIFT)
 //
-// padded to a multiple of 16: 2 * k_out + 16 * ceil(groups / 2) bytes. A group with a NaN or an infinity has the scale
-// NaN and values of 0.
+// It is padded to a multiple of 16: 2 * k_out + 16 * ceil(groups / 2) bytes. A group with a NaN or an infinity has a
+// scale of NaN and values of 0.
+
+// Element types of prepared rows: float32, where e is 0 and row_factor is not used; float16, where 2^e brings the row's
+// largest magnitude into [2^13, 2^14), and e is 0 for a row of zeros and for a row with a NaN or an infinity, which
+// stay; integer planes.
+#define PREPARED_FLOAT32 0
+#define PREPARED_FLOAT16 1
+#define PREPARED_PLANES 2
+
+// Sources of prepared row i and its order of K:
+// GATHER_NO_ORDER    row i, in K's own order
+// GATHER_ONE_ORDER   row i, by an order that is the same for all experts: order int32 [k_out]
+// GATHER_BY_SLOT     row id / top_k for slot i of the routing arrays (ROUTED=1), by the order of the slot's expert:
+//                    order int32 [num_experts][k_out]. Slots that are not in use are not written
+// GATHER_MAPPED      row map[i].x, by the order of expert map[i].y: order int32 [num_experts][k_out]
+#define GATHER_NO_ORDER 0
+#define GATHER_ONE_ORDER 1
+#define GATHER_BY_SLOT 2
+#define GATHER_MAPPED 3
 
 #ifndef PREPARED_TYPE
-#define PREPARED_TYPE 0
+#define PREPARED_TYPE PREPARED_FLOAT32
 #endif
 #ifndef GATHER
-#define GATHER 0
+#define GATHER GATHER_NO_ORDER
 #endif
-#if GATHER == 2 && !ROUTED
-#error "GATHER=2 needs ROUTED=1"
+#if GATHER == GATHER_BY_SLOT && !ROUTED
+#error "GATHER_BY_SLOT needs ROUTED=1"
 #endif
 
-#if GATHER == 2
+#if GATHER == GATHER_BY_SLOT
 #define GATHER_ARGS , const uint num_experts, WORK_ARGS
-#elif GATHER == 3
+#elif GATHER == GATHER_MAPPED
 #define GATHER_ARGS , __global const int2 *restrict map
 #else
 #define GATHER_ARGS
 #endif
-#if PREPARED_TYPE == 2
+#if PREPARED_TYPE == PREPARED_PLANES
 #define PREPARED uint
 #else
 #define PREPARED JOIN(TYPE_, PREPARED_TYPE)
@@ -66,7 +79,7 @@
     __global const INPUT *restrict input, const ulong input_offset, __global PREPARED *restrict output, \
         __global float *restrict row_factor, const uint k_in, const uint k_out, __global const int *restrict order
 
-// Element j of a row: of x, before any order.
+// Element j of a source row x, in K's own order.
 static inline float row_value(__global const INPUT *row, uint j, uint k_in)
 {
 #if ACTIVATION
@@ -106,9 +119,9 @@ static inline float8 prepared_values(__global const INPUT *row, uint octet, uint
 #endif
 }
 
-#if PREPARED_TYPE == 2
-#define QMAX 32639.0f // 256 * 127 + 127, the largest that two signed bytes can say
-#define MIN_AMAX 0x1p-100f // below, neither amax / QMAX nor QMAX / amax need be a normal number
+#if PREPARED_TYPE == PREPARED_PLANES
+#define QMAX 32639.0f // 256 * 127 + 127, the largest value of two signed bytes
+#define MIN_AMAX 0x1p-100f // for smaller magnitudes amax / QMAX or QMAX / amax may not be a normal number
 #define GROUP_OCTETS (1 << (GROUP_SHIFT - 3))
 
 static inline uint plane_word(int v0, int v1, int v2, int v3)
@@ -117,8 +130,8 @@ static inline uint plane_word(int v0, int v1, int v2, int v3)
 }
 #endif
 
-// Row i, by a whole work-group, from row `from` of the input by one order (none with GATHER 0). Always inlined, as PoCL
-// needs it: see align.cl.
+// Prepares row i from row `from` of the input, by one order; called by a whole work-group. It is always inlined for
+// PoCL: see align.cl.
 //   largest, value_sums   local uint and int [local size]
 __attribute__((always_inline)) static inline void prepare_row(
     uint i, ulong from, __global const INPUT *input, __global PREPARED *output, __global float *row_factor, uint k_in,
@@ -126,15 +139,15 @@ __attribute__((always_inline)) static inline void prepare_row(
 {
     const uint item = get_local_id(0), items = get_local_size(0);
     __global const INPUT *row = input + from * k_in * (ACTIVATION ? 2 : 1);
-#if PREPARED_TYPE == 2
-    // A work-item takes 8 elements in each turn; the items of a group share their maxima and sums.
+#if PREPARED_TYPE == PREPARED_PLANES
+    // A work-item takes 8 elements in each turn. The work-items of a group share their maxima and sums.
     const uint octets = k_out / 8, groups = (k_out + (1 << GROUP_SHIFT) - 1) >> GROUP_SHIFT;
     const uint row_words = k_out / 2 + (groups + 1) / 2 * 4;
     __global uint *to = output + (ulong)i * row_words;
     for (uint turn = 0; turn < octets; turn += items) {
         const uint octet = turn + item, leader = item / GROUP_OCTETS * GROUP_OCTETS;
         float x[8];
-        uint most = 0; // magnitudes as bits: infinities and NaNs are above all else
+        uint most = 0; // magnitudes as bits, among which infinities and NaNs are the largest
         for (uint j = 0; j < 8; j++) {
             x[j] = octet < octets ? prepared_value(row, 8 * octet + j, k_in, order) : 0;
             most = max(most, as_uint(x[j]) & 0x7fffffffu);
@@ -168,11 +181,11 @@ __attribute__((always_inline)) static inline void prepare_row(
         }
     }
 #else
-    // Work-items take 8 elements at a time. Those of float16 are computed twice, as the first time finds the factor.
+    // Work-items take 8 elements at a time. With float16 each element is computed twice: first for the row's factor.
     const ulong to = (ulong)i * k_out;
     const uint octets = k_out / 8;
-#if PREPARED_TYPE == 1
-    uint8 magnitudes = (uint8)(0); // as bits: infinities and NaNs are above all else
+#if PREPARED_TYPE == PREPARED_FLOAT16
+    uint8 magnitudes = (uint8)(0); // as bits, among which infinities and NaNs are the largest
     for (uint octet = item; octet < octets; octet += items)
         magnitudes = max(magnitudes, as_uint8(prepared_values(row, octet, k_in, order)) & 0x7fffffffu);
     const uint4 four = max(magnitudes.lo, magnitudes.hi);
@@ -208,8 +221,8 @@ __kernel void prepare_rows(PREPARE_ARGS GATHER_ARGS)
     const uint i = get_group_id(0);
     long from = i;
     ulong order_offset = 0;
-#if GATHER == 2
-    // One slot to a row tile, whatever the size of blocks.
+#if GATHER == GATHER_BY_SLOT
+    // A work-group for each slot, whatever the size of blocks.
     from = -1;
     if (i < (uint)clamp(past[past_offset], 0, past_limit)) {
         const int expert = expert_ids[expert_offset + i / block_size];
@@ -219,11 +232,11 @@ __kernel void prepare_rows(PREPARE_ARGS GATHER_ARGS)
             order_offset = (ulong)expert * k_out;
         }
     }
-#elif GATHER == 3
+#elif GATHER == GATHER_MAPPED
     from = map[i].x;
     order_offset = (ulong)map[i].y * k_out;
 #endif
-    if (from >= 0) // else the whole work-group has nothing to do
+    if (from >= 0) // the same for the whole work-group
         prepare_row(i, from, input + input_offset, output, row_factor, k_in, k_out, order + order_offset, largest,
                     value_sums);
 }

@@ -1,9 +1,9 @@
-// NVIDIA's instructions that OpenCL C has no functions for, as inline PTX; the name of each is in its statement.
+// Instructions of NVIDIA GPUs for which OpenCL C has no functions, as inline PTX.
 //
-// Pairs of float16 are 32-bit registers, as that driver has no cl_khr_fp16. A wave is 32 work-items.
+// Pairs of float16 are 32-bit registers, as NVIDIA's driver has no cl_khr_fp16. A wave is 32 work-items.
 //
-// With -DEMULATE_PTX the same functions are OpenCL C with sub-groups of 32, so that the kernels can be tested
-// where there is no such GPU (Intel's CPU runtime). With -DNO_PTX they are empty, which checks that the rest compiles.
+// With -DEMULATE_PTX the functions are OpenCL C with sub-groups of 32, so that the kernels can be tested without such a
+// GPU, on Intel's CPU runtime. With -DNO_PTX the functions are empty, so that other compilers can check the kernels.
 
 #ifdef EMULATE_PTX
 
@@ -31,7 +31,7 @@ static inline uint half2_fma(uint a, uint b, uint c)
     return float2_to_half2(fma(half2_to_float2(a), half2_to_float2(b), half2_to_float2(c)));
 }
 
-// Row g of a lies in lanes 4g to 4g + 3 (x, z: the row itself, y, w: row g + 8), column c of b in lanes 4c to 4c + 3.
+// Lanes 4g to 4g + 3 hold rows g (x, z) and g + 8 (y, w) of a; lanes 4c to 4c + 3 hold column c of b.
 __attribute__((noinline)) static float4 mma(uint4 a, uint b0, uint b1, float4 c)
 {
     const uint lane = get_sub_group_local_id(), g = lane / 4, t = lane % 4;
@@ -128,8 +128,9 @@ static inline uint ballot(bool condition)
     return mask;
 }
 
-// Loads that are all under way before the first is waited for: they stay in front of issue_loads(). The assembler
-// moves others down to where they are used, one behind the other. load_once: past the first-level cache.
+// Loads that stay before issue_loads(), so that all of them are in flight before the first result is used. The
+// assembler would move ordinary loads down to their uses, one after the other. load_once does not fill the first-level
+// cache.
 static inline uint4 load_once(__global const uint4 *p)
 {
     uint x = 0, y = 0, z = 0, w = 0;
@@ -151,8 +152,8 @@ static inline uint load_early_word(__global const uint *p)
 }
 static inline void issue_loads(void) { ORDERED_ASM("bar.warp.sync 0xffffffff;" : : : "memory"); }
 
-// 16 or 4 bytes to local memory without passing through registers. Copies between two commits are a group;
-// a work-item waits until only so many groups of its own are under way.
+// Copies of 16 or 4 bytes to local memory that bypass registers. The copies between two commits are a group.
+// AWAIT_COPIES waits until at most `left` groups of the work-item are in flight.
 typedef uint LocalAddress;
 static inline LocalAddress local_address(__local const void *p) { return (uint)(size_t)p; }
 static inline void copy_async(LocalAddress to, __global const void *from)

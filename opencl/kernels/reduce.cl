@@ -1,9 +1,9 @@
-// reduce_splits: adds up what gemm left of the runs of K (SPLIT), in ascending order, and stores it.
+// reduce_splits: adds the sums that a gemm with SPLIT has stored for the runs of K, in ascending order of the runs.
 //
 //   output[row][c] = sum over s of partial[s][tile][r][c] (+ bias)
 //
-// A work-group takes one row of a row tile in each turn; any local size, any number of work-groups.
-// ROWS, BIAS and the routing must be those of the gemm.
+// A work-group takes one row of a row tile at a time. Any local size and any number of work-groups will do. ROWS, BIAS,
+// ROUTED and the work's arguments must be those of the gemm.
 
 __kernel void reduce_splits(
     const uint num_experts, const uint n,

@@ -2,14 +2,13 @@
 #include "align.cl"
 #include "prepare.cl"
 
-// route_align: `route`, then `align` of few pairs, in one launch; before them `prepare_rows`, where rows depend on
-// neither. A work-group takes a token, and the last of them aligns what all have chosen.
+// route_align: `route`, then `align` for few pairs, in one launch, and `prepare_rows` for rows that depend on neither.
+// Each work-group prepares a row and routes a token. The last of them aligns the pairs of all tokens.
 //
-// Build options
-//   PTX        1: for NVIDIA, compute capability 7.0 or later, whose OpenCL may have no atomics of a device's scope
+// Build options, besides those of routing.cl and prepare.cl
+//   PTX        1: for NVIDIA GPUs of compute capability 7.0 or later, whose OpenCL may lack atomics of device scope
 //              0: OpenCL C 3.0 with __opencl_c_atomic_order_acq_rel and __opencl_c_atomic_scope_device
 //   PREPARES   1: rows are prepared
-//   those of routing.cl and prepare.cl
 
 #ifndef PTX
 #define PTX 0
@@ -17,8 +16,8 @@
 #ifndef PREPARES
 #define PREPARES 0
 #endif
-#if PREPARES && GATHER > 1
-#error "route_align.cl needs GATHER 0 or 1"
+#if PREPARES && (GATHER == GATHER_BY_SLOT || GATHER == GATHER_MAPPED)
+#error "route_align.cl needs GATHER_NO_ORDER or GATHER_ONE_ORDER"
 #endif
 
 #if PREPARES
@@ -27,7 +26,8 @@
 #define ROW_ARGS
 #endif
 
-// How many work-groups came here before. What they wrote before that can be read from here on.
+// Counts this work-group, and returns the count before it. After the call, this work-item can read what the work-groups
+// counted before it had written.
 static inline uint arrive(__global uint *arrived)
 {
 #if PTX
@@ -40,10 +40,11 @@ static inline uint arrive(__global uint *arrived)
 #endif
 }
 
-// Arguments of all three, without align's ids and counts, and
-//   marks     local uint, as align_few says
-//   arrived       uint [1]: counts work-groups, from launch_base on
-//   launch_base   above all that launches before this one can have left in arrived, even those that failed midway
+// The arguments of `route`, those of `align` without ids and counts, with PREPARES those of `prepare_rows`, and
+//   marks         local uint: as for align_few
+//   arrived       uint [1]: counts work-groups from launch_base on
+//   launch_base   larger than every count of an earlier launch. The first work-group raises the counter to it, whatever
+//                 an earlier launch, which may have failed midway, has left
 __attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
 __kernel void route_align(ROUTE_ARGS, const uint block_size, __global int *restrict sorted_ids,
                           __global int *restrict expert_ids, __global int *restrict past, __local uint *restrict marks,
@@ -59,11 +60,12 @@ __kernel void route_align(ROUTE_ARGS, const uint block_size, __global int *restr
                 (__local int *)pairs + ROUTE_ITEMS);
 #endif
     route_token(token, ROUTE_NAMES, pairs);
-    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE); // the whole work-group's choices come before its arrival
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE); // the work-group's choices are written before it is counted
     if (get_local_id(0) == 0)
         is_last = arrive(arrived) == launch_base + tokens - 1;
     barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
-    // The others align nothing, for no experts: PoCL 3.0 crashes if barriers depend on what lies in local memory.
+    // Every work-group calls align_few, with no pairs and no experts unless it is the last: PoCL 3.0 crashes if a
+    // barrier depends on a value in local memory.
     align_few(ids + ids_offset, is_last ? tokens * top_k : 0, is_last ? num_experts : 0, block_size, sorted_ids,
               expert_ids, past, fours, marks);
 }

@@ -1,14 +1,22 @@
-// route: which experts each token goes to, and with what weights; the formula stands in marlin_cy/moe/routing.py.
+// route: chooses each token's experts, and their weights. The formula is in marlin_cy/moe/routing.py.
 //
-// Not to be built with -cl-fast-relaxed-math or -cl-finite-math-only: NaN and infinities mean something here.
+// Do not build with -cl-fast-relaxed-math or -cl-finite-math-only: NaNs and infinities have a meaning here.
 //
 // Build options
-//   LOGITS_TYPE   of logits, as common.cl's INPUT_TYPE (0)
-//   SCORING    an expert's score, from its logit: 0 softmax, 1 softmax_topk (the logit itself; weights are the softmax
-//              of the logits picked), 2 sigmoid
-//   CORRECTED  1: experts are picked by score + bias, and weighed by the score alone
-//   GROUPING   1: only experts of the topk_groups best groups are picked, and a group is as good as its best expert;
-//              2: the same, and it is as good as the sum of its two best
+//   ROUTE_ITEMS   work-items in a work-group
+//   LOGITS_TYPE   element type of logits, as common.cl's INPUT_TYPE (0)
+//   SCORING       one of SCORING_*: an expert's score from its logit. With SCORING_SOFTMAX_TOPK the score is the logit
+//                 itself, and weights are the softmax of the picked logits
+//   CORRECTED     1: experts are picked by score + bias; weights are computed from the score alone
+//   GROUPING      one of GROUPING_*: with GROUPING_MAX and GROUPING_TOP2_SUM, experts are picked from the topk_groups
+//                 best groups only. A group's score is its best expert's, or the sum of its two best experts'
+
+#define SCORING_SOFTMAX 0
+#define SCORING_SOFTMAX_TOPK 1
+#define SCORING_SIGMOID 2
+#define GROUPING_NONE 0
+#define GROUPING_MAX 1
+#define GROUPING_TOP2_SUM 2
 
 #ifndef ROUTE_ITEMS
 #define ROUTE_ITEMS 128
@@ -17,21 +25,19 @@
 #define LOGITS_TYPE 0
 #endif
 #ifndef SCORING
-#define SCORING 0
+#define SCORING SCORING_SOFTMAX
 #endif
 #ifndef CORRECTED
 #define CORRECTED 0
 #endif
 #ifndef GROUPING
-#define GROUPING 0
+#define GROUPING GROUPING_NONE
 #endif
 #define LOGIT JOIN(TYPE_, LOGITS_TYPE)
 #define load_logit JOIN(load_, LOGITS_TYPE)
-#define SOFTMAX 0
-#define SOFTMAX_TOPK 1
-#define SIGMOID 2
 
-// Unsigned integers in the order of floats, equal where they are equal; 0 comes before all but NaNs.
+// The rank of a float: an unsigned integer. Ranks have the order of the floats, and equal floats have equal ranks.
+// Every float but a NaN has a rank above 0.
 static inline uint rank_of(float value)
 {
     const uint bits = value == 0 ? 0 : as_uint(value);
@@ -40,10 +46,10 @@ static inline uint rank_of(float value)
 
 static inline float float_of(uint rank) { return as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
 
-// What an expert weighs, but for the sums by which weights are divided.
+// An expert's weight before the division by a sum.
 static inline float weight_of(float logit, float largest)
 {
-#if SCORING == SIGMOID
+#if SCORING == SCORING_SIGMOID
     return 1 / (1 + exp(-logit));
 #else
     return exp(logit - largest);
@@ -51,16 +57,16 @@ static inline float weight_of(float logit, float largest)
 }
 
 #if GROUPING
-// The two largest of two pairs, each with the larger first.
+// The two largest of four numbers, the larger first. Each pair has its larger number first.
 static inline uint2 two_largest(uint2 a, uint2 b)
 {
     return (uint2)(max(a.x, b.x), max(min(a.x, b.x), max(a.y, b.y)));
 }
 
-// Makes the choices of experts 0 that lie in other groups than the topk_groups best; of equal groups the earlier is
-// the better. `lanes` work-items look through one group.
+// Sets the choices of experts outside the topk_groups best groups to 0. Of equal groups the earlier one is better.
+// `lanes` work-items read one group.
 //   choices   ranks [num_experts]
-//   groups    room for ranks [num_groups]
+//   groups    ranks [num_groups], written here
 __attribute__((always_inline)) static inline void mask_groups(__local uint *choices, __local uint *groups,
                                                                uint num_experts, uint num_groups, uint topk_groups,
                                                                __local uint2 *pairs)
@@ -80,7 +86,7 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
         if (exists && lane == 0) {
             for (uint other = 1; other < lanes; other++)
                 best = two_largest(best, pairs[me + other]);
-            groups[group] = GROUPING == 2 ? rank_of(float_of(best.x) + float_of(best.y)) : best.x;
+            groups[group] = GROUPING == GROUPING_TOP2_SUM ? rank_of(float_of(best.x) + float_of(best.y)) : best.x;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
@@ -97,33 +103,33 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 }
 #endif
 
-// The top_k best experts of each row of logits, best first, of equal ones the smaller index first, and their weights.
-// One work-group a token. A NaN or +inf among the logits, or none but -inf, gives ids 0 to top_k - 1 with weights of
-// NaN. Each work-item looks through all experts by itself, four at a time: that takes fewer steps than to share the
-// work and wait for each other, for each of top_k experts above all.
+// The top_k best experts of each row of logits, best first, and their weights. Of equal experts the smaller index comes
+// first. There is a work-group for each token. If a row has a NaN or +inf, or only -inf, its ids are 0 to top_k - 1 and
+// its weights NaN. Each work-item compares its experts with all others, four at a time: this takes fewer steps than
+// sharing the comparisons, which needs barriers for each of the top_k experts.
 //   logits         LOGIT [tokens][num_experts]
 //   top_k          1 to num_experts
-//   normalise      whether a token's weights are divided by their sum; 1 where SCORING is 1
-//   factor         what they are multiplied by at the end
+//   normalise      whether a token's weights are divided by their sum; 1 with SCORING_SOFTMAX_TOPK
+//   factor         the weights are multiplied by it at the end
 //   bias           float32 [num_experts] (CORRECTED), finite
-//   num_groups     divides num_experts (GROUPING); topk_groups of them hold top_k experts or more
+//   num_groups     divides num_experts (GROUPING); topk_groups groups have at least top_k experts
 //   ids, weights   int32 and float32 [tokens][top_k]
 //   fours          local uint4 [num_experts / 4, rounded up]: a rank of each expert
 //   groups         local uint [num_groups] (GROUPING)
 //   picked         local float [top_k]
-// ids without restrict: route_align reads what other work-groups wrote there.
+// ids is not restrict, as route_align reads ids that other work-groups wrote.
 #define ROUTE_ARGS                                                                                   \
     __global const LOGIT *restrict logits, const ulong logits_offset, const uint num_experts, const uint top_k, \
         const int normalise, const float factor, __global const float *restrict bias, const uint num_groups, \
         const uint topk_groups, __global int *ids, const ulong ids_offset,                           \
         __global float *restrict weights, const ulong weights_offset, __local uint4 *restrict fours, \
         __local uint *restrict groups, __local float *restrict picked
-// What route_token takes of them.
+// The arguments of ROUTE_ARGS that route_token takes.
 #define ROUTE_NAMES                                                                                  \
     logits + logits_offset, num_experts, top_k, normalise, factor, bias, num_groups, topk_groups, ids + ids_offset, \
         weights + weights_offset, fours, groups, picked
 
-// One token's part, by a whole work-group.
+// Routes one token; called by a whole work-group.
 //   pairs   local uint2 [ROUTE_ITEMS] (GROUPING)
 __attribute__((always_inline)) static inline void route_token(
     ulong token, __global const LOGIT *logits, uint num_experts, uint top_k, int normalise, float factor,
@@ -148,18 +154,19 @@ __attribute__((always_inline)) static inline void route_token(
     const bool bad = isinf(largest); // the same for all work-items
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    // What fills up the last four must not be picked: 0, or a score of 0, which adds nothing, behind others of 0.
+    // The padding of the last four experts is never picked. With softmax it has a score of 0, which adds nothing to the
+    // sum and comes after all other scores of 0; otherwise it has rank 0.
     for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
         const float logit = e < num_experts ? load_logit(logits, row + e) : 0;
-        const uint rank = rank_of(SCORING == SOFTMAX_TOPK ? logit : weight_of(logit, largest));
-        choices[e] = e < num_experts ? rank : SCORING == SOFTMAX ? rank_of(0) : 0;
+        const uint rank = rank_of(SCORING == SCORING_SOFTMAX_TOPK ? logit : weight_of(logit, largest));
+        choices[e] = e < num_experts ? rank : SCORING == SCORING_SOFTMAX ? rank_of(0) : 0;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     float sum = 1;
-#if SCORING == SOFTMAX
+#if SCORING == SCORING_SOFTMAX
     float4 sums = 0;
     for (uint i = 0; i < num_fours; i++)
-        sums += as_float4(fours[i] & 0x7fffffffu); // float_of, as none is negative
+        sums += as_float4(fours[i] & 0x7fffffffu); // float_of for scores, none of which is negative
     sum = sums.x + sums.y + sums.z + sums.w;
 #endif
 #if CORRECTED
@@ -176,7 +183,8 @@ __attribute__((always_inline)) static inline void route_token(
         const uint own = choices[e];
         if (own == 0)
             continue;
-        // Those that come before: by a larger rank, or the same and a smaller index. A comparison that holds is -1.
+        // Counts the experts that come before: with a larger rank, or the same rank and a smaller index. A comparison
+        // of vectors is -1 where it is true.
         int4 minus_before = 0;
         uint4 index = (uint4)(0, 1, 2, 3);
         for (uint i = 0; i < num_fours; i++, index += 4)
@@ -184,7 +192,7 @@ __attribute__((always_inline)) static inline void route_token(
         const uint place = -(minus_before.x + minus_before.y + minus_before.z + minus_before.w);
         if (place < top_k && !bad) {
             ids[place] = e;
-#if SCORING == SOFTMAX_TOPK
+#if SCORING == SCORING_SOFTMAX_TOPK
             picked[place] = load_logit(logits, row + e);
 #elif CORRECTED
             picked[place] = weight_of(load_logit(logits, row + e), largest) / sum;
@@ -195,7 +203,7 @@ __attribute__((always_inline)) static inline void route_token(
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     float largest_picked = picked[0], total = 0;
-#if SCORING == SOFTMAX_TOPK
+#if SCORING == SCORING_SOFTMAX_TOPK
     for (uint j = 1; j < top_k; j++)
         largest_picked = fmax(largest_picked, picked[j]);
 #define PICKED_WEIGHT(j) exp(picked[j] - largest_picked)

@@ -1,9 +1,9 @@
 #include "codes.cl"
 
-// What gemm_portable and gemm_subgroup share: how waves divide a tile, and how they add up.
+// Shared by gemm_portable and gemm_subgroup: the division of a tile among waves, and the addition of their sums.
 //
-// A wave is 32 work-items, one for each lane of a packed block: lane 4 * g + t multiplies columns g and
-// g + 8 of its wave's strips by rows 8 * t .. 8 * t + 7 of every 32 of K. A work-group has
+// A wave is 32 work-items, one for each lane of a packed block. Lane 4 * g + t multiplies columns g and g + 8 of its
+// wave's strips by rows 8 * t to 8 * t + 7 of every 32 rows of K. Work-items of a work-group are numbered
 //
 //   work-item = lane + 32 * (k_wave + K_WAVES * (column_wave + COLUMN_WAVES * row_wave))
 //
@@ -11,16 +11,16 @@
 //   column_wave   takes WAVE_STRIPS strips of 16 columns
 //   row_wave      takes every ROW_WAVES-th row of the tile
 //
-// and at the end of a tile adds up the sums of each output in local memory, in ascending order. An output depends on
-// K_WAVES and the number of splits only, never on the other rows.
+// At the end of a tile the work-group adds the sums of each output in local memory, in ascending order. So an output
+// depends on K_WAVES and the number of splits, and not on other rows.
 //
 // Build options besides those of common.cl
 //   K_WAVES, COLUMN_WAVES, ROW_WAVES   as above (8, 1, 1)
 //   WAVE_STRIPS                        strips of a wave: 1, 2 or 4 (1)
-//   ROW_STEP                           rows of a wave that are skipped together when there are fewer (1)
-//   UNROLL                             1: loops over rows are unrolled, so that sums stay in registers; 0: programs
-//                                      compile in a fraction of the time, for CPUs (1)
-//   SHUFFLE                            1: the kernel has added up the four t of a column before add_up_and_store (0)
+//   ROW_STEP                           rows of a wave that are multiplied or skipped together (1)
+//   UNROLL                             1: loops over rows are unrolled, so that sums stay in registers; 0: for CPUs,
+//                                      where programs then compile in a fraction of the time (1)
+//   SHUFFLE                            1: the kernel adds the sums of a column's four t before add_up_and_store (0)
 //   DOT                                1: the kernel multiplies integers (0)
 //
 // What the host must respect
@@ -66,7 +66,7 @@
 #error "ROWS must be a multiple of ROW_WAVES * ROW_STEP"
 #endif
 
-// What a weight of 1 is among a kernel's products.
+// A kernel multiplies activations by weights times WEIGHT_UNIT.
 #if DOT
 #define WEIGHT_UNIT ((float)UNITS_PER_ONE)
 #elif HAS_ZERO_POINTS
@@ -83,7 +83,7 @@
 #define UNROLL_STEPS 1
 #endif
 
-// Rows of each wave that are summed over k_waves and t in one round.
+// Rows of each wave whose sums are added over k_waves and t in one round.
 #define ROW_SUMS (4 * WAVES * WAVE_COLUMNS)
 #if ROW_SUMS * WAVE_ROWS <= 2048
 #define REDUCE_ROWS WAVE_ROWS
@@ -92,14 +92,14 @@
 #else
 #define REDUCE_ROWS 1
 #endif
-#define SLICE (REDUCE_ROWS * WAVE_COLUMNS + 8) // 8 more, so that the four t of a column fall into different banks
+#define SLICE (REDUCE_ROWS * WAVE_COLUMNS + 8) // 8 more, so that a column's four t use different banks
 #define SLICES (SHUFFLE ? K_WAVES : 4 * K_WAVES) // terms of an output in local memory
 #define SUMS_SIZE (WAVES * (SHUFFLE ? 1 : 4) * SLICE) // floats
 
 // K is cut between chunks of 128 rows: whole groups, whatever their length.
 #define CHUNK_BLOCKS 2
 
-// Where a work-item stands in its work-group.
+// The place of a work-item in its work-group.
 typedef struct {
     int item, lane, g, t, k_wave, column_wave, row_wave;
 } Place;
@@ -117,8 +117,8 @@ static inline Place place_of(int item)
     return place;
 }
 
-// What a work-group does in one turn: strips of a row tile, and blocks of K. Nothing to do: no blocks and no rows,
-// but the same barriers.
+// The work of a work-group in one turn: strips of a row tile, and blocks of K. A turn that is not live has no blocks
+// and no rows, but passes the same barriers.
 typedef struct {
     Tile tile;
     int index, run; // of the row tile, and of K
@@ -126,7 +126,8 @@ typedef struct {
     bool live;
 } Turn;
 
-static inline Turn turn_of(long number, int column_tiles, int runs, uint num_experts, uint n, uint k_blocks, WORK_PARAMS)
+static inline Turn turn_of(long number, int column_tiles, int runs, uint num_experts, uint n, uint k_blocks,
+                           WORK_PARAMS)
 {
     Turn turn;
     const int column_tile = number % column_tiles;
@@ -142,7 +143,7 @@ static inline Turn turn_of(long number, int column_tiles, int runs, uint num_exp
     return turn;
 }
 
-// What a lane reads of one block of a strip; scales and zeros once for each 32 rows.
+// A lane's part of one block of a strip; a scale and a zero point for each 32 rows.
 typedef struct {
     uint4 words;
     uint2 scales;
@@ -185,7 +186,7 @@ static inline Lane lane_of(__global const uint *weights, Place place, uint strip
     return at;
 }
 
-// A block of each of a wave's strips.
+// Loads a block of each of the wave's strips.
 static inline void load_blocks(Block loaded[WAVE_STRIPS], Lane at, uint wave_strip, uint strips, uint block,
                                uint k_blocks, uint groups, uint group_shift)
 {
@@ -194,7 +195,7 @@ static inline void load_blocks(Block loaded[WAVE_STRIPS], Lane at, uint wave_str
         loaded[s] = load_block(at, min(wave_strip + s, strips - 1), block, k_blocks, groups, group_shift);
 }
 
-// Rows of a tile up to the last that is not padding (x), and the input row of one that is not (y).
+// (number of rows up to the last that is not padding, the input row of a row that is not padding).
 static inline int2 rows_in_use(__local const int *in_rows)
 {
     int2 used = 0;
@@ -204,8 +205,8 @@ static inline int2 rows_in_use(__local const int *in_rows)
     return used;
 }
 
-// Add up a tile's sums, REDUCE_ROWS rows of each wave at a time, and store. All work-items call it.
-// PoCL 3.0 crashes when it has to inline a static function with barriers itself, after the compiler.
+// Adds a tile's sums, REDUCE_ROWS rows of each wave at a time, and stores the outputs; called by all work-items. It is
+// always inlined for PoCL: see align.cl.
 __attribute__((always_inline)) static inline void add_up_and_store(
     __local float *scratch, float sums[WAVE_ROWS][2 * WAVE_STRIPS], __local const int *in_rows,
     __local const int *out_rows, int rows, Place at, Turn turn, uint n, float weight_factor, float tiny_factor,
@@ -221,7 +222,7 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             for (int c = 0; c < 2 * WAVE_STRIPS; c++)
                 if (!SHUFFLE || at.t == r % 4)
                     slice[r * WAVE_COLUMNS + 8 * c + at.g] = sums[r][c];
-        // The next round's sums move to the front: private arrays are indexed by constants only.
+        // The next round's sums move to the front, so that the private array is indexed by constants only.
 #pragma unroll UNROLL_ROWS
         for (int r = 0; r + REDUCE_ROWS < WAVE_ROWS; r++)
 #pragma unroll
@@ -258,6 +259,6 @@ __attribute__((always_inline)) static inline void add_up_and_store(
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
-    if (rows == 0) // the rows of the next tile overwrite these
+    if (rows == 0) // the next tile overwrites in_rows and out_rows
         barrier(CLK_LOCAL_MEM_FENCE);
 }

@@ -7,7 +7,7 @@ the pairs of all tokens (``route_align.cl``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from marlin_cy.moe.routing import Routing
     from marlin_cy.opencl.context import OpenClContext
     from marlin_cy.opencl.device import Capabilities
-    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
     from marlin_cy.opencl.store import OpenClGptqStore
 
 __all__ = ["ALIGN_ITEMS", "Aligned", "aligns_as_it_routes", "check_experts", "enqueue_align", "enqueue_route_align"]
@@ -36,6 +35,14 @@ ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # `marks`, `sums` and `first_block`; t
 # Local memory of align_few's marks: enough for 64 tokens with 8 of 256 experts each. One work-group goes through all
 # marks; with many more it would take longer than a launch that has one work-group for each expert.
 MAX_MARK_BYTES = 20 << 10
+PAST = "num_tokens_past_padded"  # the workspace buffer of the number of slots in use
+
+
+class Experts(Protocol):
+    """The stack of a layer's first product."""
+
+    num_experts: int
+    store: OpenClGptqStore
 
 
 class Aligned(NamedTuple):
@@ -58,7 +65,7 @@ def enqueue_route_align(
     logits: Rows,
     routing: Routing,
     chosen: Chosen,
-    gate_up: OpenClMarlinExpertStack,
+    gate_up: Experts,
     rows: Rows | None,
 ) -> Aligned:
     """Fill ``chosen`` from the rows of ``logits``, and do what :func:`enqueue_align` does, in one launch.
@@ -75,7 +82,7 @@ def enqueue_route_align(
         "block_size": work.block_size,
         "sorted_ids": work.sorted_ids.data,
         "expert_ids": work.expert_ids.data,
-        "past": work.past.data,
+        "past": ctx.reserve(PAST, 4),
         "marks": mark_bytes(work.valid, logits.width),
         "arrived": arrived,
         "launch_base": np.uint32(launch_base),
@@ -109,8 +116,8 @@ def route_align_program(device: Capabilities) -> tuple[dict[str, int], tuple[str
     return ({"PTX": 1}, ()) if device.device_atomics == "PTX" else ({"PTX": 0}, ("-cl-std=CL3.0",))
 
 
-def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: OpenClMarlinExpertStack, rows: Rows) -> Aligned:
-    """Align the pairs of ``rows`` by expert, and prepare the rows if they need it and do not depend on their experts."""
+def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: Experts, rows: Rows) -> Aligned:
+    """Align the pairs of ``rows`` by expert, and prepare the rows if they need it and have one order of K."""
     num_experts = gate_up.num_experts
     work = routing_arrays(ctx, chosen, rows.rows * chosen.top_k, num_experts)
     how = fused_preparation(ctx, gate_up.store, rows, work)
@@ -125,8 +132,8 @@ def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: OpenClMarlinExper
         "sorted_offset": work.sorted_ids.offset,
         "expert_ids": work.expert_ids.data,
         "expert_offset": work.expert_ids.offset,
-        "past": work.past.data,
-        "past_offset": work.past.offset,
+        "past": ctx.reserve(PAST, 4),
+        "past_offset": 0,
         "counts": 4 * num_experts,
     }
     name, label, prepared = "align", "align", None
@@ -141,9 +148,7 @@ def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: OpenClMarlinExper
     return Aligned(work, prepared)
 
 
-def fused_preparation(
-    ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: RoutedBlocks
-) -> Preparation | None:
+def fused_preparation(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: RoutedBlocks) -> Preparation | None:
     """The :class:`Preparation` that the launch which aligns can do; None if rows need none or depend on their
     experts."""
     if needs_preparation(ctx, store, rows) and has_one_order(store):
@@ -158,7 +163,7 @@ def routing_arrays(ctx: OpenClContext, chosen: Chosen, pairs: int, num_experts: 
     return RoutedBlocks(
         sorted_ids=Vector(ctx.reserve("sorted_token_ids", 4 * blocks * block_size), 0, blocks * block_size),
         expert_ids=Vector(ctx.reserve("expert_ids", 4 * blocks), 0, blocks),
-        past=Vector(ctx.reserve("num_tokens_past_padded", 4), 0, 1),
+        past=Vector(ctx.reserve(PAST, 4), 0, 1),
         limit=blocks * block_size,
         valid=pairs,
         block_size=block_size,

@@ -1,39 +1,76 @@
-"""The Mixture-of-Experts layer on the device: routing, both products, combination; nothing is read back."""
+"""The Mixture-of-Experts layer on the device: routing, both products, combination. Nothing is read back.
 
-from typing import NamedTuple
+The order of launches (those in brackets are fused with the one before where they can be)::
 
-import numpy as np
+    route [align] [prepare rows]      experts and weights of each token; routing arrays; rows of the first product
+    gate_up                           first product
+    prepare rows                      the activation, act(gate) * up
+    down                              second product
+    (the same of a shared expert, for all tokens)
+    combine                           weighted sum of each token's rows
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.gemm.multiply import multiply
+from marlin_cy.opencl.gemm.prepare import Prepared
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.layer.align import (
+    Aligned,
+    aligns_as_it_routes,
+    check_experts,
+    enqueue_align,
+    enqueue_route_align,
+)
 from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
+
+if TYPE_CHECKING:
+    from marlin_cy.moe.layer import MoeLayer
+    from marlin_cy.opencl.context import OpenClContext
 
 __all__ = ["forward"]
 
 WEIGH_ITEMS, FACTOR_ITEMS, COMBINE_ITEMS = 64, 256, 64  # work-items in a work-group
-# Tokens are taken in slices, so that what lies between the two products stays below this, or below an
-# eighth of the device's memory.
+# Tokens are computed in slices, so that the rows between the two products take less than this, and less than an eighth
+# of the device's memory.
 SLICE_BYTES = 1 << 30
 MAX_PAIRS = 2**31 - 1
 
 
 class Shared(NamedTuple):
-    """What a shared expert gave, and how much of it each token gets: a float32 buffer, or None for all of it."""
+    """The output of a shared expert.
+
+    Attributes
+    ----------
+    rows : Rows
+    factors : pyopencl.Buffer or None
+        float32 ``[tokens]``: the factor of each row; None if all factors are 1.
+    """
 
     rows: Rows
     factors: cl.Buffer | None
 
 
-def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weights):
+def forward(
+    ctx: OpenClContext,
+    layer: MoePlan,
+    hidden_states: Array,
+    out: Array,
+    router_logits: Array | None,
+    topk_ids: Any,
+    topk_weights: Any,
+) -> None:
     """Fill ``out`` with the layer's output.
 
-    Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights`` are: arrays of the host, or of
-    the device, as :meth:`OpenClBackend.topk_arguments` returns them.
+    Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights``: int32 and float32 arrays ``[tokens,
+    top_k]`` of the host or of the device, which have been checked. The others are None.
     """
     gate_up, down = layer.gate_up, layer.down
     hidden = float_rows(hidden_states, "hidden_states", gate_up.k, ctx.cl_context)
@@ -94,12 +131,13 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         ctx.written(out, event)
 
 
-def part(rows, begin, count):
-    """Some of the rows."""
+def part(rows: Rows, begin: int, count: int) -> Rows:
+    """``count`` of the rows, from row ``begin`` on."""
     return rows._replace(offset=rows.offset + begin * rows.width, rows=count)
 
 
-def tokens_a_slice(ctx, layer, tokens, top_k):
+def tokens_a_slice(ctx: OpenClContext, layer: MoeLayer, tokens: int, top_k: int) -> int:
+    """Tokens in a slice."""
     capabilities = ctx.backend.runtime.capabilities
     token_bytes = top_k * row_bytes(layer)
     if layer.shared_expert is not None:
@@ -110,30 +148,44 @@ def tokens_a_slice(ctx, layer, tokens, top_k):
     return min(tokens, max(1, room // token_bytes))
 
 
-def row_bytes(experts):
-    """What one row needs between both products and after them, at most."""
+def row_bytes(experts: Any) -> int:
+    """The largest number of bytes that one row takes between the products and after them.
+
+    ``experts``: a :class:`~marlin_cy.MoeLayer`, or its shared expert.
+    """
     gate_up, down = experts.gate_up, experts.down
     return 4 * (gate_up.n_per_expert + down.store.packed_k + down.n_per_expert)
 
 
-def forward_slice(ctx, layer, hidden, result, chosen, aligned):
-    """Some tokens; enqueues everything, returns the last event. ``aligned``: None if that is still to be done."""
-    # What lies between is as wide as what the caller gave: float16 tokens make float16 products.
+def forward_slice(
+    ctx: OpenClContext, layer: MoeLayer, hidden: Rows, result: Rows, chosen: Chosen, aligned: Aligned | None
+) -> cl.Event:
+    """Enqueue a slice of tokens; returns the last event. ``aligned``: None if the tokens are not yet aligned."""
+    # The products have the width of the caller's tokens: float16 for float16, else float32.
     type_code = FLOAT16 if hidden.type_code == FLOAT16 else FLOAT32
     weighed_before = layer.apply_router_weight_on_input
     rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
     work, prepared = aligned or enqueue_align(ctx, chosen, layer.gate_up, rows)
     products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code, prepared=prepared)
     shared = None
-    if layer.shared_expert is not None:  # its rows are prepared where the other experts' were
+    if layer.shared_expert is not None:  # its rows are prepared in the workspace of the other experts' rows
         shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
 
 
-def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix="", prepared=None):
-    """Both products of a layer's experts, or of a shared one: rows, one for each valid id of the work.
+def enqueue_products(
+    ctx: OpenClContext,
+    experts: Any,
+    activation: str,
+    rows: Rows,
+    work: RoutedBlocks,
+    type_code: int,
+    prefix: str = "",
+    prepared: Prepared | None = None,
+) -> Rows:
+    """Both products of a layer's experts, or of its shared expert: a row for each valid id of the work.
 
-    ``prepared``: what aligning made of the rows beside.
+    ``prepared``: the prepared rows, if the launch that aligned has prepared them.
     """
     gate_up, down = experts.gate_up, experts.down
     inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
@@ -144,14 +196,14 @@ def enqueue_products(ctx, experts, activation, rows, work, type_code, prefix="",
     return products
 
 
-def workspace_rows(ctx, purpose, rows, width, type_code):
+def workspace_rows(ctx: OpenClContext, purpose: str, rows: int, width: int, type_code: int) -> Rows:
     """Rows in the context's workspace."""
     data = ctx.reserve(purpose, rows * width * TYPES[type_code].itemsize)
     return Rows(data, 0, type_code, rows, width)
 
 
-def enqueue_shared(ctx, expert, activation, hidden, type_code):
-    """What a shared expert gives for all tokens."""
+def enqueue_shared(ctx: OpenClContext, expert: Any, activation: str, hidden: Rows, type_code: int) -> Shared:
+    """The shared expert's output for all tokens."""
     work = all_to_one(ctx, hidden.rows)
     rows = enqueue_products(ctx, expert, activation, hidden, work, type_code, "shared ")
     if expert.gate_weight is None:
@@ -174,14 +226,14 @@ def enqueue_shared(ctx, expert, activation, hidden, type_code):
     return Shared(rows, factors)
 
 
-def all_to_one(ctx, tokens):
-    """Routing arrays that are always the same: all tokens go to the one expert that there is."""
+def all_to_one(ctx: OpenClContext, tokens: int) -> RoutedBlocks:
+    """Routing arrays that send all tokens to the only expert."""
     block_size = ctx.backend.tier.block_size(tokens)
     blocks = -(-tokens // block_size)
     slots = blocks * block_size
     return RoutedBlocks(
         sorted_ids=Vector(ctx.counting(slots), 0, slots),
-        expert_ids=Vector(ctx.reserve("zeros", 4 * blocks), 0, blocks),  # buffers begin as zeros, and none writes it
+        expert_ids=Vector(ctx.reserve("zeros", 4 * blocks), 0, blocks),  # a new buffer is zeros, and is never written
         past=None,
         limit=slots,
         valid=tokens,
@@ -190,8 +242,8 @@ def all_to_one(ctx, tokens):
     )
 
 
-def enqueue_weigh(ctx, hidden, chosen):
-    """Tokens times their weights, in float32, which holds the products of all dtypes."""
+def enqueue_weigh(ctx: OpenClContext, hidden: Rows, chosen: Chosen) -> Rows:
+    """Tokens times their weights, in float32, which holds the products for every dtype."""
     rows = workspace_rows(ctx, "weighed tokens", hidden.rows, hidden.width, FLOAT32)
     event = ctx.launch("moe", "weigh_tokens", {"INPUT_TYPE": hidden.type_code})(
         ctx.queue,
@@ -210,8 +262,17 @@ def enqueue_weigh(ctx, hidden, chosen):
     return rows
 
 
-def enqueue_combine(ctx, products, chosen, num_experts, shared, result, *, weighted):
-    """Add up what experts gave for each token."""
+def enqueue_combine(
+    ctx: OpenClContext,
+    products: Rows,
+    chosen: Chosen,
+    num_experts: int,
+    shared: Shared | None,
+    result: Rows,
+    *,
+    weighted: bool,
+) -> cl.Event:
+    """Add the experts' rows of each token. ``weighted``: whether rows are multiplied by the tokens' weights."""
     rows, factors = (None, None) if shared is None else (shared.rows.data, shared.factors)
     macros = {
         "INPUT_TYPE": products.type_code,

@@ -47,9 +47,9 @@ class Chosen(NamedTuple):
         float32 ``[tokens, top_k]``, from element ``weights_offset`` on.
     """
 
-    ids: cl.Buffer
+    ids: cl.MemoryObjectHolder | cl.SVMPointer | None
     ids_offset: int
-    weights: cl.Buffer
+    weights: cl.MemoryObjectHolder | cl.SVMPointer | None
     weights_offset: int
     top_k: int
 

@@ -1,14 +1,16 @@
 """The tiers by name, from the most special to the most general."""
 
+from marlin_cy.opencl.device import Capabilities
+from marlin_cy.opencl.tiers.configuration import Tier
 from marlin_cy.opencl.tiers.mma import MMA
 from marlin_cy.opencl.tiers.wave_tiled import PORTABLE, SUBGROUP
 
 __all__ = ["TIERS", "explain", "tier_named"]
 
-TIERS = (MMA, SUBGROUP, PORTABLE)
+TIERS: tuple[Tier, ...] = (MMA, SUBGROUP, PORTABLE)
 
 
-def tier_named(name):
+def tier_named(name: str) -> Tier:
     """The tier called ``name``."""
     for tier in TIERS:
         if tier.name == name:
@@ -16,7 +18,7 @@ def tier_named(name):
     raise ValueError(f"tier: got {name!r}, expected one of {', '.join(tier.name for tier in TIERS)}")
 
 
-def explain(capabilities):
+def explain(capabilities: Capabilities) -> list[tuple[str, str | None]]:
     """Which tiers a device can run.
 
     Returns

@@ -1,13 +1,14 @@
-"""How a kernel may be built and launched, and what that is chosen for.
+"""Tiers of kernels, their configurations, and the problems for which a configuration is chosen.
 
-A *tier* is a family of kernels with the same signature. A *configuration* is what a program of it is built with and
-launched with. Which configurations suit a product of given sizes is one function a tier,
-``configurations(problem)``, best first.
+A *tier* is a family of kernels with the same signature. A *configuration* is a way to build and launch one of them.
+Each tier has one function that lists the configurations for a product of given sizes, best first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from marlin_cy.opencl.device import Capabilities
 
 __all__ = [
     "ALL_TYPES",
@@ -26,7 +27,7 @@ __all__ = [
     "with_splits",
 ]
 
-FLOAT32, FLOAT16, BFLOAT16 = range(3)  # type codes of common.cl
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # INPUT_TYPE of common.cl
 ALL_TYPES = frozenset((FLOAT32, FLOAT16, BFLOAT16))
 FLOAT32_ROWS, FLOAT16_ROWS, PLANES = range(3)  # PREPARED_TYPE of prepare.cl
 
@@ -40,19 +41,20 @@ class Configuration:
     rows : int
         Rows of a tile (``ROWS``).
     columns : int
-        Columns of a tile: what a work-group computes in one turn.
+        Columns of a tile, which a work-group computes in one turn.
     local_size : int
         Work-items of a work-group.
     local_bytes : int
         Local memory of a work-group.
     file : str or None
-        The ``.cl`` file of its ``gemm``, without the suffix, where it is not the tier's.
+        The ``.cl`` file of its ``gemm``, without the suffix; None for the tier's file.
     macros : tuple of (str, int)
-        What else the program is built with: the tier's own.
+        The tier's own macros of the program.
     splits : int
-        Runs that K is cut into, each summed by a work-group of its own and added up afterwards.
+        Runs into which K is cut. Each is summed by a work-group of its own; the sums are added afterwards.
     groups_per_unit : int
-        The most work-groups in the grid, per compute unit; each takes tiles in turn.
+        The largest number of work-groups in the grid, per compute unit. Each computes several tiles, one after the
+        other.
     """
 
     rows: int
@@ -66,14 +68,14 @@ class Configuration:
 
 
 class Problem(NamedTuple):
-    """What a configuration is chosen for.
+    """The sizes of a product, and the device, for which a configuration is chosen.
 
     Attributes
     ----------
     rows : int
-        Rows of one expert that come together: those of a block that may be in use, or of an average dispatch.
+        Rows of one expert in a run: the rows of a block that may be in use, or of an average dispatch.
     runs, most_runs : int
-        How many such runs there are likely to be, and at most.
+        The likely and the largest number of runs.
     k, n : int
         Packed K, and columns of an expert (or of a view).
     group_rows : int
@@ -87,23 +89,23 @@ class Problem(NamedTuple):
     k: int
     n: int
     group_rows: int
-    device: object
+    device: Capabilities
 
 
 class Inputs(NamedTuple):
-    """What a tier's ``gemm`` reads.
+    """The rows that a tier's ``gemm`` reads.
 
     Attributes
     ----------
     direct_types : frozenset of int
-        Element types (of common.cl) of rows that are read as they are.
+        Element types (INPUT_TYPE of common.cl) of rows that are read without preparation.
     prepared_type : int
-        What all other rows, and those in another order of K, are made first: ``PREPARED_TYPE`` of prepare.cl.
+        The type to which all other rows, and rows in another order of K, are converted: PREPARED_TYPE of prepare.cl.
     aligned : bool
         Rows that do not begin at a multiple of 8 elements must be prepared, too.
     """
 
-    direct_types: frozenset
+    direct_types: frozenset[int]
     prepared_type: int
     aligned: bool = False
 
@@ -118,33 +120,39 @@ class Tier:
     file : str
         The ``.cl`` file of its ``gemm``, without the suffix.
     inputs : callable
-        :class:`Inputs`, from the device's capabilities.
+        ``inputs(device)``: the :class:`Inputs` of ``gemm`` on a device.
     missing : callable
-        What a device lacks for it, from the device's capabilities; None for nothing.
+        ``missing(device)``: what the device lacks for the tier; None if it lacks nothing.
     configurations : callable
-        Configurations for a :class:`Problem`, best first.
+        ``configurations(problem)``: configurations for a :class:`Problem`, best first.
     block_size : callable
-        Slots of a block of the routing arrays, from the average rows of an expert.
+        ``block_size(average_rows)``: slots in a block of the routing arrays, from the average rows of an expert.
     options : callable
-        The compiler's, a tuple of str, from the device's capabilities.
+        ``options(device)``: options of the compiler.
     checked : tuple of Configuration or None
-        What the check at first use runs; None for what products of its size use.
+        The configurations that the check at first use runs; None for the one that products of its size use.
     """
 
     name: str
     file: str
-    inputs: Callable
-    missing: Callable
-    configurations: Callable
-    block_size: Callable
-    options: Callable = lambda device: ()
-    checked: tuple = (None,)
+    inputs: Callable[[Capabilities], Inputs]
+    missing: Callable[[Capabilities], str | None]
+    configurations: Callable[[Problem], Sequence[Configuration]]
+    block_size: Callable[[float], int]
+    options: Callable[[Capabilities], tuple[str, ...]] = lambda device: ()
+    checked: tuple[Configuration | None, ...] = (None,)
 
 
-def splits_for(problem, configuration, tiles_wanted):
-    """Runs to cut K into where tiles are fewer than ``tiles_wanted``: 1, 2, 4 or 8.
+def with_splits(problem: Problem, configuration: Configuration, tiles_wanted: int) -> Configuration:
+    """A configuration with as many runs of K as the problem needs for ``tiles_wanted`` tiles."""
+    splits = splits_for(problem, configuration, tiles_wanted)
+    return configuration if splits == 1 else replace(configuration, splits=splits)
 
-    Each run has 256 rows of K at least. The sums that wait for each other stay below 64 MiB.
+
+def splits_for(problem: Problem, configuration: Configuration, tiles_wanted: int) -> int:
+    """Runs into which K is cut if there are fewer than ``tiles_wanted`` tiles: 1, 2, 4 or 8.
+
+    Each run has at least 256 rows of K. The stored sums stay below 64 MiB.
     """
     parts = -(-problem.rows // configuration.rows)
     column_tiles = -(-problem.n // configuration.columns)
@@ -160,8 +168,8 @@ def splits_for(problem, configuration, tiles_wanted):
     return splits
 
 
-def fitting(candidates, device):
-    """Those of some configurations that a device's work-groups are large enough for."""
+def fitting(candidates: Iterable[Configuration], device: Capabilities) -> list[Configuration]:
+    """The configurations that fit the device's work-groups and local memory."""
     return [
         configuration
         for configuration in candidates
@@ -169,12 +177,7 @@ def fitting(candidates, device):
     ]
 
 
-def by_rows(table, rows):
-    """A table's configurations, those first that hold ``rows`` rows with the least to spare, or the largest."""
+def by_rows(table: Iterable[Configuration], rows: int) -> list[Configuration]:
+    """A table's configurations: first those that hold ``rows`` rows, the smallest first; then the others, the largest
+    first."""
     return sorted(table, key=lambda configuration: (configuration.rows < rows, abs(configuration.rows - rows)))
-
-
-def with_splits(problem, configuration, tiles_wanted):
-    """A configuration with as many runs of K as the problem needs."""
-    splits = splits_for(problem, configuration, tiles_wanted)
-    return configuration if splits == 1 else replace(configuration, splits=splits)

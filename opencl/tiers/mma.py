@@ -1,26 +1,36 @@
 """The tier "mma": NVIDIA's tensor cores.
 
-What its two kernels are for, and what their sizes mean, is said in ``mma.cl`` and their heads. Which sizes are used
-where was measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` repeats it.
+``mma.cl`` and the heads of the two kernels' files explain the kernels and their macros. The choice of sizes was
+measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` repeats the measurement.
 """
 
 from dataclasses import replace
 
-from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT16_ROWS, Configuration, Inputs, Tier, with_splits
+from marlin_cy.opencl.device import Capabilities
+from marlin_cy.opencl.tiers.configuration import (
+    FLOAT16,
+    FLOAT16_ROWS,
+    Configuration,
+    Inputs,
+    Problem,
+    Tier,
+    with_splits,
+)
 
 __all__ = ["MMA", "direct", "tiled"]
 
 KIB = 1 << 10
 MMA_LOCAL_BYTES = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB}
-MMA_OTHER_LOCAL_BYTES = 99 * KIB  # of a work-group, by compute capability; the driver's own answer is 48 KiB
+MMA_OTHER_LOCAL_BYTES = 99 * KIB  # local memory of a work-group; the driver reports 48 KiB, and allows more
 ALL_GROUPS = 1 << 31  # a work-group for each tile
 
 
-def mma_macros(waves, strips, depth):
+def mma_macros(waves: int, strips: int, depth: int) -> tuple[tuple[str, int], ...]:
+    """The macros of both kernels."""
     return ("WAVES", waves), ("STRIPS_PER_WAVE", strips), ("DEPTH", depth)
 
 
-def direct(rows, strips, waves, depth):
+def direct(rows: int, strips: int, waves: int, depth: int) -> Configuration:
     """A configuration of ``gemm_mma_direct.cl``."""
     return Configuration(
         file="gemm_mma_direct",
@@ -33,7 +43,7 @@ def direct(rows, strips, waves, depth):
     )
 
 
-def tiled(rows, strips, waves, depth):
+def tiled(rows: int, strips: int, waves: int, depth: int) -> Configuration:
     """A configuration of ``gemm_mma_tiled.cl``."""
     stage = 128 * rows + waves * 32 * 32 * strips
     return Configuration(
@@ -47,7 +57,7 @@ def tiled(rows, strips, waves, depth):
     )
 
 
-def mma_missing(device):
+def mma_missing(device: Capabilities) -> str | None:
     if device.compute_capability is None:
         return "an NVIDIA GPU"
     if device.compute_capability < (8, 0):
@@ -56,31 +66,31 @@ def mma_missing(device):
     return None
 
 
-def mma_inputs(device):
+def mma_inputs(device: Capabilities) -> Inputs:
     return Inputs(frozenset((FLOAT16,)), FLOAT16_ROWS, aligned=True)
 
 
-def mma_block_size(average_rows):
-    """Up to 10 rows an expert are best read 8 at a time, weights that are read twice coming from the cache."""
+def mma_block_size(average_rows: float) -> int:
+    """Blocks of 8 are best up to 10 rows per expert: weights that are read twice come from the cache."""
     return 8 if average_rows <= 10 else 32 if average_rows <= 28 else 48 if average_rows <= 40 else 64
 
 
-def mma_configurations(problem):
+def mma_configurations(problem: Problem) -> list[Configuration]:
     device = problem.device
-    limit = MMA_LOCAL_BYTES.get(device.compute_capability, MMA_OTHER_LOCAL_BYTES)
+    limit = MMA_LOCAL_BYTES.get(device.compute_capability or (0, 0), MMA_OTHER_LOCAL_BYTES)
     group_32 = ("GROUP_32", int(problem.group_rows == 32))
     return [
         with_splits(problem, replace(candidate, macros=(*candidate.macros, group_32)), device.compute_units // 2)
-        if candidate.file == "gemm_mma_direct"  # tiled has many tiles
+        if candidate.file == "gemm_mma_direct"  # gemm_mma_tiled has no SPLIT
         else replace(candidate, macros=(*candidate.macros, group_32))
         for candidate in (mma_few(problem) if problem.rows <= 8 else mma_many(problem))
         if candidate.local_bytes <= limit
     ]
 
 
-def mma_few(problem):
-    """For rows of which 8 or fewer share an expert."""
-    strips = problem.runs * -(-problem.n // 16) / problem.device.compute_units  # for each compute unit
+def mma_few(problem: Problem) -> list[Configuration]:
+    """Configurations for at most 8 rows per expert."""
+    strips = problem.runs * -(-problem.n // 16) / problem.device.compute_units  # per compute unit
     many_tiles = [direct(8, 3, 4, 1), direct(8, 2, 4, 2), direct(8, 3, 3, 1), direct(8, 2, 3, 1), direct(8, 4, 2, 1)]
     if problem.k <= 1024 and strips <= 64:
         many_tiles.insert(0, many_tiles.pop(2))
@@ -93,8 +103,8 @@ def mma_few(problem):
     return [*many_tiles, *long_rows] if strips <= 300 else [*long_rows, *many_tiles]
 
 
-def mma_many(problem):
-    """For more rows an expert."""
+def mma_many(problem: Problem) -> list[Configuration]:
+    """Configurations for more than 8 rows per expert."""
     small = [tiled(16, 4, 4, 4), tiled(16, 2, 4, 6), direct(16, 3, 4, 1), direct(16, 2, 4, 1)]
     middle = [tiled(32, 2, 8, 4), tiled(32, 2, 4, 4), tiled(32, 4, 4, 4)]
     large = [tiled(64, 4, 4, 3), tiled(48, 4, 4, 4), tiled(96, 2, 8, 3)]

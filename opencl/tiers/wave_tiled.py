@@ -1,17 +1,19 @@
-"""The tiers for devices of any vendor: "portable" and "subgroup", whose kernels are cut up alike.
+"""The tiers for devices of any vendor: "portable" and "subgroup", whose kernels divide a tile in the same way.
 
-The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` say what their macros are.
+The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` explain their macros.
 """
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
+from marlin_cy.opencl.device import Capabilities
 from marlin_cy.opencl.tiers.configuration import (
     ALL_TYPES,
     FLOAT32_ROWS,
     PLANES,
     Configuration,
     Inputs,
+    Problem,
     Tier,
     by_rows,
     fitting,
@@ -20,11 +22,21 @@ from marlin_cy.opencl.tiers.configuration import (
 
 __all__ = ["PORTABLE", "SUBGROUP", "staged", "wave_tiled"]
 
-RESIDENT_WAVES = 64  # of 32 work-items: what a compute unit of a GPU can have under way
+RESIDENT_WAVES = 64  # waves of 32 work-items that a compute unit of a GPU can hold
 
 
-def wave_tiled(rows, *, k_waves=1, column_waves=1, row_waves=1, wave_strips=1, staged=0, row_step=1, macros=()):
-    """A configuration of either."""
+def wave_tiled(
+    rows: int,
+    *,
+    k_waves: int = 1,
+    column_waves: int = 1,
+    row_waves: int = 1,
+    wave_strips: int = 1,
+    staged: int = 0,
+    row_step: int = 1,
+    macros: tuple[tuple[str, int], ...] = (),
+) -> Configuration:
+    """A configuration of either kernel."""
     waves = k_waves * column_waves * row_waves
     reduce_rows = max(1, min(rows // row_waves, 64 // (waves * wave_strips)))
     return Configuration(
@@ -44,37 +56,38 @@ def wave_tiled(rows, *, k_waves=1, column_waves=1, row_waves=1, wave_strips=1, s
     )
 
 
-def staged(rows, **sizes):
-    """A configuration of gemm_portable.cl whose activations go through local memory."""
+def staged(rows: int, **sizes: Any) -> Configuration:
+    """A configuration of gemm_portable.cl that copies activations to local memory."""
     return wave_tiled(rows, staged=1, macros=(("STAGED", 1),), **sizes)
 
 
-class WaveTiledTable(NamedTuple):
-    """Configurations by what limits them.
+@dataclass(frozen=True)
+class WaveTiledTable:
+    """Configurations, grouped by what limits the speed.
 
     Attributes
     ----------
-    cpu
-        A core runs a work-group on its own, so more than one wave has no loads to hide. More rows would reuse
-        weights more often, but PoCL compiles 8 rows for three seconds and 32 for ten, and a CPU has a backend
-        of its own.
-    few, few_short
-        A GPU with few rows waits for weights: waves along K, so that many loads are in flight. ``few_short`` is
-        for less than 1024 rows of K.
-    many
-        With many rows it waits for activations: waves share them, and a work-item holds up to 64 sums.
-    small
-        For devices with small work-groups, whatever the rows.
+    cpu : tuple of Configuration
+        For CPUs. A core runs one work-group at a time, so that several waves would hide no loads. More rows would
+        reuse weights more often, but PoCL compiles 8 rows in three seconds and 32 rows in ten, and CPUs have a backend
+        of their own.
+    few, few_short : tuple of Configuration
+        For GPUs with few rows, which wait for weights: waves split K, so that many loads are in flight. ``few_short``
+        is for less than 1024 rows of K.
+    many : tuple of Configuration
+        For GPUs with many rows, which wait for activations: waves share them, and a work-item holds up to 64 sums.
+    small : tuple of Configuration
+        For devices with small work-groups, and any number of rows.
     """
 
-    cpu: tuple
-    few: tuple
-    few_short: tuple
-    many: tuple
-    small: tuple
+    cpu: tuple[Configuration, ...]
+    few: tuple[Configuration, ...]
+    few_short: tuple[Configuration, ...]
+    many: tuple[Configuration, ...]
+    small: tuple[Configuration, ...]
 
-    def __call__(self, problem):
-        """As ``Tier.configurations``."""
+    def __call__(self, problem: Problem) -> list[Configuration]:
+        """``Tier.configurations``."""
         device = problem.device
         if device.is_cpu:
             return [with_splits(problem, candidate, device.compute_units) for candidate in self.cpu]
@@ -83,8 +96,8 @@ class WaveTiledTable(NamedTuple):
         candidates = fitting([*by_rows(table, problem.rows), *self.small], device)
         return [with_splits(problem, candidate, device.compute_units) for candidate in candidates]
 
-    def missing(self, device):
-        """What a device lacks for the smallest of them."""
+    def missing(self, device: Capabilities) -> str | None:
+        """What a device lacks for the smallest configuration; None for nothing."""
         smallest = self.small[-1]
         if device.max_work_group_size < smallest.local_size:
             return f"work-groups of {smallest.local_size} work-items (it has {device.max_work_group_size})"
@@ -117,7 +130,8 @@ PORTABLE_TABLE = WaveTiledTable(
     ),
     small=SMALL,
 )
-SUBGROUP_TABLE = PORTABLE_TABLE._replace(
+SUBGROUP_TABLE = replace(
+    PORTABLE_TABLE,
     many=(
         wave_tiled(16, k_waves=2, wave_strips=2, row_step=2),
         wave_tiled(32, column_waves=4, row_waves=2, wave_strips=2),
@@ -126,34 +140,34 @@ SUBGROUP_TABLE = PORTABLE_TABLE._replace(
 )
 
 
-def wave_tiled_block_size(average_rows):
-    """So that most blocks have few rows to spare: work-items multiply those that lie between others."""
+def wave_tiled_block_size(average_rows: float) -> int:
+    """Small enough that most blocks have little padding, which work-items multiply if it lies between rows."""
     return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (24, 8)) if average_rows <= limit), 32)
 
 
-def portable_inputs(device):
+def portable_inputs(device: Capabilities) -> Inputs:
     return Inputs(ALL_TYPES, FLOAT32_ROWS)
 
 
-def subgroup_missing(device):
+def subgroup_missing(device: Capabilities) -> str | None:
     wanted = {"cl_khr_fp16": device.fp16, "sub-groups": device.sub_groups}
     lacking = ", ".join(name for name, present in wanted.items() if not present)
     return lacking or SUBGROUP_TABLE.missing(device)
 
 
-def subgroup_inputs(device):
+def subgroup_inputs(device: Capabilities) -> Inputs:
     if device.integer_dot_product:
         return Inputs(frozenset(), PLANES)
     return Inputs(ALL_TYPES, FLOAT32_ROWS)
 
 
-def subgroup_configurations(problem):
+def subgroup_configurations(problem: Problem) -> list[Configuration]:
     device = problem.device
     macros = ("DOT", int(device.integer_dot_product)), ("SHUFFLE", int("cl_khr_subgroup_shuffle" in device.extensions))
     return [replace(candidate, macros=(*candidate.macros, *macros)) for candidate in SUBGROUP_TABLE(problem)]
 
 
-def subgroup_options(device):
+def subgroup_options(device: Capabilities) -> tuple[str, ...]:
     return ("-cl-std=CL3.0",) if device.c_version >= (3, 0) else ()
 
 
