@@ -13,7 +13,7 @@ from marlin_cy.errors import BackendUnavailable
 from marlin_cy.interface import Backend
 from marlin_cy.moe.topk_arguments import as_topk
 from marlin_cy.opencl import tiers
-from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous
+from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import capabilities, describe, open_device
 from marlin_cy.opencl.layer import forward
@@ -23,7 +23,7 @@ from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.stack import OpenClLinear, OpenClMarlinExpertStack, Runtime, opencl_context
 from marlin_cy.opencl.store import OpenClStackBuilder
-from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.opencl.tuned import Tuned
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 __all__ = ["OpenClBackend"]
@@ -169,6 +169,7 @@ class OpenClBackend(Backend):
         host = np.empty(buffer.shape, buffer.dtype)
         if host.size:
             with driver_errors(self.runtime):
+                flush_queues(buffer.events)
                 cl.enqueue_copy(
                     self.runtime.loading_queue,
                     as_bytes(host),

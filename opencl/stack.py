@@ -16,7 +16,7 @@ from marlin_cy.opencl.gemm.work import RoutedBlocks, TileList
 from marlin_cy.opencl.memory import uploaded
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.store import OpenClGptqStore
-from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.opencl.tuned import Tuned
 from marlin_cy.stacks.base import PackedLinear, PackedStack
 from marlin_cy.stacks.builder import as_bias
 from marlin_cy.stacks.dispatches import as_dispatches, check_disjoint, check_dispatches

@@ -1,244 +1,41 @@
-"""Which configuration of a tier is fastest for a product on this very device: measured once, and kept.
+"""The search for the fastest configuration of a product on a device: what ``marlin-cy tune`` runs.
 
-``marlin-cy tune`` measures; :class:`Tuned` is what a backend asks when it plans a product. Results lie in
-``tuning.json`` in the folder of compiled programs (:func:`~marlin_cy.opencl.program.cache_folder`)::
-
-    {"schema": 1,
-     "places": {"DEVICE | DRIVER | LIBRARY VERSION | TIER":
-                {"k=2048 n=1536 group=128 codes=uint4 symmetric=1 rows=8 runs=256":
-                 {"rows": 8, "columns": 64, ..., "macros": {"WAVES": 4, ...}}}}}
-
-``k`` is the packed K, ``group`` the rows of a packed group; ``rows`` (of an expert that come together) and
-``runs`` (how many experts' rows are likely to come) are rounded up to powers of two: what was measured for
-one number serves its neighbours. A place or product that is not listed gets the tier's first configuration.
+Where results are kept, and how a backend uses them, is in :mod:`~marlin_cy.opencl.tuned`.
 """
 
-import json
-import os
+from __future__ import annotations
+
 import statistics
-import tempfile
-import warnings
-from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyopencl as cl
 
-from marlin_cy import __version__
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.program import CACHE_VARIABLE, cache_folder
 from marlin_cy.opencl.tiers.configuration import Configuration
 from marlin_cy.opencl.timing import times_of
+from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
 from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["Shape", "Tuned", "Tuning", "candidates", "tune", "tuning_file"]
+if TYPE_CHECKING:
+    pass
 
-SCHEMA_VERSION = 1
-SPLITS = (1, 2, 4, 8)
+__all__ = ["Case", "Shape", "Tuning", "candidates", "tune"]
+
 LEAST_SPLIT_ROWS = 128  # of K
-PARTIAL_BYTES = 64 << 20  # of sums that wait for each other
 TOLERANCE = 2e-3  # of the norm, to the default configuration's result
 LAUNCHES, LEAST_LAUNCHES = 15, 5
-SECONDS_A_CANDIDATE = 0.1  # of launches: slow ones are launched less often, but so often
+SECONDS_A_CANDIDATE = 0.1  # of launches: slow ones are launched less often, but at least LEAST_LAUNCHES times
 WARM_SECONDS = 0.02
 DISTINCT_WEIGHTS = 4
-UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel makes
+UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel writes
 COMPARED_ROWS = 512
-GAIN = 0.98  # what a candidate's time must be of the default's at most, to be more than chance
-
-
-def tuning_file():
-    """Where results are kept: a path, or None where nothing is to be kept."""
-    folder = cache_folder()
-    return None if folder is None else folder / "tuning.json"
-
-
-# What a backend asks ----------------------------------------------------------------------------
-
-
-class Tuned:
-    """The results for one device, read when first asked for.
-
-    A file that is damaged, and entries that are not those of a configuration that the device could run,
-    are left out with a warning; nothing in the file makes a product fail.
-
-    Parameters
-    ----------
-    device : Capabilities
-    """
-
-    def __init__(self, device):
-        self._device = device
-        self._places = None
-        self._forced = None
-
-    def configuration(self, tier, problem, symmetric, codes):
-        """The :class:`Configuration` to use.
-
-        Parameters
-        ----------
-        tier : Tier
-        problem : Problem
-        symmetric : bool
-        codes : str
-            Of the weights.
-        """
-        if self._forced is not None:
-            return self._forced
-        offered = tier.configurations(problem)
-        if self._places is None:
-            self._places = read_places(tuning_file())
-        key = product_key(problem, symmetric, codes)
-        entries = self._places.get(place_key(self._device, tier))
-        entry = entries.get(key) if isinstance(entries, dict) else None
-        if entry is None:
-            return offered[0]
-        try:
-            return parsed(entry, problem, offered)
-        except ValueError as error:
-            warnings.warn(
-                f"{tuning_file()}: {key}: {error}; the tier's own choice is used. 'marlin-cy tune' measures again",
-                RuntimeWarning,
-                stacklevel=5,  # who called the product
-            )
-            return offered[0]
-
-    def forced(self, configuration):
-        """From here on, the answer for every product; None ends it. For the tuner, on a backend of its own."""
-        self._forced = configuration
-
-
-def place_key(device, tier):
-    """What results depend on beside the product."""
-    return " | ".join((device.name, device.driver_version, __version__, tier.name))
-
-
-def product_key(problem, symmetric, codes):
-    """The product, as far as results are told apart."""
-    rows, runs = (1 << (number - 1).bit_length() for number in (problem.rows, problem.runs))
-    weights = f"k={problem.k} n={problem.n} group={problem.group_rows} codes={codes} symmetric={int(symmetric)}"
-    return f"{weights} rows={rows} runs={runs}"
-
-
-def as_entry(configuration):
-    """A configuration, of JSON's own types."""
-    return asdict(configuration) | {"macros": dict(configuration.macros)}
-
-
-def parsed(entry, problem, offered):
-    """The configuration of an entry; a :class:`ValueError` says why it is none that can run.
-
-    Parameters
-    ----------
-    entry : object
-        From JSON.
-    problem : Problem
-    offered : list of Configuration
-        The tier's own for the problem. These name the kernels there are, and what each takes.
-    """
-    names = {field.name for field in fields(Configuration)}
-    if not isinstance(entry, dict) or entry.keys() != names or not isinstance(entry["macros"], dict):
-        raise ValueError("no configuration")
-    numbers = [entry[name] for name in names - {"macros", "file"}] + list(entry["macros"].values())
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("numbers that are none")
-    found = Configuration(**entry | {"macros": tuple(entry["macros"].items())})
-    if min(found.rows, found.columns, found.local_size, found.groups_per_unit) < 1 or found.splits not in SPLITS:
-        raise ValueError("sizes that no kernel has")
-    alike = [one for one in offered if one.file == found.file and dict(one.macros).keys() == dict(found.macros).keys()]
-    if not alike:
-        raise ValueError("kernels that the tier does not use here")
-    largest_local = max(problem.device.local_memory, *(one.local_bytes for one in offered))
-    if found.local_size > problem.device.max_work_group_size or found.local_bytes > largest_local:
-        raise ValueError("work-groups that are too large for the device")
-    # A kernel that knows no splits, or a neighbour of what was measured that has too many sums for them.
-    if found.splits > 1 and (all(one.splits == 1 for one in alike) or partial_bytes(problem, found) > PARTIAL_BYTES):
-        return replace(found, splits=1)
-    return found
-
-
-def partial_bytes(problem, configuration):
-    """Bytes of the sums of runs of K."""
-    rows = problem.most_runs * -(-problem.rows // configuration.rows) * configuration.rows
-    return 4 * configuration.splits * rows * problem.n
-
-
-def read_places(path):
-    """The ``places`` of a file: empty where there is none, and, with a warning, where it is damaged."""
-    if path is None:
-        return {}
-    try:
-        document = json.loads(path.read_bytes())
-        if document["schema"] != SCHEMA_VERSION or not isinstance(document["places"], dict):
-            raise ValueError("another schema")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        warnings.warn(
-            f"{path} is left out, as it is damaged ({type(error).__name__}: {error}); 'marlin-cy tune' writes another",
-            RuntimeWarning,
-            stacklevel=6,
-        )
-        return {}
-    return document["places"]
-
-
-def keep(device, tier, results):
-    """Add results to the file, in place of those for the same products; others see it complete, or as it was.
-
-    Where the tier's own choice is the best nothing is kept: for a neighbour it may choose otherwise.
-
-    Parameters
-    ----------
-    device : Capabilities
-    tier : Tier
-    results : list of Tuning
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    MarlinError
-        It cannot be written; the message says what to do.
-    """
-    path = tuning_file()
-    if path is None:
-        raise MarlinError(
-            f"results cannot be kept: {CACHE_VARIABLE} is empty; set it to a folder, or unset it for the user's own"
-        )
-    places = read_places(path)
-    place = places.setdefault(place_key(device, tier), {})
-    if not isinstance(place, dict):
-        place = places[place_key(device, tier)] = {}
-    for result in results:
-        if result.best == result.default:
-            place.pop(result.key, None)
-        else:
-            place[result.key] = as_entry(result.best)
-    text = json.dumps({"schema": SCHEMA_VERSION, "places": places}, indent=1) + "\n"
-    temporary = None
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            os.unlink(temporary)
-        raise MarlinError(
-            f"results cannot be kept: {path} cannot be written ({error}); set {CACHE_VARIABLE} to a folder that can"
-        ) from error
-    return path
-
-
-# What measures ----------------------------------------------------------------------------------
+GAIN = 0.98  # a candidate replaces the default if its time is below this part of the default's: less may be chance
 
 
 @dataclass(frozen=True)
