@@ -14,6 +14,7 @@ from marlin_cy.interface import Backend
 from marlin_cy.moe.topk_arguments import as_topk
 from marlin_cy.opencl import tiers
 from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues
+from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import capabilities, describe, open_device
 from marlin_cy.opencl.layer import forward
@@ -93,6 +94,7 @@ class OpenClBackend(Backend):
             loading_lock=threading.Lock(),
             max_alloc_bytes=largest,
             tuned=Tuned(found),
+            verdicts=Verdicts(opened.device),
         )
         self._queue, self._forced, self._tier = queue, tier, None
         self._tier_lock = threading.Lock()

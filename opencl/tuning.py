@@ -6,10 +6,12 @@ Where results are kept, and how a backend uses them, is in :mod:`~marlin_cy.open
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.errors import BuildError, MarlinError
@@ -17,13 +19,15 @@ from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.tiers.configuration import Configuration
+from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
 from marlin_cy.opencl.timing import times_of
 from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
 from marlin_cy.weights.int4 import Int4Weight
 
 if TYPE_CHECKING:
-    pass
+    from marlin_cy.opencl.backend import OpenClBackend
+    from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 
 __all__ = ["Case", "Shape", "Tuning", "candidates", "tune"]
 
@@ -48,9 +52,9 @@ class Shape:
     top_k : int
         Experts of a token.
     gathered : bool
-        The input has a row for each pair of token and expert, as a layer's second product has.
+        The input has a row for each (token, expert) pair, as in a layer's second product.
     symmetric : bool
-        All zero points are 8. Those of 4-bit floats always are: there are none.
+        All zero points are 8. Always so for 4-bit floats, which have none.
     codes : {"uint4", "e2m1"}
     """
 
@@ -72,17 +76,17 @@ class Tuning(NamedTuple):
     shape : Shape
     tokens : int
     rows : int
-        Of an expert that come together.
+        Rows that share an expert.
     key : str
-        :func:`product_key`'s.
+        That of :func:`~marlin_cy.opencl.tuned.product_key`.
     default_seconds, best_seconds : float
         Median of the launches' event times.
     default, best : Configuration
-        The same where nothing is faster by more than chance.
+        The tier's first choice that passes its check, and the fastest one; the same unless another is clearly faster.
     tried : int
-        Candidates beside the default.
+        Candidates besides the default.
     refused : list of (Configuration, str)
-        Those that fail or are wrong, and why.
+        Candidates that fail or compute wrong numbers, and the reason.
     """
 
     shape: Shape
@@ -97,25 +101,30 @@ class Tuning(NamedTuple):
     refused: list
 
 
-def candidates(tier, problem):
-    """The tier's configurations for a problem, best first, and their like with more or fewer splits of K."""
+def candidates(tier: Tier, problem: Problem) -> list[Configuration]:
+    """The tier's configurations for a problem, best first, and variants of these with more or fewer splits of K."""
     offered = tier.configurations(problem)
     found = list(offered)
     for configuration in offered:
-        # Those with one run of K may be of a kernel that knows no other.
+        # A kernel that the tier offers without splits may not support them.
         if configuration.splits > 1:
             most = problem.k // LEAST_SPLIT_ROWS
             found += [replace(configuration, splits=splits) for splits in SPLITS if splits <= most]
     return [one for one in dict.fromkeys(found) if one is offered[0] or partial_bytes(problem, one) <= PARTIAL_BYTES]
 
 
-def tune(backend, shape, all_tokens, progress=None):
+def tune(
+    backend: OpenClBackend,
+    shape: Shape,
+    all_tokens: Sequence[int],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Tuning]:
     """Time a tier's candidates on random weights and float16 rows with random routing.
 
     Parameters
     ----------
     backend : OpenClBackend
-        Nobody else may use it meanwhile.
+        Must not be used by other threads meanwhile.
     shape : Shape
     all_tokens : sequence of int
     progress : callable, optional
@@ -124,11 +133,11 @@ def tune(backend, shape, all_tokens, progress=None):
     Returns
     -------
     list of Tuning
-        One for each number of tokens; numbers that come to the same product are measured once.
+        One for each number of tokens; numbers with the same product key are measured once.
     """
     rng = np.random.default_rng(0)
     stack = random_stack(backend, shape, rng)
-    results = {}
+    results: dict[str, Tuning] = {}
     for number, tokens in enumerate(all_tokens):
         case = Case(backend, stack, shape, tokens, rng)
         if case.key in results:
@@ -140,8 +149,8 @@ def tune(backend, shape, all_tokens, progress=None):
     return list(results.values())
 
 
-def random_stack(backend, shape, rng):
-    """A stack of a few random weights in turn."""
+def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator) -> OpenClMarlinExpertStack:
+    """A stack whose experts cycle through a few random weights."""
     groups = (-(-shape.k // shape.group_size), shape.n)
     weights = [
         Int4Weight(
@@ -159,7 +168,7 @@ def random_stack(backend, shape, rng):
     return builder.finish()
 
 
-def random_zeros(rng, shape, groups):
+def random_zeros(rng: np.random.Generator, shape: Shape, groups: tuple[int, int]) -> npt.NDArray[np.uint8] | None:
     """Zero points of a shape's weights, or None."""
     if shape.codes != "uint4":
         return None
@@ -167,7 +176,7 @@ def random_zeros(rng, shape, groups):
 
 
 class Case:
-    """Products of one stack with so many tokens.
+    """Products of one stack with a number of tokens.
 
     Attributes
     ----------
@@ -175,7 +184,14 @@ class Case:
     problem : Problem
     """
 
-    def __init__(self, backend, stack, shape, tokens, rng):
+    def __init__(
+        self,
+        backend: OpenClBackend,
+        stack: OpenClMarlinExpertStack,
+        shape: Shape,
+        tokens: int,
+        rng: np.random.Generator,
+    ) -> None:
         self.backend, self.shape, self.tokens = backend, shape, tokens
         pairs = tokens * shape.top_k
         reads = 1 if shape.gathered else shape.top_k
@@ -190,7 +206,7 @@ class Case:
             sorted_ids, expert_ids = sorted_ids[: pairs * block_size], expert_ids[:pairs]
             routing = [backend.from_host(array) for array in (sorted_ids, expert_ids, past)]
 
-            def call(ctx, routing=routing):
+            def call(ctx: OpenClContext, routing: list[Any] = routing) -> None:
                 stack.gemm_phase_vllm(ctx, x, *routing, self._out, pairs // reads, block_size, reads)
 
             self._calls.append(call)
@@ -200,12 +216,12 @@ class Case:
         self.problem = problem_of(stack.store, work, backend.runtime.capabilities)
         self.key = product_key(self.problem, stack.store.symmetric, stack.store.codes)
 
-    def run(self, configuration):
-        """Median seconds of the launches, and float32 rows of the first routing, NaN if any row was not written."""
+    def run(self, configuration: Configuration) -> tuple[float, npt.NDArray[np.float32]]:
+        """Median seconds of the launches, and float32 rows of the first routing, NaN if any output was not written."""
         tuned = self.backend.runtime.tuned
         tuned.forced(configuration)
         try:
-            # Plans are a context's own.
+            # A new context, as contexts keep plans.
             ctx = self.backend.new_context(profiling=True)
             cl.enqueue_fill(ctx.queue, self._out.base_data, UNWRITTEN.tobytes(), self._out.nbytes)
             self._calls[0](ctx)
@@ -222,7 +238,7 @@ class Case:
             tuned.forced(None)
 
     @staticmethod
-    def _seconds(ctx, calls):
+    def _seconds(ctx: OpenClContext, calls: Sequence[Callable[[OpenClContext], None]]) -> list[float]:
         collected = []
         for call in calls:
             with ctx.profile() as events:
@@ -232,23 +248,35 @@ class Case:
         return [times_of(events).kernels for events in collected]
 
 
-def tune_case(case):
-    """The :class:`Tuning` of a :class:`Case`."""
-    default, *others = candidates(case.backend.tier, case.problem)
-    default_seconds, expected = case.run(default)
-    norm = np.linalg.norm(expected)
-    best, best_seconds, refused = default, default_seconds, []
-    for configuration in others:
+def tune_case(case: Case) -> Tuning:
+    """The :class:`Tuning` of a :class:`Case`; only configurations that pass the check of their numbers take part.
+
+    Raises
+    ------
+    MarlinError
+        None of them does.
+    """
+    tried = candidates(case.backend.tier, case.problem)
+    refused: list[tuple[Configuration, str]] = []
+    default: Configuration | None = None
+    for configuration in tried:
         try:
+            # The first call of a configuration checks it, and raises DeviceError if its numbers are wrong.
             seconds, actual = case.run(configuration)
         except (BuildError, cl.Error, MarlinError) as error:
             refused.append((configuration, f"does not run: {error}"))
             continue
-        error = np.linalg.norm(actual - expected) / norm
+        if default is None:
+            default, default_seconds, expected = configuration, seconds, actual
+            best, best_seconds = configuration, seconds
+            continue
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
         if not error <= TOLERANCE:  # a NaN is wrong, too
             refused.append((configuration, f"its result is wrong: relative difference {error:.2g}"))
         elif seconds < min(best_seconds, GAIN * default_seconds):
             best, best_seconds = configuration, seconds
+    if default is None:
+        raise MarlinError(f"no configuration can be used: {'; '.join(reason for _, reason in refused)}")
     return Tuning(
         shape=case.shape,
         tokens=case.tokens,
@@ -258,6 +286,6 @@ def tune_case(case):
         best_seconds=best_seconds,
         default=default,
         best=best,
-        tried=len(others),
+        tried=len(tried) - 1,
         refused=refused,
     )

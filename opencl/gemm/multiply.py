@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from marlin_cy.opencl.checks.products import right_configuration
 from marlin_cy.opencl.gemm.prepare import are_aligned, needs_preparation, prepare
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.launch import Launch
@@ -168,7 +169,16 @@ def make_plan(ctx, store, rows, out, work, bias_kind, activation):
     prepared = needs_preparation(ctx, store, rows, activation)
     layout = store.layout
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
-    configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
+    configuration = right_configuration(
+        ctx,
+        tuned.configurations(tier, problem, store.symmetric, store.codes),
+        store,
+        rows,
+        out,
+        work,
+        bias_kind,
+        activation,
+    )
     split = configuration.splits > 1
     shape = {
         "ROWS": configuration.rows,

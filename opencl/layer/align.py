@@ -10,6 +10,7 @@ import numpy as np
 import pyopencl as cl
 
 from marlin_cy.opencl.buffers import Vector
+from marlin_cy.opencl.checks.routing import check_align, is_right_beside
 from marlin_cy.opencl.gemm.prepare import Prepared, needs_preparation, ordered_alike, preparation
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.layer.routing import (
@@ -20,7 +21,7 @@ from marlin_cy.opencl.layer.routing import (
     route_local_bytes,
 )
 
-__all__ = ["Aligned", "aligns_as_it_routes", "check_align", "enqueue_align", "enqueue_route_align"]
+__all__ = ["Aligned", "aligns_as_it_routes", "check_experts", "enqueue_align", "enqueue_route_align"]
 
 BUFFER, UINT, ULONG = None, np.uint32, np.uint64  # for Kernel.set_arg_types
 ALIGN_ARGUMENTS = (BUFFER, ULONG, UINT, UINT, UINT, BUFFER, ULONG, BUFFER, ULONG, BUFFER, ULONG, BUFFER)
@@ -37,7 +38,7 @@ def most_blocks(pairs, num_experts, block_size):
     return min(pairs, num_experts + max(0, pairs - num_experts) // block_size)
 
 
-def check_align(ctx, num_experts):
+def check_experts(ctx, num_experts):
     """Refuse more experts than there is local memory for."""
     check_local_memory(ctx, ALIGN_LOCAL_BYTES + 4 * num_experts, num_experts)
 
@@ -71,11 +72,28 @@ def preparation_beside(ctx, store, rows, work):
     return None
 
 
+def checked_preparation_beside(ctx, gate_up, rows, work):
+    """:func:`preparation_beside`, if the device does that rightly: checked at the first use in these sizes."""
+    if ctx.backend.runtime.verdicts is None:
+        # A check of aligning alone has no store.
+        return None if gate_up.store is None else preparation_beside(ctx, gate_up.store, rows, work)
+    how = preparation_beside(ctx, gate_up.store, rows, work)
+    plans = ctx.plans_of(gate_up.store)
+    key = "align", rows.type_code, rows.offset % 8, work.block_size, work.top_k, gate_up.num_experts, how is None
+    beside = plans.get(key)
+    if beside is None:
+        beside = how is not None and is_right_beside(ctx, gate_up.num_experts, work, gate_up.store, rows)
+        if not beside:
+            check_align(ctx, gate_up.num_experts, work)
+        plans[key] = beside
+    return how if beside else None
+
+
 def enqueue_align(ctx, chosen, gate_up, rows):
     """Group the pairs of ``rows`` by expert, and prepare the rows; returns :class:`Aligned`."""
     num_experts = gate_up.num_experts
     work = routed_by(ctx, chosen, rows.rows * chosen.top_k, num_experts)
-    how = preparation_beside(ctx, gate_up.store, rows, work)
+    how = checked_preparation_beside(ctx, gate_up, rows, work)
     arguments = (
         chosen.ids,
         chosen.ids_offset,

@@ -7,9 +7,10 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
+from marlin_cy.opencl.checks.routing import is_right_fused
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_align, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
 from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
@@ -68,7 +69,7 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         check_routing(ctx, layer.routing)
     if tokens * top_k > MAX_PAIRS:
         raise ValueError(f"hidden_states: got {tokens} rows of {top_k} experts each, expected fewer than 2**31 pairs")
-    check_align(ctx, layer.num_experts)
+    check_experts(ctx, layer.num_experts)
     if tokens == 0:
         return
     with ctx:
@@ -80,8 +81,12 @@ def forward(ctx, layer, hidden_states, out, router_logits, topk_ids, topk_weight
         if logits is not None:
             ids, weights = (ctx.reserve(f"topk_{name}", 4 * tokens * top_k) for name in ("ids", "weights"))
             chosen = Chosen(ids, 0, weights, 0, top_k)
-            if slice_tokens == tokens and aligns_as_it_routes(ctx, tokens, layer.routing):
-                rows = None if layer.apply_router_weight_on_input else hidden
+            rows = None if layer.apply_router_weight_on_input else hidden
+            if (
+                slice_tokens == tokens
+                and aligns_as_it_routes(ctx, tokens, layer.routing)
+                and is_right_fused(ctx, layer.routing, logits, gate_up, rows)
+            ):
                 aligned = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, rows)
             else:
                 enqueue_route(ctx, logits, layer.routing, chosen, None)

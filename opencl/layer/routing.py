@@ -7,6 +7,7 @@ import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.buffers import array_info, check_contiguous, float_rows, wait_list
+from marlin_cy.opencl.checks.routing import check_route
 
 __all__ = [
     "ROUTE_ARGUMENTS",
@@ -118,6 +119,7 @@ def route_call(ctx, logits, routing, chosen):
 
 def enqueue_route(ctx, logits, routing, chosen, waits):
     """Fill ``chosen`` by the rows of ``logits``; the caller has checked everything and holds the context."""
+    check_route(ctx, routing, logits.type_code)
     macros, arguments = route_call(ctx, logits, routing, chosen)
     kernel = ctx.kernel("routing", "route", macros, ROUTE_ARGUMENTS)
     event = kernel(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), *arguments, wait_for=waits)
