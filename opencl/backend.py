@@ -18,7 +18,8 @@ from marlin_cy.arguments import integer
 from marlin_cy.errors import BackendUnavailable
 from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.opencl import tiers
-from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous
+from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues
+from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.command_line import OpenClCommandLine
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import capabilities, describe, open_device
@@ -30,7 +31,7 @@ from marlin_cy.opencl.selfcheck import reason_wrong
 from marlin_cy.opencl.stack import OpenClLinear, OpenClMarlinExpertStack, Runtime, opencl_context
 from marlin_cy.opencl.store import OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Tier
-from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.opencl.tuned import Tuned
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class OpenClBackend(OpenClCommandLine, Backend):
             loading_lock=threading.Lock(),
             max_alloc_bytes=largest,
             tuned=Tuned(found),
+            verdicts=Verdicts(opened.device),
         )
         self._queue, self._forced = queue, forced
         self._tier: Tier | None = None
@@ -190,6 +192,7 @@ class OpenClBackend(OpenClCommandLine, Backend):
         host = np.empty(buffer.shape, buffer.dtype)
         if host.size:
             with driver_errors(self.runtime):
+                flush_queues(buffer.events)
                 cl.enqueue_copy(
                     self.runtime.loading_queue,
                     as_bytes(host),

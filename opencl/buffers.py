@@ -1,13 +1,18 @@
 """Checked access to the device arrays that callers pass in.
 
-Every check that a call makes on its buffers is here, so that messages read alike (and like the CPU's):
-the argument, what it got, what was expected. Nothing here reads a device's memory.
+All checks of a call's buffers are here. Each message names the argument, what it got, and what was expected, in the
+same words as the CPU backend's messages. Nothing here reads a device's memory.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 from pyopencl.array import Array
 
@@ -16,10 +21,11 @@ __all__ = [
     "TYPE_CODES",
     "Rows",
     "Vector",
+    "array_info",
     "as_bytes",
     "check_contiguous",
-    "array_info",
     "float_rows",
+    "flush_queues",
     "int32_vector",
     "mark_written",
     "refuse_overlap",
@@ -30,7 +36,7 @@ __all__ = [
 TYPE_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 TYPES = tuple(TYPE_CODES)
 INT32 = np.dtype(np.int32)
-KEPT = "_marlin_cy_examined"  # the attribute of an array that holds its ArrayInfo
+KEPT = "_marlin_cy_array_info"  # name of the attribute in which an array keeps its ArrayInfo
 MAX_INT32 = 2**31 - 1
 
 
@@ -45,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """An array of int32 in a row."""
+    """A contiguous array of int32."""
 
     data: cl.MemoryObjectHolder | None
     offset: int  # elements before the first
@@ -53,9 +59,10 @@ class Vector(NamedTuple):
 
 
 class ArrayInfo:
-    """What was found out about an array, once: queries of OpenCL objects add up to more than a launch costs.
+    """What the checks of a call need to know about an array, read once.
 
-    It is kept with the array, and holds as long as the array's own attributes are the same objects.
+    Querying the OpenCL objects in every call would take longer than a launch. The record is kept as an attribute of
+    the array, and is valid as long as the array's own attributes are the same objects.
     """
 
     __slots__ = (
@@ -63,10 +70,12 @@ class ArrayInfo:
         "writer",  # the event of the last call that wrote the array, and that call's queue
     )
 
-    def __init__(self, array, name, context):
+    def __init__(self, array: Array, name: str, context: cl.Context) -> None:
         self.data, self.offset, self.context = array.base_data, array.offset, context
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
-        self.rows, self.vector, self.writer = {}, None, (None, None)
+        self.rows: dict[tuple[int, bool], Rows] = {}
+        self.vector: Vector | None = None
+        self.writer: tuple[cl.Event | None, cl.CommandQueue | None] = (None, None)
         self.whole = self.begin = self.end = 0
         data = self.data
         if not array.dtype.isnative:
@@ -79,20 +88,20 @@ class ArrayInfo:
             raise ValueError(f"{name}: got an array of another OpenCL context, expected one of the backend's")
         if array.offset % array.dtype.itemsize:
             raise ValueError(f"{name}: got data that is not aligned to its dtype {array.dtype}")
-        # Others than contiguous arrays are refused, for what they are, by all who use them.
+        # Non-contiguous arrays are rejected by the callers, whose messages can name the reason.
         if array.flags.c_contiguous and array.offset + array.nbytes > data.size:
             raise ValueError(
                 f"{name}: got shape {array.shape} from byte {array.offset} on, which its buffer of {data.size} bytes "
                 "is too small for"
             )
-        # Sub-buffers are parts of what they were cut from.
+        # Two sub-buffers overlap if their ranges in the buffer that both belong to overlap.
         whole = data.associated_memobject
         self.whole = (data if whole is None else whole).int_ptr
         self.begin = array.offset + (0 if whole is None else data.get_info(cl.mem_info.OFFSET))
         self.end = self.begin + array.nbytes
 
-    def is_of(self, array, context):
-        """Whether the array is what it was."""
+    def is_current(self, array: Array, context: cl.Context) -> bool:
+        """Whether the array's attributes are still those that were read."""
         return (
             self.data is array.base_data
             and self.offset == array.offset
@@ -103,8 +112,8 @@ class ArrayInfo:
         )
 
 
-def array_info(array, name, context):
-    """The :class:`ArrayInfo` of an array; refuses what is no array of this context."""
+def array_info(array: Any, name: str, context: cl.Context) -> ArrayInfo:
+    """The :class:`ArrayInfo` of an array; refuses objects that are not device arrays of this context."""
     if not isinstance(array, Array):
         if isinstance(array, np.ndarray):
             raise TypeError(
@@ -112,14 +121,14 @@ def array_info(array, name, context):
                 "Backend.from_host makes one"
             )
         raise TypeError(f"{name}: got {type(array).__name__}, expected a pyopencl.array.Array")
-    found = array.__dict__.get(KEPT)
-    if found is None or not found.is_of(array, context):
+    found: ArrayInfo | None = array.__dict__.get(KEPT)
+    if found is None or not found.is_current(array, context):
         found = ArrayInfo(array, name, context)
         setattr(array, KEPT, found)
     return found
 
 
-def float_rows(array, name, width, context, writeable=False):
+def float_rows(array: Any, name: str, width: int, context: cl.Context, writeable: bool = False) -> Rows:
     """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows."""
     found = array_info(array, name, context)
     rows = found.rows.get((width, writeable))
@@ -128,7 +137,8 @@ def float_rows(array, name, width, context, writeable=False):
     return rows
 
 
-def new_rows(array, name, width, writeable):
+def new_rows(array: Array, name: str, width: int, writeable: bool) -> Rows:
+    """:func:`float_rows` of an array that has not been checked for this width."""
     shape, type_code = array.shape, TYPE_CODES.get(array.dtype)
     if type_code is None:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
@@ -147,13 +157,13 @@ def new_rows(array, name, width, writeable):
     return Rows(array.base_data, array.offset // array.dtype.itemsize, type_code, rows, width)
 
 
-def check_contiguous(array, name):
-    """Refuse rows that do not follow each other."""
+def check_contiguous(array: Array, name: str) -> None:
+    """Refuse an array whose rows are not contiguous."""
     if not array.flags.c_contiguous:
         raise ValueError(f"{name}: got strides {array.strides} for shape {array.shape}, expected C-contiguous rows")
 
 
-def int32_vector(array, name, context):
+def int32_vector(array: Any, name: str, context: cl.Context) -> Vector:
     """``array`` as a vector of int32; one of a single element may have any shape."""
     found = array_info(array, name, context)
     if found.vector is None:
@@ -167,38 +177,64 @@ def int32_vector(array, name, context):
     return found.vector
 
 
-def refuse_overlap(output, input, name):
-    """Refuse an output that shares bytes with an input; both were array_info before."""
+def refuse_overlap(output: Array, input: Array, name: str) -> None:
+    """Refuse an output that shares bytes with an input; :func:`array_info` has checked both."""
     out, inp = getattr(output, KEPT), getattr(input, KEPT)
     if out.whole == inp.whole and out.begin < inp.end and inp.begin < out.end:
         raise ValueError(f"{name}: shares memory with the input, expected separate arrays")
 
 
-def mark_written(array, event, queue):
-    """Remember that a call on a queue wrote an array, so that :func:`wait_list` need not ask the driver."""
+def mark_written(array: Array, event: cl.Event, queue: cl.CommandQueue) -> None:
+    """Note the event and the queue of a call that writes an array, so that :func:`wait_list` need not query them."""
     found = array.__dict__.get(KEPT)
     if found is not None:
         found.writer = event, queue
 
 
-def wait_list(queue, arrays):
-    """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``; None for none."""
-    events = None
+def wait_list(queue: cl.CommandQueue, arrays: Iterable[Array]) -> list[cl.Event] | None:
+    """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``; None for none.
+
+    Queues that the caller fills are flushed (:func:`flush_queues`). The queue of a context of this library is not: each
+    call has flushed it.
+    """
+    events: list[cl.Event] = []
+    foreign: list[cl.Event] = []
     for array in arrays:
+        if not array.events:
+            continue
+        writer, its_queue = array.__dict__[KEPT].writer if KEPT in array.__dict__ else (None, None)
         for event in array.events:
-            found = array.__dict__.get(KEPT)
-            if found is not None and found.writer[0] is event and found.writer[1] is queue:
-                continue
-            try:
-                here = event.command_queue == queue
-            except cl.Error:  # its queue is gone, and not every driver's events keep theirs
-                here = False
-            if not here:
-                events = [event] if events is None else [*events, event]
-    return events
+            if event is writer:
+                if its_queue != queue:
+                    events.append(event)
+            elif not same_queue(event, queue):
+                events.append(event)
+                foreign.append(event)
+    flush_queues(foreign)
+    return events or None
 
 
-def as_bytes(array):
-    """The bytes of a C-contiguous ndarray, which PyOpenCL takes whatever the dtype (NumPy's buffer protocol
-    knows no bfloat16)."""
+def same_queue(event: cl.Event, queue: cl.CommandQueue) -> bool:
+    """Whether an event is that of a command on ``queue``."""
+    try:
+        return bool(event.command_queue == queue)
+    except cl.Error:  # its queue is gone, and not every driver's events keep theirs
+        return False
+
+
+def flush_queues(events: Iterable[cl.Event]) -> None:
+    """Flush the queues of some events, as OpenCL requires before another queue waits for them.
+
+    Some drivers submit nothing before a flush, and the wait would never end (see ``OpenClContext._submit``).
+    """
+    for event in events:
+        # A user event has no queue; releasing a queue has flushed it.
+        with contextlib.suppress(cl.Error):
+            queue = event.command_queue
+            if queue is not None:
+                queue.flush()
+
+
+def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """A C-contiguous ndarray as uint8, for PyOpenCL's copies: NumPy's buffer protocol does not support bfloat16."""
     return array.reshape(-1).view(np.uint8)

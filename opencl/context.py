@@ -1,23 +1,35 @@
-"""Where OpenCL calls run: a command queue, the workspace they reuse, and the kernels made for it."""
+"""Where OpenCL calls run: a command queue, the workspace that calls share, and the kernels made for the queue."""
 
+from __future__ import annotations
+
+import contextlib
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
+from pyopencl.array import Array
 
 from marlin_cy.errors import ContextInUse
 from marlin_cy.interface import Context
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import mark_written
+from marlin_cy.opencl.fork import refuse_forked
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.memory import device_error, driver_errors, uploaded, zeroed_buffers
 
+if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
+
 __all__ = ["OpenClContext"]
 
-MAX_UPLOADS = 64  # host arrays that are kept until they were copied; a call waits for the oldest beyond that
+MAX_UPLOADS = 64  # host arrays that are kept until they were copied; beyond that a call waits for the oldest
 MAX_INT32 = 2**31 - 1
 ARRIVED = "arrived work-groups"
 ARRIVAL_BITS = 18  # of the counter of work-groups: a launch that uses it has fewer than 2**18, the rest is its number
@@ -25,19 +37,18 @@ MAX_ARRIVAL_LAUNCH = (1 << (32 - ARRIVAL_BITS)) - 1
 
 
 class OpenClContext(Context):
-    """An in-order command queue and the workspace of what is enqueued there.
+    """An in-order command queue and the workspace of the calls enqueued there.
 
-    Calls check their arguments, enqueue their kernels and return; ``Backend.to_host`` (or
-    :meth:`finish`) waits. A device that fails does so in the call itself, in a later one, or where it is
-    waited for: always by :class:`~marlin_cy.errors.DeviceError`, after which the context is as usable as the
-    device. Buffers that other queues write must be finished, or say so by their ``events``, as
-    :class:`pyopencl.array.Array` does.
+    Calls check their arguments, enqueue their kernels, flush the queue and return; ``Backend.to_host`` (or
+    :meth:`finish`) waits. A device failure shows in the call itself, in a later call, or in a wait, always as a
+    :class:`~marlin_cy.errors.DeviceError`; the context then stays usable if the device does. A buffer that another
+    queue writes must be finished, or carry the events of its writers, as a :class:`pyopencl.array.Array` does.
 
     Parameters
     ----------
     backend : OpenClBackend
     queue : pyopencl.CommandQueue, optional
-        On the backend's context and device, in order; one of its own unless given.
+        An in-order queue on the backend's context and device; a new one unless given.
     profiling : bool
         Events keep times, as :mod:`~marlin_cy.opencl.timing` needs. A call then costs the host more (6 µs with
         NVIDIA's driver).
@@ -45,90 +56,121 @@ class OpenClContext(Context):
     Raises
     ------
     TypeError, ValueError
-        A queue that is not one of these, or that has no profiling where that is asked for.
+        The queue is not such a queue, or ``profiling`` is set and the queue has no profiling.
     """
 
-    def __init__(self, backend, queue=None, profiling=False):
+    def __init__(self, backend: OpenClBackend, queue: cl.CommandQueue | None = None, profiling: bool = False) -> None:
         runtime = backend.runtime
+        refuse_forked()
         if queue is None:
             properties = cl.command_queue_properties.PROFILING_ENABLE if profiling else 0
             with driver_errors(runtime):
                 queue = cl.CommandQueue(runtime.context, runtime.device, properties=properties)
         check_queue(queue, runtime)
         if profiling and not queue.properties & cl.command_queue_properties.PROFILING_ENABLE:
-            raise ValueError("profiling: the queue was made without PROFILING_ENABLE; give one that has it, or none")
+            raise ValueError(
+                "profiling: the queue was made without PROFILING_ENABLE; give one that has it, or no queue"
+            )
         self._backend, self._queue = backend, queue
         self._lock = threading.Lock()
-        self._workspace = {}
-        self._uploads = deque()
-        self._profile = None
-        self._plans = WeakKeyDictionary()
-        self._kept = WeakKeyDictionary()
-        self._launches = {}
+        self._workspace: dict[str, cl.Buffer] = {}
+        self._uploads: deque[cl.Event] = deque()
+        self._profile: list[tuple[str, cl.Event]] | None = None
+        self._plans: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Any, cl.Buffer] = WeakKeyDictionary()
+        self._launches: dict[Any, Launch] = {}
         self._arrival_launch = 0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"OpenClContext({self._backend!r})"
 
     @property
-    def backend(self):
+    def backend(self) -> OpenClBackend:
         return self._backend
 
     @property
-    def queue(self):
-        """The ``pyopencl.CommandQueue`` that calls are enqueued on."""
+    def queue(self) -> cl.CommandQueue:
+        """The ``pyopencl.CommandQueue`` on which calls are enqueued."""
         return self._queue
 
     @property
-    def cl_context(self):
+    def cl_context(self) -> cl.Context:
         """The ``pyopencl.Context``."""
         return self._backend.runtime.context
 
     @property
-    def workspace_bytes(self):
+    def workspace_bytes(self) -> int:
         """Bytes of device memory that the workspace holds."""
-        return sum(buffer.size for buffer in self._workspace.values())
+        return sum(int(buffer.size) for buffer in self._workspace.values())
 
-    def finish(self):
-        """Wait until everything that was enqueued has been done; a :class:`DeviceError` says that it was not."""
+    def finish(self) -> None:
+        """Wait until all enqueued commands have finished; raises :class:`DeviceError` if one of them failed."""
         with driver_errors(self._backend.runtime):
             self._queue.finish()
 
     @contextmanager
-    def profile(self):
+    def profile(self) -> Iterator[list[tuple[str, cl.Event]]]:
         """Collect the events of the calls made inside; they have times if the context was made with profiling.
 
         Yields
         ------
         list of (str, pyopencl.Event)
-            What each command did, and its event, in order; filled as calls are made.
+            Each command's label and event, in order; the list grows as calls are made.
         """
-        outer, self._profile = self._profile, []
+        outer = self._profile
+        self._profile = events = []
         try:
-            yield self._profile
+            yield events
         finally:
             self._profile = outer
 
-    # What the backend's own modules use -----------------------------------------------------
+    # For the backend's own modules ----------------------------------------------------------
 
-    def __enter__(self):
+    def __enter__(self) -> OpenClContext:
         """Claim the context for a call."""
+        refuse_forked()
         if not self._lock.acquire(blocking=False):
             raise ContextInUse(
                 "ctx: in use by another thread; a context serves one thread at a time, so make one for each thread"
             )
         return self
 
-    def __exit__(self, kind, error, traceback):
-        self._lock.release()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End a call: submit its commands, and release the context."""
+        try:
+            self._submit(failed=error is not None)
+        except cl.Error as submit_error:
+            raise device_error(self._backend.runtime, submit_error) from submit_error
+        finally:
+            self._lock.release()
         if isinstance(error, cl.Error):
             raise device_error(self._backend.runtime, error) from error
 
-    def reserve(self, purpose, nbytes):
-        """The workspace buffer of a purpose, of at least ``nbytes``, with whatever it held."""
+    def _submit(self, failed: bool) -> None:
+        """Flush the queue: the one place where that is done for the commands of a call.
+
+        OpenCL lets a queue hold commands back until it is flushed, and requires a flush before another queue waits for
+        their events (clFlush). Mesa's rusticl holds commands back, and then such a wait never ends. The other queue may
+        be ``Backend.to_host``'s, another context's, or the caller's, whom an array's ``events`` tell what to wait for.
+        So the events that a call leaves behind are flushed before the call returns: once a call, however many
+        kernels it launches.
+
+        After a call that failed, whatever had been enqueued is flushed too, as dropping the event of an upload waits
+        for it. An error of that flush would hide the call's own, and is dropped.
+        """
+        if not failed:
+            self._queue.flush()
+            return
+        with contextlib.suppress(cl.Error):
+            self._queue.flush()
+
+    def reserve(self, purpose: str, nbytes: int) -> cl.Buffer:
+        """The workspace buffer of a purpose, of at least ``nbytes``; its contents are those of the last use."""
         buffer = self._workspace.get(purpose)
         if buffer is None or buffer.size < nbytes:
-            # What was enqueued may use the old one. It is given up before a larger one is asked for.
+            # Commands in the queue may use the old buffer. It is released before a larger one is allocated.
             self._queue.finish()
             self._workspace.pop(purpose, None)
             size = -(-max(nbytes, 4096) // 4) * 4
@@ -136,40 +178,40 @@ class OpenClContext(Context):
             self._workspace[purpose] = buffer
         return buffer
 
-    def zero(self, purposes):
-        """Zero the workspace buffers of some purposes, as far as they exist."""
+    def zero(self, purposes: Iterable[str]) -> None:
+        """Zero the workspace buffers of some purposes, those that exist."""
         for purpose in purposes:
             buffer = self._workspace.get(purpose)
             if buffer is not None:
                 self.log(f"zero {purpose}", cl.enqueue_fill(self._queue, buffer, b"\0" * 4, buffer.size // 4 * 4))
 
-    def upload(self, purpose, array):
-        """A workspace buffer that will hold ``array`` when the queue gets there; ``array`` must not change."""
+    def upload(self, purpose: str, array: npt.NDArray[Any]) -> cl.Buffer:
+        """A workspace buffer into which the queue copies ``array``, which must not change until then."""
         buffer = self.reserve(purpose, array.nbytes)
         event = cl.enqueue_copy(self._queue, buffer, array, is_blocking=False)
-        # The event keeps the array, and dropping it would wait for it.
+        # The event keeps the array alive, and dropping the event would wait for the copy.
         while self._uploads and self._uploads[0].command_execution_status <= cl.command_execution_status.COMPLETE:
             self._uploads.popleft()
         if len(self._uploads) >= MAX_UPLOADS:
-            self._uploads.popleft().wait()
+            self._uploads.popleft().wait()  # of an earlier call, which has flushed it
         self._uploads.append(event)
         self.log(f"upload {purpose}", event)
         return buffer
 
-    def unlimited(self):
-        """A buffer of the largest int32: a count on the device that the host's limit alone decides."""
+    def unlimited(self) -> cl.Buffer:
+        """A buffer that holds the largest int32: a count on the device that sets no limit of its own."""
         buffer = self._workspace.get("unlimited")
         if buffer is None:
             (buffer,) = zeroed_buffers(self._backend.runtime, [4], "workspace (unlimited)")
             cl.enqueue_fill(self._queue, buffer, MAX_INT32.to_bytes(4, "little"), 4)
-            self._workspace["unlimited"] = buffer  # not before it holds what it should
+            self._workspace["unlimited"] = buffer  # only once it holds the number
         return buffer
 
-    def counting(self, count):
+    def counting(self, count: int) -> cl.Buffer:
         """A buffer of at least ``count`` int32: 0, 1, 2, ..."""
         buffer = self._workspace.get("counting")
         if buffer is None or buffer.size < 4 * count:
-            self._queue.finish()  # as for reserve
+            self._queue.finish()  # as in reserve
             self._workspace.pop("counting", None)
             numbers = np.arange(1 << max(10, (count - 1).bit_length()), dtype=np.int32)
             self._workspace["counting"] = buffer = uploaded(self._backend.runtime, numbers, "workspace (counting)")
@@ -188,26 +230,27 @@ class OpenClContext(Context):
         self._arrival_launch += 1
         return self.reserve(ARRIVED, 4), self._arrival_launch << ARRIVAL_BITS
 
-    def kept(self, owner, array, what):
-        """A buffer that holds an array of ``owner``'s, the same in each call: made once, and kept while both live."""
+
+    def kept(self, owner: Any, array: npt.NDArray[Any], what: str) -> cl.Buffer:
+        """A buffer with a constant array of ``owner``: made once, and kept while the context and the owner live."""
         buffer = self._kept.get(owner)
         if buffer is None:
             buffer = self._kept[owner] = uploaded(self._backend.runtime, array, what)
         return buffer
 
-    def log(self, label, event):
-        """Remember an event if a caller collects them."""
+    def log(self, label: str, event: cl.Event) -> cl.Event:
+        """Append an event to the list of :meth:`profile`, if one is being filled; returns the event."""
         if self._profile is not None:
             self._profile.append((label, event))
         return event
 
-    def written(self, array, event):
-        """Whoever uses ``array`` in another queue has to wait for ``event``, which comes after all before it."""
+    def written(self, array: Array, event: cl.Event) -> None:
+        """Note that another queue must wait for ``event``, the last of those that write ``array``, to use it."""
         array.events[:] = (event,)
         mark_written(array, event, self._queue)
 
-    def plans_of(self, store):
-        """What was decided for the products with a store: a dict."""
+    def plans_of(self, store: Any) -> dict[Any, Any]:
+        """The plans of the products with a store, by kind of call."""
         plans = self._plans.get(store)
         if plans is None:
             plans = self._plans[store] = {}
@@ -217,7 +260,7 @@ class OpenClContext(Context):
         self,
         file: str,
         name: str,
-        macros: dict[str, int],
+        macros: Mapping[str, int],
         options: tuple[str, ...] = (),
         changing: tuple[str, ...] = (),
     ) -> Launch:
@@ -229,7 +272,7 @@ class OpenClContext(Context):
             A ``.cl`` file without its suffix, and a kernel in it.
         macros : dict of str to int
         options : tuple of str
-            Of the compiler.
+            The compiler's options.
         changing : tuple of str
             As for :class:`Launch`.
         """
@@ -241,8 +284,8 @@ class OpenClContext(Context):
         return launch
 
 
-def check_queue(queue, runtime):
-    """Refuse a queue that calls cannot be enqueued on."""
+def check_queue(queue: Any, runtime: Any) -> None:
+    """Refuse a queue on which calls cannot be enqueued."""
     if not isinstance(queue, cl.CommandQueue):
         raise TypeError(f"queue: got {type(queue).__name__}, expected a pyopencl.CommandQueue")
     if queue.context != runtime.context:

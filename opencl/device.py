@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pyopencl as cl
 
 from marlin_cy.errors import BackendUnavailable
+from marlin_cy.opencl.fork import note_use, reason_forked
 
 __all__ = [
     "DEVICE_VARIABLE",
@@ -186,6 +187,9 @@ def list_platforms():
     BackendUnavailable
         The OpenCL loader itself fails.
     """
+    if reason := reason_forked():
+        raise BackendUnavailable(reason)
+    note_use()
     try:
         platforms = cl.get_platforms()
     except cl.Error as error:
@@ -324,6 +328,9 @@ def open_device(device=None, context=None, queue=None):
         As :func:`choose_device`; also where the arguments contradict each other, and where the
         driver makes no context.
     """
+    if reason := reason_forked():
+        raise BackendUnavailable(f"backend 'opencl': {reason}")
+    note_use()
     if context is not None and not isinstance(context, cl.Context):
         raise TypeError(f"context: got {type(context).__name__}, expected pyopencl.Context")
     if queue is not None:

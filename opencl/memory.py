@@ -1,16 +1,31 @@
 """Device memory: buffers, and the driver's errors as this library's."""
 
+from __future__ import annotations
+
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.errors import DeviceError, DeviceMemoryError
 from marlin_cy.opencl.device import capabilities
+from marlin_cy.opencl.fork import refuse_forked
 
-__all__ = ["device_error", "driver_errors", "live_stores", "memory_errors", "uploaded", "zeroed_buffers"]
+__all__ = [
+    "Memory",
+    "device_error",
+    "driver_errors",
+    "live_stores",
+    "memory_errors",
+    "too_little_memory",
+    "uploaded",
+    "zeroed_buffers",
+]
 
 OUT_OF_MEMORY = (
     cl.status_code.MEM_OBJECT_ALLOCATION_FAILURE,
@@ -20,16 +35,34 @@ OUT_OF_MEMORY = (
 )
 
 
-def uploaded(runtime, array, what):
-    """A buffer that holds an array."""
+class Memory(Protocol):
+    """What allocating and loading need: the attributes of :class:`~marlin_cy.opencl.stack.Runtime` of these names."""
+
+    @property
+    def context(self) -> cl.Context: ...
+    @property
+    def device(self) -> cl.Device: ...
+    @property
+    def loading_queue(self) -> cl.CommandQueue: ...
+    @property
+    def loading_lock(self) -> threading.Lock: ...
+    @property
+    def max_alloc_bytes(self) -> int: ...
+
+
+def uploaded(runtime: Memory, array: npt.ArrayLike, what: str) -> cl.Buffer:
+    """A buffer that holds a copy of an array; ``what`` names it in an error message."""
     array = np.ascontiguousarray(array)
     with memory_errors(runtime, array.nbytes, what):
         return cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY | cl.mem_flags.COPY_HOST_PTR, hostbuf=array)
 
 
-def zeroed_buffers(runtime, sizes, what):
-    """Buffers of so many bytes, all or none. Written to at once, as drivers allocate when a buffer is first used."""
-    buffers = []
+def zeroed_buffers(runtime: Memory, sizes: Sequence[int], what: str) -> list[cl.Buffer]:
+    """Zeroed buffers of the given sizes in bytes, all or none of them.
+
+    They are written at once, because some drivers allocate memory when a buffer is first used.
+    """
+    buffers: list[cl.Buffer] = []
     try:
         with memory_errors(runtime, sum(sizes), what):
             for size in sizes:
@@ -45,12 +78,13 @@ def zeroed_buffers(runtime, sizes, what):
 
 
 @contextmanager
-def memory_errors(runtime, nbytes, what):
-    """What OpenCL raises when ``nbytes`` are allocated, as :class:`~marlin_cy.errors.DeviceMemoryError`.
+def memory_errors(runtime: Memory, nbytes: int, what: str) -> Iterator[None]:
+    """Raise OpenCL's errors while ``nbytes`` are allocated as :class:`~marlin_cy.errors.DeviceMemoryError`.
 
-    So is what exceeds all of the device's memory: some drivers find that out when a buffer is first used. What has
-    nothing to do with memory becomes a :class:`~marlin_cy.errors.DeviceError`.
+    A request that exceeds all of the device's memory is refused before it is made: some drivers notice only when a
+    buffer is first used. Errors that do not concern memory become a :class:`~marlin_cy.errors.DeviceError`.
     """
+    refuse_forked()
     if nbytes > capabilities(runtime.device).global_memory:
         raise too_little_memory(runtime, f"{what}: {nbytes} bytes do not fit")
     try:
@@ -62,27 +96,29 @@ def memory_errors(runtime, nbytes, what):
 
 
 @contextmanager
-def driver_errors(runtime):
-    """What OpenCL raises, as :func:`device_error`."""
+def driver_errors(runtime: Memory) -> Iterator[None]:
+    """Raise OpenCL's errors as those of :func:`device_error`."""
+    refuse_forked()
     try:
         yield
     except cl.Error as error:
         raise device_error(runtime, error) from error
 
 
-def device_error(runtime, error):
-    """What an error of the driver's is raised as: DeviceError, or DeviceMemoryError where it says so."""
-    if error.code in OUT_OF_MEMORY and error.code != cl.status_code.OUT_OF_RESOURCES:  # a word for any failure
+def device_error(runtime: Memory, error: cl.Error) -> DeviceError | DeviceMemoryError:
+    """The exception to raise for an error of the driver: DeviceError, or DeviceMemoryError if memory is short."""
+    # Drivers report many failures as OUT_OF_RESOURCES, whether they concern memory or not.
+    if error.code in OUT_OF_MEMORY and error.code != cl.status_code.OUT_OF_RESOURCES:
         return too_little_memory(runtime, f"the buffers of a call do not fit ({error})")
-    found = capabilities(runtime.device)  # asked before: what is lost may not answer
+    found = capabilities(runtime.device)  # read when the device was opened: a lost device may not answer
     return DeviceError(
         f"{found.name} ({found.platform}): the driver fails ({error}); if it goes on failing, the device is lost with "
         "all that it held: make the backend anew, and load the weights again"
     )
 
 
-def too_little_memory(runtime, problem):
-    """The error that says what was asked for, and what there is."""
+def too_little_memory(runtime: Memory, problem: str) -> DeviceMemoryError:
+    """The error that says how much memory was requested, and how much the device has."""
     found = capabilities(runtime.device)
     there = f"{found.global_memory} bytes"
     if "cl_amd_device_attribute_query" in found.extensions:
@@ -93,24 +129,24 @@ def too_little_memory(runtime, problem):
 
 
 class LiveStores:
-    """Which stores hold device memory."""
+    """The stores that hold device memory."""
 
-    def __init__(self):
-        self._stores = weakref.WeakSet()
+    def __init__(self) -> None:
+        self._stores: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def add(self, store):
+    def add(self, store: Any) -> None:
         with self._lock:
             self._stores.add(store)
 
-    def discard(self, store):
+    def discard(self, store: Any) -> None:
         with self._lock:
             self._stores.discard(store)
 
-    def nbytes(self, device):
+    def nbytes(self, device: cl.Device) -> int:
         """Bytes held on a device, in all contexts."""
         with self._lock:
-            return sum(store.nbytes for store in self._stores if store.device == device)
+            return sum(int(store.nbytes) for store in self._stores if store.device == device)
 
 
 live_stores = LiveStores()

@@ -1,30 +1,37 @@
 """From ``.cl`` files to built programs: compiled once, kept in memory, and as binaries on disk.
 
-PyOpenCL has a cache of its own, which is left alone here: it does nothing on NVIDIA and PoCL, where it
-trusts the driver's; a damaged entry or a folder that cannot be written raises KeyError (pyopencl/cache.py
-reads a variable that is not set); and no entry has a checksum, while PoCL crashes on half a binary.
+PyOpenCL's own cache is not used. It does nothing on NVIDIA and PoCL, where it relies on the driver's cache. A damaged
+entry or a folder that cannot be written raises KeyError, as pyopencl/cache.py reads a variable that is not set. Its
+entries have no checksum, and PoCL crashes on half a binary.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
 import re
-import tempfile
 import threading
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import platformdirs
 import pyopencl as cl
 
 from marlin_cy import __version__
 from marlin_cy.errors import BuildError
+from marlin_cy.opencl.cache import cache_folder, mark_used, trim, warn_unwritable, write_atomically
 from marlin_cy.opencl.device import describe
 
-__all__ = ["CACHE_VARIABLE", "ProgramCache", "cache_folder", "kernel_files", "source"]
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
-CACHE_VARIABLE = "MARLIN_CY_CACHE_DIR"
+__all__ = ["ProgramCache", "cache_folder", "device_identity", "kernel_files", "source", "sources_digest"]
+
 KERNELS = files("marlin_cy.opencl") / "kernels"
+BINARY = ".bin"
 COMMON = "common"
 INCLUDE = re.compile(r'#include "(\w+)\.cl"\s*')
 POCL = "Portable Computing Language"
@@ -32,7 +39,7 @@ POCL = "Portable Computing Language"
 BUILDING = threading.Lock()
 
 
-def kernel_files(folder=KERNELS):
+def kernel_files(folder: Traversable = KERNELS) -> list[str]:
     """The files with kernels, by name without ``.cl``; the others are parts of these."""
     return sorted(
         entry.name.removesuffix(".cl")
@@ -41,7 +48,7 @@ def kernel_files(folder=KERNELS):
     )
 
 
-def source(file, folder=KERNELS):
+def source(file: str, folder: Traversable = KERNELS) -> str:
     """A program's source: ``common.cl``, then the file, with every line ``#include "NAME.cl"`` expanded.
 
     A file is included once, where it is first named. Compilers' messages keep the files' names and lines.
@@ -58,9 +65,9 @@ def source(file, folder=KERNELS):
     ValueError
         A file includes itself, directly or through others.
     """
-    included = set()
+    included: set[str] = set()
 
-    def expand(name, open_files):
+    def expand(name: str, open_files: tuple[str, ...]) -> Iterator[str]:
         if name in open_files:
             raise ValueError(f"{' includes '.join(f'{each}.cl' for each in (*open_files, name))}: a cycle")
         if name in included:
@@ -79,19 +86,19 @@ def source(file, folder=KERNELS):
     return "".join((*expand(COMMON, ()), *expand(file, ())))
 
 
-def cache_folder():
-    """Where binaries are kept.
+@cache
+def sources_digest() -> str:
+    """A digest of all of the package's ``.cl`` files: of a library whose kernels were changed without its version."""
+    digest = hashlib.sha256()
+    for name in kernel_files():
+        digest.update(source(name).encode())
+    return digest.hexdigest()
 
-    Returns
-    -------
-    pathlib.Path or None
-        ``opencl`` in the folder that ``MARLIN_CY_CACHE_DIR`` names, None if that is empty; else in
-        ``marlin_cy`` in the user's cache folder (on Linux ``XDG_CACHE_HOME`` or ``~/.cache``).
-    """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named is None:
-        return platformdirs.user_cache_path("marlin_cy", appauthor=False) / "opencl"
-    return Path(named).expanduser() / "opencl" if named else None
+
+def device_identity(device: cl.Device) -> tuple[str, ...]:
+    """What compiled programs depend on: the device, its driver and its platform."""
+    platform = device.platform
+    return device.vendor, device.name, device.version, device.driver_version, platform.name, platform.version
 
 
 class ProgramCache:
@@ -105,9 +112,9 @@ class ProgramCache:
     folder : path-like, optional
         Where the ``.cl`` files lie; the package's own when left out.
     keep_binaries : bool, optional
-        Whether binaries are kept on disk, in :func:`cache_folder`. Unless given, they are where the driver
-        has no better way of its own: PoCL keeps what it compiled, and would compile every kernel once more,
-        for all sizes of work-groups, to give a binary away.
+        Whether binaries are kept on disk, in :func:`cache_folder`. Unless given, they are kept except with PoCL.
+        PoCL has a cache of its own, and returns a binary only after it has compiled every kernel once more, for
+        all sizes of work-groups.
 
     Attributes
     ----------
@@ -115,7 +122,14 @@ class ProgramCache:
         How many programs were built from source, and how many from a binary on disk.
     """
 
-    def __init__(self, context, device, *, folder=KERNELS, keep_binaries=None):
+    def __init__(
+        self,
+        context: cl.Context,
+        device: cl.Device,
+        *,
+        folder: Traversable = KERNELS,
+        keep_binaries: bool | None = None,
+    ) -> None:
         if keep_binaries is None:
             keep_binaries = device.platform.name.strip() != POCL
         self.compiled = 0
@@ -125,10 +139,12 @@ class ProgramCache:
         self._sources = folder
         self._binaries = cache_folder() if keep_binaries else None
         self._writable = self._binaries is not None
-        self._programs = {}
+        self._programs: dict[tuple[str, tuple[str, ...]], cl.Program] = {}
 
-    def kernel(self, file, name, macros=None, options=()):
-        """A kernel of its own for each call, as kernels keep their arguments and no two threads may share one.
+    def kernel(
+        self, file: str, name: str, macros: Mapping[str, int | str] | None = None, options: Sequence[str] = ()
+    ) -> cl.Kernel:
+        """A new kernel object in each call. A kernel keeps its arguments, so threads must not share one.
 
         Parameters
         ----------
@@ -150,12 +166,14 @@ class ProgramCache:
         """
         return cl.Kernel(self.program(file, macros, options), name)
 
-    def program(self, file, macros=None, options=()):
+    def program(
+        self, file: str, macros: Mapping[str, int | str] | None = None, options: Sequence[str] = ()
+    ) -> cl.Program:
         """The built ``pyopencl.Program``; parameters and errors as in :meth:`kernel`."""
         values = {name: int(value) if isinstance(value, bool) else value for name, value in (macros or {}).items()}
         options = (*(f"-D{name}={value}" for name, value in sorted(values.items())), *options)
         key = file, options
-        # Looked up first without the lock, which another program's compilation may hold for seconds.
+        # The first lookup is without the lock, which the compilation of another program may hold for seconds.
         program = self._programs.get(key)
         if program is None:
             with BUILDING:
@@ -167,10 +185,11 @@ class ProgramCache:
     def _built(self, file, options):
         text = source(file, self._sources)
         key = self._key(text, options)
-        path = self._binaries / f"{file}-{hashlib.sha256(key).hexdigest()[:32]}.bin" if self._binaries else None
+        path = self._binaries / f"{file}-{hashlib.sha256(key).hexdigest()[:32]}{BINARY}" if self._binaries else None
         program = self._from_binary(path, key, options)
         if program is not None:
             self.loaded += 1
+            mark_used(path)
             return program
         program = self._from_source(file, text, options)
         self.compiled += 1
@@ -178,10 +197,9 @@ class ProgramCache:
         return program
 
     def _key(self, text, options):
-        """All that a binary depends on."""
-        device, platform = self._device, self._device.platform
-        about = (device.vendor, device.name, device.version, device.driver_version, platform.name, platform.version)
-        # PyOpenCL appends what this variable holds to the options of every build.
+        """Everything that a binary depends on."""
+        about = device_identity(self._device)
+        # PyOpenCL appends the value of this variable to the options of every build.
         return repr((__version__, about, options, os.environ.get("PYOPENCL_BUILD_OPTIONS"), text)).encode()
 
     def _from_source(self, file, text, options):
@@ -203,27 +221,24 @@ class ProgramCache:
 
     def _build(self, program, options, **how):
         with warnings.catch_warnings():
-            # Some compilers (Intel's) have something to say each time.
+            # Some compilers (Intel's) print a log even when nothing is wrong.
             warnings.filterwarnings("ignore", "Non-empty compiler output", cl.CompilerWarning)
             return program.build(list(options), devices=[self._device], **how)
 
     def _save(self, path, key, program):
         if not self._writable:
             return
-        # Built for one device of the context's; what is listed for the others, if anything, is empty.
+        # The program is built for one device of the context; the entries of the other devices, if any, are empty.
         binary = next(filter(None, program.get_info(cl.program_info.BINARIES)), None)
-        if binary is None:  # the driver has none to give
+        if binary is None:  # the driver gives no binaries away
             return
         try:
             _write(path, key, binary)
         except OSError as error:
             self._writable = False
-            warnings.warn(
-                f"compiled OpenCL programs are not kept, as {self._binaries} cannot be written ({error}); "
-                f"set {CACHE_VARIABLE} to another folder, or to nothing to do without",
-                RuntimeWarning,
-                stacklevel=5,  # who called kernel()
-            )
+            warn_unwritable(self._binaries, error, stacklevel=5)  # the caller of kernel()
+            return
+        trim(self._binaries, (BINARY,))
 
 
 def _read(path, key):
@@ -237,16 +252,7 @@ def _read(path, key):
 
 
 def _write(path, key, binary):
-    """A file that others see complete or not at all."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_digest(key, binary) + binary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, _digest(key, binary) + binary)
 
 
 def _digest(key, binary):
@@ -254,7 +260,7 @@ def _digest(key, binary):
 
 
 def _log(error):
-    """What the compiler said, out of PyOpenCL's message, which may also name a copy of the source that it left."""
+    """The compiler's log, taken from PyOpenCL's message; a copy of the source that PyOpenCL saved is removed."""
     log = str(error)
     saved = re.search(r"\n\(source saved as (.+)\)\s*$", log)
     if saved:

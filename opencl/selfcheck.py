@@ -1,33 +1,44 @@
-"""A tier's kernels against NumPy, on a device that has just been met."""
+"""A tier's kernels against NumPy, at the first use of a device: which tier it can run.
+
+Whether each configuration is right that products use later is checked then (:mod:`marlin_cy.opencl.checks`).
+"""
+
+from __future__ import annotations
 
 import copy
 import dataclasses
 import threading
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy import reference
 from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS
+from marlin_cy.opencl.checks.verdicts import unchecked_backend
+from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, Configuration
 from marlin_cy.weights.int4 import Int4Weight, pack_words
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
 
 __all__ = ["TOLERANCE", "reason_wrong"]
 
 EXPERTS, K, N, GROUP_SIZE = 3, 320, 40, 64  # a last block of K that is half full, a last strip that is half empty
 TOKENS, TOP_K = 20, 2
-BLOCK_SIZES = {"uint4": (4, 32), "e2m1": (4,)}  # blocks of any size turn codes into numbers alike
-TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel that is wrong anywhere 1e-2 and more
+BLOCK_SIZES = {"uint4": (4, 32), "e2m1": (4,)}  # the code type is decoded in the same way for blocks of any size
+TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel with a single wrong number 1e-2 and more
 
-_known = {}
+_known: dict[tuple[int, str], str | None] = {}
 _lock = threading.Lock()
 
 
-def reason_wrong(backend):
-    """None if the tier of a backend (which is taken as it is) computes what it should here, else what is wrong.
+def reason_wrong(backend: OpenClBackend) -> str | None:
+    """None if the tier that a backend has been given computes rightly on its device, else what is wrong.
 
-    Asked once in a process for each device and tier.
+    The check runs once in a process for each device and tier.
     """
     key = backend.device.int_ptr, backend.tier.name
     with _lock:
@@ -48,11 +59,14 @@ def _reason_wrong(backend):
     return None
 
 
-def relative_error(backend):
-    """Of products by routed stacks, one of integers with zero points and one of 4-bit floats: the norm of what is off
-    over that of what is right."""
+def relative_error(backend: OpenClBackend) -> float:
+    """The largest relative error (norm of the error over norm of the result) of routed products.
+
+    One stack has integer codes with zero points, the other 4-bit floats.
+    """
+    backend = unchecked_backend(backend)
     rng = np.random.default_rng(0)
-    # What its products read most often, so that these programs are needed anyhow.
+    # The type that the tier's products read most often: then later calls need these programs, too.
     halves = backend.tier.inputs(backend.runtime.capabilities).prepared_type == FLOAT16_ROWS
     x = rng.standard_normal((TOKENS, K)).astype(np.float16 if halves else np.float32)
     ids = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :TOP_K]
@@ -68,11 +82,13 @@ def relative_error(backend):
                 stack.gemm_phase_vllm(ctx, backend.from_host(x), *routing, out, TOKENS, block_size, TOP_K)
                 actual = backend.to_host(out).astype(np.float64)
                 errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-    return np.max(errors)  # NaN if one of them is
+    return float(np.max(errors))  # NaN if one of them is
 
 
-def random_stack(backend, rng, codes):
-    """A stack, and what its experts are, float64 ``[K, N]`` each."""
+def random_stack(
+    backend: OpenClBackend, rng: np.random.Generator, codes: str
+) -> tuple[Any, list[npt.NDArray[np.float64]]]:
+    """A stack and its experts' weights, float64 ``[K, N]`` each."""
     q = rng.integers(0, 16, (EXPERTS, K, N)).astype(np.uint8)
     scale = rng.uniform(0.5, 2, (EXPERTS, K // GROUP_SIZE, N)).astype(np.float16)
     zero = rng.integers(1, 17, scale.shape).astype(np.uint8) if codes == "uint4" else [None] * EXPERTS
@@ -84,8 +100,8 @@ def random_stack(backend, rng, codes):
     return builder.finish(), [reference.dequantize(*expert, GROUP_SIZE, codes=codes) for expert in parts]
 
 
-def with_configuration(backend, configuration):
-    """A backend whose products all use one configuration; itself for None."""
+def with_configuration(backend: OpenClBackend, configuration: Configuration | None) -> OpenClBackend:
+    """A backend whose products all use one configuration; the backend itself for None."""
     if configuration is None:
         return backend
     other = copy.copy(backend)

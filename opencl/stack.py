@@ -9,6 +9,7 @@ from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
 from marlin_cy.opencl.buffers import float_rows, int32_vector, refuse_overlap, wait_list
+from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import Capabilities
 from marlin_cy.opencl.gemm.multiply import EXPERT_BIAS, NO_BIAS, OUTPUT_BIAS, multiply
@@ -16,7 +17,7 @@ from marlin_cy.opencl.gemm.work import RoutedBlocks, TileList
 from marlin_cy.opencl.memory import uploaded
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.store import OpenClGptqStore
-from marlin_cy.opencl.tuning import Tuned
+from marlin_cy.opencl.tuned import Tuned
 from marlin_cy.stacks.base import PackedLinear, PackedStack
 from marlin_cy.stacks.builder import as_bias
 from marlin_cy.stacks.dispatches import as_dispatches, check_disjoint, check_dispatches
@@ -43,7 +44,9 @@ class Runtime:
     max_alloc_bytes : int
         The largest single buffer.
     tuned : Tuned
-        Which configurations were found to be fastest on the device.
+        The configurations that were measured to be fastest on the device.
+    verdicts : Verdicts or None
+        Which kernels compute what they should on the device; None on a backend whose kernels are used unchecked.
     """
 
     context: cl.Context
@@ -54,6 +57,7 @@ class Runtime:
     loading_lock: threading.Lock
     max_alloc_bytes: int
     tuned: Tuned
+    verdicts: Verdicts | None = None
 
     def make_stack(self, store, bias):
         """The stack over a filled store, with a bias or None."""

@@ -1,11 +1,17 @@
-"""What OpenCL's events say about time; all in seconds."""
+"""The times of commands, from OpenCL's events; all in seconds."""
+
+from __future__ import annotations
 
 import statistics
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyopencl as cl
 
 from marlin_cy.opencl.memory import memory_errors
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.context import OpenClContext
 
 __all__ = ["Times", "copy_bandwidth", "times_of"]
 
@@ -27,18 +33,18 @@ class Times(NamedTuple):
     span: float
 
 
-def times_of(events):
-    """The :class:`Times` of what a context's ``profile()`` collected; the queue must have finished.
+def times_of(events: Sequence[tuple[str, cl.Event]]) -> Times:
+    """The :class:`Times` of the events of a context's ``profile()``; the queue must have finished.
 
     Parameters
     ----------
     events : list of (str, pyopencl.Event)
-        On one queue with profiling, at least one.
+        At least one, on one queue with profiling.
 
     Raises
     ------
     ValueError
-        The queue has no profiling.
+        The driver keeps no times for the queue, as it was made without profiling. Some drivers keep them anyway.
     """
     try:
         stamps = [(event.profile.start, event.profile.end) for _, event in events]
@@ -52,17 +58,17 @@ def times_of(events):
     )
 
 
-def copy_bandwidth(ctx, nbytes=256 << 20, repeats=7):
-    """Bytes a second that a copy within the device's memory reads and writes.
+def copy_bandwidth(ctx: OpenClContext, nbytes: int = 256 << 20, repeats: int = 7) -> float:
+    """Bytes per second that a copy within the device's memory reads and writes, added up.
 
     Parameters
     ----------
     ctx : OpenClContext
         Its queue must have profiling.
     nbytes : int
-        How much is copied, at most a thirty-second part of the memory; far more than the caches hold.
+        Size of the copy, far more than the caches hold; at most 1/32 of the device's memory is used.
     repeats : int
-        Copies that count; one more goes before them, and the median is taken.
+        Timed copies, of which the median is taken; one more is made before them.
     """
     runtime = ctx.backend.runtime
     nbytes = min(nbytes, runtime.max_alloc_bytes, runtime.capabilities.global_memory // 32)

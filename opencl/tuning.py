@@ -1,244 +1,45 @@
-"""Which configuration of a tier is fastest for a product on this very device: measured once, and kept.
+"""The search for the fastest configuration of a product on a device: what ``marlin-cy tune`` runs.
 
-``marlin-cy tune`` measures; :class:`Tuned` is what a backend asks when it plans a product. Results lie in
-``tuning.json`` in the folder of compiled programs (:func:`~marlin_cy.opencl.program.cache_folder`)::
-
-    {"schema": 1,
-     "places": {"DEVICE | DRIVER | LIBRARY VERSION | TIER":
-                {"k=2048 n=1536 group=128 codes=uint4 symmetric=1 rows=8 runs=256":
-                 {"rows": 8, "columns": 64, ..., "macros": {"WAVES": 4, ...}}}}}
-
-``k`` is the packed K, ``group`` the rows of a packed group; ``rows`` (of an expert that come together) and
-``runs`` (how many experts' rows are likely to come) are rounded up to powers of two: what was measured for
-one number serves its neighbours. A place or product that is not listed gets the tier's first configuration.
+Where results are kept, and how a backend uses them, is in :mod:`~marlin_cy.opencl.tuned`.
 """
 
-import json
-import os
+from __future__ import annotations
+
 import statistics
-import tempfile
-import warnings
-from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
-from marlin_cy import __version__
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
-from marlin_cy.opencl.program import CACHE_VARIABLE, cache_folder
-from marlin_cy.opencl.tiers.configuration import Configuration
+from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
 from marlin_cy.opencl.timing import times_of
+from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
 from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["Shape", "Tuned", "Tuning", "candidates", "tune", "tuning_file"]
+if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
+    from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 
-SCHEMA_VERSION = 1
-SPLITS = (1, 2, 4, 8)
+__all__ = ["Case", "Shape", "Tuning", "candidates", "tune"]
+
 LEAST_SPLIT_ROWS = 128  # of K
-PARTIAL_BYTES = 64 << 20  # of sums that wait for each other
 TOLERANCE = 2e-3  # of the norm, to the default configuration's result
 LAUNCHES, LEAST_LAUNCHES = 15, 5
-SECONDS_A_CANDIDATE = 0.1  # of launches: slow ones are launched less often, but so often
+SECONDS_A_CANDIDATE = 0.1  # of launches: slow ones are launched less often, but at least LEAST_LAUNCHES times
 WARM_SECONDS = 0.02
 DISTINCT_WEIGHTS = 4
-UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel makes
+UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel writes
 COMPARED_ROWS = 512
-GAIN = 0.98  # what a candidate's time must be of the default's at most, to be more than chance
-
-
-def tuning_file():
-    """Where results are kept: a path, or None where nothing is to be kept."""
-    folder = cache_folder()
-    return None if folder is None else folder / "tuning.json"
-
-
-# What a backend asks ----------------------------------------------------------------------------
-
-
-class Tuned:
-    """The results for one device, read when first asked for.
-
-    A file that is damaged, and entries that are not those of a configuration that the device could run,
-    are left out with a warning; nothing in the file makes a product fail.
-
-    Parameters
-    ----------
-    device : Capabilities
-    """
-
-    def __init__(self, device):
-        self._device = device
-        self._places = None
-        self._forced = None
-
-    def configuration(self, tier, problem, symmetric, codes):
-        """The :class:`Configuration` to use.
-
-        Parameters
-        ----------
-        tier : Tier
-        problem : Problem
-        symmetric : bool
-        codes : str
-            Of the weights.
-        """
-        if self._forced is not None:
-            return self._forced
-        offered = tier.configurations(problem)
-        if self._places is None:
-            self._places = read_places(tuning_file())
-        key = product_key(problem, symmetric, codes)
-        entries = self._places.get(place_key(self._device, tier))
-        entry = entries.get(key) if isinstance(entries, dict) else None
-        if entry is None:
-            return offered[0]
-        try:
-            return parsed(entry, problem, offered)
-        except ValueError as error:
-            warnings.warn(
-                f"{tuning_file()}: {key}: {error}; the tier's own choice is used. 'marlin-cy tune' measures again",
-                RuntimeWarning,
-                stacklevel=5,  # who called the product
-            )
-            return offered[0]
-
-    def forced(self, configuration):
-        """From here on, the answer for every product; None ends it. For the tuner, on a backend of its own."""
-        self._forced = configuration
-
-
-def place_key(device, tier):
-    """What results depend on beside the product."""
-    return " | ".join((device.name, device.driver_version, __version__, tier.name))
-
-
-def product_key(problem, symmetric, codes):
-    """The product, as far as results are told apart."""
-    rows, runs = (1 << (number - 1).bit_length() for number in (problem.rows, problem.runs))
-    weights = f"k={problem.k} n={problem.n} group={problem.group_rows} codes={codes} symmetric={int(symmetric)}"
-    return f"{weights} rows={rows} runs={runs}"
-
-
-def as_entry(configuration):
-    """A configuration, of JSON's own types."""
-    return asdict(configuration) | {"macros": dict(configuration.macros)}
-
-
-def parsed(entry, problem, offered):
-    """The configuration of an entry; a :class:`ValueError` says why it is none that can run.
-
-    Parameters
-    ----------
-    entry : object
-        From JSON.
-    problem : Problem
-    offered : list of Configuration
-        The tier's own for the problem. These name the kernels there are, and what each takes.
-    """
-    names = {field.name for field in fields(Configuration)}
-    if not isinstance(entry, dict) or entry.keys() != names or not isinstance(entry["macros"], dict):
-        raise ValueError("no configuration")
-    numbers = [entry[name] for name in names - {"macros", "file"}] + list(entry["macros"].values())
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("numbers that are none")
-    found = Configuration(**entry | {"macros": tuple(entry["macros"].items())})
-    if min(found.rows, found.columns, found.local_size, found.groups_per_unit) < 1 or found.splits not in SPLITS:
-        raise ValueError("sizes that no kernel has")
-    alike = [one for one in offered if one.file == found.file and dict(one.macros).keys() == dict(found.macros).keys()]
-    if not alike:
-        raise ValueError("kernels that the tier does not use here")
-    largest_local = max(problem.device.local_memory, *(one.local_bytes for one in offered))
-    if found.local_size > problem.device.max_work_group_size or found.local_bytes > largest_local:
-        raise ValueError("work-groups that are too large for the device")
-    # A kernel that knows no splits, or a neighbour of what was measured that has too many sums for them.
-    if found.splits > 1 and (all(one.splits == 1 for one in alike) or partial_bytes(problem, found) > PARTIAL_BYTES):
-        return replace(found, splits=1)
-    return found
-
-
-def partial_bytes(problem, configuration):
-    """Bytes of the sums of runs of K."""
-    rows = problem.most_runs * -(-problem.rows // configuration.rows) * configuration.rows
-    return 4 * configuration.splits * rows * problem.n
-
-
-def read_places(path):
-    """The ``places`` of a file: empty where there is none, and, with a warning, where it is damaged."""
-    if path is None:
-        return {}
-    try:
-        document = json.loads(path.read_bytes())
-        if document["schema"] != SCHEMA_VERSION or not isinstance(document["places"], dict):
-            raise ValueError("another schema")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        warnings.warn(
-            f"{path} is left out, as it is damaged ({type(error).__name__}: {error}); 'marlin-cy tune' writes another",
-            RuntimeWarning,
-            stacklevel=6,
-        )
-        return {}
-    return document["places"]
-
-
-def keep(device, tier, results):
-    """Add results to the file, in place of those for the same products; others see it complete, or as it was.
-
-    Where the tier's own choice is the best nothing is kept: for a neighbour it may choose otherwise.
-
-    Parameters
-    ----------
-    device : Capabilities
-    tier : Tier
-    results : list of Tuning
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    MarlinError
-        It cannot be written; the message says what to do.
-    """
-    path = tuning_file()
-    if path is None:
-        raise MarlinError(
-            f"results cannot be kept: {CACHE_VARIABLE} is empty; set it to a folder, or unset it for the user's own"
-        )
-    places = read_places(path)
-    place = places.setdefault(place_key(device, tier), {})
-    if not isinstance(place, dict):
-        place = places[place_key(device, tier)] = {}
-    for result in results:
-        if result.best == result.default:
-            place.pop(result.key, None)
-        else:
-            place[result.key] = as_entry(result.best)
-    text = json.dumps({"schema": SCHEMA_VERSION, "places": places}, indent=1) + "\n"
-    temporary = None
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            os.unlink(temporary)
-        raise MarlinError(
-            f"results cannot be kept: {path} cannot be written ({error}); set {CACHE_VARIABLE} to a folder that can"
-        ) from error
-    return path
-
-
-# What measures ----------------------------------------------------------------------------------
+GAIN = 0.98  # a candidate replaces the default if its time is below this part of the default's: less may be chance
 
 
 @dataclass(frozen=True)
@@ -251,9 +52,9 @@ class Shape:
     top_k : int
         Experts of a token.
     gathered : bool
-        The input has a row for each pair of token and expert, as a layer's second product has.
+        The input has a row for each (token, expert) pair, as in a layer's second product.
     symmetric : bool
-        All zero points are 8. Those of 4-bit floats always are: there are none.
+        All zero points are 8. Always so for 4-bit floats, which have none.
     codes : {"uint4", "e2m1"}
     """
 
@@ -275,17 +76,17 @@ class Tuning(NamedTuple):
     shape : Shape
     tokens : int
     rows : int
-        Of an expert that come together.
+        Rows that share an expert.
     key : str
-        :func:`product_key`'s.
+        That of :func:`~marlin_cy.opencl.tuned.product_key`.
     default_seconds, best_seconds : float
         Median of the launches' event times.
     default, best : Configuration
-        The same where nothing is faster by more than chance.
+        The tier's first choice that passes its check, and the fastest one; the same unless another is clearly faster.
     tried : int
-        Candidates beside the default.
+        Candidates besides the default.
     refused : list of (Configuration, str)
-        Those that fail or are wrong, and why.
+        Candidates that fail or compute wrong numbers, and the reason.
     """
 
     shape: Shape
@@ -300,25 +101,30 @@ class Tuning(NamedTuple):
     refused: list
 
 
-def candidates(tier, problem):
-    """The tier's configurations for a problem, best first, and their like with more or fewer splits of K."""
+def candidates(tier: Tier, problem: Problem) -> list[Configuration]:
+    """The tier's configurations for a problem, best first, and variants of these with more or fewer splits of K."""
     offered = tier.configurations(problem)
     found = list(offered)
     for configuration in offered:
-        # Those with one run of K may be of a kernel that knows no other.
+        # A kernel that the tier offers without splits may not support them.
         if configuration.splits > 1:
             most = problem.k // LEAST_SPLIT_ROWS
             found += [replace(configuration, splits=splits) for splits in SPLITS if splits <= most]
     return [one for one in dict.fromkeys(found) if one is offered[0] or partial_bytes(problem, one) <= PARTIAL_BYTES]
 
 
-def tune(backend, shape, all_tokens, progress=None):
+def tune(
+    backend: OpenClBackend,
+    shape: Shape,
+    all_tokens: Sequence[int],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Tuning]:
     """Time a tier's candidates on random weights and float16 rows with random routing.
 
     Parameters
     ----------
     backend : OpenClBackend
-        Nobody else may use it meanwhile.
+        Must not be used by other threads meanwhile.
     shape : Shape
     all_tokens : sequence of int
     progress : callable, optional
@@ -327,11 +133,11 @@ def tune(backend, shape, all_tokens, progress=None):
     Returns
     -------
     list of Tuning
-        One for each number of tokens; numbers that come to the same product are measured once.
+        One for each number of tokens; numbers with the same product key are measured once.
     """
     rng = np.random.default_rng(0)
     stack = random_stack(backend, shape, rng)
-    results = {}
+    results: dict[str, Tuning] = {}
     for number, tokens in enumerate(all_tokens):
         case = Case(backend, stack, shape, tokens, rng)
         if case.key in results:
@@ -343,8 +149,8 @@ def tune(backend, shape, all_tokens, progress=None):
     return list(results.values())
 
 
-def random_stack(backend, shape, rng):
-    """A stack of a few random weights in turn."""
+def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator) -> OpenClMarlinExpertStack:
+    """A stack whose experts cycle through a few random weights."""
     groups = (-(-shape.k // shape.group_size), shape.n)
     weights = [
         Int4Weight(
@@ -362,7 +168,7 @@ def random_stack(backend, shape, rng):
     return builder.finish()
 
 
-def random_zeros(rng, shape, groups):
+def random_zeros(rng: np.random.Generator, shape: Shape, groups: tuple[int, int]) -> npt.NDArray[np.uint8] | None:
     """Zero points of a shape's weights, or None."""
     if shape.codes != "uint4":
         return None
@@ -370,7 +176,7 @@ def random_zeros(rng, shape, groups):
 
 
 class Case:
-    """Products of one stack with so many tokens.
+    """Products of one stack with a number of tokens.
 
     Attributes
     ----------
@@ -378,7 +184,14 @@ class Case:
     problem : Problem
     """
 
-    def __init__(self, backend, stack, shape, tokens, rng):
+    def __init__(
+        self,
+        backend: OpenClBackend,
+        stack: OpenClMarlinExpertStack,
+        shape: Shape,
+        tokens: int,
+        rng: np.random.Generator,
+    ) -> None:
         self.backend, self.shape, self.tokens = backend, shape, tokens
         pairs = tokens * shape.top_k
         reads = 1 if shape.gathered else shape.top_k
@@ -393,7 +206,7 @@ class Case:
             sorted_ids, expert_ids = sorted_ids[: pairs * block_size], expert_ids[:pairs]
             routing = [backend.from_host(array) for array in (sorted_ids, expert_ids, past)]
 
-            def call(ctx, routing=routing):
+            def call(ctx: OpenClContext, routing: list[Any] = routing) -> None:
                 stack.gemm_phase_vllm(ctx, x, *routing, self._out, pairs // reads, block_size, reads)
 
             self._calls.append(call)
@@ -403,12 +216,12 @@ class Case:
         self.problem = problem_of(stack.store, work, backend.runtime.capabilities)
         self.key = product_key(self.problem, stack.store.symmetric, stack.store.codes)
 
-    def run(self, configuration):
-        """Median seconds of the launches, and float32 rows of the first routing, NaN if any row was not written."""
+    def run(self, configuration: Configuration) -> tuple[float, npt.NDArray[np.float32]]:
+        """Median seconds of the launches, and float32 rows of the first routing, NaN if any output was not written."""
         tuned = self.backend.runtime.tuned
         tuned.forced(configuration)
         try:
-            # Plans are a context's own.
+            # A new context, as contexts keep plans.
             ctx = self.backend.new_context(profiling=True)
             cl.enqueue_fill(ctx.queue, self._out.base_data, UNWRITTEN.tobytes(), self._out.nbytes)
             self._calls[0](ctx)
@@ -425,7 +238,7 @@ class Case:
             tuned.forced(None)
 
     @staticmethod
-    def _seconds(ctx, calls):
+    def _seconds(ctx: OpenClContext, calls: Sequence[Callable[[OpenClContext], None]]) -> list[float]:
         collected = []
         for call in calls:
             with ctx.profile() as events:
@@ -435,23 +248,35 @@ class Case:
         return [times_of(events).kernels for events in collected]
 
 
-def tune_case(case):
-    """The :class:`Tuning` of a :class:`Case`."""
-    default, *others = candidates(case.backend.tier, case.problem)
-    default_seconds, expected = case.run(default)
-    norm = np.linalg.norm(expected)
-    best, best_seconds, refused = default, default_seconds, []
-    for configuration in others:
+def tune_case(case: Case) -> Tuning:
+    """The :class:`Tuning` of a :class:`Case`; only configurations that pass the check of their numbers take part.
+
+    Raises
+    ------
+    MarlinError
+        None of them does.
+    """
+    tried = candidates(case.backend.tier, case.problem)
+    refused: list[tuple[Configuration, str]] = []
+    default: Configuration | None = None
+    for configuration in tried:
         try:
+            # The first call of a configuration checks it, and raises DeviceError if its numbers are wrong.
             seconds, actual = case.run(configuration)
         except (BuildError, cl.Error, MarlinError) as error:
             refused.append((configuration, f"does not run: {error}"))
             continue
-        error = np.linalg.norm(actual - expected) / norm
+        if default is None:
+            default, default_seconds, expected = configuration, seconds, actual
+            best, best_seconds = configuration, seconds
+            continue
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
         if not error <= TOLERANCE:  # a NaN is wrong, too
             refused.append((configuration, f"its result is wrong: relative difference {error:.2g}"))
         elif seconds < min(best_seconds, GAIN * default_seconds):
             best, best_seconds = configuration, seconds
+    if default is None:
+        raise MarlinError(f"no configuration can be used: {'; '.join(reason for _, reason in refused)}")
     return Tuning(
         shape=case.shape,
         tokens=case.tokens,
@@ -461,6 +286,6 @@ def tune_case(case):
         best_seconds=best_seconds,
         default=default,
         best=best,
-        tried=len(others),
+        tried=len(tried) - 1,
         refused=refused,
     )

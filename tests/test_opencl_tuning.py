@@ -16,6 +16,7 @@ pytest.importorskip("pyopencl")
 from opencl_devices import DEVICES
 from problems import random_problem
 
+from marlin_cy.opencl import tuned as results
 from marlin_cy.opencl import tuning
 from marlin_cy.opencl.gemm.multiply import problem_of
 
@@ -66,13 +67,13 @@ def plant(backend, rng, best=None):
     """Keep another configuration than the tier's own for the product; returns it."""
     case, default = product(backend, rng)
     best = best or replace(default, splits=4 if default.splits != 4 else 2)
-    tuning.keep(backend.runtime.capabilities, backend.tier, [result_of(case, default, best)])
+    results.keep(backend.runtime.capabilities, backend.tier, [result_of(case, default, best)])
     return best
 
 
 def rewrite(change):
     """Change the entries of the file: ``change(entry)`` returns another."""
-    path = tuning.tuning_file()
+    path = results.tuning_file()
     document = json.loads(path.read_text())
     for place in document["places"].values():
         for key, entry in place.items():
@@ -96,11 +97,11 @@ def test_an_unsymmetric_stack_is_another_product(new_backend, rng):
     plant(backend, rng)
     case, default = product(backend, rng)
     tuned = new_backend().runtime.tuned
-    assert tuned.configuration(backend.tier, case.problem, True, "uint4") != default
-    assert tuned.configuration(backend.tier, case.problem, False, "uint4") == default
-    assert tuned.configuration(backend.tier, case.problem, True, "e2m1") == default
+    assert tuned.configurations(backend.tier, case.problem, True, "uint4")[0] != default
+    assert tuned.configurations(backend.tier, case.problem, False, "uint4")[0] == default
+    assert tuned.configurations(backend.tier, case.problem, True, "e2m1")[0] == default
     longer = case.problem._replace(k=1024)
-    assert tuned.configuration(backend.tier, longer, True, "uint4") == backend.tier.configurations(longer)[0]
+    assert tuned.configurations(backend.tier, longer, True, "uint4")[0] == backend.tier.configurations(longer)[0]
 
 
 @pytest.mark.parametrize(
@@ -115,16 +116,16 @@ def test_other_weights(new_backend, shape):
 def test_tune_measures_and_keeps(new_backend, planned):
     backend = new_backend()
     progress = []
-    results = tuning.tune(backend, SHAPE, (1, 16, 17), lambda *where: progress.append(where))
-    assert [result.tokens for result in results] == [1, 16]  # 17 come to the same as 16
+    measured = tuning.tune(backend, SHAPE, (1, 16, 17), lambda *where: progress.append(where))
+    assert [result.tokens for result in measured] == [1, 16]  # 17 come to the same as 16
     assert progress[-1][:2] == (2, 3)
-    first = results[0]
+    first = measured[0]
     assert first.refused == []
     assert first.tried >= 2
     assert 0 < first.best_seconds <= first.default_seconds
     assert (first.best == first.default) == (first.best_seconds == first.default_seconds)
-    path = tuning.keep(backend.runtime.capabilities, backend.tier, results)
-    assert path == tuning.tuning_file()
+    path = results.keep(backend.runtime.capabilities, backend.tier, measured)
+    assert path == results.tuning_file()
     assert not list(path.parent.glob("*.tmp"))
     used, _, error = planned(new_backend())
     assert used == first.best
@@ -136,11 +137,11 @@ def test_what_is_kept_leaves_the_rest_alone(new_backend, rng):
     case, default = product(backend, rng)
     has, other = backend.runtime.capabilities, replace(backend.runtime.capabilities, driver_version="none")
     best = plant(backend, rng)
-    tuning.keep(other, backend.tier, [result_of(case, default, best)])
-    tuning.keep(has, backend.tier, [result_of(case, default, default)])  # the default won this time
-    places = json.loads(tuning.tuning_file().read_text())["places"]
-    assert places[tuning.place_key(has, backend.tier)] == {}
-    assert places[tuning.place_key(other, backend.tier)] == {case.key: tuning.as_entry(best)}
+    results.keep(other, backend.tier, [result_of(case, default, best)])
+    results.keep(has, backend.tier, [result_of(case, default, default)])  # the default won this time
+    places = json.loads(results.tuning_file().read_text())["places"]
+    assert places[results.place_key(has, backend.tier)] == {}
+    assert places[results.place_key(other, backend.tier)] == {case.key: results.as_entry(best)}
 
 
 @pytest.mark.parametrize("failing", ["wrong", "raising"])
@@ -185,7 +186,7 @@ def test_a_kernel_that_does_not_compile_is_refused(new_backend, monkeypatch):
     ["", "{", "[]", "null", '{"schema": 0, "places": {}}', '{"schema": 1, "places": []}', "\0\1", "[" * 100000],
 )
 def test_a_damaged_file_is_left_out_and_rewritten(new_backend, planned, rng, content):
-    path = tuning.tuning_file()
+    path = results.tuning_file()
     path.parent.mkdir(parents=True)
     path.write_text(content)
     backend = new_backend()
@@ -195,10 +196,10 @@ def test_a_damaged_file_is_left_out_and_rewritten(new_backend, planned, rng, con
     assert len(warned) == 1  # a backend reads the file once
     assert error < 1e-6
     with pytest.warns(RuntimeWarning, match="is damaged"):
-        tuning.keep(backend.runtime.capabilities, backend.tier, [])
+        results.keep(backend.runtime.capabilities, backend.tier, [])
     assert json.loads(path.read_text()) == {
         "schema": 1,
-        "places": {tuning.place_key(backend.runtime.capabilities, backend.tier): {}},
+        "places": {results.place_key(backend.runtime.capabilities, backend.tier): {}},
     }
     plant(new_backend(), rng)
 
@@ -226,7 +227,7 @@ def test_a_damaged_file_is_left_out_and_rewritten(new_backend, planned, rng, con
 def test_an_entry_that_cannot_run_is_left_out(new_backend, planned, rng, change):
     planted = plant(new_backend(), rng)
     rewrite(change)
-    if change(tuning.as_entry(planted)) is None:  # as if it were not there
+    if change(results.as_entry(planted)) is None:  # as if it were not there
         used, _, error = planned(new_backend())
     else:
         with pytest.warns(RuntimeWarning, match="the tier's own choice is used"):
@@ -237,7 +238,7 @@ def test_an_entry_that_cannot_run_is_left_out(new_backend, planned, rng, change)
 
 def test_entries_of_a_place_that_are_no_object(new_backend, planned, rng):
     planted = plant(new_backend(), rng)
-    path = tuning.tuning_file()
+    path = results.tuning_file()
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"places": dict.fromkeys(document["places"], 7)}))
     assert planned(new_backend())[0] != planted
@@ -248,9 +249,9 @@ def test_splits_that_are_too_many_for_a_neighbour_are_left_out(new_backend, rng)
     planted = plant(backend, rng)
     case, _ = product(backend, rng)
     tuned = new_backend().runtime.tuned
-    assert tuned.configuration(backend.tier, case.problem, True, "uint4") == planted
+    assert tuned.configurations(backend.tier, case.problem, True, "uint4")[0] == planted
     many = case.problem._replace(most_runs=1 << 20)
-    assert tuned.configuration(backend.tier, many, True, "uint4") == replace(planted, splits=1)
+    assert tuned.configurations(backend.tier, many, True, "uint4")[0] == replace(planted, splits=1)
 
 
 def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeypatch):
@@ -261,7 +262,7 @@ def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeyp
         "marlin_cy.opencl.gemm.multiply.problem_of", lambda *given: seen.append(problem_of(*given)) or seen[-1]
     )
     planned(backend)
-    assert tuning.product_key(seen[-1], True, "uint4") == case.key
+    assert results.product_key(seen[-1], True, "uint4") == case.key
 
 
 def test_a_folder_that_cannot_be_written(new_backend, tmp_path, monkeypatch, planned):
@@ -269,7 +270,7 @@ def test_a_folder_that_cannot_be_written(new_backend, tmp_path, monkeypatch, pla
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "file"))
     backend = get_backend("opencl", device=DEVICES[0], tier="portable")
     with pytest.raises(MarlinError, match="cannot be written .*; set MARLIN_CY_CACHE_DIR to a folder that can"):
-        tuning.keep(backend.runtime.capabilities, backend.tier, [])
+        results.keep(backend.runtime.capabilities, backend.tier, [])
 
 
 def test_nowhere_to_keep_results(new_backend, monkeypatch, planned):
@@ -277,7 +278,7 @@ def test_nowhere_to_keep_results(new_backend, monkeypatch, planned):
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", "")
     assert planned(get_backend("opencl", device=DEVICES[0], tier="portable"))[2] < 1e-6
     with pytest.raises(MarlinError, match="MARLIN_CY_CACHE_DIR is empty"):
-        tuning.keep(backend.runtime.capabilities, backend.tier, [])
+        results.keep(backend.runtime.capabilities, backend.tier, [])
 
 
 # The command ------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def test_command_on_a_shape(new_backend, capsys):
     assert tune("--shape", "512,16,2,128", "--shape", "64,24,2,32", "--tokens", "1", "--top-k", "1", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["tier"] == "portable"
-    assert report["file"] == str(tuning.tuning_file())
+    assert report["file"] == str(results.tuning_file())
     assert [(result["k"], result["n"], result["group_size"]) for result in report["results"]] == [
         (512, 16, 128),
         (64, 24, 32),
@@ -300,7 +301,7 @@ def test_command_on_a_shape(new_backend, capsys):
         assert 0 < result["best_us"] <= result["default_us"]
         assert result["refused"] == []
         assert result["configuration"]["rows"] >= 1
-    assert json.loads(tuning.tuning_file().read_text())["places"]
+    assert json.loads(results.tuning_file().read_text())["places"]
 
 
 def test_command_on_a_checkpoint(new_backend, capsys):
@@ -308,7 +309,7 @@ def test_command_on_a_checkpoint(new_backend, capsys):
     out = capsys.readouterr().out
     assert "256, 512, 8" in out
     assert "256, 256, 8" in out
-    assert str(tuning.tuning_file()) in out
+    assert str(results.tuning_file()) in out
 
 
 @pytest.mark.parametrize(

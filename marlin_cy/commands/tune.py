@@ -49,11 +49,11 @@ def execute(arguments):
         arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
     backend = open_backend("opencl", arguments)
     # Only here: it needs PyOpenCL.
-    from marlin_cy.opencl import tuning
+    from marlin_cy.opencl import tuned, tuning
 
     tier, device = backend.tier, backend.runtime.capabilities
     # Before anything is measured: what cannot be kept need not be.
-    file = tuning.keep(device, tier, [])
+    file = tuned.keep(device, tier, [])
     results = []
     with LoadProgress("tuning") as progress:
         shapes = list(_shapes(arguments, backend))
@@ -63,7 +63,7 @@ def execute(arguments):
                 measured = tuning.tune(backend, shape, arguments.tokens, progress)
             except (ValueError, TypeError) as error:
                 raise MarlinError(f"--shape: {error}") from error
-            tuning.keep(device, tier, measured)
+            tuned.keep(device, tier, measured)
             results += measured
     report = {
         "version": __version__,
@@ -73,7 +73,7 @@ def execute(arguments):
         "file": str(file),
     }
     if arguments.json:
-        print_json(report | {"results": [_as_json(result, tuning) for result in results]})
+        print_json(report | {"results": [_as_json(result, tuned) for result in results]})
     else:
         _print_table(report, results)
     return 0
@@ -99,7 +99,7 @@ def _shapes(arguments, backend):
         )
 
 
-def _as_json(result, tuning):
+def _as_json(result, tuned):
     shape = result.shape
     return {
         "k": shape.k,
@@ -111,10 +111,10 @@ def _as_json(result, tuning):
         "rows": result.rows,
         "default_us": result.default_seconds * 1e6,
         "best_us": result.best_seconds * 1e6,
-        "configuration": tuning.as_entry(result.best),
+        "configuration": tuned.as_entry(result.best),
         "tried": result.tried,
         "refused": [
-            {"configuration": tuning.as_entry(configuration), "reason": reason}
+            {"configuration": tuned.as_entry(configuration), "reason": reason}
             for configuration, reason in result.refused
         ],
     }

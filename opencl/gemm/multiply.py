@@ -13,6 +13,7 @@ import pyopencl as cl
 
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.checks.products import right_configuration
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.gemm.prepare import Prepared, are_aligned, needs_preparation, prepare
 from marlin_cy.opencl.gemm.work import RoutedBlocks, Work
@@ -183,7 +184,8 @@ def make_plan(
     prepared = needs_preparation(ctx, store, rows, activation)
     layout = store.layout
     problem, tuned = problem_of(store, work, device), ctx.backend.runtime.tuned
-    configuration = tuned.configuration(tier, problem, store.symmetric, store.codes)
+    candidates = tuned.configurations(tier, problem, store.symmetric, store.codes)
+    configuration = right_configuration(ctx, candidates, store, rows, out, work, bias_kind, activation)
     shape = {
         "ROWS": configuration.rows,
         "WHOLE_BLOCKS": int(isinstance(work, RoutedBlocks) and work.block_size <= configuration.rows),

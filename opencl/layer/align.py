@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from marlin_cy.opencl.buffers import Rows, Vector
+from marlin_cy.opencl.checks.routing import check_align, is_right_beside
 from marlin_cy.opencl.gemm.prepare import Preparation, Prepared, has_one_order, needs_preparation, preparation
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.layer.routing import (
@@ -120,7 +121,7 @@ def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: Experts, rows: Ro
     """Align the pairs of ``rows`` by expert, and prepare the rows if they need it and have one order of K."""
     num_experts = gate_up.num_experts
     work = routing_arrays(ctx, chosen, rows.rows * chosen.top_k, num_experts)
-    how = fused_preparation(ctx, gate_up.store, rows, work)
+    how = checked_fused_preparation(ctx, gate_up, rows, work)
     macros, groups = {"ALIGN_ITEMS": ALIGN_ITEMS}, num_experts
     arguments: dict[str, Any] = {
         "ids": chosen.ids,
@@ -146,6 +147,25 @@ def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: Experts, rows: Ro
     event = launch(ctx.queue, (ALIGN_ITEMS * groups,), (ALIGN_ITEMS,), arguments)
     ctx.log(label, event)
     return Aligned(work, prepared)
+
+
+def checked_fused_preparation(
+    ctx: OpenClContext, gate_up: Experts, rows: Rows, work: RoutedBlocks
+) -> Preparation | None:
+    """:func:`fused_preparation`, or None if the device computes it wrongly: checked at the first use in these sizes."""
+    if ctx.backend.runtime.verdicts is None:
+        # A check of the aligning kernel alone has no store.
+        return None if gate_up.store is None else fused_preparation(ctx, gate_up.store, rows, work)
+    how = fused_preparation(ctx, gate_up.store, rows, work)
+    plans = ctx.plans_of(gate_up.store)
+    key = "align", rows.type_code, rows.offset % 8, work.block_size, work.top_k, gate_up.num_experts, how is None
+    fused = plans.get(key)
+    if fused is None:
+        fused = how is not None and is_right_beside(ctx, gate_up.num_experts, work, gate_up.store, rows)
+        if not fused:
+            check_align(ctx, gate_up.num_experts, work)
+        plans[key] = fused
+    return how if fused else None
 
 
 def fused_preparation(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: RoutedBlocks) -> Preparation | None:

@@ -18,6 +18,7 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
+from marlin_cy.opencl.checks.routing import is_right_fused
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.prepare import Prepared
 from marlin_cy.opencl.gemm.work import RoutedBlocks
@@ -32,7 +33,7 @@ from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
 if TYPE_CHECKING:
-    from marlin_cy.moe.layer import MoeLayer
+    from marlin_cy.interface import MoePlan
     from marlin_cy.opencl.context import OpenClContext
 
 __all__ = ["forward"]
@@ -110,8 +111,12 @@ def forward(
         if logits is not None:
             ids, weights = (ctx.reserve(f"topk_{name}", 4 * tokens * top_k) for name in ("ids", "weights"))
             chosen = Chosen(ids, 0, weights, 0, top_k)
-            if slice_tokens == tokens and aligns_as_it_routes(ctx, tokens, layer.routing):
-                rows = None if layer.apply_router_weight_on_input else hidden
+            rows = None if layer.apply_router_weight_on_input else hidden
+            if (
+                slice_tokens == tokens
+                and aligns_as_it_routes(ctx, tokens, layer.routing)
+                and is_right_fused(ctx, layer.routing, logits, gate_up, rows)
+            ):
                 aligned = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, rows)
             else:
                 enqueue_route(ctx, logits, layer.routing, chosen, None)
@@ -136,7 +141,7 @@ def part(rows: Rows, begin: int, count: int) -> Rows:
     return rows._replace(offset=rows.offset + begin * rows.width, rows=count)
 
 
-def tokens_a_slice(ctx: OpenClContext, layer: MoeLayer, tokens: int, top_k: int) -> int:
+def tokens_a_slice(ctx: OpenClContext, layer: MoePlan, tokens: int, top_k: int) -> int:
     """Tokens in a slice."""
     capabilities = ctx.backend.runtime.capabilities
     token_bytes = top_k * row_bytes(layer)
@@ -158,7 +163,7 @@ def row_bytes(experts: Any) -> int:
 
 
 def forward_slice(
-    ctx: OpenClContext, layer: MoeLayer, hidden: Rows, result: Rows, chosen: Chosen, aligned: Aligned | None
+    ctx: OpenClContext, layer: MoePlan, hidden: Rows, result: Rows, chosen: Chosen, aligned: Aligned | None
 ) -> cl.Event:
     """Enqueue a slice of tokens; returns the last event. ``aligned``: None if the tokens are not yet aligned."""
     # The products have the width of the caller's tokens: float16 for float16, else float32.

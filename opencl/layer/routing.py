@@ -10,6 +10,7 @@ from pyopencl.array import Array
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.buffers import Rows, array_info, check_contiguous, float_rows, wait_list
+from marlin_cy.opencl.checks.routing import check_route
 
 if TYPE_CHECKING:
     from marlin_cy.moe.routing import Routing
@@ -73,6 +74,7 @@ def enqueue_route(
     ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen, waits: list[cl.Event] | None
 ) -> cl.Event:
     """Fill ``chosen`` from the rows of ``logits``. The caller has checked all arguments and holds the context."""
+    check_route(ctx, routing, logits.type_code)
     macros, arguments = route_call(ctx, logits, routing, chosen)
     launch = ctx.launch("routing", "route", macros)
     event = launch(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), arguments, waits)

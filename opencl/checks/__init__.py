@@ -1,0 +1,11 @@
+"""Kernels against NumPy, the first time that they are used on a device.
+
+Drivers compile some kernels wrongly, and which ones depends on the configuration. So a configuration is checked on a
+tiny problem before its results are used::
+
+    products.py   a product: a tier's gemm in one configuration, what prepares its rows, and what adds up its splits
+    routing.py    routing, and the grouping of (token, choice) pairs by expert
+    verdicts.py   what was found: in memory, and in the cache folder for the next process
+
+The check that chooses a tier, ``selfcheck.py``, comes before these, and uses none of them.
+"""
