@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.arguments import flag, float_vector, integer, number, one_of
