@@ -230,7 +230,6 @@ class OpenClContext(Context):
         self._arrival_launch += 1
         return self.reserve(ARRIVED, 4), self._arrival_launch << ARRIVAL_BITS
 
-
     def kept(self, owner: Any, array: npt.NDArray[Any], what: str) -> cl.Buffer:
         """A buffer with a constant array of ``owner``: made once, and kept while the context and the owner live."""
         buffer = self._kept.get(owner)

@@ -555,7 +555,7 @@ OF_ROUTED = [
     (
         {"topk_ids": np.zeros((ROWS, 0), np.int32), "topk_weights": np.zeros((ROWS, 0), np.float32)},
         ValueError,
-        r"topk_ids: got shape \(6, 0\), expected at least one expert a token",
+        r"topk_ids: got shape \(6, 0\), expected at least one expert for each token",
     ),
     (
         {"topk_ids": np.zeros((ROWS - 1, 2), np.int32), "topk_weights": np.zeros((ROWS - 1, 2), np.float32)},
@@ -867,11 +867,11 @@ class TestMoe:
             return random_problem(rng, *sizes, 32).stack(backend)
 
         gate_up, down = stack(E, K, 64), stack(E, 32, K)
-        with pytest.raises(ValueError, match="^gate_up: got 3 experts, expected one"):
+        with pytest.raises(ValueError, match="^gate_up: got 3 experts, expected 1"):
             marlin_cy.SharedExpert(gate_up, down)
         with pytest.raises(ValueError, match="^down: got 3 experts, expected 1, as in gate_up"):
             marlin_cy.SharedExpert(stack(1, K, 64), down)
-        with pytest.raises(ValueError, match="^gate_up: got n_per_expert 64, expected 192, twice down's k"):
+        with pytest.raises(ValueError, match="^gate_up: got n_per_expert 64, expected 192, twice the k of down"):
             marlin_cy.SharedExpert(stack(1, K, 64), stack(1, 96, K))
         for k, width in ((K, 32), (32, K)):
             shared = marlin_cy.SharedExpert(stack(1, k, 64), stack(1, 32, width))
@@ -905,7 +905,7 @@ class TestMoe:
         gate_up = random_problem(rng, E, K, 64, 32).stack(backend)
         with pytest.raises(ValueError, match="down: got 2 experts, expected 3, as in gate_up"):
             marlin_cy.MoeLayer(gate_up, random_problem(rng, 2, 32, K, 32).stack(backend), top_k=1)
-        with pytest.raises(ValueError, match="gate_up: got n_per_expert 64, expected 128, twice down's k"):
+        with pytest.raises(ValueError, match="gate_up: got n_per_expert 64, expected 128, twice the k of down"):
             marlin_cy.MoeLayer(gate_up, random_problem(rng, E, 64, K, 32).stack(backend), top_k=1)
 
     @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ class TestArguments:
             ({"num_groups": -4}, ValueError, "num_groups: got -4, expected a divisor"),
             ({"num_groups": "4"}, TypeError, "num_groups: got '4', expected an int"),
             ({"num_groups": 8, "topk_groups": 4, "group_score": "top2_sum"}, ValueError, "num_groups: got 8"),
-            ({"topk_groups": 0}, ValueError, "topk_groups: got 0, expected 1 to 1, the groups"),
+            ({"topk_groups": 0}, ValueError, "topk_groups: got 0, expected 1 to 1, the number of groups"),
             ({"topk_groups": 2}, ValueError, "topk_groups: got 2, expected 1 to 1"),
             ({"num_groups": 4, "topk_groups": 5}, ValueError, "topk_groups: got 5, expected 1 to 4"),
             ({"topk_groups": 1.0}, TypeError, "topk_groups: got 1.0, expected an int"),

@@ -27,7 +27,7 @@ import language_models  # noqa: E402
 from language_models import load_reference, write_large, write_model  # noqa: E402
 
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
-from marlin_cy.integrations.modules import MarlinLinear, as_array  # noqa: E402
+from marlin_cy.integrations.modules import MarlinLinear, array_of  # noqa: E402
 from marlin_cy.integrations.transformers import load, weight_bytes  # noqa: E402
 
 FOLDER = files("marlin_cy") / BUILT_IN
@@ -396,7 +396,7 @@ def test_experts_take_rows_that_are_not_contiguous(built_in):
 def test_input_is_not_copied():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         tensor = torch.arange(8).to(dtype)
-        array = as_array(tensor)
+        array = array_of(tensor)
         assert array.ctypes.data == tensor.data_ptr()
         assert array.dtype.name == str(dtype).removeprefix("torch.")
         assert array.astype(np.float32).tolist() == list(range(8))
@@ -508,6 +508,6 @@ def test_folder_that_is_not_there(tmp_path):
 def test_dense_backend_only_keeps_weights():
     from marlin_cy.integrations.dequantized import DenseBackend
 
-    with pytest.raises(UnsupportedError, match="computes nothing"):
+    with pytest.raises(UnsupportedError, match="does not compute"):
         DenseBackend().new_context()
     assert isinstance(DenseBackend(), marlin_cy.Backend)

@@ -1,5 +1,8 @@
-"""The library inside others: ``marlin_cy.integrations.transformers`` loads whole models."""
+"""marlin_cy inside other libraries: ``marlin_cy.integrations.transformers`` loads whole models."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from marlin_cy.errors import BackendUnavailable
@@ -8,12 +11,13 @@ __all__ = ["needs_extra"]
 
 
 @contextmanager
-def needs_extra():
-    """Around imports of PyTorch and transformers: where one fails, say how to install them.
+def needs_extra() -> Iterator[None]:
+    """Context for imports of PyTorch and transformers: an import error becomes one that says how to install them.
 
     Raises
     ------
     BackendUnavailable
+        An import inside the context failed.
     """
     try:
         yield

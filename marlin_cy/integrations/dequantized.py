@@ -1,9 +1,16 @@
-"""A checkpoint's model with dense weights, run by PyTorch alone: what the packed one is held against.
+"""A checkpoint's model with dense weights, run by PyTorch alone: the reference for the packed model.
 
-The weights come from canonical form, as every backend's do. Here the backend keeps them dense, and cannot compute.
+The weights come from canonical form, as those of every backend do. The backend of this module stores them dense and
+cannot compute.
 """
 
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
+
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
@@ -16,23 +23,31 @@ from marlin_cy.stacks.builder import CheckedStackBuilder, as_bias, checked_stack
 with needs_extra():
     import torch
 
+if TYPE_CHECKING:
+    import transformers
+
+    from marlin_cy.moe.layer import MoeLayer
+    from marlin_cy.weights.int4 import Int4Weight
+
 __all__ = ["dequantized_model"]
 
+Floats = npt.NDArray[np.float32]
 
-def dequantized_model(path, dtype=torch.float32):
-    """A checkpoint folder as a transformers model with dense weights of a dtype.
+
+def dequantized_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """Load a checkpoint folder as a transformers model with dense weights.
 
     Parameters
     ----------
     path : path-like
         As for :func:`marlin_cy.open_checkpoint`.
     dtype : torch.dtype
-        float64 and float32 hold every weight exactly; float16 and bfloat16 round it.
+        float64 and float32 represent every weight exactly; float16 and bfloat16 round.
 
     Returns
     -------
     transformers.PreTrainedModel
-        As transformers would load it from a checkpoint of dense weights, in evaluation mode.
+        The model that transformers loads from a checkpoint of dense weights, in evaluation mode.
 
     Raises
     ------
@@ -42,7 +57,7 @@ def dequantized_model(path, dtype=torch.float32):
     with open_checkpoint(path, DenseBackend()) as checkpoint:
         tensors = dense_tensors(checkpoint)
         for name in checkpoint.linears:
-            linear = checkpoint.linear(name)
+            linear = cast(DenseLinear, checkpoint.linear(name))
             tensors[f"{name}.weight"] = torch.from_numpy(linear.weight.T).to(dtype)
             if linear.bias is not None and linear.bias.any():
                 tensors[f"{name}.bias"] = torch.from_numpy(linear.bias)
@@ -54,22 +69,24 @@ def dequantized_model(path, dtype=torch.float32):
         return load_dense(checkpoint, tensors, dtype, experts_implementation="eager")
 
 
-def experts_weights(layer, module):
-    """A MoE layer's weights and biases, dense, by the names and in the order of a module of transformers."""
-    gate_up, down = [layer.gate_up.weight, layer.gate_up.bias], [layer.down.weight, layer.down.bias]
-    # Before transformers said so of its experts, those with transposed weights had them interleaved.
-    if not getattr(module, "is_concatenated", not module.is_transposed):
-        gate_up = [None if array is None else interleaved(array) for array in gate_up]
-    weights = {}
-    for name, (weight, bias) in (("gate_up_proj", gate_up), ("down_proj", down)):
+def experts_weights(layer: MoeLayer, module: Any) -> dict[str, Floats]:
+    """Dense weights and biases of a MoE layer, by the names and in the order of a module of transformers."""
+    # In versions of transformers without `is_concatenated`, transposed weights have interleaved gate and up columns.
+    concatenated = getattr(module, "is_concatenated", not module.is_transposed)
+    weights: dict[str, Floats] = {}
+    for name, stack in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down)):
+        dense = cast(DenseStack, stack)  # DenseBackend made it
+        weight, bias = dense.weight, np.zeros_like(dense.weight[:, 0]) if dense.bias is None else dense.bias
+        if name == "gate_up_proj" and not concatenated:
+            weight, bias = interleaved(weight), interleaved(bias)
         weights[name] = weight if module.is_transposed else np.swapaxes(weight, 1, 2)
         if module.has_bias:
-            weights[f"{name}_bias"] = np.zeros_like(weight[:, 0]) if bias is None else bias
+            weights[f"{name}_bias"] = bias
     return weights
 
 
-def interleaved(array):
-    """Gate and up columns taken in turn, from those of gate and then those of up."""
+def interleaved(array: Floats) -> Floats:
+    """Alternating gate and up columns, from an array with all gate columns before all up columns."""
     gate, up = np.split(array, 2, axis=-1)
     return np.stack([gate, up], axis=-1).reshape(array.shape)
 
@@ -77,40 +94,48 @@ def interleaved(array):
 class DenseLinear:
     """A dense weight ``[in_features, out_features]``, and a bias ``[out_features]`` or None."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: Floats, bias: Floats | None) -> None:
         self.weight, self.bias = weight, bias
 
 
 class DenseStack:
     """Dense weights, float32 ``[num_experts, k, n_per_expert]``, and a bias ``[num_experts, n_per_expert]`` or None."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: Floats, bias: Floats | None) -> None:
         self.weight, self.bias = weight, bias
         self.num_experts, self.k, self.n_per_expert = weight.shape
 
 
 class DenseStackBuilder(CheckedStackBuilder):
-    """Expands weights. A scale of 16 bits times a code less a zero point of 5 is exact in float32."""
+    """Expands weights. The product of a 16-bit scale and a code minus a zero point (5 bits) is exact in float32."""
 
-    def __init__(self, num_experts, k, n_per_expert, *rest):
+    def __init__(self, num_experts: int, k: int, n_per_expert: int, *rest: Any) -> None:
         super().__init__(num_experts, k, n_per_expert, *rest)
         self._weight = np.empty((num_experts, k, n_per_expert), np.float32)
 
-    def _pack(self, expert, column_offset, weight):
+    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
         self._weight[expert, :, column_offset : column_offset + weight.n] = dequantize_weight(weight)
 
-    def _stack(self, bias):
+    def _stack(self, bias: Floats | None) -> Any:
         return DenseStack(self._weight, bias)
 
 
 class DenseBackend(Backend):
-    """Takes weights and gives them back dense."""
+    """Stores weights dense, and refuses everything else."""
 
     name = "dense"
 
     def new_stack_builder(
-        self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16
-    ):
+        self,
+        num_experts: int,
+        k: int,
+        n_per_expert: int,
+        *,
+        group_size: int,
+        g_idx: Any = None,
+        codes: str = "uint4",
+        scale_dtype: npt.DTypeLike = np.float16,
+    ) -> DenseStackBuilder:
         return DenseStackBuilder(
             *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
@@ -120,6 +145,6 @@ class DenseBackend(Backend):
         return DenseLinear(stack.weight[0], bias if stack.bias is None else stack.bias[0])
 
     def _refuse(self, *args, **kwargs):
-        raise UnsupportedError("backend 'dense': it keeps weights, and computes nothing")
+        raise UnsupportedError("backend 'dense': it stores weights and does not compute")
 
     new_context = from_host = to_host = empty = route = topk_arguments = moe_forward = _refuse

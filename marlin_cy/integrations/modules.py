@@ -1,15 +1,19 @@
-"""PyTorch modules that run packed weights: a linear layer, and what takes the place of a model's experts.
+"""PyTorch modules with packed weights: a linear layer, and the runners of linear layers and experts.
 
-A module holds an object that computes; which one depends on where the backend's buffers lie::
+A module holds a runner. Its class depends on whether the backend's buffers are in host memory::
 
-    torch tensor ── NumPy view ──┬─ host (CPU): computed from the tensor's own memory, into what becomes a tensor
-                                 └─ device (OpenCL): from_host, computed, to_host
+    torch tensor ── NumPy view ──┬─ host (CPU): reads the tensor's memory, writes memory that becomes a tensor
+                                 └─ device (OpenCL): from_host, compute, to_host
 """
 
+from __future__ import annotations
+
 import threading
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
@@ -18,50 +22,64 @@ with needs_extra():
     import torch
     from torch import nn
 
-__all__ = ["Contexts", "MarlinLinear", "as_array", "as_tensor", "packed_experts", "packed_linear"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from marlin_cy.interface import Backend, Context, Linear
+    from marlin_cy.moe.layer import MoeLayer
+
+__all__ = ["Contexts", "MarlinLinear", "array_of", "experts_runner", "linear_runner", "tensor_over"]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
+Layer = TypeVar("Layer")
 
-def as_array(tensor):
-    """A NumPy view of a tensor on the host: of its own memory, bfloat16 as ``ml_dtypes.bfloat16``.
+
+def array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A NumPy view of a host tensor's memory; bfloat16 becomes ``ml_dtypes.bfloat16``.
 
     Raises
     ------
     UnsupportedError
-        The tensor wants a gradient, or is not on the host.
+        The tensor requires a gradient, or is not on the host.
     """
     try:
         if tensor.dtype is torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(BFLOAT16)
-        return tensor.numpy()
+            array: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(BFLOAT16)
+        else:
+            array = tensor.numpy()
+        return array
     except (RuntimeError, TypeError) as error:
-        raise UnsupportedError(f"packed layers run on host tensors, without gradients: {error}") from error
+        raise UnsupportedError(f"packed layers need host tensors without gradients: {error}") from error
 
 
-def as_tensor(array):
-    """A tensor over a NumPy array's memory, the inverse of :func:`as_array`."""
+def tensor_over(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A tensor over the memory of a NumPy array: the inverse of :func:`array_of`."""
     if array.dtype is BFLOAT16 or array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 class Contexts(threading.local):
-    """A backend's context for each thread that runs a model, made when a thread first asks for it.
+    """One context of a backend for each thread that runs a model, made at the thread's first access.
 
     Attributes
     ----------
+    backend : Backend
     ctx : Context
-        The calling thread's.
+        The context of the calling thread.
     """
 
-    def __init__(self, backend, options):
+    backend: Backend
+    ctx: Context
+
+    def __init__(self, backend: Backend, options: Mapping[str, Any]) -> None:
         self.backend = backend
         self.ctx = backend.new_context(**options)
 
 
-class Packed:
-    """A packed layer and the contexts to run it in: what copies of a module have in common.
+class Runner(Generic[Layer]):
+    """A packed layer and the contexts to run it in. Copies of a module share their runner.
 
     Parameters
     ----------
@@ -69,108 +87,122 @@ class Packed:
     contexts : Contexts
     """
 
-    def __init__(self, layer, contexts):
+    def __init__(self, layer: Layer, contexts: Contexts) -> None:
         self.layer, self.contexts = layer, contexts
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner[Layer]:
         return self
 
-    def __reduce__(self):
-        raise UnsupportedError("packed weights cannot be pickled: load the checkpoint where they are needed")
+    def __reduce__(self) -> str:
+        raise UnsupportedError("packed weights cannot be pickled: load the checkpoint in the other process instead")
 
 
-class TensorLinear(Packed):
-    """A Linear; what does not change is looked up once, as a decoder calls it with one row at a time."""
+class LinearRunner(Runner["Linear"]):
+    """A linear layer. Its sizes are looked up once, because a decoder calls it with one row at a time."""
 
-    def __init__(self, linear, contexts):
+    def __init__(self, linear: Linear, contexts: Contexts) -> None:
         super().__init__(linear, contexts)
         self._k, self._n, self._forward = linear.in_features, linear.out_features, linear.forward
 
-    def _checked(self, input):
-        array = as_array(input)
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer's output for ``input``, ``[..., in_features]``."""
+        raise NotImplementedError
+
+    def _checked(self, input: torch.Tensor) -> npt.NDArray[Any]:
+        array = array_of(input)
         if array.shape[-1] != self._k:
             raise ValueError(f"input: got {array.shape[-1]} columns, expected {self._k}")
         return array
 
 
-class HostLinear(TensorLinear):
-    """Runs a Linear whose backend's buffers are ndarrays."""
+class HostLinearRunner(LinearRunner):
+    """Runs a linear layer of a backend whose buffers are ndarrays."""
 
-    def __call__(self, input):
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
         array = self._checked(input)
         out = np.empty((*array.shape[:-1], self._n), array.dtype)
         self._forward(self.contexts.ctx, array.reshape(-1), out.reshape(-1), array.size // self._k)
-        return as_tensor(out)
+        return tensor_over(out)
 
 
-class DeviceLinear(TensorLinear):
-    """Runs a Linear whose backend's buffers lie on a device."""
+class DeviceLinearRunner(LinearRunner):
+    """Runs a linear layer of a backend whose buffers are in device memory."""
 
-    def __call__(self, input):
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
         array, backend = self._checked(input), self.contexts.backend
         m = array.size // self._k
         out = backend.empty((m, self._n), array.dtype)
         self._forward(self.contexts.ctx, backend.from_host(array.reshape(m, self._k)), out, m)
-        return as_tensor(backend.to_host(out).reshape(*array.shape[:-1], self._n))
+        return tensor_over(backend.to_host(out).reshape(*array.shape[:-1], self._n))
 
 
-class HostExperts(Packed):
-    """Runs the routed experts of a MoE layer whose backend's buffers are ndarrays."""
+class ExpertsRunner(Runner["MoeLayer"]):
+    """The routed experts of a MoE layer."""
 
-    def __call__(self, hidden_states, topk_ids, topk_weights):
-        array = np.ascontiguousarray(as_array(hidden_states))
+    def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """The output ``[tokens, hidden_size]``, as :meth:`marlin_cy.MoeLayer.forward_routed` defines it."""
+        raise NotImplementedError
+
+
+class HostExpertsRunner(ExpertsRunner):
+    """Runs the routed experts of a backend whose buffers are ndarrays."""
+
+    def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        array = np.ascontiguousarray(array_of(hidden_states))
         out = np.empty_like(array)
-        self.layer.forward_routed(self.contexts.ctx, array, as_array(topk_ids), as_array(topk_weights), out=out)
-        return as_tensor(out)
+        self.layer.forward_routed(self.contexts.ctx, array, array_of(topk_ids), array_of(topk_weights), out=out)
+        return tensor_over(out)
 
 
-class DeviceExperts(Packed):
-    """Runs the routed experts of a MoE layer whose backend's buffers lie on a device."""
+class DeviceExpertsRunner(ExpertsRunner):
+    """Runs the routed experts of a backend whose buffers are in device memory."""
 
-    def __call__(self, hidden_states, topk_ids, topk_weights):
+    def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         contexts = self.contexts
-        buffer = contexts.backend.from_host(as_array(hidden_states))
-        out = self.layer.forward_routed(contexts.ctx, buffer, as_array(topk_ids), as_array(topk_weights))
-        return as_tensor(contexts.backend.to_host(out))
+        buffer = contexts.backend.from_host(array_of(hidden_states))
+        out = self.layer.forward_routed(contexts.ctx, buffer, array_of(topk_ids), array_of(topk_weights))
+        return tensor_over(contexts.backend.to_host(out))
 
 
-def packed_linear(linear, contexts):
-    """What runs a Linear on tensors: called as ``(input)``."""
-    return (HostLinear if _on_host(contexts.backend) else DeviceLinear)(linear, contexts)
+def linear_runner(linear: Linear, contexts: Contexts) -> LinearRunner:
+    """The runner of a linear layer, called as ``(input)`` with a tensor."""
+    return (HostLinearRunner if _on_host(contexts.backend) else DeviceLinearRunner)(linear, contexts)
 
 
-def packed_experts(layer, contexts):
-    """What runs a MoE layer's routed experts on tensors: called as ``(hidden_states, topk_ids, topk_weights)``."""
-    return (HostExperts if _on_host(contexts.backend) else DeviceExperts)(layer, contexts)
+def experts_runner(layer: MoeLayer, contexts: Contexts) -> ExpertsRunner:
+    """The runner of a layer's routed experts, called as ``(hidden_states, topk_ids, topk_weights)`` with tensors."""
+    return (HostExpertsRunner if _on_host(contexts.backend) else DeviceExpertsRunner)(layer, contexts)
 
 
-def _on_host(backend):
+def _on_host(backend: Backend) -> bool:
     return isinstance(backend.empty((1,), np.float32), np.ndarray)
 
 
 class MarlinLinear(nn.Module):
     """A linear layer over packed 4-bit weights: ``input @ W + bias``.
 
-    It has no parameters. Copies share the packed weights. Without a gradient.
+    The module has no parameters and no gradients. Copies share the packed weights.
 
     Parameters
     ----------
     in_features, out_features : int
     packed : callable, optional
-        What :func:`packed_linear` gives; a module without one cannot be called yet.
-
-    Notes
-    -----
-    Called with a float32, float16 or bfloat16 tensor ``[..., in_features]`` on the host; gives one
-    ``[..., out_features]`` of the same dtype.
+        The result of :func:`linear_runner`. It must be set before the module is called.
     """
 
-    def __init__(self, in_features, out_features, packed=None):
+    def __init__(
+        self, in_features: int, out_features: int, packed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.packed = in_features, out_features, packed
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The output ``[..., out_features]`` for a host tensor ``[..., in_features]``: float32, float16 or bfloat16.
+
+        The output has the dtype of the input.
+        """
+        assert self.packed is not None, "packed weights were not set"
         return self.packed(input)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -1,23 +1,30 @@
-"""Whole models in transformers (5.8 or later), whose quantised layers run packed.
+"""Whole models in transformers (5.8 or later) whose quantised layers run packed.
 
 ::
 
     config.json ── the architecture's class, on the meta device
-                                    │  experts give up their weights, quantised nn.Linear become MarlinLinear
-    tensors that are not quantised ─┤  transformers' own loader: its renames, ties, buffers, checks
-    quantised ones, by Checkpoint ──┘  packed, one layer after the other
+                              │  experts lose their weights, quantised nn.Linear modules become MarlinLinear
+    unquantised tensors ──────┤  transformers' own loader: renames, tied weights, buffers, checks
+    quantised tensors ────────┘  Checkpoint packs them, layer by layer
 
-Where a checkpoint's names differ from the model's, transformers' table of conversions says how.
+Transformers' conversion table maps the names in a checkpoint to the names in the model where the two differ.
 """
+
+from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.integrations import needs_extra
-from marlin_cy.integrations.modules import Contexts, MarlinLinear, as_tensor, packed_experts, packed_linear
+from marlin_cy.integrations.modules import Contexts, MarlinLinear, experts_runner, linear_runner, tensor_over
 
 with needs_extra():
     import torch
@@ -30,54 +37,67 @@ with needs_extra():
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    # Before, it refused implementations of experts that are not its own.
+    # Earlier versions refuse experts implementations of other packages.
     if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
         raise ImportError(f"this is transformers {transformers.__version__}")
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from marlin_cy.checkpoints.checkpoint import Checkpoint
+    from marlin_cy.interface import Backend
 
 __all__ = ["load", "weight_bytes"]
 
 NAME = "marlin_cy"
-"""Of the experts implementation and the quantisation method, in transformers' registries."""
+"""Name of the experts implementation and of the quantisation method in transformers' registries."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load(path, backend="cpu", *, dtype=None, progress=None, **context_options):
-    """A checkpoint folder as a transformers model for inference.
+def load(
+    path: str | PathLike[str],
+    backend: str | Backend = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    progress: Callable[[float, int, str], None] | None = None,
+    **context_options: Any,
+) -> transformers.PreTrainedModel:
+    """Load a checkpoint folder as a transformers model for inference.
 
-    Nothing quantised is ever expanded. Experts and quantised linear layers are packed; all other weights are
-    views of the mapped files, unless their dtype has to change.
+    No quantised weight is ever expanded. Experts and quantised linear layers are packed. All other weights are
+    views of the mapped files, unless their dtype must change.
 
     Parameters
     ----------
     path : path-like
         As for :func:`marlin_cy.open_checkpoint`.
     backend : str or Backend
-        Where the packed layers run. The rest of the model runs in PyTorch on the CPU.
+        Runs the packed layers. The rest of the model runs in PyTorch on the CPU.
     dtype : torch.dtype or str, optional
-        Of the weights that are not quantised, and of the activations: float32, float16 or bfloat16. The one that
-        most of those weights have in the files unless given.
+        Dtype of the unquantised weights and of the activations: float32, float16 or bfloat16. By default the
+        dtype that most bytes of these weights have in the files.
     progress : callable, optional
         Called as ``progress(done, total, description)`` while layers are packed; ``done`` may be a fraction.
     **context_options
-        Of the backend's ``new_context``: ``num_threads`` and ``compute_dtype`` on the CPU.
+        Options of the backend's ``new_context``: ``num_threads`` and ``compute_dtype`` on the CPU.
 
     Returns
     -------
     transformers.PreTrainedModel
-        Of the config's class for causal language models, in evaluation mode, with the folder's generation
-        config. Any number of threads may call it at once: each gets a context of its own. Copies share the
-        packed weights. It cannot be saved, pickled or trained. Weights that are views of the files are
-        read-only: to write to one in place ends the process.
+        The class for causal language models that belongs to the config, in evaluation mode, with the folder's
+        generation config. Any number of threads may call the model at once; each gets a context of its own. Copies
+        share the packed weights. The model cannot be saved, pickled or trained. Weights that are views of the
+        files are read-only; writing to one in place ends the process.
 
     Raises
     ------
     CheckpointError
-        As :func:`marlin_cy.open_checkpoint`; tensors that the model lacks, has too many of, or of other shapes.
+        As :func:`marlin_cy.open_checkpoint`; or tensors that are missing, unknown to the model, or of another shape.
     UnsupportedError
         A model that transformers does not know, or whose experts cannot be replaced.
     TypeError, ValueError
-        A ``backend``, ``dtype`` or context option that is none.
+        An invalid ``backend``, ``dtype`` or context option.
     """
     report = _Progress(progress)
     with open_checkpoint(path, backend, progress=report) as checkpoint:
@@ -92,13 +112,13 @@ def load(path, backend="cpu", *, dtype=None, progress=None, **context_options):
         )
         modules.check_shapes(model)
         modules.fill(contexts, report)
-    # What stands there was for transformers' loader alone.
+    # Replace the entry that was meant for transformers' loader only.
     model.config.quantization_config = checkpoint.config.get("quantization_config")
     return model
 
 
-def weight_bytes(model):
-    """``(packed, dense)``: bytes of a model's packed weights, and of its other ones, shared ones counted once."""
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """``(packed, dense)``: bytes of the packed weights and of all other weights. Shared weights count once."""
     packed = 0
     for module in model.modules():
         held = getattr(module, "packed", None)
@@ -110,22 +130,22 @@ def weight_bytes(model):
 
 
 # ---------------------------------------------------------------------------------------------
-# The parts that are transformers' own
+# Config, classes and loader of transformers
 
 
-def read_config(path):
+def read_config(path: Path) -> Any:
     """The folder's config as transformers reads it, without its quantisation."""
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of many kinds: whatever it is, it is about the file
+    except Exception as error:  # transformers raises many types; all concern the file
         raise CheckpointError(f"transformers {transformers.__version__}: {error}", file=path / "config.json") from error
-    # transformers would look for its own way to load it.
+    # With this entry, transformers would load the model with its own quantiser.
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
     return config
 
 
-def model_class_of(config):
+def model_class_of(config: Any) -> tuple[Any, Any]:
     """``(class, config)``: the class for causal language models, and the part of the config that it takes."""
     try:
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -133,30 +153,31 @@ def model_class_of(config):
         raise UnsupportedError(
             f"model_type {config.model_type!r}: transformers {transformers.__version__} has no causal language model"
         ) from None
-    # A model of text and images: its text config.
+    # A multimodal model: use its text config.
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
     return model_class, config
 
 
-def model_on_meta(checkpoint):
-    """A checkpoint's model without memory for its weights."""
+def model_on_meta(checkpoint: Checkpoint) -> Any:
+    """A checkpoint's model on the meta device, which allocates no memory for weights."""
     model_class, config = model_class_of(read_config(checkpoint.path))
     with torch.device("meta"):
         return model_class(config)
 
 
-def load_dense(checkpoint, tensors, dtype, **options):
-    """A model by a checkpoint's config, with tensors by their names there, as transformers loads them.
+def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, **options: Any) -> Any:
+    """Load a model with transformers' loader from a checkpoint's config and from tensors.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        For its configs alone.
+        Only its configs are used.
     tensors : dict of str to torch.Tensor
+        By their names in the checkpoint.
     dtype : torch.dtype
     **options
-        Of transformers' ``from_pretrained``.
+        Options of transformers' ``from_pretrained``.
 
     Raises
     ------
@@ -174,7 +195,7 @@ def load_dense(checkpoint, tensors, dtype, **options):
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with their names
             local_files_only=True,
             **options,
         )
@@ -193,31 +214,31 @@ def load_dense(checkpoint, tensors, dtype, **options):
     return model.requires_grad_(False).eval()
 
 
-def dense_tensors(checkpoint):
-    """The tensors of a checkpoint that belong to no quantised layer, as tensors over the mapped files."""
+def dense_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that belong to no quantised layer, as views of the mapped files."""
     quantised = {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
     with warnings.catch_warnings():
-        # Of memory that must not be written to: load() tells.
+        # PyTorch warns about read-only memory, which the docstring of load() mentions.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return {name: _mapped(checkpoint, name) for name in checkpoint.tensor_names if name not in quantised}
 
 
-def _mapped(checkpoint, name):
-    array = checkpoint.tensor(name)
+def _mapped(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    array: npt.NDArray[Any] = checkpoint.tensor(name)
     try:
-        return as_tensor(array)
+        return tensor_over(array)
     except TypeError as error:
         raise UnsupportedError(f"{checkpoint.path}, tensor {name!r}: dtype {array.dtype}: {error}") from error
 
 
-def as_dtype(dtype, tensors):
-    """The ``torch.dtype`` that a caller asked for, or that most bytes of the tensors have."""
+def as_dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """``dtype`` as a ``torch.dtype``; for None, the dtype that most bytes of the tensors have."""
     if dtype is None:
         counts = dict.fromkeys(DTYPES.values(), 0)
         for tensor in tensors.values():
             if tensor.dtype in counts:
                 counts[tensor.dtype] += tensor.nbytes
-        return max(counts, key=counts.get)
+        return max(counts, key=lambda known: counts[known])
     known = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype) and not isinstance(dtype, str):
         raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype or its name")
@@ -226,15 +247,16 @@ def as_dtype(dtype, tensors):
     return known
 
 
-def _refuse(path, names, reason):
+def _refuse(path: Path, names: list[str], reason: str) -> None:
+    """Raise CheckpointError with the first names, unless there are none."""
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:4])}{', …' * (len(names) > 4)})"
         raise CheckpointError(reason + others * (len(names) > 1), file=path, tensor=names[0])
 
 
 @contextmanager
-def _quiet():
-    """transformers' report and progress bar say what is said here by exceptions, and by ``progress``."""
+def _quiet() -> Iterator[None]:
+    """Turn off transformers' loading report and progress bar, which exceptions and ``progress`` replace here."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -252,19 +274,21 @@ def _quiet():
 # The modules that are replaced
 
 
-def experts_modules(model, checkpoint):
-    """``{layer: path}`` of the modules that hold a model's routed experts, where a checkpoint has them quantised.
+def experts_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[int, str]:
+    """``{layer: path}`` of the modules with a model's routed experts, for layers whose experts are quantised.
 
     Raises
     ------
     CheckpointError
         The model has experts in other layers than the checkpoint.
     """
-    found = {}
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
-        # What transformers' decorator of experts leaves on them.
+        # Transformers' decorator of experts classes sets these attributes.
         if hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
-            found[int(re.search(r"(?:^|\.)layers\.(\d+)\.", path)[1])] = path
+            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
+            assert layer is not None, path
+            found[int(layer[1])] = path
     layers = sorted(checkpoint.moe_layers + checkpoint.dense_moe_layers)
     if sorted(found) != layers:
         raise CheckpointError(
@@ -274,17 +298,17 @@ def experts_modules(model, checkpoint):
     return {layer: found[layer] for layer in checkpoint.moe_layers}
 
 
-def linear_modules(model, names):
-    """``{name: path}`` of the modules that a checkpoint's linear layers are in a model.
+def linear_modules(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """``{name: path}``: for each linear layer of a checkpoint, the path of its module in a model.
 
-    Those that transformers ignores (of layers that predict several tokens) are left out.
+    Layers that transformers ignores (those of multi-token prediction) are left out.
 
     Raises
     ------
     CheckpointError
         The model has no such linear layer.
     UnsupportedError
-        transformers makes one weight of several such.
+        Transformers merges several such layers into one weight.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -295,7 +319,7 @@ def linear_modules(model, names):
     for name in names:
         weight, converter = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
         if converter is not None:
-            raise UnsupportedError(f"{name}: transformers' {type(model).__name__} makes one weight of it and others")
+            raise UnsupportedError(f"{name}: transformers' {type(model).__name__} merges it with other layers")
         path = weight.removesuffix(".weight")
         if type(modules.get(path)) is nn.Linear:
             found[name] = path
@@ -305,21 +329,23 @@ def linear_modules(model, names):
 
 
 class _Modules:
-    """The modules of a model that run packed, by what they are called in the checkpoint.
+    """The modules of a model that run packed, by their names in the checkpoint.
 
     Attributes
     ----------
     linears : dict of str to MarlinLinear
     experts : dict of int to torch.nn.Module
-        By layer. They keep their class, whose calls transformers passes on to :func:`_experts_forward`.
+        By layer. They keep their class; transformers forwards their calls to :func:`_experts_forward`.
     """
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self.linears, self.experts, self._shapes = {}, {}, {}
+        self.linears: dict[str, MarlinLinear] = {}
+        self.experts: dict[int, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
-    def replace(self, model):
-        """Take the weights out of a model on the meta device, before transformers asks for them."""
+    def replace(self, model: Any) -> None:
+        """Remove the quantised weights from a model on the meta device, before transformers loads its weights."""
         for name, path in linear_modules(model, self._checkpoint.linears).items():
             parent, _, attribute = path.rpartition(".")
             parent = model.get_submodule(parent)
@@ -333,17 +359,17 @@ class _Modules:
                 raise UnsupportedError(f"{path}: experts without a gate, or with a norm, are not supported")
             for name, _ in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
-            module._is_hf_initialized = True  # there is nothing left to initialise
+            module._is_hf_initialized = True  # no parameter is left to initialise
             self.experts[layer] = module
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
-    def check_shapes(self, model):
-        """Refuse weights of other shapes than the model's, which older transformers with a quantiser do not."""
+    def check_shapes(self, model: nn.Module) -> None:
+        """Refuse weights of other shapes than the model's. Older transformers with a quantiser accept them."""
         for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes[name]:
                 raise self._error(name, f"got shape {tuple(tensor.shape)}, expected {tuple(self._shapes[name])}")
 
-    def fill(self, contexts, report):
+    def fill(self, contexts: Contexts, report: _Progress) -> None:
         """Pack the layers."""
         report.parts = len(self.linears) + len(self.experts)
         for name, module in self.linears.items():
@@ -351,14 +377,14 @@ class _Modules:
             got, expected = (linear.in_features, linear.out_features), (module.in_features, module.out_features)
             if got != expected:
                 raise self._error(name, f"got {got[0]} to {got[1]} features, expected {expected[0]} to {expected[1]}")
-            module.packed = packed_linear(linear, contexts)
+            module.packed = linear_runner(linear, contexts)
             report.finish(name)
         for layer, module in self.experts.items():
-            module.packed = packed_experts(self._checkpoint.moe_layer(layer, shared_expert=False), contexts)
+            module.packed = experts_runner(self._checkpoint.moe_layer(layer, shared_expert=False), contexts)
             report.finish(f"layer {layer}")
 
-    def _check_bias(self, name, module):
-        """Refuse a bias that one has and the other has not; but AutoGPTQ writes zeros for layers without."""
+    def _check_bias(self, name: str, module: nn.Linear) -> None:
+        """Refuse a bias that only the model or only the checkpoint has, except zeros, which AutoGPTQ always writes."""
         bias = f"{name}.bias"
         has_bias = bias in self._checkpoint.tensor_names
         if module.bias is not None and not has_bias:
@@ -366,44 +392,48 @@ class _Modules:
         if module.bias is None and has_bias and self._checkpoint.tensor(bias).any():
             raise self._error(bias, "the model's layer has no bias")
 
-    def _error(self, tensor, reason):
+    def _error(self, tensor: str, reason: str) -> CheckpointError:
         return CheckpointError(reason, file=self._checkpoint.path, tensor=tensor)
 
 
 class _Progress:
-    """Counts layers, and within one its experts, for which :func:`~marlin_cy.open_checkpoint` calls it.
+    """Reports the layers that are packed, and the share of the current layer's experts.
+
+    It is the ``progress`` of :func:`~marlin_cy.open_checkpoint`, which calls it for each expert.
 
     Attributes
     ----------
     parts : int
-        How many layers there are.
+        Number of layers.
     """
 
-    def __init__(self, progress):
+    def __init__(self, progress: Callable[[float, int, str], None] | None) -> None:
         if progress is not None and not callable(progress):
             raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
         self._progress, self.parts, self._finished = progress, 1, 0
 
-    def __call__(self, done, total, description):
+    def __call__(self, done: float, total: int, description: str) -> None:
         if self._progress is not None and done < total:
             self._progress(self._finished + done / total, self.parts, description)
 
-    def finish(self, description):
-        """A layer is done."""
+    def finish(self, description: str) -> None:
+        """Report that a layer is packed."""
         self._finished += 1
         if self._progress is not None:
             self._progress(self._finished, self.parts, description)
 
 
 # ---------------------------------------------------------------------------------------------
-# What transformers calls
+# Entry points that transformers calls
 
 
-def _experts_forward(module, hidden_states, topk_ids, topk_weights):
-    packed = getattr(module, "packed", None)
-    if packed is None:  # experts that are not quantised: the class's own forward, which transformers has wrapped
-        return type(module).forward.__wrapped__(module, hidden_states, topk_ids, topk_weights)
-    return packed(hidden_states, topk_ids, topk_weights)
+def _experts_forward(
+    module: Any, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    # For unquantised experts, call the forward of their class, which transformers has wrapped.
+    forward = getattr(module, "packed", None) or partial(type(module).forward.__wrapped__, module)
+    output: torch.Tensor = forward(hidden_states, topk_ids, topk_weights)
+    return output
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
@@ -411,29 +441,30 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
 
 @register_quantization_config(NAME)
 class _QuantizationConfig(QuantizationConfigMixin):
-    """How transformers' loader is told to let a function at the model before it loads weights."""
+    """Makes transformers' loader call ``replace(model)`` before it loads weights."""
 
-    def __init__(self, replace):
-        self.quant_method, self.replace = NAME, replace
+    def __init__(self, replace: Callable[[Any], None]) -> None:
+        self.quant_method = NAME
+        self.replace: Callable[[Any], None] | None = replace
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _QuantizationConfig:
         return self
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
 
 
 @register_quantizer(NAME)
 class _Quantizer(HfQuantizer):
-    """Replaces modules, and says of the model what it cannot do."""
+    """Replaces modules, and declares that the model can be neither saved nor trained."""
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.quantization_config.replace(model)
-        self.quantization_config.replace = None  # and what it holds
+        self.quantization_config.replace = None  # frees the checkpoint, which the function refers to
 
-    def is_serializable(self, *args, **kwargs):
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
 
     @property
-    def is_trainable(self):
+    def is_trainable(self) -> bool:
         return False

@@ -1,18 +1,31 @@
 """The Mixture-of-Experts layer, on any backend."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.arguments import flag, float_vector
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Context, MarlinExpertStack, MoePlan
 from marlin_cy.moe.routing import Routing
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from marlin_cy.interface import Backend, Buffer
+    from marlin_cy.moe.routing import RoutingOptions
+
 __all__ = ["MoeLayer", "SharedExpert"]
 
 
 class SharedExpert:
-    """An expert that every token goes to, beside the routed ones.
+    """An expert that processes every token, in addition to the routed experts.
 
-    For one token ``x``, this is added to what the routed experts give::
+    Its output for a token ``x`` is added to the output of the routed experts::
 
         g * ((act(gate) * up) @ W_down)      gate, up = split(x @ W_gate_up)
         g = 1, or 1 / (1 + exp(-(x . gate_weight)))
@@ -20,39 +33,42 @@ class SharedExpert:
     Parameters
     ----------
     gate_up, down : MarlinExpertStack
-        Of one expert each; widths as in :class:`MoeLayer`, but for an intermediate size of its own.
+        Stacks of one expert. Their widths are those of :class:`MoeLayer`, except that the intermediate size may
+        differ.
     gate_weight : float array ``[k]``, optional
-        On the host; finite, kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
+        A finite array on the host, kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument.
+        An invalid argument. The message names the argument.
     """
 
-    def __init__(self, gate_up, down, gate_weight=None):
+    def __init__(
+        self, gate_up: MarlinExpertStack, down: MarlinExpertStack, gate_weight: npt.ArrayLike | None = None
+    ) -> None:
         check_stacks(gate_up, down)
         if gate_up.num_experts != 1:
-            raise ValueError(f"gate_up: got {gate_up.num_experts} experts, expected one")
+            raise ValueError(f"gate_up: got {gate_up.num_experts} experts, expected 1")
         self.gate_up, self.down = gate_up, down
-        self.gate_weight = None
+        self.gate_weight: npt.NDArray[np.float32] | None = None
         if gate_weight is not None:
             self.gate_weight = float_vector("gate_weight", gate_weight, gate_up.k)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"SharedExpert({self.gate_up.k} -> {self.down.k} -> {self.down.n_per_expert})"
 
 
 class MoeLayer:
-    """Route tokens, run their experts, and combine what these give.
+    """Route tokens to experts, run the experts, and sum their weighted outputs.
 
-    For each token with chosen experts ``e_j`` and weights ``w_j``::
+    For each token ``x`` with selected experts ``e_j`` and weights ``w_j``::
 
         gate, up = split(x @ W_gate_up[e_j])
-        out = sum_j w_j * ((act(gate) * up) @ W_down[e_j])         j in ascending order, after the shared expert
+        out = sum_j w_j * ((act(gate) * up) @ W_down[e_j])         shared expert first, then j in ascending order
 
-    How experts and weights are chosen is documented in :class:`~marlin_cy.moe.routing.Routing`, whose
-    parameters this class takes. The activations, with names and formulas as in transformers and vLLM:
+    :class:`~marlin_cy.moe.routing.Routing` documents how experts and weights are selected; this class takes its
+    parameters. The activations have the names and formulas of transformers and vLLM:
 
     ===========  ==============================================================================
     "silu"       ``gate / (1 + exp(-gate)) * up``
@@ -62,45 +78,45 @@ class MoeLayer:
                  ``gate / (1 + exp(-1.702 * gate)) * (up + 1)``. Source: gpt-oss.
     ===========  ==============================================================================
 
-    Where the stacks have a bias, it is added before the activation, and to an expert's output before its
-    weight is applied.
+    The bias of ``gate_up``, if any, is added before the activation. The bias of ``down`` is added before the
+    expert's output is multiplied by its weight.
 
     Parameters
     ----------
     gate_up : MarlinExpertStack
-        ``[k, 2 * intermediate]`` an expert: gate columns first, then up columns.
+        ``[k, 2 * intermediate]`` for each expert: gate columns first, then up columns.
     down : MarlinExpertStack
-        ``[intermediate, k]`` an expert.
+        ``[intermediate, k]`` for each expert.
     top_k : int
-        Experts a token.
+        Number of experts for each token.
     activation : {"silu", "gelu", "gelu_tanh", "swigluoai"}
     apply_router_weight_on_input : bool
-        Multiply a token by its weight before the first product instead of after the second; ``top_k`` must
+        Multiply a token by its weight before the first product instead of after the second. ``top_k`` must
         be 1. Source: vLLM's argument of that name, for Llama 4.
     shared_expert : SharedExpert, optional
-        Added to the output; on the same backend, with the same activation.
+        Its output is added. It uses the same backend and the same activation.
     norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor
         As in :class:`~marlin_cy.moe.routing.Routing`.
 
     Raises
     ------
     TypeError, ValueError
-        Stacks that do not fit each other, or a routing that is none.
+        Stacks whose sizes do not match, or invalid routing parameters.
     UnsupportedError
-        An activation that is not known.
+        An unknown activation.
     """
 
     def __init__(
         self,
-        gate_up,
-        down,
+        gate_up: MarlinExpertStack,
+        down: MarlinExpertStack,
         *,
-        top_k,
-        activation="silu",
-        apply_router_weight_on_input=False,
-        shared_expert=None,
-        **routing,
-    ):
+        top_k: int,
+        activation: str = "silu",
+        apply_router_weight_on_input: bool = False,
+        shared_expert: SharedExpert | None = None,
+        **routing: Unpack[RoutingOptions],
+    ) -> None:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         check_stacks(gate_up, down)
@@ -118,7 +134,7 @@ class MoeLayer:
                 )
         self._plan = MoePlan(gate_up, down, routing, activation, on_input, shared_expert)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"MoeLayer({self.num_experts} experts, top {self.top_k}, "
             f"{self.hidden_size} -> {self.intermediate_size} -> {self.down.n_per_expert})"
@@ -160,31 +176,33 @@ class MoeLayer:
         return self._plan.shared_expert
 
     @property
-    def top_k(self):
-        """Experts a token."""
+    def top_k(self) -> int:
+        """Number of experts for each token."""
         return self.routing.top_k
 
     @property
-    def norm_topk_prob(self):
-        """Whether a token's weights are made to sum to 1."""
+    def norm_topk_prob(self) -> bool:
+        """Whether the weights of a token are normalised to a sum of 1."""
         return self.routing.norm_topk_prob
 
     @property
-    def num_experts(self):
-        """Experts in the layer."""
+    def num_experts(self) -> int:
+        """Number of routed experts."""
         return self.gate_up.num_experts
 
     @property
-    def hidden_size(self):
+    def hidden_size(self) -> int:
         """Width of a token."""
         return self.gate_up.k
 
     @property
-    def intermediate_size(self):
+    def intermediate_size(self) -> int:
         """Width between the two products."""
         return self.down.k
 
-    def __call__(self, ctx, hidden_states, router_logits, *, out=None):
+    def __call__(
+        self, ctx: Context, hidden_states: Buffer, router_logits: Buffer, *, out: Buffer | None = None
+    ) -> Buffer:
         """Route by ``router_logits`` and run the experts.
 
         Parameters
@@ -193,9 +211,10 @@ class MoeLayer:
         hidden_states : buffer ``[tokens, hidden_size]``
             float32, float16 or bfloat16.
         router_logits : buffer ``[tokens, num_experts]``
-            Of any of these dtypes. A row with a NaN or an infinity of positive sign gives NaN in that row.
+            float32, float16 or bfloat16. A NaN or a positive infinity makes the token's output NaN.
         out : buffer ``[tokens, hidden_size]``, optional
-            Where to put the result, of any of these dtypes; made like ``hidden_states`` unless given.
+            Receives the result; float32, float16 or bfloat16. By default a new buffer with the dtype of
+            ``hidden_states``.
 
         Returns
         -------
@@ -209,19 +228,21 @@ class MoeLayer:
         backend.moe_forward(ctx, self._plan, hidden_states, out, router_logits, None, None)
         return out
 
-    def forward_routed(self, ctx, hidden_states, topk_ids, topk_weights, *, out=None):
-        """Run the experts that the caller has chosen.
+    def forward_routed(
+        self, ctx: Context, hidden_states: Buffer, topk_ids: Any, topk_weights: Any, *, out: Buffer | None = None
+    ) -> Buffer:
+        """Run experts that the caller has selected.
 
         Parameters
         ----------
         ctx, hidden_states, out
-            As when called.
-        topk_ids : int32 or int64 array ``[tokens, any number]``, or int32 buffer
-            Experts of each token; -1 takes no part. Arrays on the host are checked and copied. A buffer on
-            a device is not read back: there, ids out of range take no part either.
-        topk_weights : float array, or float32 buffer ``[tokens, any number]``
-            Their weights, used as they are; where the ids are. With ``apply_router_weight_on_input`` there is
-            one a token.
+            As in :meth:`__call__`.
+        topk_ids : int32 or int64 array ``[tokens, choices]``, or int32 buffer
+            Experts of each token. An id of -1 is skipped. Host arrays are copied and checked. Device buffers are
+            not read back; the device skips ids that are out of range.
+        topk_weights : float array, or float32 buffer ``[tokens, choices]``
+            Routing weights, applied without normalisation; on the same device as ``topk_ids``. With
+            ``apply_router_weight_on_input``, ``choices`` must be 1.
         """
         backend = backend_of(ctx)
         ids, weights = backend.topk_arguments(topk_ids, topk_weights, self.num_experts)
@@ -233,11 +254,11 @@ class MoeLayer:
         backend.moe_forward(ctx, self._plan, hidden_states, out, None, ids, weights)
         return out
 
-    def route(self, ctx, router_logits):
+    def route(self, ctx: Context, router_logits: Buffer) -> tuple[Buffer, Buffer]:
         """``(topk_ids, topk_weights)``, int32 and float32 ``[tokens, top_k]``: the routing alone."""
         return backend_of(ctx).route(ctx, router_logits, self.routing)
 
-    def _output(self, backend, hidden_states, out):
+    def _output(self, backend: Backend, hidden_states: Buffer, out: Buffer | None) -> Buffer:
         if out is not None:
             return out
         shape = getattr(hidden_states, "shape", None)
@@ -248,15 +269,27 @@ class MoeLayer:
         return backend.empty((shape[0], self.down.n_per_expert), hidden_states.dtype)
 
 
-def backend_of(ctx):
-    """The backend that made a context."""
+def backend_of(ctx: Context) -> Backend:
+    """The backend that made a context.
+
+    Raises
+    ------
+    TypeError
+        ``ctx`` is not a :class:`~marlin_cy.Context`.
+    """
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx: got {type(ctx).__name__}, expected a Context from a backend's new_context")
     return ctx.backend
 
 
-def check_stacks(gate_up, down):
-    """Refuse two stacks that are not the two products of one layer."""
+def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack) -> None:
+    """Check that two stacks fit as the two products of a layer.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the stack.
+    """
     for name, stack in (("gate_up", gate_up), ("down", down)):
         if not all(hasattr(stack, attribute) for attribute in ("num_experts", "k", "n_per_expert")):
             raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
@@ -264,6 +297,6 @@ def check_stacks(gate_up, down):
         raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
     if gate_up.n_per_expert != 2 * down.k:
         raise ValueError(
-            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice down's k: "
+            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice the k of down: "
             "gate columns, then up columns"
         )

@@ -1,42 +1,57 @@
-"""Which experts a token goes to, and with what weights: the kinds of routing that model families use."""
+"""Routing: the experts that a token is sent to and their weights, in all variants that model families use."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
-import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.arguments import flag, float_vector, integer, number, one_of
 
-__all__ = ["GROUP_SCORES", "SCORINGS", "Routing"]
+__all__ = ["GROUP_SCORES", "SCORINGS", "Routing", "RoutingOptions"]
 
 SCORINGS = ("softmax", "softmax_topk", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 
 
+class RoutingOptions(TypedDict, total=False):
+    """The parameters of :class:`Routing` that :class:`~marlin_cy.moe.MoeLayer` passes on."""
+
+    scoring: str
+    norm_topk_prob: bool
+    correction_bias: npt.NDArray[Any] | None
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    routed_scaling_factor: float
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """From a token's router logits to its experts and their weights.
+    """How the router logits of a token give its experts and their weights.
 
     For one token with logits ``l[e]``, in float32::
 
         s = softmax(l)              scoring "softmax"
             l                       scoring "softmax_topk"
             1 / (1 + exp(-l))       scoring "sigmoid"
-        c = s + correction_bias                          what experts are chosen by
-        with num_groups > 1: experts, in order, are cut into num_groups equal groups; a group's score is
-            the largest c in it ("max"), or the sum of its two largest ("top2_sum"); only the experts of
-            the topk_groups groups with the largest scores may be chosen; of equal ones the smaller index
-        ids = the top_k experts with the largest c       largest first; of equal ones the smaller index
+        c = s + correction_bias                          the selection scores
+        with num_groups > 1: the experts, in order, are divided into num_groups equal groups. The score of a
+            group is the largest c in it ("max"), or the sum of its two largest ("top2_sum"). Only experts of
+            the topk_groups groups with the largest scores are eligible; ties go to the smaller index
+        ids = the top_k eligible experts with the largest c     largest first; ties go to the smaller index
         w = s[ids]                  "softmax", "sigmoid"
             softmax(l[ids])         "softmax_topk"
         with norm_topk_prob ("softmax", "sigmoid"): w = w / (sum(w) + 1e-20)
         w = w * routed_scaling_factor
 
-    Scores are equal where float32 cannot tell them apart: all sigmoids of logits above 17 are 1.
+    Scores are compared after rounding to float32, so different logits can tie: the sigmoid of every logit above
+    17 is 1.
 
-    A token with a NaN or an infinity of positive sign among its logits, or with none that is finite, has ids
-    0, 1, 2, ... and weights of NaN, whatever the scoring: a sigmoid could make a score of 1 of an infinity, but
-    no router that works gives one. Among finite logits, one of minus infinity has a softmax and a sigmoid of 0,
-    and a weight of 0 if it is chosen.
+    Invalid logits are those with a NaN, with a positive infinity, or without any finite value. They give ids
+    0, 1, 2, ... and weights of NaN with every scoring, because no working router produces them. A logit of minus
+    infinity among finite ones has a softmax and a sigmoid of 0, and a weight of 0 if its expert is selected.
 
     Parameters
     ----------
@@ -44,49 +59,50 @@ class Routing:
     scoring : {"softmax", "softmax_topk", "sigmoid"}
     norm_topk_prob : bool
     correction_bias : float array ``[num_experts]``, optional
-        Finite; kept as float32.
+        Finite; stored as float32.
     num_groups, topk_groups : int
-        Of which all, when both are 1, are one group.
+        Number of expert groups, and how many may be selected; 1 and 1 turns group-limited routing off.
     group_score : {"max", "top2_sum"}
-        Of two experts or more a group for "top2_sum".
+        Score of a group. "top2_sum" requires groups of at least two experts.
     routed_scaling_factor : float
         Finite in float32.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument.
+        An invalid argument. The message names the argument.
 
     Notes
     -----
-    Source: transformers, ``models/*/modeling_*.py``, with which ``tests/test_routing.py`` compares this.
+    Source: transformers, ``models/*/modeling_*.py``. ``tests/test_routing.py`` compares against its modules.
 
     ====================================  ===============================================================
     Mixtral, Qwen2-MoE, Qwen3-MoE         softmax, normalised as the configuration says (Mixtral: always)
     gpt-oss                               softmax_topk
-    DeepSeek-V2                           softmax, never normalised, groups by their largest, scaled
-    DeepSeek-V3, Kimi-K2, GLM-4.5, dots1  sigmoid with a correction bias, groups by the sum of their two
-                                          largest, normalised as the configuration says, scaled
+    DeepSeek-V2                           softmax, never normalised, group score "max", scaled
+    DeepSeek-V3, Kimi-K2, GLM-4.5, dots1  sigmoid with a correction bias, group score "top2_sum",
+                                          normalised as the configuration says, scaled
     Llama 4                               sigmoid, not normalised; one expert, its weight on the input
     ====================================  ===============================================================
 
-    Models differ from this where it makes no difference: those with softmax do not add 1e-20 to a sum that is
-    far larger, and DeepSeek-V2 takes the scores of groups that were not chosen for 0, not for less, which are
-    then chosen with a weight of 0 only where others with a weight of 0 could be.
+    The models' own code differs in two points, which do not change results. Softmax models do not add 1e-20 to
+    the sum, which is far larger. DeepSeek-V2 sets the scores of experts in unselected groups to 0 instead of
+    excluding these experts, so one of them can be selected only if all remaining scores are 0, and its weight is
+    then 0 too.
     """
 
     num_experts: int
     top_k: int
     scoring: str = "softmax"
     norm_topk_prob: bool = True
-    correction_bias: np.ndarray | None = None
+    correction_bias: npt.NDArray[Any] | None = None
     num_groups: int = 1
     topk_groups: int = 1
     group_score: str = "max"
     routed_scaling_factor: float = 1.0
 
-    def __post_init__(self):
-        def put(name, value):
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
         for name in ("num_experts", "top_k", "num_groups", "topk_groups"):
@@ -100,15 +116,17 @@ class Routing:
         if self.num_groups < 1 or self.num_experts % self.num_groups:
             raise ValueError(f"num_groups: got {self.num_groups}, expected a divisor of {self.num_experts} experts")
         if not 1 <= self.topk_groups <= self.num_groups:
-            raise ValueError(f"topk_groups: got {self.topk_groups}, expected 1 to {self.num_groups}, the groups")
+            raise ValueError(
+                f"topk_groups: got {self.topk_groups}, expected 1 to {self.num_groups}, the number of groups"
+            )
         group = self.num_experts // self.num_groups
         if self.top_k > self.topk_groups * group:
             raise ValueError(
-                f"top_k: got {self.top_k}, expected at most {self.topk_groups * group}, the experts of "
+                f"top_k: got {self.top_k}, expected at most {self.topk_groups * group}, the number of experts in "
                 f"{self.topk_groups} groups"
             )
         if self.group_score == "top2_sum" and self.num_groups > 1 and group < 2:
-            raise ValueError(f"num_groups: got {self.num_groups}, expected groups of two experts or more for top2_sum")
+            raise ValueError(f"num_groups: got {self.num_groups}, expected groups of at least two experts for top2_sum")
         put("norm_topk_prob", flag("norm_topk_prob", self.norm_topk_prob))
         put("routed_scaling_factor", number("routed_scaling_factor", self.routed_scaling_factor))
         if self.correction_bias is not None:
