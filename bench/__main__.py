@@ -9,8 +9,10 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parents[1]:
     sys.path.append(sys.path.pop(0))
 
 from bench import compare, cost, pictures, tables
+from bench.cpu import before_after
 
 COMMANDS = {
+    "before-after": (before_after, "time two builds of this library against each other"),
     "compare": (compare, "time every peer that runs here; what is done unless another command is named"),
     "tables": (tables, "print the tables of a saved comparison"),
     "pictures": (pictures, "draw a saved comparison"),
