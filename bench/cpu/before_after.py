@@ -18,17 +18,26 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import last_level_cache_bytes, restrict_to, spread_over_cores
-from bench.options import names, positive, values
-from bench.shapes import MODELS, TINY, ModelShape, packed_bytes_estimate, routings
-from bench.timing import CallTimer, Spread, alternate, median_interval, spread
+from bench.common.machine import last_level_cache_bytes
+from bench.common.options import (
+    COMPUTE_DTYPES,
+    add_cpus,
+    add_model,
+    add_quick,
+    names,
+    positive,
+    restrict_cpus,
+    values,
+)
+from bench.common.results import counted, verdict
+from bench.common.shapes import MODELS, TINY, ModelShape, packed_bytes_estimate, routings
+from bench.common.timing import CallTimer, Spread, alternate, median_interval, spread
 
 __all__ = ["Side", "add_options", "cases_of", "compare_builds", "run"]
 
 WORKER = Path(__file__).with_name("before_after_worker.py")
 SCHEMA_VERSION = 1
 PARTS = ("overhead", "product", "routed", "layer")
-COMPUTE_DTYPES = ("int16", "int8")
 ROWS = (1, 4, 16, 256)
 TOKENS = (1, 16, 256)
 EXPERTS_A_CALL = 8
@@ -49,28 +58,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             f"--{side}-path", metavar="FOLDER", help=f"import marlin_cy of the {side} side from this folder"
         )
     parser.add_argument("--only", type=names(PARTS), default=PARTS, metavar="A,B", help=f"default: {','.join(PARTS)}")
-    parser.add_argument("--model", default="qwen3", choices=MODELS, help="the model whose shapes are used")
+    add_model(parser)
     parser.add_argument("--rows", type=values(positive), default=ROWS, metavar="A,B", help="rows of a product")
     parser.add_argument("--tokens", type=values(positive), default=TOKENS, metavar="A,B", help="tokens of a layer")
     parser.add_argument("--compute-dtypes", type=names(COMPUTE_DTYPES), default=COMPUTE_DTYPES, metavar="A,B")
     parser.add_argument("--isa", help="instruction set of both sides; default: MARLIN_CY_ISA, or the best one here")
-    parser.add_argument("--threads", type=positive, metavar="N", help="N threads on N CPUs, on different cores if possible")
-    parser.add_argument("--cpus", type=values(int), metavar="A,B", help="run on these CPUs only")
+    add_cpus(parser)
     parser.add_argument("--rounds", type=positive, metavar="N", help="rounds of a case, over all starts (default: 40)")
     parser.add_argument("--starts", type=positive, metavar="N", help="times that both processes start (default: 2)")
-    parser.add_argument("--min-ms", type=float, default=20.0, metavar="MS", help="least length of a block (default: 20)")
+    parser.add_argument(
+        "--min-ms", type=float, default=20.0, metavar="MS", help="least length of a block (default: 20)"
+    )
     parser.add_argument("--pause-ms", type=float, default=5.0, metavar="MS", help="sleep before a block (default: 5)")
     parser.add_argument("--least", type=float, default=LEAST_RATIO, metavar="R", help="least ratio (default: 0.97)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also save the JSON here")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: only checks that it runs")
+    add_quick(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit code, 0 whatever the ratios are."""
-    cpus = arguments.cpus or (spread_over_cores(arguments.threads) if arguments.threads else None)
-    if cpus:
-        restrict_to(cpus)
+    restrict_cpus(arguments)
     document = compare_builds(arguments)
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
@@ -139,13 +147,13 @@ def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:
             yield case("overhead", what, stack=OVERHEAD_STACK, rows=1, **several)
         if "product" in arguments.only:
             for count in (1, 4):
-                what = f"{EXPERTS_A_CALL} experts × {count} row{'s' * (count > 1)}, {k}→{n}"
+                what = f"{EXPERTS_A_CALL} experts × {counted(count, 'row')}, {k}→{n}"
                 yield case("product", what, stack=stacks["gate_up"], rows=count, **several)
             for count in dict.fromkeys(rows):
-                what = f"1 expert × {count} row{'s' * (count > 1)}, {k}→{n}"
+                what = f"1 expert × {counted(count, 'row')}, {k}→{n}"
                 yield case("product", what, kind="product", stack=stacks["gate_up"], rows=count, experts_per_call=1)
         for count in dict.fromkeys(tokens):
-            what = f"{count} token{'s' * (count > 1)}, top {model.top_k} of {model.num_experts}"
+            what = f"{counted(count, 'token')}, top {model.top_k} of {model.num_experts}"
             if "routed" in arguments.only:
                 stack = layer_stacks["gate_up"]
                 yield case("routed", what, kind="routed", stack=stack, copies=copies, routings=drawn[count])
@@ -301,7 +309,7 @@ def _print(document: dict[str, Any]) -> None:
             f"{low:.3f}–{high:.3f}",
             f"{ratio.p10:.3f}–{ratio.p90:.3f}",
             "equal" if case["same_bits"] else "[red]differ[/red]",
-            "[green]met[/green]" if case["passed"] else "[red]missed[/red]",
+            verdict(case["passed"]),
         )
     screen.print(result)
     timing = document["timing"]

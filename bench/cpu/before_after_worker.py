@@ -17,12 +17,12 @@ The first line of stdout is written without a request: :meth:`Worker.describe`. 
 ``{"error": message}``. The process ends when stdin ends. CASE has a ``kind`` and what that kind needs:
 
 ``"product"``: ``stack``, ``experts_per_call``, ``rows``
-    ``gemm_phase_batched``: ``rows`` rows through each of ``experts_per_call`` experts. Each call uses the next experts.
+    ``gemm_phase_batched``: ``rows`` rows through each of ``experts_per_call`` experts. A call uses the next experts.
 ``"routed"``: ``stack``, ``copies``, ``routings``
-    ``gemm_phase_vllm``: rows gathered by expert. Each call uses the next of ``copies`` equal stacks and the next routing,
+    ``gemm_phase_vllm``: rows gathered by expert. A call uses the next of ``copies`` equal stacks and the next routing,
     ``[tokens][top_k]`` expert ids.
 ``"layer"``: ``gate_up``, ``down``, ``copies``, ``routings``
-    ``MoeLayer``, its routing included. Each call uses the next of ``copies`` layers and the next routing.
+    ``MoeLayer``, its routing included. A call uses the next of ``copies`` layers and the next routing.
 
 A stack is ``[experts, k, n, group_size]``. Every case also has ``compute_dtype``, ``threads`` and ``isa``; the last two
 may be null. Weights and activations follow from these numbers alone, so both sides compute the same.
