@@ -8,6 +8,7 @@ milliseconds apart, while the medians of two whole runs may come from different 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -65,13 +66,18 @@ def ratios(numerators: npt.ArrayLike, denominators: npt.ArrayLike, factor: float
 def median_interval(figures: npt.ArrayLike) -> tuple[float, float]:
     """The 95% confidence interval of the median, whatever the distribution of the figures.
 
-    The number of figures below the true median is binomial with probability 1/2; both ends of the interval are order
-    statistics. Fewer than 6 figures give all of their range, whose confidence is lower.
+    The number of figures below the true median is binomial with probability 1/2, so both ends are order statistics:
+    the narrowest pair that misses the median in at most 5% of cases. Fewer than 6 figures give all of their range,
+    whose confidence is lower.
     """
     ordered = np.sort(np.asarray(figures, np.float64))
-    below = int((len(ordered) - 1.96 * len(ordered) ** 0.5) / 2)
-    first = min(max(below, 0), (len(ordered) - 1) // 2)
-    return float(ordered[first]), float(ordered[-1 - first])
+    count, rank, below = len(ordered), 0, 1.0
+    while rank + 1 < count:  # `below`: in how many of 2**count cases at most `rank` figures are below the median
+        below += math.comb(count, rank + 1)
+        if below > 0.025 * 2**count:
+            break
+        rank += 1
+    return float(ordered[rank]), float(ordered[-1 - rank])
 
 
 class CallTimer:

@@ -33,6 +33,7 @@ STREAM_ROWS = (1, 2, 4, 8, 16, 48)
 KERNEL_K = 1024
 KERNEL_COLUMNS = (256, 768)  # per thread: weights fit the second-level cache, and leave room for activations
 PREPARE_ROWS = 768
+QUICK_KERNEL = 1e-15  # with --quick a disturbed round is no error
 QUARTILE = 25  # of the rounds: disturbances make a call longer, never shorter
 
 
@@ -118,7 +119,7 @@ class CostMeasurement:
             compute_dtype=dtype,
             read=read,
             start=seconds["start"],
-            kernel=_kernel(seconds, threads, self.kernel_rows),
+            kernel=_kernel(seconds, threads, self.kernel_rows, least=QUICK_KERNEL if self.quick else 0.0),
             prepare=0.0,
             finish=0.0,
             overlap={1: MAX_OVERLAP},
@@ -156,8 +157,8 @@ class CostMeasurement:
         return lambda i: layer.forward_routed(context, x, drawn[i % len(drawn)], shares, out=out)
 
 
-def _kernel(seconds: dict[Any, float], threads: int, kernel_rows: Sequence[int]) -> dict[int, float]:
-    """``Machine.kernel``: the time of the columns that one product has more than another.
+def _kernel(seconds: dict[Any, float], threads: int, kernel_rows: Sequence[int], least: float) -> dict[int, float]:
+    """``Machine.kernel``: the time of the columns that one product has more than another, at least ``least``.
 
     Raises
     ------
@@ -165,7 +166,10 @@ def _kernel(seconds: dict[Any, float], threads: int, kernel_rows: Sequence[int])
         The wider product took less time.
     """
     columns = threads * (KERNEL_COLUMNS[1] - KERNEL_COLUMNS[0])
-    kernel = {rows: (seconds["wide", rows] - seconds["narrow", rows]) / (KERNEL_K * columns) for rows in kernel_rows}
+    kernel = {
+        rows: max(least, (seconds["wide", rows] - seconds["narrow", rows]) / (KERNEL_K * columns))
+        for rows in kernel_rows
+    }
     if min(kernel.values()) <= 0:
         raise ValueError("a product with more columns took less time: other processes use this machine")
     return kernel
