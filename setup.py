@@ -64,8 +64,7 @@ class BuildExt(build_ext):
             source = Path(folder, "probe.c")
             source.write_text(OPENMP_PROBE)
             for compile_args, link_args in candidates:
-                compiler = self.compiler.compiler_so[:1]
-                command = [*compiler, *compile_args, str(source), "-o", f"{folder}/probe", *link_args]
+                command = [*self.compiler.compiler_so, *compile_args, str(source), "-o", f"{folder}/probe", *link_args]
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     return compile_args, link_args
         print("warning: no OpenMP with this compiler: marlin_cy will run on one thread", file=sys.stderr)

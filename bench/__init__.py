@@ -1,5 +1,13 @@
-"""How fast the library is, by itself and beside others; README.md explains. Not installed with it.
+"""Benchmarks of the library, alone and beside other libraries. README.md explains them; they are not installed.
 
-Modules import each other as ``bench.x``, from the folder above. ``python -m bench`` finds that folder as the
-current one; the scripts beside this file, run as ``python bench/bench_gemm.py``, put it on the path.
+``python -m bench`` is the only way in (``__main__.py``). Folders are named after what is measured::
+
+    cpu/     products and layers on the CPU, the claims, two builds, the cost model
+    opencl/  the same on OpenCL devices
+    models/  whole models: loading, memory, speed in transformers
+    peers/   other libraries, each behind one interface, and the comparison with them
+    report/  tables, pictures and bars of a saved comparison
+    common/  timing, shapes, random weights, options, facts about the machine
+
+Modules import each other as ``bench.x.y``, from the folder above this one.
 """

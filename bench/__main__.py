@@ -1,38 +1,71 @@
-"""``python -m bench``: the library beside others on this machine. README.md explains."""
+"""Benchmarks of marlin_cy. README.md beside this file explains them."""
+
+from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-# An installed marlin_cy comes before the folder that this was started in, where it may not be built.
+# `python -m bench` puts the current folder first on the path, and marlin_cy may not be built there. An installed
+# marlin_cy must win.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parents[1]:
     sys.path.append(sys.path.pop(0))
 
-from bench import compare, cost, pictures, tables
+from bench.commands import COMMANDS  # noqa: E402  (after the path is in order)
 
-COMMANDS = {
-    "compare": (compare, "time every peer that runs here; what is done unless another command is named"),
-    "tables": (tables, "print the tables of a saved comparison"),
-    "pictures": (pictures, "draw a saved comparison"),
-    "cost": (cost, "predict the time of layers from what the machine can do, and measure it"),
-}
+__all__ = ["main"]
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
-        argv = ["compare", *argv]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, words) in COMMANDS.items():
-        module.add_options(commands.add_parser(name, help=words, description=words))
-    arguments = parser.parse_args(argv)
-    try:
-        return COMMANDS[arguments.command][0].run(arguments)
-    except ValueError as error:
-        print(f"python -m bench: error: {error}", file=sys.stderr)
+    name, rest = split_command(list(sys.argv[1:] if argv is None else argv))
+    if name is None:
+        _help().parse_args(rest)  # prints the help, or the error about an unknown command
         return 2
+    command = COMMANDS[name]
+    module: ModuleType = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=_sentence(command.help))
+    module.add_options(parser)
+    parser.set_defaults(**command.implied)
+    arguments = parser.parse_args(rest)
+    try:
+        return int(module.run(arguments))
+    except ValueError as error:
+        print(f"python -m bench {name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The command's name and the arguments after it; ``compare`` if the first argument is an option, or missing."""
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in COMMANDS and len(argv) >= words:
+            return name, argv[words:]
+    if argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-")):
+        return None, argv
+    return "compare", argv
+
+
+def _help() -> argparse.ArgumentParser:
+    """A parser that knows the names of the commands and nothing else."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        usage="python -m bench [COMMAND] [OPTIONS]",
+        description="Benchmarks of marlin_cy. `python -m bench COMMAND -h` lists a command's options.",
+        epilog="\n".join(["commands:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _sentence(words: str) -> str:
+    """``words`` with a capital letter and a full stop."""
+    return f"{words[0].upper()}{words[1:]}."
 
 
 if __name__ == "__main__":

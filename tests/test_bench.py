@@ -1,15 +1,23 @@
-"""The benchmark runs, and its JSON has what bench/README.md says."""
+"""The commands of ``python -m bench`` about this library alone: they run, and save what bench/README.md says."""
 
+import ast
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import marlin_cy
 from marlin_cy import available_backends
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "bench_gemm.py"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # bench is not installed
+
+from bench.cpu.before_after import WORKER, Side  # noqa: E402
+
 SPREAD = {"median", "p10", "p90"}
 
 
@@ -18,23 +26,27 @@ needs_opencl = pytest.mark.skipif(
 )
 
 
-def run_quickly(tmp_path, *arguments):
+def bench(*arguments, timeout=120):
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def run_quickly(tmp_path, command, *arguments):
     output = tmp_path / "result.json"
-    command = [sys.executable, SCRIPT, "--quick", "--output", output, *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = bench(*command.split(), "--quick", "--output", output, *arguments)
     assert finished.returncode == 0, finished.stderr
     return json.loads(output.read_text())
 
 
-def run_bench(tmp_path, *arguments):
-    document = run_quickly(tmp_path, "--no-torch", *arguments)
+def run_bench(tmp_path, command, *arguments):
+    document = run_quickly(tmp_path, command, "--no-torch", *arguments)
     assert document["machine"]["threads"] >= 1
     assert document["machine"]["isa"]
     return document
 
 
 def test_sweep_measures_products_and_layers(tmp_path):
-    document = run_bench(tmp_path, "--compute-dtypes", "int8")
+    document = run_bench(tmp_path, "sweep", "--compute-dtypes", "int8")
     assert {(row["kind"], row.get("projection"), row["rows"]) for row in document["results"]} == {
         (kind, projection, rows)
         for kind, projection in (("gemm", "gate_up"), ("gemm", "down"), ("layer", None))
@@ -49,7 +61,7 @@ def test_sweep_measures_products_and_layers(tmp_path):
 
 
 def test_show_has_every_line(tmp_path):
-    lines = {line["line"]: line for line in run_bench(tmp_path, "--show", "--threads", "1")["show"]}
+    lines = {line["line"]: line for line in run_bench(tmp_path, "show", "--threads", "1")["show"]}
     assert set(lines) == {"1", "2", "3", "4", "5", "6", "7a", "7b", "8", "9a", "9b", "10", "11"}
     for line in lines.values():
         assert (line["measured"] is None) == (line["passed"] is None) == (line["skipped"] is not None)
@@ -58,9 +70,15 @@ def test_show_has_every_line(tmp_path):
     assert lines["3"]["skipped"] == lines["4"]["skipped"] == "left out"
 
 
+@pytest.mark.parametrize("command, kind", [("products", "gemm"), ("layers", "layer")])
+def test_a_sweep_can_be_of_products_or_of_layers_alone(tmp_path, command, kind):
+    document = run_bench(tmp_path, command, "--compute-dtypes", "int8")
+    assert {row["kind"] for row in document["results"]} == {kind}
+
+
 @needs_opencl
 def test_opencl_sweep_measures_products_and_layers(tmp_path):
-    document = run_quickly(tmp_path, "--backend", "opencl", "--tiers", "portable")
+    document = run_quickly(tmp_path, "opencl sweep", "--tiers", "portable")
     assert document["machine"]["device"]
     assert document["copy_bytes_per_second"] > 1e8
     assert {(row["kind"], row.get("projection"), row["rows"]) for row in document["results"]} == {
@@ -78,7 +96,7 @@ def test_opencl_sweep_measures_products_and_layers(tmp_path):
 
 @needs_opencl
 def test_opencl_show_has_every_part(tmp_path):
-    document = run_quickly(tmp_path, "--backend", "opencl", "--show", "--tiers", "best,portable")
+    document = run_quickly(tmp_path, "opencl show", "--tiers", "best,portable")
     tiers = document["machine"]["tiers"]
     assert "portable" in tiers
     cells = document["gemm"]
@@ -101,7 +119,7 @@ def test_opencl_show_has_every_part(tmp_path):
 
 @needs_opencl
 def test_opencl_show_of_a_part(tmp_path):
-    document = run_quickly(tmp_path, "--backend", "opencl", "--show", "--only", "2", "--tokens", "4", "--launches", "5")
+    document = run_quickly(tmp_path, "opencl show", "--only", "2", "--tokens", "4", "--launches", "5")
     assert {(cell["tokens"], cell["launches"]) for cell in document["gemm"]} == {(4, 5)}
     assert len({cell["shape"] for cell in document["gemm"]}) == 1
     assert document["layer"] == document["host"] == document["compile"] == []
@@ -110,16 +128,21 @@ def test_opencl_show_of_a_part(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "gpt"], "--models: got gpt, expected qwen3"),
-        (["--isa", "mmx"], "isa: got 'mmx'"),
-        (["--threads", "100000"], "--threads: got 100000"),
-        (["--backend", "opencl", "--threads", "2"], "--threads: not with --backend opencl"),
-        (["--tiers", "portable"], "--tiers: not with --backend cpu"),
-        (["--backend", "opencl", "--only", "4"], "--only: got 4, expected 1, 2, 3, layer"),
+        (["sweep", "--models", "gpt"], "--models: got gpt, expected some of qwen3"),
+        (["show", "--isa", "mmx"], "isa: got 'mmx'"),
+        (["products", "--threads", "100000"], "--threads: got 100000"),
+        (["layers", "--cpus", "0", "--threads", "2"], "--threads: got 2, expected at most the number of --cpus"),
+        (["opencl", "sweep", "--threads", "2"], "unrecognized arguments: --threads 2"),
+        (["show", "--tiers", "portable"], "unrecognized arguments: --tiers portable"),
+        (["opencl", "show", "--only", "4"], "--only: got 4, expected some of 1, 2, 3, layer"),
+        (["opencl"], "invalid choice: 'opencl'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["models", "--only", "nap"], "--only: got nap, expected some of pack, open, memory, speed"),
+        (["before-after"], "required: --before"),
     ],
 )
 def test_wrong_options_are_refused(arguments, message):
-    finished = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
+    finished = bench(*arguments)
     assert finished.returncode == 2
     assert message in finished.stderr
 
@@ -128,12 +151,114 @@ def test_whole_models(tmp_path):
     """The parts that need no PyTorch, on a model of one layer."""
     output = tmp_path / "result.json"
     options = ["--only", "pack,open", "--layers", "1", "--packed-layers", "1", "--rounds", "1", "--folder", tmp_path]
-    script = SCRIPT.with_name("bench_models.py")
-    finished = subprocess.run(
-        [sys.executable, script, *options, "--output", output], capture_output=True, text=True, timeout=300
-    )
+    finished = bench("models", *options, "--output", output, timeout=300)
     assert finished.returncode == 0, finished.stderr
     document = json.loads(output.read_text())
     assert document["machine"]["threads"] >= 1
     assert [line["unit"] for line in document["show"]] == ["GB/s", "s", "s"]
     assert all(line["measured"] > 0 for line in document["show"])
+
+
+# ---------------------------------------------------------------------------------------------
+# The commands
+
+
+def test_list_names_every_command_and_peer():
+    finished = bench("list", "--json")
+    assert finished.returncode == 0, finished.stderr
+    listed = json.loads(finished.stdout)
+    assert {"compare", "show", "before-after", "opencl show"} <= listed["commands"].keys()
+    for peer in listed["peers"]:
+        assert (peer["version"] is None) == (peer["missing"] is not None), peer
+    assert "numpy_dense" in {peer["name"] for peer in listed["peers"]}
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep", "show", "cost", "models", "before-after", "opencl show"])
+def test_every_command_has_a_help_text(command):
+    finished = bench(*command.split(), "--help")
+    assert finished.returncode == 0, finished.stderr
+    assert f"usage: python -m bench {command}" in finished.stdout
+
+
+def test_importing_a_command_loads_no_openmp_runtime():
+    """The runtime counts CPUs when it is loaded, and ``--threads`` restricts them after the import."""
+    program = (
+        "import importlib; from bench.commands import COMMANDS; from bench.common.machine import openmp_runtimes\n"
+        "for command in COMMANDS.values(): importlib.import_module(command.module)\n"
+        "print(openmp_runtimes())"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert finished.stdout.strip() == "[]", finished.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Two builds
+
+
+def compare_builds(tmp_path, *arguments):
+    output = tmp_path / "result.json"
+    folder = str(Path(marlin_cy.__file__).parents[1])
+    sides = ["--before", sys.executable, "--before-path", folder, "--after-path", folder]
+    finished = bench("before-after", *sides, "--quick", "--output", output, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(output.read_text()), finished.stdout
+
+
+def test_a_build_beside_itself(tmp_path):
+    document, printed = compare_builds(tmp_path)
+    assert {side["folder"] for side in document["sides"].values()} == {str(Path(marlin_cy.__file__).parent)}
+    cases = document["cases"]
+    assert len({case["name"] for case in cases}) == len(cases)
+    assert {(case["part"], case["compute_dtype"]) for case in cases} == {
+        (part, dtype) for part in ("overhead", "product", "routed", "layer") for dtype in ("int16", "int8")
+    }
+    for case in cases:
+        assert case["same_bits"], case["name"]
+        assert case["rounds"] == 2
+        assert case["ratio"].keys() == case["us"]["before"].keys() == SPREAD
+        low, high = case["ratio_interval"]
+        assert 0 < low <= case["ratio"]["median"] <= high
+        assert case["passed"] == (case["ratio"]["median"] >= document["least"])
+        assert case["name"] in printed
+
+
+def test_other_starts_and_a_part_of_the_cases(tmp_path):
+    options = "--only=overhead", "--compute-dtypes=int8", "--rounds=3", "--starts=2", "--threads=1", "--isa=generic"
+    document, printed = compare_builds(tmp_path, *options, "--json")
+    assert json.loads(printed) == document
+    (case,) = document["cases"]
+    assert case["rounds"] == document["timing"]["rounds"] == 4, "as many in each start"
+
+
+@pytest.mark.parametrize(
+    "before, message", [("/nonexistent", "--before: got '/nonexistent'"), ("/bin/true", "--before: its process ended")]
+)
+def test_a_side_that_cannot_run_is_an_error(before, message):
+    finished = bench("before-after", "--before", before, "--quick")
+    assert finished.returncode == 2
+    assert message in finished.stderr
+
+
+def test_a_request_that_fails_is_an_error():
+    with contextlib.closing(Side("before", sys.executable, str(Path(marlin_cy.__file__).parents[1]))) as side:
+        case = {"kind": "product", "stack": [1, 32, 8, 32], "experts_per_call": 1, "rows": 1}
+        common = {"compute_dtype": "int16", "threads": 1}
+        with pytest.raises(ValueError, match="--before: ValueError: isa: got 'mmx'"):
+            side.make({**case, **common, "isa": "mmx"}, 1e-3)
+        assert len(side.make({**case, **common, "isa": "generic"}, 1e-3)) == 64
+        assert side() > 0
+
+
+def test_the_worker_of_a_build_imports_nothing_but_public_names():
+    """The build before may be older than this repository."""
+    tree = ast.parse(WORKER.read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert imported == {"hashlib", "json", "os", "sys", "time", "numpy", "ml_dtypes", "marlin_cy"}
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_package(node.value)}
+    assert names - {"__file__", "__version__"} <= set(marlin_cy.__all__)
+
+
+def is_package(node):
+    return getattr(node, "attr", getattr(node, "id", None)) in ("_package", "marlin_cy")

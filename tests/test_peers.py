@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # bench is not installed
 
 from bench import peers  # noqa: E402
+from bench.peers.checks import relative_error  # noqa: E402
 from bench.peers.numpy_dense import NumpyDense  # noqa: E402
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "ggml", "vllm", "kt_kernel")
@@ -269,7 +270,7 @@ class Rounded(NumpyDense):
 
 def test_check_takes_weights_of_a_peers_own_rounding_and_tells_the_whole_error(rng, symmetric):
     peer, weight = Rounded(num_threads=1), weights_of(rng, 1, 256, 32, symmetric)[0]
-    off = peers.interface.relative_error(peer.kept(weight), reference.dequantize_weight(weight))
+    off = relative_error(peer.kept(weight), reference.dequantize_weight(weight))
     assert 1e-2 < off < peer.says
     assert off / 2 < peers.check(peer, weight, rng) < 2 * off  # of few rows, so the norms' ratio has a spread
 
@@ -277,7 +278,7 @@ def test_check_takes_weights_of_a_peers_own_rounding_and_tells_the_whole_error(r
 def test_check_refuses_weights_that_are_further_off_than_said(rng):
     peer, weight = Rounded(num_threads=1), weights_of(rng, 1, 256, 32)[0]
     peer.parts = 2
-    with pytest.raises(peers.WrongResult, match="weights that are"):
+    with pytest.raises(peers.WrongResult, match="weights with a relative error"):
         peers.check(peer, weight, rng)
 
 

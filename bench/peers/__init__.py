@@ -1,10 +1,13 @@
-"""Other libraries, each in a file of its own behind the one interface of ``interface.py``.
+"""Other libraries, each in a file of its own behind the interface of ``interface.py``, and the comparison with them.
 
-Importing this imports none of them.
+Importing this package imports none of the libraries.
 """
 
+from __future__ import annotations
+
+from .checks import WrongResult, bound, check, check_moe, check_routed
 from .ggml_moe import GgmlMoe, GgmlQ4K
-from .interface import Experts, Peer, Projection, RoutedProduct, WrongResult, bound, check, check_moe, check_routed
+from .interface import Experts, Peer, Projection, RoutedProduct
 from .kt_kernel_moe import KtAmxInt4, KtGptqAvx2, KtGptqAvxVnni, KtRawInt4
 from .numpy_dense import NumpyDense
 from .onnxruntime_nbits import OnnxRuntimeFloat32, OnnxRuntimeInt8
@@ -24,9 +27,10 @@ __all__ = [
     "check",
     "check_moe",
     "check_routed",
+    "peer_named",
 ]
 
-PEERS = (
+PEERS: tuple[type[Peer], ...] = (
     NumpyDense,
     TorchFloat32,
     TorchBf16,
@@ -45,4 +49,9 @@ PEERS = (
     KtGptqAvxVnni,
     KtAmxInt4,
 )
-"""Every adapter. Each is made with a number of threads."""
+"""All adapters. Their constructors take the number of threads."""
+
+
+def peer_named(name: str) -> type[Peer]:
+    """The adapter of a name."""
+    return next(adapter for adapter in PEERS if adapter.name == name)

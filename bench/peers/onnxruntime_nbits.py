@@ -1,29 +1,34 @@
-"""ONNX Runtime's operators on 4-bit weights, ``MatMulNBits`` and ``QMoE``, each as a model of one node.
+"""ONNX Runtime's operators on 4-bit weights, ``MatMulNBits`` and ``QMoE``, each in a model of one node.
 
 Source of the formats: the operators' own documentation, ``docs/ContribOperators.md`` of onnxruntime.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
+from bench.peers.forms import pack_rows, require_nibble_zeros, require_plain
+from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.weights.int4 import Int4Weight, unpack_words
-
-from .interface import Experts, Peer, Projection, require_plain
 
 __all__ = ["OnnxRuntimeFloat32", "OnnxRuntimeInt8"]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DOMAIN = "com.microsoft"
-MODEL_BYTES = 2**31 - 2**20  # what a serialised model may have, with room for all that is no weight
+MODEL_BYTES = 2**31 - 2**20  # limit of a serialised model, less room for everything but weights
 
 
 class _OnnxRuntime(Peer):
-    """Threads are the session's own, and do not spin between calls."""
+    """Base of both accuracies. Threads belong to the session and do not spin between calls."""
 
     distribution = "onnxruntime"
     accuracy_level: int
 
-    def available(self):
+    def available(self) -> str | None:
         try:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
@@ -31,14 +36,14 @@ class _OnnxRuntime(Peer):
             return f"{error.name} cannot be imported ({error}): pip install onnxruntime onnx"
         return None
 
-    def load(self, weight):
-        parts = {name: None if array is None else array[0] for name, array in _packed([weight]).items()}
+    def load(self, weight: Int4Weight) -> Projection:
+        parts: dict[str, Any] = {name: None if array is None else array[0] for name, array in _packed([weight]).items()}
         codes = parts["codes"].reshape(weight.n, -1, weight.group_size // 2)
         weights = {"B": codes, "scales": parts["scales"], "zero_points": parts["zero_points"]}
         attributes = {"K": weight.k, "N": weight.n, "bits": 4, "block_size": weight.group_size}
         return _Projection(self._session("MatMulNBits", {"A": weight.k}, weights, weight.n, attributes))
 
-    def available_moe(self):
+    def available_moe(self) -> str | None:
         if (missing := self.available()) is not None:
             return missing
         from onnxruntime.capi import onnxruntime_pybind11_state as states
@@ -52,22 +57,44 @@ class _OnnxRuntime(Peer):
             return f"onnxruntime {self.version} cannot run QMoE ({error}): pip install -U onnxruntime"
         return None
 
-    def load_moe(self, gate_up, down):
+    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
         weights, attributes = _moe_parts(gate_up, down)
         return _Experts(lambda top_k: self._moe_session(weights, attributes, top_k), len(gate_up))
 
-    def _moe_session(self, weights, attributes, top_k):
+    def _moe_session(self, weights: Mapping[str, Any], attributes: Mapping[str, Any], top_k: int) -> Any:
         num_experts, width = weights["fc2_experts_weights"].shape[:2]
         inputs = {"input": width, "router_probs": num_experts}
-        return self._session("QMoE", inputs, weights, width, attributes | {"k": top_k}, {"router_weights": num_experts})
+        return self._session(
+            "QMoE", inputs, weights, width, {**attributes, "k": top_k}, {"router_weights": num_experts}
+        )
 
-    def _session(self, operator, first_inputs, weights, width, attributes, last_inputs=None):
-        """A session of one node: its inputs (name to width), weights (None: left out), further inputs; its output."""
+    def _session(
+        self,
+        operator: str,
+        first_inputs: dict[str, int],
+        weights: Mapping[str, Array | None],
+        width: int,
+        attributes: Mapping[str, Any],
+        last_inputs: dict[str, int] | None = None,
+    ) -> Any:
+        """A session of one node.
+
+        Parameters
+        ----------
+        operator : str
+        first_inputs, last_inputs : dict of str to int
+            Widths of the inputs before and after the weights, in order.
+        weights : dict of str to array or None
+            In order; None for an optional input that is not given.
+        width : int
+            Width of the output.
+        attributes : dict
+        """
         import onnx
         import onnxruntime
 
         if sum(array.nbytes for array in weights.values() if array is not None) > MODEL_BYTES:
-            raise UnsupportedError(f"weights: got more than the {MODEL_BYTES} bytes that a model may have")
+            raise UnsupportedError(f"weights: got more bytes than a model may have, expected at most {MODEL_BYTES}")
         last_inputs = last_inputs or {}
         names = [*first_inputs, *("" if array is None else name for name, array in weights.items()), *last_inputs]
         node = onnx.helper.make_node(
@@ -86,7 +113,7 @@ class _OnnxRuntime(Peer):
         options.intra_op_num_threads = self.num_threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # a model that is refused raises; what is logged says no more
+        options.log_severity_level = 4  # a rejected model raises an error that says the same
         return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
@@ -103,26 +130,28 @@ class OnnxRuntimeInt8(_OnnxRuntime):
 
 
 class _Projection(Projection):
-    def __init__(self, session):
+    def __init__(self, session: Any) -> None:
         self._session = session
 
-    def prepare(self, x):
+    def prepare(self, x: Array) -> Any:
         return _values(A=x)
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         return self._session.run_with_ort_values(["Y"], prepared)[0]
 
-    def result(self, out):
-        return out.numpy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.numpy()
+        return result
 
 
 class _Experts(Experts):
-    """A session for each top-k that is asked for, as the node's attribute is."""
+    """Has one session per top-k, which is an attribute of the node."""
 
-    def __init__(self, make_session, num_experts):
-        self._make_session, self._num_experts, self._sessions = make_session, num_experts, {}
+    def __init__(self, make_session: Callable[[int], Any], num_experts: int) -> None:
+        self._make_session, self._num_experts = make_session, num_experts
+        self._sessions: dict[int, Any] = {}
 
-    def prepare(self, x, topk_ids, topk_weights):
+    def prepare(self, x: Array, topk_ids: Array, topk_weights: Array) -> Any:
         tokens, top_k = topk_ids.shape
         if top_k not in self._sessions:
             self._sessions[top_k] = self._make_session(top_k)
@@ -131,20 +160,23 @@ class _Experts(Experts):
         np.put_along_axis(weights, topk_ids, topk_weights, axis=1)
         return self._sessions[top_k], _values(input=x, router_probs=chosen, router_weights=weights)
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         session, values = prepared
         return session.run_with_ort_values(["Y"], values)[0]
 
-    def result(self, out):
-        return out.numpy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.numpy()
+        return result
 
 
-def _moe_parts(gate_up, down):
-    """QMoE's inputs that are weights, in their order, None for one that is left out; and its attributes."""
+def _moe_parts(
+    gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]
+) -> tuple[dict[str, Array | None], dict[str, Any]]:
+    """QMoE's inputs that are weights, in order, with None for those not given; and its attributes."""
     sizes = {weight.group_size for weight in (*gate_up, *down)}
     if len(sizes) != 1:
         raise UnsupportedError(f"weight: got group sizes {sorted(sizes)}, expected the same for all")
-    # A gate row, then its up row: the only order that the CPU's operator has.
+    # Gate and up rows alternate: the only order that the CPU operator supports.
     interleaved = np.arange(gate_up[0].n).reshape(2, -1).T.reshape(-1)
     first, second = _packed(gate_up, interleaved), _packed(down)
     weights = {
@@ -162,7 +194,7 @@ def _moe_parts(gate_up, down):
         "fc3_zero_points": None,
     }
     attributes = {
-        "activation_type": "swiglu",  # with these two, silu(gate) * up
+        "activation_type": "swiglu",  # with this alpha and beta: silu(gate) * up
         "activation_alpha": 1.0,
         "activation_beta": 0.0,
         "swiglu_fusion": 1,
@@ -174,36 +206,29 @@ def _moe_parts(gate_up, down):
     return weights, attributes
 
 
-def _packed(weights, columns=slice(None)):
-    """Both operators' arrays of several weights, N first.
+def _packed(weights: Sequence[Int4Weight], columns: Any = slice(None)) -> dict[str, Array | None]:
+    """The arrays of both operators for several weights, N before K.
 
-    ``codes`` is uint8 ``[E, N, K/2]`` and ``zero_points`` uint8 ``[E, N, ceil(K/g/2)]``, low nibble first,
-    or None where all zero points are 8, which the operators then take for granted; ``scales`` is float32
-    ``[E, N, K/g]``.
+    ``codes`` is uint8 ``[E, N, K/2]`` and ``zero_points`` uint8 ``[E, N, ceil(K/g/2)]``, low nibble first.
+    ``zero_points`` is None if all of them are 8, the operators' default. ``scales`` is float32 ``[E, N, K/g]``.
     """
     for weight in weights:
         require_plain(weight, BLOCK_SIZES)
-        if weight.zero.max() > 15:
-            raise UnsupportedError("weight: got a zero point of 16, expected 0 to 15, as a nibble holds it")
+        require_nibble_zeros(weight)
     symmetric = all((weight.zero == 8).all() for weight in weights)
     return {
-        "codes": np.stack([_nibbles(unpack_words(weight.words).T[columns]) for weight in weights]),
+        "codes": np.stack([pack_rows(unpack_words(weight.words).T[columns]) for weight in weights]),
         "scales": np.stack([weight.scale.T[columns].astype(np.float32) for weight in weights]),
-        "zero_points": None if symmetric else np.stack([_nibbles(weight.zero.T[columns]) for weight in weights]),
+        "zero_points": None if symmetric else np.stack([pack_rows(weight.zero.T[columns]) for weight in weights]),
     }
 
 
-def _nibbles(values):
-    """uint8 ``[N, ceil(X/2)]`` from ``[N, X]`` in 0..15, low nibble first, the last one filled with 0."""
-    padded = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    return padded[:, 0::2] | padded[:, 1::2] << 4
-
-
-def _rows_of(onnx, name, width):
+def _rows_of(onnx: Any, name: str, width: int) -> Any:
+    """The description of a float32 input or output ``[rows, width]``."""
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", width])
 
 
-def _values(**arrays):
+def _values(**arrays: Array) -> dict[str, Any]:
     """float32 arrays as ONNX Runtime's own values."""
     from onnxruntime import OrtValue
 

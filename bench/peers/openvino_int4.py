@@ -1,39 +1,42 @@
-"""OpenVINO's CPU plugin on compressed 4-bit weights.
+"""OpenVINO's CPU plugin with compressed 4-bit weights.
 
-A model holds the codes as a constant of type u4, then what makes weights of them: convert, subtract zero
-points, multiply by scales, reshape, and the product. The plugin takes that chain into the product, which
-then reads the 4-bit codes; where it does not, the weights would be expanded once and their speed would say
-nothing of int4, so loading looks at the executed graph and fails. Source of the pattern: OpenVINO's
-documentation, "Weight Compression".
+A model holds the codes as a constant of type u4, followed by the operations that dequantise them (convert, subtract
+zero points, multiply by scales, reshape) and the product. The plugin fuses this chain into the product, which then
+reads 4-bit codes. If it does not fuse, the weights are expanded once and the speed is not that of int4: loading looks
+at the executed graph and raises in this case. Source of the pattern: OpenVINO's documentation, "Weight Compression".
 
-A layer's experts are written as every token through every expert, of which a scattered ``[T, E]`` of
-top-k weights keeps some; the plugin makes of it products that run only the chosen experts
-(``GatherMatmul``). Source of that pattern: OpenVINO, ``convert_tiled_moe_block_to_gather_matmuls.cpp``.
+A layer's experts are written as every token through every expert, multiplied by a scattered ``[T, E]`` matrix of top-k
+weights. The plugin turns this into products that run the selected experts only (``GatherMatmul``). Source of that
+pattern: OpenVINO, ``convert_tiled_moe_block_to_gather_matmuls.cpp``.
 """
 
+from __future__ import annotations
+
 import functools
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from bench.peers.forms import columns_of, require_matching, require_nibble_zeros, require_plain, require_routing
+from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import unpack_words
-
-from .interface import Experts, Peer, Projection, require_matching, require_plain, require_routing
+from marlin_cy.weights.int4 import Int4Weight, unpack_words
 
 __all__ = ["OpenVinoBf16", "OpenVinoFloat32", "OpenVinoInt8"]
 
 ACTIVATION_GROUP = 32  # values that share a scale; groups of weights must be a multiple of it
 
 
-def pack_nibbles(codes):
-    """uint8, two codes a byte, the first in the low half, from codes in C order; an odd one has 0 beside it."""
+def pack_nibbles(codes: Array) -> npt.NDArray[np.uint8]:
+    """uint8, two codes per byte in C order, the first in the low half. An odd number of codes is padded with 0."""
     codes = np.append(codes, np.uint8(0)) if codes.size % 2 else codes.reshape(-1)
     return codes[0::2] | codes[1::2] << 4
 
 
 class OpenVino(Peer):
-    """What the three precisions share."""
+    """Base of the three precisions."""
 
     distribution = "openvino"
     most_weights = 8
@@ -41,13 +44,13 @@ class OpenVino(Peer):
     activation_group = 0  # activations stay floats
 
     @functools.cached_property
-    def core(self):
-        """The plugin's loader, made when first asked for."""
+    def core(self) -> Any:
+        """The plugin's loader, made on first use."""
         import openvino
 
         return openvino.Core()
 
-    def available(self):
+    def available(self) -> str | None:
         try:
             import openvino  # noqa: F401
         except ImportError as error:
@@ -56,7 +59,7 @@ class OpenVino(Peer):
             return "openvino has no CPU plugin for this machine"
         return None
 
-    def load(self, weight):
+    def load(self, weight: Int4Weight) -> Projection:
         if self.activation_group and weight.group_size % self.activation_group:
             raise UnsupportedError(
                 f"weight: got group_size {weight.group_size}, expected a multiple of {self.activation_group}"
@@ -64,15 +67,15 @@ class OpenVino(Peer):
         model, held = _projection(weight)
         return _Projection(self._compile(model, "FullyConnected", 1), held, weight.k)
 
-    def available_moe(self):
+    def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up, down):
+    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
         require_matching(gate_up, down)
         model, held = _experts(gate_up, down)
         return _Experts(self._compile(model, "GatherMatmul", 3), held, gate_up[0].k, len(gate_up))
 
-    def _compile(self, model, kind, products):
+    def _compile(self, model: Any, kind: str, products: int) -> Any:
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -96,64 +99,67 @@ class OpenVinoBf16(OpenVino):
 
     name, accuracy, precision = "openvino_bf16", "bf16", "bf16"
 
-    def available(self):
+    def available(self) -> str | None:
         missing = super().available()
         if missing is None and "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            missing = "openvino computes no bfloat16 on this CPU"
+            missing = "openvino has no bfloat16 arithmetic on this CPU"
         return missing
 
 
 class OpenVinoInt8(OpenVino):
-    """Activations quantised at each product, which OpenVINO calls dynamic quantisation."""
+    """Activations quantised for each product: dynamic quantisation."""
 
     name, accuracy, activation_group = "openvino_int8", "int8", ACTIVATION_GROUP
 
-    def available_moe(self):
+    def available_moe(self) -> str | None:
         return self.available() or "openvino quantises no activations in its products by expert"
 
-    def load_moe(self, gate_up, down):
+    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
         raise UnsupportedError(self.available_moe())
 
 
 class _Projection(Projection):
-    def __init__(self, compiled, held, k):
-        self._compiled, self._held, self._k = compiled, held, k  # constants share the memory of the arrays held
+    def __init__(self, compiled: Any, held: list[Array], k: int) -> None:
+        # The model's constants share the memory of the arrays in `held`.
+        self._compiled, self._held, self._k = compiled, held, k
 
-    def prepare(self, x):
+    def prepare(self, x: Array) -> Any:
         x = np.array(x, np.float32, order="C")
         if x.ndim != 2 or x.shape[1] != self._k:
             raise ValueError(f"x: got shape {x.shape}, expected [M, {self._k}]")
         return _request(self._compiled, x)
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         prepared.infer()
         return prepared
 
-    def result(self, out):
-        return out.get_output_tensor().data.copy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.get_output_tensor().data.copy()
+        return result
 
 
 class _Experts(Experts):
-    def __init__(self, compiled, held, hidden, num_experts):
+    def __init__(self, compiled: Any, held: list[Array], hidden: int, num_experts: int) -> None:
         self._compiled, self._held, self._hidden, self._num_experts = compiled, held, hidden, num_experts
 
-    def prepare(self, x, topk_ids, topk_weights):
+    def prepare(self, x: Array, topk_ids: Array, topk_weights: Array) -> Any:
         x = np.array(x, np.float32, order="C")
         ids = np.array(topk_ids, np.int32, order="C")
         weights = np.array(topk_weights, np.float32, order="C")
         require_routing(x, ids, weights, self._hidden, self._num_experts)
         return _request(self._compiled, x, ids, weights)
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         prepared.infer()
         return prepared
 
-    def result(self, out):
-        return out.get_output_tensor().data.copy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.get_output_tensor().data.copy()
+        return result
 
 
-def _request(compiled, *inputs):
-    """A request of its own for these inputs, which it shares the memory of."""
+def _request(compiled: Any, *inputs: Array) -> Any:
+    """A new inference request with these inputs, whose memory it shares."""
     import openvino
 
     request = compiled.create_infer_request()
@@ -162,8 +168,8 @@ def _request(compiled, *inputs):
     return request
 
 
-def _projection(weight):
-    """The model of one product, and the arrays that it needs as long as it lives."""
+def _projection(weight: Int4Weight) -> tuple[Any, list[Array]]:
+    """The model of one product, and the arrays that must live as long as it."""
     import openvino
     from openvino import opset13
 
@@ -173,20 +179,20 @@ def _projection(weight):
     return openvino.Model([opset13.matmul(x, dense, False, True)], [x], "projection"), held
 
 
-def _experts(gate_up, down):
-    """The model of a layer's experts, and the arrays that it needs as long as it lives.
+def _experts(gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> tuple[Any, list[Array]]:
+    """The model of a layer's experts, and the arrays that must live as long as it.
 
-    The pass that finds the pattern wants gate and up as two products, and a Swish of one input, which the
-    opsets' own function does not make.
+    The plugin recognises the pattern only if gate and up are two products and Swish has one input. The opsets'
+    function for Swish makes two inputs, so the node is created by name.
     """
     import openvino
     from openvino import opset13
     from openvino.utils.node_factory import NodeFactory
 
     num_experts, hidden, half = len(gate_up), gate_up[0].k, gate_up[0].n // 2
-    held = []
+    held: list[Array] = []
 
-    def product(x, weights):
+    def product(x: Any, weights: Sequence[Int4Weight]) -> Any:
         n, k, group_size = weights[0].n, weights[0].k, weights[0].group_size
         dense, arrays = _dense(weights, [num_experts, n, k // group_size, group_size], [num_experts, n, k])
         held.extend(arrays)
@@ -198,8 +204,8 @@ def _experts(gate_up, down):
     rows = opset13.reshape(x, np.array([-1, hidden]), special_zero=False)
     tiled = opset13.tile(rows, np.array([num_experts, 1]))
     tiled = opset13.reshape(tiled, np.array([num_experts, -1, hidden]), special_zero=False)
-    gate = product(tiled, [_columns(weight, slice(half)) for weight in gate_up])
-    up = product(tiled, [_columns(weight, slice(half, None)) for weight in gate_up])
+    gate = product(tiled, [columns_of(weight, slice(half)) for weight in gate_up])
+    up = product(tiled, [columns_of(weight, slice(half, None)) for weight in gate_up])
     silu = NodeFactory("opset4").create("Swish", [gate.output(0)], {})
     outputs = product(opset13.multiply(silu, up), down)
     outputs = opset13.reshape(outputs, np.array([num_experts, -1, 1, hidden]), special_zero=False)
@@ -218,45 +224,38 @@ def _experts(gate_up, down):
     return openvino.Model([total], [x, ids, weights], "experts"), held
 
 
-def _columns(weight, columns):
-    """Some of a weight's columns as a weight."""
-    zero = weight.zero[:, columns]
-    return replace(weight, words=weight.words[:, columns], scale=weight.scale[:, columns], zero=zero)
-
-
-def _dense(weights, grouped, shape):
-    """The chain that makes float32 ``shape`` of codes of shape ``grouped``, and the arrays that it shares.
+def _dense(weights: Sequence[Int4Weight], grouped: list[int], shape: list[int]) -> tuple[Any, list[Array]]:
+    """The chain that dequantises codes of shape ``grouped`` to float32 ``shape``, and the arrays that it shares.
 
     Raises
     ------
     UnsupportedError
-        For a weight that the chain has no form for.
+        The chain cannot represent a weight.
     """
     import openvino
     from openvino import opset13
 
     for weight in weights:
         require_plain(weight)
-        if (weight.zero > 15).any():
-            raise UnsupportedError("weight: got a zero point of 16, expected at most 15, as they become 4-bit codes")
-    held = []
+        require_nibble_zeros(weight)
+    held: list[Array] = []
 
-    def nibbles(codes, shape):
+    def nibbles(codes: Array, shape: list[int]) -> Any:
         packed = pack_nibbles(codes)
         held.append(packed)
         constant = openvino.op.Constant(openvino.Tensor(packed, openvino.Shape(shape), openvino.Type.u4))
         return opset13.convert(constant, np.float32)
 
-    a_group = [*grouped[:-1], 1]
+    per_group = [*grouped[:-1], 1]
     codes = nibbles(np.stack([unpack_words(weight.words).T for weight in weights]), grouped)
-    zero = nibbles(np.stack([weight.zero.T for weight in weights]), a_group)
-    scale = np.stack([weight.scale.T.astype(np.float32) for weight in weights]).reshape(a_group)
+    zero = nibbles(np.stack([weight.zero.T for weight in weights]), per_group)
+    scale = np.stack([weight.scale.T.astype(np.float32) for weight in weights]).reshape(per_group)
     weighted = opset13.multiply(opset13.subtract(codes, zero), opset13.constant(scale))
     return opset13.reshape(weighted, np.array(shape), special_zero=False), held
 
 
-def _require_fused(compiled, kind, products):
-    """Raise UnsupportedError unless there are so many products of a kind, and each reads 4-bit codes itself."""
+def _require_fused(compiled: Any, kind: str, products: int) -> None:
+    """Raise UnsupportedError unless the graph has ``products`` products of a kind, each of which reads 4-bit codes."""
     nodes = compiled.get_runtime_model().get_ordered_ops()
     found = [node for node in nodes if node.get_rt_info()["layerType"].value == kind]
     types = [node.input(1).get_element_type().get_type_name() for node in found]

@@ -1,29 +1,34 @@
-"""Weights expanded when loaded, multiplied by PyTorch's ``linear``: oneDNN's or MKL's dense products."""
+"""Weights dequantised when loaded and multiplied by PyTorch's ``linear``: oneDNN's or MKL's dense products."""
+
+from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
 
-from bench.torch_peers import dense_linear
+from bench.peers.forms import require_plain
+from bench.peers.interface import Array, Peer, Projection
+from bench.peers.torch_calls import dense_linear
 from marlin_cy import reference
-
-from .interface import Peer, Projection, require_plain
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["TorchBf16", "TorchFloat32", "TorchPeer", "TorchProjection"]
 
 
 class TorchPeer(Peer):
-    """What the peers in PyTorch share. Its number of threads is the whole process's."""
+    """Base of the peers that use PyTorch. The number of threads is set for the whole process."""
 
     distribution = "torch"
-    group_sizes = None  # any
+    group_sizes: tuple[int, ...] | None = None  # any
 
-    def available(self):
+    def available(self) -> str | None:
         try:
             import torch  # noqa: F401
         except ImportError as error:
             return f"torch cannot be imported ({error}): pip install torch"
         return None
 
-    def load(self, weight):
+    def load(self, weight: Int4Weight) -> Projection:
         import torch
 
         require_plain(weight, self.group_sizes)
@@ -33,25 +38,26 @@ class TorchPeer(Peer):
         return TorchProjection(torch, linear, dtype)
 
     @abstractmethod
-    def _linear(self, torch, weight):
-        """A function of activations, and their dtype."""
+    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+        """The product as a function of activations, and the dtype of the activations."""
 
 
 class TorchProjection(Projection):
-    """A function of activations of some dtype."""
+    """A product as a function of activations of one dtype."""
 
-    def __init__(self, torch, linear, dtype):
+    def __init__(self, torch: Any, linear: Callable[[Any], Any], dtype: Any) -> None:
         self._torch, self._linear, self._dtype = torch, linear, dtype
 
-    def prepare(self, x):
+    def prepare(self, x: Array) -> Any:
         return self._torch.tensor(x, dtype=self._dtype)
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         with self._torch.inference_mode():
             return self._linear(prepared)
 
-    def result(self, out):
-        return out.float().numpy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.float().numpy()
+        return result
 
 
 class TorchBf16(TorchPeer):
@@ -59,7 +65,7 @@ class TorchBf16(TorchPeer):
 
     name, accuracy, weight_bytes = "torch_bf16", "bf16", 2
 
-    def _linear(self, torch, weight):
+    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
         return _dense(torch, weight, torch.bfloat16)
 
 
@@ -68,10 +74,10 @@ class TorchFloat32(TorchPeer):
 
     name, accuracy, weight_bytes = "torch_float32", "float32", 4
 
-    def _linear(self, torch, weight):
+    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
         return _dense(torch, weight, torch.float32)
 
 
-def _dense(torch, weight, dtype):
+def _dense(torch: Any, weight: Int4Weight, dtype: Any) -> tuple[Callable[[Any], Any], Any]:
     rows_of_n = torch.from_numpy(reference.dequantize_weight(weight)).T.to(dtype).contiguous()
     return dense_linear(torch, rows_of_n), dtype

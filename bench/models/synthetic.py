@@ -1,0 +1,152 @@
+"""Checkpoints with the layer shapes of real models and random weights, for benchmarks of loading and running."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+__all__ = ["QWEN3_30B_A3B", "write_qwen3_moe"]
+
+QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+"""Sizes of a layer, by the names of ``config.json``, which is the source."""
+
+GROUP_SIZE = 128
+
+
+def write_qwen3_moe(
+    folder: Path,
+    num_layers: int,
+    sizes: Mapping[str, int] = QWEN3_30B_A3B,
+    *,
+    vocab_size: int = 1024,
+    seed: int = 0,
+) -> int:
+    """Write a Qwen3-MoE checkpoint in GPTQ form, one file per layer: random codes, symmetric, group size 128.
+
+    Parameters
+    ----------
+    folder : Path
+        Created if it does not exist.
+    num_layers : int
+    sizes : dict
+        Sizes of a layer, by the names of ``config.json``.
+    vocab_size : int
+        Small by default, so that the layers dominate what is measured, not the embedding.
+    seed : int
+
+    Returns
+    -------
+    int
+        Bytes of all tensors.
+    """
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, inter = sizes["hidden_size"], sizes["moe_intermediate_size"]
+    heads = sizes["num_attention_heads"] * sizes["head_dim"]
+    kv_heads = sizes["num_key_value_heads"] * sizes["head_dim"]
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def bf16(*shape: int) -> Any:
+        return (rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1])).astype(ml_dtypes.bfloat16)
+
+    def ones(n: int) -> Any:
+        return np.ones(n, ml_dtypes.bfloat16)
+
+    def quantised(name: str, k: int, n: int) -> dict[str, Any]:
+        # Codes 0 to 15 have a standard deviation of 4.6: with this scale, outputs are about as large as inputs.
+        scale = rng.uniform(0.8, 1.2, (k // GROUP_SIZE, n)) / (4.6 * np.sqrt(k))
+        return {
+            f"{name}.qweight": rng.integers(0, 2**32, (k // 8, n), np.uint32).view(np.int32),
+            f"{name}.scales": scale.astype(np.float16),
+            f"{name}.qzeros": np.full((k // GROUP_SIZE, n // 8), 0x77777777, np.int32),
+            f"{name}.g_idx": np.arange(k, dtype=np.int32) // GROUP_SIZE,
+        }
+
+    def save(number: int, tensors: dict[str, Any]) -> None:
+        nonlocal total
+        file = f"model-{number:05}-of-{num_layers + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(array.nbytes for array in tensors.values())
+
+    save(
+        1,
+        {
+            "model.embed_tokens.weight": bf16(vocab_size, hidden),
+            "lm_head.weight": bf16(vocab_size, hidden),
+            "model.norm.weight": ones(hidden),
+        },
+    )
+    for layer in range(num_layers):
+        name = f"model.layers.{layer}"
+        tensors = {
+            f"{name}.input_layernorm.weight": ones(hidden),
+            f"{name}.post_attention_layernorm.weight": ones(hidden),
+            f"{name}.self_attn.q_norm.weight": ones(sizes["head_dim"]),
+            f"{name}.self_attn.k_norm.weight": ones(sizes["head_dim"]),
+            f"{name}.mlp.gate.weight": bf16(sizes["num_experts"], hidden),
+        }
+        for part, k, n in (
+            ("q", hidden, heads),
+            ("k", hidden, kv_heads),
+            ("v", hidden, kv_heads),
+            ("o", heads, hidden),
+        ):
+            tensors |= quantised(f"{name}.self_attn.{part}_proj", k, n)
+        for expert in range(sizes["num_experts"]):
+            experts = f"{name}.mlp.experts.{expert}"
+            tensors |= quantised(f"{experts}.gate_proj", hidden, inter)
+            tensors |= quantised(f"{experts}.up_proj", hidden, inter)
+            tensors |= quantised(f"{experts}.down_proj", inter, hidden)
+        save(layer + 2, tensors)
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    quantization = {
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "desc_act": False,
+        "sym": True,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+    }
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": num_layers,
+        "vocab_size": vocab_size,
+        "intermediate_size": 6144,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "dtype": "bfloat16",
+        **sizes,
+        "quantization_config": quantization,
+    }
+    _write_json(folder / "config.json", config)
+    return total
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

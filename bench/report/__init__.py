@@ -1,0 +1,1 @@
+"""What is made of a saved comparison: tables, pictures, bars."""
