@@ -38,7 +38,7 @@ def integer(name: str, value: Any) -> int:
     if index is None:
         raise TypeError(f"{name}: got {value!r}, expected an int")
     if not -(1 << 63) <= index < 1 << 63:
-        raise ValueError(f"{name}: got an int of {index.bit_length()} bits, expected one that fits int64")
+        raise ValueError(f"{name}: got a number of {index.bit_length()} bits, expected one that fits int64")
     return index
 
 

@@ -60,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.refuse("expected either CHECKPOINT or --shape")
     if arguments.top_k < 1:
         arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
-    backend = open_backend("opencl", arguments)
+    backend: Any = open_backend("opencl", arguments)
     # Imported here, as it needs PyOpenCL.
     from marlin_cy.opencl import tuning
 
