@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import numbers
 import operator
 from collections.abc import Collection
@@ -104,5 +103,7 @@ def positive_argument(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+        from argparse import ArgumentTypeError  # not needed to import the package
+
+        raise ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return value

@@ -83,7 +83,7 @@ class CpuBackend(Backend):
             list(packed.g_idx),
             packed.codes,
             packed.scale_dtype,
-            packed.data,
+            packed.data.reshape(-1),
         )
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, packed.bias)
 
