@@ -1,7 +1,7 @@
 """The activations of a MoE layer: one row each.
 
-An activation takes the gate and the up half of the first product and gives the input of the second. A backend
-has one kernel for each row, found by the row's number.
+An activation computes the input of the second product from the gate half and the up half of the first product. A
+backend has one kernel for each row, which it finds by the row's number.
 """
 
 import math
@@ -26,8 +26,8 @@ class Activation:
     name : str
         The layer's argument.
     number : int
-        As kernels know it: ``ACTIVATION_*`` in ``cpu/ukernels/ukernel.h``; one more in the macro ``ACTIVATION`` of
-        ``opencl/kernels``, where 0 means that there is none.
+        Its number in the kernels: ``ACTIVATION_*`` in ``cpu/ukernels/ukernel.h``; the macro ``ACTIVATION`` of
+        ``opencl/kernels`` is one larger, as 0 means no activation there.
     reference : callable
         ``reference(gate, up)`` of float64 arrays: the definition that every backend is tested against.
     """
@@ -39,24 +39,27 @@ class Activation:
 
 def _silu(gate: FloatArray, up: FloatArray) -> FloatArray:
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-gate)) * up
+        result: FloatArray = gate / (1 + np.exp(-gate)) * up
+    return result
 
 
 def _gelu(gate: FloatArray, up: FloatArray) -> FloatArray:
-    erf = np.vectorize(math.erf, otypes=[float])(np.asarray(gate) / math.sqrt(2))
+    erf: FloatArray = np.vectorize(math.erf, otypes=[float])(np.asarray(gate) / math.sqrt(2))
     return gate * 0.5 * (1 + erf) * up
 
 
 def _gelu_tanh(gate: FloatArray, up: FloatArray) -> FloatArray:
     with np.errstate(over="ignore"):
-        return gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+        tanh: FloatArray = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    return gate * 0.5 * (1 + tanh) * up
 
 
 def _swigluoai(gate: FloatArray, up: FloatArray) -> FloatArray:
     """gpt-oss's SwiGLU: gate at most 7, up between -7 and 7, a sigmoid with slope 1.702, up plus one."""
     gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        result: FloatArray = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    return result
 
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import numbers
 import operator
 from collections.abc import Collection
@@ -38,7 +37,7 @@ def integer(name: str, value: Any) -> int:
     if index is None:
         raise TypeError(f"{name}: got {value!r}, expected an int")
     if not -(1 << 63) <= index < 1 << 63:
-        raise ValueError(f"{name}: got an int of {index.bit_length()} bits, expected one that fits int64")
+        raise ValueError(f"{name}: got a number of {index.bit_length()} bits, expected one that fits int64")
     return index
 
 
@@ -104,5 +103,7 @@ def positive_argument(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+        from argparse import ArgumentTypeError  # not needed to import the package
+
+        raise ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return value

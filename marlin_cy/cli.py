@@ -23,15 +23,12 @@ __all__ = ["main"]
 class Command(Protocol):
     """What a command's module has."""
 
-    __doc__: str | None
     HELP: str
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    def add_arguments(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         """Declare the arguments; ``argv`` is the command line, where they depend on it."""
 
-    @staticmethod
-    def execute(arguments: argparse.Namespace) -> int:
+    def execute(self, arguments: argparse.Namespace) -> int:
         """Run the command; returns the exit code. ``arguments.refuse(message)`` ends it with a usage error."""
 
 

@@ -7,12 +7,13 @@ function, see :mod:`marlin_cy.backends`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import argparse
+
     from rich.console import Console
 
 __all__ = ["ArgumentGroup", "CommandLine", "DoctorReport", "Precision"]

@@ -1,9 +1,15 @@
-"""The exception types that are this library's own.
+"""The exception types of this library.
 
-A caller's mistake (wrong dtype, shape, range) is a built-in ``TypeError``, ``ValueError`` or
-``IndexError`` whose message names the argument, what it got and what was expected. The classes
-below say what those three cannot.
+An invalid argument (dtype, shape, range) raises a built-in ``TypeError``, ``ValueError`` or ``IndexError``. Its
+message names the argument, the value it got and the value that was expected. The classes below are for all other
+failures.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "BackendUnavailable",
@@ -18,15 +24,15 @@ __all__ = [
 
 
 class MarlinError(Exception):
-    """Base class of this library's own exceptions."""
+    """Base class of the exceptions of this library."""
 
 
 class UnsupportedError(MarlinError, NotImplementedError):
-    """The request is well formed, but this backend or format cannot do it (3-bit weights, say)."""
+    """A valid request that this backend or format does not support, such as 3-bit weights."""
 
 
 class BackendUnavailable(MarlinError, ImportError):
-    """A backend cannot run on this machine. The message says why and what to install."""
+    """A backend cannot run on this machine. The message says why, and what to install."""
 
 
 class ContextInUse(MarlinError, RuntimeError):
@@ -34,61 +40,61 @@ class ContextInUse(MarlinError, RuntimeError):
 
 
 class BuildError(MarlinError, RuntimeError):
-    """A device's compiler refused a program.
+    """A device's compiler rejected a program.
 
     Parameters
     ----------
     program : str
-        The file whose program it was.
+        The file of the program.
     options : sequence of str
         The compiler's options.
     device : str
         The device's name.
     log : str
-        What the compiler said.
+        The compiler's output.
     """
 
-    def __init__(self, program, options, device, log):
+    def __init__(self, program: str, options: Sequence[str], device: str, log: str) -> None:
         self.program = program
         self.options = tuple(options)
         self.device = device
         self.log = log
         super().__init__(f"{program} does not build on {device} with options {' '.join(options) or '(none)'}:\n{log}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BuildError], tuple[Any, ...]]:
         return type(self), (self.program, self.options, self.device, self.log)
 
 
 class DeviceError(MarlinError, RuntimeError):
-    """A device fails, or is gone. The message names it, and what its driver says; ``__cause__`` is the driver's error.
+    """A device or its driver fails. The message names the device; ``__cause__`` is the driver's error.
 
-    What the failed call would have written may hold anything. Nothing else has changed: the same call may be
-    made again. If the device was lost, so are all buffers and stacks on it, and every call says so again.
+    The outputs of the failed call are undefined. Nothing else has changed, and the call may be repeated. If the
+    device was lost, all its buffers and stacks are lost, and every call that uses them raises this error.
     """
 
 
 class DeviceMemoryError(MarlinError, MemoryError):
-    """A device has too little memory. The message says what was asked for and what there is."""
+    """A device has too little memory. The message has the requested and the available size."""
 
 
 class CheckpointError(MarlinError, ValueError):
-    """A checkpoint is damaged, or contradicts itself.
+    """A checkpoint is damaged or inconsistent.
 
     Parameters
     ----------
     reason : str
-        What is wrong, with what was found and what was expected.
+        What is wrong: the value that was found and the value that was expected.
     file : path-like, optional
-        The file in which it was found.
+        The file with the fault.
     tensor : str, optional
-        The tensor that is wrong or missing.
+        The invalid or missing tensor.
     """
 
-    def __init__(self, reason, *, file=None, tensor=None):
+    def __init__(self, reason: str, *, file: str | os.PathLike[str] | None = None, tensor: str | None = None) -> None:
         self.reason = reason
         self.file = None if file is None else str(file)
         self.tensor = tensor
-        where = [self.file] if file is not None else []
+        where = [] if self.file is None else [self.file]
         if tensor is not None:
             where.append(f"tensor {tensor!r}")
         super().__init__(f"{', '.join(where)}: {reason}" if where else reason)

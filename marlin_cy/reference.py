@@ -1,16 +1,26 @@
-"""What every operation computes, in slow and obvious NumPy: the specification that the tests believe.
+"""What each operation computes, in slow and plain NumPy: the specification that tests compare with.
 
-Integers are exact here as there. Floats follow the order in which the kernels work, one IEEE operation
-at a time, so :func:`quantize` and :func:`gemm` are the CPU's results to the last bit; only ``exp`` is
-not specified that tightly, so :func:`moe_layer` and :func:`route` are float64 and to be compared within
-a bound.
+Integers are exact, here and in the kernels. :func:`quantize` and :func:`gemm` do their float operations in the order
+in which the CPU's kernels do them, one IEEE operation at a time, so they give the CPU's results to the last bit.
+``exp`` has no such specification: :func:`moe_layer` and :func:`route` compute in float64, and a comparison needs a
+bound.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableSequence, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.weights.int4 import E2M1_VALUES, unpack_words
+from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.int4 import Int4Weight, unpack_words
 from marlin_cy.weights.order import group_order, packed_group_size
+
+if TYPE_CHECKING:
+    from marlin_cy.moe.routing import Routing
 
 __all__ = [
     "QMAX",
@@ -27,61 +37,83 @@ __all__ = [
     "shared_expert",
 ]
 
-QMAX = {"int16": 32639, "int8": 127}  # int16: 256 * 127 + 127, the largest two signed bytes can say
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+QMAX = {"int16": 32639, "int8": 127}
+"""The largest magnitude of a quantised activation, for each compute dtype.
+
+The kernels hold an int16 as two planes of signed bytes, ``256 * high + low``: the largest is ``256 * 127 + 127``.
+"""
+
 MIN_AMAX = np.float32(2.0**-100)
+"""A group of activations whose largest magnitude is below this becomes zeros, so that ``QMAX / amax`` is finite."""
+
 CHUNK_K = 1024
+"""Rows of K whose products are summed apart; the sums of the chunks are then added in the order of K."""
 
 
-def dequantize(q, scale, zero, group_size, g_idx=None, codes="uint4"):
-    """``w``, float64 ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
+def dequantize(
+    q: npt.NDArray[np.uint8],
+    scale: npt.NDArray[Any],
+    zero: npt.NDArray[np.uint8] | None,
+    group_size: int,
+    g_idx: npt.NDArray[np.int32] | None = None,
+    codes: str = "uint4",
+) -> Floats:
+    """``w``, ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
 
-    ``value`` is documented in :mod:`marlin_cy.weights.int4`; with ``codes="e2m1"``, ``zero`` is None.
+    :mod:`marlin_cy.weights.code_types` documents ``value``; ``zero`` is None where codes have no zero points.
     """
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
-    scale = scale.astype(np.float64)[groups]
-    if codes == "e2m1":
-        return scale * E2M1_VALUES.astype(np.float64)[q]
-    return scale * (q.astype(np.float64) - zero.astype(np.float64)[groups])
+    values = code_type(codes).decode_table.astype(np.float64)[q]
+    if zero is not None:
+        values = values - zero.astype(np.float64)[groups]
+    w: Floats = scale.astype(np.float64)[groups] * values
+    return w
 
 
-def dequantize_weight(weight):
-    """``w``, float64 ``[K, N]``, of an :class:`~marlin_cy.weights.int4.Int4Weight`."""
+def dequantize_weight(weight: Int4Weight) -> Floats:
+    """``w``, ``[K, N]``, of an :class:`~marlin_cy.weights.int4.Int4Weight`."""
     codes = unpack_words(weight.words)
     return dequantize(codes, weight.scale, weight.zero, weight.group_size, weight.g_idx, weight.codes)
 
 
-def fma_f32(a, b, c):
+def fma_f32(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """``a * b + c`` in float32 with a single rounding.
 
-    The product of two float32 is exact in float64. Their sum with ``c`` is rounded to odd there (the
-    exact sum lies between two float64; the one whose last bit is set is taken), after which rounding to
-    float32 is right. Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008.
+    The product of two float32 is exact in float64. The sum with ``c`` is rounded to odd in float64: of the two
+    float64 around the exact sum, it is the one whose last bit is set. Rounding that to float32 gives the correctly
+    rounded result. Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008.
     """
     product = np.multiply(a, b, dtype=np.float64)
-    c = np.asarray(c, np.float64)
-    total = np.asarray(product + c)
+    addend = np.asarray(c, np.float64)
+    total = np.asarray(product + addend)
     carried = total - product
-    error = (product - (total - carried)) + (c - carried)
+    error = (product - (total - carried)) + (addend - carried)
     inexact = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)
     toward = np.where(error > 0, np.inf, -np.inf)
-    return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
+    rounded: Floats = np.where(inexact, np.nextafter(total, toward), total)
+    return rounded.astype(np.float32)
 
 
-def quantize(x, group_size, compute_dtype):
+def quantize(
+    x: npt.ArrayLike, group_size: int, compute_dtype: str
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Quantise rows of activations.
 
     Parameters
     ----------
     x : float32 ``[M, K]``
     group_size : int
-        Values that share a scale; the last group may be shorter.
+        Number of values that share a scale; the last group may be shorter.
     compute_dtype : {"int16", "int8"}
 
     Returns
     -------
     values : int32 ``[M, K]``
     scale : float32 ``[M, groups]``
-        NaN where a group holds a NaN or an infinity (its values are 0); 0 where all are tiny.
+        NaN where the group holds a NaN or an infinity, and 0 where all its values are tiny; the quantised values
+        are 0 in both cases.
     """
     x = np.asarray(x, np.float32)
     qmax = np.float32(QMAX[compute_dtype])
@@ -100,35 +132,45 @@ def quantize(x, group_size, compute_dtype):
     return values, np.stack(scales, axis=1)
 
 
-def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16", codes="uint4"):
+def gemm(
+    x: npt.ArrayLike,
+    q: npt.NDArray[np.uint8],
+    scale: npt.NDArray[Any],
+    zero: npt.NDArray[np.uint8] | None,
+    group_size: int,
+    g_idx: npt.NDArray[np.int32] | None = None,
+    compute_dtype: str = "int16",
+    codes: str = "uint4",
+) -> npt.NDArray[np.float32]:
     """``x @ w`` as the CPU computes it: float32 ``[M, N]``, to the last bit.
 
-    4-bit floats are multiplied as integers, twice their values, by half of their scales, which in float32
-    are exact.
+    Codes are multiplied as integers, the *multiplicands* of :mod:`marlin_cy.weights.code_types`, and scales are
+    divided by the factor between the two, a power of two.
 
     Parameters
     ----------
     x : float32 ``[M, K]``
     q : uint8 ``[K, N]``
     scale : float16 or bfloat16 ``[G, N]``
-    zero : uint8 ``[G, N]``, or None with ``codes="e2m1"``
+    zero : uint8 ``[G, N]``, or None where codes have no zero points
     group_size : int
     g_idx : int32 ``[K]``, optional
     compute_dtype : {"int16", "int8"}
-    codes : {"uint4", "e2m1"}
+    codes : str
+        A row of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     """
-    factor = np.float32(1)
-    if codes == "e2m1":
-        q, zero, factor = (2 * E2M1_VALUES[q]).astype(np.int64), np.zeros(scale.shape, np.uint8), np.float32(0.5)
+    row = code_type(codes)
+    zero = np.full(scale.shape, row.offset, np.uint8) if zero is None else zero
+    factor = np.float32(1 / row.units_per_one)
     k = q.shape[0]
     step = packed_group_size(group_size)
     order = group_order(g_idx, k, group_size)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     padding = (rows < 0)[:, None]
     x = np.where(padding.T, np.float32(0), np.asarray(x, np.float32)[:, rows])
-    q = np.where(padding, 0, q[rows].astype(np.int64))
-    values, row_scale = quantize(x, step, compute_dtype)
-    values = values.astype(np.int64)
+    multiplicands = np.where(padding, 0, row.multiplicands[q[rows]].astype(np.int64))
+    quantised, row_scale = quantize(x, step, compute_dtype)
+    values = quantised.astype(np.int64)
     out = np.zeros((x.shape[0], q.shape[1]), np.float32)
     with np.errstate(invalid="ignore"):
         for chunk in range(0, order.packed_k, CHUNK_K):
@@ -137,22 +179,37 @@ def gemm(x, q, scale, zero, group_size, g_idx=None, compute_dtype="int16", codes
                 group, piece = begin // step, slice(begin, begin + step)
                 scale_row = order.scale_rows[group]
                 total = values[:, piece].sum(axis=1, keepdims=True)
-                exact = values[:, piece] @ q[piece] - total * zero[scale_row].astype(np.int64)
+                exact = values[:, piece] @ multiplicands[piece] - total * zero[scale_row].astype(np.int64)
                 s = row_scale[:, group, None] * (scale[scale_row].astype(np.float32) * factor)
                 sums = fma_f32(exact.astype(np.float32), s, sums)
             out = sums if chunk == 0 else out + sums
     return out
 
 
-def gemm_phase_batched(input, weights, dispatches, output):
-    """Write each dispatch's rows of ``output``; ``weights[e]`` is a dense ``[K, N]``."""
+def gemm_phase_batched(
+    input: npt.NDArray[Any],
+    weights: Sequence[npt.NDArray[Any]],
+    dispatches: Iterable[Sequence[int]],
+    output: npt.NDArray[Any],
+) -> npt.NDArray[Any]:
+    """Write each dispatch's rows of ``output``, and return it; ``weights[e]`` is a dense ``[K, N]``."""
     for expert, in_row, out_row, m in dispatches:
         output[out_row : out_row + m] = input[in_row : in_row + m] @ weights[expert]
     return output
 
 
-def gemm_phase_vllm(input, weights, sorted_ids, expert_ids, past, output, prob_m, block_size, top_k):
-    """Write the rows of ``output`` that slots name; ``weights[e]`` is a dense ``[K, N]``."""
+def gemm_phase_vllm(
+    input: npt.NDArray[Any],
+    weights: Sequence[npt.NDArray[Any]],
+    sorted_ids: npt.NDArray[np.int32],
+    expert_ids: npt.NDArray[np.int32],
+    past: int,
+    output: npt.NDArray[Any],
+    prob_m: int,
+    block_size: int,
+    top_k: int,
+) -> npt.NDArray[Any]:
+    """Write the rows of ``output`` that slots name, and return it; ``weights[e]`` is a dense ``[K, N]``."""
     for slot in range(past):
         pair, expert = sorted_ids[slot], expert_ids[slot // block_size]
         if expert >= 0 and pair < prob_m * top_k:
@@ -160,13 +217,16 @@ def gemm_phase_vllm(input, weights, sorted_ids, expert_ids, past, output, prob_m
     return output
 
 
-def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
+def moe_align_block_size(
+    topk_ids: npt.ArrayLike, block_size: int, num_experts: int, expert_map: Sequence[int] | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """As :func:`marlin_cy.moe_align_block_size`."""
     flat = np.asarray(topk_ids).reshape(-1)
     capacity = flat.size + num_experts * (block_size - 1)
-    sorted_ids, expert_ids = [], []
+    sorted_ids: MutableSequence[int] = []
+    expert_ids: MutableSequence[int] = []
     for expert in range(num_experts):
-        slots = list(np.flatnonzero(flat == expert))
+        slots = [int(slot) for slot in np.flatnonzero(flat == expert)]
         slots += [flat.size] * (-len(slots) % block_size)
         sorted_ids += slots
         expert_ids += [expert if expert_map is None else expert_map[expert]] * (len(slots) // block_size)
@@ -176,7 +236,7 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
     return np.array(sorted_ids, np.int32), np.array(expert_ids, np.int32), np.array([past], np.int32)
 
 
-def route(router_logits, routing):
+def route(router_logits: npt.ArrayLike, routing: Routing) -> tuple[npt.NDArray[np.int32], Floats]:
     """``(ids, weights)``, int32 and float64 ``[tokens, top_k]``, by a :class:`~marlin_cy.moe.routing.Routing`."""
     logits = np.asarray(router_logits, np.float64)
     ids = np.empty((len(logits), routing.top_k), np.int32)
@@ -186,7 +246,7 @@ def route(router_logits, routing):
     return ids, weights
 
 
-def route_token(logits, routing):
+def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp], Floats]:
     """``(ids, weights)`` of one token."""
     if np.isnan(logits).any() or np.isinf(logits.max()):
         return np.arange(routing.top_k), np.full(routing.top_k, np.nan)
@@ -202,65 +262,68 @@ def route_token(logits, routing):
     return ids, weights * routing.routed_scaling_factor
 
 
-def routing_scores(logits, routing):
-    """What one token's weights are made of, and what its experts are chosen by, ``[num_experts]`` each."""
+def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
+    """The scores that one token's weights derive from, and those that choose its experts, ``[num_experts]`` each."""
+    scores: Floats
     scores = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}[routing.scoring](logits)
     return scores, scores if routing.correction_bias is None else scores + routing.correction_bias
 
 
-def group_scores(choice, routing):
-    """What one token's groups are chosen by, ``[num_groups]``."""
+def group_scores(choice: Floats, routing: Routing) -> Floats:
+    """The scores that choose one token's groups, ``[num_groups]``."""
     ascending = np.sort(choice.reshape(routing.num_groups, -1))
-    return ascending[:, -1] if routing.group_score == "max" else ascending[:, -2:].sum(axis=1)
+    scores: Floats = ascending[:, -1] if routing.group_score == "max" else ascending[:, -2:].sum(axis=1)
+    return scores
 
 
-def largest(values, count):
-    """Indices of the largest values, largest first; of equal ones the smaller index first."""
+def largest(values: Floats, count: int) -> npt.NDArray[np.intp]:
+    """Indices of the ``count`` largest values, largest first; among equal values, the smaller index first."""
     return np.argsort(-values, kind="stable")[:count]
 
 
-def softmax(x):
-    """``exp(x)`` over the sum of these; NaN where no ``x`` is finite."""
+def softmax(x: Floats) -> Floats:
+    """``exp(x) / sum(exp(x))``; NaN if no ``x`` is finite."""
     with np.errstate(invalid="ignore"):
-        exp = np.exp(x - x.max())
+        exp: Floats = np.exp(x - x.max())
     return exp / exp.sum()
 
 
-def sigmoid(x):
+def sigmoid(x: Floats) -> Floats:
     """``1 / (1 + exp(-x))``."""
     with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-x))
+        result: Floats = 1 / (1 + np.exp(-x))
+    return result
 
 
 def moe_layer(
-    hidden_states,
-    gate_up,
-    down,
-    topk_ids,
-    topk_weights,
+    hidden_states: npt.ArrayLike,
+    gate_up: Sequence[npt.NDArray[Any]],
+    down: Sequence[npt.NDArray[Any]],
+    topk_ids: npt.NDArray[Any],
+    topk_weights: npt.NDArray[Any],
     *,
-    activation="silu",
-    gate_up_bias=None,
-    down_bias=None,
-    apply_router_weight_on_input=False,
-    shared=None,
-):
+    activation: str = "silu",
+    gate_up_bias: npt.NDArray[Any] | None = None,
+    down_bias: npt.NDArray[Any] | None = None,
+    apply_router_weight_on_input: bool = False,
+    shared: Floats | None = None,
+) -> Floats:
     """The output of :class:`~marlin_cy.moe.MoeLayer`, float64.
 
     Parameters
     ----------
     hidden_states : ``[tokens, H]``
-    gate_up, down : sequences of dense ``[H, 2I]`` and ``[I, H]``, one an expert
+    gate_up, down : sequences of dense ``[H, 2I]`` and ``[I, H]``, one for each expert
     topk_ids, topk_weights : ``[tokens, top_k]``
     activation : str
     gate_up_bias, down_bias : ``[experts, 2I]`` and ``[experts, H]``, optional
     apply_router_weight_on_input : bool
     shared : ``[tokens, H]``, optional
-        What :func:`shared_expert` gives.
+        The result of :func:`shared_expert`.
     """
-    hidden_states = np.asarray(hidden_states, np.float64)
-    out = np.zeros((len(hidden_states), down[0].shape[1])) if shared is None else shared.copy()
-    for token, x in enumerate(hidden_states):
+    rows = np.asarray(hidden_states, np.float64)
+    out = np.zeros((len(rows), down[0].shape[1])) if shared is None else shared.copy()
+    for token, x in enumerate(rows):
         for e, weight in zip(topk_ids[token], topk_weights[token], strict=True):
             if e < 0:
                 continue
@@ -273,16 +336,31 @@ def moe_layer(
 
 
 def shared_expert(
-    hidden_states, gate_up, down, *, activation="silu", gate_up_bias=None, down_bias=None, gate_weight=None
-):
-    """What :class:`~marlin_cy.moe.SharedExpert` adds, float64; weights are dense, of one expert."""
-    hidden_states = np.asarray(hidden_states, np.float64)
-    out = expert(hidden_states, gate_up, down, activation, gate_up_bias, down_bias)
-    return out if gate_weight is None else sigmoid(hidden_states @ gate_weight)[:, None] * out
+    hidden_states: npt.ArrayLike,
+    gate_up: npt.NDArray[Any],
+    down: npt.NDArray[Any],
+    *,
+    activation: str = "silu",
+    gate_up_bias: npt.NDArray[Any] | None = None,
+    down_bias: npt.NDArray[Any] | None = None,
+    gate_weight: npt.NDArray[Any] | None = None,
+) -> Floats:
+    """The output of :class:`~marlin_cy.moe.SharedExpert`; weights are dense, of one expert."""
+    rows = np.asarray(hidden_states, np.float64)
+    out = expert(rows, gate_up, down, activation, gate_up_bias, down_bias)
+    return out if gate_weight is None else sigmoid(rows @ gate_weight)[:, None] * out
 
 
-def expert(x, gate_up, down, activation, gate_up_bias=None, down_bias=None):
+def expert(
+    x: Floats,
+    gate_up: npt.NDArray[Any],
+    down: npt.NDArray[Any],
+    activation: str,
+    gate_up_bias: npt.NDArray[Any] | None = None,
+    down_bias: npt.NDArray[Any] | None = None,
+) -> Floats:
     """One expert's output for ``x``, ``[H]`` or ``[rows, H]``."""
     sums = x @ gate_up if gate_up_bias is None else x @ gate_up + gate_up_bias
     inner = ACTIVATIONS[activation].reference(*np.split(sums, 2, axis=-1))
-    return inner @ down if down_bias is None else inner @ down + down_bias
+    out: Floats = inner @ down if down_bias is None else inner @ down + down_bias
+    return out

@@ -1,9 +1,13 @@
-"""What a run feeds its MoE layers: recorded activations, or random ones."""
+"""The inputs of the MoE layers of a run: recorded activations, or random ones."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.checkpoints.safetensors import SafetensorsFile
 from marlin_cy.errors import CheckpointError
@@ -15,12 +19,19 @@ FLOAT_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class LayerActivations(NamedTuple):
-    """One layer's: hidden states ``[tokens, hidden]``, router logits ``[tokens, experts]``, and the
-    output ``[tokens, hidden]`` that was recorded for them, or None."""
+    """The activations of one layer.
 
-    hidden_states: np.ndarray
-    router_logits: np.ndarray
-    moe_output: np.ndarray | None
+    Attributes
+    ----------
+    hidden_states : float array ``[tokens, hidden_size]``
+    router_logits : float array ``[tokens, num_experts]``
+    moe_output : float array ``[tokens, hidden_size]`` or None
+        The layer's output, as it was recorded.
+    """
+
+    hidden_states: npt.NDArray[Any]
+    router_logits: npt.NDArray[Any]
+    moe_output: npt.NDArray[Any] | None
 
 
 class RecordedActivations:
@@ -33,7 +44,7 @@ class RecordedActivations:
     ----------
     path : Path
     tokens : int, optional
-        Give the first so many tokens alone; all of them when left out.
+        Use only the first ``tokens`` tokens; all by default.
 
     Raises
     ------
@@ -41,18 +52,18 @@ class RecordedActivations:
         The file is missing or damaged.
     """
 
-    def __init__(self, path, tokens=None):
+    def __init__(self, path: Path, tokens: int | None = None) -> None:
         self.path = path
         self._tokens = tokens
         self._file = SafetensorsFile(path)
 
     @property
-    def description(self):
-        """Where they come from, in a few words."""
+    def description(self) -> str:
+        """The source of the activations, in a few words."""
         return f"recorded activations from {self.path.name}"
 
-    def layer(self, index, hidden_size, num_experts):
-        """One layer's activations; a :class:`CheckpointError` where they do not fit its shape."""
+    def layer(self, index: int, hidden_size: int, num_experts: int) -> LayerActivations:
+        """The activations of one layer; a :class:`CheckpointError` where their shapes do not fit the layer."""
         hidden_states = self._tensor(index, "hidden_states", None, hidden_size)
         recorded = len(hidden_states)
         router_logits = self._tensor(index, "router_logits", recorded, num_experts)
@@ -60,9 +71,9 @@ class RecordedActivations:
         first = slice(self._tokens)
         return LayerActivations(hidden_states[first], router_logits[first], moe_output[first])
 
-    def _tensor(self, index, kind, tokens, width):
+    def _tensor(self, index: int, kind: str, tokens: int | None, width: int) -> npt.NDArray[Any]:
         name = f"layers.{index}.{kind}"
-        array = self._file.tensor(name)
+        array: npt.NDArray[Any] = self._file.tensor(name)
         expected = ("tokens" if tokens is None else tokens, width)
         if array.ndim != 2 or array.shape[1] != width or tokens not in (None, len(array)) or len(array) == 0:
             raise CheckpointError(f"got shape {array.shape}, expected {expected}", file=self.path, tensor=name)
@@ -74,26 +85,26 @@ class RecordedActivations:
 
 
 class RandomActivations:
-    """Normal activations from a fixed seed, for a checkpoint that has none recorded.
+    """Normally distributed activations from a fixed seed, for a checkpoint without recorded ones.
 
     Parameters
     ----------
     tokens : int, optional
-        128 when left out.
+        128 by default.
     seed : int
     """
 
-    def __init__(self, tokens=None, seed=0):
+    def __init__(self, tokens: int | None = None, seed: int = 0) -> None:
         self._tokens = tokens or DEFAULT_TOKENS
         self._seed = seed
 
     @property
-    def description(self):
-        """Where they come from, in a few words."""
-        return f"random normal activations (seed {self._seed}): none are recorded"
+    def description(self) -> str:
+        """The source of the activations, in a few words."""
+        return f"random normal activations (seed {self._seed}), as none are recorded"
 
-    def layer(self, index, hidden_size, num_experts):
-        """One layer's activations, float32; the same at each call."""
+    def layer(self, index: int, hidden_size: int, num_experts: int) -> LayerActivations:
+        """The activations of one layer, float32; the same in each call."""
         random = np.random.default_rng((self._seed, index))
         return LayerActivations(
             random.standard_normal((self._tokens, hidden_size), dtype=np.float32),

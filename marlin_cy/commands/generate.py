@@ -175,9 +175,10 @@ def _prompt(arguments: argparse.Namespace) -> str:
             # Python decodes invalid UTF-8 bytes of the command line to surrogates.
             raise MarlinError(f"{source}: not UTF-8") from None
     else:
-        source = arguments.prompt_file
+        file: Path = arguments.prompt_file
+        source = file
         try:
-            prompt = source.read_bytes().decode()
+            prompt = file.read_bytes().decode()
         except UnicodeDecodeError as error:
             raise MarlinError(f"{source}: not UTF-8 ({error.reason} at byte {error.start})") from error
     if not prompt:

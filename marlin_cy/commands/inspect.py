@@ -1,4 +1,4 @@
-"""Show what a checkpoint's folder holds and what would be loaded of it, without loading it.
+"""Show the content of a checkpoint's folder, and which part of it would be loaded, without loading it.
 
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
 format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
@@ -6,13 +6,19 @@ format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeS
 ``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.commands.output import console, print_json, table
+
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -28,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     with open_checkpoint(arguments.checkpoint, verify=arguments.verify) as checkpoint:
         report = describe(checkpoint)
@@ -40,8 +46,8 @@ def execute(arguments):
     return 0
 
 
-def describe(checkpoint):
-    """What there is to say of an open checkpoint: the object that ``--json`` prints, but for ``verified``."""
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The object that ``--json`` prints, without ``verified``."""
     names = checkpoint.tensor_names
     size = {name: checkpoint.tensor_info(name).nbytes for name in names}
     quantized = set(checkpoint.quantized_tensors)
@@ -68,18 +74,19 @@ def describe(checkpoint):
     }
 
 
-def settings(checkpoint):
-    """The format's own settings, as JSON has them."""
+def settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the format, in types that JSON has."""
     if checkpoint.scheme is None:
-        return checkpoint.config["quantization_config"]
+        stored: dict[str, Any] = checkpoint.config["quantization_config"]
+        return stored
     return {
         name: value if isinstance(value, str | int | float | bool | None) else str(value) if value else None
         for name, value in dataclasses.asdict(checkpoint.scheme).items()
     }
 
 
-def unusual(checkpoint):
-    """Sentences about what one might not expect."""
+def unusual(checkpoint: Checkpoint) -> list[str]:
+    """Sentences about unusual properties of the checkpoint."""
     found = []
     if checkpoint.dense_moe_layers:
         found.append(f"MoE layers whose experts are not quantised, and not loaded: {runs(checkpoint.dense_moe_layers)}")
@@ -107,9 +114,10 @@ def unusual(checkpoint):
     return found
 
 
-def runs(numbers):
-    """``"0, 3-7"``."""
-    parts, begin = [], None
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, with ranges: ``"0, 3-7"``."""
+    parts: list[str] = []
+    begin: int | None = None
     for position, number in enumerate(numbers):
         if begin is None:
             begin = number
@@ -119,7 +127,8 @@ def runs(numbers):
     return ", ".join(parts)
 
 
-def print_report(report):
+def print_report(report: dict[str, Any]) -> None:
+    """Print the table."""
     moe, size = report["moe"], report["bytes"]
     rows = table("", "")
     rows.show_header = False
@@ -141,19 +150,20 @@ def print_report(report):
         f"{size['linears'] / 1e6:.1f}, not quantised {size['others'] / 1e6:.1f}",
     )
     if report["verified"]:
-        rows.add_row("checksums", "all tensors as they were written")
+        rows.add_row("checksums", "correct for all tensors")
     for sentence in report["unusual"]:
         rows.add_row("unusual", sentence)
     console().print(rows)
 
 
-def flat(settings):
+def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     """``(name, value)`` of the settings that are neither nested nor empty."""
     return [(name, value) for name, value in settings.items() if not isinstance(value, dict | list) and value]
 
 
-def routing_words(moe):
-    words = [moe["scoring"], "weights sum to 1" if moe["norm_topk_prob"] else "weights as they are"]
+def routing_words(moe: dict[str, Any]) -> str:
+    """The routing in a few words."""
+    words = [moe["scoring"], "weights sum to 1" if moe["norm_topk_prob"] else "weights not normalised"]
     if moe["num_groups"] > 1:
         words.append(f"{moe['topk_groups']} of {moe['num_groups']} groups by {moe['group_score']}")
     if moe["routed_scaling_factor"] != 1:

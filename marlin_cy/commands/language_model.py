@@ -61,8 +61,9 @@ class DensePlace:
 
     description = "PyTorch"
 
-    def load(self, folder: Path, dtype: str) -> Any:
+    def load(self, folder: Path, dtype: str | None) -> Any:
         """The model of a folder, with dequantised weights."""
+        assert dtype is not None
         return dequantized_model(folder, getattr(torch, dtype))
 
 
@@ -192,7 +193,7 @@ def generate(
     config = copy.deepcopy(model.generation_config)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature is not None:
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(seed)
     config.update(**sampling, max_new_tokens=max_new_tokens, max_length=None, num_beams=1, use_cache=True)
     if config.pad_token_id is None:

@@ -1,8 +1,10 @@
-"""Write a checkpoint as a packed folder, whose 4-bit weights are mapped instead of packed when it is opened.
+"""Write a checkpoint as a packed folder, whose 4-bit weights are mapped, not packed, when it is opened.
 
 The object that ``--json`` prints has the keys ``version``, ``source``, ``packed`` (paths), ``source_bytes``,
 ``packed_bytes``, ``stacks``, ``files``, ``seconds``.
 """
+
+from __future__ import annotations
 
 import argparse
 import time
@@ -15,7 +17,7 @@ from marlin_cy.commands.output import LoadProgress, gigabytes, print_json
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
-HELP = "write a checkpoint's packed weights to a folder that opens at once"
+HELP = "write a checkpoint's packed weights to a folder that opens without packing"
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     begin = time.perf_counter()
     with LoadProgress("packing") as progress, open_checkpoint(arguments.checkpoint) as checkpoint:

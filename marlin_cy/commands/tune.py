@@ -1,14 +1,18 @@
-"""Find the fastest kernels of an OpenCL device for a model's products, and keep them for all later calls.
+"""Find the fastest kernels of an OpenCL device for a model's products, and store them for later calls.
 
 The object that ``--json`` prints has these keys: ``version``, ``device``, ``driver``, ``tier``, ``file`` (where
-results are kept) and ``results``, a list of ``k``, ``n``, ``experts``, ``group_size``, ``top_k``, ``tokens``, ``rows``
-(of an expert that come together), ``default_us``, ``best_us``, ``configuration`` (an object), ``tried``, ``refused``
+results are stored) and ``results``, a list of ``k``, ``n``, ``experts``, ``group_size``, ``top_k``, ``tokens``,
+``rows`` (for each expert), ``default_us``, ``best_us``, ``configuration`` (an object), ``tried``, ``refused``
 (a list of ``configuration``, ``reason``).
 """
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -17,6 +21,11 @@ from marlin_cy.commands.options import open_backend
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
 from marlin_cy.errors import CheckpointError, MarlinError
 from marlin_cy.opencl.command_line import OpenClCommandLine
+
+if TYPE_CHECKING:
+    from marlin_cy.interface import Backend
+    from marlin_cy.opencl.tiers.configuration import Configuration
+    from marlin_cy.opencl.tuning import Shape, Tuning
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -28,31 +37,35 @@ TOP_K = 8
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder: its MoE layers' products"
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="tune the products of a checkpoint's MoE layers",
     )
     parser.add_argument(
-        "--shape", action="append", type=_sizes(4), metavar="K,N,E,GROUP", help="a product: E experts of [K, N]"
+        "--shape", action="append", type=_sizes(4), metavar="K,N,E,GROUP", help="tune a product: E experts of [K, N]"
     )
-    parser.add_argument("--backend", default="opencl", choices=["opencl"], help="the only one that is tuned")
+    parser.add_argument("--backend", default="opencl", choices=["opencl"], help="the only backend with tuning")
     OpenClCommandLine.add_arguments(parser)
     parser.add_argument("--tokens", type=_sizes(), default=TOKENS, metavar="A,B", help="default: 1 to 1024")
-    parser.add_argument("--top-k", type=int, default=TOP_K, metavar="N", help="with --shape: experts of a token")
+    parser.add_argument("--top-k", type=int, default=TOP_K, metavar="N", help="with --shape: experts for each token")
     parser.add_argument("--asymmetric", action="store_true", help="with --shape: with zero points")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
-def execute(arguments):
+def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (arguments.checkpoint is None) == (arguments.shape is None):
-        arguments.refuse("got neither CHECKPOINT nor --shape, or both: expected one of them")
+        arguments.refuse("expected either CHECKPOINT or --shape")
     if arguments.top_k < 1:
         arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
-    backend = open_backend("opencl", arguments)
-    # Only here: it needs PyOpenCL.
+    backend: Any = open_backend("opencl", arguments)
+    # Imported here, as it needs PyOpenCL.
     from marlin_cy.opencl import tuned, tuning
 
     tier, device = backend.tier, backend.runtime.capabilities
-    # Before anything is measured: what cannot be kept need not be.
+    # Before the measurements: fail early where the results cannot be stored.
     file = tuned.keep(device, tier, [])
     results = []
     with LoadProgress("tuning") as progress:
@@ -79,7 +92,7 @@ def execute(arguments):
     return 0
 
 
-def _shapes(arguments, backend):
+def _shapes(arguments: argparse.Namespace, backend: Backend) -> Iterator[Shape]:
     from marlin_cy.opencl.tuning import Shape
 
     if arguments.shape is not None:
@@ -99,7 +112,7 @@ def _shapes(arguments, backend):
         )
 
 
-def _as_json(result, tuned):
+def _as_json(result: Tuning, tuned: ModuleType) -> dict[str, Any]:
     shape = result.shape
     return {
         "k": shape.k,
@@ -120,11 +133,11 @@ def _as_json(result, tuned):
     }
 
 
-def _print_table(report, results):
+def _print_table(report: dict[str, Any], results: list[Tuning]) -> None:
     screen = console()
     screen.print(escape(f"{report['device']}, driver {report['driver']}, tier {report['tier']}"))
     screen.print()
-    rows = table("K, N, experts", ">tokens", ">rows an\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration")
+    rows = table("K, N, experts", ">tokens", ">rows/\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration")
     for result in results:
         shape = result.shape
         rows.add_row(
@@ -142,20 +155,20 @@ def _print_table(report, results):
         for configuration, reason in result.refused:
             where = f"{result.shape.k}, {result.shape.n}, {result.tokens} tokens"
             screen.print(f"[yellow]Refused[/yellow] for {where}: {escape(_words(configuration))}: {escape(reason)}")
-    screen.print(escape(f"Kept in {report['file']}; backends that are made from here on use it."))
+    screen.print(escape(f"Stored in {report['file']}. Backends that are made from now on use it."))
 
 
-def _words(configuration):
-    """A configuration in few words."""
+def _words(configuration: Configuration) -> str:
+    """A configuration in a few words."""
     macros = " ".join(f"{name}={value}" for name, value in configuration.macros)
     kernel = f"{configuration.file}: " if configuration.file else ""
     return f"{kernel}{configuration.rows} × {configuration.columns}, splits {configuration.splits}, {macros}"
 
 
-def _sizes(count=None):
-    """A parser of positive numbers separated by commas."""
+def _sizes(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """A ``type`` of argparse: positive numbers, separated by commas."""
 
-    def sizes(text):
+    def sizes(text: str) -> tuple[int, ...]:
         try:
             numbers = tuple(map(int, text.split(",")))
         except ValueError:
