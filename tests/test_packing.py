@@ -315,7 +315,11 @@ class TestMisuse:
             ({"group_size": 64}, ValueError, r"weight.scale: got shape \(2, 16\), expected \(1, 16\)"),
             ({"group_size": 0}, ValueError, "weight.group_size: got 0, expected at least 1"),
             ({"group_size": "32"}, TypeError, "weight.group_size: got '32', expected an int"),
-            ({"g_idx": np.zeros(64, np.int32)}, UnsupportedError, "weight: its g_idx is not the one that expert 0"),
+            (
+                {"g_idx": np.zeros(64, np.int32)},
+                UnsupportedError,
+                "weight.g_idx: got another one than the builder was given for expert 0",
+            ),
             ({"g_idx": np.full(64, 2, np.int32)}, IndexError, "g_idx: got 2 at row 0, expected 0 to 1"),
             ({"g_idx": np.zeros(63, np.int32)}, ValueError, r"g_idx: got shape \(63,\)"),
         ],
@@ -343,7 +347,7 @@ class TestMisuse:
         builder = cpu_backend.new_stack_builder(1, 64, 32, group_size=32, g_idx=[first])
         builder.add(0, 0, Int4Weight(**{**vars(weight), "g_idx": first}))
         for g_idx in (second, None):
-            with pytest.raises(UnsupportedError, match="order K alike, or be loaded as two stacks"):
+            with pytest.raises(UnsupportedError, match="the same order of K, or be loaded as two stacks"):
                 builder.add(0, 16, Int4Weight(**{**vars(weight), "g_idx": g_idx}))
 
 

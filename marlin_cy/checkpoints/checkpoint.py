@@ -143,7 +143,7 @@ class Checkpoint:
         self.layer_prefix = self._find_prefix()
         self._source: QuantizedSource | PackedSource
         if self.scheme is None:
-            self._source = PackedSource(path, self.config, self._tensors, self.family, self.moe_spec, verify)
+            self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
         else:
             self._source = QuantizedSource(
                 self._tensors, self.scheme, self.family, self.moe_spec, self._config_file, self._for_each

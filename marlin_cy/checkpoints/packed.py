@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.families import MoeSpec
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, positive, read_json
@@ -76,7 +76,6 @@ class PackedSource:
     config : dict
         ``config.json``.
     tensors : SafetensorsFolder
-    family : Family
     spec : MoeSpec
     verify : bool
         Compare the checksum of every tensor.
@@ -94,7 +93,6 @@ class PackedSource:
         path: Path,
         config: JsonObject,
         tensors: SafetensorsFolder,
-        family: Family,
         spec: MoeSpec,
         verify: bool,
     ) -> None:
@@ -103,7 +101,6 @@ class PackedSource:
         config_file = path / "config.json"
         quantization = config["quantization_config"]
         check_version(quantization, config_file)
-        self.source_quantization: JsonObject = optional(quantization, ("source",), dict, config_file, default={})
         expected = optional(quantization, ("packed_sha256",), str, config_file)
         description = read_json(self._file)
         found = hashlib.sha256(self._file.read_bytes()).hexdigest()

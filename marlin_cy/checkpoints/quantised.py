@@ -309,7 +309,7 @@ class QuantizedSource:
             if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
                 raise UnsupportedError(
                     f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must be alike"
+                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must have the same"
                 )
         return backend.new_stack_builder(
             len(parts),

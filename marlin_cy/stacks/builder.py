@@ -82,8 +82,8 @@ class CheckedStackBuilder(StackBuilder):
         g_idx = normalised_g_idx(weight.g_idx, self._k, self._group_size)
         if not same_groups(g_idx, self._g_idx[expert]):
             raise UnsupportedError(
-                f"weight: its g_idx is not the one that expert {expert} of this stack was made with; parts of one "
-                "expert (gate and up) must order K alike, or be loaded as two stacks"
+                f"weight.g_idx: got another one than the builder was given for expert {expert}; the parts of an "
+                "expert (gate and up) must have the same order of K, or be loaded as two stacks"
             )
         with self._lock:
             columns = self._states[expert, column_offset:end]

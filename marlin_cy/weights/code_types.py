@@ -1,13 +1,12 @@
-"""The code types that weights may have, and the scale types beside them: one row each.
+"""The code types and the scale types of weights: one row each.
 
-A weight element is ``scale * (value(code) - zero)``. Kernels never multiply by ``value(code)`` itself; they
-multiply by small unsigned integers, the *multiplicands*, and take the difference back in the zero point and
-the scale::
+A weight element is ``scale * (value(code) - zero)``. Kernels do not multiply by ``value(code)`` itself. They multiply
+by small unsigned integers, the *multiplicands*, and correct for the difference in the zero point and the scale::
 
     multiplicand(code) = units_per_one * value(code) + offset              an integer, 0 to 24
     weight             = scale / units_per_one * (multiplicand(code) - z)
 
-with ``z`` the group's own zero point where the code type has zero points, and ``offset`` where it has none.
+where ``z`` is the group's zero point if the code type has zero points, and ``offset`` if it has none.
 
 To add a code type, add a row here and follow ``docs/adding-a-code-type.md``.
 """
@@ -33,29 +32,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CodeType:
-    """What the codes of a weight stand for.
+    """The meaning of a weight's codes.
 
     Attributes
     ----------
     name : str
-        As interfaces and packed folders spell it.
+        The name in interfaces and packed folders.
     number : int
-        As kernels know it: ``CODES_*`` in ``cpu/ukernels/ukernel.h``, the macro ``CODES`` in ``opencl/kernels``.
+        The number in kernels: ``CODES_*`` in ``cpu/ukernels/ukernel.h``, the macro ``CODES`` in ``opencl/kernels``.
     bits : int
         Bits per code.
     values : tuple of float
         The value of each code, ``2**bits`` of them.
     has_zero_points : bool
-        Whether each group has a zero point of its own.
+        Whether each group has a zero point.
     units_per_one : int
         The factor that makes every value an integer.
     offset : int
-        Added to these integers so that none is negative. 0 where the code type has zero points.
+        Added to these integers so that none is negative. 0 if the code type has zero points.
     symmetric_zero : int
         The zero point, in multiplicands, for which kernels have a cheaper form: the one that symmetric
-        quantisers store, or ``offset`` where there are no zero points.
+        quantisers store, or ``offset`` if there are no zero points.
     max_zero : int
-        The largest zero point.
+        The largest zero point; 0 if there are none.
     """
 
     name: str
@@ -81,14 +80,14 @@ class CodeType:
 
 @dataclass(frozen=True)
 class ScaleType:
-    """How scales are stored.
+    """A dtype in which scales are stored.
 
     Attributes
     ----------
     name : str
         NumPy's name of the dtype.
     number : int
-        As kernels know it: ``DTYPE_*`` in ``cpu/ukernels/ukernel.h``.
+        The number in kernels: ``DTYPE_*`` in ``cpu/ukernels/ukernel.h``.
     dtype : dtype
     """
 
@@ -136,7 +135,7 @@ SCALE_TYPES: Mapping[str, ScaleType] = MappingProxyType(
         row.name: row
         for row in (
             ScaleType(name="float16", number=1, dtype=np.dtype(np.float16)),
-            # A power of two of MXFP4, 2**-127 to 2**127, is a bfloat16.
+            # Represents every scale of MXFP4, the powers of two from 2**-127 to 2**127.
             ScaleType(name="bfloat16", number=2, dtype=np.dtype(ml_dtypes.bfloat16)),
         )
     }
@@ -145,14 +144,22 @@ SCALE_TYPES: Mapping[str, ScaleType] = MappingProxyType(
 
 
 def code_type(name: object) -> CodeType:
-    """The code type called ``name``; ``ValueError`` if there is none."""
+    """The code type of this name; a ``ValueError`` if there is none."""
     if not isinstance(name, str) or name not in CODE_TYPES:
         raise ValueError(f"codes: got {name!r}, expected one of {', '.join(CODE_TYPES)}")
     return CODE_TYPES[name]
 
 
 def scale_type(dtype: npt.DTypeLike) -> ScaleType:
-    """The scale type of a dtype; ``ValueError`` if scales cannot be stored so, ``TypeError`` if it is no dtype."""
+    """The scale type of a dtype.
+
+    Raises
+    ------
+    TypeError
+        ``dtype`` is not a dtype.
+    ValueError
+        Scales cannot be stored in this dtype.
+    """
     try:
         found = np.dtype(dtype)
     except TypeError as error:

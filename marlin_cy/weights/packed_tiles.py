@@ -43,7 +43,7 @@ BLOCK_BYTES = 64
 """Bytes of 8 packed rows of a tile. A tile's header is padded to a multiple of this."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedTiles:
     """The weights of a stack's experts, packed as tiles.
 
