@@ -6,9 +6,9 @@ clang compiles for AMD and NVIDIA GPUs, and to SPIR-V for Intel GPUs. Every file
 several variants that together have every branch of the file. Inline PTX is compiled for NVIDIA only; for other targets
 ``-DNO_PTX`` leaves it out, so that the rest of those files is checked, too. Nothing runs.
 
-Debian packages that it needs: clang (15 or later for gfx1100); for SPIR-V llvm-spirv of the same version, and
-spirv-tools, which validate the result. ptxas, which assembles NVIDIA's code, is optional. ``--show`` prints the
-commands.
+Debian packages that it needs: clang-19, as clang 14 has neither gfx1100 nor all functions for NVIDIA; for SPIR-V
+llvm-spirv and clang of one version, such as 15, and spirv-tools, which validate the result. ptxas, which assembles
+NVIDIA's code, is optional. ``--show`` prints the commands.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.program import kernel_files, source
@@ -35,6 +35,7 @@ FLAGS = [
     "-Werror=implicit-function-declaration",
     "-Werror=incompatible-pointer-types",
 ]
+PROBE = "__kernel void probe(__global float2 *to, __global const half *from) { *to = vload_half2(0, from); }\n"
 GROUPS_32, GROUPS_128 = {"GROUP_32": 1}, {"GROUP_32": 0}
 ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
 HALVES = {"INPUT_TYPE": 1, "OUTPUT_TYPE": 1}
@@ -126,6 +127,9 @@ def variants_of(file: str) -> list[dict[str, int]]:
     ]
 
 
+Commands: TypeAlias = Callable[[list[str], str], list[list[str]]]
+
+
 class Target(NamedTuple):
     """A kind of device.
 
@@ -143,7 +147,7 @@ class Target(NamedTuple):
         ``skip(file, macros)``: whether a program is not for this target.
     """
 
-    commands: Callable[[list[str], str], list[list[str]]]
+    commands: Commands
     missing: Callable[[], str | None]
     newest: str = "CL2.0"
     macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
@@ -163,22 +167,26 @@ def lacking(*names: str) -> Callable[[], str | None]:
     return lambda: None if newest(*names) is not None else f"{' and '.join(names)} of one version"
 
 
-def amd(name: str) -> Target:
-    """An AMD GPU."""
+def new_enough(name: str, commands: Commands) -> Callable[[], str | None]:
+    """``Target.missing`` for a target that needs a clang which knows the GPU, and has its OpenCL functions."""
 
     @functools.cache
     def missing() -> str | None:
         version = newest("clang")
         if version is None:
             return "clang"
-        known = subprocess.run(
-            [f"clang{version}", "-target", "amdgcn-amd-amdhsa", "-nogpulib", "--print-supported-cpus"],
-            capture_output=True,
-            text=True,
-        )
-        return (
-            None if name in (known.stdout + known.stderr).split() else f"a newer clang (clang{version} has no {name})"
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "program.cl").write_text(PROBE)
+            command = commands([*FLAGS, "-cl-std=CL1.2"], folder)[0]
+            if subprocess.run(command, capture_output=True).returncode != 0:
+                return f"a newer clang (clang{version} does not compile for {name})"
+        return None
+
+    return missing
+
+
+def amd(name: str) -> Target:
+    """An AMD GPU."""
 
     def commands(flags: list[str], folder: str) -> list[list[str]]:
         machine = ["-target", "amdgcn-amd-amdhsa", f"-mcpu={name}", "-nogpulib"]
@@ -187,7 +195,9 @@ def amd(name: str) -> Target:
         ]
 
     # clang has integer dot products and shuffles for AMD GPUs as built-in functions of its own, not as OpenCL's.
-    return Target(commands, missing, skip=lambda file, macros: {"DOT", "SHUFFLE", "PTX"} & macros.keys())
+    return Target(
+        commands, new_enough(name, commands), skip=lambda file, macros: {"DOT", "SHUFFLE", "PTX"} & macros.keys()
+    )
 
 
 def spirv(flags: list[str], folder: str) -> list[list[str]]:
@@ -224,7 +234,7 @@ def nvidia(name: str) -> Target:
 
     return Target(
         commands,
-        lacking("clang"),
+        new_enough(name, commands),
         macros=lambda file: {},
         skip=lambda file, macros: not (file.startswith("gemm_mma") or "PTX" in macros),
     )
