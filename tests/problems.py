@@ -8,6 +8,7 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
+from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.int4 import CODES, SCALE_DTYPES, Int4Weight, pack_words
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -163,7 +164,7 @@ def random_problem(
     shape = (num_experts, groups, n)
 
     def zeros():
-        if codes == "e2m1":
+        if not CODE_TYPES[codes].has_zero_points:
             return None
         if sym:
             return np.full(shape, 8, np.uint8)

@@ -1,16 +1,18 @@
-"""Compile every kernel file offline, for devices that are not here.
+"""Compile every kernel file offline, for GPUs that this machine does not have.
 
     python tools/compile_kernels.py [--target gfx90a] [--file gemm] [--show] [--quick]
 
-AMD GPUs and NVIDIA's by clang, Intel's as SPIR-V. Every file is compiled for every target, in several
-variants that together have every branch of it. Inline PTX is compiled for NVIDIA alone; elsewhere
+clang compiles for AMD and NVIDIA GPUs, and to SPIR-V for Intel GPUs. Every file is compiled for every target, in
+several variants that together have every branch of the file. Inline PTX is compiled for NVIDIA only; for other targets
 ``-DNO_PTX`` leaves it out, so that the rest of those files is checked, too. Nothing runs.
 
-What it needs, by Debian's package names: clang; for Intel, llvm-spirv of the same version, and spirv-tools
-to validate; for NVIDIA, ptxas to assemble (left out where it is missing). ``--show`` prints the commands.
+Debian packages that it needs: clang-19, as clang 14 has neither gfx1100 nor all functions for NVIDIA; for SPIR-V
+llvm-spirv and clang of one version, such as 15, and spirv-tools, which validate the result. ptxas, which assembles
+NVIDIA's code, is optional. ``--show`` prints the commands.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.program import kernel_files, source
@@ -33,6 +35,7 @@ FLAGS = [
     "-Werror=implicit-function-declaration",
     "-Werror=incompatible-pointer-types",
 ]
+PROBE = "__kernel void probe(__global float2 *to, __global const half *from) { *to = vload_half2(0, from); }\n"
 GROUPS_32, GROUPS_128 = {"GROUP_32": 1}, {"GROUP_32": 0}
 ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
 HALVES = {"INPUT_TYPE": 1, "OUTPUT_TYPE": 1}
@@ -48,7 +51,7 @@ MMA = [
 ]
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
-VARIANTS = {
+VARIANTS: dict[str, list[dict[str, int]]] = {
     "gemm_portable": [
         {},
         {"UNROLL": 0, "PARTS": 8, "BIAS": 1},
@@ -124,66 +127,95 @@ def variants_of(file: str) -> list[dict[str, int]]:
     ]
 
 
+Commands: TypeAlias = Callable[[list[str], str], list[list[str]]]
+
+
 class Target(NamedTuple):
-    """What is compiled for.
+    """A kind of device.
 
     Attributes
     ----------
     commands : callable
-        The commands that turn ``folder/program.cl`` into code, from their flags and ``folder``.
+        ``commands(flags, folder)``: the commands that compile ``folder/program.cl``.
     missing : callable
-        The programs that this machine lacks for it, as text; None for nothing.
+        ``missing()``: the programs for this target that the machine lacks, as text; None if it lacks nothing.
     newest : str
-        The version of OpenCL C that has sub-groups and atomics of a device's scope here.
+        The version of OpenCL C that has sub-groups and atomics of device scope for this target.
     macros : callable
-        Macros that a file needs here, from its name.
+        ``macros(file)``: macros that a file needs for this target.
     skip : callable
-        Whether a program (file, macros) is not for this target.
+        ``skip(file, macros)``: whether a program is not for this target.
     """
 
-    commands: Callable
-    missing: Callable
+    commands: Commands
+    missing: Callable[[], str | None]
     newest: str = "CL2.0"
-    macros: Callable = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
-    skip: Callable = lambda file, macros: False
+    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
+    skip: Callable[[str, dict[str, int]], object] = lambda file, macros: False
 
 
-def newest(*names):
-    """The newest version, as in ``"-19"`` or ``""``, of which all these programs are here; None for none."""
+def newest(*names: str) -> str | None:
+    """The newest version, such as ``"-19"`` or ``""``, in which all these programs are installed; None if none is."""
     for version in (*(f"-{number}" for number in range(30, 13, -1)), ""):
         if all(shutil.which(name + version) for name in names):
             return version
     return None
 
 
-def lacking(*names):
+def lacking(*names: str) -> Callable[[], str | None]:
+    """``Target.missing`` for a target that needs these programs in one version."""
     return lambda: None if newest(*names) is not None else f"{' and '.join(names)} of one version"
 
 
-def amd(name):
-    def commands(flags, folder):
+def new_enough(name: str, commands: Commands) -> Callable[[], str | None]:
+    """``Target.missing`` for a target that needs a clang which knows the GPU, and has its OpenCL functions."""
+
+    @functools.cache
+    def missing() -> str | None:
+        version = newest("clang")
+        if version is None:
+            return "clang"
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "program.cl").write_text(PROBE)
+            command = commands([*FLAGS, "-cl-std=CL1.2"], folder)[0]
+            if subprocess.run(command, capture_output=True).returncode != 0:
+                return f"a newer clang (clang{version} does not compile for {name})"
+        return None
+
+    return missing
+
+
+def amd(name: str) -> Target:
+    """An AMD GPU."""
+
+    def commands(flags: list[str], folder: str) -> list[list[str]]:
         machine = ["-target", "amdgcn-amd-amdhsa", f"-mcpu={name}", "-nogpulib"]
         return [
             [f"clang{newest('clang')}", *flags, *machine, "-O3", "-S", f"{folder}/program.cl", "-o", f"{folder}/out.s"]
         ]
 
-    # Its integer dot products and shuffles are built-in functions of clang, not those of OpenCL.
-    return Target(commands, lacking("clang"), skip=lambda file, macros: {"DOT", "SHUFFLE", "PTX"} & macros.keys())
+    # clang has integer dot products and shuffles for AMD GPUs as built-in functions of its own, not as OpenCL's.
+    return Target(
+        commands, new_enough(name, commands), skip=lambda file, macros: {"DOT", "SHUFFLE", "PTX"} & macros.keys()
+    )
 
 
-def spirv(flags, folder):
+def spirv(flags: list[str], folder: str) -> list[list[str]]:
+    """The commands for SPIR-V."""
     version = newest("clang", "llvm-spirv")
     bitcode = ["-target", "spir64", "-Xclang", "-disable-llvm-passes", "-emit-llvm", "-c"]
     commands = [
         [f"clang{version}", *flags, *bitcode, f"{folder}/program.cl", "-o", f"{folder}/out.bc"],
-        # From 1.4 on entry points list all variables; the translator leaves constants out.
+        # From 1.4 on an entry point must list all variables, and the translator leaves constants out.
         [f"llvm-spirv{version}", "--spirv-max-version=1.3", f"{folder}/out.bc", "-o", f"{folder}/out.spv"],
     ]
     return [*commands, ["spirv-val", f"{folder}/out.spv"]] if shutil.which("spirv-val") else commands
 
 
-def nvidia(name):
-    def commands(flags, folder):
+def nvidia(name: str) -> Target:
+    """An NVIDIA GPU."""
+
+    def commands(flags: list[str], folder: str) -> list[list[str]]:
         machine = ["-target", "nvptx64-nvidia-cuda", "-Xclang", "-target-cpu", "-Xclang", name]
         machine += ["-Xclang", "-target-feature", "-Xclang", "+ptx80", "-Dasm=__asm__"]
         ptx = [
@@ -196,13 +228,13 @@ def nvidia(name):
             "-o",
             f"{folder}/out.ptx",
         ]
-        # Functions of OpenCL remain external: -c leaves them so.
+        # With -c, OpenCL's functions may remain external.
         cubin = ["ptxas", f"-arch={name}", "-c", f"{folder}/out.ptx", "-o", f"{folder}/out.cubin"]
         return [ptx, cubin] if shutil.which("ptxas") else [ptx]
 
     return Target(
         commands,
-        lacking("clang"),
+        new_enough(name, commands),
         macros=lambda file: {},
         skip=lambda file, macros: not (file.startswith("gemm_mma") or "PTX" in macros),
     )
@@ -218,17 +250,17 @@ TARGETS = {
 
 
 class Program(NamedTuple):
-    """A file with its macros, for a target."""
+    """A file with a set of macros, for a target."""
 
     file: str
-    macros: dict
+    macros: dict[str, int]
     target: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return " ".join([self.target, self.file, *(f"{name}={value}" for name, value in self.macros.items())])
 
-    def commands(self, folder):
-        """Those that compile it, in turn, in a folder that has its ``program.cl``."""
+    def commands(self, folder: str) -> list[list[str]]:
+        """The commands that compile the program, whose source is ``folder/program.cl``."""
         target, macros = TARGETS[self.target], self.macros
         if macros.get("DOT"):
             macros = {**macros, "__opencl_c_integer_dot_product_input_4x8bit_packed": 1}
@@ -236,8 +268,8 @@ class Program(NamedTuple):
         defined = [f"-D{name}={value}" for name, value in {**macros, **target.macros(self.file)}.items()]
         return target.commands([*FLAGS, f"-cl-std={standard}", *defined], folder)
 
-    def problem(self):
-        """None if it compiles, else what the compiler says."""
+    def problem(self) -> str | None:
+        """None if the program compiles, else the compiler's messages."""
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "program.cl").write_text(source(self.file))
             for command in self.commands(folder):
@@ -247,8 +279,8 @@ class Program(NamedTuple):
         return None
 
 
-def programs(target, quick=False):
-    """All programs for a target; with ``quick`` the last of each file, which has most in it."""
+def programs(target: str, quick: bool = False) -> list[Program]:
+    """All programs for a target; with ``quick`` the last of each file, which has the most branches."""
     found = [
         [Program(file, macros, target) for macros in variants_of(file) if not TARGETS[target].skip(file, macros)]
         for file in kernel_files()
@@ -256,12 +288,12 @@ def programs(target, quick=False):
     return [program for variants in found for program in (variants[-1:] if quick else variants)]
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=TARGETS, help="this one alone, not all")
-    parser.add_argument("--file", default="", help="files whose name contains this")
-    parser.add_argument("--show", action="store_true", help="print the commands and run none")
-    parser.add_argument("--quick", action="store_true", help="one variant of each file")
+    parser.add_argument("--target", choices=TARGETS, help="compile for this target only")
+    parser.add_argument("--file", default="", help="compile the files whose name contains this")
+    parser.add_argument("--show", action="store_true", help="print the commands instead of running them")
+    parser.add_argument("--quick", action="store_true", help="compile one variant of each file")
     args = parser.parse_args(arguments)
     jobs, failures = [], 0
     for name, target in TARGETS.items():
