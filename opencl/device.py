@@ -1,16 +1,17 @@
-"""Which OpenCL platforms and devices there are, which one is taken, and what it can do."""
+"""The OpenCL platforms and devices, and the choice of one."""
+
+from __future__ import annotations
 
 import ctypes
 import os
 import re
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pyopencl as cl
 
 from marlin_cy.errors import BackendUnavailable
+from marlin_cy.opencl.capabilities import DEVICE_TYPES, Capabilities, capabilities, device_type, version_of
 from marlin_cy.opencl.fork import note_use, reason_forked
 
 __all__ = [
@@ -32,18 +33,10 @@ __all__ = [
 
 DEVICE_VARIABLE = "MARLIN_CY_OPENCL_DEVICE"
 PYOPENCL_VARIABLE = "PYOPENCL_CTX"
-DEVICE_ATOMICS = {"__opencl_c_atomic_order_acq_rel", "__opencl_c_atomic_scope_device"}
 INSTALL = (
     "install the driver of your GPU, or PoCL, which runs on the CPU and needs no root: pip install 'marlin-cy[opencl]'"
 )
-# The best first. A device may have several of these bits.
-DEVICE_TYPES = {
-    "GPU": cl.device_type.GPU,
-    "accelerator": cl.device_type.ACCELERATOR,
-    "CPU": cl.device_type.CPU,
-    "custom": cl.device_type.CUSTOM,
-}
-# Not every PyOpenCL names the code that a loader without any driver answers with.
+# The error code of a loader that finds no driver; not every PyOpenCL has a name for it.
 PLATFORM_NOT_FOUND = -1001
 
 
@@ -60,7 +53,7 @@ class PlatformFound(NamedTuple):
 
     name: str
     version: str
-    devices: list
+    devices: list[cl.Device]
     error: str | None
 
 
@@ -79,104 +72,8 @@ class Opened(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Capabilities:
-    """What a device reports about itself.
-
-    Attributes
-    ----------
-    name, vendor, platform, platform_version, driver_version : str
-    type : str
-        ``"GPU"``, ``"accelerator"``, ``"CPU"`` or ``"custom"``.
-    version, c_version : (int, int)
-        Major and minor number of OpenCL, and of the newest OpenCL C that its compiler takes.
-    extensions : frozenset of str
-    features : frozenset of str
-        OpenCL C's optional features (``"__opencl_c_subgroups"``); empty before OpenCL 3.0.
-    local_memory, max_allocation, global_memory : int
-        Bytes: of a work-group's memory, of the largest single buffer, of all memory.
-    alignment : int
-        Bytes to which the origin of a sub-buffer must be aligned.
-    max_work_group_size, compute_units : int
-    fp16 : bool
-        ``half`` arithmetic, not only storage.
-    sub_groups : bool
-        As an extension or as a feature of OpenCL C 3.0 (``-cl-std=CL3.0``).
-    integer_dot_product : bool
-        Of four bytes packed in a 32-bit word.
-    compute_capability : (int, int) or None
-        NVIDIA's; None for others.
-    """
-
-    name: str
-    vendor: str
-    platform: str
-    platform_version: str
-    driver_version: str
-    type: str
-    version: tuple
-    c_version: tuple
-    extensions: frozenset
-    features: frozenset
-    local_memory: int
-    max_allocation: int
-    global_memory: int
-    alignment: int
-    max_work_group_size: int
-    compute_units: int
-    fp16: bool
-    sub_groups: bool
-    integer_dot_product: bool
-    compute_capability: tuple | None
-
-    @property
-    def is_cpu(self):
-        return self.type == "CPU"
-
-    @property
-    def device_atomics(self):
-        """By what a work-group sees what others of its launch wrote: ``"PTX"``, ``"OpenCL C 3.0"``, or None."""
-        if (self.compute_capability or (0, 0)) >= (7, 0):
-            return "PTX"
-        return "OpenCL C 3.0" if self.features >= DEVICE_ATOMICS else None
-
-
-@cache
-def capabilities(device):
-    """The :class:`Capabilities` of a ``pyopencl.Device``, read once."""
-    extensions = frozenset(device.extensions.split())
-    features = _features(device)
-    compute_capability = None
-    if "cl_nv_device_attribute_query" in extensions:
-        compute_capability = (device.compute_capability_major_nv, device.compute_capability_minor_nv)
-    return Capabilities(
-        name=device.name.strip(),
-        vendor=device.vendor.strip(),
-        platform=device.platform.name.strip(),
-        platform_version=device.platform.version.strip(),
-        driver_version=device.driver_version.strip(),
-        type=_type(device),
-        version=_version(device.version),
-        c_version=max([_version(device.opencl_c_version), *_c_versions(device)]),
-        extensions=extensions,
-        features=features,
-        local_memory=device.local_mem_size,
-        max_allocation=device.max_mem_alloc_size,
-        global_memory=device.global_mem_size,
-        alignment=device.mem_base_addr_align // 8,
-        max_work_group_size=device.max_work_group_size,
-        compute_units=device.max_compute_units,
-        fp16="cl_khr_fp16" in extensions,
-        sub_groups="cl_khr_subgroups" in extensions or "__opencl_c_subgroups" in features,
-        # Both say that the packed form is there; the accelerated forms are a matter of speed alone.
-        integer_dot_product="cl_khr_integer_dot_product" in extensions
-        or "__opencl_c_integer_dot_product_input_4x8bit_packed" in features,
-        compute_capability=compute_capability,
-    )
-
-
-def list_platforms():
-    """The platforms, those included whose driver fails; none is an empty list.
+def list_platforms() -> list[PlatformFound]:
+    """The platforms, including those whose driver fails; an empty list if there are none.
 
     Returns
     -------
@@ -199,18 +96,18 @@ def list_platforms():
     return [_platform_found(platform) for platform in platforms]
 
 
-def list_devices():
-    """The devices of all platforms, in their drivers' order: what an index counts."""
+def list_devices() -> list[cl.Device]:
+    """The devices of all platforms, in their drivers' order: a device's index is its place in this list."""
     return [device for platform in list_platforms() for device in platform.devices]
 
 
-def broken_drivers():
-    """The drivers that are registered with the OpenCL loader but that it leaves out, without a word.
+def broken_drivers() -> list[tuple[str, str]]:
+    """The drivers that are registered with the OpenCL loader but cannot be loaded; the loader skips them silently.
 
     Returns
     -------
     list of (str, str)
-        The ``.icd`` file, and why the library that it names cannot be loaded.
+        The ``.icd`` file, and why the library named in it cannot be loaded.
     """
     place = Path(os.environ.get("OCL_ICD_VENDORS") or os.environ.get("OPENCL_VENDOR_PATH") or "/etc/OpenCL/vendors")
     files = sorted(place.glob("*.icd")) if place.is_dir() else [place] if place.suffix == ".icd" else []
@@ -224,8 +121,8 @@ def broken_drivers():
     return broken
 
 
-def reason_unavailable():
-    """None, or why no device can be used, and what to do."""
+def reason_unavailable() -> str | None:
+    """None, or the reason why no device can be used, with what to do about it."""
     try:
         platforms = list_platforms()
     except BackendUnavailable as error:
@@ -251,8 +148,8 @@ def reason_unavailable():
     return f"no OpenCL device that can be used: {listed}; {INSTALL}"
 
 
-def reason_unusable(device):
-    """None, or what keeps the backend from this device (``"is not available"``)."""
+def reason_unusable(device: cl.Device) -> str | None:
+    """None, or the reason why the backend cannot use this device (``"is not available"``)."""
     try:
         if not device.available:
             return "is not available"
@@ -260,23 +157,23 @@ def reason_unusable(device):
             return "has no compiler"
         if not device.endian_little:
             return "is big-endian"
-        if _version(device.version) < (1, 2):
+        if version_of(device.version) < (1, 2):
             return f"has {device.version.strip()}, and 1.2 is needed"
     except cl.Error as error:
         return f"does not answer ({error})"
     return None
 
 
-def choose_device(device=None):
+def choose_device(device: cl.Device | int | str | None = None) -> Choice:
     """The device to use.
 
     Parameters
     ----------
     device : pyopencl.Device, int, str or None
-        An int counts in :func:`list_devices`; so does a text that is a number. Other text is looked
-        for in the names of devices and platforms, in whatever case; of several that have it the best
-        type comes first. None: what ``MARLIN_CY_OPENCL_DEVICE`` says, in the same forms; else what
-        ``PYOPENCL_CTX`` says, in PyOpenCL's; else a GPU before an accelerator before a CPU.
+        An int, or a text that is a number, is an index into :func:`list_devices`. Another text is searched for in the
+        names of devices and platforms, ignoring case; of several matches the one of the best type is taken. None: the
+        value of ``MARLIN_CY_OPENCL_DEVICE``, in the same forms; else that of ``PYOPENCL_CTX``, in PyOpenCL's form;
+        else a GPU before an accelerator before a CPU.
 
     Returns
     -------
@@ -285,7 +182,7 @@ def choose_device(device=None):
     Raises
     ------
     TypeError, IndexError, ValueError
-        ``device``, or the variable, names none; the message lists the devices.
+        ``device``, or the variable, names no device; the message lists the devices.
     BackendUnavailable
         There is no device, or the one named cannot be used.
     """
@@ -303,10 +200,14 @@ def choose_device(device=None):
     if text := os.environ.get(PYOPENCL_VARIABLE):
         return _usable(Choice(_find_pyopencl(text), f"environment variable {PYOPENCL_VARIABLE}={text}"))
     best = min((device for device in list_devices() if reason_unusable(device) is None), key=_rank)
-    return Choice(best, f"the first {_type(best)}, and there is no better type")
+    return Choice(best, f"the first {device_type(best)}, and there is no better type")
 
 
-def open_device(device=None, context=None, queue=None):
+def open_device(
+    device: cl.Device | int | str | None = None,
+    context: cl.Context | None = None,
+    queue: cl.CommandQueue | None = None,
+) -> Opened:
     """A device and a context on it.
 
     Parameters
@@ -359,12 +260,12 @@ def open_device(device=None, context=None, queue=None):
         ) from error
 
 
-def describe(device):
+def describe(device: cl.Device) -> str:
     """``"NVIDIA H200 (NVIDIA CUDA)"``."""
     return f"{device.name.strip()} ({device.platform.name.strip()})"
 
 
-def _platform_found(platform):
+def _platform_found(platform: cl.Platform) -> PlatformFound:
     name = version = "unknown"
     try:
         name, version = platform.name.strip(), platform.version.strip()
@@ -373,13 +274,13 @@ def _platform_found(platform):
         return PlatformFound(name, version, [], str(error))
 
 
-def _usable(choice):
+def _usable(choice: Choice) -> Choice:
     if reason := reason_unusable(choice.device):
         raise BackendUnavailable(f"backend 'opencl': {describe(choice.device)} {reason} ({choice.reason})")
     return choice
 
 
-def _find(wanted, source):
+def _find(wanted: int | str, source: str) -> cl.Device:
     """The device with this index, or with this text in its name."""
     devices = list_devices()
     if isinstance(wanted, str) and re.fullmatch(r"-?\d+", wanted.strip()):
@@ -395,7 +296,7 @@ def _find(wanted, source):
     return min(found, key=_rank)
 
 
-def _find_pyopencl(text):
+def _find_pyopencl(text: str) -> cl.Device:
     try:
         return cl.choose_devices(interactive=False, answers=text.split(":"))[0]
     except (RuntimeError, cl.Error) as error:
@@ -404,41 +305,11 @@ def _find_pyopencl(text):
         ) from error
 
 
-def _expected(devices):
+def _expected(devices: list[cl.Device]) -> str:
     listed = ", ".join(f"{index}: {describe(device)}" for index, device in enumerate(devices))
     return f"expected one of {listed}" if devices else "but there is no device"
 
 
-def _rank(device):
+def _rank(device: cl.Device) -> int:
     """Smaller is better; min() keeps the first of equals."""
-    return list(DEVICE_TYPES).index(_type(device))
-
-
-def _type(device):
-    return next((name for name, bit in DEVICE_TYPES.items() if device.type & bit), "custom")
-
-
-def _version(text):
-    """``(1, 2)`` of ``"OpenCL C 1.2 PoCL"``; (0, 0) where there is no number."""
-    found = re.search(r"(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _c_versions(device):
-    """The versions of OpenCL C that a device of OpenCL 3.0 lists."""
-    # A cl_version has ten bits for the major number, ten for the minor, twelve for the patch.
-    return [(entry.version >> 22, entry.version >> 12 & 1023) for entry in _listed(device, "OPENCL_C_ALL_VERSIONS")]
-
-
-def _features(device):
-    return frozenset(entry.name for entry in _listed(device, "OPENCL_C_FEATURES"))
-
-
-def _listed(device, query):
-    """The answer to a query that only devices of OpenCL 3.0 know; others have nothing to list."""
-    if _version(device.version) < (3, 0):
-        return []
-    try:
-        return device.get_info(getattr(cl.device_info, query))
-    except cl.Error:
-        return []
+    return list(DEVICE_TYPES).index(device_type(device))

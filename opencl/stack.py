@@ -1,14 +1,19 @@
 """Stacks and linear layers over packed weights in device memory."""
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
-from marlin_cy.opencl.buffers import float_rows, int32_vector, refuse_overlap, wait_list
+from marlin_cy.opencl.buffers import Vector, float_rows, int32_vector, refuse_overlap, wait_list
 from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import Capabilities
@@ -29,7 +34,7 @@ MAX_INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class Runtime:
-    """What all that a backend makes has in common.
+    """What the contexts, stacks and builders of a backend share.
 
     Attributes
     ----------
@@ -38,9 +43,9 @@ class Runtime:
     capabilities : Capabilities
     programs : ProgramCache
     loading_queue : pyopencl.CommandQueue
-        In order; for copies to and from the host, and for packing weights.
+        An in-order queue for copies to and from the host, and for packing weights.
     loading_lock : threading.Lock
-        Held while commands that belong together are enqueued there.
+        Held while a group of commands that belong together is enqueued there.
     max_alloc_bytes : int
         The largest single buffer.
     tuned : Tuned
@@ -59,12 +64,12 @@ class Runtime:
     tuned: Tuned
     verdicts: Verdicts | None = None
 
-    def make_stack(self, store, bias):
+    def make_stack(self, store: OpenClGptqStore, bias: npt.NDArray[Any] | None) -> OpenClMarlinExpertStack:
         """The stack over a filled store, with a bias or None."""
         return OpenClMarlinExpertStack(store, store.num_experts, store.n, store.k, bias)
 
 
-def opencl_context(ctx):
+def opencl_context(ctx: Any) -> OpenClContext:
     """``ctx``, if it is an OpenCL context."""
     if not isinstance(ctx, OpenClContext):
         raise TypeError(f"ctx: got {type(ctx).__name__}, expected an OpenClContext from OpenClBackend.new_context")
@@ -74,35 +79,44 @@ def opencl_context(ctx):
 class OpenClMarlinExpertStack(PackedStack):
     """Experts in packed int4 strips, in device memory.
 
-    Routing arrays of :meth:`gemm_phase_vllm` stay on the device and are never read back. So what they
-    hold is not checked beforehand as on the CPU: blocks of an expert that does not exist are skipped, and
-    so are ids below 0; a ``num_tokens_past_padded`` on the device counts as far as both arrays reach, in
-    whole blocks. Nothing is read or written out of bounds. An id that occurs twice is computed twice.
+    Routing arrays of :meth:`gemm_phase_vllm` stay on the device and are never read back, so their contents are not
+    checked as on the CPU. Blocks of an expert that does not exist are skipped, and so are ids below 0; a
+    ``num_tokens_past_padded`` on the device is limited to the whole blocks that both arrays have. Nothing is read or
+    written out of bounds. An id that occurs twice is computed twice.
 
     Parameters
     ----------
     store : OpenClGptqStore
     num_experts, n_per_expert, k : int
-        Of the store.
+        Sizes of the store.
     bias : float array ``[num_experts, n_per_expert]``, optional
         Copied to the device.
     """
 
     store_type = OpenClGptqStore
 
-    def __init__(self, store, num_experts, n_per_expert, k, bias=None):
+    def __init__(
+        self,
+        store: OpenClGptqStore,
+        num_experts: int,
+        n_per_expert: int,
+        k: int,
+        bias: npt.ArrayLike | None = None,
+    ) -> None:
         super().__init__(store, num_experts, n_per_expert, k, bias)
         self.bias_kind, self.bias_buffer = NO_BIAS, None
         if bias is not None:
             self._bias = as_bias(bias, (num_experts, n_per_expert))
             self.bias_kind, self.bias_buffer = EXPERT_BIAS, uploaded(store.runtime, self._bias, "bias")
 
-    def zero_workspace(self, ctx):
-        """Zero the split-K sums of the context. Calls write each before they read it, so this is optional."""
+    def zero_workspace(self, ctx: OpenClContext) -> None:
+        """Zero the split-K sums of the context. Optional: a call writes each sum before it reads it."""
         with opencl_context(ctx) as ctx:
             ctx.zero(["partial sums"])
 
-    def gemm_phase_batched(self, ctx, input, dispatches, output, k):
+    def gemm_phase_batched(
+        self, ctx: OpenClContext, input: Array, dispatches: npt.ArrayLike, output: Array, k: int
+    ) -> None:
         ctx = opencl_context(ctx)
         store = self.store
         if integer("k", k) != store.k:
@@ -126,16 +140,16 @@ class OpenClMarlinExpertStack(PackedStack):
 
     def gemm_phase_vllm(
         self,
-        ctx,
-        input,
-        sorted_token_ids,
-        expert_ids,
-        num_tokens_past_padded,
-        output,
-        prob_m,
-        moe_block_size,
-        top_k,
-    ):
+        ctx: OpenClContext,
+        input: Array,
+        sorted_token_ids: Array,
+        expert_ids: Array,
+        num_tokens_past_padded: Array | npt.NDArray[np.int32] | int,
+        output: Array,
+        prob_m: int,
+        moe_block_size: int,
+        top_k: int,
+    ) -> None:
         ctx = opencl_context(ctx)
         store, cl_context = self.store, ctx.cl_context
         past, on_host = past_padded(num_tokens_past_padded, cl_context)
@@ -171,12 +185,14 @@ class OpenClMarlinExpertStack(PackedStack):
                 event = multiply(ctx, self, rows, out, work, waits=wait_list(ctx.queue, used), label="gemm_phase_vllm")
                 ctx.written(output, event)
 
-    def make_expert_linear(self, expert_offset, expert_n, bias_host=None):
+    def make_expert_linear(
+        self, expert_offset: int, expert_n: int, bias_host: npt.ArrayLike | None = None
+    ) -> OpenClLinear:
         return OpenClLinear(self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host)
 
 
-def past_padded(value, cl_context):
-    """``num_tokens_past_padded`` as ``(Vector or None, int or None)``: on the device, or on the host."""
+def past_padded(value: Any, cl_context: cl.Context) -> tuple[Vector | None, int | None]:
+    """``num_tokens_past_padded`` as ``(Vector, None)`` if it is on the device, ``(None, int)`` if on the host."""
     if isinstance(value, Array):
         if value.size != 1:
             raise ValueError(f"num_tokens_past_padded: got shape {value.shape}, expected one int32")
@@ -191,16 +207,18 @@ def past_padded(value, cl_context):
 class OpenClLinear(PackedLinear):
     """A view on columns of an :class:`OpenClMarlinExpertStack`; parameters as for the base class."""
 
-    def __init__(self, stack, offset, width, bias=None):
+    def __init__(
+        self, stack: OpenClMarlinExpertStack, offset: int, width: int, bias: npt.ArrayLike | None = None
+    ) -> None:
         super().__init__(stack, offset, width, bias)
         self.store, self.bias_buffer = stack.store, self._bias
         self.bias_kind = NO_BIAS if bias is None else OUTPUT_BIAS
         self._experts = expert_columns(stack.store.n, offset, width)
 
-    def _placed(self, bias):
+    def _placed(self, bias: npt.NDArray[Any]) -> cl.Buffer:
         return uploaded(self.stack.store.runtime, bias, "bias")
 
-    def forward(self, ctx, input, out, m):
+    def forward(self, ctx: OpenClContext, input: Array, out: Array, m: int) -> None:
         ctx, m = opencl_context(ctx), integer("m", m)
         rows = float_rows(input, "input", self.stack.k, ctx.cl_context)
         output = float_rows(out, "out", self._width, ctx.cl_context, True)
@@ -225,9 +243,10 @@ class OpenClLinear(PackedLinear):
                 ctx.written(out, event)
 
 
-def expert_columns(n, offset, width):
-    """int32 ``[experts, 4]``: expert, first column in it, columns, first output column, of a view of stacked N."""
-    rows = []
+def expert_columns(n: int, offset: int, width: int) -> npt.NDArray[np.int32]:
+    """The parts of a view of stacked N, int32 ``[experts, 4]``: expert, first column in it, columns, first output
+    column."""
+    rows: list[Sequence[int]] = []
     done = 0
     while done < width:
         expert, column = divmod(offset + done, n)

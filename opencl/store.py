@@ -3,9 +3,14 @@
 The layout is drawn in ``kernels/common.cl`` and written out in plain NumPy in ``layout.py``.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
@@ -26,7 +31,7 @@ from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_
 __all__ = ["OpenClGptqStore", "OpenClStackBuilder"]
 
 PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
-STAGING_BYTES = 64 << 20  # on their way to the device at a time; a launch reads them in well under a millisecond
+STAGING_BYTES = 64 << 20  # of the staging buffers; a launch reads as much in well under a millisecond
 SCALE_EXPONENT = 15  # stored scales are below 2**15
 MIN_FACTOR = 2.0**-120  # of those that kernels take: also its half, and its multiples by the tiers' units, are normal
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
@@ -81,7 +86,16 @@ class OpenClGptqStore:
         Nothing stays allocated, and the context is as it was.
     """
 
-    def __init__(self, runtime, num_experts, k, n, group_size, g_idx, codes="uint4"):
+    def __init__(
+        self,
+        runtime: Any,
+        num_experts: int,
+        k: int,
+        n: int,
+        group_size: int,
+        g_idx: Sequence[npt.NDArray[np.int32] | None],
+        codes: str = "uint4",
+    ) -> None:
         self.num_experts, self.k, self.n, self.weight_group_size, self.codes = num_experts, k, n, group_size, codes
         self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
@@ -112,49 +126,49 @@ class OpenClGptqStore:
             self.release()
             raise
 
-    def release(self):
-        """Give the weights' memory back without waiting for the garbage collector."""
+    def release(self) -> None:
+        """Free the weights' memory without waiting for the garbage collector."""
         live_stores.discard(self)
         while self._buffers:
             self._buffers.pop().release()
 
     @property
-    def weight_factors(self):
-        """``weight_factor`` as the product of two normal float32, the second 1 wherever the first can be all of it."""
+    def weight_factors(self) -> tuple[float, float]:
+        """``weight_factor`` as a product of two normal float32; the second is 1 unless the factor is subnormal."""
         first = max(self.weight_factor, MIN_FACTOR)
         return first, self.weight_factor / first
 
     @property
-    def packed_k(self):
-        """Rows as the kernels see them: K, more where groups were padded."""
+    def packed_k(self) -> int:
+        """Packed rows: K, and more where groups were padded."""
         return self.layout.packed_k
 
     @property
-    def groups(self):
+    def groups(self) -> int:
         """Packed groups."""
         return self.layout.groups
 
     @property
-    def group_shift(self):
+    def group_shift(self) -> int:
         """A packed group has ``2**group_shift`` rows."""
         return self.layout.group_shift
 
     @property
-    def expert_words(self):
+    def expert_words(self) -> int:
         """uint32 from one expert to the next."""
         return self.layout.expert_words
 
     @property
-    def act_order(self):
-        """True when some expert's rows of K are packed in another order than their own."""
+    def act_order(self) -> bool:
+        """Whether the rows of K of some expert are packed in another order than K's own."""
         return self.order is not None
 
-    def place(self, expert):
-        """``(part, word)`` at which an expert begins."""
+    def place(self, expert: int) -> tuple[cl.Buffer, int]:
+        """``(part, word)``: the buffer of an expert, and where the expert begins in it."""
         part, index = divmod(expert, self.experts_per_part)
         return self.parts[part], index * self.expert_words
 
-    def read(self, queue, expert):
+    def read(self, queue: cl.CommandQueue, expert: int) -> npt.NDArray[np.uint32]:
         """One packed expert, uint32 ``[expert_words]``. For tests and inspection."""
         part, word = self.place(expert)
         packed = np.empty(self.expert_words, np.uint32)
@@ -163,12 +177,12 @@ class OpenClGptqStore:
 
 
 class OpenClStackBuilder(CheckedStackBuilder):
-    """Packs weights on the device: what is uploaded is what a checkpoint holds, a few columns at a time.
+    """Packs weights on the device: uploads them as in the checkpoint, some columns at a time, and packs them there.
 
     Parameters
     ----------
     runtime : object
-        As :class:`OpenClGptqStore`'s, and ``programs`` (ProgramCache), ``make_stack(store, bias)``.
+        As for :class:`OpenClGptqStore`, with ``programs`` (ProgramCache) and ``make_stack(store, bias)`` as well.
     num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
         As :func:`~marlin_cy.stacks.builder.checked_stack_sizes` returns them.
 
@@ -178,7 +192,17 @@ class OpenClStackBuilder(CheckedStackBuilder):
         As :class:`OpenClGptqStore`; also when adding.
     """
 
-    def __init__(self, runtime, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
+    def __init__(
+        self,
+        runtime: Any,
+        num_experts: int,
+        k: int,
+        n_per_expert: int,
+        group_size: int,
+        g_idx: Sequence[npt.NDArray[np.int32] | None],
+        codes: str,
+        scale_dtype: npt.DTypeLike,
+    ) -> None:
         self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx, codes)
         try:
             super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
@@ -290,13 +314,13 @@ class OpenClStackBuilder(CheckedStackBuilder):
         store.weight_factor = 2.0**-exponent
 
 
-def pack_launch(runtime, name):
+def pack_launch(runtime: Runtime, name: str) -> Launch:
     """A :class:`Launch` of a kernel of ``pack.cl``, for one builder."""
     return Launch(runtime.programs.kernel("pack", name), arguments_of(name, {}))
 
 
-def largest_scale(bits, dtype):
-    """The largest magnitude of scales, from their bits (uint16); refuses those that no kernel could multiply by."""
+def largest_scale(bits: npt.NDArray[np.uint16], dtype: npt.DTypeLike) -> float:
+    """The largest magnitude of scales, from their bits (uint16); refuses scales too large for the kernels."""
     largest = float((bits & MAGNITUDE).max(initial=0).view(dtype))
     if dtype == np.float16:
         return min(LARGEST_FLOAT16, largest)  # in this order also of a NaN
@@ -308,18 +332,18 @@ def largest_scale(bits, dtype):
 
 
 class Staging:
-    """Device buffers for some columns of a canonical weight on its way.
+    """Device buffers for the columns of a canonical weight that are being packed.
 
     Attributes
     ----------
     columns : int
-        How many at a time.
+        Columns that the buffers hold.
     words, scale : pyopencl.Buffer
     zero : pyopencl.Buffer or None
     nbytes : int
     """
 
-    def __init__(self, runtime, k, n, group_size, has_zeros):
+    def __init__(self, runtime: Any, k: int, n: int, group_size: int, has_zeros: bool) -> None:
         groups = -(-k // group_size)
         column_bytes = (k // 2, 2 * groups, groups) if has_zeros else (k // 2, 2 * groups)
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
@@ -332,14 +356,14 @@ class Staging:
             ]
         self.words, self.scale, self.zero = (*self._buffers, None)[:3]
 
-    def upload(self, arrays):
-        """Copy words, scales and zeros; returns when the arrays are no longer read."""
+    def upload(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Copy words, scales and zeros; returns when the copies have been made."""
         for buffer, array in zip(self._buffers, arrays, strict=True):
             cl.enqueue_copy(self._queue, buffer, array, is_blocking=True)
 
 
-def cut_into_parts(num_experts, most):
-    """``(experts a part, parts)``, of which none may hold more than ``most``; ``(0, 0)`` if there are not enough."""
+def cut_into_parts(num_experts: int, most: int) -> tuple[int, int]:
+    """``(experts a part, parts)`` with at most ``most`` experts a part; ``(0, 0)`` if that takes too many parts."""
     for count in PARTS:
         experts = -(-num_experts // count)
         if experts <= most:

@@ -71,7 +71,8 @@ class Tuned:
         self._forced: Configuration | None = None
 
     def configurations(self, tier: Tier, problem: Problem, symmetric: bool, codes: str) -> list[Configuration]:
-        """The configurations to use, best first: the result for the product, and the tier's own choices.
+        """The configurations to use, best first: the result for the product, the tier's own choices, and, should these
+        be wrong on the device, the same without splits of K.
 
         Parameters
         ----------
@@ -91,20 +92,26 @@ class Tuned:
         entries = self._places.get(place_key(self._device, tier))
         entry = entries.get(key) if isinstance(entries, dict) else None
         if entry is None:
-            return offered
+            return with_unsplit(offered)
         try:
-            return [parsed(entry, problem, offered), *offered]
+            return with_unsplit([parsed(entry, problem, offered), *offered])
         except ValueError as error:
             warnings.warn(
                 f"{tuning_file()}: {key}: {error}; the tier's own choice is used. 'marlin-cy tune' measures again",
                 RuntimeWarning,
                 stacklevel=5,  # the caller of the product
             )
-            return offered
+            return with_unsplit(offered)
 
     def forced(self, configuration: Configuration | None) -> None:
         """Use one configuration for every product; None ends that. For the tuner, on a backend that only it uses."""
         self._forced = configuration
+
+
+def with_unsplit(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Some configurations, and after them the same without splits of K; each once."""
+    unsplit = [replace(one, splits=1) for one in configurations]
+    return list(dict.fromkeys([*configurations, *unsplit]))
 
 
 def place_key(device: Capabilities, tier: Tier) -> str:
