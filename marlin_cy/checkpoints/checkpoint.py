@@ -9,7 +9,6 @@
              moe_layer(i), linear(name): stacks and layers on a backend
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_mo
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource, as_checkpoint_error, new_builder
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo, read_json
+from marlin_cy.cpu.threads import checked_num_threads
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.interface import Backend, Linear
@@ -46,7 +46,7 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, ver
     progress : callable, optional
         Called as ``progress(done, total, description)`` after each expert, from the thread that loads.
     num_threads : int, optional
-        Threads that pack; as many as the process may use.
+        Threads that pack, 1 to 4096; by default as for a CPU context.
     verify : bool
         Read all of a packed folder's tensors and compare their checksums. Other folders have none.
 
@@ -57,7 +57,7 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, ver
     UnsupportedError
         A model family, activation, quantisation method, width of codes or group size that is not supported.
     TypeError, ValueError
-        A ``backend``, ``progress`` or ``num_threads`` that is none.
+        An invalid ``backend``, ``progress`` or ``num_threads``.
     """
     if isinstance(backend, str):
         backend = get_backend(backend)
@@ -65,11 +65,7 @@ def open_checkpoint(path, backend="cpu", *, progress=None, num_threads=None, ver
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
-    if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(num_threads, int) or num_threads < 1:
-        raise ValueError(f"num_threads: got {num_threads!r}, expected a positive int")
-    return Checkpoint(Path(path), backend, progress, num_threads, bool(verify))
+    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify))
 
 
 class Checkpoint:

@@ -7,7 +7,7 @@ not be found out is null:
 ``cpu``: ``model``, ``architecture``
 ``isa``: ``chosen``, ``reason``, ``isas`` (a list of ``name``, ``available``, ``reason``), or null; ``chosen`` is
   null where ``MARLIN_CY_ISA`` asks for what cannot run
-``threads``: ``default``, ``affinity``, ``omp_num_threads``
+``threads``: ``default``, ``affinity``, ``cpu_quota``, ``omp_num_threads``
 ``openmp``: ``enabled``, ``version`` (the date that OpenMP's ``_OPENMP`` gives, 0 without it), or null
 ``memory``: ``bandwidth_one_thread``, ``bandwidth_all_threads``, ``transparent_huge_pages``
 ``backends``: from each name to null, or to the reason why it is missing
@@ -79,6 +79,7 @@ def _compiled_report():
     from marlin_cy.cpu import default_num_threads, dispatch_report, openmp_report
     from marlin_cy.cpu._dispatch import isas
     from marlin_cy.cpu.measure._bandwidth import read_bandwidth
+    from marlin_cy.cpu.threads import cpu_quota
 
     try:
         isa = dispatch_report()
@@ -88,7 +89,7 @@ def _compiled_report():
     one_thread = read_bandwidth(1)
     return {
         "isa": isa,
-        "threads": _threads(threads),
+        "threads": _threads(threads, cpu_quota()),
         "openmp": openmp_report(),
         "memory": _memory(one_thread, read_bandwidth(threads) if threads > 1 else one_thread),
     }
@@ -96,13 +97,14 @@ def _compiled_report():
 
 def _uncompiled_report():
     """The same when the extension modules cannot be imported: a doctor must still speak."""
-    return {"isa": None, "threads": _threads(None), "openmp": None, "memory": _memory(None, None)}
+    return {"isa": None, "threads": _threads(None, None), "openmp": None, "memory": _memory(None, None)}
 
 
-def _threads(default):
+def _threads(default, quota):
     return {
         "default": default,
         "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_quota": quota,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
 
@@ -144,6 +146,7 @@ def _print_tables(found):
     facts.add_row(
         "threads",
         f"{known(threads['default'])} by default; {threads['affinity']} CPUs allowed; "
+        f"CPU quota {'none' if threads['cpu_quota'] is None else format(threads['cpu_quota'], 'g')}; "
         f"OMP_NUM_THREADS {escape(threads['omp_num_threads'] or 'not set')}",
     )
     if openmp:
