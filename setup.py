@@ -93,7 +93,8 @@ setup(
     include_package_data=False,
     package_data={
         "marlin_cy": ["data/*/*", "py.typed"],
-        "marlin_cy.cpu": ["*.pxd"],
+        "marlin_cy.cpu": ["*.pxd", "*.pyi"],
+        "marlin_cy.cpu.measure": ["*.pyi"],
         "marlin_cy.opencl": ["kernels/*.cl"],
         "marlin_cy.weights": ["*.pyi"],
     },

@@ -314,7 +314,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
         store.weight_factor = 2.0**-exponent
 
 
-def pack_launch(runtime: Runtime, name: str) -> Launch:
+def pack_launch(runtime: Any, name: str) -> Launch:
     """A :class:`Launch` of a kernel of ``pack.cl``, for one builder."""
     return Launch(runtime.programs.kernel("pack", name), arguments_of(name, {}))
 

@@ -1,43 +1,39 @@
 """The AMX kernels on machines without AMX: compiled against ``amx_emulation.h``.
 
-Through their contract they are held to the generic kernels, whose results ``test_numerics_cpu.py`` holds to the
-reference; there AMX itself is tested where the machine has it. What a task reads ends where memory does, so that
-reading on is a crash. Then the framework gives them their tasks, whose rows must be consecutive.
+Their results are compared with those of the generic kernels, task by task. ``test_numerics_cpu.py`` compares the
+generic kernels with the reference, and AMX itself too where the machine has it. Each array of a task ends at a page
+that cannot be read, so that reading past the end is a crash. Other tests let the framework make the tasks, whose rows
+must be consecutive.
 """
 
 import ctypes
 import mmap
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from asserts import assert_same_bits
 from conftest import ISAS
+from kernel_libraries import COMPILER, context_with, emulated_amx_library, kernel_table
 from problems import G_IDX_MODES, activations, random_problem
 
 import marlin_cy
-from marlin_cy.cpu import _dispatch
+from marlin_cy.cpu._dispatch import CONSTANTS
 
-TESTS = Path(__file__).parent
-UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
-FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-shared", "-fPIC"]
-COMPILER = shutil.which("cc")
-
-TILE_N, PAIR_N, BLOCK_K, GROUP_K_STEP, MAX_GROUP_K, MAX_MC = 16, 32, 8, 32, 128, 96
+TILE_N, PAIR_N, LANE_K, GROUP_K_STEP, MAX_GROUP_K, MAX_MC = (
+    CONSTANTS[name] for name in ("TILE_N", "PAIR_N", "LANE_K", "GROUP_K_STEP", "MAX_GROUP_K", "MAX_MC")
+)
 SIZES = range(GROUP_K_STEP, MAX_GROUP_K + 1, GROUP_K_STEP)
 GROUP_SIZES = [(size,) for size in SIZES] + [(size, size, last) for size in SIZES for last in SIZES if last <= size]
 SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
 META = np.dtype([("scale", np.float32), ("sum_split", np.int32), ("symmetric_sum", np.int32)])
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="AMX is for Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="AMX is supported on Linux only"),
     pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
     pytest.mark.skipif(
-        not ISAS.get("avx512vnni", {"available": False})["available"], reason="the kernels' other half is AVX-512"
+        not ISAS.get("avx512vnni", {"available": False})["available"], reason="AMX inherits kernels of AVX-512"
     ),
 ]
 
@@ -69,21 +65,34 @@ class Task(ctypes.Structure):
 class Table(ctypes.Structure):
     """The first entries of ``ukernel_table``."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
-                ("mr", ctypes.c_int), ("mc", ctypes.c_int), ("min_matrix_rows", ctypes.c_int)]  # fmt: skip
+    _fields_ = [
+        ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
+        ("mr", ctypes.c_int),
+        ("mc", ctypes.c_int),
+        ("min_matrix_rows", ctypes.c_int),
+    ]
+
+
+class Descriptor(ctypes.Structure):
+    """``isa_descriptor`` of ``isa.h``."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("parent", ctypes.c_void_p),
+        ("probe", ctypes.c_void_p),
+        ("peak", ctypes.c_void_p),
+        ("kernels", Table),
+    ]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("amx") / "kernels.so"
-    emulated = path.with_name("amx.o")
-    compile_ = [COMPILER, *FLAGS, f"-I{UKERNELS}"]
-    subprocess.run(
-        [*compile_, "-c", "-include", TESTS / "amx_emulation.h", UKERNELS / "amx.c", "-o", emulated], check=True
-    )
-    rest = [UKERNELS / f"{name}.c" for name in ("generic", "avx512vnni")]
-    subprocess.run([*compile_, emulated, *rest, "-o", path, "-lm"], check=True)
-    return ctypes.CDLL(str(path))
+    return emulated_amx_library(tmp_path_factory.mktemp("amx"))
+
+
+def own_kernels(library, isa):
+    """The kernels that an ISA of the library does not inherit."""
+    return Descriptor.in_dll(library, f"isa_{isa}").kernels
 
 
 def at_the_end_of_memory(values):
@@ -132,7 +141,7 @@ class Problem:
         headers[:, :, 2 * TILE_N :] = rng.integers(0, 17, (2, groups, TILE_N)) if codes == 0 else 12
         if codes == 0:
             headers[rng.random((2, groups)) < 0.3, 2 * TILE_N :] = 8
-        bodies = rng.integers(0, 256, (2, k // BLOCK_K, 64)).astype(np.uint8)
+        bodies = rng.integers(0, 256, (2, k // LANE_K, 64)).astype(np.uint8)
         self.parts = {
             "a": at_the_end_of_memory(a.reshape(-1)[:used]),
             "meta": at_the_end_of_memory(meta),
@@ -143,8 +152,8 @@ class Problem:
         self.sizes = {
             "scale_dtype": scale_dtype,
             "num_groups": groups,
-            "group_blocks": group_size // BLOCK_K,
-            "last_group_blocks": group_sizes[-1] // BLOCK_K,
+            "group_blocks": group_size // LANE_K,
+            "last_group_blocks": group_sizes[-1] // LANE_K,
             "a_group_stride": a.strides[0],
             "a_row_stride": a.strides[1],
             "meta_group_stride": num_rows,
@@ -174,7 +183,7 @@ class Problem:
         return result
 
     def check(self, library):
-        amx, generic = (Table.in_dll(library, f"ukernels_{name}") for name in ("amx", "generic"))
+        amx, generic = own_kernels(library, "amx"), own_kernels(library, "generic")
         expected = self.result(generic)
         assert np.isnan(expected).any(axis=1).sum() == 1
         assert_same_bits(self.result(amx), expected)
@@ -200,7 +209,7 @@ def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_few_rows_may_lie_anywhere(library, rng, planes):
-    few = Table.in_dll(library, "ukernels_amx").min_matrix_rows - 1
+    few = own_kernels(library, "amx").min_matrix_rows - 1
     assert few > 0
     Problem(rng, few, planes, 0, rows=rng.permutation(20)[:few]).check(library)
 
@@ -214,23 +223,8 @@ def test_other_users_find_no_tiles(library, rng, planes):
 
 @pytest.fixture
 def emulated_context(library, cpu_backend):
-    """Makes a context that works as with AMX: what it gives the kernels is what AMX is given.
-
-    Its table, that of AVX-512, has the emulated entries for as long as no other context asks for that table.
-    """
-    isa_table = ctypes.CDLL(_dispatch.__file__).isa_table
-    isa_table.argtypes, isa_table.restype = [ctypes.c_char_p], ctypes.POINTER(Table)
-    table, amx = isa_table(b"avx512vnni").contents, Table.in_dll(library, "ukernels_amx")
-    before = bytes(table)
-
-    def make(**options):
-        ctx = cpu_backend.new_context(isa="avx512vnni", **options)
-        for name in ("gemm", "mr", "mc", "min_matrix_rows"):
-            setattr(table, name, getattr(amx, name))
-        return ctx
-
-    yield make
-    ctypes.memmove(ctypes.addressof(table), before, len(before))
+    """Makes a context with the emulated kernels: the framework gives them the tasks that it gives AMX."""
+    return lambda **options: context_with(cpu_backend, kernel_table(library, "amx"), **options)
 
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)

@@ -220,8 +220,9 @@ def test_norm_topk_prob(tmp_path):
         ({"backend": 3}, TypeError, "backend: got int, expected a name or a Backend"),
         ({"backend": "abacus"}, ValueError, "'abacus'"),
         ({"progress": 3}, TypeError, "progress: got int, expected a callable or None"),
-        ({"num_threads": 0}, ValueError, "num_threads: got 0, expected a positive int"),
-        ({"num_threads": 1.5}, ValueError, "num_threads: got 1.5"),
+        ({"num_threads": 0}, ValueError, "num_threads: got 0, expected 1 to 4096"),
+        ({"num_threads": 1.5}, TypeError, "num_threads: got 1.5, expected an int"),
+        ({"num_threads": True}, TypeError, "num_threads: got True, expected an int"),
     ],
 )
 def test_options_refused(options, exception, message):

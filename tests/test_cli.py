@@ -342,7 +342,7 @@ def test_doctor_json():
     assert found["cpu"].keys() == {"model", "architecture"}
     assert found["isa"]["chosen"] in [isa["name"] for isa in found["isa"]["isas"] if isa["available"]]
     assert found["isa"]["reason"]
-    assert found["threads"].keys() == {"default", "affinity", "omp_num_threads"}
+    assert found["threads"].keys() == {"default", "affinity", "cpu_quota", "omp_num_threads"}
     assert found["threads"]["default"] >= 1
     assert isinstance(found["openmp"]["enabled"], bool)
     assert found["memory"].keys() == {"bandwidth_one_thread", "bandwidth_all_threads", "transparent_huge_pages"}

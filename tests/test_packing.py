@@ -30,7 +30,7 @@ def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, kind):
     store = problem.stack(cpu_backend).store
     for expert in range(3):
         order = store.group_orders[store.order_of[expert]]
-        expected = pack_tiles(*problem.parts(expert), order, store.layout)
+        expected = pack_tiles(*problem.parts(expert), order, store.layout, problem.codes)
         np.testing.assert_array_equal(packed(store, expert), expected)
 
 
@@ -134,7 +134,7 @@ class TestFromPacked:
     def test_is_not_packed_into(self, problem, arguments):
         before = arguments[-1].copy()
         store = CpuGptqStore.from_packed(*arguments[:-1], arguments[-1])
-        with pytest.raises(ValueError, match="pack: the store's data came packed and is not written to"):
+        with pytest.raises(ValueError, match="pack: the store was made from packed data, which is read-only"):
             store.pack(0, 0, problem.canonical(1))
         np.testing.assert_array_equal(arguments[-1], before)
 

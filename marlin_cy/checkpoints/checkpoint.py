@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -33,6 +32,7 @@ from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
+from marlin_cy.threads import checked_num_threads
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -64,7 +64,7 @@ def open_checkpoint(
     progress : callable, optional
         Called as ``progress(done, total, description)`` after each expert, on the thread that loads the layer.
     num_threads : int, optional
-        Number of threads that pack weights. By default as many as the process may use.
+        Threads that pack, 1 to 4096; by default as for a CPU context.
     verify : bool
         Read all tensors of a packed folder and compare their checksums. Other folders have no checksums.
 
@@ -83,11 +83,7 @@ def open_checkpoint(
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
-    if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(num_threads, int) or num_threads < 1:
-        raise ValueError(f"num_threads: got {num_threads!r}, expected a positive int")
-    return Checkpoint(Path(path), backend, progress, num_threads, bool(verify))
+    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify))
 
 
 class Checkpoint:

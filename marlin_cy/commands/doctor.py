@@ -6,7 +6,7 @@ The object that ``--json`` prints has these keys. Bandwidths are in bytes per se
 ``cpu``: ``model``, ``architecture``
 ``isa``: ``chosen``, ``reason``, ``isas`` (a list of ``name``, ``available``, ``reason``), or null; ``chosen`` is
   null where ``MARLIN_CY_ISA`` names an instruction set that cannot run
-``threads``: ``default``, ``affinity``, ``omp_num_threads``
+``threads``: ``default``, ``affinity``, ``cpu_quota``, ``omp_num_threads``
 ``openmp``: ``enabled``, ``version`` (the date in OpenMP's ``_OPENMP``, 0 without OpenMP), or null
 ``memory``: ``bandwidth_one_thread``, ``bandwidth_all_threads``, ``transparent_huge_pages``
 ``backends``: from each name to null, or to the reason why the backend does not work
@@ -68,6 +68,7 @@ def report() -> tuple[dict[str, Any], list[DoctorReport]]:
         "threads": {
             "default": None,
             "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpu_quota": None,
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         },
         "openmp": None,
@@ -149,6 +150,7 @@ def _print_tables(found: dict[str, Any], parts: list[DoctorReport]) -> None:
     facts.add_row(
         "threads",
         f"{known(threads['default'])} by default; {threads['affinity']} CPUs allowed; "
+        f"CPU quota {'none' if threads['cpu_quota'] is None else format(threads['cpu_quota'], 'g')}; "
         f"OMP_NUM_THREADS {escape(threads['omp_num_threads'] or 'not set')}",
     )
     if openmp:

@@ -13,8 +13,9 @@
 from marlin_cy.cpu._dispatch import choose_isa, isas, openmp_report
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu.backend import CpuBackend
-from marlin_cy.cpu.context import CpuContext, default_num_threads
+from marlin_cy.cpu.context import CpuContext
 from marlin_cy.cpu.stack import CpuLinear, CpuMarlinExpertStack
+from marlin_cy.threads import default_num_threads
 
 __all__ = [
     "CpuBackend",

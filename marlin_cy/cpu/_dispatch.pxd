@@ -1,4 +1,8 @@
-"""The micro-kernel table, for the other extensions of this package."""
+"""The contract of ``ukernels/ukernel.h`` and the tables of kernels, for the other extensions of this package.
+
+Cython takes names and types from these declarations, and sizes, offsets and values from the C headers: the C compiler
+refuses a declaration that does not match its header.
+"""
 
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
@@ -7,22 +11,39 @@ cdef extern from "ukernel.h" nogil:
     enum:
         TILE_N
         PAIR_N
-        BLOCK_K
+        LANE_K
         BLOCK_BYTES
         GROUP_HEADER_BYTES
         MAX_GROUP_K
         GROUP_K_STEP
+        CHUNK_K
         MAX_MC
+        MAX_PLANES
+        QMAX_INT8
+        QMAX_INT16
+        SYMMETRIC_ZERO
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
         CODES_UINT4
         CODES_E2M1
-        E2M1_ZERO
+        CODES_COUNT
         ACTIVATION_SILU
         ACTIVATION_GELU
         ACTIVATION_GELU_TANH
         ACTIVATION_SWIGLUOAI
+
+    const double QUANTIZE_MIN_AMAX
+
+    ctypedef struct code_type:
+        uint8_t multiplicands[16]
+        int is_identity
+        int max_multiplicand
+        int has_zero_points
+        int symmetric_zero
+        int units_per_one
+
+    const code_type code_types[CODES_COUNT]
 
     ctypedef struct act_meta:
         float scale
@@ -64,13 +85,11 @@ cdef extern from "ukernel.h" nogil:
         float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums, const float *gate_bias,
         const float *up_bias, int activation) noexcept nogil
     ctypedef void axpy_fn(float *dst, const float *src, float weight, int64_t n) noexcept nogil
-
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
     ctypedef void sigmoid_fn(float *x, int64_t n) noexcept nogil
 
     ctypedef struct ukernel_table:
-        const char *name
-        gemm_fn *gemm[2][2]
+        gemm_fn *gemm[CODES_COUNT][MAX_PLANES]
         int mr
         int mc
         int min_matrix_rows
@@ -83,4 +102,29 @@ cdef extern from "ukernel.h" nogil:
         softmax_fn *softmax
         sigmoid_fn *sigmoid
 
-cdef const ukernel_table *table_of(str name) except NULL
+cdef extern from "isa.h" nogil:
+    ctypedef struct isa_support:
+        int available
+        const char *reason
+
+    ctypedef isa_support isa_probe_fn() noexcept nogil
+    ctypedef int64_t peak_fn(int64_t steps) noexcept nogil
+
+    ctypedef struct isa_descriptor:
+        const char *name
+        const isa_descriptor *parent
+        isa_probe_fn *probe
+        peak_fn *peak
+        ukernel_table kernels
+
+    const isa_descriptor *isa_at(int index)
+    isa_support isa_probe(const isa_descriptor *isa)
+    void isa_merge(ukernel_table *table, const isa_descriptor *isa)
+
+cdef class KernelTable:
+    cdef ukernel_table table    # complete; written once, before anyone can see this object
+    cdef peak_fn *peak
+    cdef readonly str name
+    cdef object owner           # keeps the kernels' code loaded, where it is not this extension's
+
+cdef KernelTable kernel_table(str name)

@@ -1,25 +1,19 @@
-"""Which instruction set the kernels use: what this machine has, and what the user wants.
+"""The instruction sets of this machine, and a complete table of kernels for each.
 
-This extension holds the C files of ``ukernels/``; the others reach them through the table that
-:func:`table_of` returns.
+This extension holds the C files of ``ukernels/``. The other extensions reach their kernels through the
+:class:`KernelTable` that :func:`kernel_table` returns.
+
+All tables are built when this module is imported, under the GIL, and never change afterwards: parallel loops of any
+thread may read them without a lock.
 """
 
 import os
 
 import numpy as np
 
+from libc.stdint cimport uintptr_t
 
-cdef extern from "isa.h" nogil:
-    enum:
-        ISA_MAX
-
-    ctypedef struct isa_info:
-        const char *name
-        int available
-        const char *reason
-
-    int isa_list(isa_info *info)
-    const ukernel_table *isa_table(const char *name)
+from marlin_cy import activations
 
 cdef extern from *:
     """
@@ -34,38 +28,147 @@ cdef extern from *:
 
 ENVIRONMENT_VARIABLE = "MARLIN_CY_ISA"
 
-ACTIVATIONS = {
-    "silu": ACTIVATION_SILU,
-    "gelu": ACTIVATION_GELU,
-    "gelu_tanh": ACTIVATION_GELU_TANH,
-    "swigluoai": ACTIVATION_SWIGLUOAI,
-}
+ACTIVATIONS = {row.name: row.number for row in activations.ACTIVATIONS.values()}
 """The kernels' number of each activation of :class:`~marlin_cy.moe.MoeLayer`."""
+
+CONSTANTS = {
+    "TILE_N": TILE_N,
+    "PAIR_N": PAIR_N,
+    "LANE_K": LANE_K,
+    "BLOCK_BYTES": BLOCK_BYTES,
+    "GROUP_HEADER_BYTES": GROUP_HEADER_BYTES,
+    "MAX_GROUP_K": MAX_GROUP_K,
+    "GROUP_K_STEP": GROUP_K_STEP,
+    "CHUNK_K": CHUNK_K,
+    "MAX_MC": MAX_MC,
+    "MAX_PLANES": MAX_PLANES,
+    "QMAX_INT8": QMAX_INT8,
+    "QMAX_INT16": QMAX_INT16,
+    "QUANTIZE_MIN_AMAX": QUANTIZE_MIN_AMAX,
+    "SYMMETRIC_ZERO": SYMMETRIC_ZERO,
+    "DTYPE_F32": DTYPE_F32,
+    "DTYPE_F16": DTYPE_F16,
+    "DTYPE_BF16": DTYPE_BF16,
+    "CODES_UINT4": CODES_UINT4,
+    "CODES_E2M1": CODES_E2M1,
+    "CODES_COUNT": CODES_COUNT,
+    "ACTIVATION_SILU": ACTIVATION_SILU,
+    "ACTIVATION_GELU": ACTIVATION_GELU,
+    "ACTIVATION_GELU_TANH": ACTIVATION_GELU_TANH,
+    "ACTIVATION_SWIGLUOAI": ACTIVATION_SWIGLUOAI,
+}
+"""The constants of ``ukernels/*.h`` by name: tests compare them with their Python counterparts."""
+
+KERNEL_CODE_TYPES = [
+    {
+        "multiplicands": [code_types[codes].multiplicands[code] for code in range(16)],
+        "is_identity": bool(code_types[codes].is_identity),
+        "max_multiplicand": code_types[codes].max_multiplicand,
+        "has_zero_points": bool(code_types[codes].has_zero_points),
+        "symmetric_zero": code_types[codes].symmetric_zero,
+        "units_per_one": code_types[codes].units_per_one,
+    }
+    for codes in range(CODES_COUNT)
+]
+"""The rows of ``ukernels/code_types.h`` by number; tests compare them with ``weights/code_types.py``."""
+
+cdef list ISAS = []     # what isas() returns
+cdef dict TABLES = {}   # name: KernelTable, of every ISA that this machine can run
+
+
+cdef class KernelTable:
+    """The kernels of one instruction set: its own, and those that it inherits. It never changes.
+
+    Attributes
+    ----------
+    name : str
+    """
+
+    def __init__(self):
+        raise TypeError("KernelTable: cannot be made directly; a context's workspace has one")
+
+    @staticmethod
+    def from_descriptor(uintptr_t address, owner):
+        """A table of kernels that another library holds; for tests, and for trying kernels without a new build.
+
+        The ISA is not probed: the caller knows that this machine can run it.
+
+        Parameters
+        ----------
+        address : int
+            Of an ``isa_descriptor`` (``ukernels/isa.h``) whose ancestors are in the same library.
+        owner : object
+            Kept alive as long as the table, so that the library stays loaded.
+        """
+        return complete_table(<const isa_descriptor *>address, owner)
+
+    @property
+    def mr(self):
+        """Row granularity of the micro-kernel."""
+        return self.table.mr
+
+    @property
+    def mc(self):
+        """Most rows of a task."""
+        return self.table.mc
+
+    @property
+    def min_matrix_rows(self):
+        """The least number of rows with which tasks use a matrix unit, 0 where there is none."""
+        return self.table.min_matrix_rows
+
+    @property
+    def address(self):
+        """Where the C structure lies; for tests."""
+        return <uintptr_t>&self.table
+
+    def __bytes__(self):
+        """The C structure, byte by byte; for tests."""
+        return (<const char *>&self.table)[:sizeof(self.table)]
+
+
+cdef KernelTable complete_table(const isa_descriptor *isa, object owner):
+    cdef KernelTable kernels = KernelTable.__new__(KernelTable)
+    isa_merge(&kernels.table, isa)
+    kernels.peak, kernels.name, kernels.owner = isa.peak, isa.name.decode(), owner
+    return kernels
+
+
+cdef int build_tables() except -1:
+    """Probe every instruction set, and build the tables of those that are available."""
+    cdef int index = 0
+    cdef const isa_descriptor *isa = isa_at(index)
+    cdef isa_support found
+    while isa is not NULL:
+        found, name = isa_probe(isa), isa.name.decode()
+        ISAS.append({"name": name, "available": bool(found.available), "reason": found.reason.decode()})
+        if found.available:
+            TABLES[name] = complete_table(isa, None)
+        index += 1
+        isa = isa_at(index)
+    return 0
+
+
+build_tables()
 
 
 def isas():
-    """The ISAs of this architecture, most general first: dicts of ``name``, ``available`` and ``reason``."""
-    cdef isa_info[ISA_MAX] info
-    cdef int count = isa_list(info)
-    return [
-        {"name": info[i].name.decode(), "available": bool(info[i].available), "reason": info[i].reason.decode()}
-        for i in range(count)
-    ]
+    """The ISAs of this architecture, the most general first: dicts of ``name``, ``available`` and ``reason``."""
+    return [dict(isa) for isa in ISAS]
 
 
-cdef const ukernel_table *table_of(str name) except NULL:
-    cdef const ukernel_table *table
-    reasons = {isa["name"]: isa["reason"] for isa in isas()}
+cdef KernelTable kernel_table(str name):
+    """The table of an ISA; ``ValueError`` if there is none of this name, or if this machine cannot run it."""
+    if name in TABLES:
+        return TABLES[name]
+    reasons = {isa["name"]: isa["reason"] for isa in ISAS}
     if name not in reasons:
         raise ValueError(f"isa: got {name!r}, expected one of {', '.join(reasons)}")
-    table = isa_table(name.encode())
-    if table is NULL:
-        raise ValueError(f"isa: got {name!r}, which this machine cannot run: {reasons[name]}")
-    return table
+    raise ValueError(f"isa: got {name!r}, which this machine cannot run: {reasons[name]}")
 
 
 def choose_isa():
-    """``(name, why)`` of the ISA that a context uses when it is not told which.
+    """``(name, reason)`` of the ISA that a context uses by default.
 
     Raises
     ------
@@ -75,16 +178,16 @@ def choose_isa():
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     if wanted:
         try:
-            table_of(wanted)
+            kernel_table(wanted)
         except ValueError as error:
             raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None
         return wanted, f"{ENVIRONMENT_VARIABLE} asks for it"
-    *_, best = (isa for isa in isas() if isa["available"])
+    *_, best = (isa for isa in ISAS if isa["available"])
     return best["name"], f"the most specific that runs here: {best['reason']}"
 
 
 def activate(str isa, str activation, const float[:, ::1] sums, const float[::1] bias=None):
-    """What an ISA's ``glu_epilogue`` makes of sums, float32 ``[rows, 16]``; for tests and inspection.
+    """The output of an ISA's ``glu_epilogue`` for given sums, float32 ``[rows, 16]``; for tests and inspection.
 
     Parameters
     ----------
@@ -93,8 +196,13 @@ def activate(str isa, str activation, const float[:, ::1] sums, const float[::1]
         16 gates, then 16 ups.
     bias : float32 ``[32]``, optional
         Added to the sums.
+
+    Raises
+    ------
+    ValueError
+        An ISA that this machine cannot run, or another number of columns.
     """
-    cdef const ukernel_table *table = table_of(isa)
+    cdef KernelTable kernels = kernel_table(isa)
     cdef int code = ACTIVATIONS[activation], m = sums.shape[0]
     if sums.shape[1] != PAIR_N or bias is not None and bias.shape[0] != PAIR_N:
         raise ValueError(f"sums, bias: got {sums.shape[1]} columns, expected {PAIR_N} in both")
@@ -106,10 +214,10 @@ def activate(str isa, str activation, const float[:, ::1] sums, const float[::1]
     if bias is not None:
         gate_bias, up_bias = &bias[0], &bias[TILE_N]
     if m:
-        table.glu_epilogue(&to[0, 0], TILE_N, &places[0], m, &sums[0, 0], gate_bias, up_bias, code)
+        kernels.table.glu_epilogue(&to[0, 0], TILE_N, &places[0], m, &sums[0, 0], gate_bias, up_bias, code)
     return out
 
 
 def openmp_report():
-    """``{"enabled": bool, "version": int}``; the version is OpenMP's ``_OPENMP`` date, 0 without it."""
+    """``{"enabled": bool, "version": int}``; the version is the date in OpenMP's macro ``_OPENMP``, 0 without OpenMP."""
     return {"enabled": openmp_version() != 0, "version": openmp_version()}

@@ -18,14 +18,13 @@ from libc.string cimport memset
 from marlin_cy.cpu._atomic cimport fetch_add
 from marlin_cy.cpu._buffers cimport float_matrix, int32_vector, matrix, refuse_overlap
 from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, BLOCK_K, DTYPE_F32, GROUP_HEADER_BYTES, TILE_N, gemm_fn, gemm_task,
+    BLOCK_BYTES, CHUNK_K, DTYPE_F32, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
 )
 from marlin_cy.cpu._quantize cimport (
     begin_quantizing, group_rows, place_quantized, quantize_job, quantize_rows, quantized_bytes, row_buffer_floats,
 )
 
 cdef enum:
-    CHUNK_K = 1024
     # Fewer items than this per thread leave threads idle at the end: then K is split.
     MIN_ITEMS_PER_THREAD = 4
     # Items taken at a time, and how many such turns a thread should have at least, so that one that is
@@ -104,12 +103,12 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
     cdef gemm_fn *gemm = job.table.gemm[store.codes][job.planes - 1]
     cdef tile_pair pair = tiles_of(job, item)
     cdef tile_pair following = tiles_of(job, min(item + 1, job.num_blocks * panels(job) - 1))
-    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // BLOCK_K * BLOCK_BYTES
+    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // LANE_K * BLOCK_BYTES
     cdef int64_t chunk, group, groups
     cdef gemm_task task
     cdef int t
     task.scale_dtype = store.scale_dtype
-    task.group_blocks = store.group_size // BLOCK_K
+    task.group_blocks = store.group_size // LANE_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
     task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
     task.meta_group_stride = group_rows(job.num_quantized)
@@ -132,7 +131,7 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
                 task.next[t] = following.tile[0] if following.tile[t] is NULL else following.tile[t]
         task.num_groups = <int>groups
         task.last_group_blocks = <int>(
-            min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // BLOCK_K)
+            min(<int64_t>store.group_size, store.packed_k - (group + groups - 1) * store.group_size) // LANE_K)
         task.a = job.a + group * task.a_group_stride
         task.meta = job.meta + group * task.meta_group_stride
         task.accumulate = chunk > chunk_begin

@@ -1,4 +1,4 @@
-"""The packed weights of a stack, as the kernels' framework sees them."""
+"""The packed weights of a stack, as the code around the kernels sees them."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
@@ -11,9 +11,9 @@ cdef struct packed_view:
     int64_t n
     int group_size
     int num_groups
-    int codes                   # CODES_UINT4 or CODES_E2M1
+    int codes                   # index into code_types
     int scale_dtype             # DTYPE_F16 or DTYPE_BF16
-    const int32_t *orders       # [num_orders][packed_k] row of K at each packed position, or NULL
+    const int32_t *orders       # [num_orders][packed_k] row of K at each packed position; NULL: all in their own order
     const int32_t *order_of     # [num_experts]
 
 cdef class CpuGptqStore:
@@ -30,6 +30,6 @@ cdef class CpuGptqStore:
     cdef readonly object orders
     cdef readonly object order_of
     cdef readonly list group_orders
-    cdef bint own               # the data is this store's to pack into
+    cdef bint own               # whether `data` was allocated here, so that it may be written
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept

@@ -1,6 +1,6 @@
-"""The packed weights of a stack, and how they are packed.
+"""The packed weights of a stack, with the fast packer and unpacker.
 
-The layout is drawn in ``ukernels/ukernel.h`` and written out in plain NumPy in ``layout.py``.
+The layout is drawn in ``ukernels/ukernel.h``, and ``layout.py`` implements it in plain NumPy.
 """
 
 import mmap
@@ -11,11 +11,12 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, BLOCK_K, CODES_E2M1, CODES_UINT4, DTYPE_BF16, DTYPE_F16, E2M1_ZERO, GROUP_HEADER_BYTES, TILE_N,
+    BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N,
 )
 
 from marlin_cy.stacks.builder import N_TILE, checked_stack_sizes
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
+from marlin_cy.weights.code_types import code_type, scale_type
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 
@@ -27,16 +28,16 @@ cdef extern from "pack.h" nogil:
     void copy_columns(void *to, const void *source, int columns, int bytes)
 
 cdef enum:
-    # Blocks of K that are packed for all tiles before the next are: their source, 32 rows of N words,
-    # stays in the second-level cache, and each tile is written in runs of 2 KiB.
+    # The packer cuts K into strips of this many blocks, and packs a strip of all tiles before the next strip. The
+    # source of a strip, 32 rows of N words, stays in the second-level cache, and each tile is written in runs of 2 KiB.
     STRIP_BLOCKS = 32
     ALIGNMENT = 64
 
 
 def allocate_pages(int64_t nbytes):
-    """Zeroed, page-aligned uint8 ``[nbytes]``, in huge pages where the system gives them.
+    """Zeroed, page-aligned uint8 ``[nbytes]``, in huge pages if the system provides them.
 
-    Streaming gigabytes of weights through 4 KiB pages costs a page walk every 64 cache lines.
+    With pages of 4 KiB, reading gigabytes of weights costs a page walk every 64 cache lines.
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
@@ -46,13 +47,13 @@ def allocate_pages(int64_t nbytes):
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel built without transparent huge pages: the advice is all that is lost
+        except OSError:  # the operating system has no transparent huge pages; normal pages work as well
             pass
     return np.frombuffer(pages, np.uint8, nbytes)
 
 
 def checked_data(data, int64_t nbytes):
-    """``data``, a uint8 array, if kernels can read it as ``nbytes`` packed bytes."""
+    """``data``, a uint8 array, checked to be ``nbytes`` contiguous bytes, aligned as kernels need them."""
     if data.shape != (nbytes,) or not data.flags.c_contiguous:
         raise ValueError(f"data: got shape {data.shape} with strides {data.strides}, expected contiguous ({nbytes},)")
     if data.ctypes.data % ALIGNMENT:
@@ -61,9 +62,9 @@ def checked_data(data, int64_t nbytes):
 
 
 cdef class CpuGptqStore:
-    """The int4 weights of ``num_experts`` experts in one aligned, huge-page-advised allocation.
+    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if the system provides them.
 
-    Made empty (all weights zero); :meth:`pack` fills it.
+    A new store is empty (all bytes are zero); :meth:`pack` fills it.
 
     Parameters
     ----------
@@ -71,9 +72,10 @@ cdef class CpuGptqStore:
         Experts, and the shape ``[k, n]`` of each.
     group_size : int
         Rows of K that share a scale.
-    g_idx : sequence of int32 ``[k]`` or None, one an expert
+    g_idx : sequence of int32 ``[k]`` or None, one for each expert
         Group of each row; None for ``row // group_size``.
-    codes : {"uint4", "e2m1"}
+    codes : str
+        Name of a code type, see :mod:`marlin_cy.weights.code_types`.
     scale_dtype : {float16, bfloat16}
     data : uint8 ``[nbytes]``, optional
         See :meth:`from_packed`.
@@ -82,11 +84,12 @@ cdef class CpuGptqStore:
     ----------
     layout : TileLayout
     nbytes : int
-        Of the packed weights.
+        Size of the packed weights.
     data : uint8 ``[nbytes]``
-    group_orders : list of GroupOrder, the distinct ones
+    group_orders : list of GroupOrder
+        The distinct orders of the experts' rows.
     order_of : int32 ``[num_experts]``
-        Which of them each expert uses.
+        Index in ``group_orders`` of each expert's order.
     """
 
     def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx, str codes="uint4",
@@ -112,8 +115,8 @@ cdef class CpuGptqStore:
             n=n,
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
-            codes=CODES_UINT4 if codes == "uint4" else CODES_E2M1,
-            scale_dtype=DTYPE_F16 if self.scale_dtype == np.float16 else DTYPE_BF16,
+            codes=code_type(codes).number,
+            scale_dtype=scale_type(self.scale_dtype).number,
             orders=NULL,
             order_of=&orders_of_experts[0],
         )
@@ -123,12 +126,12 @@ cdef class CpuGptqStore:
 
     @staticmethod
     def from_packed(num_experts, k, n, group_size, g_idx, codes, scale_dtype, data):
-        """A store over the ``data`` of another one; nothing is copied, and :meth:`pack` is refused.
+        """A store over the ``data`` of another store. Nothing is copied, and :meth:`pack` raises ``ValueError``.
 
         Parameters
         ----------
         num_experts, k, n, group_size, g_idx, codes, scale_dtype
-            As that store was made with.
+            The arguments that the other store was made with.
         data : uint8 ``[nbytes]``
             Contiguous, at an address that is a multiple of 64; may be read-only, such as a memory map. It is kept,
             and must not change.
@@ -136,7 +139,7 @@ cdef class CpuGptqStore:
         Raises
         ------
         TypeError, ValueError, IndexError, UnsupportedError
-            Naming the argument.
+            The message names the argument.
         """
         sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scale_dtype)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
@@ -144,14 +147,14 @@ cdef class CpuGptqStore:
         return CpuGptqStore(*sizes, data)
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept:
-        """Row of K at each of an expert's packed positions, NULL for K's own order."""
+        """Row of K at each packed position of an expert; NULL if the rows are in their own order."""
         if self.group_orders[self.order_of[expert]].rows is None:
             return NULL
         return self.view.orders + self.view.order_of[expert] * self.view.packed_k
 
     @property
     def act_order(self):
-        """True when some expert's rows of K are packed in another order than their own."""
+        """Whether the rows of K of some expert are packed in another order than their own."""
         return self.orders is not None
 
     def pack(self, int64_t expert, int64_t column_offset, weight):
@@ -161,7 +164,7 @@ cdef class CpuGptqStore:
         for different columns.
         """
         if not self.own:
-            raise ValueError("pack: the store's data came packed and is not written to")
+            raise ValueError("pack: the store was made from packed data, which is read-only")
         order = self.group_orders[self.order_of[expert]]
         cdef const uint32_t[:, ::1] words = np.ascontiguousarray(weight.words)
         cdef const uint16_t[:, ::1] scale = np.ascontiguousarray(weight.scale).view(np.uint16)
@@ -172,13 +175,13 @@ cdef class CpuGptqStore:
         cdef uint8_t *tile
         cdef uint8_t *header
         cdef int64_t stride = words.shape[1], end = column_offset + stride
-        cdef int64_t num_groups = scale_rows.shape[0], blocks = order.packed_k // BLOCK_K
-        # Rows that come from anywhere in K are in no strip.
+        cdef int64_t num_groups = scale_rows.shape[0], blocks = order.packed_k // LANE_K
+        # A strip is a range of K, so rows in another order cannot be cut into strips.
         cdef int64_t strip = STRIP_BLOCKS if rows is NULL else blocks
         cdef int64_t block, column, g
         cdef int lane, count
         if weight.zero is None:
-            zero = np.full((weight.scale.shape[0], stride), E2M1_ZERO, np.uint8)
+            zero = np.full((weight.scale.shape[0], stride), code_type(self.codes).symmetric_zero, np.uint8)
         else:
             zero = np.ascontiguousarray(weight.zero)
         with nogil:
@@ -206,9 +209,10 @@ cdef class CpuGptqStore:
                 column += count
 
     def canonical(self, int64_t expert, int64_t column_begin, int64_t column_end):
-        """Columns ``[column_begin, column_end)`` of an expert as the :class:`Int4Weight` that was packed.
+        """Columns ``[column_begin, column_end)`` of an expert, unpacked to an :class:`Int4Weight`.
 
-        A group that no row belongs to is not stored: its scale and zero point come back as 0. Releases the GIL.
+        It equals the weight that was packed, except groups without rows: these are not stored, and their scale and
+        zero point are 0 here. Releases the GIL.
 
         Parameters
         ----------
@@ -219,7 +223,7 @@ cdef class CpuGptqStore:
         Raises
         ------
         IndexError, ValueError
-            Naming the argument.
+            The message names the argument.
         """
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert: got {expert}, expected 0 to {self.num_experts - 1}")
@@ -237,9 +241,9 @@ cdef class CpuGptqStore:
             packed_positions = np.empty(self.k, np.int32)
             packed_positions[order.rows[kept]] = kept
         weight = Int4Weight(
-            words=np.empty((self.k // BLOCK_K, shape[1]), np.uint32),
+            words=np.empty((self.k // LANE_K, shape[1]), np.uint32),
             scale=np.zeros(shape, self.scale_dtype),
-            zero=np.zeros(shape, np.uint8) if self.codes == "uint4" else None,
+            zero=np.zeros(shape, np.uint8) if code_type(self.codes).has_zero_points else None,
             group_size=self.weight_group_size,
             g_idx=order.g_idx(self.k, self.layout.group_size),
             codes=self.codes,
@@ -254,7 +258,7 @@ cdef class CpuGptqStore:
         cdef const uint8_t *base = self.view.data + expert * self.view.expert_stride
         cdef const uint8_t *tile
         cdef const uint8_t *header
-        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = self.k // BLOCK_K
+        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = self.k // LANE_K
         cdef int64_t target, g
         cdef int lane, count
         if packed_positions is not None:
@@ -277,7 +281,7 @@ cdef class CpuGptqStore:
         return weight
 
     def unpack(self, int64_t expert):
-        """``(w, q)`` of an expert as it was given: float64 and uint8 ``[k, n]``. Slow; for tests and inspection."""
+        """``(w, q)`` of an expert, float64 and uint8 ``[k, n]``, in the order of K. Slow; for tests and inspection."""
         begin = expert * self.layout.expert_stride
         packed = self.data[begin : begin + self.layout.expert_stride]
         order = self.group_orders[self.order_of[expert]]

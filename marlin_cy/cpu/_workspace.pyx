@@ -1,13 +1,13 @@
 """Growable scratch memory, owned by a context and reused by its calls.
 
-Nothing is allocated inside a parallel loop: a call reserves what it needs, then releases the GIL.
+A call reserves its memory before it releases the GIL. Nothing is allocated inside a parallel loop.
 """
 
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
-from marlin_cy.cpu._dispatch cimport table_of
+from marlin_cy.cpu._dispatch cimport KernelTable, kernel_table
 
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.errors import ContextInUse
@@ -29,9 +29,10 @@ PLANES = {"int16": 2, "int8": 1}
 
 
 def available_cpus():
-    """CPUs that threads of a call may run on.
+    """The number of CPUs in this process's affinity mask.
 
-    OpenMP's count, as ``OMP_PROC_BIND`` binds the thread that loads OpenMP to a single one of them.
+    This is OpenMP's own count: with ``OMP_PROC_BIND``, the thread that loads OpenMP is bound to a single CPU, and the
+    operating system would count that one only.
     """
     return omp_get_num_procs()
 
@@ -44,14 +45,29 @@ cdef class Workspace:
     num_threads : int
         At least 1.
     compute_dtype : {"int16", "int8"}
-        What activations are quantised to.
-    isa : str or None
-        Name of the ISA to use; None for the best (or the one that ``MARLIN_CY_ISA`` names).
+        The type that activations are quantised to.
+    isa : str, KernelTable or None
+        Name of the ISA to use, or its kernels; None for the one that ``MARLIN_CY_ISA`` names, or else the best.
+
+    Attributes
+    ----------
+    kernels : KernelTable
+    num_threads : int
+    planes : int
+        Bytes of a quantised activation.
+
+    Raises
+    ------
+    ValueError
+        An ISA that does not exist or cannot run here.
     """
 
     def __cinit__(self, int num_threads, str compute_dtype, isa=None):
-        self.isa = choose_isa()[0] if isa is None else isa
-        self.table = table_of(self.isa)
+        if isinstance(isa, KernelTable):
+            self.kernels = isa
+        else:
+            self.kernels = kernel_table(choose_isa()[0] if isa is None else isa)
+        self.table = &self.kernels.table
         self.num_threads = num_threads
         self.planes = PLANES[compute_dtype]
 
@@ -64,7 +80,7 @@ cdef class Workspace:
         PyMem_RawFree(self.slots.base)
 
     cdef void *reserve(self, buffer *which, size_t size) except NULL:
-        """At least ``size`` bytes, aligned; what the buffer held is lost when it grows."""
+        """At least ``size`` bytes, aligned to 64. A buffer that grows loses its contents."""
         if which.size >= size and which.data is not NULL:
             return which.data
         cdef void *base = PyMem_RawMalloc(size + ALIGNMENT)
@@ -77,7 +93,7 @@ cdef class Workspace:
         return which.data
 
     cdef int enter(self) except -1:
-        """Claim the workspace for one call; the GIL makes this atomic."""
+        """Claim the workspace for one call. The GIL makes this atomic."""
         if self.busy:
             raise ContextInUse(
                 "ctx: in use by another thread; a context serves one thread at a time, so make one for each thread"
@@ -96,8 +112,13 @@ cdef class Workspace:
         self.leave()
 
     @property
+    def isa(self):
+        """Name of the instruction set in use."""
+        return self.kernels.name
+
+    @property
     def nbytes(self):
-        """Bytes held."""
+        """Bytes held by all buffers."""
         return (
             self.threads.size + self.rows.size + self.quantized.size + self.hidden.size + self.floats.size
             + self.slots.size

@@ -9,7 +9,7 @@ from rich.markup import escape
 from marlin_cy.command_line import DoctorReport
 from marlin_cy.commands.output import mark, table
 from marlin_cy.cpu._dispatch import choose_isa, isas, openmp_report
-from marlin_cy.cpu.context import default_num_threads
+from marlin_cy.threads import cpu_quota, default_num_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ def report() -> DoctorReport:
     one_thread = read_bandwidth(1)
     document = {
         "isa": isa,
-        "threads": {"default": threads},
+        "threads": {"default": threads, "cpu_quota": cpu_quota()},
         "openmp": openmp_report(),
         "memory": {
             "bandwidth_one_thread": one_thread,

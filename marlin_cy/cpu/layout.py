@@ -1,7 +1,7 @@
-"""The packed store's layout, in plain NumPy: what the tests hold the fast packer against.
+"""The layout of the packed store in plain NumPy. The tests compare the fast packer with it.
 
-An expert's N columns are cut into tiles of 16; a tile is drawn in ``ukernels/ukernel.h``. Tiles lie
-one after another, experts too, each tile a multiple of 64 bytes::
+The N columns of an expert are cut into tiles of 16; a tile is drawn in ``ukernels/ukernel.h``. The size of a tile is a
+multiple of 64 bytes. Tiles follow each other without gaps, and so do experts::
 
     | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
 
@@ -11,63 +11,75 @@ K is cut into groups, see ``marlin_cy.weights.order``.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from marlin_cy.weights.int4 import E2M1_VALUES
+from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.order import GroupOrder
 
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
 
+# As in ukernels/ukernel.h; tests/test_constants.py compares them.
 TILE_N = 16
-BLOCK_K = 8
+LANE_K = 8
 BLOCK_BYTES = 64
 GROUP_HEADER_BYTES = 48
-E2M1_ZERO = 12  # of twice the values, plus 12
 
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Sizes of a packed expert, in bytes unless said otherwise."""
+    """Sizes of a packed expert, in bytes unless stated otherwise."""
 
     packed_k: int  # rows
     n: int  # columns
-    group_size: int  # rows in a packed group
+    group_size: int  # rows of a packed group
 
     @property
-    def num_groups(self):
-        """Packed groups."""
+    def num_groups(self) -> int:
+        """Number of packed groups."""
         return -(-self.packed_k // self.group_size)
 
     @property
-    def tiles(self):
-        """Tiles of 16 columns; the last may be padded."""
+    def tiles(self) -> int:
+        """Number of tiles of 16 columns; the last may be padded."""
         return -(-self.n // TILE_N)
 
     @property
-    def header_bytes(self):
-        """Scales and zeros of a tile, padded to a cache line."""
+    def header_bytes(self) -> int:
+        """Size of the scales and zeros of a tile, padded to a cache line."""
         return -(-GROUP_HEADER_BYTES * self.num_groups // BLOCK_BYTES) * BLOCK_BYTES
 
     @property
-    def tile_stride(self):
-        """One tile."""
-        return self.header_bytes + self.packed_k // BLOCK_K * BLOCK_BYTES
+    def tile_stride(self) -> int:
+        """Size of a tile."""
+        return self.header_bytes + self.packed_k // LANE_K * BLOCK_BYTES
 
     @property
-    def expert_stride(self):
-        """One expert."""
+    def expert_stride(self) -> int:
+        """Size of an expert."""
         return self.tiles * self.tile_stride
 
 
-def pack_tiles(q, scale, zero, order, layout):
-    """One packed expert, uint8 ``[expert_stride]``, by loops one can check by hand.
+def pack_tiles(
+    q: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.generic],
+    zero: npt.NDArray[np.uint8] | None,
+    order: GroupOrder,
+    layout: TileLayout,
+    codes: str = "uint4",
+) -> npt.NDArray[np.uint8]:
+    """One packed expert, uint8 ``[expert_stride]``, by loops that can be checked by hand.
 
     Parameters
     ----------
     q : uint8 ``[K, N]`` in 0..15
     scale : float16 or bfloat16 ``[G, N]``
-    zero : uint8 ``[G, N]``, or None: 12, of 4-bit floats
+    zero : uint8 ``[G, N]``, or None if the code type has no zero points
     order : GroupOrder
     layout : TileLayout
+    codes : str
+        Name of the code type.
     """
+    symmetric_zero = code_type(codes).symmetric_zero
     packed = np.zeros((layout.tiles, layout.tile_stride), np.uint8)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     for column in range(layout.n):
@@ -75,18 +87,38 @@ def pack_tiles(q, scale, zero, order, layout):
         for group, scale_row in enumerate(order.scale_rows):
             header = tile[group * GROUP_HEADER_BYTES : (group + 1) * GROUP_HEADER_BYTES]
             header[2 * lane : 2 * lane + 2] = scale[scale_row, column : column + 1].view(np.uint8)
-            header[2 * TILE_N + lane] = E2M1_ZERO if zero is None else zero[scale_row, column]
+            header[2 * TILE_N + lane] = symmetric_zero if zero is None else zero[scale_row, column]
         body = tile[layout.header_bytes :]
         for position, row in enumerate(rows):
             if row >= 0:
-                block, value = divmod(position, BLOCK_K)
+                block, value = divmod(position, LANE_K)
                 nibble = int(q[row, column]) << (4 * (value // 4))
                 body[block * BLOCK_BYTES + 4 * lane + value % 4] |= nibble
     return packed.reshape(-1)
 
 
-def unpack_tiles(packed, order, layout, k, codes, scale_dtype):
-    """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``."""
+def unpack_tiles(
+    packed: npt.NDArray[np.uint8],
+    order: GroupOrder,
+    layout: TileLayout,
+    k: int,
+    codes: str,
+    scale_dtype: npt.DTypeLike,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+    """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``.
+
+    Parameters
+    ----------
+    packed : uint8 ``[expert_stride]``
+    order : GroupOrder
+    layout : TileLayout
+    k : int
+        Rows of the weight, without padding.
+    codes : str
+        Name of the code type.
+    scale_dtype : float16 or bfloat16
+    """
+    row = code_type(codes)
     tiles = packed.reshape(layout.tiles, layout.tile_stride)
     headers = tiles[:, : layout.num_groups * GROUP_HEADER_BYTES].reshape(layout.tiles, layout.num_groups, -1)
     scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_dtype).astype(np.float64)
@@ -95,11 +127,8 @@ def unpack_tiles(packed, order, layout, k, codes, scale_dtype):
     nibbles = np.stack([body & 15, body >> 4], axis=2)  # [tile, block, half, lane, t]
     nibbles = nibbles.transpose(1, 2, 4, 0, 3).reshape(layout.packed_k, layout.tiles * TILE_N)
     group = np.arange(layout.packed_k) // layout.group_size
-    spread = [part.transpose(1, 0, 2).reshape(layout.num_groups, -1)[group] for part in (scale, zero)]
-    if codes == "uint4":
-        weights = spread[0] * (nibbles - spread[1])
-    else:
-        weights = spread[0] / 2 * (2 * E2M1_VALUES.astype(np.float64)[nibbles] + E2M1_ZERO - spread[1])
+    scale, zero = (part.transpose(1, 0, 2).reshape(layout.num_groups, -1)[group] for part in (scale, zero))
+    weights = scale / row.units_per_one * (row.multiplicands.astype(np.float64)[nibbles] - zero)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     kept = np.flatnonzero(rows >= 0)
     w, q = np.empty((k, layout.n)), np.empty((k, layout.n), np.uint8)

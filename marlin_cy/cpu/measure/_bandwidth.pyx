@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the bar that memory-bound kernels are held against."""
+"""How fast this machine reads memory: the upper bound that memory-bound kernels are compared with."""
 
 import mmap
 import statistics
@@ -9,11 +9,11 @@ from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
-# The reader is to be as fast as the machine, so that a share of its figure is a fair claim. Each
-# thread reads its part as STREAMS runs side by side, a vector of each in turn, every run with its own
-# accumulator: more runs keep more of the prefetchers busy. The skew keeps the runs off each other's
-# cache sets and memory banks: they lie one line past an odd number of pages apart. Measured on two
-# Zen 3 cores over 512 MiB in huge pages, GB/s, medians of 31 alternating passes:
+# The reader must be as fast as the machine can be, because other figures are given as shares of it. Each thread cuts
+# its part into STREAMS runs, and reads a vector of each run in turn, with one accumulator for each run: more runs keep
+# more prefetchers busy. The runs start at distances of an odd number of pages plus one line (the skew), so that they do
+# not compete for cache sets and memory banks. Measured on two Zen 3 cores over 512 MiB in huge pages, GB/s, medians of
+# 31 alternating passes:
 #
 #                                             1 thread   2 threads
 #     1 run,  4 accumulators of 32 bytes        18.3       28.9
@@ -21,9 +21,9 @@ from libc.string cimport memset
 #     8 runs, skewed, of 16 bytes               23.2       28.6    <- this one
 #     8 runs, skewed, of 32 bytes (AVX2)        22.9       32.2
 #
-# The last two change places from one run to the next (22.4 to 23.6 with 2 threads a minute earlier),
-# so a function for AVX2 alone is not worth having. Without the skew 8 runs of 32 bytes lose a sixth
-# with one thread; software prefetches lost a fifth.
+# The order of the last two varies between measurements (22.4 to 23.6 with 2 threads a minute earlier), so a separate
+# function for AVX2 is not worth its code. Without the skew, 8 runs of 32 bytes are a sixth slower with one thread.
+# Software prefetches are a fifth slower.
 cdef extern from *:
     """
     #include <stdint.h>
@@ -40,7 +40,7 @@ cdef extern from *:
     typedef uint64_t read_vector;
     #endif
 
-    /* XOR of all 64-bit words of STREAMS runs of run_bytes bytes, one behind the other.
+    /* XOR of all 64-bit words of STREAMS consecutive runs of run_bytes bytes.
        Aligned to 16 bytes; run_bytes is a multiple of 16. */
     static uint64_t xor_streams(const void *part, int64_t run_bytes) {
         const read_vector *runs = (const read_vector *)part;
@@ -73,14 +73,14 @@ cdef extern from *:
 
 
 cdef void touch_parts(char *memory, int64_t part_bytes, int num_threads) noexcept nogil:
-    """Write every part from the thread that will read it, so that its pages lie near that thread."""
+    """Write every part from the thread that will read it, so that its pages are in memory near that thread."""
     cdef int part
     for part in prange(num_threads, num_threads=num_threads, schedule="static"):
         memset(memory + part * part_bytes, 0x5A, part_bytes)
 
 
 cdef uint64_t read_parts(const char *memory, int64_t part_bytes, int num_threads) noexcept nogil:
-    """XOR of all words of all parts: 0, as an even number of equal words was written."""
+    """XOR of all words of all parts. It is 0, because an even number of equal words was written."""
     cdef int part
     cdef uint64_t checksum = 0
     for part in prange(num_threads, num_threads=num_threads, schedule="static"):
@@ -91,17 +91,16 @@ cdef uint64_t read_parts(const char *memory, int64_t part_bytes, int num_threads
 def read_bandwidth(num_threads, size_bytes=None, repeats=9):
     """Bytes per second at which ``num_threads`` threads together read memory, streaming.
 
-    The figure is the median of ``repeats`` passes over a buffer of its own, in huge pages where the
-    system gives them.
+    The figure is the median of ``repeats`` passes over a new buffer, in huge pages if the system provides them.
 
     Parameters
     ----------
     num_threads : int
         At least 1. Each reads its own contiguous part.
     size_bytes : int, optional
-        Bytes read in a pass, rounded down by less than 4 MiB a thread; at least 8 MiB a thread. It
-        should be many times the size of the last-level cache. Left out: 512 MiB, or 16 MiB a thread
-        where that is more.
+        Bytes read in a pass, rounded down by less than 4 MiB for each thread; at least 8 MiB for each thread. It
+        should be many times the size of the last-level cache. Default: 512 MiB, or 16 MiB for each thread if that is
+        more.
     repeats : int
         Passes; at least 1.
 
@@ -113,9 +112,9 @@ def read_bandwidth(num_threads, size_bytes=None, repeats=9):
     Raises
     ------
     ValueError
-        An argument below its least value.
+        An argument below its minimum.
     MemoryError, OSError
-        The buffer cannot be had.
+        The buffer cannot be allocated.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads: got {num_threads}, expected at least 1")
@@ -141,6 +140,7 @@ def read_bandwidth(num_threads, size_bytes=None, repeats=9):
 
 
 cdef median_pass_seconds(memory, int64_t part_bytes, int threads, repeats):
+    """Median duration of a pass over ``memory``."""
     cdef uint64_t checksum
     cdef Py_buffer buffer
     seconds = []
@@ -154,7 +154,7 @@ cdef median_pass_seconds(memory, int64_t part_bytes, int threads, repeats):
                 checksum = read_parts(<const char *>buffer.buf, part_bytes, threads)
             seconds.append(time.perf_counter() - start)
             if checksum != 0:
-                raise RuntimeError("memory read back otherwise than it was written")
+                raise RuntimeError("memory: the data read differ from the data written")
     finally:
         PyBuffer_Release(&buffer)
     return statistics.median(seconds)

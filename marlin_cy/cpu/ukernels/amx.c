@@ -1,26 +1,35 @@
-/* AMX: one TDPBSSD multiplies 16 rows of 64 activations by 64 x 16 weights less their zero points, in 16 cycles.
+/* AMX: one TDPBSSD multiplies 16 rows of 64 activations by 64 x 16 weights, in 16 cycles. Zero points are subtracted
+ * from the weights when they are unpacked.
  *
- * K of a group is cut in two, DEPTH values or all there are, and the rest. Tile registers, of 8:
+ * K of a group is cut in two: the first DEPTH values (or all, if there are fewer), and the rest. Tile registers, of 8:
  *
- *                             B: tmm4   tmm5    first half of K: quads of it, a row of 16 columns x 4 weights each
- *                                tmm6   tmm7    second half; tile 0's weights are on the left, tile 1's on the right
+ *                             B: tmm4   tmm5    first half of K: each row is 16 columns x 4 values of K
+ *                                tmm6   tmm7    second half of K; tile 0 on the left, tile 1 on the right
  *   A: tmm2   tmm3            C: tmm0   tmm1    A: 16 rows of activations, first and second half of K
  *                                               C: their 32-bit sums
  *
- * B stays where it is for all rows of the task. A step is one plane of 16 rows: A is loaded, and multiplied by B.
+ * B is loaded once a group and serves all rows of the task. A step is one plane of 16 rows: it loads A and multiplies it
+ * by B.
  *
- * Each group ends in a float step, for which sums pass through memory to vector registers; and the next group is to be
- * unpacked. Neither waits for what has just been multiplied, and both go in small portions between the products, so
- * that vector and matrix units work at the same time: while a step multiplies, the sums of the step before have just
- * been stored, and of those stored earlier the float step is done.
+ * Software pipeline, three stages: (i) TDPBSSD of step s, (ii) TILESTORED of step s-1, (iii) float epilogue of step s-2.
+ * The vector units run stage (iii), and unpack the next group, in small portions between the products of stage (i). So
+ * vector and matrix units work at the same time.
  *
- * Rows that do not fill a tile are made to: the last 16 rows of a task overlap the ones before, and float steps skip
- * those that have been done.
+ * If the rows of a task are not a multiple of 16, the last 16 rows overlap the rows before them, and the float epilogue
+ * skips the rows that are already done.
  */
-#include "ukernel.h"
+#include "isa.h"
 
-#ifdef MARLIN_CY_AMX
+#ifdef MARLIN_CY_X86
+#include "x86.h"
+
+#ifdef COMPILER_HAS_AMX
 #include <string.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "zmm.h"
 
@@ -30,14 +39,14 @@
         always_inline, target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
 enum {
-    REGISTER_ROWS = 16, /* fewer are left to AVX-512, which unpacks weights on the way to its products */
-    SCALES = 4, /* groups whose scales are kept: float steps of the two before are yet to come while one is prepared */
-    SUMS = REGISTER_ROWS * TILE_N,       /* of a tile register */
-    TILE_WEIGHTS = MAX_GROUP_K * TILE_N, /* of a group */
-    DEPTH = 64,                          /* values of K that a tile register has room for */
-    PORTIONS = 2,                        /* of vector work in a step */
-    SLOTS = 3, /* for products of 16 rows: of some the float step is done, others are complete but for what registers
-                * still hold, and the rest are being multiplied */
+    REGISTER_ROWS = 16,                  /* tasks of fewer rows use AVX-512, which unpacks weights in registers */
+    SCALES = 4,                          /* groups whose scales are kept: one is being unpacked, and up to three wait
+                                          * for products or for the float epilogue */
+    SUMS = REGISTER_ROWS * TILE_N,       /* elements of a C register */
+    TILE_WEIGHTS = MAX_GROUP_K * TILE_N, /* weights of one tile's group */
+    DEPTH = 64,                          /* values of K in a row of a register */
+    PORTIONS = 2,                        /* portions of vector work in a step */
+    SLOTS = 3,                           /* product buffers of 16 rows, one a stage of the pipeline */
 };
 
 /* The operand of ldtilecfg. */
@@ -47,15 +56,16 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-/* The compilers' tile loads do not say that they read memory: what has been stored must stay before them. */
+/* The compilers do not know that tile loads read memory. The barrier keeps earlier stores before them. */
 #define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
 
-/* Registers' shapes for groups of so many values. What a group has no second half for is left out. */
+/* Set the shapes of the registers for groups of `size` values of K. The second half of K may be empty; then its
+ * registers are not configured. */
 KERNEL void configure(int size)
 {
     const int first = size < DEPTH ? size : DEPTH, k[2] = {first, size - first};
     tile_config config = {.palette = 1};
-    for (int i = 0; i < 2; i++) { /* tiles of the weights, and halves of K */
+    for (int i = 0; i < 2; i++) { /* weight tile i (C), and half i of K (A and B) */
         config.rows[i] = REGISTER_ROWS;
         config.row_bytes[i] = 4 * TILE_N;
         if (k[i] == 0)
@@ -73,7 +83,7 @@ KERNEL void configure(int size)
 
 /* A group of a task. */
 typedef struct {
-    __m512 *scale;   /* per tile; they take turns with those of other groups */
+    __m512 *scale;   /* per tile; groups use the SCALES entries in turn */
     int size;        /* values of K */
     const int8_t *a; /* of the task's first row */
     const act_meta *meta;
@@ -84,25 +94,25 @@ KERNEL group_view view_group(const gemm_task *task, __m512 scales[SCALES][2], in
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
     return (group_view){
         .scale = scales[g % SCALES],
-        .size = blocks * BLOCK_K,
+        .size = blocks * LANE_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
         .meta = task->meta + g * task->meta_group_stride + task->rows[0],
     };
 }
 
-/* A group on its way from blocks to weights less their zero points. */
+/* A group that is being unpacked from blocks to weights minus zero points. */
 typedef struct {
     const uint8_t *packed[2], *ahead[2]; /* per tile */
-    int8_t *weights;  /* quads of K, each of 16 columns; TILE_WEIGHTS further those of tile 1 */
-    __m512i zeros[2]; /* each four times in a lane */
-    int blocks, done; /* of each tile */
+    int8_t *weights;                     /* [K / 4][16 columns][4 values of K]; tile 1 starts TILE_WEIGHTS further */
+    __m512i zeros[2];                    /* each zero point four times in its lane */
+    int blocks, done;                    /* of each tile */
 } unpacking;
 
 KERNEL unpacking begin_unpacking(const gemm_task *task, const group_view *view, int g, int tiles, int codes)
 {
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
     const ptrdiff_t ahead = begin + PREFETCH_FAR;
-    unpacking group = {.weights = (int8_t *)task->scratch->weights, .blocks = view->size / BLOCK_K};
+    unpacking group = {.weights = (int8_t *)task->scratch->weights, .blocks = view->size / LANE_K};
     for (int t = 0; t < tiles; t++) {
         const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
         view->scale[t] = load_scales(header, task->scale_dtype, codes);
@@ -113,7 +123,7 @@ KERNEL unpacking begin_unpacking(const gemm_task *task, const group_view *view, 
     return group;
 }
 
-/* A block is two quads of K. */
+/* Unpack up to `most` more blocks of each tile. A block is two rows of B. */
 KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
@@ -131,16 +141,16 @@ KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
     group->done = end;
 }
 
-/* Up to 16 rows that wait for their float step. */
+/* Up to 16 rows whose products wait for the float epilogue. */
 typedef struct {
-    const int32_t *products; /* row after row of tile 0; SUMS further those of tile 1; 2 * SUMS further plane 1's */
+    const int32_t *products; /* rows of tile 0; tile 1 starts SUMS further, and plane 1 starts 2 * SUMS further */
     const act_meta *meta;
     const __m512 *scale; /* per tile */
     float *sums;
     int rows;
 } pending_rows;
 
-/* `begin` and `end` are constants. */
+/* The float epilogue of rows [begin, end), which are constants. */
 KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
 {
     const __m512 scale[2] = {pending->scale[0], pending->scale[1]};
@@ -165,14 +175,15 @@ KERNEL void store_products(int32_t *products)
     _tile_stored(1, products + SUMS, 4 * TILE_N);
 }
 
-/* What vector units do while others multiply: the float step of 16 rows, and some of the unpacking. */
+/* Work of the vector units while the matrix unit multiplies: the float epilogue of 16 rows, and a part of the
+ * unpacking. */
 typedef struct {
     const pending_rows *pending;
     unpacking *group;
-    int blocks; /* in a portion */
+    int blocks; /* of a portion */
 } side_work;
 
-/* Portions take turns with the products of 16 rows; `portion` is a constant. */
+/* Portions alternate with the products of 16 rows; `portion` is a constant. */
 KERNEL void do_portion(const side_work *side, int portion, int planes, int tiles, int codes)
 {
     const int rows = REGISTER_ROWS / (PORTIONS * planes);
@@ -181,8 +192,8 @@ KERNEL void do_portion(const side_work *side, int portion, int planes, int tiles
     COMPILER_BARRIER();
 }
 
-/* A group's B, whose memory is free for the next group then. A single tile is its own neighbour, whose sums nobody
- * reads. */
+/* Load B of a group. Then its memory is free for the next group. A task of a single tile loads it twice, and nothing
+ * reads the sums of the second copy. */
 KERNEL void load_weights(const int8_t *weights, int size, int tiles)
 {
     const int8_t *const neighbour = weights + (tiles - 1) * TILE_WEIGHTS;
@@ -196,7 +207,7 @@ KERNEL void load_weights(const int8_t *weights, int size, int tiles)
     COMPILER_BARRIER();
 }
 
-/* A step; `before` is where the sums of the step before go. */
+/* A step; `before` is the product buffer of the previous step. */
 KERNEL void multiply(const int8_t *a, ptrdiff_t a_stride, int size, int32_t *before, const side_work *side, int plane,
                      int planes, int tiles, int codes)
 {
@@ -221,12 +232,12 @@ KERNEL int divide_up(int a, int b) { return (a + b - 1) / b; }
 /* `planes`, `tiles` and `codes` are constants. */
 KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 {
-    _Alignas(64) int32_t products[2 * SLOTS][2 * SUMS]; /* a step each; with one plane, half of them are not used */
-    __m512 scales[SCALES][2]; /* of groups, in turn */
+    _Alignas(64) int32_t products[2 * SLOTS][2 * SUMS]; /* by step; with one plane, half of them are not used */
+    __m512 scales[SCALES][2];                           /* by group, in turn */
     const int m = task->m;
     const ptrdiff_t stride = task->a_row_stride;
-    /* Of the groups so far: not in out if they are to be added to it, or if a single tile has those of a second, which
-     * out must not see. */
+    /* Sums over the groups so far. They are not in `out` if they are to be added to it, nor with a single tile: then
+     * columns 16..31 must stay as they are. */
     float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
     pending_rows stored = {.scale = scales[0]}, multiplied = stored;
     int slot = 0;
@@ -248,7 +259,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         const int portions = PORTIONS * planes * divide_up(m, REGISTER_ROWS);
         const side_work side = {&stored, &unpacked, divide_up(unpacked.blocks, portions)};
         for (int begin = 0; begin < m; begin += REGISTER_ROWS) {
-            const int first = begin + REGISTER_ROWS <= m ? begin : m - REGISTER_ROWS; /* the last ones overlap */
+            const int first = begin + REGISTER_ROWS <= m ? begin : m - REGISTER_ROWS; /* the last 16 rows overlap */
 #pragma GCC unroll 2
             for (int plane = 0; plane < planes; plane++) {
                 const int8_t *const a = view.a + first * stride + plane * view.size;
@@ -265,7 +276,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             };
             slot = (slot + planes) % (planes * SLOTS);
         }
-        if (next.size != view.size) { /* a configuration clears all registers */
+        if (next.size != view.size) { /* configuring clears all registers */
             store_products(before);
             before = products[slot];
             configure(next.size);
@@ -286,7 +297,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     if (task->m < REGISTER_ROWS)
-        ukernels_avx512vnni.gemm[codes][planes - 1](task);
+        isa_avx512vnni.kernels.gemm[codes][planes - 1](task);
     else if (task->header[1])
         gemm_tiles(task, planes, 2, codes);
     else
@@ -301,14 +312,45 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-const ukernel_table ukernels_amx = {
+/* Linux saves tiles only for a process that has asked for it; the permission covers all of its threads and children.
+ * Asking again changes nothing. */
+static int ask_for_tiles(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+static isa_support probe(void)
+{
+    const int cpu = cpuid_has(7, 0, CPUID_EDX, 1u << 24 | 1u << 25);
+    const isa_support found = x86_support(cpu, os_saves(XCR0_ZMM | XCR0_TILES),
+                                          "AMX TILE and INT8, and AVX-512 with VNNI", "the CPU lacks AMX TILE or INT8");
+    if (found.available && !ask_for_tiles())
+        return (isa_support){0, "the CPU has it, but the operating system does not permit its use"};
+    return found;
+}
+#else
+static isa_support probe(void) { return (isa_support){0, "built by a compiler that does not know AMX"}; }
+#endif
+
+const isa_descriptor isa_amx = {
     .name = "amx",
-    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .mr = REGISTER_ROWS,
-    /* Sums (12 KiB), activations of a group (12, or 24 with two planes) and its weights (4) fit L1, which has 48 KiB
-     * where there is AMX. With 48 rows weights are unpacked more often: a product of 256 takes 1.05 to 1.16 times as
-     * long; with 128, 0.95 to 1.1. */
-    .mc = 96,
-    .min_matrix_rows = REGISTER_ROWS,
+    .parent = &isa_avx512vnni,
+    .probe = probe,
+#ifdef COMPILER_HAS_AMX
+    .kernels = {
+        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+        .mr = REGISTER_ROWS,
+        /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
+         * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256 rows
+         * takes 1.05 to 1.16 times as long. With mc = 128 it takes 0.95 to 1.1 times as long. */
+        .mc = 96,
+        .min_matrix_rows = REGISTER_ROWS,
+    },
+#endif
 };
 #endif

@@ -1,24 +1,33 @@
-/* AVX2: vpmaddubsw multiplies 32 unsigned weights by 32 signed activations and adds neighbours to 16
- * bits. A weight is at most 15 and an activation at most 128 in magnitude, so a product of neighbours
- * is at most 3840 and eight of them, the 32 values of K of four blocks, still fit 16 bits; with weights
- * of 4-bit floats, up to 24, it is 6144, and four of them fit, those of two blocks. Then one vpmaddwd a
- * plane brings them to 32 bits, by 256 for plane 0 of two.
+/* AVX2: vpmaddubsw multiplies 32 unsigned weights by 32 signed activations and adds pairs of neighbouring products to
+ * 16-bit sums. One vpmaddwd a plane then widens the 16-bit sums to 32 bits, and multiplies plane 0 of two by 256.
  *
- * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product.
- * The 32-bit sums live in memory, touched once a 16-bit sum.
+ * A weight is at most 15 and an activation at most 128 in magnitude. The sum of a pair is therefore at most 3840, and
+ * the sum of eight pairs (the two halves of four blocks) fits 16 bits. Weights of 4-bit floats are at most 24: a pair
+ * is at most 6144, and four pairs (two blocks) fit.
+ *
+ * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product. The 32-bit
+ * sums are in memory, and are updated once for each 16-bit sum.
  */
-#include "ukernel.h"
+#include "isa.h"
 
 #ifdef MARLIN_CY_X86
 #define ROWOPS static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #include "quantize.h"
 #include "rowops.h"
+#include "x86.h"
 #include "ymm.h"
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define KERNEL static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 enum { PLANE_ROWS = 6 };
+
+/* Blocks whose products are added in 16 bits: a power of two, so that it divides the blocks of every group. */
+KERNEL int blocks_of_16_bits(int codes)
+{
+    const int pairs = INT16_MAX / (2 * 128 * code_types[codes].max_multiplicand);
+    return pairs >= 8 ? 4 : pairs >= 4 ? 2 : 1;
+}
 
 /* rows, planes, source and codes are constants wherever this is inlined. */
 KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
@@ -32,11 +41,11 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
         const int32_t index = task->rows[row + r];
         const __m256i sum_split = _mm256_set1_epi32(view->meta[index].sum_split);
         for (int plane = 0; plane < planes; plane++)
-            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * BLOCK_K;
+            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * LANE_K;
         total[r][0] = _mm256_madd_epi16(header->minus_zero[0], sum_split);
         total[r][1] = _mm256_madd_epi16(header->minus_zero[1], sum_split);
     }
-    const int blocks_per_sum = codes == CODES_UINT4 ? 4 : 2;
+    const int blocks_per_sum = blocks_of_16_bits(codes);
     for (int block = 0; block < view->blocks; block += blocks_per_sum) {
         __m256i sum16[PLANE_ROWS][2];
 #pragma GCC unroll 4
@@ -47,7 +56,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
                 load_quad(w, view, block + b, quad, source, codes);
 #pragma GCC unroll 8
                 for (int i = 0; i < rows * planes; i++) {
-                    const __m256i x = broadcast_quad(a[i] + (block + b) * BLOCK_K + 4 * quad);
+                    const __m256i x = broadcast_quad(a[i] + (block + b) * LANE_K + 4 * quad);
                     for (int half = 0; half < 2; half++) {
                         __m256i product = _mm256_maddubs_epi16(w[half], x);
                         KEEP(product);
@@ -82,8 +91,8 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-/* 32 values as bytes, which they fit: two saturating packs, whose 128-bit halves one permutation of 32-bit
- * lanes then puts in order. */
+/* Store 32 values as bytes; each fits a byte. Two levels of saturating packs work within 128-bit halves, so one
+ * permutation of 32-bit lanes then restores the order. */
 KERNEL void store_bytes(int8_t *to, const __m256i value[4])
 {
     const __m256i low = _mm256_packs_epi32(value[0], value[1]), high = _mm256_packs_epi32(value[2], value[3]);
@@ -94,7 +103,7 @@ KERNEL void store_bytes(int8_t *to, const __m256i value[4])
 TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
                                 ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
 {
-    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    const float qmax = qmax_of(planes);
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
         const int size = k - begin < group_size ? (int)(k - begin) : group_size;
@@ -175,7 +184,7 @@ KERNEL void narrow_values(void *dst, const float *src, int dtype, int64_t n)
 
 TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n) { narrow_values(dst, src, dtype, n); }
 
-/* A whole pair of tiles, nearly always: then the length is a constant and the loops are straight code. */
+/* Nearly all calls are for a whole pair of tiles: a constant length makes their loops straight-line code. */
 TARGET static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
                               const float *bias, int n, int dtype)
 {
@@ -188,7 +197,7 @@ TARGET static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *row
 }
 
 TARGET static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
-                             const float *gate_bias, const float *up_bias, int activation)
+                                const float *gate_bias, const float *up_bias, int activation)
 {
     glu_epilogue_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
@@ -202,16 +211,59 @@ TARGET static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
 TARGET static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 
-const ukernel_table ukernels_avx2 = {
+/* vpmaddubsw gives 16-bit sums. The loop adds eight of them before a vpmaddwd, as gemm does for weights of 4 bits. */
+TARGET static int64_t peak(int64_t steps)
+{
+    enum { ACCUMULATORS = 4, PAIRS_PER_SUM = 8, OPS = 8 * 8 }; /* 8 lanes of four products and four additions */
+    const __m256i ones = _mm256_set1_epi16(1), w = _mm256_set1_epi8(3);
+    __m256i sums[ACCUMULATORS], a = _mm256_set1_epi8(5);
+#pragma GCC unroll 4
+    for (int i = 0; i < ACCUMULATORS; i++)
+        sums[i] = _mm256_setzero_si256();
+    for (int64_t step = 0; step < steps; step++) {
+        __m256i sums16[ACCUMULATORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < PAIRS_PER_SUM; j++)
+#pragma GCC unroll 4
+            for (int i = 0; i < ACCUMULATORS; i++) {
+                const __m256i product = _mm256_maddubs_epi16(w, a);
+                sums16[i] = j == 0 ? product : _mm256_add_epi16(sums16[i], product);
+                KEEP(a);
+                KEEP(sums16[i]);
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < ACCUMULATORS; i++) {
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(sums16[i], ones));
+            KEEP(sums[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ACCUMULATORS; i++)
+        USE(sums[i]);
+    return steps * ACCUMULATORS * PAIRS_PER_SUM * OPS;
+}
+
+static isa_support probe(void)
+{
+    const int cpu = cpuid_has(7, 0, CPUID_EBX, 1u << 5) && cpuid_has(1, 0, CPUID_ECX, 1u << 12 | 1u << 29);
+    return x86_support(cpu, os_saves(XCR0_YMM), "AVX2, FMA and F16C", "the CPU lacks AVX2, FMA or F16C");
+}
+
+const isa_descriptor isa_avx2 = {
     .name = "avx2",
-    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .quantize_row = quantize_row,
-    .widen = widen,
-    .narrow = narrow,
-    .store_rows = store_rows,
-    .glu_epilogue = glu_epilogue,
-    .axpy = axpy,
-    .softmax = softmax,
-    .sigmoid = sigmoid,
+    .parent = &isa_generic,
+    .probe = probe,
+    .peak = peak,
+    .kernels = {
+        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+        .quantize_row = quantize_row,
+        .widen = widen,
+        .narrow = narrow,
+        .store_rows = store_rows,
+        .glu_epilogue = glu_epilogue,
+        .axpy = axpy,
+        .softmax = softmax,
+        .sigmoid = sigmoid,
+    },
 };
 #endif

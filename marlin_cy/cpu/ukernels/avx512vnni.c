@@ -1,16 +1,17 @@
-/* AVX-512 with VNNI: a tile is one 512-bit vector of 16 lanes, a lane a column; both tiles of a task
- * are worked on together, so that each broadcast activation is used twice.
+/* AVX-512 with VNNI: a row of a tile is one 512-bit vector of 16 lanes, one lane a column. The two tiles of a task are
+ * multiplied together, so that each broadcast activation is used twice.
  *
- * Registers, of 32: `rows * planes` (8) times two tiles of 32-bit sums, 4 weights, mask, activation.
- * Twelve times two would fit by count, but the compilers spill them, and the gain is small: with 8 the
- * unpacked inner loop does 16 vpdpbusd for 10 loads.
+ * Registers, of 32: `rows * planes` (8) times two tiles of 32-bit sums, 4 weights, mask, activation. Twelve rows times
+ * two tiles would fit by count, but the compilers spill them, and the gain is small: with 8, the inner loop on unpacked
+ * weights already does 16 vpdpbusd for 10 loads.
  */
-#include "ukernel.h"
+#include "isa.h"
 
 #ifdef MARLIN_CY_X86
 #include <string.h>
 
 #include "quantize.h"
+#include "x86.h"
 #include "zmm.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
@@ -24,30 +25,40 @@ enum {
 
 typedef struct {
     const uint8_t *packed[2]; /* blocks of this group, per tile */
-    const uint8_t *ahead[2];  /* what to prefetch far ahead while they are read, a block a block */
-    uint8_t *unpacked;        /* room for the same as bytes, both tiles */
+    const uint8_t *ahead[2];  /* where to prefetch far ahead: one block for each block that is read */
+    uint8_t *unpacked;        /* memory for the unpacked weights of both tiles */
     int blocks;
     const int8_t *a;
     const act_meta *meta;
     __m512 scale[2];
-    int symmetric;         /* whether all zero points are SYMMETRIC_ZERO, or all E2M1_ZERO with 4-bit floats */
-    __m512i minus_zero[2]; /* if not: pairs (-z, -256 * z) of z = zero - SYMMETRIC_ZERO, as act_meta.sum_split wants */
-    float *sums; /* [m][PAIR_N] of the groups so far */
+    int symmetric;         /* whether all zero points are the code type's symmetric_zero */
+    __m512i minus_zero[2]; /* if not: 16-bit pairs (-z, -256 * z) of z = zero - symmetric_zero, which vpmaddwd multiplies
+                            * by act_meta.sum_split */
+    float *sums;           /* [m][PAIR_N] of the groups so far */
 } group_view;
 
-/* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
- * micro-kernel keeps what it unpacks for the others. Its stores cost a tenth of its products (on Zen 4), too much for
- * one other, which then unpacks by itself. */
+/* Where a micro-kernel gets its weights. With few rows, each micro-kernel unpacks them in registers. With more rows, the
+ * first micro-kernel also stores the unpacked weights, and the others load them. The stores cost a tenth of the products
+ * (on Zen 4), which is too much if there is only one other micro-kernel: two micro-kernels unpack separately. */
 enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
-/* Pins a sum to its register: without it GCC copies sums around the loop and stores some of them. */
+/* Keep a sum in its register: without it GCC copies sums around the loop and stores some of them. */
 #define KEEP(sum) __asm__("" : "+v"(sum))
 
-/* Where the sums of a row begin: what zero points subtract, if the group is symmetric. `codes` is a constant. */
+/* Keep the compiler from dropping the computation of a vector that nothing reads. */
+#define USE(vector) __asm__ volatile("" : : "v"(vector))
+
+/* -symmetric_zero times the sum of a row's activations: the first value of the row's sums. `codes` is a constant, and
+ * meta->symmetric_sum is -8 times the sum, so that other multiples of it are exact. */
 KERNEL __m512i symmetric_begin(const act_meta *meta, int codes)
 {
     const __m512i begin = _mm512_set1_epi32(meta->symmetric_sum);
-    return codes == CODES_E2M1 ? _mm512_add_epi32(begin, _mm512_srai_epi32(begin, 1)) : begin; /* 12 = 8 + 4 */
+    const int zero = code_types[codes].symmetric_zero;
+    if (zero == SYMMETRIC_ZERO)
+        return begin;
+    if (zero == SYMMETRIC_ZERO + SYMMETRIC_ZERO / 2)
+        return _mm512_add_epi32(begin, _mm512_srai_epi32(begin, 1));
+    return _mm512_mullo_epi32(_mm512_srai_epi32(begin, 3), _mm512_set1_epi32(zero));
 }
 
 KERNEL __m512i broadcast_quad(const int8_t *a)
@@ -57,7 +68,7 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     return _mm512_set1_epi32(quad);
 }
 
-/* The weights of one block as bytes: w[values 0-3 or 4-7][tile]. */
+/* Load the weights of one block as bytes: w[values 0-3 or 4-7 of K][tile]. */
 KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int source, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
@@ -101,7 +112,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     }
     for (int block = 0; block < view->blocks; block++) {
         __m512i w[2][2];
-        const ptrdiff_t plane0 = block * BLOCK_K, plane1 = plane0 + view->blocks * BLOCK_K;
+        const ptrdiff_t plane0 = block * LANE_K, plane1 = plane0 + view->blocks * LANE_K;
         load_block(w, view, block, tiles, source, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
@@ -114,7 +125,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
                 }
             }
     }
-    if (!view->symmetric) /* after the products, where it costs nothing if it is not to be done */
+    if (!view->symmetric) /* after the products: there it costs nothing if the group is symmetric */
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const __m512i sum_split = _mm512_set1_epi32(view->meta[task->rows[row + r]].sum_split);
@@ -123,7 +134,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
                 *last = _mm512_add_epi32(*last, _mm512_madd_epi16(view->minus_zero[t], sum_split));
             }
         }
-    /* A local: the compiler must assume that a vector store changes what view points to. */
+    /* A local variable, because the compiler must assume that a vector store changes *view. */
     float *const sums = view->sums + row * PAIR_N;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -170,6 +181,7 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int pla
 
 KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 {
+    const int symmetric_zero = code_types[codes].symmetric_zero;
     group_view view = {
         .packed = {task->body[0], task->body[1]},
         .unpacked = task->scratch->weights,
@@ -188,12 +200,12 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
-            const __m512i minus = _mm512_sub_epi32(_mm512_set1_epi32(SYMMETRIC_ZERO), load_zeros(header));
+            const __m512i minus = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), load_zeros(header));
             view.scale[t] = load_scales(header, task->scale_dtype, codes);
             view.minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
             asymmetric |= _mm512_test_epi32_mask(minus, minus);
         }
-        view.symmetric = codes == CODES_E2M1 || !asymmetric;
+        view.symmetric = !code_types[codes].has_zero_points || !asymmetric;
         rows_of_group(task, &view, planes, tiles, codes);
         for (int t = 0; t < tiles; t++)
             view.packed[t] += view.blocks * BLOCK_BYTES;
@@ -212,12 +224,12 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         gemm_tiles(task, planes, 1, codes);
 }
 
-/* 16 values at a time. vpmovdb keeps the low bytes, which is plane 1 as it is; plane 0 is what remains
- * of value + 128, so that a low byte of 128 and more, negative in plane 1, carries. */
+/* Quantise 16 values at a time. vpmovdb keeps the low byte of each value, which is plane 1. Plane 0 is the upper byte of
+ * value + 128: a low byte of 128 or more is negative in plane 1, and adding 128 carries it into plane 0. */
 TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
                                 ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
 {
-    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    const float qmax = qmax_of(planes);
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), half = _mm512_set1_epi32(128);
     for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
         const int size = k - begin < group_size ? (int)(k - begin) : group_size;
@@ -254,9 +266,42 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-const ukernel_table ukernels_avx512vnni = {
+TARGET static int64_t peak(int64_t steps)
+{
+    enum { ACCUMULATORS = 12, OPS = 16 * 8 }; /* 16 lanes of four products and four additions */
+    const __m512i w = _mm512_set1_epi8(3), a = _mm512_set1_epi8(5);
+    __m512i sums[ACCUMULATORS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ACCUMULATORS; i++)
+        sums[i] = _mm512_setzero_si512();
+    for (int64_t step = 0; step < steps; step++)
+#pragma GCC unroll 12
+        for (int i = 0; i < ACCUMULATORS; i++) {
+            sums[i] = _mm512_dpbusd_epi32(sums[i], w, a);
+            KEEP(sums[i]);
+        }
+#pragma GCC unroll 12
+    for (int i = 0; i < ACCUMULATORS; i++)
+        USE(sums[i]);
+    return steps * ACCUMULATORS * OPS;
+}
+
+static isa_support probe(void)
+{
+    const uint32_t f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
+    const int cpu = cpuid_has(7, 0, CPUID_EBX, f_dq_bw_vl) && cpuid_has(7, 0, CPUID_ECX, vnni);
+    return x86_support(cpu, os_saves(XCR0_ZMM), "AVX-512 F, DQ, BW, VL and VNNI",
+                       "the CPU lacks AVX-512 F, DQ, BW, VL or VNNI");
+}
+
+const isa_descriptor isa_avx512vnni = {
     .name = "avx512vnni",
-    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .quantize_row = quantize_row,
+    .parent = &isa_avx2,
+    .probe = probe,
+    .peak = peak,
+    .kernels = {
+        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+        .quantize_row = quantize_row,
+    },
 };
 #endif

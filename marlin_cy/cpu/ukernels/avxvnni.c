@@ -1,11 +1,14 @@
-/* AVX2 with AVX-VNNI: vpdpbusd multiplies 32 unsigned weights by 32 signed activations and adds the
- * four products of each lane to its 32-bit sum.
+/* AVX2 with AVX-VNNI: vpdpbusd multiplies 32 unsigned weights by 32 signed activations and adds the four products of
+ * each 32-bit lane to the lane's sum.
  *
  * Registers, of 16: `rows * planes` (6) times two halves of 32-bit sums, 2 weights, activation, mask.
  */
-#include "ukernel.h"
+#include "isa.h"
 
-#ifdef MARLIN_CY_AVXVNNI
+#ifdef MARLIN_CY_X86
+#include "x86.h"
+
+#ifdef COMPILER_HAS_AVXVNNI
 #include "ymm.h"
 
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
@@ -21,7 +24,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
     __m256i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
-        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * BLOCK_K;
+        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * LANE_K;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
@@ -32,7 +35,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
             load_quad(w, view, block, quad, source, codes);
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
-                const __m256i x = broadcast_quad(a[i] + block * BLOCK_K + 4 * quad);
+                const __m256i x = broadcast_quad(a[i] + block * LANE_K + 4 * quad);
                 for (int half = 0; half < 2; half++) {
                     sum[i][half] = _mm256_dpbusd_avx_epi32(sum[i][half], w[half], x);
                     KEEP(sum[i][half]);
@@ -64,8 +67,42 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-const ukernel_table ukernels_avxvnni = {
+TARGET static int64_t peak(int64_t steps)
+{
+    enum { ACCUMULATORS = 12, OPS = 8 * 8 }; /* 8 lanes of four products and four additions */
+    const __m256i w = _mm256_set1_epi8(3), a = _mm256_set1_epi8(5);
+    __m256i sums[ACCUMULATORS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ACCUMULATORS; i++)
+        sums[i] = _mm256_setzero_si256();
+    for (int64_t step = 0; step < steps; step++)
+#pragma GCC unroll 12
+        for (int i = 0; i < ACCUMULATORS; i++) {
+            sums[i] = _mm256_dpbusd_avx_epi32(sums[i], w, a);
+            KEEP(sums[i]);
+        }
+#pragma GCC unroll 12
+    for (int i = 0; i < ACCUMULATORS; i++)
+        USE(sums[i]);
+    return steps * ACCUMULATORS * OPS;
+}
+
+static isa_support probe(void)
+{
+    const int cpu = cpuid_has(7, 1, CPUID_EAX, 1u << 4);
+    return x86_support(cpu, os_saves(XCR0_YMM), "AVX2 and AVX-VNNI", "the CPU lacks AVX-VNNI");
+}
+#else
+static isa_support probe(void) { return (isa_support){0, "built by a compiler that does not know AVX-VNNI"}; }
+#endif
+
+const isa_descriptor isa_avxvnni = {
     .name = "avxvnni",
-    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+    .parent = &isa_avx2,
+    .probe = probe,
+#ifdef COMPILER_HAS_AVXVNNI
+    .peak = peak,
+    .kernels = {.gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}}},
+#endif
 };
 #endif

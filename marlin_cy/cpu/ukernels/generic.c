@@ -1,9 +1,18 @@
-/* Portable C: runs everywhere, and is what every other ISA is held to.
+/* Portable C, for every architecture. All other ISAs are tested against it.
  *
- * Activations are put together from their planes, weights are unpacked to 16 bits one group at a
- * time, and the products are 16 x 16 -> 32 bits, summed along K in a loop that compilers vectorise.
+ * Activations are joined from their planes, and weights are unpacked to 16 bits, one group at a time. The products are
+ * 16 x 16 -> 32 bits, summed along K in a loop that compilers vectorise.
  */
 #define ROWOPS static inline
+
+/* Functions that must be inlined, so that each instance of gemm has its code type and number of planes as constants. */
+#if defined(__GNUC__) || defined(__clang__)
+#define KERNEL static inline __attribute__((always_inline))
+#else
+#define KERNEL static inline
+#endif
+
+#include "isa.h"
 #include "quantize.h"
 #include "rowops.h"
 
@@ -12,7 +21,7 @@ static float half_to_float(uint16_t half)
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) /* infinity, NaN (made quiet) */
         return bits_float(sign | 0x7f800000 | magnitude << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
-    if (magnitude < 0x0400) /* subnormal: a whole number of 2^-24 */
+    if (magnitude < 0x0400) /* subnormal: a multiple of 2^-24 */
         return bits_float(float_bits((float)magnitude * 0x1p-24f) | sign);
     return bits_float(sign | ((magnitude << 13) + (112u << 23)));
 }
@@ -60,7 +69,7 @@ static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int 
 }
 
 static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
-                      const float *gate_bias, const float *up_bias, int activation)
+                         const float *gate_bias, const float *up_bias, int activation)
 {
     glu_epilogue_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
@@ -70,10 +79,10 @@ static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_r
 static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a, ptrdiff_t a_group_stride,
                          act_meta *meta, ptrdiff_t meta_group_stride)
 {
-    const float qmax = planes == 2 ? 32639.0f : 127.0f;
+    const float qmax = qmax_of(planes);
     for (int64_t begin = 0; begin < k; begin += group_size, a += a_group_stride, meta += meta_group_stride) {
         const int size = k - begin < group_size ? (int)(k - begin) : group_size;
-        /* Magnitudes compare as the integers that their bits are, and a NaN is larger than infinity. */
+        /* Magnitudes are compared as integers, by their bits, where a NaN is larger than infinity. */
         uint32_t amax_bits = 0;
         for (int i = 0; i < size; i++) {
             uint32_t bits = float_bits(x[begin + i]) & 0x7fffffff;
@@ -99,27 +108,29 @@ static void quantize_row(const float *x, int64_t k, int group_size, int planes, 
     }
 }
 
-/* 16-bit weights [column][k] of one tile's group. */
-static inline void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks, int codes)
+/* Unpack one tile's group to 16-bit weights [column][k]. `codes` is a constant where this is inlined. */
+KERNEL void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, int num_blocks, int codes)
 {
-    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += BLOCK_K)
+    const int is_identity = code_types[codes].is_identity;
+    const uint8_t *const multiplicands = code_types[codes].multiplicands;
+    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += LANE_K)
         for (int c = 0; c < TILE_N; c++)
             for (int t = 0; t < 4; t++) {
                 const uint8_t low = blocks[4 * c + t] & 15, high = blocks[4 * c + t] >> 4;
-                w[c * MAX_GROUP_K + t] = codes == CODES_UINT4 ? low : e2m1_weights[low];
-                w[c * MAX_GROUP_K + t + 4] = codes == CODES_UINT4 ? high : e2m1_weights[high];
+                w[c * MAX_GROUP_K + t] = is_identity ? low : multiplicands[low];
+                w[c * MAX_GROUP_K + t + 4] = is_identity ? high : multiplicands[high];
             }
 }
 
 /* One row's group as 16-bit values. */
-static inline void join_planes(int16_t *restrict x, const int8_t *restrict a, int num_blocks, int planes)
+KERNEL void join_planes(int16_t *restrict x, const int8_t *restrict a, int num_blocks, int planes)
 {
-    const int size = num_blocks * BLOCK_K;
+    const int size = num_blocks * LANE_K;
     for (int i = 0; i < size; i++)
         x[i] = (int16_t)(planes == 2 ? a[i] * 256 + a[size + i] : a[i]);
 }
 
-/* The form that compilers turn into pmaddwd or smlal. */
+/* Compilers turn this form into pmaddwd or smlal. */
 static int32_t dot_product(const int16_t *restrict w, const int16_t *restrict x, int k)
 {
     int32_t dot = 0;
@@ -128,7 +139,7 @@ static int32_t dot_product(const int16_t *restrict w, const int16_t *restrict x,
     return dot;
 }
 
-static inline void gemm(const gemm_task *task, int planes, int codes)
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     enum { TILE_WEIGHTS = TILE_N * MAX_GROUP_K };
     int16_t *const weights = (int16_t *)(void *)task->scratch->weights;
@@ -147,7 +158,7 @@ static inline void gemm(const gemm_task *task, int planes, int codes)
                 const uint32_t bits = header[2 * c] | (uint32_t)header[2 * c + 1] << 8;
                 const float given =
                     task->scale_dtype == DTYPE_BF16 ? bits_float(bits << 16) : half_to_float((uint16_t)bits);
-                scale[t * TILE_N + c] = codes == CODES_E2M1 ? 0.5f * given : given;
+                scale[t * TILE_N + c] = unit_scale(codes) * given;
                 zero[t * TILE_N + c] = header[2 * TILE_N + c];
             }
             unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks, codes);
@@ -160,7 +171,7 @@ static inline void gemm(const gemm_task *task, int planes, int codes)
             int16_t x[MAX_GROUP_K];
             join_planes(x, task->a + g * task->a_group_stride + task->rows[r] * task->a_row_stride, blocks, planes);
             for (int c = 0; c < num_tiles * TILE_N; c++) {
-                const int32_t dot = dot_product(weights + c * MAX_GROUP_K, x, blocks * BLOCK_K);
+                const int32_t dot = dot_product(weights + c * MAX_GROUP_K, x, blocks * LANE_K);
                 sum[c] = fmaf((float)(dot - zero[c] * total), meta->scale * scale[c], g ? sum[c] : 0.0f);
                 if (last)
                     out[c] = task->accumulate ? out[c] + sum[c] : sum[c];
@@ -181,17 +192,22 @@ static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
 static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
 
-const ukernel_table ukernels_generic = {
+static isa_support probe(void) { return (isa_support){1, "portable C"}; }
+
+const isa_descriptor isa_generic = {
     .name = "generic",
-    .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-    .mr = 8,
-    .mc = 48, /* sums (6 KiB), activations of a group (12) and its weights (4) fit an L1 of 32 KiB */
-    .quantize_row = quantize_row,
-    .widen = widen,
-    .narrow = narrow,
-    .store_rows = store_rows,
-    .glu_epilogue = glu_epilogue,
-    .axpy = axpy,
-    .softmax = softmax,
-    .sigmoid = sigmoid,
+    .probe = probe,
+    .kernels = {
+        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+        .mr = 8,
+        .mc = 48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */
+        .quantize_row = quantize_row,
+        .widen = widen,
+        .narrow = narrow,
+        .store_rows = store_rows,
+        .glu_epilogue = glu_epilogue,
+        .axpy = axpy,
+        .softmax = softmax,
+        .sigmoid = sigmoid,
+    },
 };

@@ -1,13 +1,13 @@
-/* From words as checkpoints have them, eight values of K to one, lowest first, to the lanes of a packed tile (drawn in
- * ukernel.h) and back. Plain C that compilers vectorise: what bounds it is memory.
+/* Convert words, as checkpoints store them (eight values of K a word, lowest bits first), to the lanes of a packed tile
+ * (drawn in ukernel.h), and back. Plain C that compilers vectorise; memory bandwidth bounds it.
  *
- *   lanes      the first block's first column of these; TILE_N lanes from a block to the next
- *   words      the first column; `stride` words from a row, a block, to the next
- *   rows       when packing, [BLOCK_K * blocks] the value of K at each packed position, -1 for none, packed as a code
- *              of 0; or NULL for K's own order
- *   positions  when unpacking, [BLOCK_K * blocks] the packed position of each value of K; or NULL
+ *   lanes      first block, first column to convert; the next block is TILE_N lanes further
+ *   words      first block, first column to convert; the next block is `stride` words further
+ *   rows       packing: [LANE_K * blocks] row of K at each packed position, -1 for padding (packed as code 0); NULL for
+ *              the order of K itself
+ *   positions  unpacking: [LANE_K * blocks] packed position of each row of K; NULL for the order of K itself
  *
- * `columns` is at most TILE_N; nothing overlaps.
+ * `columns` is at most TILE_N. The memory areas do not overlap.
  */
 #ifndef MARLIN_CY_PACK_H
 #define MARLIN_CY_PACK_H
@@ -16,14 +16,14 @@
 
 #include "ukernel.h"
 
-/* Exchanges the bits of x under mask with those `shift` higher. */
+/* Exchange the bits of x under `mask` with the bits that are `shift` positions higher. */
 static inline uint32_t exchange_bits(uint32_t x, uint32_t mask, int shift)
 {
     const uint32_t differ = (x ^ x >> shift) & mask;
     return x ^ differ ^ differ << shift;
 }
 
-/* Nibbles 0 1 2 3 4 5 6 7, lowest first, to 0 4 1 5 2 6 3 7. */
+/* Reorder nibbles 0 1 2 3 4 5 6 7, lowest first, to 0 4 1 5 2 6 3 7. */
 static inline uint32_t lane_of_word(uint32_t word)
 {
     return exchange_bits(exchange_bits(word, 0x0000ff00, 8), 0x00f000f0, 4);
@@ -34,29 +34,29 @@ static inline uint32_t word_of_lane(uint32_t lane)
     return exchange_bits(exchange_bits(lane, 0x00f000f0, 4), 0x0000ff00, 8);
 }
 
-/* Where value i of a block lies in a word and in a lane. */
+/* Bit position of value i of a block, in a word and in a lane. */
 static inline int shift_in_word(int i) { return 4 * i; }
 
 static inline int shift_in_lane(int i) { return 8 * (i % 4) + 4 * (i / 4); }
 
-/* Blocks whose values come from anywhere: value i of block b is value places[BLOCK_K * b + i] of `from`, or 0 where that
- * is -1. `columns` and `to_lanes` are constants where this is inlined. */
+/* Convert and reorder: value i of block b is value places[LANE_K * b + i] of `from`, or 0 if that is -1. `columns` and
+ * `to_lanes` are constants where this is inlined. */
 static inline void gather_blocks(uint32_t *restrict to, ptrdiff_t to_stride, const uint32_t *restrict from,
                                  ptrdiff_t from_stride, const int32_t *restrict places, int64_t blocks, int columns,
                                  int to_lanes)
 {
     static const uint32_t nothing[TILE_N];
-    for (int64_t b = 0; b < blocks; b++, to += to_stride, places += BLOCK_K) {
-        const uint32_t *source[BLOCK_K];
-        int shift[BLOCK_K];
-        for (int i = 0; i < BLOCK_K; i++) {
-            const int value = places[i] & (BLOCK_K - 1);
-            source[i] = places[i] < 0 ? nothing : from + places[i] / BLOCK_K * from_stride;
+    for (int64_t b = 0; b < blocks; b++, to += to_stride, places += LANE_K) {
+        const uint32_t *source[LANE_K];
+        int shift[LANE_K];
+        for (int i = 0; i < LANE_K; i++) {
+            const int value = places[i] & (LANE_K - 1);
+            source[i] = places[i] < 0 ? nothing : from + places[i] / LANE_K * from_stride;
             shift[i] = to_lanes ? shift_in_word(value) : shift_in_lane(value);
         }
         for (int c = 0; c < columns; c++) {
             uint32_t block = 0;
-            for (int i = 0; i < BLOCK_K; i++)
+            for (int i = 0; i < LANE_K; i++)
                 block |= (source[i][c] >> shift[i] & 15) << (to_lanes ? shift_in_lane(i) : shift_in_word(i));
             to[c] = block;
         }
@@ -106,7 +106,7 @@ static void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes
         unpack_columns(words, stride, lanes, positions, blocks, columns);
 }
 
-/* Some columns' scales or zero points, `bytes` each. */
+/* Copy the scales or zero points of some columns; each has `bytes` bytes. */
 static inline void copy_columns(void *to, const void *source, int columns, int bytes)
 {
     if (columns == TILE_N)

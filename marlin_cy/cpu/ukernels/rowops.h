@@ -1,7 +1,11 @@
-/* Row operations in plain C, written once and compiled for each ISA by the file that includes this:
- * the compiler vectorises them, and since every step is one IEEE operation (fused only where fmaf
- * says so) the bits do not depend on how wide. ROWOPS is the functions' storage and target.
+/* Row operations in plain C. The file of each ISA includes them, and so compiles them for its own instructions. The
+ * compiler vectorises them. Every step is one IEEE operation, fused only where the code says fmaf, so the bits do not
+ * depend on the width of the vectors. The including file defines ROWOPS: storage class and target attribute.
  */
+#ifndef MARLIN_CY_ROWOPS_H
+#define MARLIN_CY_ROWOPS_H
+
+
 #include <math.h>
 #include <string.h>
 
@@ -21,12 +25,11 @@ static inline float bits_float(uint32_t bits)
     return x;
 }
 
-/* exp(x) to 2 units in the last place. Cephes' expf: x = n ln 2 + r, a polynomial in r, then n into
- * the exponent in two halves, so that results down to the smallest subnormal and up to infinity come
- * out right. */
+/* exp(x) within 2 units in the last place. As expf of Cephes: x = n ln 2 + r, and a polynomial in r. Then n is added to
+ * the exponent in two halves, so that the results are right down to the smallest subnormal and up to infinity. */
 ROWOPS float exp_f32(float x)
 {
-    x = x > -104.0f ? x : -104.0f; /* a NaN too: its silu is NaN / 1 */
+    x = x > -104.0f ? x : -104.0f; /* also if x is a NaN, which callers handle: silu gives NaN / 1 */
     x = x < 89.0f ? x : 89.0f;
     float n = rintf(x * 1.44269504f);
     float r = fmaf(n, -0.693359375f, x);
@@ -42,18 +45,21 @@ ROWOPS float exp_f32(float x)
     return p * bits_float((uint32_t)(half + 127) << 23) * bits_float((uint32_t)(whole - half + 127) << 23);
 }
 
-/* Every activation is gate * sigmoid(z) * up with a z of its own:
+/* Every activation is gate * sigmoid(z) * up, with its own z:
  *
  *   silu       z = gate
- *   gelu_tanh  z = 2 u, since (1 + tanh(u)) / 2 = sigmoid(2 u): an odd polynomial in gate
- *   gelu       z = log(Phi(gate) / Phi(-gate)), Phi(x) = (1 + erf(x / sqrt(2))) / 2: odd and smooth, here a polynomial
- *              too. Its coefficients make the largest error of sigmoid(z) smallest, 0.49 * 2^-24; z goes on rising
- *              with gate, so that what lies beyond the fit (|gate| > 7) comes out as gate or 0.
+ *   gelu_tanh  z = 2 u, an odd polynomial in gate, because (1 + tanh(u)) / 2 = sigmoid(2 u)
+ *   gelu       z = log(Phi(gate) / Phi(-gate)) with Phi(x) = (1 + erf(x / sqrt(2))) / 2. This function is odd and smooth,
+ *              and is approximated by a polynomial whose coefficients minimise the largest error of sigmoid(z),
+ *              0.49 * 2^-24. Beyond the fitted range (|gate| > 7) z keeps rising with gate, so the result is gate or 0.
  *   swigluoai  z = 1.702 gate, of clamped values
  *
- * Errors, in units of 2^-24 of |gate * up|: 1 each for the division, the sum in the denominator and the product with up
- * (and for up + 1); exp's 4 times sigmoid * (1 - sigmoid), at most 1/4; z's relative error, 2 or 3, times
- * |z| * sigmoid * (1 - sigmoid), at most 0.224; and gelu's 0.49. */
+ * The error, in units of 2^-24 * |gate * up|, is the sum of
+ *
+ *   1 each     for the division, the sum in the denominator, the product with up, and up + 1
+ *   at most 1  for exp: its error of 4, times sigmoid * (1 - sigmoid), which is at most 1/4
+ *   0.68       for z: its relative error of 2 or 3, times |z| * sigmoid * (1 - sigmoid), which is at most 0.224
+ *   0.49       for the fit of gelu */
 ROWOPS float activate(float gate, float up, int activation)
 {
     float z = gate;
@@ -75,8 +81,8 @@ ROWOPS float activate(float gate, float up, int activation)
     return gate / (1.0f + exp_f32(-z)) * up;
 }
 
-/* swigluoai's clamps, by comparisons that a NaN fails, and so survives. A loop of their own: where the compiler sees
- * what follows from a constant 7 it makes branches that it cannot vectorise. */
+/* The clamps of swigluoai. A NaN fails each comparison, so it stays a NaN. The clamps have a loop of their own: within
+ * the loop of the activation, the compiler derives branches from the constant 7 and does not vectorise them. */
 ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums)
 {
     for (int i = 0; i < TILE_N; i++) {
@@ -87,8 +93,8 @@ ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums)
 }
 
 /* `activation` is a constant where this is inlined. */
-ROWOPS void gate_sums_by(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
-                         const float *gate_bias, const float *up_bias, int activation)
+ROWOPS void glu_epilogue_by(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
+                            const float *gate_bias, const float *up_bias, int activation)
 {
     for (int r = 0; r < m; r++, sums += PAIR_N) {
         float *restrict row = dst + rows[r] * row_floats;
@@ -111,20 +117,20 @@ ROWOPS void gate_sums_by(float *dst, ptrdiff_t row_floats, const int64_t *rows, 
 }
 
 ROWOPS void glu_epilogue_sums(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
-                      const float *gate_bias, const float *up_bias, int activation)
+                              const float *gate_bias, const float *up_bias, int activation)
 {
     switch (activation) {
     case ACTIVATION_SILU:
-        gate_sums_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SILU);
+        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SILU);
         break;
     case ACTIVATION_GELU:
-        gate_sums_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU);
+        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU);
         break;
     case ACTIVATION_GELU_TANH:
-        gate_sums_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU_TANH);
+        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU_TANH);
         break;
     case ACTIVATION_SWIGLUOAI:
-        gate_sums_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SWIGLUOAI);
+        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SWIGLUOAI);
         break;
     }
 }
@@ -153,7 +159,7 @@ ROWOPS void narrow_bf16(uint16_t *restrict dst, const float *restrict src, int64
 
 ROWOPS void narrow_values(void *dst, const float *src, int dtype, int64_t n);
 
-/* `narrow_values` is the including file's conversion to float16, bfloat16 or float32. */
+/* The including file defines `narrow_values`, the conversion to float16, bfloat16 or float32. */
 ROWOPS void store_sums(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums, const float *bias,
                        int n, int dtype)
 {
@@ -189,3 +195,5 @@ ROWOPS void sigmoid_row(float *x, int64_t n)
     for (int64_t i = 0; i < n; i++)
         x[i] = x[i] == x[i] ? 1.0f / (1.0f + exp_f32(-x[i])) : x[i];
 }
+
+#endif

@@ -1,11 +1,10 @@
-/* The contract between the framework (Cython: tiles, rows, threads, workspace) and the code that
- * knows an instruction set. Every ISA fills one `ukernel_table`; a NULL entry is inherited from
- * the more general ISA that isa.c names.
+/* The contract between the framework (Cython: tiles, rows, threads, workspace) and the kernels of an instruction set.
+ * Each ISA fills a `ukernel_table`; an entry that is NULL or 0 is inherited from its parent (isa.h).
  *
- * Whatever the ISA, the same input gives the same bits: integer sums are exact, and the float steps
- * are those of marlin_cy/reference.py, in its order, each rounded to nearest even.
+ * Every ISA gives the same bits for the same input: integer sums are exact, and the float steps are those of
+ * marlin_cy/reference.py, in its order, each rounded to nearest even.
  *
- * PACKED TILE: 16 columns (TILE_N), all of K. `groups` is the number of groups, `blocks` is K / 8.
+ * PACKED TILE: 16 columns (TILE_N) by all of K. `groups` is the number of groups, `blocks` is K / 8 (LANE_K).
  *
  *   0                          48*groups      header_bytes                header_bytes + 64*blocks
  *   | group 0 | group 1 | .... | pad to 64 B  | block 0 | block 1 | ....  |
@@ -14,14 +13,14 @@
  *                                                  |   byte t:  low nibble   q[8*block + t,     n]
  *                                                  |            high nibble  q[8*block + t + 4, n]
  *
- * One 64-byte load, one `and`, one shift and `and` give two vectors in which every 32-bit lane holds
- * four consecutive values of K of one column: the operand of vpdpbusd, vpmaddubsw and their like.
+ * One 64-byte load, one `and`, one shift and `and` give two vectors. Each 32-bit lane of these vectors holds four
+ * consecutive values of K of one column, which is the operand of vpdpbusd, vpmaddubsw and similar instructions.
  *
- * QUANTISED ACTIVATIONS: group-major, so that the rows of one group lie together.
+ * QUANTISED ACTIVATIONS are group-major: the rows of one group are contiguous.
  *
  *   a    + group * a_group_stride + row * a_row_stride:   group_size * planes bytes,
- *          plane 0 of the group's values, a byte each, then plane 1 of them if there are two.
- *          Two planes: value = 256 * plane0 + plane1. One plane: value = plane0. Each in -128..127.
+ *          plane 0 of the group's values, one byte each, then plane 1 if there are two planes.
+ *          Two planes: value = 256 * plane0 + plane1. One plane: value = plane0. Each byte is in -128..127.
  *   meta + group * meta_group_stride + row:               scale, and the sum of the group's values.
  */
 #ifndef MARLIN_CY_UKERNEL_H
@@ -30,40 +29,39 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "code_types.h"
+
 enum {
-    TILE_N = 16,             /* columns in a packed tile */
-    PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that a broadcast activation is used twice */
-    BLOCK_K = 8,             /* values of K in a block */
+    TILE_N = 16,             /* columns of a packed tile */
+    PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that each broadcast activation is used twice */
+    LANE_K = 8,              /* values of K in a lane, so in a block */
     BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
     GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
-    MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 stays far below 2^31 */
-    GROUP_K_STEP = 32,       /* every group, the last one too, has a multiple of this many values */
-    MAX_MC = 96,           /* rows of a task: the largest mc of a ukernel_table */
+    MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 is far below 2^31 */
+    GROUP_K_STEP = 32,       /* the length of every group is a multiple of this, that of the last one too */
+    CHUNK_K = 1024,          /* K is summed in chunks of this length: see marlin_cy/reference.py */
+    MAX_MC = 96,             /* the largest mc of a ukernel_table */
+    MAX_PLANES = 2,          /* bytes of a quantised activation */
 };
+
+/* The largest magnitude of a quantised activation, by the number of planes. For two planes it is
+ * 256 * 127 + 127, the largest value that two signed bytes can represent. */
+enum { QMAX_INT8 = 127, QMAX_INT16 = 32639 };
 
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2 };
 
-/* What 4-bit codes stand for. Kernels multiply by unsigned integers w(q):
- *
- *   CODES_UINT4   w(q) = q
- *   CODES_E2M1    w(q) = e2m1_weights[q], twice the value of a 4-bit float plus 12; the packed zero points are 12, and
- *                 scales are halved once they are float32, which is exact whatever the 16-bit scale was */
-enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2, SYMMETRIC_ZERO = 8, E2M1_ZERO = 12 };
-
-static const uint8_t e2m1_weights[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-/* What a MoE layer does with a gate and an up; the formulas are in marlin_cy/moe/layer.py. */
+/* The activations of a MoE layer; their definitions are in marlin_cy/activations.py. */
 enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLUOAI = 3 };
 
-/* Quantised groups whose largest magnitude is below this are taken as zero, so that neither
- * qmax / amax nor amax / qmax leaves the range of normal floats. */
+/* A group whose largest magnitude is below this is quantised to zeros, so that neither qmax / amax nor amax / qmax
+ * leaves the range of normal floats. */
 #define QUANTIZE_MIN_AMAX 0x1p-100f
 
 /* Scale of one row's group, and the sum of its quantised values in two forms:
  *
- *   sum_split       for a product with any zero point by one multiply-add of 16-bit pairs:
+ *   sum_split       the factor of any zero point, as one multiply-add of 16-bit pairs:
  *                   sum = 256 * (sum_split >> 16) + (sum_split & 0xffff), the upper half signed
- *   symmetric_sum   -SYMMETRIC_ZERO * sum: what is added where zero points are SYMMETRIC_ZERO, with no product at all
+ *   symmetric_sum   -SYMMETRIC_ZERO * sum: added where all zero points are SYMMETRIC_ZERO, without a multiplication
  *
  * A scale of NaN marks a group that held a NaN or an infinity. */
 typedef struct {
@@ -72,33 +70,33 @@ typedef struct {
     int32_t symmetric_sum;
 } act_meta;
 
-/* What each thread owns: written and read by one task, meaningless afterwards. */
+/* Scratch memory of a thread: a task writes it before it reads it, and nothing survives the task. */
 typedef struct {
-    uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group; the ISA's own order */
-    float sums[MAX_MC * PAIR_N];             /* sums of the groups so far */
+    uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group, in an order of the ISA's own */
+    float sums[MAX_MC * PAIR_N];               /* sums over the groups so far */
 } gemm_scratch;
 
 /* One task: m rows by one or two tiles, over `num_groups` consecutive groups.
  *
  *   sum[r][c] = 0
  *   for g in groups:                                              (in ascending order)
- *       t = sum_k a[g][rows[r]][k] * (w(q[k][c]) - zero[g][c])    (exact, |t| < 2^31)
- *       s = meta[g][rows[r]].scale * scale[g][c]                  (rounded; with CODES_E2M1, half of scale)
+ *       t = sum_k a[g][rows[r]][k] * (w(q[k][c]) - zero[g][c])    (exact, |t| < 2^31; w is in code_types.h)
+ *       s = meta[g][rows[r]].scale * (scale[g][c] / units_per_one)                  (rounded once, by the product)
  *       sum[r][c] = fma((float)t, s, sum[r][c])                   (two roundings: of t, of the fma)
  *   out[r][c] = accumulate ? out[r][c] + sum[r][c] : sum[r][c]
  *
- * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Everything that is
- * pointed to is aligned to 64 bytes, but for header (16), a (8), meta (4) and rows (4). Nothing
- * overlaps; next may be any address. 1 <= m <= MAX_MC, num_groups >= 1.
+ * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Every pointer is aligned to 64 bytes,
+ * except header (16), a (8), meta (4) and rows (4). The memory areas do not overlap; `next` may be any address.
+ * 1 <= m <= MAX_MC, num_groups >= 1.
  */
 typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
-    int scale_dtype; /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
+    int scale_dtype;          /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
     int num_groups;
-    int group_blocks;      /* blocks in every group but the last */
-    int last_group_blocks; /* blocks in the last */
+    int group_blocks;      /* blocks in every group except the last */
+    int last_group_blocks; /* blocks in the last group */
     const int8_t *a;
     ptrdiff_t a_group_stride, a_row_stride; /* bytes */
     const act_meta *meta;
@@ -116,9 +114,11 @@ static inline ptrdiff_t task_bytes(const gemm_task *task)
     return ((ptrdiff_t)(task->num_groups - 1) * task->group_blocks + task->last_group_blocks) * BLOCK_BYTES;
 }
 
-/* Quantise one row of k finite or non-finite floats, group by group (the last may be shorter):
+typedef void gemm_fn(const gemm_task *task);
+
+/* Quantise one row of k floats, finite or not, group by group (the last group may be shorter):
  *
- *   amax = max |x|;  qmax = planes == 2 ? 32639 : 127
+ *   amax = max |x|;  qmax = planes == 2 ? QMAX_INT16 : QMAX_INT8
  *   scale = amax / qmax;  value = rint(x * (qmax / amax))           (each operation rounded)
  *   amax < QUANTIZE_MIN_AMAX: scale = 0, all values 0
  *   a NaN or an infinity:     scale = NaN, all values 0
@@ -131,41 +131,38 @@ typedef void quantize_row_fn(const float *x, int64_t k, int group_size, int plan
 typedef void widen_fn(float *dst, const void *src, int dtype, int64_t n);
 typedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n);
 
-/* Write a task's sums to where they belong. Row r of `sums` is at sums + r * PAIR_N and goes to
+/* Write the sums of a task to their rows of the output. Row r of `sums` is at sums + r * PAIR_N and goes to
  * dst + rows[r] * row_bytes; n is a multiple of 8.
  *
  *   dst[i] = sums[i] + bias[i] (bias may be NULL), rounded to `dtype` as by narrow */
 typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
                            const float *bias, int n, int dtype);
 
-/* The same for a task whose first tile holds gates and whose second holds ups: 16 float32 a row.
+/* The same for a task whose first tile holds gates and whose second tile holds ups: 16 float32 a row.
  *
  *   gate = sums[i] + gate_bias[i];  up = sums[TILE_N + i] + up_bias[i]    (both biases may be NULL: nothing is added)
  *   dst[i] = activation(gate, up)
  *
- * An activation is within 6 * 2^-24 * |gate * up| of its formula (swigluoai: |gate| * (1 + |up|), both clamped), which
- * rowops.h derives, and (1 + |up|) times the smallest float; a NaN gives NaN, infinities what the formula gives. */
+ * The error of an activation is at most 6 * 2^-24 * |gate * up| (swigluoai: |gate| * (1 + |up|), both clamped), which
+ * rowops.h derives, plus (1 + |up|) times the smallest float. A NaN gives NaN; infinities give what the formula gives. */
 typedef void glu_epilogue_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
-                          const float *gate_bias, const float *up_bias, int activation);
+                             const float *gate_bias, const float *up_bias, int activation);
 
 /* dst[i] = fma(weight, src[i], dst[i]) */
 typedef void axpy_fn(float *dst, const float *src, float weight, int64_t n);
 
-/* x[i] = exp(x[i] - max x) / sum of these, in place; the sum in ascending order; all NaN if any is. */
+/* x[i] = exp(x[i] - max x) / sum of these, in place; the sum in ascending order; all NaN if any x[i] is NaN. */
 typedef void softmax_fn(float *x, int64_t n);
 
-/* x[i] = 1 / (1 + exp(-x[i])), in place; a NaN stays one. */
+/* x[i] = 1 / (1 + exp(-x[i])), in place; a NaN stays a NaN. */
 typedef void sigmoid_fn(float *x, int64_t n);
 
-typedef void gemm_fn(const gemm_task *task);
-
 typedef struct {
-    const char *name;
-    gemm_fn *gemm[CODES_COUNT][2]; /* by codes, and planes - 1 */
-    int mr;         /* tasks of a multiple of this many rows leave no part of a register or of a tile empty */
-    int mc;         /* tasks have no more rows than this, a multiple of mr, at most MAX_MC */
-    int min_matrix_rows;      /* tasks of this many rows or more are for a matrix unit, and have consecutive rows,
-                           * rows[i] = rows[0] + i; 0: no tasks are */
+    gemm_fn *gemm[CODES_COUNT][MAX_PLANES]; /* by code type, and planes - 1 */
+    int mr;              /* row granularity of the micro-kernel (MR) */
+    int mc;              /* most rows of a task (MC): a multiple of mr, at most MAX_MC */
+    int min_matrix_rows; /* 0, or the least m with which tasks use a matrix unit; the rows of such tasks must be
+                          * consecutive, rows[i] = rows[0] + i */
     quantize_row_fn *quantize_row;
     widen_fn *widen;
     narrow_fn *narrow;
@@ -175,19 +172,5 @@ typedef struct {
     softmax_fn *softmax;
     sigmoid_fn *sigmoid;
 } ukernel_table;
-
-/* One table an ISA; on other architectures than x86-64 only the first is compiled. */
-extern const ukernel_table ukernels_generic;
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define MARLIN_CY_X86 1
-extern const ukernel_table ukernels_avx2;
-extern const ukernel_table ukernels_avx512vnni;
-#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
-#define MARLIN_CY_AVXVNNI 1
-#define MARLIN_CY_AMX 1
-extern const ukernel_table ukernels_avxvnni;
-extern const ukernel_table ukernels_amx;
-#endif
-#endif
 
 #endif

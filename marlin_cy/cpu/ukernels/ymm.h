@@ -1,6 +1,9 @@
-/* What the two 256-bit ISAs share: a tile's 16 columns are two vectors ("halves" 0 and 1), each of
- * eight 32-bit lanes, a lane a column.
+/* Shared by the two 256-bit ISAs. The 16 columns of a tile are two vectors ("halves" 0 and 1) of eight 32-bit lanes,
+ * one lane a column.
  */
+#ifndef MARLIN_CY_YMM_H
+#define MARLIN_CY_YMM_H
+
 #include <immintrin.h>
 #include <string.h>
 
@@ -10,13 +13,16 @@
 
 enum {
     UNPACKED_BLOCK = 2 * BLOCK_BYTES,
-    PREFETCH_FAR = 4096, /* ahead in the stream of packed weights, into the second-level cache */
-    PREFETCH_NEAR = 512, /* and from there into the first */
+    PREFETCH_FAR = 4096, /* bytes ahead in the stream of packed weights: into the second-level cache */
+    PREFETCH_NEAR = 512, /* bytes ahead: from there into the first-level cache */
 };
 
-/* Pins a sum or a product to its register and additions to their order: without it GCC turns a chain of vector
- * additions into a tree whose products go to the stack, and copies sums around the loop. */
+/* Keep a sum or a product in its register, and additions in their order. Without it GCC turns a chain of vector
+ * additions into a tree whose products are stored on the stack, and copies sums around the loop. */
 #define KEEP(vector) __asm__("" : "+x"(vector))
+
+/* Keep the compiler from dropping the computation of a vector that nothing reads. */
+#define USE(vector) __asm__ volatile("" : : "x"(vector))
 
 /* Four activations of one row and plane, in every lane. */
 YMM __m256i broadcast_quad(const int8_t *a)
@@ -26,8 +32,8 @@ YMM __m256i broadcast_quad(const int8_t *a)
     return _mm256_set1_epi32(quad);
 }
 
-/* Scales as floats, and minus the zero points as pairs (-zero, -256 * zero), the factor that
- * act_meta.sum_split is made for. */
+/* Scales as floats, and negated zero points as pairs (-zero, -256 * zero) of 16 bits, which vpmaddwd multiplies by
+ * act_meta.sum_split. */
 typedef struct {
     __m256 scale[2];
     __m256i minus_zero[2];
@@ -46,8 +52,8 @@ YMM group_header load_header(const uint8_t *header, int scale_dtype, int codes)
     group_header h;
     for (int half = 0; half < 2; half++) {
         h.scale[half] = load_scales(header + 16 * half, scale_dtype);
-        if (codes == CODES_E2M1)
-            h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(0.5f));
+        if (code_types[codes].units_per_one != 1)
+            h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(unit_scale(codes)));
         const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(header + 32 + 8 * half)));
         const __m256i minus = _mm256_sub_epi32(_mm256_setzero_si256(), zero);
         h.minus_zero[half] = _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);
@@ -55,32 +61,32 @@ YMM group_header load_header(const uint8_t *header, int scale_dtype, int codes)
     return h;
 }
 
-/* Weights from nibbles, a byte each. `codes` is a constant. */
+/* Multiplicands from nibbles, one byte each. `codes` is a constant. */
 YMM __m256i weights_of(__m256i nibbles, int codes)
 {
-    if (codes == CODES_UINT4)
+    if (code_types[codes].is_identity)
         return nibbles;
-    const __m128i table = _mm_loadu_si128((const __m128i *)e2m1_weights);
+    const __m128i table = _mm_loadu_si128((const __m128i *)code_types[codes].multiplicands);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles);
 }
 
 /* One group of one tile, as the micro-kernel sees it. */
 typedef struct {
     const uint8_t *packed; /* its blocks */
-    const uint8_t *ahead;  /* what to prefetch far ahead while they are read, a block a block */
-    uint8_t *unpacked;     /* room for the same as bytes */
+    const uint8_t *ahead;  /* where to prefetch far ahead: one block for each block that is read */
+    uint8_t *unpacked;     /* memory for the unpacked weights */
     int blocks;
     const int8_t *a;
     const act_meta *meta;
     float *sums; /* the tile's first column in row 0 of the task's sums */
 } group_view;
 
-/* Where a micro-kernel has its weights from. Few rows unpack them on the way and are done; of more rows, the first
- * micro-kernel keeps what it unpacks for the others. */
+/* Where a micro-kernel gets its weights. With few rows, one micro-kernel unpacks them in registers. With more rows, the
+ * first micro-kernel also stores the unpacked weights, and the others load them. */
 enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
-/* Half of a block's weights as bytes, values 0-3 or 4-7 by `quad`: w[half], which is their order in `unpacked` too.
- * `quad`, `source` and `codes` are constants. */
+/* Load four values of K of a block as bytes: values 0-3 (quad 0) or 4-7 (quad 1), for the columns of each half.
+ * `unpacked` has them in the same order. `quad`, `source` and `codes` are constants. */
 YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int source, int codes)
 {
     const uint8_t *const packed = view->packed + b * BLOCK_BYTES;
@@ -101,14 +107,14 @@ YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int so
     }
 }
 
-/* The float step of one row and half: `total` already has the zero point taken off. */
+/* The float step of one row and half; the zero point is already subtracted from `total`. */
 YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
 {
     const __m256 s = _mm256_mul_ps(_mm256_set1_ps(row_scale), scale);
     _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
 }
 
-/* What a task leaves: the sums of its groups, or these added to what was there. */
+/* Write the sums of the groups to the output of a task, or add them to it. */
 YMM void finish(const gemm_task *task, int columns)
 {
     for (int r = 0; r < task->m; r++)
@@ -118,3 +124,5 @@ YMM void finish(const gemm_task *task, int columns)
             _mm256_store_ps(out, task->accumulate ? _mm256_add_ps(_mm256_load_ps(out), sum) : sum);
         }
 }
+
+#endif

@@ -1,8 +1,8 @@
-/* The loops around a 256-bit micro-kernel: tiles, groups, rows. The file that includes this defines
+/* The loops around a 256-bit micro-kernel: tiles, groups, rows. The including file defines
  *
- *   KERNEL                                       storage and target of an inlined function
- *   PLANE_ROWS                                   int8 rows that its registers hold
- *   micro_kernel(task, view, header, row, rows, planes, source, codes)    rows * planes of these at most
+ *   KERNEL                        storage class and target attribute of an inlined function
+ *   PLANE_ROWS                    planes of rows that the registers hold
+ *   micro_kernel(task, view, header, row, rows, planes, source, codes)    rows * planes is at most PLANE_ROWS
  */
 KERNEL void some_rows(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
                       int planes, int source, int codes)

@@ -1,0 +1,56 @@
+/* The code types on the CPU: one row each. The Python side of a row is in marlin_cy/weights/code_types.py, which has the
+ * formulas; tests/test_constants.py compares the two.
+ *
+ * Kernels multiply activations by unsigned integers w(q), the multiplicands, never by the value of a code:
+ *
+ *   weight = scale / units_per_one * (w(q) - zero)
+ *
+ * To add a 4-bit code type, add its number and its row here, and two instances of `gemm` (one for each number of planes)
+ * to the table of each ISA.
+ */
+#ifndef MARLIN_CY_CODE_TYPES_H
+#define MARLIN_CY_CODE_TYPES_H
+
+#include <stdint.h>
+
+enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2 };
+
+/* The zero point that `act_meta.symmetric_sum` is made for: the one that symmetric quantisers store. */
+enum { SYMMETRIC_ZERO = 8 };
+
+typedef struct {
+    uint8_t multiplicands[16]; /* w(q) of each code */
+    int is_identity;           /* w(q) = q, so that kernels need not look it up */
+    int max_multiplicand;
+    int has_zero_points; /* whether groups have zero points of their own; else all of them are symmetric_zero */
+    int symmetric_zero;  /* the zero point for which kernels have a cheaper form */
+    int units_per_one;   /* a power of two, so that dividing a float32 scale by it is exact */
+} code_type;
+
+/* Kernels index this table with constants only, so compilers fold every member into the code. */
+static const code_type code_types[CODES_COUNT] = {
+    [CODES_UINT4] =
+        {
+            .multiplicands = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+            .is_identity = 1,
+            .max_multiplicand = 15,
+            .has_zero_points = 1,
+            .symmetric_zero = SYMMETRIC_ZERO,
+            .units_per_one = 1,
+        },
+    /* 4-bit floats: twice the value, plus 12 so that none is negative. */
+    [CODES_E2M1] =
+        {
+            .multiplicands = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
+            .is_identity = 0,
+            .max_multiplicand = 24,
+            .has_zero_points = 0,
+            .symmetric_zero = 12,
+            .units_per_one = 2,
+        },
+};
+
+/* The factor of a float32 scale. A constant where `codes` is one. */
+static inline float unit_scale(int codes) { return 1.0f / (float)code_types[codes].units_per_one; }
+
+#endif

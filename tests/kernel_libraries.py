@@ -1,0 +1,45 @@
+"""Kernels compiled by the tests, apart from the package's own: AMX on an emulation, and tables that no ISA has."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+from marlin_cy.cpu._dispatch import KernelTable
+from marlin_cy.cpu._workspace import Workspace
+
+TESTS = Path(__file__).parent
+UKERNELS = TESTS.parent / "marlin_cy" / "cpu" / "ukernels"
+FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-fPIC", f"-I{UKERNELS}"]
+COMPILER = shutil.which("cc")
+
+
+def build_library(folder, *sources, emulated=()):
+    """A shared library of some C files; those of ``emulated`` are compiled with ``amx_emulation.h``."""
+    objects = []
+    for source in [*sources, *emulated]:
+        objects.append(folder / f"{source.stem}.o")
+        emulation = ["-include", TESTS / "amx_emulation.h"] if source in emulated else []
+        subprocess.run([COMPILER, *FLAGS, *emulation, "-c", source, "-o", objects[-1]], check=True)
+    path = folder / "kernels.so"
+    subprocess.run([COMPILER, "-shared", *objects, "-o", path, "-lm"], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def emulated_amx_library(folder):
+    """The kernels of AMX on the emulation, with those that they inherit. They need a CPU with AVX-512 VNNI."""
+    parents = [UKERNELS / f"{name}.c" for name in ("generic", "avx2", "avx512vnni")]
+    return build_library(folder, *parents, emulated=[UKERNELS / "amx.c"])
+
+
+def kernel_table(library, name):
+    """The complete table of the descriptor ``isa_<name>`` of a library."""
+    descriptor = ctypes.c_char.in_dll(library, f"isa_{name}")
+    return KernelTable.from_descriptor(ctypes.addressof(descriptor), library)
+
+
+def context_with(backend, kernels, *, num_threads, compute_dtype="int16"):
+    """A CPU context that uses a table of kernels from elsewhere."""
+    ctx = backend.new_context(num_threads=num_threads, compute_dtype=compute_dtype)
+    ctx.workspace = Workspace(num_threads, compute_dtype, kernels)
+    return ctx

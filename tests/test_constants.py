@@ -1,0 +1,85 @@
+"""Numbers that C and Python each have a copy of: the copies agree.
+
+Sizes and offsets of C structures need no test: Cython takes them from the headers.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from marlin_cy import reference
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.cpu import _dispatch, layout
+from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES
+from marlin_cy.cpu._workspace import PLANES
+from marlin_cy.formats import arrays
+from marlin_cy.weights import order
+from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+
+
+@pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "BLOCK_BYTES", "GROUP_HEADER_BYTES"])
+def test_layout(name):
+    assert getattr(layout, name) == CONSTANTS[name]
+
+
+@pytest.mark.parametrize("name", ["MAX_GROUP_K", "GROUP_K_STEP"])
+def test_groups(name):
+    assert getattr(order, name) == CONSTANTS[name]
+
+
+def test_chunks():
+    assert CONSTANTS["CHUNK_K"] == reference.CHUNK_K
+    assert CONSTANTS["CHUNK_K"] % CONSTANTS["MAX_GROUP_K"] == 0
+
+
+def test_quantisation():
+    assert {name: CONSTANTS[f"QMAX_{name.upper()}"] for name in PLANES} == reference.QMAX
+    assert CONSTANTS["QUANTIZE_MIN_AMAX"] == reference.MIN_AMAX
+    assert max(PLANES.values()) == CONSTANTS["MAX_PLANES"]
+
+
+def test_symmetric_zero():
+    assert CONSTANTS["SYMMETRIC_ZERO"] == CODE_TYPES["uint4"].symmetric_zero == arrays.SYMMETRIC_ZERO
+
+
+def test_numbers_of_code_types():
+    numbers = {name.lower(): CONSTANTS[f"CODES_{name.upper()}"] for name in CODE_TYPES}
+    assert numbers == {name: row.number for name, row in CODE_TYPES.items()}
+    assert sorted(numbers.values()) == list(range(CONSTANTS["CODES_COUNT"]))
+
+
+@pytest.mark.parametrize("name", CODE_TYPES)
+def test_rows_of_code_types(name):
+    row = CODE_TYPES[name]
+    multiplicands = row.multiplicands.tolist()
+    assert KERNEL_CODE_TYPES[row.number] == {
+        "multiplicands": multiplicands,
+        "is_identity": multiplicands == list(range(16)),
+        "max_multiplicand": max(multiplicands),
+        "has_zero_points": row.has_zero_points,
+        "symmetric_zero": row.symmetric_zero,
+        "units_per_one": row.units_per_one,
+    }
+
+
+@pytest.mark.parametrize("name", CODE_TYPES)
+def test_products_fit_32_bits(name):
+    """Sums over the largest group, with the largest activations and any zero point."""
+    row = CODE_TYPES[name]
+    factor = max(row.multiplicands.max(), row.max_zero, row.symmetric_zero)
+    assert CONSTANTS["MAX_GROUP_K"] * int(factor) * CONSTANTS["QMAX_INT16"] < 1 << 31
+    assert row.units_per_one & (row.units_per_one - 1) == 0, "scales are divided exactly by powers of two only"
+
+
+def test_scale_types():
+    assert {name: row.number for name, row in SCALE_TYPES.items()} == {
+        "float16": CONSTANTS["DTYPE_F16"],
+        "bfloat16": CONSTANTS["DTYPE_BF16"],
+    }
+    assert [row.dtype for row in SCALE_TYPES.values()] == [np.float16, ml_dtypes.bfloat16]
+
+
+def test_activations():
+    numbers = {name: CONSTANTS[f"ACTIVATION_{name.upper()}"] for name in ACTIVATIONS}
+    assert numbers == {name: row.number for name, row in ACTIVATIONS.items()} == _dispatch.ACTIVATIONS
+    assert sum(name.startswith("ACTIVATION_") for name in CONSTANTS) == len(ACTIVATIONS)
