@@ -4,6 +4,7 @@ There are no ISA flags here: the C files of ``marlin_cy/cpu/ukernels`` carry the
 function, so that one build runs on every CPU of its architecture.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -64,7 +65,8 @@ class BuildExt(build_ext):
             source = Path(folder, "probe.c")
             source.write_text(OPENMP_PROBE)
             for compile_args, link_args in candidates:
-                compiler = self.compiler.compiler_so[:1]
+                # The words before the first flag: CC may be "ccache gcc".
+                compiler = itertools.takewhile(lambda word: not word.startswith("-"), self.compiler.compiler_so)
                 command = [*compiler, *compile_args, str(source), "-o", f"{folder}/probe", *link_args]
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     return compile_args, link_args
@@ -94,8 +96,10 @@ setup(
     include_package_data=False,
     package_data={
         "marlin_cy": ["data/*/*", "py.typed"],
-        "marlin_cy.cpu": ["*.pxd"],
+        "marlin_cy.cpu": ["*.pxd", "*.pyi"],
+        "marlin_cy.moe": ["*.pyi"],
         "marlin_cy.opencl": ["kernels/*.cl"],
+        "marlin_cy.stacks": ["*.pxd", "*.pyi"],
     },
     ext_modules=cythonize(
         [
@@ -105,7 +109,14 @@ setup(
             extension("_store"),
             extension("_quantize"),
             extension("_gemm"),
-            extension("_moe"),
+            extension("_arena"),
+            extension("_rows"),
+            extension("_products"),
+            extension("_routing"),
+            extension("_combine"),
+            extension("_layer"),
+            extension("_align", package="moe"),
+            extension("_dispatches", package="stacks"),
             extension("_bandwidth", package="cpu.measure"),
             extension("_peak", package="cpu.measure"),
             extension("_nibbles", package="weights"),

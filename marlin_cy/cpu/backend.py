@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from marlin_cy.cpu import _moe, fork
+from marlin_cy.cpu import _layer, _routing, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.stack import CpuLinear, CpuMarlinExpertStack, CpuStackBuilder
@@ -47,7 +47,7 @@ class CpuBackend(Backend):
         return CpuLinear(stack, 0, stack.n_per_expert, bias)
 
     def _route(self, ctx, router_logits, routing):
-        return fork.run(_moe.route, workspace_of(ctx), router_logits, routing)
+        return fork.run(_routing.route, workspace_of(ctx), router_logits, routing)
 
     def _topk(self, topk_ids, topk_weights, num_experts):
         return as_topk(topk_ids, topk_weights, num_experts)
@@ -57,7 +57,7 @@ class CpuBackend(Backend):
             if not isinstance(stack, CpuMarlinExpertStack):
                 raise TypeError(f"ctx: got a CPU context, but the layer's {name} is a {type(stack).__name__}")
         fork.run(
-            _moe.moe_forward,
+            _layer.moe_forward,
             workspace_of(ctx),
             layer,
             hidden_states,
