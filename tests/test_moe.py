@@ -21,7 +21,7 @@ from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
 
 FLOAT32 = unit_roundoff(np.float32)
-SLICE_BYTES = 64 << 20  # of rows between the two products, as in _moe.pyx
+SLICE_BYTES = 64 << 20  # of rows between the two products, as in cpu/_layer.pyx
 
 
 class Layer:

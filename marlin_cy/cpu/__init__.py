@@ -1,14 +1,27 @@
 """The CPU backend.
 
-``stack.py`` implements the interface; below it, in the order in which a call goes through them::
+``backend.py`` and ``stack.py`` implement the interface. A row takes this way through the extensions, from top to
+bottom, and each file reads in the order of the calls::
 
-    _buffers.pyx    checks arrays
-    _gemm.pyx       plans rows, cuts the work into items      _moe.pyx   routing, both products, combination
-    _quantize.pyx   quantises activations
-    _dispatch.pyx   the micro-kernels of the chosen ISA       ukernels/  their contract, and one C file an ISA
-    _store.pyx      the packed weights                        layout.py  the same in plain NumPy
-    _workspace.pyx  the memory that calls reuse
+    _layer.pyx      a MoE layer: slices, passes             _products.pyx  products of stacks and views
+    _routing.pyx    experts and weights of each token       _buffers.pyx   checks of arrays
+       |                                                       |
+       +-------------------------+-----------------------------+
+                                 |
+    _rows.pyx       plan: rows and experts, blocks, places of quantised rows (a drawing)
+    _gemm.pyx       multiply: items, split-K, epilogues
+    _quantize.pyx   quantised rows
+    _dispatch.pyx   the micro-kernels of the chosen ISA; ``ukernels/`` has their contract, and one C file for each ISA
+                                 |
+    _combine.pyx    a layer's output: weighted sums of its products
+
+Beside this way lie the packed weights (``_store.pyx``; ``layout.py`` is the same in plain NumPy) and the memory that
+calls reuse (``_workspace.pyx``; ``_arena.pyx`` divides it among the arrays of a call).
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 from marlin_cy.cpu._dispatch import choose_isa, isas, openmp_report
 from marlin_cy.cpu._store import CpuGptqStore
@@ -29,7 +42,7 @@ __all__ = [
 ]
 
 
-def dispatch_report():
+def dispatch_report() -> dict[str, Any]:
     """``{"chosen": name, "reason": why, "isas": [{"name", "available", "reason"}]}``."""
     chosen, reason = choose_isa()
     return {"chosen": chosen, "reason": reason, "isas": isas()}

@@ -1,4 +1,4 @@
-"""What threads of a parallel loop tell each other."""
+"""Atomics shared by prange bodies."""
 
 from libc.stdint cimport int64_t
 
@@ -9,6 +9,10 @@ cdef extern from *:
     static __forceinline int64_t fetch_add(int64_t *value, int64_t increment)
     {
         return _InterlockedExchangeAdd64(value, increment);
+    }
+    static __forceinline int64_t load(const int64_t *value)
+    {
+        return *(const volatile int64_t *)value;
     }
     static __forceinline void wait_until(const int64_t *value, int64_t least)
     {
@@ -22,11 +26,15 @@ cdef extern from *:
     {
         return __atomic_fetch_add(value, increment, __ATOMIC_ACQ_REL);
     }
+    static inline int64_t load(const int64_t *value)
+    {
+        return __atomic_load_n(value, __ATOMIC_RELAXED);
+    }
     static inline void wait_until(const int64_t *value, int64_t least)
     {
         int turns = 0;
         while (__atomic_load_n(value, __ATOMIC_ACQUIRE) < least) {
-            if (++turns > 2000) /* whom this waits for may have no CPU */
+            if (++turns > 2000) /* the thread that this one waits for may have no CPU */
                 sched_yield();
     #if defined(__x86_64__) || defined(__i386__)
             else
@@ -36,7 +44,9 @@ cdef extern from *:
     }
     #endif
     """
-    # What a thread wrote before can be read by threads whose own addition comes after.
+    # Returns the value before the addition. Writes before an addition are visible after later additions to the value.
     int64_t fetch_add(int64_t *value, int64_t increment) nogil
-    # Wait until additions by others have made the value at least so large; what they wrote before can be read then.
+    # A plain load. It takes the cache line in shared state, where an addition would take it exclusively.
+    int64_t load(const int64_t *value) nogil
+    # Wait until additions by other threads have made the value at least `least`; their earlier writes are then visible.
     void wait_until(const int64_t *value, int64_t least) nogil

@@ -1,14 +1,15 @@
 """Checked access to the arrays that callers pass in.
 
-Every check that a call makes on its buffers is here, so that messages read alike: the argument,
-what it got, what was expected.
+All checks of a call's buffers are here, so that their messages have one form: the argument, what it got, what was
+expected.
 """
 
 import ml_dtypes
 import numpy as np
 
 cimport numpy as cnp
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.string cimport memcpy
 
 from marlin_cy.cpu._dispatch cimport DTYPE_BF16, DTYPE_F16, DTYPE_F32
 
@@ -17,17 +18,9 @@ cnp.import_array()
 cdef int BFLOAT16_NUM = np.dtype(ml_dtypes.bfloat16).num
 
 
-cdef object as_array(object array, str name):
-    if not cnp.PyArray_Check(array):
-        raise TypeError(f"{name}: got {type(array).__name__}, expected a numpy.ndarray")
-    if not cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array):
-        raise TypeError(f"{name}: got dtype {array.dtype.str!r}, which is not in this machine's byte order")
-    return array
-
-
 cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) except *:
     """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows."""
-    as_array(array, name)
+    check_ndarray(array, name)
     cdef cnp.ndarray a = <cnp.ndarray>array
     cdef matrix m
     cdef int num = cnp.PyArray_TYPE(a)
@@ -67,12 +60,24 @@ cdef int refuse_overlap(matrix output, matrix input, str name) except -1:
     return 0
 
 
-cdef const int *int32_vector(object array, str name, int64_t *length) except? NULL:
-    as_array(array, name)
+cdef const int32_t[::1] int32_copy(object array, str name, int64_t count):
+    """A private copy of the first ``count`` elements of an int32 vector; of all if it has fewer."""
+    check_ndarray(array, name)
     cdef cnp.ndarray a = <cnp.ndarray>array
     if cnp.PyArray_TYPE(a) != cnp.NPY_INT32:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32")
     if cnp.PyArray_NDIM(a) != 1 or not cnp.PyArray_IS_C_CONTIGUOUS(a) or not cnp.PyArray_ISALIGNED(a):
         raise ValueError(f"{name}: got shape {array.shape} with strides {array.strides}, expected a contiguous vector")
-    length[0] = cnp.PyArray_SIZE(a)
-    return <const int *>cnp.PyArray_DATA(a)
+    cdef int64_t length = min(max(count, 0), <int64_t>cnp.PyArray_SIZE(a))
+    copy = np.empty(length, np.int32)
+    if length:
+        memcpy(cnp.PyArray_DATA(<cnp.ndarray>copy), cnp.PyArray_DATA(a), length * sizeof(int32_t))
+    return copy
+
+
+cdef int check_ndarray(object array, str name) except -1:
+    if not cnp.PyArray_Check(array):
+        raise TypeError(f"{name}: got {type(array).__name__}, expected a numpy.ndarray")
+    if not cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array):
+        raise TypeError(f"{name}: got dtype {array.dtype.str!r}, which is not in this machine's byte order")
+    return 0

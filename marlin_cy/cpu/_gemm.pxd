@@ -1,9 +1,12 @@
-"""Products of quantised rows with packed experts: one flat list of work, one prange."""
+"""Products of quantised rows with packed experts: one flat list of items, one prange."""
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 
+from marlin_cy.cpu._arena cimport arena
+from marlin_cy.cpu._buffers cimport matrix
 from marlin_cy.cpu._dispatch cimport MAX_MC, PAIR_N, act_meta, gemm_scratch, ukernel_table
 from marlin_cy.cpu._quantize cimport quantize_job
+from marlin_cy.cpu._rows cimport row_block, row_plan
 from marlin_cy.cpu._store cimport CpuGptqStore, packed_view
 from marlin_cy.cpu._workspace cimport Workspace
 
@@ -13,38 +16,33 @@ cdef enum:
 cdef struct thread_area:
     gemm_scratch scratch
     float[OUT_FLOATS] out
-    int64_t next_item           # of this thread's share of the list; all threads take from it
+    int64_t next_item           # the first item of this thread's share that no thread has taken
     int64_t end_item
     int64_t[6] padding          # to a whole number of cache lines
 
-cdef struct row_block:
-    int64_t expert
-    int64_t begin       # in the row lists
-    int64_t count       # 1 to ukernel_table's mc
-
-# Where pairs find their rows quantised: how quantize_job and gemm_job have it.
-cdef struct row_places:
-    int64_t num_rows            # quantised rows
-    int64_t num_distinct
-    int32_t *in_rows            # [pairs] quantised row
-    int64_t *input_rows         # [num_rows] row of the input
-    int32_t *row_orders         # [num_rows] order of K that it is quantised in
-    int32_t *next_copy          # [num_rows]
-    int32_t *distinct           # [num_distinct]
-    int32_t *row_place          # [input_rows] a quantised row of each, -1 for none yet
-
-cdef struct row_plan:
-    int64_t num_pairs           # rows to compute
-    int64_t num_blocks
-    int32_t *pair_rows          # [num_pairs] row of the input
-    int64_t *out_rows           # [num_pairs] row of the output
-    row_block *blocks           # [num_blocks] runs of one expert's pairs
-    row_places places
+cdef struct column_range:
+    int64_t begin               # columns of an expert
+    int64_t end
+    int64_t out_begin           # where column `begin` goes in an output row
 
 cdef struct gemm_job:
     const ukernel_table *table
-    packed_view store
+    int num_threads
     int planes
+    packed_view store
+    # Columns.
+    column_range all_columns    # of each expert
+    const column_range *ranges  # what row_block.columns counts
+    int64_t inner               # > 0: columns are inner gates, then inner ups; the output is activation(gate, up)
+    int64_t panels              # items that a block's columns are cut into; set_columns has the formula
+    # Epilogue.
+    int activation              # with inner: ACTIVATION_SILU (0) or another number of ukernel.h
+    char *output                # row 0
+    int out_dtype
+    int64_t out_width           # elements from one output row to the next
+    const float *bias           # added before the activation; NULL for none
+    int64_t bias_stride         # elements from one expert's bias to the next's; 0: the bias is indexed like an output row
+    # The rows, as in row_plan and quantize_job; multiply sets them.
     const int8_t *a
     const act_meta *meta
     int64_t num_quantized
@@ -52,28 +50,15 @@ cdef struct gemm_job:
     const int64_t *out_rows
     const row_block *blocks
     int64_t num_blocks
-    int64_t column_begin        # columns of each expert to compute
-    int64_t column_end
-    int64_t inner               # > 0: columns are inner gates, then inner ups; the output is activation(gate, up)
-    int activation              # then: ACTIVATION_SILU (0) and the others of ukernel.h
-    char *output                # first element of the first column's place in row 0
-    int out_dtype
-    int64_t out_width           # elements from one output row to the next
-    const float *bias           # of expert 0's column column_begin, or NULL; added before the activation
-    int64_t bias_stride         # elements from one expert's to the next's; 0: the same for all
+    # Memory that carve_gemm takes.
     thread_area *areas          # [num_threads]
-    float *slots                # split_bytes(job) of them
+    float *slots                # split-K: sums of each item and chunk, [items][chunks][slot_floats]
+    int64_t *arrivals           # split-K: finished chunks of each item
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
-cdef int64_t split_bytes(const gemm_job *job, int num_threads) noexcept nogil
-cdef void run_gemm(const gemm_job *job, quantize_job *rows, int num_threads) noexcept nogil
-cdef int64_t row_places_bytes(int64_t pairs, int64_t input_rows) noexcept nogil
-cdef void set_row_places(row_places *places, void *memory, int64_t pairs, int64_t input_rows) noexcept nogil
-cdef void place_rows(row_places *places, const row_block *blocks, int64_t num_blocks, const int32_t *pair_rows,
-                     const int32_t *order_of, bint one_order, int64_t input_rows,
-                     int min_matrix_rows) noexcept nogil
-cdef void use_row_places(quantize_job *job, const row_places *places) noexcept nogil
-cdef int64_t max_blocks(const ukernel_table *table, int64_t runs, int64_t pairs) noexcept nogil
-cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count,
-                             const ukernel_table *table) noexcept nogil
+cdef void set_columns(gemm_job *job, const column_range *ranges, int64_t count) noexcept
+cdef void set_activation(gemm_job *job, int64_t inner, int activation) noexcept
+cdef void set_output(gemm_job *job, const matrix *output) noexcept
+cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil
+cdef void multiply(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil

@@ -1,41 +1,92 @@
-"""Quantisation of activations, a row at a time, in parallel.
+"""Quantisation of activations, one row at a time, in parallel.
 
-Each row is brought to float32, its K put into the packed order where the weights have one, and
-quantised group by group by the ISA's ``quantize_row``. Formula: ``ukernels/ukernel.h``. Where a row must
-lie in several places, it is copied to the others.
+Each row is widened to float32, permuted into the packed order of K where the weights have one, and quantised group by
+group by the ISA's ``quantize_row``. ``ukernels/ukernel.h`` has the formula. A row that must lie in several places is
+quantised once and copied to the others; ``_rows.pyx`` draws the places.
 """
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 
-from marlin_cy.cpu._atomic cimport fetch_add, wait_until
+from marlin_cy.cpu._arena cimport CACHE_LINE, arena, round_up, take
+from marlin_cy.cpu._atomic cimport fetch_add, load, wait_until
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 
 cdef enum:
-    CACHE_LINE = 64
     TURNS_PER_THREAD = 8
 
 
-cdef inline int64_t round_up(int64_t value, int64_t multiple) noexcept nogil:
-    return (value + multiple - 1) // multiple * multiple
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) noexcept nogil:
+    """Take the memory to quantise any number of rows up to ``max_rows``."""
+    cdef quantize_job largest = job[0]
+    cdef arena sizes
+    job.row_buffers = <float *>take(
+        memory, row_buffer_floats(job.k, job.packed_k) * job.num_threads * <int64_t>sizeof(float))
+    largest.num_rows = max_rows
+    sizes.base, sizes.used = NULL, 0
+    carve_result(&sizes, &largest)
+    job.memory = take(memory, sizes.used)
 
 
-cdef int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil:
-    """Floats that a thread needs: one row as it comes, one in packed order."""
+cdef void place_quantized(quantize_job *job) noexcept nogil:
+    """Point ``a`` and ``meta`` into the job's memory, now that ``num_rows`` is known."""
+    cdef arena memory
+    memory.base, memory.used = <char *>job.memory, 0
+    carve_result(&memory, job)
+
+
+cdef void carve_result(arena *memory, quantize_job *job) noexcept nogil:
+    cdef int64_t cells = num_groups(job) * group_rows(job.num_rows)
+    job.a = <int8_t *>take(memory, cells * job.group_size * job.planes)
+    job.meta = <act_meta *>take(memory, cells * <int64_t>sizeof(act_meta))
+
+
+cdef inline int64_t num_groups(const quantize_job *job) noexcept nogil:
+    return (job.packed_k + job.group_size - 1) // job.group_size
+
+
+cdef inline int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogil:
+    """Floats that a thread needs: one row widened, and one row in packed order."""
     return round_up(k, CACHE_LINE // 4) + round_up(packed_k, CACHE_LINE // 4)
 
 
-cdef int64_t quantized_bytes(int64_t num_rows, int64_t packed_k, int group_size, int planes) noexcept nogil:
-    """Bytes of ``num_rows`` quantised rows and their scales."""
-    cdef int64_t cells = (packed_k + group_size - 1) // group_size * group_rows(num_rows)
-    return round_up(cells * group_size * planes, CACHE_LINE) + round_up(cells * <int64_t>sizeof(act_meta), CACHE_LINE)
+# ---------------------------------------------------------------------------------------------
+# Work
+
+cdef void begin_quantizing(quantize_job *job) noexcept nogil:
+    """Reset the counters, before threads call :func:`quantize_rows`."""
+    job.next_distinct = job.num_done = 0
 
 
-cdef void place_quantized(quantize_job *job, void *memory) noexcept nogil:
-    """Point ``a`` and ``meta`` into memory of :func:`quantized_bytes` bytes."""
-    cdef int64_t cells = (job.packed_k + job.group_size - 1) // job.group_size * group_rows(job.num_rows)
-    job.a = <int8_t *>memory
-    job.meta = <act_meta *>(<char *>memory + round_up(cells * job.group_size * job.planes, CACHE_LINE))
+cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil:
+    """Quantise rows that no other thread has taken, a few at a time; return when all rows of the job are done.
+
+    Threads have no fixed shares: on shared or unequal cores, one thread may need twice the time of another.
+    """
+    cdef int64_t turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * job.num_threads)), index, begin, end
+    while load(&job.next_distinct) < job.num_distinct:
+        begin = fetch_add(&job.next_distinct, turn)
+        end = min(begin + turn, job.num_distinct)
+        if begin >= end:
+            break
+        for index in range(begin, end):
+            quantize_with_copies(job, index, thread)
+        fetch_add(&job.num_done, end - begin)
+    wait_until(&job.num_done, job.num_distinct)
+
+
+cdef void quantize_with_copies(const quantize_job *job, int64_t index, int thread) noexcept nogil:
+    cdef int64_t row = index if job.distinct is NULL else job.distinct[index], copy
+    quantize_one(job, row, thread)
+    if job.next_copy is NULL:
+        return
+    copy = job.next_copy[row]
+    while copy >= 0:
+        copy_quantized(job, row, copy)
+        copy = job.next_copy[copy]
 
 
 cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil:
@@ -58,45 +109,12 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
     job.table.quantize_row(x, job.packed_k, job.group_size, job.planes, job.a + row * cell, stride * cell,
                            job.meta + row, stride)
     if job.weights is not NULL:
-        for group in range((job.packed_k + job.group_size - 1) // job.group_size):
+        for group in range(num_groups(job)):
             job.meta[group * stride + row].scale *= job.weights[source]
 
 
 cdef void copy_quantized(const quantize_job *job, int64_t source, int64_t target) noexcept nogil:
-    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows)
-    cdef int64_t group, groups = (job.packed_k + job.group_size - 1) // job.group_size
-    for group in range(groups):
+    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows), group
+    for group in range(num_groups(job)):
         memcpy(job.a + (group * stride + target) * cell, job.a + (group * stride + source) * cell, cell)
         job.meta[group * stride + target] = job.meta[group * stride + source]
-
-
-cdef void quantize_with_copies(const quantize_job *job, int64_t index, int thread) noexcept nogil:
-    cdef int64_t row = index if job.distinct is NULL else job.distinct[index], copy
-    quantize_one(job, row, thread)
-    if job.next_copy is NULL:
-        return
-    copy = job.next_copy[row]
-    while copy >= 0:
-        copy_quantized(job, row, copy)
-        copy = job.next_copy[copy]
-
-
-cdef void begin_quantizing(quantize_job *job) noexcept nogil:
-    """Before threads call :func:`quantize_rows`."""
-    job.next_distinct = job.num_done = 0
-
-
-cdef void quantize_rows(quantize_job *job, int thread, int num_threads) noexcept nogil:
-    """Quantise rows that no other thread has begun, a few at a time, until all of the job's are done.
-
-    Not a fixed share each: where cores are shared with others, or are of two kinds, one thread may take twice as long.
-    """
-    cdef int64_t turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * num_threads)), index, end
-    cdef int64_t begin = fetch_add(&job.next_distinct, turn)
-    while begin < job.num_distinct:
-        end = min(begin + turn, job.num_distinct)
-        for index in range(begin, end):
-            quantize_with_copies(job, index, thread)
-        fetch_add(&job.num_done, end - begin)
-        begin = fetch_add(&job.next_distinct, turn)
-    wait_until(&job.num_done, job.num_distinct)

@@ -1,6 +1,7 @@
 """Growable scratch memory, owned by a context and reused by its calls."""
 
 from libc.stddef cimport size_t
+from libc.stdint cimport int64_t
 
 from marlin_cy.cpu._dispatch cimport KernelTable, ukernel_table
 
@@ -15,12 +16,9 @@ cdef class Workspace:
     cdef readonly int num_threads
     cdef readonly int planes
     cdef bint busy
-    cdef buffer threads     # one thread_area for each thread
-    cdef buffer rows        # row lists and blocks of the call
-    cdef buffer quantized   # activations of the call: planes and scales
-    cdef buffer hidden      # quantised inner activations of a MoE layer
-    cdef buffer floats      # float32 rows between the phases of a MoE layer
-    cdef buffer slots       # split-K: partial sums, one slot for each item and chunk; then the arrivals of each item
+    cdef buffer lists       # which rows meet which expert, and where quantised rows lie
+    cdef buffer scratch     # all other memory of a call
+    cdef readonly int64_t quantized_rows    # input rows quantised by the products of stacks and views so far, for tests
 
     cdef void *reserve(self, buffer *which, size_t size) except NULL
     cdef int enter(self) except -1

@@ -72,12 +72,8 @@ cdef class Workspace:
         self.planes = PLANES[compute_dtype]
 
     def __dealloc__(self):
-        PyMem_RawFree(self.threads.base)
-        PyMem_RawFree(self.rows.base)
-        PyMem_RawFree(self.quantized.base)
-        PyMem_RawFree(self.hidden.base)
-        PyMem_RawFree(self.floats.base)
-        PyMem_RawFree(self.slots.base)
+        PyMem_RawFree(self.lists.base)
+        PyMem_RawFree(self.scratch.base)
 
     cdef void *reserve(self, buffer *which, size_t size) except NULL:
         """At least ``size`` bytes, aligned to 64. A buffer that grows loses its contents."""
@@ -104,11 +100,11 @@ cdef class Workspace:
     cdef void leave(self) noexcept:
         self.busy = False
 
-    def zero_slots(self):
-        """Zero the split-K slots."""
+    def zero_scratch(self):
+        """Zero the scratch memory, the split-K slots among it."""
         self.enter()
-        if self.slots.data is not NULL:
-            memset(self.slots.data, 0, self.slots.size)
+        if self.scratch.data is not NULL:
+            memset(self.scratch.data, 0, self.scratch.size)
         self.leave()
 
     @property
@@ -118,8 +114,5 @@ cdef class Workspace:
 
     @property
     def nbytes(self):
-        """Bytes held by all buffers."""
-        return (
-            self.threads.size + self.rows.size + self.quantized.size + self.hidden.size + self.floats.size
-            + self.slots.size
-        )
+        """Bytes held."""
+        return self.lists.size + self.scratch.size

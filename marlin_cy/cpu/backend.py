@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from marlin_cy.arguments import positive_argument
 from marlin_cy.command_line import ArgumentGroup, DoctorReport, Precision
-from marlin_cy.cpu import _moe, fork
+from marlin_cy.cpu import _layer, _routing, fork
 from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES
@@ -91,7 +91,7 @@ class CpuBackend(Backend):
         self, ctx: Context, router_logits: npt.NDArray[Any], routing: Routing
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         result: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
-        result = fork.run(_moe.route, workspace_of(ctx), router_logits, routing)
+        result = fork.run(_routing.route, workspace_of(ctx), router_logits, routing)
         return result
 
     def moe_forward(
@@ -108,7 +108,7 @@ class CpuBackend(Backend):
             if not isinstance(stack, CpuMarlinExpertStack):
                 raise TypeError(f"ctx: got a CPU context, but the layer's {name} is a {type(stack).__name__}")
         fork.run(
-            _moe.moe_forward,
+            _layer.moe_forward,
             workspace_of(ctx),
             plan,
             hidden_states,

@@ -1,14 +1,22 @@
 """Stacks and linear layers over the CPU's packed store."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.arguments import integer
-from marlin_cy.cpu import _gemm, fork
+from marlin_cy.cpu import _products, fork
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu.context import workspace_of
+from marlin_cy.interface import Context
 from marlin_cy.stacks.base import PackedLinear, PackedStack
 from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.stacks.dispatches import as_dispatches
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
 
@@ -21,32 +29,43 @@ class CpuMarlinExpertStack(PackedStack):
     store : CpuGptqStore
     num_experts, n_per_expert, k : int
         Of the store.
+    bias : float32 ``[num_experts, n_per_expert]``, optional
     """
 
     store_type = CpuGptqStore
 
-    def zero_workspace(self, ctx):
-        """Zero the split-K slots of the context. Calls write each slot before they read it, so this is optional."""
-        workspace_of(ctx).zero_slots()
+    def zero_workspace(self, ctx: Context) -> None:
+        """Zero the scratch memory of the context, its split-K slots included.
 
-    def gemm_phase_batched(self, ctx, input, dispatches, output, k):
+        No call needs this: each writes what it reads.
+        """
+        workspace_of(ctx).zero_scratch()
+
+    def gemm_phase_batched(
+        self,
+        ctx: Context,
+        input: npt.NDArray[Any],
+        dispatches: npt.NDArray[np.int64] | Iterable[Iterable[int]],
+        output: npt.NDArray[Any],
+        k: int,
+    ) -> None:
         workspace = workspace_of(ctx)
         if integer("k", k) != self.store.k:
             raise ValueError(f"k: got {k}, expected {self.store.k}, the stack's")
-        fork.run(_gemm.gemm_batched, workspace, self.store, self.bias, input, as_dispatches(dispatches), output)
+        fork.run(_products.gemm_batched, workspace, self.store, self.bias, input, as_dispatches(dispatches), output)
 
     def gemm_phase_vllm(
         self,
-        ctx,
-        input,
-        sorted_token_ids,
-        expert_ids,
-        num_tokens_past_padded,
-        output,
-        prob_m,
-        moe_block_size,
-        top_k,
-    ):
+        ctx: Context,
+        input: npt.NDArray[Any],
+        sorted_token_ids: npt.NDArray[np.int32],
+        expert_ids: npt.NDArray[np.int32],
+        num_tokens_past_padded: npt.NDArray[np.int32] | int,
+        output: npt.NDArray[Any],
+        prob_m: int,
+        moe_block_size: int,
+        top_k: int,
+    ) -> None:
         workspace = workspace_of(ctx)
         if isinstance(num_tokens_past_padded, np.ndarray):
             if num_tokens_past_padded.size != 1:
@@ -55,7 +74,7 @@ class CpuMarlinExpertStack(PackedStack):
                 )
             num_tokens_past_padded = num_tokens_past_padded.item()
         fork.run(
-            _gemm.gemm_vllm,
+            _products.gemm_vllm,
             workspace,
             self.store,
             self.bias,
@@ -69,19 +88,21 @@ class CpuMarlinExpertStack(PackedStack):
             integer("top_k", top_k),
         )
 
-    def make_expert_linear(self, expert_offset, expert_n, bias_host=None):
+    def make_expert_linear(
+        self, expert_offset: int, expert_n: int, bias_host: npt.ArrayLike | None = None
+    ) -> CpuLinear:
         return CpuLinear(self, integer("expert_offset", expert_offset), integer("expert_n", expert_n), bias_host)
 
 
 class CpuLinear(PackedLinear):
-    """A view on columns of a :class:`CpuMarlinExpertStack`; parameters as for the base class."""
+    """A view on columns of a :class:`CpuMarlinExpertStack`, with the parameters of the base class."""
 
-    def _placed(self, bias):
+    def _placed(self, bias: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return bias
 
-    def forward(self, ctx, input, out, m):
+    def forward(self, ctx: Context, input: npt.NDArray[Any], out: npt.NDArray[Any], m: int) -> None:
         fork.run(
-            _gemm.linear,
+            _products.linear,
             workspace_of(ctx),
             self.stack.store,
             input,
@@ -94,15 +115,24 @@ class CpuLinear(PackedLinear):
 
 
 class CpuStackBuilder(CheckedStackBuilder):
-    """Packs weights straight into a new store."""
+    """Packs weights straight into a new store, with the parameters of the base class."""
 
-    def __init__(self, num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype):
+    def __init__(
+        self,
+        num_experts: int,
+        k: int,
+        n_per_expert: int,
+        group_size: int,
+        g_idx: Sequence[npt.NDArray[np.int32] | None],
+        codes: str,
+        scale_dtype: npt.DTypeLike,
+    ) -> None:
         self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
 
-    def _pack(self, expert, column_offset, weight):
+    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
         self._store.pack(expert, column_offset, weight)
 
-    def _stack(self, bias):
+    def _stack(self, bias: npt.NDArray[np.float32] | None) -> CpuMarlinExpertStack:
         store = self._store
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, bias)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from marlin_cy.arguments import integer
-from marlin_cy.cpu._moe import align_block_size
+from marlin_cy.moe._align import align_block_size
 from marlin_cy.moe.topk_arguments import as_ids
 
 __all__ = ["moe_align_block_size"]
@@ -51,7 +51,7 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
     if capacity > np.iinfo(np.int32).max:
         raise ValueError(f"topk_ids: got {ids.size} slots, expected fewer than 2**31 with their padding")
     if expert_map is not None:
-        expert_map = np.asarray(expert_map)
+        expert_map = np.array(expert_map)  # a copy: another thread may write to the argument
         if expert_map.dtype.kind not in "iu":
             raise TypeError(f"expert_map: got dtype {expert_map.dtype}, expected int32")
         if expert_map.shape != (num_experts,):

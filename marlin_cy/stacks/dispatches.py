@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.arguments import integer
+from marlin_cy.stacks._dispatches import check_disjoint, check_dispatches
 
 __all__ = ["as_dispatches", "check_dispatches", "check_disjoint"]
 
@@ -50,52 +51,3 @@ def as_dispatch(name: str, dispatch: Iterable[int]) -> list[int]:
     if len(numbers) != 4:
         raise ValueError(f"{name}: got {len(numbers)} numbers, expected (expert_idx, in_row_offset, out_row_offset, m)")
     return numbers
-
-
-def check_dispatches(dispatches: npt.NDArray[np.int64], num_experts: int, input_rows: int, output_rows: int) -> None:
-    """Refuse dispatches, int64 ``[D, 4]``, that name an expert or a row that does not exist.
-
-    Raises
-    ------
-    IndexError
-        An expert or a range of rows is out of bounds.
-    ValueError
-        ``m`` is negative.
-    """
-    if not len(dispatches):
-        return
-    experts, in_rows, out_rows, counts = dispatches.T
-    wrong = (experts < 0) | (experts >= num_experts) | (counts < 0)
-    wrong |= (in_rows < 0) | (in_rows > input_rows - counts) | (out_rows < 0) | (out_rows > output_rows - counts)
-    if not wrong.any():
-        return
-    position = int(np.flatnonzero(wrong)[0])
-    expert, in_row, out_row, m = map(int, dispatches[position])
-    if not 0 <= expert < num_experts:
-        raise IndexError(f"dispatches[{position}]: got expert_idx {expert}, expected 0 to {num_experts - 1}")
-    if m < 0:
-        raise ValueError(f"dispatches[{position}]: got m {m}, expected 0 or more")
-    if not 0 <= in_row <= input_rows - m:
-        raise IndexError(
-            f"dispatches[{position}]: got {m} input rows from {in_row} on, expected them within the input's "
-            f"{input_rows}"
-        )
-    raise IndexError(
-        f"dispatches[{position}]: got {m} output rows from {out_row} on, expected them within the output's "
-        f"{output_rows}"
-    )
-
-
-def check_disjoint(dispatches: npt.NDArray[np.int64]) -> None:
-    """Refuse dispatches, int64 ``[D, 4]``, of which two write the same output row, with a ``ValueError``."""
-    if len(dispatches) < 2:
-        return
-    ordered = dispatches[np.argsort(dispatches[:, 2], kind="stable")]
-    begins, ends = ordered[:, 2], ordered[:, 2] + ordered[:, 3]
-    wrong = np.flatnonzero(ends[:-1] > begins[1:])
-    if len(wrong):
-        i = wrong[0]
-        raise ValueError(
-            f"dispatches: got overlapping output rows {begins[i]} to {ends[i]} and {begins[i + 1]} to {ends[i + 1]}, "
-            "expected separate ones"
-        )

@@ -1,0 +1,62 @@
+"""Combination: the weighted sum of the experts' products for each token."""
+
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._dispatch cimport DTYPE_F32
+
+cdef enum:
+    GATE_STEP = 32      # divides K
+    GATE_SUMS = 8       # independent sums, so that an addition need not wait for the one before
+
+
+cdef void carve_combination(arena *memory, combination *c) noexcept nogil:
+    """Take the threads' scratch."""
+    c.sums = <float *>take(memory, c.width * c.num_threads * <int64_t>sizeof(float))
+
+
+cdef void combine_tokens(const combination *c, int64_t tokens) noexcept nogil:
+    cdef int64_t token
+    if tokens == 1:
+        combine_token(c, 0, 0)
+        return
+    for token in prange(tokens, num_threads=c.num_threads, schedule="static"):
+        combine_token(c, token, threadid())
+
+
+cdef void combine_token(const combination *c, int64_t token, int thread) noexcept nogil:
+    """``output[token] = gate * shared + sum_j weight * product``, by fused multiply-adds from zero, j ascending."""
+    cdef int64_t element = 4 if c.dtype == DTYPE_F32 else 2, j, pair
+    cdef float *sums = c.sums + thread * c.width
+    memset(sums, 0, c.width * sizeof(float))
+    if c.shared is not NULL:
+        c.table.axpy(sums, c.shared + token * c.width, 1 if c.gate_weight is NULL else shared_gate(c, token), c.width)
+    for j in range(c.top_k):
+        pair = token * c.top_k + j
+        if c.ids[pair] >= 0:
+            c.table.axpy(sums, c.products + pair * c.width, 1 if c.weights is NULL else c.weights[pair], c.width)
+    c.table.narrow(c.output + token * c.width * element, sums, c.dtype, c.width)
+
+
+cdef float shared_gate(const combination *c, int64_t token) noexcept nogil:
+    """``sigmoid(x . gate_weight)``. Products of two float32 are exact in double; their order of summation is fixed."""
+    cdef int64_t element = 4 if c.input_dtype == DTYPE_F32 else 2, step, i, lane
+    cdef const float *weight
+    cdef float[GATE_STEP] x
+    cdef double[GATE_SUMS] sums
+    cdef double total = 0
+    cdef float gate
+    memset(sums, 0, sizeof(sums))
+    for step in range(c.k // GATE_STEP):
+        c.table.widen(x, c.input + (token * c.k + step * GATE_STEP) * element, c.input_dtype, GATE_STEP)
+        weight = c.gate_weight + step * GATE_STEP
+        for i in range(GATE_STEP // GATE_SUMS):
+            for lane in range(GATE_SUMS):
+                sums[lane] += <double>x[i * GATE_SUMS + lane] * weight[i * GATE_SUMS + lane]
+    for lane in range(GATE_SUMS):
+        total += sums[lane]
+    gate = <float>total
+    c.table.sigmoid(&gate, 1)
+    return gate

@@ -1,0 +1,16 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.cpu._workspace import Workspace
+
+def moe_forward(
+    workspace: Workspace,
+    layer: Any,
+    hidden_states: npt.NDArray[Any],
+    out: npt.NDArray[Any],
+    router_logits: npt.NDArray[Any] | None,
+    topk_ids: npt.NDArray[np.int32] | None,
+    topk_weights: npt.NDArray[np.float32] | None,
+) -> None: ...
