@@ -317,5 +317,6 @@ def _print(document: dict[str, Any]) -> None:
     timing = document["timing"]
     screen.print(
         f"\nBar: the median of before ÷ after ≥ {document['least']:g}; unclear if its interval holds the bar. "
-        f"{timing['rounds']} rounds over {counted(timing['starts'], 'start')}. Bits: SHA-256 of the outputs of both sides."
+        f"{timing['rounds']} rounds over {counted(timing['starts'], 'start')}. "
+        "Bits: SHA-256 of the outputs of both sides."
     )
