@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from marlin_cy import available_backends
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # bench is not installed
 
+from bench.commands import COMMANDS  # noqa: E402
 from bench.cpu.before_after import WORKER, Side  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
@@ -171,6 +173,14 @@ def test_list_names_every_command_and_peer():
     for peer in listed["peers"]:
         assert (peer["version"] is None) == (peer["missing"] is not None), peer
     assert "numpy_dense" in {peer["name"] for peer in listed["peers"]}
+
+
+def test_documented_commands_exist():
+    for page in (ROOT / "bench").glob("*.md"):
+        for words in re.findall(
+            r"python -m bench ([a-z][a-z-]*(?: (?:products|layers|sweep|show)\b)?)", page.read_text()
+        ):
+            assert words in COMMANDS, f"{page.name}: {words}"
 
 
 @pytest.mark.parametrize("command", ["compare", "sweep", "show", "cost", "models", "before-after", "opencl show"])
