@@ -28,20 +28,25 @@ A stack is ``[experts, k, n, group_size]``. Every case also has ``compute_dtype`
 may be null. Weights and activations follow from these numbers alone, so both sides compute the same.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 DISTINCT_WEIGHTS = 4  # shared by the experts; packing gives each expert memory of its own
 BLOCK_SIZE = 16  # of the alignment of routed rows
 CHOSEN_LOGIT = 20.0  # is added to the router logits of the experts that a routing names
 
 
-def main(folders):
+def main(folders: Sequence[str]) -> None:
     """Answer requests until stdin ends."""
     sys.path[:0] = folders
     replies = os.fdopen(os.dup(1), "w")
@@ -63,13 +68,13 @@ def main(folders):
             answer(replies, failure(error))
 
 
-def answer(stream, message):
+def answer(stream: TextIO, message: dict[str, Any]) -> None:
     """Write one reply."""
     stream.write(json.dumps(message) + "\n")
     stream.flush()
 
 
-def failure(error):
+def failure(error: Exception) -> dict[str, Any]:
     """The reply to a request that raised ``error``."""
     return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
@@ -77,27 +82,28 @@ def failure(error):
 class Worker:
     """Makes cases and times the latest one. Stacks and contexts are kept for later cases."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import marlin_cy
 
         self._package = marlin_cy
         self._backend = marlin_cy.get_backend("cpu")
-        self._stacks, self._contexts = {}, {}
-        self._call = None
+        self._stacks: dict[Any, Any] = {}
+        self._contexts: dict[Any, Any] = {}
+        self._call: Callable[[int], object] = lambda i: None
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """Version and folder of the package, and what it uses of the machine."""
         context = self._backend.new_context()
         return {
             "version": self._package.__version__,
-            "folder": os.path.dirname(self._package.__file__),
+            "folder": os.path.dirname(str(self._package.__file__)),
             "python": sys.version.split()[0],
             "numpy": np.__version__,
             "isa": context.isa,
             "threads": context.num_threads,
         }
 
-    def make(self, case):
+    def make(self, case: dict[str, Any]) -> str:
         """Build the case, call it once, and return the SHA-256 of its output."""
         makers = {"product": self._product, "routed": self._routed, "layer": self._layer}
         self._call, out = makers[case["kind"]](case)
@@ -105,10 +111,11 @@ class Worker:
         self._call(0)
         return hashlib.sha256(out.view(np.uint8)).hexdigest()
 
-    def block(self, first, min_seconds):
+    def block(self, first: int, min_seconds: float) -> list[float]:
         """Seconds of each of several calls that take at least ``min_seconds`` together; at least one call."""
         call, clock = self._call, time.perf_counter
-        seconds, total = [], 0.0
+        seconds: list[float] = []
+        total = 0.0
         while not seconds or total < min_seconds:
             start = clock()
             call(first + len(seconds))
@@ -116,8 +123,8 @@ class Worker:
             total += seconds[-1]
         return seconds
 
-    def _product(self, case):
-        context, stack = self._context(case), self._stack(*case["stack"])
+    def _product(self, case: dict[str, Any]) -> tuple[Callable[[int], object], Any]:
+        context, stack = self._context(case), self._stack(case["stack"])
         per_call, rows = case["experts_per_call"], case["rows"]
         x = activations(per_call * rows, stack.k)
         out = np.empty((per_call * rows, stack.n_per_expert), x.dtype)
@@ -129,9 +136,9 @@ class Worker:
         turns = len(dispatches)
         return lambda i: stack.gemm_phase_batched(context, x, dispatches[i % turns], out, stack.k), out
 
-    def _routed(self, case):
+    def _routed(self, case: dict[str, Any]) -> tuple[Callable[[int], object], Any]:
         context = self._context(case)
-        stacks = [self._stack(*case["stack"], copy=copy) for copy in range(case["copies"])]
+        stacks = [self._stack(case["stack"], copy) for copy in range(case["copies"])]
         routings = [np.array(ids, np.int32) for ids in case["routings"]]
         tokens, top_k = routings[0].shape
         align = self._package.moe_align_block_size
@@ -139,20 +146,18 @@ class Worker:
         x = activations(tokens, stacks[0].k)
         out = np.empty((tokens * top_k, stacks[0].n_per_expert), x.dtype)
 
-        def call(i):
+        def call(i: int) -> None:
             stack = stacks[i % len(stacks)]
             stack.gemm_phase_vllm(context, x, *aligned[i % len(aligned)], out, tokens, BLOCK_SIZE, top_k)
 
         return call, out
 
-    def _layer(self, case):
+    def _layer(self, case: dict[str, Any]) -> tuple[Callable[[int], object], Any]:
         context = self._context(case)
         routings = [np.array(ids) for ids in case["routings"]]
         tokens, top_k = routings[0].shape
         layers = [
-            self._package.MoeLayer(
-                self._stack(*case["gate_up"], copy=copy), self._stack(*case["down"], copy=copy), top_k=top_k
-            )
+            self._package.MoeLayer(self._stack(case["gate_up"], copy), self._stack(case["down"], copy), top_k=top_k)
             for copy in range(case["copies"])
         ]
         x = activations(tokens, layers[0].hidden_size)
@@ -165,15 +170,16 @@ class Worker:
             logits.append(drawn)
         return lambda i: layers[i % len(layers)](context, x, logits[i % len(logits)], out=out), out
 
-    def _context(self, case):
+    def _context(self, case: dict[str, Any]) -> Any:
         key = case["threads"], case["compute_dtype"], case["isa"]
         if key not in self._contexts:
             threads, compute_dtype, isa = key
             self._contexts[key] = self._backend.new_context(num_threads=threads, compute_dtype=compute_dtype, isa=isa)
         return self._contexts[key]
 
-    def _stack(self, experts, k, n, group_size, copy=0):
-        """A stack of random symmetric GPTQ weights, made once."""
+    def _stack(self, sizes: Sequence[int], copy: int = 0) -> Any:
+        """A stack of random symmetric GPTQ weights, made once. Copies hold the same values in other memory."""
+        experts, k, n, group_size = sizes
         key = experts, k, n, group_size, copy
         if key in self._stacks:
             return self._stacks[key]
@@ -193,7 +199,7 @@ class Worker:
         return self._stacks[key]
 
 
-def activations(rows, width):
+def activations(rows: int, width: int) -> npt.NDArray[Any]:
     """Normal bfloat16 ``[rows, width]``: the dtype that models have."""
     from ml_dtypes import bfloat16
 

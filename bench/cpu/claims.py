@@ -37,7 +37,7 @@ from marlin_cy.cpu import CpuBackend, CpuContext, dispatch_report
 
 __all__ = ["Settings", "run_show"]
 
-EXPERTS_A_CALL = 8
+EXPERTS_PER_CALL = 8
 DENSE_COPIES_BYTES = 2 << 30
 FORCED, BASELINE = "avx2", "avx512vnni"
 
@@ -103,25 +103,25 @@ class _Show:
         experts = self.model.num_experts
         if not settings.quick:
             experts = experts_beyond_cache(estimate, experts)
-        experts += -experts % EXPERTS_A_CALL
+        experts += -experts % EXPERTS_PER_CALL
         self.stack = build_stack(backend, experts, self.k, self.n, self.model.group_size)
 
     def few_rows(self) -> None:
         """Lines 1, 2, 7a: how much of the memory bandwidth a memory-bound product uses."""
-        own, forced = self._context(), self._context(isa=FORCED)
+        own, forced = self._context(), FORCED in self.available
         calls = {
-            "1 row": gemm_call(self.stack, own, 1, EXPERTS_A_CALL),
-            "4 rows": gemm_call(self.stack, own, 4, EXPERTS_A_CALL),
+            "1 row": gemm_call(self.stack, own, 1, EXPERTS_PER_CALL),
+            "4 rows": gemm_call(self.stack, own, 4, EXPERTS_PER_CALL),
         }
         if forced:
-            calls[f"1 row {FORCED}"] = gemm_call(self.stack, forced, 1, EXPERTS_A_CALL)
+            calls[f"1 row {FORCED}"] = gemm_call(self.stack, self._context(isa=FORCED), 1, EXPERTS_PER_CALL)
         read = read_side(self.settings.threads, self.settings.quick)
         figures = self._alternate(calls, read=read)
-        bytes_read = self.stack.metadata.packed_bytes / self.stack.num_experts * EXPERTS_A_CALL
+        bytes_read = self.stack.metadata.packed_bytes / self.stack.num_experts * EXPERTS_PER_CALL
         self.medians["read, GB/s"] = spread(np.divide(figures["read"], 1e9))._asdict()
         for name in calls:
             self.medians[f"{name}, GB/s"] = spread(np.divide(bytes_read / 1e9, figures[name]))._asdict()
-        what = f"{EXPERTS_A_CALL} experts × 1 row, {self.k}→{self.n}, int16"
+        what = f"{EXPERTS_PER_CALL} experts × 1 row, {self.k}→{self.n}, int16"
         share = ratios(np.divide(bytes_read, figures["1 row"]), figures["read"])
         self._line("1", f"{what}: packed bytes/s ÷ read bandwidth", ">=", 0.85, share)
         self._line(
@@ -154,7 +154,7 @@ class _Show:
             calls |= {isa: gemm_call(self.stack, self._context(isa=isa), rows, 1) for isa in compared}
         if self.peers.names:
             # The peer's threads spin after a call; the timed call needs all CPUs at once.
-            timer = CallTimer(gemm_call(self.stack, own, 1, EXPERTS_A_CALL), self.settings.min_seconds)
+            timer = CallTimer(gemm_call(self.stack, own, 1, EXPERTS_PER_CALL), self.settings.min_seconds)
             other = CallTimer(calls[self.peers.names[0]], self.settings.min_seconds)
             self.pause_check = pause_check(timer, other, self.settings.pause_seconds)
 
@@ -192,12 +192,12 @@ class _Show:
 
     def call_overhead(self) -> None:
         """Lines 8, 8b: the cost of a call beside its kernel, from a call that has next to nothing to compute."""
-        tiny = build_stack(self.backend, EXPERTS_A_CALL, 32, 8, 32)
-        calls = {1: gemm_call(tiny, self._context(threads=1), 1, EXPERTS_A_CALL)}
+        tiny = build_stack(self.backend, EXPERTS_PER_CALL, 32, 8, 32)
+        calls = {1: gemm_call(tiny, self._context(threads=1), 1, EXPERTS_PER_CALL)}
         threads = self.settings.threads
-        calls[threads] = gemm_call(tiny, self._context(), 1, EXPERTS_A_CALL)
+        calls[threads] = gemm_call(tiny, self._context(), 1, EXPERTS_PER_CALL)
         figures = self._alternate(calls)
-        what = f"gemm_phase_batched, {EXPERTS_A_CALL} dispatches × 1 row, 32→8: µs per call"
+        what = f"gemm_phase_batched, {EXPERTS_PER_CALL} dispatches × 1 row, 32→8: µs per call"
         self._line("8", f"{what}, 1 thread", "<=", 15.0, spread(np.multiply(figures[1], 1e6)))
         if threads > 1:
             self._line("8b", f"{what}, {threads} threads", None, None, spread(np.multiply(figures[threads], 1e6)))
@@ -244,12 +244,8 @@ class _Show:
         worst = max(errors, key=lambda index: errors[index])
         self._line("11", f"{what} (layer {worst} of {len(errors)})", "<=", 2e-4, exact(errors[worst]))
 
-    def _context(
-        self, compute_dtype: str = "int16", isa: str | None = None, threads: int | None = None
-    ) -> CpuContext | None:
-        """A context; None for an ISA that this machine cannot run."""
-        if isa is not None and isa not in self.available:
-            return None
+    def _context(self, compute_dtype: str = "int16", isa: str | None = None, threads: int | None = None) -> CpuContext:
+        """A context with the settings' ISA and threads unless others are given."""
         return self.backend.new_context(
             num_threads=threads or self.settings.threads, compute_dtype=compute_dtype, isa=isa or self.settings.isa
         )

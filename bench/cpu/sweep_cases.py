@@ -184,7 +184,8 @@ class _Sweep:
         own = {key: layer_call(layer, context, drawn) for key, context in self.contexts.items()}
         peers = {
             name: self.peers.layer_call(
-                *(self.weights.peers[name, projection] for projection in ("gate_up", "down")),
+                self.weights.peers[name, "gate_up"],
+                self.weights.peers[name, "down"],
                 [{int(expert): int(m) for expert, m in rows.items()} for rows in hit],
                 self.model.hidden,
                 self.model.intermediate,
@@ -216,7 +217,8 @@ class _Sweep:
         """One row per ISA and compute dtype, all measured against each other and the peers."""
         settings = self.settings
         sides: dict[Any, Callable[[], float]] = {READ: self.read}
-        sides |= {name: CallTimer(call, settings.min_seconds) for name, call in {**own, **peers}.items()}
+        for calls in (own, peers):
+            sides |= {name: CallTimer(call, settings.min_seconds) for name, call in calls.items()}
         figures = alternate(sides, settings.repeats, settings.pause_seconds)
         rows = []
         for isa, dtype in own:

@@ -171,7 +171,7 @@ def _kept(peer: Peer, weight: Int4Weight) -> Dense:
 
 
 def _require_error(peer: Peer, actual: Array, expected: Array, limit: float) -> None:
-    if (actual.shape, actual.dtype) != (expected.shape, np.float32):
+    if actual.shape != expected.shape or actual.dtype != np.float32:
         raise WrongResult(f"{peer.name}: got {actual.dtype} {actual.shape}, expected float32 {expected.shape}")
     error = relative_error(actual, expected)
     if not error <= limit:

@@ -140,7 +140,7 @@ def measure(arguments: argparse.Namespace, screen: Console) -> dict[str, Any]:
 
 def isa_environment(isa: str | None) -> dict[str, str]:
     """Environment variables that keep the peers from using instructions beyond an ISA."""
-    environment = dict(ISA_ENVIRONMENT.get(isa, {}))
+    environment = dict(ISA_ENVIRONMENT.get(isa or "", {}))
     folder = os.environ.get(f"{GGML_FOLDER}_{isa.upper()}") if isa else None
     return environment | ({GGML_FOLDER: folder} if folder else {})
 
@@ -192,5 +192,12 @@ def _failed(name: str, reason: str) -> dict[str, Any]:
     if not name:
         raise RuntimeError(reason)
     adapter = peer_named(name)
-    side = {"library": adapter.distribution, "version": None, "accuracy": adapter.accuracy, "errors": {}, "fused": {}}
-    return {"sides": {name: side | {"skipped": dict.fromkeys(PARTS, reason)}}, "cases": []}
+    side = {
+        "library": adapter.distribution,
+        "version": None,
+        "accuracy": adapter.accuracy,
+        "errors": {},
+        "fused": {},
+        "skipped": dict.fromkeys(PARTS, reason),
+    }
+    return {"sides": {name: side}, "cases": []}

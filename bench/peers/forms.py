@@ -20,13 +20,20 @@ __all__ = [
     "require_plain",
     "require_routing",
     "require_symmetric",
+    "zeros_of",
 ]
 
 
 def columns_of(weight: Int4Weight, columns: slice) -> Int4Weight:
     """Some of a weight's columns, as a weight."""
-    zero = weight.zero[:, columns]
+    zero = zeros_of(weight)[:, columns]
     return replace(weight, words=weight.words[:, columns], scale=weight.scale[:, columns], zero=zero)
+
+
+def zeros_of(weight: Int4Weight) -> Array:
+    """The zero points, which all weights with integer codes have."""
+    assert weight.zero is not None, "require_plain is called before"
+    return weight.zero
 
 
 def pack_rows(codes: Array) -> npt.NDArray[np.uint8]:
@@ -49,13 +56,13 @@ def require_plain(weight: Int4Weight, group_sizes: Collection[int] | None = None
 
 def require_symmetric(weight: Int4Weight) -> None:
     """Raise UnsupportedError unless all zero points are 8."""
-    if (weight.zero != 8).any():
+    if (zeros_of(weight) != 8).any():
         raise UnsupportedError("weight: got zero points other than 8, expected a symmetric weight")
 
 
 def require_nibble_zeros(weight: Int4Weight) -> None:
     """Raise UnsupportedError unless all zero points are below 16, so that 4 bits hold them."""
-    if (weight.zero > 15).any():
+    if (zeros_of(weight) > 15).any():
         raise UnsupportedError("weight: got a zero point of 16, expected at most 15, which 4 bits hold")
 
 

