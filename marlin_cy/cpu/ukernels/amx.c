@@ -12,8 +12,8 @@
  * it by B.
  *
  * Software pipeline, three stages: (i) TDPBSSD of step s, (ii) TILESTORED of step s-1, (iii) float epilogue of step
- * s-2. The vector units run stage (iii), and unpack the next group, in small portions between the products of stage (i). So
- * vector and matrix units work at the same time.
+ * s-2. The vector units run stage (iii), and unpack the next group, in small portions between the products of stage
+ * (i). So vector and matrix units work at the same time.
  *
  * If the rows of a task are not a multiple of 16, the last 16 rows overlap the rows before them, and the float epilogue
  * skips the rows that are already done.
