@@ -108,17 +108,9 @@ def test_options_refused(cpu_backend, options, exception, message):
         cpu_backend.new_context(**options)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("3", 3), ("3,2", 3), (" 5 ", 5), ("0", None), ("x", None), ("", None)]
-)
-def test_default_number_of_threads(monkeypatch, value, expected):
-    monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert cpu.default_num_threads() == (expected or len(os.sched_getaffinity(0)))
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
 def test_threads_that_openmp_binds_do_not_hide_other_cpus():
-    code = "from marlin_cy import cpu; print(cpu.default_num_threads())"
+    code = "from marlin_cy.cpu._workspace import available_cpus; print(available_cpus())"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | {"OMP_PROC_BIND": "true"}, capture_output=True, text=True

@@ -151,7 +151,7 @@ def test_a_folder_in_place_of_a_file(tmp_path):
     assert cpu_quota(root) is None
 
 
-def test_this_machine_has_none_or_a_positive_quota():
+def test_quota_of_this_machine():
     quota = cpu_quota()
     assert quota is None or quota > 0
 
@@ -174,7 +174,7 @@ def test_default_is_the_quota_rounded_up(sixteen_cpus, monkeypatch, cpu_backend,
     ("value", "expected"),
     [("3", 3), ("3,2", 3), (" 5 ", 5), ("32", 32), ("99999", MAX_THREADS), ("0", 4), ("-1", 4), ("x", 4), ("", 4)],
 )
-def test_omp_num_threads_goes_before_the_quota(sixteen_cpus, monkeypatch, value, expected):
+def test_omp_num_threads_overrides_the_quota(sixteen_cpus, monkeypatch, value, expected):
     monkeypatch.setattr(threads, "cpu_quota", lambda: 4.0)
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert default_num_threads() == expected
@@ -209,7 +209,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("value", "exception", "message"), REFUSED, ids=repr)
-def test_others_are_refused_by_all_who_take_threads(cpu_backend, tmp_path, value, exception, message):
+def test_others_are_refused_wherever_threads_are_given(cpu_backend, tmp_path, value, exception, message):
     with pytest.raises(exception, match=message):
         checked_num_threads(value)
     with pytest.raises(exception, match=message):

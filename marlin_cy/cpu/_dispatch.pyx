@@ -219,5 +219,5 @@ def activate(str isa, str activation, const float[:, ::1] sums, const float[::1]
 
 
 def openmp_report():
-    """``{"enabled": bool, "version": int}``; the version is the date in OpenMP's macro ``_OPENMP``, 0 without OpenMP."""
+    """``{"enabled": bool, "version": int}``; the version is the date in the macro ``_OPENMP``, 0 without OpenMP."""
     return {"enabled": openmp_version() != 0, "version": openmp_version()}

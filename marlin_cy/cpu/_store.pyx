@@ -62,7 +62,7 @@ def checked_data(data, int64_t nbytes):
 
 
 cdef class CpuGptqStore:
-    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if the system provides them.
+    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if there are any.
 
     A new store is empty (all bytes are zero); :meth:`pack` fills it.
 

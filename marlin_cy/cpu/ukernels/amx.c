@@ -8,12 +8,12 @@
  *   A: tmm2   tmm3            C: tmm0   tmm1    A: 16 rows of activations, first and second half of K
  *                                               C: their 32-bit sums
  *
- * B is loaded once a group and serves all rows of the task. A step is one plane of 16 rows: it loads A and multiplies it
- * by B.
+ * B is loaded once a group and serves all rows of the task. A step is one plane of 16 rows: it loads A and multiplies
+ * it by B.
  *
- * Software pipeline, three stages: (i) TDPBSSD of step s, (ii) TILESTORED of step s-1, (iii) float epilogue of step s-2.
- * The vector units run stage (iii), and unpack the next group, in small portions between the products of stage (i). So
- * vector and matrix units work at the same time.
+ * Software pipeline, three stages: (i) TDPBSSD of step s, (ii) TILESTORED of step s-1, (iii) float epilogue of step
+ * s-2. The vector units run stage (iii), and unpack the next group, in small portions between the products of stage
+ * (i). So vector and matrix units work at the same time.
  *
  * If the rows of a task are not a multiple of 16, the last 16 rows overlap the rows before them, and the float epilogue
  * skips the rows that are already done.
@@ -346,8 +346,8 @@ const isa_descriptor isa_amx = {
         .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
         .mr = REGISTER_ROWS,
         /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
-         * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256 rows
-         * takes 1.05 to 1.16 times as long. With mc = 128 it takes 0.95 to 1.1 times as long. */
+         * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256
+         * rows takes 1.05 to 1.16 times as long. With mc = 128 it takes 0.95 to 1.1 times as long. */
         .mc = 96,
         .min_matrix_rows = REGISTER_ROWS,
     },

@@ -176,7 +176,8 @@ KERNEL void narrow_values(void *dst, const float *src, int dtype, int64_t n)
         uint16_t *half = dst;
         int64_t i = 0;
         for (; i + 8 <= n; i += 8)
-            _mm_storeu_si128((__m128i *)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+            _mm_storeu_si128((__m128i *)(half + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
         for (; i < n; i++)
             half[i] = _cvtss_sh(src[i], _MM_FROUND_TO_NEAREST_INT);
     }

@@ -32,14 +32,14 @@ typedef struct {
     const act_meta *meta;
     __m512 scale[2];
     int symmetric;         /* whether all zero points are the code type's symmetric_zero */
-    __m512i minus_zero[2]; /* if not: 16-bit pairs (-z, -256 * z) of z = zero - symmetric_zero, which vpmaddwd multiplies
-                            * by act_meta.sum_split */
+    __m512i minus_zero[2]; /* if not: 16-bit pairs (-z, -256 * z) of z = zero - symmetric_zero, which vpmaddwd
+                            * multiplies by act_meta.sum_split */
     float *sums;           /* [m][PAIR_N] of the groups so far */
 } group_view;
 
-/* Where a micro-kernel gets its weights. With few rows, each micro-kernel unpacks them in registers. With more rows, the
- * first micro-kernel also stores the unpacked weights, and the others load them. The stores cost a tenth of the products
- * (on Zen 4), which is too much if there is only one other micro-kernel: two micro-kernels unpack separately. */
+/* Where a micro-kernel gets its weights. With few rows, each micro-kernel unpacks them in registers. With more rows,
+ * the first micro-kernel also stores the unpacked weights, and the others load them. The stores cost a tenth of the
+ * products (on Zen 4), which is too much for a single other micro-kernel: two micro-kernels unpack separately. */
 enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 
 /* Keep a sum in its register: without it GCC copies sums around the loop and stores some of them. */
@@ -224,8 +224,8 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         gemm_tiles(task, planes, 1, codes);
 }
 
-/* Quantise 16 values at a time. vpmovdb keeps the low byte of each value, which is plane 1. Plane 0 is the upper byte of
- * value + 128: a low byte of 128 or more is negative in plane 1, and adding 128 carries it into plane 0. */
+/* Quantise 16 values at a time. vpmovdb keeps the low byte of each value, which is plane 1. Plane 0 is the upper byte
+ * of value + 128: a low byte of 128 or more is negative in plane 1, and adding 128 carries it into plane 0. */
 TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
                                 ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride)
 {

@@ -1,12 +1,12 @@
-/* The code types on the CPU: one row each. The Python side of a row is in marlin_cy/weights/code_types.py, which has the
- * formulas; tests/test_constants.py compares the two.
+/* The code types on the CPU: one row each. The Python side of a row is in marlin_cy/weights/code_types.py, which has
+ * the formulas; tests/test_constants.py compares the two.
  *
  * Kernels multiply activations by unsigned integers w(q), the multiplicands, never by the value of a code:
  *
  *   weight = scale / units_per_one * (w(q) - zero)
  *
- * To add a 4-bit code type, add its number and its row here, and two instances of `gemm` (one for each number of planes)
- * to the table of each ISA.
+ * To add a 4-bit code type, add its number and its row here, and two instances of `gemm` (one for each number of
+ * planes) to the table of each ISA.
  */
 #ifndef MARLIN_CY_CODE_TYPES_H
 #define MARLIN_CY_CODE_TYPES_H

@@ -49,8 +49,8 @@ ROWOPS float exp_f32(float x)
  *
  *   silu       z = gate
  *   gelu_tanh  z = 2 u, an odd polynomial in gate, because (1 + tanh(u)) / 2 = sigmoid(2 u)
- *   gelu       z = log(Phi(gate) / Phi(-gate)) with Phi(x) = (1 + erf(x / sqrt(2))) / 2. This function is odd and smooth,
- *              and is approximated by a polynomial whose coefficients minimise the largest error of sigmoid(z),
+ *   gelu       z = log(Phi(gate) / Phi(-gate)) with Phi(x) = (1 + erf(x / sqrt(2))) / 2. This function is odd and
+ *              smooth. A polynomial approximates it, whose coefficients minimise the largest error of sigmoid(z),
  *              0.49 * 2^-24. Beyond the fitted range (|gate| > 7) z keeps rising with gate, so the result is gate or 0.
  *   swigluoai  z = 1.702 gate, of clamped values
  *

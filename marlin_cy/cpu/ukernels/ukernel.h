@@ -144,7 +144,7 @@ typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, 
  *   dst[i] = activation(gate, up)
  *
  * The error of an activation is at most 6 * 2^-24 * |gate * up| (swigluoai: |gate| * (1 + |up|), both clamped), which
- * rowops.h derives, plus (1 + |up|) times the smallest float. A NaN gives NaN; infinities give what the formula gives. */
+ * rowops.h derives, plus (1 + |up|) times the smallest float. A NaN gives NaN; infinities follow the formula. */
 typedef void glu_epilogue_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                              const float *gate_bias, const float *up_bias, int activation);
 
