@@ -59,11 +59,10 @@ class Launch:
         self._always_work = [name for name in always if name in work]
         self._numbers = getter([name for name in numbers if name not in work])
         self._work_numbers = getter([name for name in numbers if name in work])
-        # Of the last call: its numbers, the positions of what is set in each call, and the names of NULL pointers.
-        self._last: Any = None
+        self._last: Any = None  # the numbers and the NULLs of the last call
+        self._nulls = getter([])
         self._set: list[tuple[int, str]] = []
         self._set_work: list[tuple[int, str]] = []
-        self._nulls: list[str] = []
 
     def __call__(
         self,
@@ -94,13 +93,8 @@ class Launch:
         """
         kernel = self._kernel
         try:
-            numbers = self._numbers(arguments), self._work_numbers(work)
-            same = numbers == self._last
-            if same:
-                for name in self._nulls:
-                    if arguments[name] is not None:
-                        same = False
-            if same:
+            now = self._numbers(arguments), self._work_numbers(work), self._nulls(arguments)
+            if now == self._last:
                 for position, name in self._set:
                     kernel.set_arg(position, arguments[name])
                 for position, name in self._set_work:
@@ -108,7 +102,7 @@ class Launch:
             else:
                 self._last = None
                 self._set_all(arguments, work)
-                self._last = numbers
+                self._last = *now[:2], self._nulls(arguments)
         except KeyError:
             raise self._wrong_names(arguments, work) from None
         return cl.enqueue_nd_range_kernel(queue, kernel, global_size, local_size, None, waits)
@@ -122,8 +116,8 @@ class Launch:
         ]
         self._kernel.set_args(*in_order)
         positions = {name: position for position, name in enumerate(self._arguments)}
-        self._nulls = [name for name in self._always if values[name] is None]
-        self._set = [(positions[name], name) for name in self._always if name not in self._nulls]
+        self._nulls = getter([name for name in self._always if values[name] is None])
+        self._set = [(positions[name], name) for name in self._always if values[name] is not None]
         self._set_work = [(positions[name], name) for name in self._always_work]
 
     def _wrong_names(self, arguments: Mapping[str, Any], work: Mapping[str, Any]) -> TypeError:
