@@ -1,4 +1,4 @@
-"""The kernels of ``routing.cl``, ``align.cl`` and ``moe.cl`` one by one, and the buffers that a layer keeps for them."""
+"""The kernels of ``routing.cl``, ``align.cl`` and ``moe.cl`` one by one, and the buffers that a layer keeps."""
 
 import dataclasses
 import gc
@@ -501,7 +501,7 @@ class TestLayer:
         check(backend, layer, x, *reference.route(logits, Routing(5, 1 if weigh_input else 2)), backend.to_host(result))
 
     def test_rows_of_a_slice_fit(self, device_alone, rng, monkeypatch):
-        """The rows between the products, the shared expert's rows and the weighed tokens together stay below the limit."""
+        """All rows of a slice, the shared expert's and the weighed tokens included, stay below the limit."""
         layer = Layer(rng, shared=160, gate=True, weigh_input=True).on(device_alone)
         monkeypatch.setattr(moe, "SLICE_BYTES", 100_000)
         ctx = device_alone.new_context()
