@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["KERNELS", "Arguments", "Macros", "arguments_of", "is_local", "is_pointer", "numpy_types"]
+__all__ = ["KERNELS", "Arguments", "Macros", "arguments_of", "is_local", "is_pointer", "numpy_types", "work_of"]
 
 Arguments: TypeAlias = Mapping[str, str]
 Macros: TypeAlias = Mapping[str, int]
@@ -64,7 +64,7 @@ ROUTED_WORK = {
 LISTED_WORK = {"list": "global int*", "listed": "int"}
 
 
-def work(macros: Macros) -> Arguments:
+def work_of(macros: Macros) -> Arguments:
     """WORK_ARGS."""
     return ROUTED_WORK if macros.get("ROUTED") else LISTED_WORK
 
@@ -110,12 +110,12 @@ REDUCE_SPLITS = {
 def gemm(macros: Macros) -> Arguments:
     """GEMM_ARGS: the same for every tier."""
     parts = {f"w{part}": "global uint*" for part in range(macros.get("PARTS", 1))}
-    return {**parts, **WEIGHTS, **PRODUCT, **work(macros)}
+    return {**parts, **WEIGHTS, **PRODUCT, **work_of(macros)}
 
 
 def reduce_splits(macros: Macros) -> Arguments:
     """The arguments of ``reduce_splits``."""
-    return {**REDUCE_SPLITS, **work(macros)}
+    return {**REDUCE_SPLITS, **work_of(macros)}
 
 
 # Preparation (prepare.cl) -------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def prepare_rows(macros: Macros) -> Arguments:
     """PREPARE_ARGS, and GATHER_ARGS for the value of GATHER."""
     match macros.get("GATHER", 0):
         case 2:
-            return {**PREPARE_ROW, "num_experts": "uint", **work(macros)}
+            return {**PREPARE_ROW, "num_experts": "uint", **work_of(macros)}
         case 3:
             return {**PREPARE_ROW, "map": "global int2*"}
         case _:

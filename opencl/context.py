@@ -275,7 +275,7 @@ class OpenClContext(Context):
         changing : tuple of str
             As for :class:`Launch`.
         """
-        key = file, name, tuple(sorted(macros.items())), options
+        key = file, name, tuple(macros.items()), options  # unsorted: each place that launches has an order of its own
         launch = self._launches.get(key)
         if launch is None:
             kernel = self._backend.runtime.programs.kernel(file, name, macros, options)

@@ -1,4 +1,4 @@
-"""Launches that group pairs by expert and do something else besides: held to what the kernels do by themselves."""
+"""Launches that fuse aligning with routing or preparation, against separate launches of the same kernels."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def launch(runtime, file, name, macros, groups, items, arguments, options=()):
 
 
 class Aligned:
-    """Where the routing arrays go."""
+    """Output buffers for the routing arrays."""
 
     def __init__(self, runtime, pairs, experts, block_size, before=GUARD):
         capacity = pairs + experts * (block_size - 1)
@@ -79,7 +79,7 @@ class Aligned:
 
 
 class Preparation:
-    """A call of ``prepare_rows``: some rows, by one order or none."""
+    """A call of ``prepare_rows``, with one order of K or none."""
 
     def __init__(self, runtime, rows, prepared_type, order=None):
         self.runtime, (self.tokens, k) = runtime, rows.shape
@@ -107,7 +107,7 @@ class Preparation:
         )
 
     def alone(self):
-        """What ``prepare_rows`` makes of them, which others write once more."""
+        """The result of ``prepare_rows`` alone; the outputs are then refilled for another kernel."""
         launch(self.runtime, "prepare", "prepare_rows", self.macros, self.tokens, 32, self.arguments)
         result = self.read()
         for output in self.outputs:
@@ -119,7 +119,7 @@ class Preparation:
 
 
 def padded_order(rng, k):
-    """An order of K with 64 places for nothing."""
+    """An order of K with 64 places of padding."""
     order = np.full(k + 64, -1, np.int32)
     order[np.sort(rng.permutation(k + 64)[:k])] = rng.permutation(k)
     return order
@@ -131,7 +131,7 @@ def assert_same(results, expected):
 
 
 def right_arrays(ids, block_size, experts):
-    """What :class:`Aligned` should read."""
+    """The expected result of :meth:`Aligned.read`."""
     sorted_ids, expert_ids, past = reference.moe_align_block_size(ids, block_size, experts)
     return sorted_ids[: past[0]], expert_ids[: past[0] // block_size], past
 
@@ -161,7 +161,7 @@ class TestAlignPrepare:
         self.check(device, rng, (9, 2, 4, 8, 96), activations(rng, 9, 96), prepared_type, ids=ids)
 
     def check(self, device, rng, sizes, rows, prepared_type, order=None, ids=None):
-        """One launch writes what two do; returns the bytes of rows."""
+        """One launch writes the same as two; returns the bytes of rows."""
         tokens, top_k, experts, block_size, _ = sizes
         runtime = runtime_of(device)
         if ids is None:
@@ -188,7 +188,7 @@ class TestAlignPrepare:
 
 
 class RouteAlign:
-    """A call of ``route_align``, to be made again and again."""
+    """A call of ``route_align`` that can be repeated."""
 
     def __init__(self, runtime, logits, how, block_size, dtype="float32", preparation=None):
         pairs = len(logits) * how.top_k
@@ -219,7 +219,7 @@ class RouteAlign:
         self.kernel(self.runtime.queue, (self.tokens * ROUTE_ITEMS,), (ROUTE_ITEMS,), *self.arguments)
 
     def run(self):
-        """``[ids, weights, sorted_ids, expert_ids, past]``, of which nothing was there before."""
+        """``[ids, weights, sorted_ids, expert_ids, past]``, written into refilled buffers."""
         for output in (*self.routed, *self.aligned.outputs):
             output.refill()
         self.call()
@@ -262,7 +262,7 @@ class TestRouteAlign:
         [("float32", FLOAT16_ROWS), ("bfloat16", FLOAT16_ROWS), ("float16", PLANES), ("bfloat16", FLOAT32_ROWS)],
     )
     def test_rows_besides(self, device, rng, dtype, prepared_type, ordered, k):
-        """In local memory that routing by groups uses, too."""
+        """Preparation and group-limited routing use the same local memory."""
         order = padded_order(rng, k) if ordered else None
         rows = activations(rng, 33, k, DTYPES[dtype])
         rows[3, 30], rows[32, 2] = np.nan, -np.inf
@@ -273,7 +273,7 @@ class TestRouteAlign:
         assert_same(preparation.read(), expected)
 
     def test_again_and_again(self, device, rng):
-        """Whichever work-group is the last: it sees what all others chose."""
+        """The last work-group, whichever it is, sees the choices of all others."""
         runtime, how = runtime_of(device), Routing(64, 4)
         calls = [RouteAlign(runtime, rng.standard_normal((64, 64)), how, 8) for _ in range(4)]
         expected = [call.run() for call in calls]
@@ -281,7 +281,7 @@ class TestRouteAlign:
             assert_same(calls[number % 4].run(), expected[number % 4])
 
     def check(self, device, logits, how, block_size, dtype="float32", preparation=None):
-        """One launch writes what two do; returns that."""
+        """One launch writes the same as two; returns the result."""
         runtime, logits = runtime_of(device), logits.astype(np.float32)
         call = RouteAlign(runtime, logits, how, block_size, dtype, preparation)
         ids, weights = route(runtime, logits, how, dtype)
@@ -292,7 +292,7 @@ class TestRouteAlign:
 
 
 def run_layer(backend, seed, dtype, *, routed=False, tokens=9, top_k=2, **options):
-    """``(output, labels)`` of a random layer; with ``routed`` by experts that the caller chose."""
+    """``(output, labels)`` of a random layer; with ``routed`` the caller chooses the experts."""
     rng = np.random.default_rng(seed)
     layer, ctx = Layer(rng, **options).on(backend, top_k), backend.new_context()
     x = backend.from_host(activations(rng, tokens, layer.hidden_size, dtype))
@@ -304,7 +304,7 @@ def run_layer(backend, seed, dtype, *, routed=False, tokens=9, top_k=2, **option
 
 
 def check_layer(backend, monkeypatch, first, dtype=np.float32, **options):
-    """The first launches are these, and everything is as if each did one thing."""
+    """The first launches have these labels, and the output is that of separate launches."""
     result, labels = run_layer(backend, 1, dtype, **options)
     with monkeypatch.context() as patch:
         patch.setattr(moe, "aligns_as_it_routes", lambda *args: False)
@@ -319,7 +319,7 @@ def check_layer(backend, monkeypatch, first, dtype=np.float32, **options):
 
 @pytest.fixture
 def without_order(device_alone, monkeypatch):
-    """A device whose work-groups do not see what others wrote."""
+    """A device without atomics of device scope: its work-groups do not see the writes of others."""
     plain = dataclasses.replace(device_alone.runtime.capabilities, features=frozenset(), compute_capability=None)
     monkeypatch.setattr(device_alone, "runtime", dataclasses.replace(device_alone.runtime, capabilities=plain))
     return device_alone
@@ -358,12 +358,12 @@ class TestLayer:
         check_layer(without_order, monkeypatch, first, g_idx="common", weigh_input=True, shared=64)
 
     def test_orders_of_their_own(self, with_order, monkeypatch):
-        """Which order a row is in depends on its expert."""
+        """A row's order of K depends on its expert."""
         first = ["route, align", "gate_up: prepare_rows", "gate_up"]
         check_layer(with_order, monkeypatch, first, g_idx="per_expert")
 
     def test_more_tokens_than_one_work_group_aligns(self, with_order, monkeypatch):
-        """As many as there are marks for, and one more."""
+        """The largest number of tokens that one work-group has marks for, and one more."""
         experts = 200
         words = align.MAX_MARK_BYTES // 4 // experts
         most = 32 * (words - 1 + words % 2)  # of an odd number of words
@@ -372,7 +372,7 @@ class TestLayer:
         check_layer(with_order, monkeypatch, ["route", "align, gate_up: prepare_rows"], tokens=most + 1, **options)
 
     def test_slices(self, device_alone, monkeypatch):
-        """RoutedBlocks at once, and aligned slice by slice."""
+        """All tokens are routed in one launch, and aligned slice by slice."""
         monkeypatch.setattr(moe, "SLICE_BYTES", 20_000)
         first = ["route", "align, gate_up: prepare_rows", "gate_up"]
         check_layer(device_alone, monkeypatch, first, tokens=20, g_idx="common", shared=160)
@@ -385,7 +385,7 @@ class TestLayer:
 
     @pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
     def test_emulated_tensor_cores(self, monkeypatch):
-        """Which read float16 as it is: rows of other types are prepared, in K's own order, too."""
+        """They read float16 directly; rows of other types are prepared, even in K's own order."""
         backend = emulating(CONFIGURATIONS["direct"])
         for dtype in (np.float32, DTYPES["bfloat16"]):
             check_layer(backend, monkeypatch, ["route, align, gate_up: prepare_rows", "gate_up"], dtype)
@@ -395,7 +395,7 @@ class TestLayer:
 
 
 class TestAfterAFailure:
-    """A launch that routes and aligns, and fails midway, leaves some of its work-groups counted as arrived."""
+    """A launch of ``route_align`` that fails midway leaves some work-groups counted as arrived."""
 
     TOKENS = 24
 
@@ -409,14 +409,14 @@ class TestAfterAFailure:
         return layer, inputs, [backend.to_host(layer(backend.new_context(), *pair)) for pair in inputs]
 
     def leave_arrivals(self, backend, ctx, count):
-        """What ``count`` work-groups leave of a launch whose others never come."""
+        """Count ``count`` work-groups, as a launch does whose other work-groups never run."""
         arrived = np.zeros(1, np.uint32)
         cl.enqueue_copy(ctx.queue, arrived, ctx.reserve(ARRIVED, 4))
         cl.enqueue_copy(ctx.queue, ctx.reserve(ARRIVED, 4), arrived + np.uint32(count))
 
     @pytest.mark.parametrize("count", [1, TOKENS // 2, TOKENS - 1])
     def test_later_calls_use_their_own_routing_arrays(self, with_order, count):
-        """If the counter were wrong, another work-group than the last would align, and miss others' choices."""
+        """With a wrong counter a work-group that is not the last would align, and miss the choices of others."""
         layer, inputs, expected = self.layer(with_order)
         ctx = with_order.new_context()
         assert_same_bits(with_order.to_host(layer(ctx, *inputs[0])), expected[0])
@@ -443,7 +443,7 @@ class TestAfterAFailure:
             assert_same_bits(with_order.to_host(layer(ctx, *pair)), right)
 
     def test_more_launches_than_numbers(self, with_order):
-        """The counter begins again at zero where the numbers of launches end."""
+        """After the last number of a launch, the counter starts again at zero."""
         layer, inputs, expected = self.layer(with_order)
         ctx = with_order.new_context()
         ctx._arrival_launch = MAX_ARRIVAL_LAUNCH - 1

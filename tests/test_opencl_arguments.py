@@ -182,11 +182,22 @@ def test_numbers_are_set_when_they_change(runtime, monkeypatch):
 
     monkeypatch.setattr(cl, "enqueue_nd_range_kernel", lambda *arguments: None)
     launch = Launch(Recorder(), SCALE, {"from": "a buffer"}, changing=("shift",))
-    arguments = {"to": None, "factor": 1.0, "room": 4}
+    arguments = {"to": "another buffer", "factor": 1.0, "room": 4}
     for shift in range(3):
         launch(None, (1,), (1,), {**arguments, "shift": np.uint32(shift)})
     launch(None, (1,), (1,), {**arguments, "room": 8, "shift": np.uint32(3)})
     assert kernel_calls == ["all", 0, 4, 0, 4, "all"]
+    kernel_calls.clear()
+    # NULL is set once; a buffer in its place is set, and then in each call.
+    for to in (None, None, "another buffer", "another buffer", None):
+        launch(None, (1,), (1,), {**arguments, "to": to, "room": 8, "shift": np.uint32(3)})
+    assert kernel_calls == [0, 4, 0, 4, 0, 4, 0, 4, 0, 4]
+    launch = Launch(Recorder(), SCALE, {"from": "a buffer"}, work=("shift", "room"))
+    kernel_calls.clear()
+    for to in (None, None, "another buffer", "another buffer"):
+        launch(None, (1,), (1,), {"to": to, "factor": 1.0}, None, {"shift": 1, "room": 4})
+    launch(None, (1,), (1,), {"to": to, "factor": 1.0}, None, {"shift": 1, "room": 8})
+    assert kernel_calls == ["all", "all", 0, "all"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every ``.cl`` file compiles for GPUs that are not here: ``tools/compile_kernels.py``, one variant a file."""
+"""``tools/compile_kernels.py`` compiles one variant of every ``.cl`` file for every target."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tensor-core kernels where there are no tensor cores: with their PTX emulated (``kernels/ptx.cl``).
+"""The tensor-core kernels on devices without tensor cores, with their PTX emulated (``kernels/ptx.cl``).
 
 Intel's CPU runtime has what that takes, sub-groups of 32 with shuffles; the README says how to run it. On an
 NVIDIA GPU the contract tests run the kernels as they are.
@@ -60,7 +60,7 @@ def emulating(configuration):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 class TestEmulated:
     def test_routed(self, rng, configuration, kind):
-        """A block of no expert; rows that nobody names."""
+        """A block without an expert, and rows that no id names."""
         backend = emulating(configuration)
         problem = random_problem(rng, 4, 352, 40, **kind, bias=True)
         stack, ctx = problem.stack(backend), backend.new_context()

@@ -1,4 +1,4 @@
-"""The kernels of ``routing.cl``, ``align.cl`` and ``moe.cl`` by themselves, and what a layer keeps for them."""
+"""The kernels of ``routing.cl``, ``align.cl`` and ``moe.cl`` one by one, and the buffers that a layer keeps."""
 
 import dataclasses
 import gc
@@ -43,7 +43,7 @@ ROUTINGS = [
 
 
 class Output:
-    """A device array with guards: ``before`` elements before it, and others behind."""
+    """A device array with guard elements: ``before`` of them before it, and others after it."""
 
     def __init__(self, runtime, shape, dtype, before=GUARD):
         self.shape, self.dtype, self._runtime, self._before = shape, np.dtype(dtype), runtime, before
@@ -52,11 +52,11 @@ class Output:
         self.buffer = runtime.buffer(self._filled)
 
     def refill(self):
-        """As if nothing had been written."""
+        """Restore the contents from before the first write."""
         cl.enqueue_copy(self._runtime.queue, self.buffer, self._filled)
 
     def read(self):
-        """What was written, the guards having been checked."""
+        """The contents, after a check of the guards."""
         result = np.empty_like(self._filled)
         cl.enqueue_copy(self._runtime.queue, result, self.buffer)
         begin, end = self._before * self.dtype.itemsize, len(result) - GUARD * self.dtype.itemsize
@@ -74,7 +74,7 @@ def input_buffer(runtime, array, before=0):
 
 
 def route_call(runtime, logits, how, dtype):
-    """``(macros, arguments, ids, weights)`` of the kernel; the last two are where its results go."""
+    """``(macros, arguments, ids, weights)`` of the kernel; the last two are its outputs."""
     tokens, experts = logits.shape
     bias, grouped = how.correction_bias, how.topk_groups < how.num_groups
     macros = {
@@ -191,7 +191,7 @@ def combine(
     factors=None,
     items=64,
 ):
-    """``[tokens, width]`` by the device; ``weights`` of None are all 1."""
+    """``[tokens, width]`` by the device; with ``weights`` None all weights are 1."""
     tokens, top_k = ids.shape
     width = rows.shape[1]
     macros = {
@@ -278,7 +278,7 @@ class TestRoute:
             assert route(runtime_of(device), logits, how)[0].tolist() == [[13, 14, 22, 23]]
 
     def test_choices_below_zero(self, device, rng):
-        """Logits and sums with a bias of both signs, and of every magnitude, are in the order of numbers."""
+        """Ranks have the order of numbers, for logits and biased scores of both signs and every magnitude."""
         logits = np.array([[-3e38, -1, -1e-30, 0, 1e-30, 1e-6, 5, 3e38]], np.float32)
         how = Routing(8, 8, scoring="softmax_topk")
         assert route(runtime_of(device), logits, how)[0].tolist() == [[7, 6, 5, 4, 3, 2, 1, 0]]
@@ -293,7 +293,7 @@ class TestRoute:
     @pytest.mark.parametrize(("experts", "groups"), [(5, 1), (100, 1), (100, 10)])
     @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf], [0, np.inf], "all -inf", "all nan"])
     def test_bad_logits(self, device, rng, bad, experts, groups, scoring, corrected):
-        """Ids 0, 1, 2, ... and weights of NaN, in that row alone: as on the CPU."""
+        """The row has ids 0, 1, 2, ... and weights of NaN, as on the CPU; other rows do not change."""
         logits = rng.standard_normal((3, experts)).astype(np.float32)
         how = Routing(
             experts,
@@ -337,7 +337,7 @@ class TestAlign:
 
     @pytest.mark.parametrize("pairs", [32767, 32768, 32769, 70000])
     def test_more_pairs_than_marks(self, device, rng, pairs):
-        """Experts whose pairs lie in some tiles alone."""
+        """Some experts have pairs in some tiles only."""
         ids = rng.integers(-1, 5, (pairs, 1))
         ids[:33000][ids[:33000] == 2] = 3
         ids[-100:] = 4
@@ -391,7 +391,7 @@ class TestSharedFactor:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("tokens", "width"), [(1, 32), (5, 256), (70, 288), (3, 4096)])
     def test_within_rounding(self, device, rng, tokens, width, dtype):
-        """Sums of magnitude S are off by ``width`` roundoffs of it at most, and the sigmoid's slope is a quarter."""
+        """The error of a sum is at most ``width`` roundoffs of its magnitude; the sigmoid's slope is at most 1/4."""
         rows = activations(rng, tokens, width, DTYPES[dtype])
         gate = (rng.standard_normal(width) / width**0.5).astype(np.float32)
         result = shared_factor(runtime_of(device), rows, gate)
@@ -472,7 +472,7 @@ class TestCombine:
 
 
 class TestLayer:
-    """What a layer does on a device beside being right, which test_moe.py holds it to."""
+    """Launches, slices and buffers of a layer; test_moe.py checks its results."""
 
     def test_labels(self, device_alone, rng, monkeypatch):
         monkeypatch.setattr(moe, "aligns_as_it_routes", lambda *args: False)
@@ -501,7 +501,7 @@ class TestLayer:
         check(backend, layer, x, *reference.route(logits, Routing(5, 1 if weigh_input else 2)), backend.to_host(result))
 
     def test_rows_of_a_slice_fit(self, device_alone, rng, monkeypatch):
-        """What lies between the products stays below the limit, the shared expert's and weighed tokens included."""
+        """All rows of a slice, the shared expert's and the weighed tokens included, stay below the limit."""
         layer = Layer(rng, shared=160, gate=True, weigh_input=True).on(device_alone)
         monkeypatch.setattr(moe, "SLICE_BYTES", 100_000)
         ctx = device_alone.new_context()
@@ -509,7 +509,7 @@ class TestLayer:
         assert 4 * (128 + 64 + 96 + 320 + 160 + 96 + 96) * tokens <= 100_000 < 6000 * tokens
 
     def test_what_is_kept(self, device_alone, rng):
-        """Bias and gate go to the device once, and leave it with what they belong to; nothing is uploaded again."""
+        """Bias and gate are uploaded once, and freed with their owners."""
         backend, ctx = device_alone, device_alone.new_context()
         bias = rng.standard_normal(5)
         layer = Layer(rng, shared=160, gate=True).on(backend, scoring="sigmoid", correction_bias=bias)
@@ -530,7 +530,7 @@ class TestLayer:
         assert not ctx._kept
 
     def test_more_tokens_to_share(self, device_alone, rng):
-        """More than in any call before, and more than it was made ready for."""
+        """More tokens than in any earlier call, and more than the counting buffer first holds."""
         backend, ctx = device_alone, device_alone.new_context()
         layer = Layer(rng, hidden=32, inner=32, shared=32)
         moe, x, logits = layer.on(backend), activations(rng, 2100, 32), np.zeros((2100, 5), np.float32)
@@ -541,7 +541,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("shared", [None, 64])
     def test_ids_out_of_range(self, device_alone, rng, shared):
-        """On the device they take no part, whatever they weigh; a shared expert does."""
+        """Ids out of range are ignored, whatever their weights; a shared expert is still added."""
         backend = device_alone
         layer, ctx = Layer(rng, weigh_input=True, shared=shared), backend.new_context()
         x, ids = activations(rng, 6, 96), np.array([[0], [-1], [5], [4], [2**31 - 1], [-(2**31)]], np.int32)
@@ -552,7 +552,7 @@ class TestLayer:
         check(backend, layer, x, taken, np.nan_to_num(weights), result)
 
     def test_too_little_local_memory(self, device_alone, rng, monkeypatch):
-        """Refused before any work, and not by the driver."""
+        """The call is refused before any launch, and not by the driver."""
         backend = device_alone
         small = dataclasses.replace(backend.runtime.capabilities, local_memory=1100)
         runtime = dataclasses.replace(backend.runtime, capabilities=small)

@@ -1,4 +1,4 @@
-"""``prepare_rows`` by itself: what activations make of gate and up, as rows of every kind."""
+"""``prepare_rows`` alone: activations of gate and up, as rows of every type."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ GROUP_SHIFT = 5
 
 
 def prepared(device, rows, activation, prepared_type=FLOAT32_ROWS, order=None):
-    """What the kernel makes of rows of any dtype, as float64."""
+    """The kernel's result for rows of any dtype, as float64."""
     runtime = runtime_of(device)
     count, k = len(rows), rows.shape[1] // (1 if activation is None else 2)
     macros = {
@@ -81,7 +81,7 @@ class TestActivations:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("ordered", [False, True])
     def test_matches_the_reference(self, device, rng, activation, dtype, ordered):
-        """By eights and one by one; gates from where they are all to where nothing is left of them."""
+        """In steps of eight elements and of one; gates from far below 0 to far above it."""
         k = 96
         rows = (rng.standard_normal((40, 2 * k)) * rng.choice([0.01, 1, 5, 30], (40, 2 * k))).astype(DTYPES[dtype])
         result, bound = expected(rows, activation)
@@ -111,7 +111,7 @@ class TestActivations:
         np.testing.assert_array_equal(result, clean)
 
     def test_extreme_gates(self, device, activation):
-        """Large ones are themselves (but for swigluoai's limit), and nothing is left of those far below 0."""
+        """The result is the gate for large gates, up to swigluoai's limit, and 0 for gates far below 0."""
         gates = np.array([0, 20, 90, 3e4, 1e18, 3e38, -90, -3e4, -1e18, -3e38, -0.0, 1e-30, -1e-30], np.float32)
         gate = np.resize(gates, 32).astype(np.float32)
         result = prepared(device, np.concatenate([gate, np.ones(32, np.float32)])[None], activation)[0]

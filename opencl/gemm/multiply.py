@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyopencl as cl
 
-from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.arguments import arguments_of, work_of
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.checks.products import right_configuration
 from marlin_cy.opencl.gemm.codes import code_macros
@@ -140,22 +140,24 @@ def multiply(
     splits, local, partial = configuration.splits, configuration.local_size, None
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
-    arguments = {
-        "output": out.data,
-        "output_offset": out.offset,
-        "output_stride": out.width,
-        "bias": bias,
-        "partial": partial,
-        "tiles_capacity": row_tiles,
-        "splits": splits,
-        **work_arguments,
-    }
     event = plan.gemm(
         queue,
         (min(row_tiles * plan.shares, limit) * local,),
         (local,),
-        {"input": data, "input_offset": offset, "row_factor": row_factor, **arguments},
+        {
+            "input": data,
+            "input_offset": offset,
+            "row_factor": row_factor,
+            "output": out.data,
+            "output_offset": out.offset,
+            "output_stride": out.width,
+            "bias": bias,
+            "partial": partial,
+            "tiles_capacity": row_tiles,
+            "splits": splits,
+        },
         waits,
+        work_arguments,
     )
     ctx.log(label, event)
     if plan.reduce is not None:
@@ -163,7 +165,17 @@ def multiply(
             queue,
             (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
             (REDUCE_LOCAL_SIZE,),
-            arguments,
+            {
+                "output": out.data,
+                "output_offset": out.offset,
+                "output_stride": out.width,
+                "bias": bias,
+                "partial": partial,
+                "tiles_capacity": row_tiles,
+                "splits": splits,
+            },
+            None,
+            work_arguments,
         )
         ctx.log(f"{label}: reduce_splits", event)
     return event
@@ -220,6 +232,7 @@ def make_plan(
             "weight_factor": weight_factor,
             "tiny_factor": tiny_factor,
         },
+        work=work_of(gemm_macros),
     )
     reduce = None
     if configuration.splits > 1:
@@ -227,6 +240,7 @@ def make_plan(
             programs.kernel("reduce", "reduce_splits", shape),
             arguments_of("reduce_splits", shape),
             {"num_experts": store.num_experts, "n": store.n},
+            work=work_of(shape),
         )
     return Plan(
         configuration=configuration,
