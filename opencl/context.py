@@ -118,7 +118,8 @@ class OpenClContext(Context):
             Each command's label and event, in order; the list grows as calls are made.
         """
         outer = self._profile
-        self._profile = events = []
+        events: list[tuple[str, cl.Event]] = []
+        self._profile = events
         try:
             yield events
         finally:

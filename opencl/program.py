@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyopencl as cl
 
@@ -182,12 +182,12 @@ class ProgramCache:
                     program = self._programs[key] = self._built(file, options)
         return program
 
-    def _built(self, file, options):
+    def _built(self, file: str, options: tuple[str, ...]) -> cl.Program:
         text = source(file, self._sources)
         key = self._key(text, options)
         path = self._binaries / f"{file}-{hashlib.sha256(key).hexdigest()[:32]}{BINARY}" if self._binaries else None
         program = self._from_binary(path, key, options)
-        if program is not None:
+        if path is not None and program is not None:
             self.loaded += 1
             mark_used(path)
             return program
@@ -196,20 +196,20 @@ class ProgramCache:
         self._save(path, key, program)
         return program
 
-    def _key(self, text, options):
+    def _key(self, text: str, options: Sequence[str]) -> bytes:
         """Everything that a binary depends on."""
         about = device_identity(self._device)
         # PyOpenCL appends the value of this variable to the options of every build.
         return repr((__version__, about, options, os.environ.get("PYOPENCL_BUILD_OPTIONS"), text)).encode()
 
-    def _from_source(self, file, text, options):
+    def _from_source(self, file: str, text: str, options: Sequence[str]) -> cl.Program:
         try:
             # cache_dir=False: without PyOpenCL's cache.
             return self._build(cl.Program(self._context, text), options, cache_dir=False)
         except cl.Error as error:
             raise BuildError(f"{file}.cl", options, describe(self._device), _log(error)) from error
 
-    def _from_binary(self, path, key, options):
+    def _from_binary(self, path: Path | None, key: bytes, options: Sequence[str]) -> cl.Program | None:
         """None where there is no binary, where it is damaged, and where the driver does not take it."""
         binary = _read(path, key) if path else None
         if binary is None:
@@ -219,14 +219,14 @@ class ProgramCache:
         except cl.Error:
             return None
 
-    def _build(self, program, options, **how):
+    def _build(self, program: cl.Program, options: Sequence[str], **how: Any) -> cl.Program:
         with warnings.catch_warnings():
             # Some compilers (Intel's) print a log even when nothing is wrong.
             warnings.filterwarnings("ignore", "Non-empty compiler output", cl.CompilerWarning)
             return program.build(list(options), devices=[self._device], **how)
 
-    def _save(self, path, key, program):
-        if not self._writable:
+    def _save(self, path: Path | None, key: bytes, program: cl.Program) -> None:
+        if path is None or not self._writable:
             return
         # The program is built for one device of the context; the entries of the other devices, if any, are empty.
         binary = next(filter(None, program.get_info(cl.program_info.BINARIES)), None)
@@ -236,12 +236,12 @@ class ProgramCache:
             _write(path, key, binary)
         except OSError as error:
             self._writable = False
-            warn_unwritable(self._binaries, error, stacklevel=5)  # the caller of kernel()
+            warn_unwritable(path.parent, error, stacklevel=5)  # the caller of kernel()
             return
-        trim(self._binaries, (BINARY,))
+        trim(path.parent, (BINARY,))
 
 
-def _read(path, key):
+def _read(path: Path, key: bytes) -> bytes | None:
     """The binary in a file; None where it was written under another key, or differs from what was written."""
     try:
         content = path.read_bytes()
@@ -251,15 +251,15 @@ def _read(path, key):
     return binary if digest == _digest(key, binary) else None
 
 
-def _write(path, key, binary):
+def _write(path: Path, key: bytes, binary: bytes) -> None:
     write_atomically(path, _digest(key, binary) + binary)
 
 
-def _digest(key, binary):
+def _digest(key: bytes, binary: bytes) -> bytes:
     return hashlib.sha256(hashlib.sha256(key).digest() + binary).digest()
 
 
-def _log(error):
+def _log(error: cl.Error) -> str:
     """The compiler's log, taken from PyOpenCL's message; a copy of the source that PyOpenCL saved is removed."""
     log = str(error)
     saved = re.search(r"\n\(source saved as (.+)\)\s*$", log)

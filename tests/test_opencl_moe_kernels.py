@@ -16,8 +16,10 @@ from marlin_cy.moe.routing import SCORINGS
 
 cl = pytest.importorskip("pyopencl")
 
-from opencl_devices import each_device, runtime_of  # noqa: E402
+from opencl_devices import each_device, runtime_of, unless_the_driver_is_wrong  # noqa: E402
 
+from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.checks.routing import check_route  # noqa: E402
 from marlin_cy.opencl.layer import forward as moe  # noqa: E402
 from marlin_cy.opencl.layer import routing  # noqa: E402
 
@@ -253,6 +255,8 @@ class TestRoute:
     def test_many_experts(self, device, rng, experts, top_k):
         logits = (4 * rng.standard_normal((50, experts))).astype(np.float32)
         how = Routing(experts, top_k)
+        with unless_the_driver_is_wrong(device):
+            check_route(OpenClBackend(device=device, tier="portable").new_context(), how, TYPE_CODES["float32"])
         ids, weights = route(runtime_of(device), logits, how)
         expected_ids, expected_weights = reference.route(logits, how)
         np.testing.assert_array_equal(ids, expected_ids)

@@ -25,7 +25,7 @@ from pyopencl.array import Array, to_device  # noqa: E402
 
 from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
 from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
-from marlin_cy.opencl.gemm.multiply import multiply as gemm  # noqa: E402
+from marlin_cy.opencl.gemm import multiply as gemm  # noqa: E402
 from marlin_cy.opencl.gemm.work import TileList  # noqa: E402
 from marlin_cy.opencl.layer import forward as moe  # noqa: E402
 from marlin_cy.opencl.tiers import wave_tiled as wave_tiled  # noqa: E402

@@ -141,7 +141,7 @@ def kind_of(
     activation: str | None,
 ) -> ProductKind:
     """The kind of a product."""
-    routed = isinstance(work, RoutedBlocks)
+    block_size = min(work.block_size, 2 * configuration.rows + 1) if isinstance(work, RoutedBlocks) else None
     return ProductKind(
         tier=ctx.backend.tier.name,
         configuration=configuration,
@@ -150,9 +150,9 @@ def kind_of(
         aligned=rows.offset % 8 == 0,
         activation=activation,
         bias_kind=bias_kind,
-        block_size=min(work.block_size, 2 * configuration.rows + 1) if routed else None,
-        several_choices=routed and work.top_k > 1,
-        one_order=not routed and work.one_order,
+        block_size=block_size,
+        several_choices=isinstance(work, RoutedBlocks) and work.top_k > 1,
+        one_order=isinstance(work, TileList) and work.one_order,
         codes=store.codes,
         symmetric=store.symmetric,
         group_shift=store.layout.group_shift,
