@@ -1,7 +1,7 @@
-"""Cython extensions, OpenMP and the mapping of ``opencl/`` to ``marlin_cy.opencl``.
+"""Cython extensions, OpenMP and the place of ``marlin_cy.opencl``.
 
-There are no ISA flags here: the C files of ``marlin_cy/cpu/ukernels`` carry them function by
-function, so that one build runs on every CPU of its architecture.
+There are no ISA flags here: the C files of ``marlin_cy/cpu/ukernels`` set them for each function, so that one build
+runs on every CPU of its architecture.
 """
 
 import os
@@ -17,10 +17,14 @@ from setuptools.command.build_ext import build_ext
 
 UKERNELS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.c"))
 HEADERS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.h"))
+# In a clone, marlin_cy/opencl is a link to opencl/, so all packages lie below this folder. An editable install then
+# adds this folder to the path, which type checkers and editors understand. Without the link (in an sdist, or where a
+# clone has no symbolic links), setuptools is told where the package is.
+LINKED = Path("marlin_cy/opencl/__init__.py").exists()
+PACKAGE_DIR = {"": "."} if LINKED else {"marlin_cy": "marlin_cy", "marlin_cy.opencl": "opencl"}
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
-# Products and sums are fused where the source says fmaf and nowhere else: results must not depend
-# on what a compiler likes to contract.
+# Products and sums are fused where the source says fmaf and nowhere else: results must not depend on the compiler.
 GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
@@ -37,7 +41,7 @@ def extension(name, sources=(), package="cpu"):
 
 
 class BuildExt(build_ext):
-    """Adds the compiler's flags, and OpenMP where the compiler has it."""
+    """Adds the compiler's flags, and OpenMP if the compiler supports it."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -88,10 +92,11 @@ setup(
         "marlin_cy.stacks",
         "marlin_cy.weights",
     ],
-    package_dir={"marlin_cy": "marlin_cy", "marlin_cy.opencl": "opencl"},
-    # The sdist holds all sources (MANIFEST.in); what is installed holds these files alone.
+    package_dir=PACKAGE_DIR,
+    # The sdist holds all sources (MANIFEST.in); an installed package holds only these files.
     include_package_data=False,
     package_data={
+        "": ["*.pyi"],
         "marlin_cy": ["data/*/*", "py.typed"],
         "marlin_cy.cpu": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.measure": ["*.pyi"],

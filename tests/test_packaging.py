@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import marlin_cy
+
 ROOT = Path(__file__).parent.parent
 # What a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
 NOT_IN_A_CLONE = shutil.ignore_patterns(
@@ -48,6 +50,42 @@ def test_kernels_are_in_both(distributions):
     with tarfile.open(distributions["sdist"]) as sdist:
         packed = [Path(name) for name in sdist.getnames()]
     assert {path.name for path in packed if path.match("*/opencl/kernels/*.cl")} == kernels
+
+
+def test_version_is_that_of_the_package(distributions):
+    assert distributions["wheel"].name.startswith(f"marlin_cy-{marlin_cy.__version__}-")
+    assert distributions["sdist"].name == f"marlin_cy-{marlin_cy.__version__}.tar.gz"
+
+
+def test_sdist_has_the_opencl_package_once(distributions):
+    """The link marlin_cy/opencl is not followed: a copy behind it would win over changes in opencl/."""
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert [name for name in sdist.getnames() if name.endswith("marlin_cy/opencl/__init__.py")] == []
+
+
+def test_stubs_are_in_both(distributions):
+    """Type checkers read the .pyi files of compiled modules."""
+    stubs = {str(path.relative_to(ROOT)) for path in (ROOT / "marlin_cy").rglob("*.pyi")}
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        assert stubs <= set(wheel.namelist())
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert stubs <= {name.partition("/")[2] for name in sdist.getnames()}
+
+
+def test_editable_install_needs_no_import_hook(tmp_path):
+    """Its .pth names the folder, so that type checkers and editors find marlin_cy and marlin_cy.opencl."""
+    shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_IN_A_CLONE, symlinks=True)
+    setup = tmp_path / "source" / "setup.py"
+    text, compiled = setup.read_text(), "ext_modules=cythonize("
+    assert compiled in text
+    setup.write_text(text.replace(compiled, "ext_modules=(lambda *args, **options: [])("))  # nothing is compiled
+    code = "import setuptools.build_meta as backend; print(backend.build_editable('dist'))"
+    (tmp_path / "source" / "dist").mkdir()
+    name = succeed(sys.executable, "-c", code, cwd=tmp_path / "source").splitlines()[-1]
+    with zipfile.ZipFile(tmp_path / "source" / "dist" / name) as wheel:
+        (pth,) = (entry for entry in wheel.namelist() if entry.endswith(".pth"))
+        assert Path(wheel.read(pth).decode().strip()) == tmp_path / "source"
+    assert (tmp_path / "source" / "marlin_cy" / "opencl" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
