@@ -13,7 +13,7 @@ def as_ids(topk_ids, name, num_experts):
 
     A copy, so that what was checked is what is used, whoever else writes to ``topk_ids``.
     """
-    ids = as_array(topk_ids, name)
+    ids = as_array(topk_ids, name).copy()  # first of all: another thread may write to the argument
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name}: got dtype {ids.dtype}, expected int32 or int64")
     if ids.ndim != 2:
@@ -21,7 +21,7 @@ def as_ids(topk_ids, name, num_experts):
     if ids.size and (int(ids.min()) < -1 or int(ids.max()) >= num_experts):
         at = tuple(map(int, np.argwhere((ids < -1) | (ids >= num_experts))[0]))
         raise IndexError(f"{name}{list(at)}: got {ids[at]}, expected -1 to {num_experts - 1}")
-    return np.array(ids, np.int32, order="C")
+    return np.asarray(ids, np.int32, order="C")
 
 
 def as_topk(topk_ids, topk_weights, num_experts):
