@@ -1,6 +1,11 @@
 """Grouping of routed tokens into blocks of one expert each."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.arguments import integer
 from marlin_cy.moe._align import align_block_size
@@ -9,7 +14,9 @@ from marlin_cy.moe.topk_arguments import as_ids
 __all__ = ["moe_align_block_size"]
 
 
-def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
+def moe_align_block_size(
+    topk_ids: npt.ArrayLike, block_size: int, num_experts: int, expert_map: npt.ArrayLike | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Sort (token, choice) slots by expert and pad each expert's run to whole blocks.
 
     Parameters
@@ -51,17 +58,17 @@ def moe_align_block_size(topk_ids, block_size, num_experts, expert_map=None):
     if capacity > np.iinfo(np.int32).max:
         raise ValueError(f"topk_ids: got {ids.size} slots, expected fewer than 2**31 with their padding")
     if expert_map is not None:
-        expert_map = np.array(expert_map)  # a copy: another thread may write to the argument
-        if expert_map.dtype.kind not in "iu":
-            raise TypeError(f"expert_map: got dtype {expert_map.dtype}, expected int32")
-        if expert_map.shape != (num_experts,):
-            raise ValueError(f"expert_map: got shape {expert_map.shape}, expected ({num_experts},)")
-        if expert_map.min() < -1 or expert_map.max() > np.iinfo(np.int32).max:
-            raise IndexError(f"expert_map: got {expert_map.min()} to {expert_map.max()}, expected -1 or a local index")
+        local: npt.NDArray[Any] = np.array(expert_map)  # a copy: another thread may write to the argument
+        if local.dtype.kind not in "iu":
+            raise TypeError(f"expert_map: got dtype {local.dtype}, expected int32")
+        if local.shape != (num_experts,):
+            raise ValueError(f"expert_map: got shape {local.shape}, expected ({num_experts},)")
+        if local.min() < -1 or local.max() > np.iinfo(np.int32).max:
+            raise IndexError(f"expert_map: got {local.min()} to {local.max()}, expected -1 or a local index")
     sorted_token_ids = np.empty(capacity, np.int32)
     expert_ids = np.empty(-(-capacity // block_size), np.int32)
     past = align_block_size(ids.reshape(-1), block_size, num_experts, sorted_token_ids, expert_ids)
     if expert_map is not None:
         used = expert_ids[: past // block_size]
-        used[:] = expert_map[used]
+        used[:] = local[used]
     return sorted_token_ids, expert_ids, np.array([past], np.int32)

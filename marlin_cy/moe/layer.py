@@ -120,10 +120,10 @@ class MoeLayer:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         check_stacks(gate_up, down)
-        routing = Routing(gate_up.num_experts, top_k, **routing)
+        selection = Routing(gate_up.num_experts, top_k, **routing)
         on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
-        if on_input and routing.top_k != 1:
-            raise ValueError(f"apply_router_weight_on_input: got top_k {routing.top_k}, expected 1")
+        if on_input and selection.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input: got top_k {selection.top_k}, expected 1")
         if shared_expert is not None:
             if not isinstance(shared_expert, SharedExpert):
                 raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
@@ -132,7 +132,7 @@ class MoeLayer:
                 raise ValueError(
                     f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
                 )
-        self._plan = MoePlan(gate_up, down, routing, activation, on_input, shared_expert)
+        self._plan = MoePlan(gate_up, down, selection, activation, on_input, shared_expert)
 
     def __repr__(self) -> str:
         return (
