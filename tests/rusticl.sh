@@ -40,5 +40,5 @@ if [ $# = 0 ]; then
 fi
 limit=${RUSTICL_SECONDS:-600}
 # The command that never returned on Mesa 22.3 while queues were not flushed.
-timeout "$limit" "$python" -m marlin_cy run --backend opencl
+timeout "$limit" "$python" -m marlin_cy run --backend opencl --tokens 1
 timeout "$limit" "$python" -m pytest -q -p no:cacheprovider "$@"
