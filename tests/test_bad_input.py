@@ -297,6 +297,7 @@ def buffer_cases():
                 yield call, f"host-{name}-{number}", (name, *case)
 
 
+@pytest.mark.sampled(44)
 @pytest.mark.parametrize(("call", "name", "wrong", "exception", "message"), table(buffer_cases()), indirect=["call"])
 def test_buffers(call, name, wrong, exception, message):
     # A missing row may be missed by the argument that counts them.

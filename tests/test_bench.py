@@ -78,6 +78,7 @@ def test_a_sweep_can_be_of_products_or_of_layers_alone(tmp_path, command, kind):
     assert {row["kind"] for row in document["results"]} == {kind}
 
 
+@pytest.mark.sweep
 @needs_opencl
 def test_opencl_sweep_measures_products_and_layers(tmp_path):
     document = run_quickly(tmp_path, "opencl sweep", "--tiers", "portable")
@@ -96,6 +97,7 @@ def test_opencl_sweep_measures_products_and_layers(tmp_path):
         assert row["gflops"] > 0
 
 
+@pytest.mark.sweep
 @needs_opencl
 def test_opencl_show_has_every_part(tmp_path):
     document = run_quickly(tmp_path, "opencl show", "--tiers", "best,portable")
@@ -149,6 +151,7 @@ def test_wrong_options_are_refused(arguments, message):
     assert message in finished.stderr
 
 
+@pytest.mark.sweep
 def test_whole_models(tmp_path):
     """The parts that need no PyTorch, on a model of one layer."""
     output = tmp_path / "result.json"

@@ -228,6 +228,7 @@ def test_run_on_opencl_json(capsys):
         assert layer["copy_share"] == pytest.approx(rate / report["copy_bandwidth_bytes_per_second"])
 
 
+@pytest.mark.sweep
 @needs_opencl
 def test_run_on_opencl_table(capsys):
     assert cli.main(["run", "--backend", "opencl", "--repeat", "2", "--tokens", "3", "--device", "0"]) == 0
@@ -237,6 +238,7 @@ def test_run_on_opencl_table(capsys):
     assert "all layers within it" in out
 
 
+@pytest.mark.sampled(1)
 @needs_opencl
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_run_on_opencl_bounds_errors_by_dtype(capsys, save_activations, dtype):

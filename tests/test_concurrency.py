@@ -212,6 +212,7 @@ print("done")
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize(
     "code",
@@ -410,6 +411,7 @@ def measured(source, calls, warm_up, backend="'cpu'"):
 WATCHED = ["of_all", *(f"of_one({name!r})" for name in ("batched", "vllm", "layer", "batched, refused", "context"))]
 
 
+@pytest.mark.sampled(2)
 @watches_memory
 @pytest.mark.parametrize("source", WATCHED)
 def test_ten_thousand_calls_leave_nothing(source):
@@ -418,6 +420,7 @@ def test_ten_thousand_calls_leave_nothing(source):
     assert resident < 1 << 20
 
 
+@pytest.mark.sampled(1)
 @watches_memory
 @pytest.mark.parametrize("source", [*WATCHED, "of_one('load')"])
 def test_calls_of_a_device_leave_nothing(device_alone, source):

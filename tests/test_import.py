@@ -16,13 +16,7 @@ def python(code):
     return done.stdout
 
 
-def test_import_is_quick():
-    code = "import time; start = time.perf_counter(); import marlin_cy; print(time.perf_counter() - start)"
-    seconds = min(float(python(code)) for _ in range(5))
-    assert seconds < 0.3
-
-
-@pytest.mark.parametrize("module", ["torch", "pyopencl", "rich"])
+@pytest.mark.parametrize("module", ["torch", "pyopencl", "rich", "safetensors", "importlib.metadata", "marlin_cy.cpu", "marlin_cy.opencl"])
 def test_import_leaves_alone(module):
     assert python(f"import sys, marlin_cy; print({module!r} in sys.modules)") == "False\n"
 

@@ -22,6 +22,7 @@ def test_ci_has_pytorch_and_transformers():
     assert find_spec("transformers")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 @pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["perplexity"]], ids=lambda words: words[0])
 def test_command_says_what_to_install(missing, command):

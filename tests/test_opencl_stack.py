@@ -349,6 +349,7 @@ class TestThreads:
 
 
 class TestParts:
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("parts", [2, 4, 8])
     def test_same_results(self, portable, rng, parts):
         problem = random_problem(rng, 7, 64, 16, 32)
@@ -388,6 +389,7 @@ def with_configuration(backend, configuration):
 class TestConfigurations:
     """Those for GPUs work on any device, and K may be split."""
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize(
         "configuration",
         [

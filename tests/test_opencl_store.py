@@ -105,6 +105,7 @@ class TestLayout:
 
 @each_device
 class TestPacking:
+    @pytest.mark.sampled(24)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
     @pytest.mark.parametrize(("k", "n"), [(32, 8), (96, 24), (288, 40), (352, 16)])
@@ -113,6 +114,7 @@ class TestPacking:
         problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
         assert_packed(runtime, store_of(runtime, problem), problem)
 
+    @pytest.mark.sampled(12)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, -1])
     @pytest.mark.parametrize("kind", WEIGHT_KINDS)

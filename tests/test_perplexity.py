@@ -63,6 +63,7 @@ def test_dense_is_as_recorded(reference):
     assert reference == pytest.approx(RECORDED, abs=5e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("compute_dtype", "bound"), [("int16", 2e-4), ("int8", 5e-3)])
 def test_on_the_cpu(reference, tokens, compute_dtype, bound):
     packed = load(FOLDER, dtype="float32", num_threads=1, compute_dtype=compute_dtype)
@@ -116,6 +117,7 @@ def test_json(run):
     assert result["seconds"] > 0
 
 
+@pytest.mark.sweep
 def test_compare(run, monkeypatch):
     """All in one run; without OpenCL it says so."""
 
