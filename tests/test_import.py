@@ -16,7 +16,9 @@ def python(code):
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["torch", "pyopencl", "rich", "safetensors", "importlib.metadata", "marlin_cy.cpu", "marlin_cy.opencl"])
+@pytest.mark.parametrize(
+    "module", ["torch", "pyopencl", "rich", "safetensors", "importlib.metadata", "marlin_cy.cpu", "marlin_cy.opencl"]
+)
 def test_import_leaves_alone(module):
     assert python(f"import sys, marlin_cy; print({module!r} in sys.modules)") == "False\n"
 
