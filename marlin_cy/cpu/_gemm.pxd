@@ -41,7 +41,7 @@ cdef struct gemm_job:
     int out_dtype
     int64_t out_width           # elements from one output row to the next
     const float *bias           # added before the activation; NULL for none
-    int64_t bias_stride         # elements from one expert's bias to the next's; 0: the bias is indexed like an output row
+    int64_t bias_stride         # elements from one expert's bias to the next's; 0: one bias, indexed as an output row
     # The rows, as in row_plan and quantize_job; multiply sets them.
     const int8_t *a
     const act_meta *meta

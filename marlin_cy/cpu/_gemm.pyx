@@ -7,10 +7,10 @@
    micro-kernel sums it in float32 in the thread's own scratch;
 3. *finish*: the epilogue adds the bias or applies the activation, converts, and writes the rows to the output.
 
-K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chunks in ascending order. With too few items
-to keep the threads busy, each chunk is an item of its own (split-K) and leaves its sums in a slot of the workspace; the
-thread that finishes an item's last chunk adds the chunks up. The order of additions is the same, so the bits do not
-depend on the number of threads.
+K is summed in chunks of ``CHUNK_K`` values: each chunk from zero, then the chunks in ascending order. With too few
+items to keep the threads busy, each chunk is an item of its own (split-K) and leaves its sums in a slot of the
+workspace; the thread that finishes an item's last chunk adds the chunks up. The order of additions is the same, so the
+bits do not depend on the number of threads.
 """
 
 from cython.parallel cimport prange
@@ -73,7 +73,7 @@ cdef void set_columns(gemm_job *job, const column_range *ranges, int64_t count) 
 
 
 cdef void set_activation(gemm_job *job, int64_t inner, int activation) noexcept:
-    """Apply an activation to ``inner`` gates and ``inner`` ups. A panel is a tile of gates and the tile of their ups."""
+    """Apply an activation to ``inner`` gates and ups. A panel is a tile of gates and the tile of their ups."""
     job.inner = job.out_width = inner
     job.panels = (inner + TILE_N - 1) // TILE_N
     job.activation = activation

@@ -132,7 +132,7 @@ def linear(Workspace workspace, CpuGptqStore store, input, output, int64_t m, in
     """
     cdef matrix inp = float_matrix(input, "input", store.k, False)
     cdef matrix out = float_matrix(output, "out", width, True)
-    cdef int64_t first = column_offset // store.n, last = (column_offset + width - 1) // store.n, expert
+    cdef int64_t first = column_offset // store.n, last = (column_offset + width - 1) // store.n
     cdef view_plan view
     cdef product job
     refuse_overlap(out, inp, "out")
