@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from marlin_cy.arguments import integer
-from marlin_cy.cpu._workspace import available_cpus
 
 __all__ = ["MAX_THREADS", "checked_num_threads", "cpu_quota", "default_num_threads"]
 
@@ -49,6 +48,9 @@ def default_num_threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) > 0:
         return min(int(wanted), MAX_THREADS)
+    # Imported here: the CPU backend imports this module.
+    from marlin_cy.cpu._workspace import available_cpus
+
     cpus = available_cpus()
     quota = cpu_quota()
     if quota is not None:
