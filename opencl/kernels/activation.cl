@@ -22,14 +22,14 @@
 #if ACTIVATION == ACTIVATION_SILU
 #define ACTIVATED(type) gate / (1 + exp(-gate)) * up
 #elif ACTIVATION == ACTIVATION_GELU
-#define ACTIVATED(type) 0.5f * gate * erfc(-M_SQRT1_2_F * gate) * up
+#define ACTIVATED(type) 0.5f * gate *erfc(-M_SQRT1_2_F *gate) * up
 #elif ACTIVATION == ACTIVATION_GELU_TANH // 2 * sqrt(2 / pi), and 0.044715 times as much
 #define ACTIVATED(type) gate / (1 + exp(gate * (-1.5957691f - 0.07135482f * gate * gate))) * up
 #elif ACTIVATION == ACTIVATION_SWIGLUOAI // with comparisons, which keep a NaN
 #define AT_MOST(x, limit, type) ((x) > (limit) ? (type)(limit) : (x))
 #define AT_LEAST(x, limit, type) ((x) < (limit) ? (type)(limit) : (x))
-#define ACTIVATED(type)                                                                              \
-    (gate = AT_MOST(gate, 7.0f, type), up = AT_LEAST(AT_MOST(up, 7.0f, type), -7.0f, type),          \
+#define ACTIVATED(type)                                                                     \
+    (gate = AT_MOST(gate, 7.0f, type), up = AT_LEAST(AT_MOST(up, 7.0f, type), -7.0f, type), \
      gate / (1 + exp(-1.702f * gate)) * (up + 1))
 #elif ACTIVATION != ACTIVATION_NONE
 #error "activation.cl has no branch for this ACTIVATION"

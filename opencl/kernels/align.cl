@@ -48,13 +48,13 @@ static inline void load_experts(uint experts[4], __global const int *ids, uint p
 //   past         int32 [1]: slots in use
 //   counts       local uint [num_experts]
 // The number of slots is below 2^31.
-#define ALIGN_ARGS                                                                                   \
+#define ALIGN_ARGS                                                                                      \
     __global const int *restrict ids, const ulong ids_offset, const uint pairs, const uint num_experts, \
-        const uint block_size, __global int *restrict sorted_ids, const ulong sorted_offset,         \
-        __global int *restrict expert_ids, const ulong expert_offset, __global int *restrict past,   \
+        const uint block_size, __global int *restrict sorted_ids, const ulong sorted_offset,            \
+        __global int *restrict expert_ids, const ulong expert_offset, __global int *restrict past,      \
         const ulong past_offset, __local uint *restrict counts
 // The arguments of ALIGN_ARGS that align_expert takes.
-#define ALIGN_NAMES                                                                                  \
+#define ALIGN_NAMES                                                                                           \
     ids + ids_offset, pairs, num_experts, block_size, sorted_ids + sorted_offset, expert_ids + expert_offset, \
         past + past_offset, counts
 
@@ -62,10 +62,12 @@ static inline void load_experts(uint experts[4], __global const int *ids, uint p
 //   marks         local uint [TILE_WORDS]
 //   sums          local uint [ALIGN_ITEMS]
 //   first_block   local uint [1]
-__attribute__((always_inline)) static inline void align_expert(
-    uint expert, __global const int *ids, uint pairs, uint num_experts, uint block_size, __global int *sorted_ids,
-    __global int *expert_ids, __global int *past, __local uint *counts, __local uint *marks, __local uint *sums,
-    __local uint *first_block)
+__attribute__((always_inline)) static inline void align_expert(uint expert, __global const int *ids, uint pairs,
+                                                               uint num_experts, uint block_size,
+                                                               __global int *sorted_ids, __global int *expert_ids,
+                                                               __global int *past, __local uint *counts,
+                                                               __local uint *marks, __local uint *sums,
+                                                               __local uint *first_block)
 {
     const uint me = get_local_id(0);
     for (uint e = me; e < num_experts; e += ALIGN_ITEMS)
@@ -121,8 +123,7 @@ __attribute__((always_inline)) static inline void align_expert(
         *past = (int)((first + blocks) * block_size);
 }
 
-__attribute__((reqd_work_group_size(ALIGN_ITEMS, 1, 1)))
-__kernel void align(ALIGN_ARGS)
+__attribute__((reqd_work_group_size(ALIGN_ITEMS, 1, 1))) __kernel void align(ALIGN_ARGS)
 {
     __local uint marks[TILE_WORDS], sums[ALIGN_ITEMS], first_block;
     align_expert(get_group_id(0), ALIGN_NAMES, marks, sums, &first_block);
@@ -132,9 +133,10 @@ __kernel void align(ALIGN_ARGS)
 //   counts   local uint4 [num_experts / 4, rounded up]
 //   marks    local uint [num_experts][ceil(pairs / 32) | 1]: one bit for each pair. The odd number of words spreads the
 //            experts over the banks of local memory
-__attribute__((always_inline)) static inline void align_few(
-    __global const int *ids, uint pairs, uint num_experts, uint block_size, __global int *sorted_ids,
-    __global int *expert_ids, __global int *past, __local uint4 *counts, __local uint *marks)
+__attribute__((always_inline)) static inline void align_few(__global const int *ids, uint pairs, uint num_experts,
+                                                            uint block_size, __global int *sorted_ids,
+                                                            __global int *expert_ids, __global int *past,
+                                                            __local uint4 *counts, __local uint *marks)
 {
     __local uint *blocks_of = (__local uint *)counts;
     const uint me = get_local_id(0), items = get_local_size(0), words = (pairs + 31) / 32, stride = words | 1;

@@ -8,8 +8,7 @@
 #error "align_prepare.cl needs GATHER_NO_ORDER or GATHER_ONE_ORDER"
 #endif
 
-__attribute__((reqd_work_group_size(ALIGN_ITEMS, 1, 1)))
-__kernel void align_prepare(ALIGN_ARGS, PREPARE_ARGS)
+__attribute__((reqd_work_group_size(ALIGN_ITEMS, 1, 1))) __kernel void align_prepare(ALIGN_ARGS, PREPARE_ARGS)
 {
     __local uint marks[TILE_WORDS], sums[ALIGN_ITEMS], first_block;
     const uint group = get_group_id(0);
@@ -17,7 +16,6 @@ __kernel void align_prepare(ALIGN_ARGS, PREPARE_ARGS)
         align_expert(group, ALIGN_NAMES, marks, sums, &first_block);
     } else {
         const uint row = group - num_experts;
-        prepare_row(row, row, input + input_offset, output, row_factor, k_in, k_out, order, sums,
-                    (__local int *)marks);
+        prepare_row(row, row, input + input_offset, output, row_factor, k_in, k_out, order, sums, (__local int *)marks);
     }
 }

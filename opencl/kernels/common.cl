@@ -82,9 +82,9 @@ static inline float8 bfloat16s_to_float8(uint4 bits)
     return as_float8((uint8)(even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w));
 }
 
-#define DEFINE_LOAD(code, body1, body8)                                                              \
-    static inline float JOIN(load_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body1; }   \
-    static inline float8 JOIN(load8_, code)(__global const JOIN(TYPE_, code) *p, ulong i) { return body8; }
+#define DEFINE_LOAD(code, body1, body8)                                                                    \
+    static inline float JOIN(load_, code)(__global const JOIN(TYPE_, code) * p, ulong i) { return body1; } \
+    static inline float8 JOIN(load8_, code)(__global const JOIN(TYPE_, code) * p, ulong i) { return body8; }
 #if ALIGNED // loads of uint4, as compilers split a load of eight shorts
 DEFINE_LOAD(0, p[i], (float8)(((__global const float4 *)(p + i))[0], ((__global const float4 *)(p + i))[1]))
 DEFINE_LOAD(1, vload_half(i, p), halves_to_float8(*(__global const uint4 *)(p + i)))
@@ -141,18 +141,17 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 #define WEIGHT_PARTS __global const uint *restrict w0, __global const uint *restrict w1
 #define PART_OF(part) ((part) == 0 ? w0 : w1)
 #elif PARTS == 4
-#define WEIGHT_PARTS                                                                                 \
-    __global const uint *restrict w0, __global const uint *restrict w1,                              \
-        __global const uint *restrict w2, __global const uint *restrict w3
+#define WEIGHT_PARTS                                                                                      \
+    __global const uint *restrict w0, __global const uint *restrict w1, __global const uint *restrict w2, \
+        __global const uint *restrict w3
 #define PART_OF(part) ((part) < 2 ? ((part) == 0 ? w0 : w1) : ((part) == 2 ? w2 : w3))
 #elif PARTS == 8
-#define WEIGHT_PARTS                                                                                 \
-    __global const uint *restrict w0, __global const uint *restrict w1,                              \
-        __global const uint *restrict w2, __global const uint *restrict w3,                          \
-        __global const uint *restrict w4, __global const uint *restrict w5,                          \
+#define WEIGHT_PARTS                                                                                          \
+    __global const uint *restrict w0, __global const uint *restrict w1, __global const uint *restrict w2,     \
+        __global const uint *restrict w3, __global const uint *restrict w4, __global const uint *restrict w5, \
         __global const uint *restrict w6, __global const uint *restrict w7
-#define PART_OF(part)                                                                                \
-    ((part) < 4 ? ((part) < 2 ? ((part) == 0 ? w0 : w1) : ((part) == 2 ? w2 : w3))                   \
+#define PART_OF(part)                                                              \
+    ((part) < 4 ? ((part) < 2 ? ((part) == 0 ? w0 : w1) : ((part) == 2 ? w2 : w3)) \
                 : ((part) < 6 ? ((part) == 4 ? w4 : w5) : ((part) == 6 ? w6 : w7)))
 #else
 #error "PARTS must be 1, 2, 4 or 8"
@@ -167,15 +166,14 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //   weight_factor, tiny_factor
 //                      powers of two by which every product is multiplied at the end. Their product may be below the
 //                      smallest float. tiny_factor is 1 unless the stack's scales are below 2^-105
-#define WEIGHT_ARGS                                                                                  \
-    WEIGHT_PARTS, const uint num_experts, const uint experts_per_part, const ulong expert_words,     \
-        const uint k, const uint n, const uint groups, const uint group_shift, const float weight_factor, \
-        const float tiny_factor
+#define WEIGHT_ARGS                                                                                            \
+    WEIGHT_PARTS, const uint num_experts, const uint experts_per_part, const ulong expert_words, const uint k, \
+        const uint n, const uint groups, const uint group_shift, const float weight_factor, const float tiny_factor
 
 #if PARTS == 1
 #define EXPERT_BASE(expert) (w0 + (uint)(expert) * expert_words)
 #else
-#define EXPERT_BASE(expert)                                                                          \
+#define EXPERT_BASE(expert) \
     (PART_OF((uint)(expert) / experts_per_part) + ((uint)(expert) % experts_per_part) * expert_words)
 #endif
 #define STRIPS ((n + STRIP_N - 1) / STRIP_N)
@@ -202,18 +200,17 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //   past, past_limit   slots in use: *past, at most past_limit
 //   valid              ids below this are rows, others are padding
 //   slot_input         1: slot s reads input row s, as rows were gathered by slot; 0: id i reads input row i / top_k
-#define WORK_ARGS                                                                                    \
-    __global const int *restrict sorted_ids, const ulong sorted_offset,                              \
-        __global const int *restrict expert_ids, const ulong expert_offset,                          \
-        __global const int *restrict past, const ulong past_offset, const int past_limit,            \
+#define WORK_ARGS                                                                                                    \
+    __global const int *restrict sorted_ids, const ulong sorted_offset, __global const int *restrict expert_ids,     \
+        const ulong expert_offset, __global const int *restrict past, const ulong past_offset, const int past_limit, \
         const int valid, const int block_size, const int top_k, const int slot_input
-#define WORK                                                                                         \
-    sorted_ids + sorted_offset, expert_ids + expert_offset, past + past_offset, past_limit, valid,   \
-        block_size, top_k, slot_input
-#define WORK_PARAMS                                                                                  \
-    __global const int *restrict sorted_ids, __global const int *restrict expert_ids,                \
-        __global const int *restrict past, const int past_limit, const int valid,                    \
-        const int block_size, const int top_k, const int slot_input
+#define WORK                                                                                                          \
+    sorted_ids + sorted_offset, expert_ids + expert_offset, past + past_offset, past_limit, valid, block_size, top_k, \
+        slot_input
+#define WORK_PARAMS                                                                                     \
+    __global const int *restrict sorted_ids, __global const int *restrict expert_ids,                   \
+        __global const int *restrict past, const int past_limit, const int valid, const int block_size, \
+        const int top_k, const int slot_input
 #define WORK_NAMES sorted_ids, expert_ids, past, past_limit, valid, block_size, top_k, slot_input
 #else
 #define WORK_ARGS __global const int *restrict list, const int listed
@@ -308,8 +305,8 @@ static inline int2 row_of(Tile tile, int r, WORK_PARAMS)
 //   bias                 float32: BIAS_OF_OUTPUT [output columns], BIAS_OF_EXPERT [num_experts][n]
 //   partial, splits      K is cut into `splits` runs; their sums go to `partial`, and reduce_splits adds them
 //   tiles_capacity       upper bound of the number of row tiles
-#define GEMM_ARGS                                                                                    \
-    WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                     \
-        __global const float *restrict row_factor, __global OUTPUT *restrict output,                 \
-        const ulong output_offset, const uint output_stride, __global const float *restrict bias,    \
-        __global float *restrict partial, const uint tiles_capacity, const int splits, WORK_ARGS
+#define GEMM_ARGS                                                                                               \
+    WEIGHT_ARGS, __global const INPUT *restrict input, const ulong input_offset,                                \
+        __global const float *restrict row_factor, __global OUTPUT *restrict output, const ulong output_offset, \
+        const uint output_stride, __global const float *restrict bias, __global float *restrict partial,        \
+        const uint tiles_capacity, const int splits, WORK_ARGS

@@ -106,24 +106,23 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
 }
 
 // Stores output o of the tile whose first strip is first_strip. row: row_of(tile, OUTPUT_ROW(o), WORK).
-#define STORE_SUM(o, row, sum)                                                                       \
-    {                                                                                                \
-        const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                \
-        if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {          \
-            const uint to = tile.out_column + (column - tile.column);                                \
+#define STORE_SUM(o, row, sum)                                                                           \
+    {                                                                                                    \
+        const uint column = STRIP_N * first_strip + OUTPUT_COLUMN(o);                                    \
+        if ((row).y >= 0 && column >= tile.column && column < tile.column + tile.columns) {              \
+            const uint to = tile.out_column + (column - tile.column);                                    \
             const float result = (sum) * (weight_factor * (column & 8 ? 1 / ODD_UNIT : 1 / EVEN_UNIT)) * \
-                                 (ROW_FACTOR ? tiny_factor * row_factor[(row).x] : tiny_factor);     \
-            if (SPLIT)                                                                               \
-                partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                 \
-            else                                                                                     \
-                store_output(BIAS ? result + BIAS_AT(tile, to) : result, output,                     \
-                             output_offset + (ulong)(row).y * output_stride + to);                   \
-        }                                                                                            \
+                                 (ROW_FACTOR ? tiny_factor * row_factor[(row).x] : tiny_factor);         \
+            if (SPLIT)                                                                                   \
+                partial[PARTIAL_AT(OUTPUT_ROW(o), column)] = result;                                     \
+            else                                                                                         \
+                store_output(BIAS ? result + BIAS_AT(tile, to) : result, output,                         \
+                             output_offset + (ulong)(row).y * output_stride + to);                       \
+        }                                                                                                \
     }
 
 // The place in `partial` of the sum for row r and a column of the expert, over this part of K.
-#define PARTIAL_AT(r, column)                                                                        \
-    ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))
+#define PARTIAL_AT(r, column) ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))
 
 WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
@@ -209,8 +208,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                     scale[h] = half2_to_float2(scales[d][s][h]);
 #pragma unroll
                 for (int i = 0; i < TOKEN_TILES; i++)
-                    total[s][i] = add_block(total[s][i], words[d][s], x[d][i][0], x[d][i][1], token_sums[i], scale,
-                                            zeros[d][s]);
+                    total[s][i] =
+                        add_block(total[s][i], words[d][s], x[d][i][0], x[d][i][1], token_sums[i], scale, zeros[d][s]);
             }
         }
     }

@@ -49,22 +49,21 @@ static inline Source source_of(Expert expert, uint first_strip, uint strips, uin
 
 // Copies one block: words to `to`, scales to `to4` + SCALES_AT, and zeros to `to4` + ZEROS_AT. Zeros are copied as the
 // four bytes that contain the lane's two.
-#define COPY_WEIGHTS(to, to4, source, block)                                                         \
-    {                                                                                                \
-        _Pragma("unroll") for (int s = 0; s < S; s++)                                                \
-            copy_async((to) + s * LANES * 16, (source).words[s] + (block) * LANES);                  \
-        _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                           \
-        {                                                                                            \
-            const uint group = min((BLOCK_K * (block) + 32 * h) >> group_shift, groups - 1) * 8;     \
-            _Pragma("unroll") for (int s = 0; s < S; s++)                                            \
-            {                                                                                        \
-                const uint at = (h * S + s) * LANES * 4;                                             \
-                copy_async4((to4) + SCALES_AT + at, (source).scales[s] + group);                     \
-                if (!SYMMETRIC)                                                                      \
-                    copy_async4((to4) + ZEROS_AT + at,                                               \
-                                (__global const uint *)((source).zeros[s] + group - (g & 1)));       \
-            }                                                                                        \
-        }                                                                                            \
+#define COPY_WEIGHTS(to, to4, source, block)                                                                          \
+    {                                                                                                                 \
+        _Pragma("unroll") for (int s = 0; s < S; s++)                                                                 \
+            copy_async((to) + s * LANES * 16, (source).words[s] + (block) * LANES);                                   \
+        _Pragma("unroll") for (int h = 0; h < HALVES; h++)                                                            \
+        {                                                                                                             \
+            const uint group = min((BLOCK_K * (block) + 32 * h) >> group_shift, groups - 1) * 8;                      \
+            _Pragma("unroll") for (int s = 0; s < S; s++)                                                             \
+            {                                                                                                         \
+                const uint at = (h * S + s) * LANES * 4;                                                              \
+                copy_async4((to4) + SCALES_AT + at, (source).scales[s] + group);                                      \
+                if (!SYMMETRIC)                                                                                       \
+                    copy_async4((to4) + ZEROS_AT + at, (__global const uint *)((source).zeros[s] + group - (g & 1))); \
+            }                                                                                                         \
+        }                                                                                                             \
     }
 
 // Products use float16 weights times WEIGHT_UNIT. The largest stored scale is between 2^14 and 2^15.
@@ -213,23 +212,23 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             for (int i = 0; i < TOKEN_TILES; i++)
                 total[s][i] = (float4)(0);
 
-#define COPY_STAGE(which, stage)                                                                     \
-    {                                                                                                \
-        const uint copied = (which), at = (stage) * STAGE_BYTES;                                     \
-        if (copied < blocks) {                                                                       \
-            const bool exists = BLOCK_K * copied + 8 * chunk < k; /* K may end inside a block */       \
-            _Pragma("unroll") for (int i = 0; i < COPIES; i++)                                       \
-                if (live[i]) {                                                                       \
-                    if (exists)                                                                      \
-                        copy_async(to[i] + at, from[i] + BLOCK_K * copied);                          \
-                    else                                                                             \
-                        *(__local uint4 *)((__local uchar *)stages + (to[i] - stages_at) + at) = (uint4)(0); \
-                }                                                                                    \
-            const LocalAddress mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;  \
-            const LocalAddress mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;  \
-            COPY_WEIGHTS(mine, mine4, source, copied)                                                \
-        }                                                                                            \
-        commit_copies();                                                                             \
+#define COPY_STAGE(which, stage)                                                                         \
+    {                                                                                                    \
+        const uint copied = (which), at = (stage) * STAGE_BYTES;                                         \
+        if (copied < blocks) {                                                                           \
+            const bool exists = BLOCK_K * copied + 8 * chunk < k; /* K may end inside a block */         \
+            _Pragma("unroll") for (int i = 0; i < COPIES; i++) if (live[i])                              \
+            {                                                                                            \
+                if (exists)                                                                              \
+                    copy_async(to[i] + at, from[i] + BLOCK_K * copied);                                  \
+                else                                                                                     \
+                    *(__local uint4 *)((__local uchar *)stages + (to[i] - stages_at) + at) = (uint4)(0); \
+            }                                                                                            \
+            const LocalAddress mine = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 16;      \
+            const LocalAddress mine4 = stages_at + at + TOKEN_BYTES + wave * WAVE_BYTES + lane * 4;      \
+            COPY_WEIGHTS(mine, mine4, source, copied)                                                    \
+        }                                                                                                \
+        commit_copies();                                                                                 \
     }
         barrier(CLK_LOCAL_MEM_FENCE);  // all waves have read the previous tile's stages
 #pragma unroll 1
@@ -237,43 +236,41 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             COPY_STAGE(d, d);
 
         // The products, for a number of token tiles that is known to the compiler.
-#define MULTIPLY(TILES_USED)                                                                         \
-    {                                                                                                \
-        uint stage_index = 0;                                                                        \
-        for (uint block = 0; block < blocks; block++) {                                              \
-            AWAIT_COPIES(DEPTH - 2);                                                                 \
-            barrier(CLK_LOCAL_MEM_FENCE);                                                            \
-            COPY_STAGE(block + DEPTH - 1, stage_index == 0 ? DEPTH - 1 : stage_index - 1);           \
-            __local const uint4 *stage = stages + stage_index * (STAGE_BYTES / 16);                  \
-            __local const uint4 *mine = stage + (TOKEN_BYTES + wave * WAVE_BYTES) / 16;              \
-            __local const uint *mine4 = (__local const uint *)mine + lane;                           \
-            stage_index = stage_index + 1 == DEPTH ? 0 : stage_index + 1;                            \
-            uint4 w[S];                                                                              \
-            Group group[S];                                                                          \
-            _Pragma("unroll") for (int s = 0; s < S; s++) w[s] = mine[s * LANES + lane];             \
-            _Pragma("unroll") for (int half_block = 0; half_block < 2; half_block++)                 \
-            {                                                                                        \
-                uint4 a[S][2];                                                                       \
-                _Pragma("unroll") for (int s = 0; s < S; s++)                                        \
-                {                                                                                    \
-                    if (half_block < HALVES) {                                                       \
-                        const uint at = (half_block * S + s) * LANES;                                \
-                        group[s] = group_of(mine4[SCALES_AT / 4 + at],                               \
-                                            SYMMETRIC ? 0 : MY_ZEROS(mine4[ZEROS_AT / 4 + at]));     \
-                    }                                                                                \
-                    a[s][0] = weights_of(half_block ? w[s].z : w[s].x, group[s]);                    \
-                    a[s][1] = weights_of(half_block ? w[s].w : w[s].y, group[s]);                    \
-                }                                                                                    \
-                _Pragma("unroll") for (int i = 0; i < TILES_USED; i++)                               \
-                {                                                                                    \
-                    const uint4 x = stage[(8 * i + g) * CHUNKS + ((4 * half_block + t) ^ ((g & 1) * 4))]; \
-                    _Pragma("unroll") for (int s = 0; s < S; s++)                                    \
-                        total[s][i] = mma(a[s][0], x.x, x.y, total[s][i]);                           \
-                    _Pragma("unroll") for (int s = 0; s < S; s++)                                    \
-                        total[s][i] = mma(a[s][1], x.z, x.w, total[s][i]);                           \
-                }                                                                                    \
-            }                                                                                        \
-        }                                                                                            \
+#define MULTIPLY(TILES_USED)                                                                                         \
+    {                                                                                                                \
+        uint stage_index = 0;                                                                                        \
+        for (uint block = 0; block < blocks; block++) {                                                              \
+            AWAIT_COPIES(DEPTH - 2);                                                                                 \
+            barrier(CLK_LOCAL_MEM_FENCE);                                                                            \
+            COPY_STAGE(block + DEPTH - 1, stage_index == 0 ? DEPTH - 1 : stage_index - 1);                           \
+            __local const uint4 *stage = stages + stage_index * (STAGE_BYTES / 16);                                  \
+            __local const uint4 *mine = stage + (TOKEN_BYTES + wave * WAVE_BYTES) / 16;                              \
+            __local const uint *mine4 = (__local const uint *)mine + lane;                                           \
+            stage_index = stage_index + 1 == DEPTH ? 0 : stage_index + 1;                                            \
+            uint4 w[S];                                                                                              \
+            Group group[S];                                                                                          \
+            _Pragma("unroll") for (int s = 0; s < S; s++) w[s] = mine[s * LANES + lane];                             \
+            _Pragma("unroll") for (int half_block = 0; half_block < 2; half_block++)                                 \
+            {                                                                                                        \
+                uint4 a[S][2];                                                                                       \
+                _Pragma("unroll") for (int s = 0; s < S; s++)                                                        \
+                {                                                                                                    \
+                    if (half_block < HALVES) {                                                                       \
+                        const uint at = (half_block * S + s) * LANES;                                                \
+                        group[s] =                                                                                   \
+                            group_of(mine4[SCALES_AT / 4 + at], SYMMETRIC ? 0 : MY_ZEROS(mine4[ZEROS_AT / 4 + at])); \
+                    }                                                                                                \
+                    a[s][0] = weights_of(half_block ? w[s].z : w[s].x, group[s]);                                    \
+                    a[s][1] = weights_of(half_block ? w[s].w : w[s].y, group[s]);                                    \
+                }                                                                                                    \
+                _Pragma("unroll") for (int i = 0; i < TILES_USED; i++)                                               \
+                {                                                                                                    \
+                    const uint4 x = stage[(8 * i + g) * CHUNKS + ((4 * half_block + t) ^ ((g & 1) * 4))];            \
+                    _Pragma("unroll") for (int s = 0; s < S; s++) total[s][i] = mma(a[s][0], x.x, x.y, total[s][i]); \
+                    _Pragma("unroll") for (int s = 0; s < S; s++) total[s][i] = mma(a[s][1], x.z, x.w, total[s][i]); \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
     }
 #if TOKEN_TILES >= 4
         if (used <= TOKEN_TILES / 4)

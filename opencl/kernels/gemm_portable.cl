@@ -57,8 +57,7 @@ static inline float add_products(float sum, float8 a, float4 w0, float4 w1)
     return sum;
 }
 
-__attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1)))
-__kernel void gemm(GEMM_ARGS)
+__attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     __local float scratch[SCRATCH_SIZE]; // activations, then sums
     __local int in_rows[ROWS], out_rows[ROWS];
@@ -129,55 +128,55 @@ __kernel void gemm(GEMM_ARGS)
         }
         for (; block < end_block; block += K_WAVES)
 #endif
-        {
-            Block loaded[WAVE_STRIPS];
+            {
+                Block loaded[WAVE_STRIPS];
 #pragma unroll
-            for (int s = 0; s < WAVE_STRIPS; s++)
-                loaded[s] = next[s];
-            if (block + K_WAVES < end_block)
-                load_blocks(next, at, wave_strip, strips, block + K_WAVES, k_blocks, groups, group_shift);
+                for (int s = 0; s < WAVE_STRIPS; s++)
+                    loaded[s] = next[s];
+                if (block + K_WAVES < end_block)
+                    load_blocks(next, at, wave_strip, strips, block + K_WAVES, k_blocks, groups, group_shift);
 
-            float2 scale[WAVE_STRIPS], offset[WAVE_STRIPS];
-            for (int half_block = 0; half_block < 2; half_block++) {
-                const uint row_k = block * BLOCK_K + 32 * half_block;
-                if (row_k >= k || wave_rows <= 0)
-                    break;
-                float4 w[WAVE_STRIPS][4]; // rows 0 to 3 and 4 to 7 of column g, then those of column g + 8
+                float2 scale[WAVE_STRIPS], offset[WAVE_STRIPS];
+                for (int half_block = 0; half_block < 2; half_block++) {
+                    const uint row_k = block * BLOCK_K + 32 * half_block;
+                    if (row_k >= k || wave_rows <= 0)
+                        break;
+                    float4 w[WAVE_STRIPS][4]; // rows 0 to 3 and 4 to 7 of column g, then those of column g + 8
 #pragma unroll
-                for (int s = 0; s < WAVE_STRIPS; s++) {
-                    if (half_block == 0 || group_shift == 5) {
-                        scale[s] = halves_to_float2(half_block ? loaded[s].scales.y : loaded[s].scales.x);
+                    for (int s = 0; s < WAVE_STRIPS; s++) {
+                        if (half_block == 0 || group_shift == 5) {
+                            scale[s] = halves_to_float2(half_block ? loaded[s].scales.y : loaded[s].scales.x);
 #if SYMMETRIC
-                        const float2 zero = SYMMETRIC_ZERO;
+                            const float2 zero = SYMMETRIC_ZERO;
 #else
                         const uint zeros = half_block ? loaded[s].zeros.y : loaded[s].zeros.x;
                         const float2 zero = (float2)(zeros & 255u, zeros >> 8);
 #endif
-                        offset[s] = -((float2)(2048, 128) + zero) * scale[s];
+                            offset[s] = -((float2)(2048, 128) + zero) * scale[s];
+                        }
+                        const uint2 words = half_block ? loaded[s].words.zw : loaded[s].words.xy;
+                        dequantise(words.x, scale[s], offset[s], &w[s][0], &w[s][2]);
+                        dequantise(words.y, scale[s], offset[s], &w[s][1], &w[s][3]);
                     }
-                    const uint2 words = half_block ? loaded[s].words.zw : loaded[s].words.xy;
-                    dequantise(words.x, scale[s], offset[s], &w[s][0], &w[s][2]);
-                    dequantise(words.y, scale[s], offset[s], &w[s][1], &w[s][3]);
-                }
 #pragma unroll UNROLL_STEPS
-                for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
-                    if (step < wave_rows)
+                    for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
+                        if (step < wave_rows)
 #pragma unroll
-                        for (int r = step; r < step + ROW_STEP; r++) {
+                            for (int r = step; r < step + ROW_STEP; r++) {
 #if STAGED
-                            const float8 a = vload8(0, scratch + (r * ROW_WAVES + row_wave) * STAGE_K +
-                                                           k_wave * BLOCK_K + 32 * half_block + 8 * t);
+                                const float8 a = vload8(0, scratch + (r * ROW_WAVES + row_wave) * STAGE_K +
+                                                               k_wave * BLOCK_K + 32 * half_block + 8 * t);
 #else
                             const float8 a = load8_input(input + input_offset, starts[r] + row_k);
 #endif
 #pragma unroll
-                            for (int s = 0; s < WAVE_STRIPS; s++) {
-                                sums[r][2 * s] = add_products(sums[r][2 * s], a, w[s][0], w[s][1]);
-                                sums[r][2 * s + 1] = add_products(sums[r][2 * s + 1], a, w[s][2], w[s][3]);
+                                for (int s = 0; s < WAVE_STRIPS; s++) {
+                                    sums[r][2 * s] = add_products(sums[r][2 * s], a, w[s][0], w[s][1]);
+                                    sums[r][2 * s + 1] = add_products(sums[r][2 * s + 1], a, w[s][2], w[s][3]);
+                                }
                             }
-                        }
+                }
             }
-        }
 #if STAGED
             barrier(CLK_LOCAL_MEM_FENCE);
         }

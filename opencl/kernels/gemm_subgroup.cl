@@ -108,8 +108,7 @@ static inline Part add_products(Part part, Activations a, Weights w)
 
 #endif
 
-__attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1)))
-__kernel void gemm(GEMM_ARGS)
+__attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_ARGS)
 {
     __local float scratch[SUMS_SIZE];
     __local int in_rows[ROWS], out_rows[ROWS];
@@ -234,10 +233,10 @@ __kernel void gemm(GEMM_ARGS)
                             for (int s = 0; s < WAVE_STRIPS; s++) {
 #if DOT
                                 const int2 low = parts[r][2 * s], high = parts[r][2 * s + 1];
-                                sums[r][2 * s] += (float)(256 * low.x + low.y - zero[s].x * row_sum) *
-                                                  (row_scale * scale[s].x);
-                                sums[r][2 * s + 1] += (float)(256 * high.x + high.y - zero[s].y * row_sum) *
-                                                      (row_scale * scale[s].y);
+                                sums[r][2 * s] +=
+                                    (float)(256 * low.x + low.y - zero[s].x * row_sum) * (row_scale * scale[s].x);
+                                sums[r][2 * s + 1] +=
+                                    (float)(256 * high.x + high.y - zero[s].y * row_sum) * (row_scale * scale[s].y);
 #else
                                 sums[r][2 * s] += parts[r][2 * s] * scale[s].x;
                                 sums[r][2 * s + 1] += parts[r][2 * s + 1] * scale[s].y;

@@ -43,9 +43,9 @@ __kernel void weigh_tokens(__global const INPUT *restrict input, const ulong inp
 //   input     INPUT [tokens][width]
 //   gate      float32 [width]
 //   factors   float32 [tokens]
-__attribute__((reqd_work_group_size(FACTOR_ITEMS, 1, 1)))
-__kernel void shared_factor(__global const INPUT *restrict input, const ulong input_offset,
-                            __global const float *restrict gate, __global float *restrict factors, const uint width)
+__attribute__((reqd_work_group_size(FACTOR_ITEMS, 1, 1))) __kernel void shared_factor(
+    __global const INPUT *restrict input, const ulong input_offset, __global const float *restrict gate,
+    __global float *restrict factors, const uint width)
 {
     __local float sums[FACTOR_ITEMS];
     const uint me = get_local_id(0);
@@ -85,10 +85,9 @@ __kernel void shared_factor(__global const INPUT *restrict input, const ulong in
 //   shared    INPUT [tokens][width] (SHARED)
 //   factors   float32 [tokens] (SHARED 2)
 //   output    [tokens][width]
-__kernel void combine(__global const INPUT *restrict input, const ulong input_offset,
-                      __global const int *restrict ids, const ulong ids_offset,
-                      __global const float *restrict weights, const ulong weights_offset, const uint num_experts,
-                      const uint top_k, __global const INPUT *restrict shared,
+__kernel void combine(__global const INPUT *restrict input, const ulong input_offset, __global const int *restrict ids,
+                      const ulong ids_offset, __global const float *restrict weights, const ulong weights_offset,
+                      const uint num_experts, const uint top_k, __global const INPUT *restrict shared,
                       __global const float *restrict factors, __global OUTPUT *restrict output,
                       const ulong output_offset, const uint width, const uint groups_per_token)
 {

@@ -36,8 +36,8 @@ static inline uint eight_rows(__global const uint *words, uint n, __global const
 //   words    [K / 8][n]
 //   rows     [packed_k] from rows_offset on, or NULL
 __kernel void pack_words(__global const uint *restrict words, const uint n, __global const int *restrict rows,
-                         const ulong rows_offset, const uint packed_k, __global uint *restrict packed,
-                         const ulong base, const uint column_offset)
+                         const ulong rows_offset, const uint packed_k, __global uint *restrict packed, const ulong base,
+                         const uint column_offset)
 {
     uint lane = get_global_id(0) % 32;
     uint strip = column_offset / STRIP_N + get_global_id(0) / 32;

@@ -75,7 +75,7 @@
 #define PREPARED JOIN(TYPE_, PREPARED_TYPE)
 #endif
 #define MAX_LOCAL 256
-#define PREPARE_ARGS                                                                                 \
+#define PREPARE_ARGS                                                                                    \
     __global const INPUT *restrict input, const ulong input_offset, __global PREPARED *restrict output, \
         __global float *restrict row_factor, const uint k_in, const uint k_out, __global const int *restrict order
 
@@ -133,9 +133,10 @@ static inline uint plane_word(int v0, int v1, int v2, int v3)
 // Prepares row i from row `from` of the input, by one order; called by a whole work-group. It is always inlined for
 // PoCL: see align.cl.
 //   largest, value_sums   local uint and int [local size]
-__attribute__((always_inline)) static inline void prepare_row(
-    uint i, ulong from, __global const INPUT *input, __global PREPARED *output, __global float *row_factor, uint k_in,
-    uint k_out, __global const int *order, __local uint *largest, __local int *value_sums)
+__attribute__((always_inline)) static inline void prepare_row(uint i, ulong from, __global const INPUT *input,
+                                                              __global PREPARED *output, __global float *row_factor,
+                                                              uint k_in, uint k_out, __global const int *order,
+                                                              __local uint *largest, __local int *value_sums)
 {
     const uint item = get_local_id(0), items = get_local_size(0);
     __global const INPUT *row = input + from * k_in * (ACTIVATION ? 2 : 1);
@@ -167,8 +168,7 @@ __attribute__((always_inline)) static inline void prepare_row(
         }
         if (octet < octets)
             vstore4((uint4)(plane_word(high[0], high[1], high[2], high[3]),
-                            plane_word(high[4], high[5], high[6], high[7]),
-                            plane_word(low[0], low[1], low[2], low[3]),
+                            plane_word(high[4], high[5], high[6], high[7]), plane_word(low[0], low[1], low[2], low[3]),
                             plane_word(low[4], low[5], low[6], low[7])),
                     octet, to);
         value_sums[item] = sum;

@@ -76,6 +76,7 @@ static inline void commit_copies(void) {}
 #define ASM(...)
 #define ORDERED_ASM(...)
 #else
+// clang-format off: it would split the strings and operands of inline assembly
 #define ASM asm
 #define ORDERED_ASM asm volatile
 #endif
@@ -167,4 +168,5 @@ static inline void copy_async4(LocalAddress to, __global const void *from)
 static inline void commit_copies(void) { ORDERED_ASM("cp.async.commit_group;" : : : "memory"); }
 #define AWAIT_COPIES(left) ORDERED_ASM("cp.async.wait_group %0;" : : "n"(left) : "memory")
 
+// clang-format on
 #endif

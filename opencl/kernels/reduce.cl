@@ -5,12 +5,10 @@
 // A work-group takes one row of a row tile at a time. Any local size and any number of work-groups will do. ROWS, BIAS,
 // ROUTED and the work's arguments must be those of the gemm.
 
-__kernel void reduce_splits(
-    const uint num_experts, const uint n,
-    __global OUTPUT *restrict output, const ulong output_offset, const uint output_stride,
-    __global const float *restrict bias,
-    __global const float *restrict partial, const uint tiles_capacity, const int splits,
-    WORK_ARGS)
+__kernel void reduce_splits(const uint num_experts, const uint n, __global OUTPUT *restrict output,
+                            const ulong output_offset, const uint output_stride, __global const float *restrict bias,
+                            __global const float *restrict partial, const uint tiles_capacity, const int splits,
+                            WORK_ARGS)
 {
     const long rows = (long)num_row_tiles(WORK) * ROWS;
     for (long turn = get_group_id(0); turn < rows; turn += get_num_groups(0)) {

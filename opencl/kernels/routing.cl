@@ -58,18 +58,15 @@ static inline float weight_of(float logit, float largest)
 
 #if GROUPING
 // The two largest of four numbers, the larger first. Each pair has its larger number first.
-static inline uint2 two_largest(uint2 a, uint2 b)
-{
-    return (uint2)(max(a.x, b.x), max(min(a.x, b.x), max(a.y, b.y)));
-}
+static inline uint2 two_largest(uint2 a, uint2 b) { return (uint2)(max(a.x, b.x), max(min(a.x, b.x), max(a.y, b.y))); }
 
 // Sets the choices of experts outside the topk_groups best groups to 0. Of equal groups the earlier one is better.
 // `lanes` work-items read one group.
 //   choices   ranks [num_experts]
 //   groups    ranks [num_groups], written here
 __attribute__((always_inline)) static inline void mask_groups(__local uint *choices, __local uint *groups,
-                                                               uint num_experts, uint num_groups, uint topk_groups,
-                                                               __local uint2 *pairs)
+                                                              uint num_experts, uint num_groups, uint topk_groups,
+                                                              __local uint2 *pairs)
 {
     const uint me = get_local_id(0), size = num_experts / num_groups, lanes = max(ROUTE_ITEMS / num_groups, 1u);
     const uint step = ROUTE_ITEMS / lanes, lane = me % lanes;
@@ -118,14 +115,14 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 //   groups         local uint [num_groups] (GROUPING)
 //   picked         local float [top_k]
 // ids is not restrict, as route_align reads ids that other work-groups wrote.
-#define ROUTE_ARGS                                                                                   \
+#define ROUTE_ARGS                                                                                              \
     __global const LOGIT *restrict logits, const ulong logits_offset, const uint num_experts, const uint top_k, \
-        const int normalise, const float factor, __global const float *restrict bias, const uint num_groups, \
-        const uint topk_groups, __global int *ids, const ulong ids_offset,                           \
-        __global float *restrict weights, const ulong weights_offset, __local uint4 *restrict fours, \
-        __local uint *restrict groups, __local float *restrict picked
+        const int normalise, const float factor, __global const float *restrict bias, const uint num_groups,    \
+        const uint topk_groups, __global int *ids, const ulong ids_offset, __global float *restrict weights,    \
+        const ulong weights_offset, __local uint4 *restrict fours, __local uint *restrict groups,               \
+        __local float *restrict picked
 // The arguments of ROUTE_ARGS that route_token takes.
-#define ROUTE_NAMES                                                                                  \
+#define ROUTE_NAMES                                                                                                 \
     logits + logits_offset, num_experts, top_k, normalise, factor, bias, num_groups, topk_groups, ids + ids_offset, \
         weights + weights_offset, fours, groups, picked
 
@@ -220,8 +217,7 @@ __attribute__((always_inline)) static inline void route_token(
     }
 }
 
-__attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1)))
-__kernel void route(ROUTE_ARGS)
+__attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1))) __kernel void route(ROUTE_ARGS)
 {
     __local uint2 pairs[ROUTE_ITEMS];
     route_token(get_group_id(0), ROUTE_NAMES, pairs);

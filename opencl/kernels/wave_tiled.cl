@@ -213,8 +213,9 @@ __attribute__((always_inline)) static inline void add_up_and_store(
     __global const float *row_factor, __global OUTPUT *output, ulong output_offset, uint output_stride,
     __global const float *bias, __global float *partial, uint tiles_capacity)
 {
-    __local float *slice = scratch + ((at.row_wave * COLUMN_WAVES + at.column_wave) * SLICES +
-                                      (SHUFFLE ? at.k_wave : 4 * at.k_wave + at.t)) * SLICE;
+    __local float *slice =
+        scratch +
+        ((at.row_wave * COLUMN_WAVES + at.column_wave) * SLICES + (SHUFFLE ? at.k_wave : 4 * at.k_wave + at.t)) * SLICE;
     for (int first = 0; first * ROW_WAVES < rows; first += REDUCE_ROWS) {
 #pragma unroll UNROLL_ROWS
         for (int r = 0; r < REDUCE_ROWS; r++)
@@ -237,8 +238,7 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             const int out_row = tile_row < ROWS ? out_rows[tile_row] : -1;
             if (out_row < 0 || column < turn.tile.column || column >= turn.end_column)
                 continue;
-            __local const float *term = scratch +
-                                        (from_wave * COLUMN_WAVES + c / WAVE_COLUMNS) * SLICES * SLICE +
+            __local const float *term = scratch + (from_wave * COLUMN_WAVES + c / WAVE_COLUMNS) * SLICES * SLICE +
                                         r * WAVE_COLUMNS + c % WAVE_COLUMNS;
             float sum = 0;
             for (int i_term = 0; i_term < SLICES; i_term++)

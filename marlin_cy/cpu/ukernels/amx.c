@@ -34,9 +34,9 @@
 #include "zmm.h"
 
 #define TARGET __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
-#define KERNEL \
-    static inline __attribute__((         \
-        always_inline, target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define KERNEL                                  \
+    static inline __attribute__((always_inline, \
+                                 target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
 enum {
     REGISTER_ROWS = 16,                  /* tasks of fewer rows use AVX-512, which unpacks weights in registers */
@@ -342,15 +342,16 @@ const isa_descriptor isa_amx = {
     .parent = &isa_avx512vnni,
     .probe = probe,
 #ifdef COMPILER_HAS_AMX
-    .kernels = {
-        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-        .mr = REGISTER_ROWS,
-        /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
+    .kernels =
+        {
+            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .mr = REGISTER_ROWS,
+            /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
          * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256
          * rows takes 1.05 to 1.16 times as long. With mc = 128 it takes 0.95 to 1.1 times as long. */
-        .mc = 96,
-        .min_matrix_rows = REGISTER_ROWS,
-    },
+            .mc = 96,
+            .min_matrix_rows = REGISTER_ROWS,
+        },
 #endif
 };
 #endif

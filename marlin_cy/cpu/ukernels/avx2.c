@@ -203,10 +203,7 @@ TARGET static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t 
     glu_epilogue_sums(dst, row_floats, rows, m, sums, gate_bias, up_bias, activation);
 }
 
-TARGET static void axpy(float *dst, const float *src, float weight, int64_t n)
-{
-    axpy_rows(dst, src, weight, n);
-}
+TARGET static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }
 
 TARGET static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
@@ -255,16 +252,17 @@ const isa_descriptor isa_avx2 = {
     .parent = &isa_generic,
     .probe = probe,
     .peak = peak,
-    .kernels = {
-        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-        .quantize_row = quantize_row,
-        .widen = widen,
-        .narrow = narrow,
-        .store_rows = store_rows,
-        .glu_epilogue = glu_epilogue,
-        .axpy = axpy,
-        .softmax = softmax,
-        .sigmoid = sigmoid,
-    },
+    .kernels =
+        {
+            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .quantize_row = quantize_row,
+            .widen = widen,
+            .narrow = narrow,
+            .store_rows = store_rows,
+            .glu_epilogue = glu_epilogue,
+            .axpy = axpy,
+            .softmax = softmax,
+            .sigmoid = sigmoid,
+        },
 };
 #endif

@@ -155,10 +155,22 @@ KERNEL void some_rows(const gemm_task *task, const group_view *view, int row, in
     case 2: micro_kernel(task, view, row, 2, planes, tiles, source, codes); break;
     case 3: micro_kernel(task, view, row, 3, planes, tiles, source, codes); break;
     case 4: micro_kernel(task, view, row, 4, planes, tiles, source, codes); break;
-    case 5: if (most >= 5) micro_kernel(task, view, row, 5, planes, tiles, source, codes); break;
-    case 6: if (most >= 6) micro_kernel(task, view, row, 6, planes, tiles, source, codes); break;
-    case 7: if (most >= 7) micro_kernel(task, view, row, 7, planes, tiles, source, codes); break;
-    case 8: if (most >= 8) micro_kernel(task, view, row, 8, planes, tiles, source, codes); break;
+    case 5:
+        if (most >= 5)
+            micro_kernel(task, view, row, 5, planes, tiles, source, codes);
+        break;
+    case 6:
+        if (most >= 6)
+            micro_kernel(task, view, row, 6, planes, tiles, source, codes);
+        break;
+    case 7:
+        if (most >= 7)
+            micro_kernel(task, view, row, 7, planes, tiles, source, codes);
+        break;
+    case 8:
+        if (most >= 8)
+            micro_kernel(task, view, row, 8, planes, tiles, source, codes);
+        break;
     }
 }
 
@@ -299,9 +311,10 @@ const isa_descriptor isa_avx512vnni = {
     .parent = &isa_avx2,
     .probe = probe,
     .peak = peak,
-    .kernels = {
-        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-        .quantize_row = quantize_row,
-    },
+    .kernels =
+        {
+            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .quantize_row = quantize_row,
+        },
 };
 #endif

@@ -197,17 +197,19 @@ static isa_support probe(void) { return (isa_support){1, "portable C"}; }
 const isa_descriptor isa_generic = {
     .name = "generic",
     .probe = probe,
-    .kernels = {
-        .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
-        .mr = 8,
-        .mc = 48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */
-        .quantize_row = quantize_row,
-        .widen = widen,
-        .narrow = narrow,
-        .store_rows = store_rows,
-        .glu_epilogue = glu_epilogue,
-        .axpy = axpy,
-        .softmax = softmax,
-        .sigmoid = sigmoid,
-    },
+    .kernels =
+        {
+            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .mr = 8,
+            .mc =
+                48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */
+            .quantize_row = quantize_row,
+            .widen = widen,
+            .narrow = narrow,
+            .store_rows = store_rows,
+            .glu_epilogue = glu_epilogue,
+            .axpy = axpy,
+            .softmax = softmax,
+            .sigmoid = sigmoid,
+        },
 };

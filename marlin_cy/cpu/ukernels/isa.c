@@ -27,7 +27,7 @@ void isa_merge(ukernel_table *table, const isa_descriptor *isa)
         *table = *own;
 #define OVERRIDE(entry) \
     if (own->entry)     \
-        table->entry = own->entry
+    table->entry = own->entry
     for (int codes = 0; codes < CODES_COUNT; codes++)
         for (int planes = 1; planes <= MAX_PLANES; planes++)
             OVERRIDE(gemm[codes][planes - 1]);

@@ -23,7 +23,7 @@ struct isa_descriptor {
     const char *name;
     const isa_descriptor *parent; /* the ISA whose kernels are inherited, and that must be available too; NULL: none */
     isa_probe_fn *probe;
-    peak_fn *peak;         /* NULL if the ISA has no such loop; not inherited */
+    peak_fn *peak; /* NULL if the ISA has no such loop; not inherited */
     ukernel_table kernels; /* own kernels; entries that are NULL or 0 are the parent's */
 };
 

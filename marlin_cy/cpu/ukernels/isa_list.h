@@ -12,8 +12,7 @@
     ROW(avx512vnni)   \
     ROW(amx)
 #else
-#define ISA_LIST(ROW) \
-    ROW(generic)
+#define ISA_LIST(ROW) ROW(generic)
 #endif
 
 #endif

@@ -5,7 +5,6 @@
 #ifndef MARLIN_CY_ROWOPS_H
 #define MARLIN_CY_ROWOPS_H
 
-
 #include <math.h>
 #include <string.h>
 
@@ -120,12 +119,8 @@ ROWOPS void glu_epilogue_sums(float *dst, ptrdiff_t row_floats, const int64_t *r
                               const float *gate_bias, const float *up_bias, int activation)
 {
     switch (activation) {
-    case ACTIVATION_SILU:
-        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SILU);
-        break;
-    case ACTIVATION_GELU:
-        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU);
-        break;
+    case ACTIVATION_SILU: glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SILU); break;
+    case ACTIVATION_GELU: glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU); break;
     case ACTIVATION_GELU_TANH:
         glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_GELU_TANH);
         break;

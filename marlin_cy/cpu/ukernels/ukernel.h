@@ -124,8 +124,8 @@ typedef void gemm_fn(const gemm_task *task);
  *   a NaN or an infinity:     scale = NaN, all values 0
  *
  * a and meta point to the row's entry in group 0. */
-typedef void quantize_row_fn(const float *x, int64_t k, int group_size, int planes, int8_t *a,
-                             ptrdiff_t a_group_stride, act_meta *meta, ptrdiff_t meta_group_stride);
+typedef void quantize_row_fn(const float *x, int64_t k, int group_size, int planes, int8_t *a, ptrdiff_t a_group_stride,
+                             act_meta *meta, ptrdiff_t meta_group_stride);
 
 /* dst[i] = src[i], between float32 and `dtype`; to float16 and bfloat16 rounded to nearest even. */
 typedef void widen_fn(float *dst, const void *src, int dtype, int64_t n);

@@ -19,8 +19,7 @@ enum cpuid_register { CPUID_EAX, CPUID_EBX, CPUID_ECX, CPUID_EDX };
 static inline int cpuid_has(uint32_t leaf, uint32_t subleaf, enum cpuid_register which, uint32_t bits)
 {
     uint32_t registers[4];
-#define READ(subleaf) \
-    __get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])
+#define READ(subleaf) __get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])
     if (subleaf > 0 && (!READ(0) || registers[CPUID_EAX] < subleaf))
         return 0;
     return READ(subleaf) && (registers[which] & bits) == bits;

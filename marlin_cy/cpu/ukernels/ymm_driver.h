@@ -11,10 +11,22 @@ KERNEL void some_rows(const gemm_task *task, const group_view *view, const group
     switch (rows) {
     case 1: micro_kernel(task, view, header, row, 1, planes, source, codes); break;
     case 2: micro_kernel(task, view, header, row, 2, planes, source, codes); break;
-    case 3: if (most >= 3) micro_kernel(task, view, header, row, 3, planes, source, codes); break;
-    case 4: if (most >= 4) micro_kernel(task, view, header, row, 4, planes, source, codes); break;
-    case 5: if (most >= 5) micro_kernel(task, view, header, row, 5, planes, source, codes); break;
-    case 6: if (most >= 6) micro_kernel(task, view, header, row, 6, planes, source, codes); break;
+    case 3:
+        if (most >= 3)
+            micro_kernel(task, view, header, row, 3, planes, source, codes);
+        break;
+    case 4:
+        if (most >= 4)
+            micro_kernel(task, view, header, row, 4, planes, source, codes);
+        break;
+    case 5:
+        if (most >= 5)
+            micro_kernel(task, view, header, row, 5, planes, source, codes);
+        break;
+    case 6:
+        if (most >= 6)
+            micro_kernel(task, view, header, row, 6, planes, source, codes);
+        break;
     }
 }
 
