@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
+from marlin_cy import threads
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
-from marlin_cy.cpu import threads
 from marlin_cy.threads import MAX_THREADS, checked_num_threads, cpu_quota, default_num_threads
 
 V2 = "30 23 0:26 {top} /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -159,7 +159,7 @@ def test_quota_of_this_machine():
 @pytest.fixture
 def sixteen_cpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "available_cpus", lambda: 16)
+    monkeypatch.setattr("marlin_cy.cpu._workspace.available_cpus", lambda: 16)
     monkeypatch.setattr(threads, "cpu_quota", lambda: None)
 
 

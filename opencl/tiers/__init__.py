@@ -1,9 +1,15 @@
 """The tiers by name, from the most special to the most general."""
 
-from marlin_cy.opencl.device import Capabilities
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from marlin_cy.opencl.tiers.configuration import Tier
 from marlin_cy.opencl.tiers.mma import MMA
 from marlin_cy.opencl.tiers.wave_tiled import PORTABLE, SUBGROUP
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.capabilities import Capabilities
 
 __all__ = ["TIERS", "explain", "tier_named"]
 

@@ -4,11 +4,15 @@ A *tier* is a family of kernels with the same signature. A *configuration* is a 
 Each tier has one function that lists the configurations for a product of given sizes, best first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from marlin_cy.opencl.device import Capabilities
+if TYPE_CHECKING:
+    from marlin_cy.opencl.capabilities import Capabilities
+
 
 __all__ = [
     "ALL_TYPES",

@@ -4,9 +4,11 @@
 measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` repeats the measurement.
 """
 
-from dataclasses import replace
+from __future__ import annotations
 
-from marlin_cy.opencl.device import Capabilities
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from marlin_cy.opencl.tiers.configuration import (
     FLOAT16,
     FLOAT16_ROWS,
@@ -16,6 +18,9 @@ from marlin_cy.opencl.tiers.configuration import (
     Tier,
     with_splits,
 )
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.capabilities import Capabilities
 
 __all__ = ["MMA", "direct", "tiled"]
 

@@ -3,10 +3,11 @@
 The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` explain their macros.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
 
-from marlin_cy.opencl.device import Capabilities
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
 from marlin_cy.opencl.tiers.configuration import (
     ALL_TYPES,
     FLOAT32_ROWS,
@@ -19,6 +20,9 @@ from marlin_cy.opencl.tiers.configuration import (
     fitting,
     with_splits,
 )
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.capabilities import Capabilities
 
 __all__ = ["PORTABLE", "SUBGROUP", "staged", "wave_tiled"]
 
