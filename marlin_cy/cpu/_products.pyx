@@ -8,7 +8,7 @@
 
 import numpy as np
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memset
 
 from marlin_cy.cpu._arena cimport arena, carve, take
@@ -28,6 +28,7 @@ from marlin_cy.stacks._dispatches cimport check_disjoint, check_dispatches
 
 cdef enum:
     MAX_INT32 = 0x7fffffff
+    MAX_MARKED = 1 << 16        # output rows: 8 KiB of marks, on the stack
 
 
 cdef struct product:
@@ -172,22 +173,48 @@ cdef int64_t check_blocks(const int32_t[::1] ids, const int32_t[::1] experts, in
                           int64_t num_experts) except -1:
     """How many ids name a row; ids from ``padding`` on are padding, and blocks of expert -1 are skipped."""
     cdef int64_t i, named = 0
+    cdef int32_t repeated
     for i in range(experts.shape[0]):
         if not -1 <= experts[i] < num_experts:
             raise IndexError(f"expert_ids[{i}]: got {experts[i]}, expected -1 to {num_experts - 1}")
-    rows = np.empty(ids.shape[0], np.int32)
-    cdef int32_t[::1] named_ids = rows
     for i in range(ids.shape[0]):
         if ids[i] < 0:
             raise IndexError(f"sorted_token_ids[{i}]: got {ids[i]}, expected 0 or more")
-        if ids[i] < padding and experts[i // block_size] >= 0:
-            named_ids[named] = ids[i]
-            named += 1
-    rows = np.sort(rows[:named])
-    repeated = rows[1:][np.diff(rows) == 0]
-    if len(repeated):
-        raise_repeated(ids, experts, block_size, repeated[0])
+        named += ids[i] < padding and experts[i // block_size] >= 0
+    repeated = first_repeated(ids, experts, block_size, padding, named)
+    if repeated >= 0:
+        raise_repeated(ids, experts, block_size, repeated)
     return named
+
+
+cdef int32_t first_repeated(const int32_t[::1] ids, const int32_t[::1] experts, int64_t block_size, int64_t padding,
+                            int64_t named) except -2:
+    """An id that names a row twice, or -1.
+
+    Ids below ``MAX_MARKED`` are marked in a bitmap, which takes less than a microsecond. Larger ids are sorted, so that
+    the cost depends on how many there are, not on their size.
+    """
+    cdef uint8_t marked[MAX_MARKED // 8]
+    cdef int32_t row
+    cdef int64_t i, count = 0
+    if padding <= MAX_MARKED:
+        memset(marked, 0, (padding + 7) // 8)
+        for i in range(ids.shape[0]):
+            row = ids[i]
+            if row < padding and experts[i // block_size] >= 0:
+                if marked[row >> 3] >> (row & 7) & 1:
+                    return row
+                marked[row >> 3] |= <uint8_t>(1 << (row & 7))
+        return -1
+    rows = np.empty(named, np.int32)
+    cdef int32_t[::1] named_ids = rows
+    for i in range(ids.shape[0]):
+        if ids[i] < padding and experts[i // block_size] >= 0:
+            named_ids[count] = ids[i]
+            count += 1
+    rows.sort()
+    equal = np.flatnonzero(rows[1:] == rows[:-1])
+    return rows[equal[0]] if len(equal) else -1
 
 
 cdef int raise_repeated(const int32_t[::1] ids, const int32_t[::1] experts, int64_t block_size,
