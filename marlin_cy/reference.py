@@ -8,7 +8,7 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -264,8 +264,9 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
 
 def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
     """The scores that one token's weights derive from, and those that choose its experts, ``[num_experts]`` each."""
-    scores: Floats
-    scores = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}[routing.scoring](logits)
+    functions: dict[str, Callable[[Floats], Floats]]
+    functions = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}
+    scores = functions[routing.scoring](logits)
     return scores, scores if routing.correction_bias is None else scores + routing.correction_bias
 
 
@@ -285,7 +286,8 @@ def softmax(x: Floats) -> Floats:
     """``exp(x) / sum(exp(x))``; NaN if no ``x`` is finite."""
     with np.errstate(invalid="ignore"):
         exp: Floats = np.exp(x - x.max())
-    return exp / exp.sum()
+    result: Floats = exp / exp.sum()
+    return result
 
 
 def sigmoid(x: Floats) -> Floats:
