@@ -171,7 +171,8 @@ def gemm(
     multiplicands = np.where(padding, 0, row.multiplicands[q[rows]].astype(np.int64))
     quantised, row_scale = quantize(x, step, compute_dtype)
     values = quantised.astype(np.int64)
-    out = np.zeros((x.shape[0], q.shape[1]), np.float32)
+    out: npt.NDArray[np.float32] = np.zeros((x.shape[0], q.shape[1]), np.float32)
+    sums: npt.NDArray[np.float32]
     with np.errstate(invalid="ignore"):
         for chunk in range(0, order.packed_k, CHUNK_K):
             sums = np.zeros_like(out)
@@ -251,7 +252,7 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
     if np.isnan(logits).any() or np.isinf(logits.max()):
         return np.arange(routing.top_k), np.full(routing.top_k, np.nan)
     scores, choice = routing_scores(logits, routing)
-    experts = np.arange(routing.num_experts)
+    experts: npt.NDArray[Any] = np.arange(routing.num_experts)
     if routing.num_groups > 1:
         group_of = experts // (routing.num_experts // routing.num_groups)
         experts = experts[np.isin(group_of, largest(group_scores(choice, routing), routing.topk_groups))]
