@@ -59,7 +59,8 @@ def number(name: str, value: Any) -> float:
     """``value`` as a float that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not abs(value) <= float(np.finfo(np.float32).max):
+    magnitude: Any = abs(value)  # numbers.Real does not say that its values can be compared with a float
+    if not magnitude <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name}: got {value!r}, expected a finite float32")
     return float(value)
 

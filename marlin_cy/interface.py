@@ -130,8 +130,9 @@ class Backend(CommandLine, ABC):
         """The name of the backend: ``"cpu"``, ``"opencl"``."""
 
     @abstractmethod
-    def new_context(self, **options: Any) -> Context:
-        """A context. Each backend documents its own options."""
+    def new_context(self, *args: Any, **options: Any) -> Context:
+        """A context. Each backend documents its own options, all of which are keywords."""
+        # With `*args` and `**options` of type Any, type checkers accept any parameters of a subclass's method.
 
     @abstractmethod
     def from_host(self, array: npt.NDArray[Any]) -> Buffer:

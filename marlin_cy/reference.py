@@ -8,7 +8,7 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -171,7 +171,8 @@ def gemm(
     multiplicands = np.where(padding, 0, row.multiplicands[q[rows]].astype(np.int64))
     quantised, row_scale = quantize(x, step, compute_dtype)
     values = quantised.astype(np.int64)
-    out = np.zeros((x.shape[0], q.shape[1]), np.float32)
+    out: npt.NDArray[np.float32] = np.zeros((x.shape[0], q.shape[1]), np.float32)
+    sums: npt.NDArray[np.float32]
     with np.errstate(invalid="ignore"):
         for chunk in range(0, order.packed_k, CHUNK_K):
             sums = np.zeros_like(out)
@@ -251,7 +252,7 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
     if np.isnan(logits).any() or np.isinf(logits.max()):
         return np.arange(routing.top_k), np.full(routing.top_k, np.nan)
     scores, choice = routing_scores(logits, routing)
-    experts = np.arange(routing.num_experts)
+    experts: npt.NDArray[Any] = np.arange(routing.num_experts)
     if routing.num_groups > 1:
         group_of = experts // (routing.num_experts // routing.num_groups)
         experts = experts[np.isin(group_of, largest(group_scores(choice, routing), routing.topk_groups))]
@@ -264,8 +265,9 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
 
 def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
     """The scores that one token's weights derive from, and those that choose its experts, ``[num_experts]`` each."""
-    scores: Floats
-    scores = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}[routing.scoring](logits)
+    functions: dict[str, Callable[[Floats], Floats]]
+    functions = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}
+    scores = functions[routing.scoring](logits)
     return scores, scores if routing.correction_bias is None else scores + routing.correction_bias
 
 
@@ -285,7 +287,8 @@ def softmax(x: Floats) -> Floats:
     """``exp(x) / sum(exp(x))``; NaN if no ``x`` is finite."""
     with np.errstate(invalid="ignore"):
         exp: Floats = np.exp(x - x.max())
-    return exp / exp.sum()
+    result: Floats = exp / exp.sum()
+    return result
 
 
 def sigmoid(x: Floats) -> Floats:

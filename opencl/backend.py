@@ -7,7 +7,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from marlin_cy.arguments import integer
 from marlin_cy.errors import BackendUnavailable
 from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.opencl import tiers
-from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues
+from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues, memory_of
 from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.command_line import OpenClCommandLine
 from marlin_cy.opencl.context import OpenClContext
@@ -154,8 +154,8 @@ class OpenClBackend(OpenClCommandLine, Backend):
 
     def _choose_tier(self) -> Tier:
         runtime = self.runtime
-        candidates = tiers.TIERS if self._forced is None else (self._forced,)
-        candidates = [tier for tier in candidates if tier.missing(runtime.capabilities) is None]
+        offered = tiers.TIERS if self._forced is None else (self._forced,)
+        candidates = [tier for tier in offered if tier.missing(runtime.capabilities) is None]
         reasons = []
         for tier in candidates:
             reason = reason_wrong(self._unchecked(tier))
@@ -180,9 +180,10 @@ class OpenClBackend(OpenClCommandLine, Backend):
         """A device array with a copy of ``array``. The copy is complete on return."""
         array = np.ascontiguousarray(array)
         buffer = self.empty(array.shape, array.dtype)
-        if array.size:
+        data = memory_of(buffer)
+        if array.size and data is not None:
             with memory_errors(self.runtime, array.nbytes, f"array of shape {array.shape}"):
-                cl.enqueue_copy(self.runtime.loading_queue, buffer.base_data, as_bytes(array))
+                cl.enqueue_copy(self.runtime.loading_queue, data, as_bytes(array))
         return buffer
 
     def to_host(self, buffer: Array) -> npt.NDArray[Any]:
@@ -190,13 +191,14 @@ class OpenClBackend(OpenClCommandLine, Backend):
         array_info(buffer, "buffer", self.runtime.context)
         check_contiguous(buffer, "buffer")
         host = np.empty(buffer.shape, buffer.dtype)
-        if host.size:
+        data = memory_of(buffer)
+        if host.size and data is not None:
             with driver_errors(self.runtime):
                 flush_queues(buffer.events)
                 cl.enqueue_copy(
                     self.runtime.loading_queue,
                     as_bytes(host),
-                    buffer.base_data,
+                    data,
                     src_offset=buffer.offset,
                     wait_for=buffer.events or None,
                 )
@@ -223,7 +225,7 @@ class OpenClBackend(OpenClCommandLine, Backend):
         )
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
-        return OpenClLinear(stack, 0, stack.n_per_expert, bias)
+        return OpenClLinear(cast(OpenClMarlinExpertStack, stack), 0, stack.n_per_expert, bias)
 
     def route(self, ctx: Context, router_logits: Array, routing: Routing) -> tuple[Array, Array]:
         ids, weights = route(opencl_context(ctx), router_logits, routing)

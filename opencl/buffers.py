@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "flush_queues",
     "int32_vector",
     "mark_written",
+    "memory_of",
     "refuse_overlap",
     "wait_list",
 ]
@@ -43,7 +44,7 @@ MAX_INT32 = 2**31 - 1
 class Rows(NamedTuple):
     """An array as rows of ``width`` floats."""
 
-    data: cl.MemoryObjectHolder | None  # None where there are no elements
+    data: cl.Buffer | None  # None where there are no elements
     offset: int  # elements before the first
     type_code: int
     rows: int
@@ -53,7 +54,7 @@ class Rows(NamedTuple):
 class Vector(NamedTuple):
     """A contiguous array of int32."""
 
-    data: cl.MemoryObjectHolder | None
+    data: cl.Buffer | None
     offset: int  # elements before the first
     length: int
 
@@ -95,9 +96,10 @@ class ArrayInfo:
                 "is too small for"
             )
         # Two sub-buffers overlap if their ranges in the buffer that both belong to overlap.
-        whole = data.associated_memobject
-        self.whole = (data if whole is None else whole).int_ptr
-        self.begin = array.offset + (0 if whole is None else data.get_info(cl.mem_info.OFFSET))
+        memory: Any = data  # PyOpenCL's annotations lack `associated_memobject`, and the result of `get_info`
+        whole = memory.associated_memobject
+        self.whole = (memory if whole is None else whole).int_ptr
+        self.begin = array.offset + (0 if whole is None else memory.get_info(cl.mem_info.OFFSET))
         self.end = self.begin + array.nbytes
 
     def is_current(self, array: Array, context: cl.Context) -> bool:
@@ -110,6 +112,14 @@ class ArrayInfo:
             and self.dtype is array.dtype
             and self.context is context
         )
+
+
+def memory_of(array: Array) -> cl.Buffer | None:
+    """The buffer of a device array; None if the array has no elements.
+
+    PyOpenCL's arrays may lie in other memory, too. :func:`array_info` refuses those, and this library makes none.
+    """
+    return cast("cl.Buffer | None", array.base_data)
 
 
 def array_info(array: Any, name: str, context: cl.Context) -> ArrayInfo:
@@ -145,7 +155,8 @@ def new_rows(array: Array, name: str, width: int, writeable: bool) -> Rows:
     if len(shape) not in (1, 2):
         raise ValueError(f"{name}: got shape {shape}, expected [rows, {width}] or flat")
     check_contiguous(array, name)
-    if writeable and array.base_data is not None and array.base_data.flags & cl.mem_flags.READ_ONLY:
+    data = memory_of(array)
+    if writeable and data is not None and data.flags & cl.mem_flags.READ_ONLY:
         raise ValueError(f"{name}: got a read-only buffer, expected a writeable one")
     if len(shape) == 2 and shape[1] != width:
         raise ValueError(f"{name}: got shape {shape}, expected [rows, {width}]")
@@ -154,7 +165,7 @@ def new_rows(array: Array, name: str, width: int, writeable: bool) -> Rows:
         raise ValueError(f"{name}: got {array.size} elements, expected a multiple of {width}, the row length")
     if rows > MAX_INT32:
         raise ValueError(f"{name}: got {rows} rows, expected fewer than 2**31")
-    return Rows(array.base_data, array.offset // array.dtype.itemsize, type_code, rows, width)
+    return Rows(data, array.offset // array.dtype.itemsize, type_code, rows, width)
 
 
 def check_contiguous(array: Array, name: str) -> None:
@@ -173,7 +184,7 @@ def int32_vector(array: Any, name: str, context: cl.Context) -> Vector:
             raise ValueError(
                 f"{name}: got shape {array.shape} with strides {array.strides}, expected a contiguous vector"
             )
-        found.vector = Vector(array.base_data, array.offset // 4, array.size)
+        found.vector = Vector(memory_of(array), array.offset // 4, array.size)
     return found.vector
 
 

@@ -40,7 +40,8 @@ def cache_folder() -> Path | None:
     """
     named = os.environ.get(CACHE_VARIABLE)
     if named is None:
-        return platformdirs.user_cache_path("marlin_cy", appauthor=False) / "opencl"
+        default: Path = platformdirs.user_cache_path("marlin_cy", appauthor=False)
+        return default / "opencl"
     return Path(named).expanduser() / "opencl" if named else None
 
 

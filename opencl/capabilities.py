@@ -144,6 +144,7 @@ def _listed(device: cl.Device, query: str) -> list[Any]:
     if version_of(device.version) < (3, 0):
         return []
     try:
-        return list(device.get_info(getattr(cl.device_info, query)))
+        listed: Any = device.get_info(getattr(cl.device_info, query))  # typed `object`
+        return list(listed)
     except cl.Error:
         return []

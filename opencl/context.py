@@ -63,9 +63,9 @@ class OpenClContext(Context):
         runtime = backend.runtime
         refuse_forked()
         if queue is None:
-            properties = cl.command_queue_properties.PROFILING_ENABLE if profiling else 0
+            options = {"properties": cl.command_queue_properties.PROFILING_ENABLE} if profiling else {}
             with driver_errors(runtime):
-                queue = cl.CommandQueue(runtime.context, runtime.device, properties=properties)
+                queue = cl.CommandQueue(runtime.context, runtime.device, **options)
         check_queue(queue, runtime)
         if profiling and not queue.properties & cl.command_queue_properties.PROFILING_ENABLE:
             raise ValueError(

@@ -68,7 +68,7 @@ def zeroed_buffers(runtime: Memory, sizes: Sequence[int], what: str) -> list[cl.
             for size in sizes:
                 buffers.append(cl.Buffer(runtime.context, cl.mem_flags.READ_WRITE, size))
                 with runtime.loading_lock:
-                    cl.enqueue_fill_buffer(runtime.loading_queue, buffers[-1], np.uint32(0), 0, size)
+                    cl.enqueue_fill_buffer(runtime.loading_queue, buffers[-1], b"\0" * 4, 0, size)
                     runtime.loading_queue.finish()
     except BaseException:
         for buffer in buffers:
@@ -122,7 +122,8 @@ def too_little_memory(runtime: Memory, problem: str) -> DeviceMemoryError:
     found = capabilities(runtime.device)
     there = f"{found.global_memory} bytes"
     if "cl_amd_device_attribute_query" in found.extensions:
-        there += f", {1024 * runtime.device.global_free_memory_amd[0]} of them free"
+        free: Any = runtime.device.global_free_memory_amd  # a list; PyOpenCL's annotation says int
+        there += f", {1024 * free[0]} of them free"
     elif held := live_stores.nbytes(runtime.device):
         there += f", of which packed weights hold {held}"
     return DeviceMemoryError(f"{problem}; {found.name} has {there}, in buffers of at most {runtime.max_alloc_bytes}")

@@ -223,13 +223,15 @@ class ProgramCache:
         with warnings.catch_warnings():
             # Some compilers (Intel's) print a log even when nothing is wrong.
             warnings.filterwarnings("ignore", "Non-empty compiler output", cl.CompilerWarning)
-            return program.build(list(options), devices=[self._device], **how)
+            built: cl.Program = program.build(list(options), devices=[self._device], **how)
+            return built
 
     def _save(self, path: Path | None, key: bytes, program: cl.Program) -> None:
         if path is None or not self._writable:
             return
         # The program is built for one device of the context; the entries of the other devices, if any, are empty.
-        binary = next(filter(None, program.get_info(cl.program_info.BINARIES)), None)
+        binaries: Any = program.get_info(cl.program_info.BINARIES)  # typed `object`
+        binary = next(filter(None, binaries), None)
         if binary is None:  # the driver gives no binaries away
             return
         try:

@@ -47,7 +47,7 @@ def reason_wrong(backend: OpenClBackend) -> str | None:
         return _known[key]
 
 
-def _reason_wrong(backend):
+def _reason_wrong(backend: OpenClBackend) -> str | None:
     try:
         error = relative_error(backend)
     except BuildError as problem:

@@ -13,6 +13,7 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
+from marlin_cy.interface import Context, Dispatches
 from marlin_cy.opencl.buffers import Vector, float_rows, int32_vector, refuse_overlap, wait_list
 from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.context import OpenClContext
@@ -94,6 +95,7 @@ class OpenClMarlinExpertStack(PackedStack):
     """
 
     store_type = OpenClGptqStore
+    store: OpenClGptqStore
 
     def __init__(
         self,
@@ -103,20 +105,19 @@ class OpenClMarlinExpertStack(PackedStack):
         k: int,
         bias: npt.ArrayLike | None = None,
     ) -> None:
-        super().__init__(store, num_experts, n_per_expert, k, bias)
-        self.bias_kind, self.bias_buffer = NO_BIAS, None
+        super().__init__(store, num_experts, n_per_expert, k)
+        self.bias_kind = NO_BIAS
+        self.bias_buffer: cl.Buffer | None = None
         if bias is not None:
             self._bias = as_bias(bias, (num_experts, n_per_expert))
             self.bias_kind, self.bias_buffer = EXPERT_BIAS, uploaded(store.runtime, self._bias, "bias")
 
-    def zero_workspace(self, ctx: OpenClContext) -> None:
+    def zero_workspace(self, ctx: Context) -> None:
         """Zero the split-K sums of the context. Optional: a call writes each sum before it reads it."""
         with opencl_context(ctx) as ctx:
             ctx.zero(["partial sums"])
 
-    def gemm_phase_batched(
-        self, ctx: OpenClContext, input: Array, dispatches: npt.ArrayLike, output: Array, k: int
-    ) -> None:
+    def gemm_phase_batched(self, ctx: Context, input: Array, dispatches: Dispatches, output: Array, k: int) -> None:
         ctx = opencl_context(ctx)
         store = self.store
         if integer("k", k) != store.k:
@@ -140,7 +141,7 @@ class OpenClMarlinExpertStack(PackedStack):
 
     def gemm_phase_vllm(
         self,
-        ctx: OpenClContext,
+        ctx: Context,
         input: Array,
         sorted_token_ids: Array,
         expert_ids: Array,
@@ -179,7 +180,7 @@ class OpenClMarlinExpertStack(PackedStack):
         with ctx:
             if limit and prob_m:
                 used = [input, output, sorted_token_ids, expert_ids]
-                if past is not None:
+                if isinstance(num_tokens_past_padded, Array):
                     used.append(num_tokens_past_padded)
                 work = RoutedBlocks(sorted_ids, experts, past, limit, prob_m * top_k, block_size, top_k)
                 event = multiply(ctx, self, rows, out, work, waits=wait_list(ctx.queue, used), label="gemm_phase_vllm")
@@ -218,7 +219,7 @@ class OpenClLinear(PackedLinear):
     def _placed(self, bias: npt.NDArray[Any]) -> cl.Buffer:
         return uploaded(self.stack.store.runtime, bias, "bias")
 
-    def forward(self, ctx: OpenClContext, input: Array, out: Array, m: int) -> None:
+    def forward(self, ctx: Context, input: Array, out: Array, m: int) -> None:
         ctx, m = opencl_context(ctx), integer("m", m)
         rows = float_rows(input, "input", self.stack.k, ctx.cl_context)
         output = float_rows(out, "out", self._width, ctx.cl_context, True)

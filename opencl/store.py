@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layout import STRIP_N, expert_layout
 from marlin_cy.opencl.memory import (
+    Memory,
     live_stores,
     memory_errors,
     too_little_memory,
@@ -26,7 +27,11 @@ from marlin_cy.opencl.memory import (
 )
 from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack, Runtime
 
 __all__ = ["OpenClGptqStore", "OpenClStackBuilder"]
 
@@ -88,7 +93,7 @@ class OpenClGptqStore:
 
     def __init__(
         self,
-        runtime: Any,
+        runtime: Memory,
         num_experts: int,
         k: int,
         n: int,
@@ -194,14 +199,14 @@ class OpenClStackBuilder(CheckedStackBuilder):
 
     def __init__(
         self,
-        runtime: Any,
+        runtime: Runtime,
         num_experts: int,
         k: int,
         n_per_expert: int,
         group_size: int,
         g_idx: Sequence[npt.NDArray[np.int32] | None],
         codes: str,
-        scale_dtype: npt.DTypeLike,
+        scale_dtype: np.dtype[Any],
     ) -> None:
         self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx, codes)
         try:
@@ -209,19 +214,20 @@ class OpenClStackBuilder(CheckedStackBuilder):
             self._runtime = runtime
             self._pack_words = pack_launch(runtime, "pack_words")
             self._pack_scales = pack_launch(runtime, "pack_scales")
-            self._staging = Staging(runtime, k, n_per_expert, group_size, store.layout.has_zeros)
+            self._staging: Staging | None = Staging(runtime, k, n_per_expert, group_size, store.layout.has_zeros)
             scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
             for rows, order in zip(scale_rows, store.group_orders, strict=True):
                 rows[: len(order.scale_rows)] = order.scale_rows
-            self._scale_rows = uploaded(runtime, scale_rows, "rows of scales")
+            self._scale_rows: cl.Buffer | None = uploaded(runtime, scale_rows, "rows of scales")
         except BaseException:
             store.release()
             raise
         self._symmetric = True
         self._largest = 0.0  # magnitude of a scale
 
-    def _pack(self, expert, column_offset, weight):
+    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
         runtime, staging = self._runtime, self._staging
+        assert staging is not None  # until _stack
         symmetric = weight.zero is None or bool((weight.zero == CODE_TYPES[weight.codes].symmetric_zero).all())
         scale = weight.scale.view(np.uint16)
         largest = largest_scale(scale, self._scale_dtype)
@@ -231,14 +237,14 @@ class OpenClStackBuilder(CheckedStackBuilder):
             arrays = [np.ascontiguousarray(part[:, columns]) for part in parts]
             with runtime.loading_lock, memory_errors(runtime, staging.nbytes, "staging of weights"):
                 staging.upload(arrays)
-                self._launch(expert, column_offset + begin, arrays[0].shape[1])
+                self._launch(staging, expert, column_offset + begin, arrays[0].shape[1])
         with self._lock:
             self._symmetric = self._symmetric and symmetric
             self._largest = max(self._largest, largest)
 
-    def _launch(self, expert, column_offset, n):
+    def _launch(self, staging: Staging, expert: int, column_offset: int, n: int) -> None:
         """Pack what lies in the staging buffers; the lock is held."""
-        store, queue, staging = self._store, self._runtime.loading_queue, self._staging
+        store, queue = self._store, self._runtime.loading_queue
         layout, order = store.layout, int(store.order_of[expert])
         part, base = store.place(expert)
         strips = (column_offset + n - 1) // STRIP_N - column_offset // STRIP_N + 1
@@ -274,7 +280,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             },
         )
 
-    def _stack(self, bias):
+    def _stack(self, bias: npt.NDArray[np.float32] | None) -> OpenClMarlinExpertStack:
         runtime, store = self._runtime, self._store
         if self._staging is not None:
             with runtime.loading_lock, memory_errors(runtime, store.nbytes, "packing of weights"):
@@ -285,7 +291,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             self._staging = self._scale_rows = None
         return runtime.make_stack(store, bias)
 
-    def _normalise(self):
+    def _normalise(self) -> None:
         """Make all scales float16, the largest 2**14 or more and below 2**15, by one power of two.
 
         Tensor-core kernels multiply float16 codes by them, so none may overflow, and small ones should keep their
@@ -314,7 +320,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
         store.weight_factor = 2.0**-exponent
 
 
-def pack_launch(runtime: Any, name: str) -> Launch:
+def pack_launch(runtime: Runtime, name: str) -> Launch:
     """A :class:`Launch` of a kernel of ``pack.cl``, for one builder."""
     return Launch(runtime.programs.kernel("pack", name), arguments_of(name, {}))
 
@@ -343,7 +349,7 @@ class Staging:
     nbytes : int
     """
 
-    def __init__(self, runtime: Any, k: int, n: int, group_size: int, has_zeros: bool) -> None:
+    def __init__(self, runtime: Memory, k: int, n: int, group_size: int, has_zeros: bool) -> None:
         groups = -(-k // group_size)
         column_bytes = (k // 2, 2 * groups, groups) if has_zeros else (k // 2, 2 * groups)
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyopencl as cl
 
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.buffers import Vector
+from marlin_cy.opencl.buffers import Vector, memory_of
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
@@ -98,7 +98,7 @@ class Tuning(NamedTuple):
     default: Configuration
     best: Configuration
     tried: int
-    refused: list
+    refused: list[tuple[Configuration, str]]
 
 
 def candidates(tier: Tier, problem: Problem) -> list[Configuration]:
@@ -165,7 +165,7 @@ def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator)
     builder = backend.new_stack_builder(shape.experts, shape.k, shape.n, group_size=shape.group_size, codes=shape.codes)
     for expert in range(shape.experts):
         builder.add(expert, 0, weights[expert % len(weights)])
-    return builder.finish()
+    return cast("OpenClMarlinExpertStack", builder.finish())
 
 
 def random_zeros(rng: np.random.Generator, shape: Shape, groups: tuple[int, int]) -> npt.NDArray[np.uint8] | None:
@@ -207,7 +207,8 @@ class Case:
             routing = [backend.from_host(array) for array in (sorted_ids, expert_ids, past)]
 
             def call(ctx: OpenClContext, routing: list[Any] = routing) -> None:
-                stack.gemm_phase_vllm(ctx, x, *routing, self._out, pairs // reads, block_size, reads)
+                ids, experts, past = routing
+                stack.gemm_phase_vllm(ctx, x, ids, experts, past, self._out, pairs // reads, block_size, reads)
 
             self._calls.append(call)
         none = Vector(None, 0, 0)
@@ -222,8 +223,9 @@ class Case:
         tuned.forced(configuration)
         try:
             # A new context, as contexts keep plans.
-            ctx = self.backend.new_context(profiling=True)
-            cl.enqueue_fill(ctx.queue, self._out.base_data, UNWRITTEN.tobytes(), self._out.nbytes)
+            ctx, data = self.backend.new_context(profiling=True), memory_of(self._out)
+            assert data is not None  # a product has rows
+            cl.enqueue_fill(ctx.queue, data, UNWRITTEN.tobytes(), self._out.nbytes)
             self._calls[0](ctx)
             output = self.backend.to_host(self._out)
             missing = (output.view(np.uint16) == UNWRITTEN).any()
@@ -270,9 +272,9 @@ def tune_case(case: Case) -> Tuning:
             default, default_seconds, expected = configuration, seconds, actual
             best, best_seconds = configuration, seconds
             continue
-        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-        if not error <= TOLERANCE:  # a NaN is wrong, too
-            refused.append((configuration, f"its result is wrong: relative difference {error:.2g}"))
+        difference = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        if not difference <= TOLERANCE:  # a NaN is wrong, too
+            refused.append((configuration, f"its result is wrong: relative difference {difference:.2g}"))
         elif seconds < min(best_seconds, GAIN * default_seconds):
             best, best_seconds = configuration, seconds
     if default is None:

@@ -166,8 +166,10 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} was closed")
         array: npt.NDArray[Any] = np.ndarray(info.shape, DTYPES[info.dtype], buffer=self._map, offset=info.begin)
         if sys.byteorder == "big":
-            return array.byteswap()
-        return array if array.flags.aligned else array.copy()
+            array = array.byteswap()
+        elif not array.flags.aligned:
+            array = array.copy()
+        return array
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor of any dtype: a read-only uint8 view.
@@ -180,7 +182,8 @@ class SafetensorsFile:
         info = self.info(name)
         if self._map is None:
             raise ValueError(f"{self.path} was closed")
-        return np.ndarray((info.nbytes,), np.uint8, buffer=self._map, offset=info.begin)
+        array: npt.NDArray[np.uint8] = np.ndarray((info.nbytes,), np.uint8, buffer=self._map, offset=info.begin)
+        return array
 
     def release(self, name: str, index: int | None = None) -> None:
         """Let the operating system reclaim the memory into which a tensor's bytes were read.

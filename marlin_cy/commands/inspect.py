@@ -12,12 +12,14 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.commands.output import console, print_json, table
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["HELP", "add_arguments", "execute"]
@@ -79,9 +81,10 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.scheme is None:
         stored: dict[str, Any] = checkpoint.config["quantization_config"]
         return stored
+    scheme = cast("DataclassInstance", checkpoint.scheme)  # as every format's is
     return {
         name: value if isinstance(value, str | int | float | bool | None) else str(value) if value else None
-        for name, value in dataclasses.asdict(checkpoint.scheme).items()
+        for name, value in dataclasses.asdict(scheme).items()
     }
 
 

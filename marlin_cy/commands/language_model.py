@@ -138,6 +138,7 @@ class Generated:
     seconds: float
 
 
+# mypy does not follow transformers and PyTorch (pyproject.toml), so that their classes and decorators are Any.
 class Streamer(TextStreamer):  # type: ignore[misc]
     """Passes text on when its words are complete, and records the time of each token."""
 
@@ -208,6 +209,7 @@ def generate(
 # Perplexity
 
 
+# As of Streamer: mypy sees a decorator of type Any.
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def perplexity(
     model: Any, tokens: torch.Tensor, window: int, windows: int, progress: Callable[[int, int, str], None]

@@ -92,7 +92,7 @@ class LoadProgress:
         if self._task is not None:
             self._bar.stop()
 
-    def __call__(self, done: int, total: int, description: str) -> None:
+    def __call__(self, done: float, total: int, description: str) -> None:
         if self._task is None:
             if not self._console.is_terminal or time.monotonic() - self._started < PROGRESS_AFTER_SECONDS:
                 return

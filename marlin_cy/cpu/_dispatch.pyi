@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from typing import Final, TypedDict
+from typing import Final, TypedDict, final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ class _OpenMp(TypedDict):
     enabled: bool
     version: int
 
+@final
 class KernelTable:
     @property
     def name(self) -> str: ...

@@ -4,10 +4,11 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.cpu._workspace import Workspace
+from marlin_cy.interface import MoePlan
 
 def moe_forward(
     workspace: Workspace,
-    layer: Any,
+    layer: MoePlan,
     hidden_states: npt.NDArray[Any],
     out: npt.NDArray[Any],
     router_logits: npt.NDArray[Any] | None,

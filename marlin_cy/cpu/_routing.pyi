@@ -1,4 +1,5 @@
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -6,7 +7,7 @@ import numpy.typing as npt
 from marlin_cy.cpu._workspace import Workspace
 from marlin_cy.moe.routing import Routing
 
-SCORING_KINDS: dict[str, int]
+SCORING_KINDS: Final[Mapping[str, int]]
 
 def route(
     workspace: Workspace, router_logits: npt.NDArray[Any], kind: Routing

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from marlin_cy.weights.order import GroupOrder
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
 def checked_data(data: npt.NDArray[np.uint8], nbytes: int) -> npt.NDArray[np.uint8]: ...
 
+@final
 class CpuGptqStore:
     @property
     def num_experts(self) -> int: ...

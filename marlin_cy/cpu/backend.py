@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class CpuBackend(Backend):
         )
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
-        return CpuLinear(stack, 0, stack.n_per_expert, bias)
+        return CpuLinear(cast(CpuMarlinExpertStack, stack), 0, stack.n_per_expert, bias)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the packed folder's tiles where they are mapped."""

@@ -33,6 +33,7 @@ class CpuMarlinExpertStack(PackedStack):
     """
 
     store_type = CpuGptqStore
+    store: CpuGptqStore
 
     def zero_workspace(self, ctx: Context) -> None:
         """Zero the scratch memory of the context, its split-K slots included.
@@ -125,7 +126,7 @@ class CpuStackBuilder(CheckedStackBuilder):
         group_size: int,
         g_idx: Sequence[npt.NDArray[np.int32] | None],
         codes: str,
-        scale_dtype: npt.DTypeLike,
+        scale_dtype: np.dtype[Any],
     ) -> None:
         self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)

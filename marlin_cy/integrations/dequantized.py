@@ -16,7 +16,7 @@ from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.transformers import dense_tensors, experts_modules, load_dense, model_on_meta
-from marlin_cy.interface import Backend
+from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
 from marlin_cy.stacks.builder import CheckedStackBuilder, as_bias, checked_stack_sizes
 
@@ -140,11 +140,12 @@ class DenseBackend(Backend):
             *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
 
-    def linear_of(self, stack, bias):
-        bias = None if bias is None else as_bias(bias, (stack.n_per_expert,))
-        return DenseLinear(stack.weight[0], bias if stack.bias is None else stack.bias[0])
+    def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Any:
+        dense = cast(DenseStack, stack)  # this backend made it
+        own = None if bias is None else as_bias(bias, (dense.n_per_expert,))
+        return DenseLinear(dense.weight[0], own if dense.bias is None else dense.bias[0])
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError("backend 'dense': it stores weights and does not compute")
 
     new_context = from_host = to_host = empty = route = topk_arguments = moe_forward = _refuse

@@ -60,6 +60,7 @@ class PackedStack(MarlinExpertStack):
     """
 
     store_type: type[Any]
+    store: Any
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class PackedStack(MarlinExpertStack):
                 f"store: holds {store.num_experts} experts of [{store.k}, {store.n}], expected {num_experts} of "
                 f"[{k}, {n_per_expert}]"
             )
-        self.store: Any = store
+        self.store = store
         self._bias = bias
         self._metadata = metadata_of(store, store.nbytes)
 

@@ -3,6 +3,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["group_values_of_tiles", "transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
+
 _Item = TypeVar("_Item", np.uint8, np.uint16, np.uint32)
 
 def group_values_of_tiles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.buffers import TYPES, Rows, int32_vector
+from marlin_cy.opencl.buffers import TYPES, Rows, int32_vector, memory_of
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
 from marlin_cy.opencl.gemm.work import RoutedBlocks, TileList
 from marlin_cy.opencl.memory import uploaded
@@ -117,7 +118,7 @@ def right_configuration(
         kind = kind_of(ctx, configuration, store, rows, out, work, bias_kind, activation)
         name = f"{backend.runtime.capabilities.name}, tier {kind.tier!r}: {configuration}"
         try:
-            reason = verdicts.reason_wrong(f"product: {kind}", lambda kind=kind: reason_wrong(backend, kind))
+            reason = verdicts.reason_wrong(f"product: {kind}", partial(reason_wrong, backend, kind))
         except BuildError as error:
             failure, reason = error, f"its program does not compile: {error}"
         else:
@@ -203,8 +204,8 @@ def relative_error(
     multiply(
         ctx,
         SimpleNamespace(store=store, bias_kind=kind.bias_kind, bias_buffer=bias_buffer),
-        Rows(flat.base_data, before, kind.input_type, input_rows, x.shape[1]),
-        Rows(out.base_data, 0, kind.output_type, len(pairs), width),
+        Rows(memory_of(flat), before, kind.input_type, input_rows, x.shape[1]),
+        Rows(memory_of(out), 0, kind.output_type, len(pairs), width),
         work,
         activation=kind.activation,
         label="check",

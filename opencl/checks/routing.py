@@ -17,7 +17,7 @@ import pyopencl as cl
 from marlin_cy import reference
 from marlin_cy.errors import DeviceError
 from marlin_cy.moe.align import moe_align_block_size
-from marlin_cy.opencl.buffers import TYPES, Rows
+from marlin_cy.opencl.buffers import TYPES, Rows, memory_of
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def new_chosen(backend: OpenClBackend, tokens: int, top_k: int) -> tuple[Chosen,
 
     ids = backend.from_host(np.full((tokens, top_k), -7, np.int32))
     weights = backend.from_host(np.full((tokens, top_k), np.nan, np.float32))
-    return Chosen(ids.base_data, 0, weights.base_data, 0, top_k), ids, weights
+    return Chosen(memory_of(ids), 0, memory_of(weights), 0, top_k), ids, weights
 
 
 def reason_wrong_route(backend: OpenClBackend, routing: Routing, type_code: int) -> str | None:
@@ -221,7 +221,7 @@ def reason_wrong_fused(
         topk = backend.to_host(ids)
         reason = topk_error(small, routing, topk, backend.to_host(weights))
         reason = reason or alignment_error(ctx, aligned.work, topk, routing.num_experts)
-        if reason is None and aligned.prepared is not None:
+        if reason is None and x is not None and aligned.prepared is not None:
             reason = preparation_error(backend, ctx, gate_up.store, x, aligned)
         if reason is not None:
             return reason
@@ -247,7 +247,7 @@ def reason_wrong_align(
     aligned = enqueue_align(ctx, chosen, SimpleNamespace(num_experts=num_experts, store=store), x)
     ctx.finish()
     reason = alignment_error(ctx, aligned.work, topk, num_experts)
-    if reason is None and aligned.prepared is not None:
+    if reason is None and store is not None and aligned.prepared is not None:
         reason = preparation_error(backend, ctx, store, x, aligned)
     return reason
 
@@ -257,18 +257,19 @@ def device_rows(backend: OpenClBackend, array: npt.NDArray[Any]) -> Rows:
     from marlin_cy.opencl.buffers import TYPE_CODES
 
     buffer = backend.from_host(array)
-    return Rows(buffer.base_data, 0, TYPE_CODES[array.dtype], *array.shape)
+    return Rows(memory_of(buffer), 0, TYPE_CODES[array.dtype], *array.shape)
 
 
 def random_rows(backend: OpenClBackend, tokens: int, like: Rows, rng: Any) -> Rows:
     """Random rows of the type, width and alignment of others."""
     before = 0 if like.offset % 8 == 0 else 1
     values = rng.standard_normal(before + tokens * like.width, np.float32).astype(TYPES[like.type_code])
-    return Rows(backend.from_host(values).base_data, before, like.type_code, tokens, like.width)
+    return Rows(memory_of(backend.from_host(values)), before, like.type_code, tokens, like.width)
 
 
-def read(ctx: OpenClContext, buffer: cl.Buffer, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+def read(ctx: OpenClContext, buffer: cl.Buffer | None, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
     """The first elements of a buffer."""
+    assert buffer is not None  # None is for arrays without elements
     host = np.empty(count, dtype)
     cl.enqueue_copy(ctx.queue, host, buffer)
     return host

@@ -42,8 +42,10 @@ PAST = "num_tokens_past_padded"  # the workspace buffer of the number of slots i
 class Experts(Protocol):
     """The stack of a layer's first product."""
 
-    num_experts: int
-    store: OpenClGptqStore
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def store(self) -> OpenClGptqStore: ...
 
 
 class Aligned(NamedTuple):

@@ -12,12 +12,12 @@ The order of launches (those in brackets are fused with the one before where the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pyopencl as cl
 from pyopencl.array import Array
 
-from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
+from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, memory_of, refuse_overlap, wait_list
 from marlin_cy.opencl.checks.routing import is_right_fused
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.prepare import Prepared
@@ -34,7 +34,9 @@ from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
 if TYPE_CHECKING:
     from marlin_cy.interface import MoePlan
+    from marlin_cy.moe.layer import SharedExpert
     from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 
 __all__ = ["forward"]
 
@@ -73,7 +75,7 @@ def forward(
     Either ``router_logits`` is given, or ``topk_ids`` and ``topk_weights``: int32 and float32 arrays ``[tokens,
     top_k]`` of the host or of the device, which have been checked. The others are None.
     """
-    gate_up, down = layer.gate_up, layer.down
+    gate_up, down = stacks_of(layer)
     hidden = float_rows(hidden_states, "hidden_states", gate_up.k, ctx.cl_context)
     result = float_rows(out, "out", down.n_per_expert, ctx.cl_context, True)
     refuse_overlap(out, hidden_states, "out")
@@ -122,7 +124,7 @@ def forward(
                 enqueue_route(ctx, logits, layer.routing, chosen, None)
         elif isinstance(topk_ids, Array):
             chosen = Chosen(
-                topk_ids.base_data, topk_ids.offset // 4, topk_weights.base_data, topk_weights.offset // 4, top_k
+                memory_of(topk_ids), topk_ids.offset // 4, memory_of(topk_weights), topk_weights.offset // 4, top_k
             )
         else:
             chosen = Chosen(ctx.upload("topk_ids", topk_ids), 0, ctx.upload("topk_weights", topk_weights), 0, top_k)
@@ -134,6 +136,11 @@ def forward(
             )
             begin += count
         ctx.written(out, event)
+
+
+def stacks_of(experts: MoePlan | SharedExpert) -> tuple[OpenClMarlinExpertStack, OpenClMarlinExpertStack]:
+    """``(gate_up, down)`` of a layer, or of its shared expert. ``OpenClBackend.moe_forward`` has checked their type."""
+    return cast("tuple[OpenClMarlinExpertStack, OpenClMarlinExpertStack]", (experts.gate_up, experts.down))
 
 
 def part(rows: Rows, begin: int, count: int) -> Rows:
@@ -153,12 +160,12 @@ def tokens_a_slice(ctx: OpenClContext, layer: MoePlan, tokens: int, top_k: int) 
     return min(tokens, max(1, room // token_bytes))
 
 
-def row_bytes(experts: Any) -> int:
+def row_bytes(experts: MoePlan | SharedExpert) -> int:
     """The largest number of bytes that one row takes between the products and after them.
 
-    ``experts``: a :class:`~marlin_cy.MoeLayer`, or its shared expert.
+    ``experts``: a layer, or its shared expert.
     """
-    gate_up, down = experts.gate_up, experts.down
+    gate_up, down = stacks_of(experts)
     return 4 * (gate_up.n_per_expert + down.store.packed_k + down.n_per_expert)
 
 
@@ -170,7 +177,7 @@ def forward_slice(
     type_code = FLOAT16 if hidden.type_code == FLOAT16 else FLOAT32
     weighed_before = layer.apply_router_weight_on_input
     rows = enqueue_weigh(ctx, hidden, chosen) if weighed_before else hidden
-    work, prepared = aligned or enqueue_align(ctx, chosen, layer.gate_up, rows)
+    work, prepared = aligned or enqueue_align(ctx, chosen, stacks_of(layer)[0], rows)
     products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code, prepared=prepared)
     shared = None
     if layer.shared_expert is not None:  # its rows are prepared in the workspace of the other experts' rows
@@ -180,7 +187,7 @@ def forward_slice(
 
 def enqueue_products(
     ctx: OpenClContext,
-    experts: Any,
+    experts: MoePlan | SharedExpert,
     activation: str,
     rows: Rows,
     work: RoutedBlocks,
@@ -192,7 +199,7 @@ def enqueue_products(
 
     ``prepared``: the prepared rows, if the launch that aligned has prepared them.
     """
-    gate_up, down = experts.gate_up, experts.down
+    gate_up, down = stacks_of(experts)
     inner = workspace_rows(ctx, f"{prefix}gate_up", work.valid, gate_up.n_per_expert, type_code)
     multiply(ctx, gate_up, rows, inner, work, prepared=prepared, label=f"{prefix}gate_up")
     products = workspace_rows(ctx, f"{prefix}down", work.valid, down.n_per_expert, type_code)
@@ -207,7 +214,7 @@ def workspace_rows(ctx: OpenClContext, purpose: str, rows: int, width: int, type
     return Rows(data, 0, type_code, rows, width)
 
 
-def enqueue_shared(ctx: OpenClContext, expert: Any, activation: str, hidden: Rows, type_code: int) -> Shared:
+def enqueue_shared(ctx: OpenClContext, expert: SharedExpert, activation: str, hidden: Rows, type_code: int) -> Shared:
     """The shared expert's output for all tokens."""
     work = all_to_one(ctx, hidden.rows)
     rows = enqueue_products(ctx, expert, activation, hidden, work, type_code, "shared ")

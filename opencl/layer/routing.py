@@ -9,7 +9,7 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.buffers import Rows, array_info, check_contiguous, float_rows, wait_list
+from marlin_cy.opencl.buffers import Rows, array_info, check_contiguous, float_rows, memory_of, wait_list
 from marlin_cy.opencl.checks.routing import check_route
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Chosen(NamedTuple):
         float32 ``[tokens, top_k]``, from element ``weights_offset`` on.
     """
 
-    ids: cl.MemoryObjectHolder | cl.SVMPointer | None
+    ids: cl.Buffer | None
     ids_offset: int
-    weights: cl.MemoryObjectHolder | cl.SVMPointer | None
+    weights: cl.Buffer | None
     weights_offset: int
     top_k: int
 
@@ -63,7 +63,7 @@ def route(ctx: OpenClContext, router_logits: Array, routing: Routing) -> tuple[A
     ids, weights = backend.empty(shape, np.int32), backend.empty(shape, np.float32)
     if logits.rows:
         with ctx:
-            chosen = Chosen(ids.base_data, 0, weights.base_data, 0, routing.top_k)
+            chosen = Chosen(memory_of(ids), 0, memory_of(weights), 0, routing.top_k)
             event = enqueue_route(ctx, logits, routing, chosen, wait_list(ctx.queue, [router_logits]))
             for array in (ids, weights):
                 ctx.written(array, event)
