@@ -118,6 +118,15 @@ def device_alone(request):
 
 
 @pytest.fixture
+def call(request, rng):
+    """A right call of one method; the parameter is ``(label of a backend, name in calls.CALLS)``."""
+    from calls import CALLS
+
+    label, name = request.param
+    return CALLS[name](backend_called(label), rng)
+
+
+@pytest.fixture
 def cpu_backend():
     return backend_called("cpu")
 

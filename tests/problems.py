@@ -224,3 +224,10 @@ def activations(rng, m, k, dtype=np.float32):
 def as_given(x):
     """Activations as the kernels see them, float32."""
     return np.asarray(x).astype(np.float32)
+
+
+def with_value(values, index, value):
+    """A copy of an array with one element replaced."""
+    values = values.copy()
+    values[index] = value
+    return values

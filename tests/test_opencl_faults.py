@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 from asserts import assert_same_bits
+from calls import CALLS, ROWS, E, K, N
 from conftest import DEVICE_LABELS
 from problems import activations, random_problem
-from test_bad_input import CALLS, ROWS, E, K, N
 
 from marlin_cy.errors import (
     BackendUnavailable,
@@ -45,7 +45,7 @@ def call(request, backend, rng):
 
 
 class OnHost(np.ndarray):
-    """What a :class:`~test_bad_input.Call` leaves where it is."""
+    """What a :class:`~calls.Call` leaves where it is."""
 
 
 def foreign(backend, x):
