@@ -89,7 +89,7 @@ class TestLoading:
             ({"scales": None}, TypeError, "scales: got NoneType, expected a sequence"),
             ({"qzeros": iter([])}, TypeError, "qzeros: got list_iterator, expected a sequence"),
             ({"g_idx": 3}, TypeError, "g_idx: got int, expected a sequence"),
-            ({"g_idx": []}, ValueError, "g_idx: got 0 entries, expected one an expert: 3"),
+            ({"g_idx": []}, ValueError, "g_idx: got 0 entries, expected one per expert: 3"),
             ({"g_idx": [None, None]}, ValueError, "g_idx: got 2 entries"),
             ({"g_idx": np.zeros(K - 1, np.int32)}, ValueError, r"g_idx: got shape \(63,\)"),
             ({"g_idx": np.zeros((E, K - 1), np.int32)}, ValueError, r"g_idx of expert 0: got shape \(63,\)"),
@@ -111,7 +111,7 @@ class TestLoading:
         problem = random_problem(rng, E, K, N, 32)
         tensors = dict(zip(("qweights", "scales", "qzeros"), problem.tensors(), strict=True))
         tensors[name] = tensors[name][:-1]
-        with pytest.raises(ValueError, match="entries, expected one an expert: [23], as in qweights"):
+        with pytest.raises(ValueError, match="entries, expected one per expert: [23], as in qweights"):
             backend.load_gptq_stacked(**tensors, **problem.sizes())
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -145,7 +145,7 @@ class TestConfiguration:
                 "deepseek_v3",
                 {"n_group": 5},
                 CheckpointError,
-                "n_group, topk_group: got 5 and 1, expected a divisor of 8",
+                "n_group, topk_group: got 5 and 1, expected n_group to divide 8",
             ),
             ("deepseek_v3", {"topk_group": 2}, CheckpointError, "n_group, topk_group: got 1 and 2"),
             ("deepseek_v3", {"n_group": "8"}, CheckpointError, "n_group: got '8', expected int"),

@@ -1,7 +1,7 @@
 """The layout of the packed store in plain NumPy. The tests compare the fast packer with it.
 
 The N columns of an expert are cut into tiles of 16; a tile is drawn in ``ukernels/ukernel.h``. The size of a tile is a
-multiple of 64 bytes. Tiles follow each other without gaps, and so do experts::
+multiple of 64 bytes. Tiles follow each other without gaps, as do experts::
 
     | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
 

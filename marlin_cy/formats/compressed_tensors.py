@@ -10,9 +10,9 @@ weight_g_idx        int32                 ``[K]``       the group of each row of
 weight_shape        int64 or int32        ``[2]``       N and K
 ==================  ====================  ============  ============================================================
 
-with ``G = K / group_size``. Codes and zero points are integers of -8 to 7, stored plus 8. A symmetric weight stores no
-zero points; they are 8. ``format`` "mxfp4-pack-quantized" is described in :mod:`marlin_cy.formats.mxfp4`. Each expert's
-layers are stored separately, even if the model's class in transformers fuses all experts.
+with ``G = K / group_size``. Codes and zero points are integers from -8 to 7, stored with 8 added. A symmetric weight
+stores no zero points; all of them are 8. :mod:`marlin_cy.formats.mxfp4` describes ``format`` "mxfp4-pack-quantized".
+Each expert's layers are stored separately, even if the model's class in transformers fuses all experts.
 
 ``input_activations`` is ignored: activations are not quantised. Source: compressed-tensors,
 ``compressors/pack_quantized`` and ``quantization``; llm-compressor, ``modeling/moe``.
@@ -45,7 +45,7 @@ FORMAT = "compressed-tensors"
 SUPPORTED_FORMATS = ("pack-quantized", "mxfp4-pack-quantized")
 SUPPORTED_STRATEGIES = ("group", "channel")
 ORDERED = ("group", "dynamic", True)
-"""The values of ``actorder`` for which there is a ``weight_g_idx``."""
+"""The values of ``actorder`` with which ``weight_g_idx`` is stored."""
 
 REGEX = "re:"
 LINEAR = "Linear"
@@ -54,7 +54,7 @@ SHAPES = (np.dtype(np.int64), np.dtype(np.int32))
 
 @dataclass(frozen=True)
 class Targets:
-    """Which group of settings a module belongs to, by its name.
+    """The assignment of modules to groups of settings, by name.
 
     A target is a module's name, or ``re:`` and a regular expression that matches the beginning of a name, or "Linear"
     for all linear layers. A name has precedence over an expression, and an expression over "Linear". Of several

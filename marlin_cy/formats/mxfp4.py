@@ -1,4 +1,4 @@
-"""MXFP4 tensors: those of gpt-oss, which stacks all experts, and those of compressed-tensors, one layer each.
+"""MXFP4 tensors of gpt-oss, which hold all experts, and of compressed-tensors, which hold one layer.
 
 The tensors of one expert or one layer:
 
@@ -38,7 +38,7 @@ BLOCK_K = 32
 BYTES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8),)
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 NAN = 255
-MANTISSA_BITS = 7  # of a bfloat16
+MANTISSA_BITS = 7  # fraction bits of a bfloat16
 SMALLEST = 0x0040
 """The bits of 2**-127, the only scale that is a subnormal bfloat16."""
 

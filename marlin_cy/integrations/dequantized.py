@@ -1,6 +1,6 @@
 """A checkpoint's model with dense weights, run by PyTorch alone: the reference for the packed model.
 
-The weights come from canonical form, as those of every backend do. The backend of this module stores them dense and
+The weights come from canonical form, as in every backend. The backend of this module stores them dense and
 cannot compute.
 """
 

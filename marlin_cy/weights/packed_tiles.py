@@ -1,4 +1,4 @@
-"""A stack in the tile layout that packed folders store and the CPU's kernels read, and its way back to canonical form.
+"""A stack in the tile layout of packed folders and of the CPU's kernels, and its conversion to canonical form.
 
 The columns of an expert are cut into tiles of 16. Tiles follow each other, and experts too::
 
@@ -10,7 +10,7 @@ The columns of an expert are cut into tiles of 16. Tiles follow each other, and 
             its low nibble is the code of packed row t, its high nibble that of packed row t + 4.
 
 A code type without zero points stores its ``symmetric_zero`` in their place. :mod:`marlin_cy.weights.order` says which
-row of K each packed row is. The same layout is written out as plain loops in ``marlin_cy/cpu/layout.py``.
+row of K each packed row is. ``marlin_cy/cpu/layout.py`` implements the same layout in plain loops.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class PackedTiles:
         sizes = checked_stack_sizes(
             self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scale_dtype
         )
-        # These are private copies, which the order of K is derived from.
+        # The order of K is derived from these private copies.
         object.__setattr__(self, "g_idx", tuple(sizes[4]))
         if not isinstance(self.data, np.ndarray) or self.data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(self.data, 'dtype', type(self.data).__name__)}, expected uint8")
@@ -142,7 +142,7 @@ class PackedTiles:
 
     @property
     def _packed_k(self) -> int:
-        """Packed rows of every expert: as many as the longest order has."""
+        """Packed rows of every expert: the number of rows in the longest order."""
         return max(order.packed_k for order in self._orders[0])
 
     @property
