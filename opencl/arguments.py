@@ -1,10 +1,10 @@
-"""The arguments of every OpenCL kernel: one table a kernel, in the order in which the kernel declares them.
+"""The arguments of every OpenCL kernel: one table per kernel, in the order of the kernel's declaration.
 
 A table maps names to types, both spelled as in the ``.cl`` file: ``"uint"``, ``"global float*"``, ``"local uint4*"``.
 INPUT, OUTPUT, LOGIT and PREPARED are the element types that the macros INPUT_TYPE, OUTPUT_TYPE, LOGITS_TYPE and
-PREPARED_TYPE choose. What the arguments mean is said in the ``.cl`` files.
+PREPARED_TYPE choose. The ``.cl`` files document the arguments.
 
-``tests/test_opencl_arguments.py`` compares the tables with what a compiler reports for every kernel.
+``tests/test_opencl_arguments.py`` compares the tables with the compiler's report for every kernel.
 """
 
 from collections.abc import Callable, Mapping
@@ -220,7 +220,7 @@ COMBINE = {
 
 
 def route_align(macros: Macros) -> Arguments:
-    """The arguments of ``route_align``: with PREPARES those of a row's preparation follow."""
+    """The arguments of ``route_align``. With PREPARES, the arguments of a row's preparation follow."""
     return {**ROUTE_ALIGN, **PREPARE_ROW} if macros.get("PREPARES") else ROUTE_ALIGN
 
 

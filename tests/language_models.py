@@ -15,7 +15,7 @@ from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
 
 from marlin_cy.formats import gptq
-from marlin_cy.weights.int4 import E2M1_VALUES
+from marlin_cy.weights.code_types import CODE_TYPES
 
 GROUP = 32
 QUANTIZATION = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
@@ -221,8 +221,9 @@ def round_to_mxfp4(weight):
     groups = np.swapaxes(weight, 1, 2).reshape(experts, n, k // 32, 32)
     exponent = np.ceil(np.log2(np.abs(groups).max(axis=-1, keepdims=True) / 6))
     scaled = groups / 2.0**exponent
-    codes = np.abs(scaled[..., None] - E2M1_VALUES).argmin(axis=-1).astype(np.uint8)
-    rounded = (E2M1_VALUES[codes] * 2.0**exponent).astype(np.float32)
+    values = CODE_TYPES["e2m1"].decode_table
+    codes = np.abs(scaled[..., None] - values).argmin(axis=-1).astype(np.uint8)
+    rounded = (values[codes] * 2.0**exponent).astype(np.float32)
     blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     scales = (exponent[..., 0] + 127).astype(np.uint8)
     return blocks, scales, np.ascontiguousarray(np.swapaxes(rounded.reshape(experts, n, k), 1, 2))

@@ -8,8 +8,8 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import CODES, SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")
@@ -137,7 +137,11 @@ class Problem:
 
 
 # What weights may be made of: keyword arguments of random_problem, by name.
-WEIGHT_KINDS = {f"{codes}-{dtype}": {"codes": codes, "scale_dtype": dtype} for codes in CODES for dtype in SCALE_DTYPES}
+WEIGHT_KINDS = {
+    f"{codes}-{scale.name}": {"codes": codes, "scale_dtype": scale.dtype}
+    for codes in CODE_TYPES
+    for scale in SCALE_TYPES.values()
+}
 
 
 def random_problem(

@@ -9,17 +9,17 @@ import pytest
 
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.cpu import _dispatch, layout
+from marlin_cy.cpu import _dispatch
 from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.formats import arrays
-from marlin_cy.weights import order
+from marlin_cy.weights import order, packed_tiles
 from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
 
 
 @pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "BLOCK_BYTES", "GROUP_HEADER_BYTES"])
 def test_layout(name):
-    assert getattr(layout, name) == CONSTANTS[name]
+    assert getattr(packed_tiles, name) == CONSTANTS[name]
 
 
 @pytest.mark.parametrize("name", ["MAX_GROUP_K", "GROUP_K_STEP"])

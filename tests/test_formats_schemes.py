@@ -232,7 +232,7 @@ def test_group_sizes_without_kernels(scheme):
 def test_marlin_needs_whole_blocks():
     with pytest.raises(ValueError, match="n: got 72, expected a multiple of 64 in Marlin's layout"):
         marlin.MarlinScheme(128).tensors(K, 72)
-    with pytest.raises(ValueError, match=r"got shape \(16, 127\), expected two dimensions, the last with two words per"):
+    with pytest.raises(ValueError, match=r"got shape \(16, 127\), expected two dimensions, the last with two words"):
         marlin.MarlinScheme(128).sizes((16, 127))
 
 

@@ -22,7 +22,8 @@ from marlin_cy.formats.gptq import GptqScheme
 from marlin_cy.formats.marlin import MarlinScheme
 from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.registry import read_scheme
-from marlin_cy.weights.int4 import E2M1_VALUES, unpack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.int4 import unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"
@@ -90,7 +91,7 @@ def dequantised(weight):
     if weight.codes == "uint4":
         return reference.dequantize(q, weight.scale, weight.zero, weight.group_size, weight.g_idx).T
     scale = weight.scale.astype(np.float64)[np.arange(weight.k) // weight.group_size]
-    return (E2M1_VALUES.astype(np.float64)[q] * scale).T
+    return (CODE_TYPES["e2m1"].decode_table.astype(np.float64)[q] * scale).T
 
 
 @pytest.mark.parametrize("name", SCHEMES)

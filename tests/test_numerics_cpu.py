@@ -12,7 +12,8 @@ import marlin_cy
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.cpu._dispatch import activate
-from marlin_cy.weights.int4 import CODES, E2M1_VALUES, Int4Weight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -56,7 +57,7 @@ def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, 
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
     """Register tiles and row blocks, and one row more and less."""
     problem = random_problem(rng, 1, 160, 56, 64, codes=codes)
@@ -66,7 +67,7 @@ def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
 
 
 @pytest.mark.parametrize("n", range(8, 80, 8))
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
     problem = random_problem(rng, 2, 96, n, 32, codes=codes)
     x = activations(rng, 3, 96)
@@ -76,7 +77,7 @@ def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
 
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size, codes):
     """Around the chunks of 1024 in which K is summed."""
     problem = random_problem(rng, 1, k, 8, group_size, codes=codes)
@@ -113,7 +114,7 @@ def test_every_code(cpu_backend, isa, compute_dtype):
     q = (np.arange(32)[:, None] + np.arange(16)).astype(np.uint8) % 16
     stack = one_expert(cpu_backend, q, np.ones((1, 16)), None, 32, codes="e2m1")
     result = product(stack, cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa), np.eye(32, dtype=np.float32))
-    np.testing.assert_allclose(result, E2M1_VALUES[q], rtol=3e-7)
+    np.testing.assert_allclose(result, CODE_TYPES["e2m1"].decode_table[q], rtol=3e-7)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)

@@ -15,14 +15,9 @@ import numpy.typing as npt
 
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import GroupOrder
+from marlin_cy.weights.packed_tiles import BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N
 
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
-
-# As in ukernels/ukernel.h; tests/test_constants.py compares them.
-TILE_N = 16
-LANE_K = 8
-BLOCK_BYTES = 64
-GROUP_HEADER_BYTES = 48
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.arrays import SCALES, check_finite, symmetric_zeros, unpack_nibbles
 from marlin_cy.formats.fields import compiled, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
-from marlin_cy.formats.mxfp4 import BLOCK_K, Mxfp4Scheme
+from marlin_cy.formats.mxfp4 import GROUP_SIZE as MXFP4_GROUP_SIZE
+from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import WORDS, checked_array
@@ -205,7 +206,7 @@ class CompressedMxfp4Scheme(Mxfp4Scheme):
         self.checked_group_size(k, n)
         return {
             ".weight_packed": TensorSpec((n, k // 2), ("U8",)),
-            ".weight_scale": TensorSpec((n, k // BLOCK_K), ("U8",)),
+            ".weight_scale": TensorSpec((n, k // MXFP4_GROUP_SIZE), ("U8",)),
         }
 
 
@@ -273,9 +274,9 @@ def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme 
     group_size = optional(weights, ("group_size",), int, file)
     symmetric = optional(weights, ("symmetric",), bool, file, default=True)
     if layout == "mxfp4-pack-quantized":
-        if group_size != BLOCK_K or not symmetric:
+        if group_size != MXFP4_GROUP_SIZE or not symmetric:
             raise CheckpointError(
-                f"got group_size {group_size} and symmetric {symmetric}, expected {BLOCK_K} and True of MXFP4",
+                f"got group_size {group_size} and symmetric {symmetric}, expected {MXFP4_GROUP_SIZE} and True of MXFP4",
                 file=file,
             )
         return CompressedMxfp4Scheme()

@@ -29,16 +29,19 @@ from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
 from marlin_cy.weights.sizes import checked_stack_sizes
 
-__all__ = ["PackedTiles"]
+__all__ = ["BLOCK_BYTES", "GROUP_HEADER_BYTES", "LANE_K", "TILE_N", "PackedTiles"]
 
+# These sizes are those of cpu/ukernels/ukernel.h; tests/test_constants.py compares them.
 TILE_N = 16
 """Columns of a tile."""
 
 SCALE_BYTES = 2
-GROUP_BYTES = (SCALE_BYTES + 1) * TILE_N
+GROUP_HEADER_BYTES = (SCALE_BYTES + 1) * TILE_N
 """Bytes of one group's scales and zero points in a tile."""
 
-BLOCK_K = 8
+LANE_K = 8
+"""Packed rows of a block."""
+
 BLOCK_BYTES = 64
 """Bytes of 8 packed rows of a tile. A tile's header is padded to a multiple of this."""
 
@@ -152,11 +155,11 @@ class PackedTiles:
 
     @property
     def _header_bytes(self) -> int:
-        return -(-GROUP_BYTES * self._groups // BLOCK_BYTES) * BLOCK_BYTES
+        return -(-GROUP_HEADER_BYTES * self._groups // BLOCK_BYTES) * BLOCK_BYTES
 
     @property
     def _tile_bytes(self) -> int:
-        return self._header_bytes + self._packed_k // BLOCK_K * BLOCK_BYTES
+        return self._header_bytes + self._packed_k // LANE_K * BLOCK_BYTES
 
     @property
     def _tiles(self) -> int:
