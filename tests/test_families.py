@@ -378,7 +378,7 @@ class TestMixtures:
         write_checkpoint(tmp_path, model_type="deepseek_v3", num_experts=4, group_size=32)
         edit_json(tmp_path, "config.json", num_experts_per_tok=3)
         with pytest.raises(
-            CheckpointError, match=r"config\.json: top_k: got 3, expected at most 2, the experts of 1 groups"
+            CheckpointError, match=r"config\.json: top_k: got 3, expected at most 2, the number of experts in 1 groups"
         ):
             open_checkpoint(tmp_path)
 
