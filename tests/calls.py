@@ -1,4 +1,4 @@
-"""Right calls of every method that runs weights, which tests then make wrong or let fail."""
+"""A valid call of every method that runs weights. Tests change its arguments or make it fail."""
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ EXTREMES = [0, 1, 2, ROWS, ROWS + 1, -1, INT32.max, INT32.max + 1, INT32.min, IN
 
 
 class Memory:
-    """Arrays where a backend has them: on a device, copied as they lie, with what surrounds them.
+    """Arrays in a backend's memory. For a device, each array is copied with the memory around it.
 
-    Arrays that share memory on the host share it there, too.
+    Arrays that share memory on the host also share it on the device.
     """
 
     def __init__(self, backend):
@@ -38,7 +38,7 @@ class Memory:
         return Array(copy.queue, array.shape, array.dtype, data=copy.base_data, offset=offset, strides=array.strides)
 
     def fetch(self, ctx):
-        """Let the arrays on the host hold what those on the device hold."""
+        """Copy the arrays on the device back to the arrays on the host."""
         if self._copies:
             ctx.finish()
         for root, copy in self._copies.values():
@@ -46,7 +46,7 @@ class Memory:
 
 
 def raw_bytes(array):
-    """The bytes of an array that lies in one piece, whatever the order of its axes."""
+    """The bytes of an array that is contiguous in any order of its axes."""
     return array.ravel(order="K").view(np.uint8)
 
 
@@ -56,10 +56,10 @@ def new_context(backend):
 
 
 class Call:
-    """A right call of one method, as keyword arguments that a test may change, and its guarded output.
+    """A valid call of one method, as keyword arguments that a test may change, with a guarded output.
 
-    Arguments are NumPy arrays; those of ``buffers`` (``inputs``, ``output``, ``others``) are given to the
-    backend where it wants them, but for objects of a subclass of ``ndarray``.
+    Arguments are NumPy arrays. Those in ``buffers`` (``inputs``, ``output``, ``others``) are converted to the
+    backend's buffers, except objects of a subclass of ``ndarray``.
     """
 
     others = ()
@@ -83,7 +83,7 @@ class Call:
         return out.array
 
     def make_call(self, args):
-        """Call, with arrays placed where the backend wants them, and what it left there brought back."""
+        """Call with arrays in the backend's memory, and copy the results back."""
         memory = Memory(self.backend)
         try:
             self.call(
@@ -96,7 +96,7 @@ class Call:
             memory.fetch(self.ctx)
 
     def refused(self, changes, exception, message):
-        """Make the call with some arguments changed, and check all that is promised."""
+        """Make the call with some arguments changed; check the exception, and that nothing else has changed."""
         right = dict(self.args)
         copies = {name: value.copy() for name, value in right.items() if isinstance(value, np.ndarray)}
         wrong = changes(right) if callable(changes) else changes
@@ -186,13 +186,13 @@ CALLS = {"batched": Batched, "vllm": Vllm, "view": View, "layer": Layer, "routed
 
 
 def table(lines):
-    """Parameters of a test of ``(call, id, *values)``: each line on each backend, or where the id says so.
+    """Parameters ``(call, *values)`` of a test: each line on each backend, or on the CPU only if the id says so.
 
     Parameters
     ----------
     lines : iterable of (str, str, tuple)
-        A name in CALLS, an id, and what else the test takes. An id that begins with "host" is of what
-        only an array on the host can be.
+        A name in CALLS, an id, and the test's other parameters. An id that begins with "host" marks a case that
+        only arrays on the host can have.
     """
     return [
         pytest.param((label, call), *values, id=f"{label}-{call}-{name}")

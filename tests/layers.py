@@ -1,4 +1,4 @@
-"""Random Mixture-of-Experts layers, with what they compute and how far a result may be off."""
+"""Random Mixture-of-Experts layers, with their expected results and error bounds."""
 
 import numpy as np
 from asserts import assert_close, product_bound, unit_roundoff
@@ -12,18 +12,18 @@ FLOAT32 = unit_roundoff(np.float32)
 
 
 class Layer:
-    """A random layer, with what it means.
+    """A random layer, with its expected result.
 
     Parameters
     ----------
     experts, hidden, inner, width : int
-        ``width`` of the output; that of a token unless given.
+        ``width`` is that of the output; by default that of a token.
     bias : bool
-        Of all stacks.
+        Whether all stacks have biases.
     shared : int, optional
         Intermediate size of a shared expert.
     gate : bool
-        Whether the shared expert has one.
+        Whether the shared expert has a gate.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Layer:
             return gate_up, random_problem(rng, count, inner, width or hidden, group_size, g_idx=g_idx, bias=bias)
 
         self.gate_up, self.down = pair(experts, inner, g_idx)
-        # The shared expert's rows of K have an order of their own.
+        # The shared expert has its own order of K.
         self.shared = None if shared is None else pair(1, shared, "none" if g_idx == "none" else "common")
         self.gate_weight = (rng.standard_normal(hidden) / 8).astype(np.float32) if gate else None
         self.activation, self.weigh_input = activation, weigh_input
@@ -93,9 +93,9 @@ class Layer:
         )
 
     def bound(self, backend, x, ids, weights, dtype=np.float32):
-        """The bounds of the experts' outputs, times their weights, which are good to 32 roundoffs themselves.
+        """Bounds of the experts' outputs, times the weights, whose own error is at most 32 roundoffs.
 
-        On a device, what lies between is float16 where ``x`` is.
+        On a device, values between the products are float16 if ``x`` is.
         """
         between = np.float16 if backend.name != "cpu" and x.dtype == np.float16 else np.float32
         bound = np.zeros((len(x), self.down.n))
@@ -117,21 +117,21 @@ class Layer:
         return bound + 2.0**-24
 
     def gate_bound(self, x):
-        """A shared expert's gate, and how far it may be off: the slope of a sigmoid is at most a quarter."""
+        """A shared expert's gate and its error bound: the slope of a sigmoid is at most a quarter."""
         if self.gate_weight is None:
             return 1, 0
         dot = np.abs(x) @ np.abs(self.gate_weight)
         return reference.sigmoid(x @ self.gate_weight), FLOAT32 * (8 + len(x) * dot / 4)
 
     def expert_bound(self, backend, x, gate_up, down, expert, between, weight=1):
-        """One expert's output for ``weight * x``, at most, and how far it may be off, ``[width]`` each.
+        """The largest magnitude of one expert's output for ``weight * x``, and its error bound, ``[width]`` each.
 
         The bounds of both products, carried through the activation ``f(gate) * u``, where ``u`` is ``up``, or 1 more:
         slopes of ``f`` are below 1.2, and it is computed to 8 roundoffs of ``gate * u``.
         """
         w1, w2, x = gate_up.dense(expert), down.dense(expert), weight * x
         sums, off = x @ w1, product_bound(backend, x[None], w1, between)[0]
-        if weight != 1:  # which is good to 32 roundoffs, and what was multiplied may be rounded
+        if weight != 1:  # the weight has an error of 32 roundoffs, and its product with x may be rounded
             off = off + (32 * FLOAT32 + unit_roundoff(between)) * (np.abs(x) @ np.abs(w1))
         if gate_up.bias is not None:
             sums = sums + gate_up.bias[expert]

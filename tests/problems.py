@@ -1,4 +1,4 @@
-"""Random problems in GPTQ form, with what they mean."""
+"""Random problems in GPTQ form, with their dense weights."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ class Problem:
     """The weights of a stack.
 
     ``q``, ``scale`` and ``zero`` (None with ``codes="e2m1"``) have a leading axis of experts; ``g_idx`` is a
-    list of one an expert.
+    list with one entry per expert.
     ``group_size`` may be -1; ``group`` is what it means. ``bias`` is float32 ``[num_experts, n]`` or None.
     """
 
@@ -51,11 +51,11 @@ class Problem:
 
     @property
     def is_gptq(self):
-        """Whether :meth:`tensors` says all there is to it."""
+        """Whether :meth:`tensors` describes the weights completely."""
         return self.codes == "uint4" and self.scale.dtype == np.float16 and self.bias is None
 
     def tensors(self):
-        """``(qweights, scales, qzeros)``, each a list of one an expert."""
+        """``(qweights, scales, qzeros)``, each a list with one entry per expert."""
         packed = [
             gptq.pack_gptq(*parts, checkpoint_format=self.checkpoint_format)
             for parts in zip(self.q, self.scale, self.zero, strict=True)
@@ -131,7 +131,7 @@ class Problem:
         return [self.dense(expert) for expert in range(self.num_experts)]
 
     def reference(self, expert, x, compute_dtype="int16"):
-        """What the CPU computes for float32 ``x``, to the last bit."""
+        """The CPU's result for float32 ``x``, to the last bit."""
         product = reference.gemm(x, *self.parts(expert), self.group, self.g_idx[expert], compute_dtype, self.codes)
         return product if self.bias is None else product + self.bias[expert]
 
@@ -173,7 +173,7 @@ def random_problem(
         if sym:
             return np.full(shape, 8, np.uint8)
         zero = rng.integers(low, low + 16, shape).astype(np.uint8)
-        # Kernels may take a group of a tile of 16 columns that is symmetric by a way of its own.
+        # Kernels may have a separate path for a group of a tile of 16 columns that is symmetric.
         symmetric = rng.random((num_experts, groups, -(-n // 16))) < 0.3
         zero[symmetric.repeat(16, axis=2)[:, :, :n]] = 8
         return zero

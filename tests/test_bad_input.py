@@ -32,7 +32,7 @@ def read_only(x):
 
 
 class Convertible:
-    """Something that NumPy could make an array of."""
+    """An object that NumPy could convert to an array."""
 
     def __array__(self, dtype=None, copy=None):
         return np.zeros((ROWS, K), np.float32)
@@ -93,7 +93,7 @@ def buffer_cases():
 @pytest.mark.sampled(44)
 @pytest.mark.parametrize(("call", "name", "wrong", "exception", "message"), table(buffer_cases()), indirect=["call"])
 def test_buffers(call, name, wrong, exception, message):
-    # A missing row may be missed by the argument that counts them.
+    # The message about a missing row may name the argument that counts the rows.
     prefix = "" if message == "rows" else f"^{name}: "
     call.refused(lambda args: {name: wrong(args[name])}, exception, prefix + message)
 
@@ -128,7 +128,7 @@ def test_output_overlapping_input(call, shared):
 
 @every_call
 def test_output_beside_input(call):
-    """The last element of one next to the first of the other is no overlap."""
+    """Adjacent arrays do not overlap."""
     for inp, out in overlapping(ROWS, 0)(call.width):
         inp[:] = call.args[call.inputs[0]]
         call.make_call({**call.args, call.inputs[0]: inp, call.output: out})
@@ -153,7 +153,7 @@ def in_column_order(dispatches):
 
 
 def far(rows):
-    """Of rows from there on: whatever is added must not wrap around."""
+    """Dispatches with rows near the limits of int64, where sums must not wrap around."""
     return [(0, 0, 0, 1), rows]
 
 
@@ -291,7 +291,7 @@ OF_VLLM = [
     ({"prob_m": 3.0}, TypeError, "prob_m: got 3.0, expected an int"),
     ({"prob_m": None}, TypeError, "prob_m: got None"),
 ]
-# What routing arrays hold is looked at on the host alone.
+# Only on the host are the values of routing arrays checked.
 OF_VLLM_ON_HOST = [
     ({"expert_ids": np.array([0, E, 0], np.int32)}, IndexError, r"expert_ids\[1\]: got 3, expected -1 to 2"),
     ({"expert_ids": np.array([0, 0, -2], np.int32)}, IndexError, r"expert_ids\[2\]: got -2, expected -1 to 2"),
@@ -401,7 +401,7 @@ def test_subclasses_are_arrays(cpu_backend, rng, name):
 
 @only("batched")
 def test_any_numbers_in_dispatches(call, rng):
-    """Whatever they are, they are refused as a caller's mistake, or right."""
+    """Any numbers are either refused as a caller's mistake or valid."""
     for _ in range(2000):
         dispatches = [
             tuple(

@@ -1,4 +1,4 @@
-"""Mistakes in what a layer is made of, in routing and in alignment."""
+"""Wrong arguments of layers, of routing and of alignment."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ class TestMoe:
 
     @only("layer", "routed")
     def test_stacks_of_another_backend(self, call, rng):
-        """A shared expert's, too; a stack that is none of the backend's stands for it."""
+        """Stacks of a shared expert are checked too. An object of another class takes the place of its stack."""
         layer = call.call.__self__ if hasattr(call.call, "__self__") else call.call
 
         class Elsewhere:

@@ -1,4 +1,4 @@
-"""Mistakes in what is loaded: sizes, tensors, columns of a view; and objects that cannot be copied."""
+"""Wrong arguments of loading: sizes, tensors, columns of a view; and objects that cannot be copied."""
 
 import itertools
 
@@ -150,7 +150,7 @@ def test_store_of_another_size(device_backend, rng):
 
 
 def test_contexts_and_stores_cannot_be_pickled(device_backend, rng):
-    """They hold addresses: a copy would point into memory that is not its own."""
+    """They hold addresses: a copy would point into the memory of the original."""
     import copy
     import pickle
 

@@ -1,4 +1,4 @@
-"""Tensors of every format to canonical form: round trips over all that a format can hold, and what is refused."""
+"""Tensors of every format to canonical form: round trips of all values that a format can hold, and refusals."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """A scheme, and how to make tensors of it: ``pack(q, scale, zero)`` gives them by suffix.
+    """A scheme and a function that makes its tensors: ``pack(q, scale, zero)`` returns them by suffix.
 
     ``zeros`` are the zero points that it can hold; ``n_unit`` divides N; ``dtypes`` are those of scales.
     """

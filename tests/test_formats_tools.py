@@ -1,9 +1,9 @@
-"""Checkpoints as the tools themselves write them mean what those tools make of them, to the last bit.
+"""Checkpoints that the tools wrote give the tools' own dequantised weights, to the last bit.
 
 ``tests/fixtures`` holds layers that each tool quantised and saved, and the weights that it dequantised them to;
-``make_*.py`` there says which versions, and how to run them again. Two are less than that. Of Marlin there is no
-dequantisation outside CUDA kernels: ``expected`` is what was given to the tool to pack, which 4 bits hold exactly. And
-the codes and exponents of gpt-oss's MXFP4 are random, since its quantiser needs a GPU.
+``make_*.py`` there says which versions, and how to run them again. There are two exceptions. Marlin has no
+dequantisation outside CUDA kernels: its ``expected`` are the weights that the tool packed, which 4 bits hold exactly.
+The codes and exponents of gpt-oss's MXFP4 are random, because its quantiser needs a GPU.
 """
 
 import json
@@ -57,7 +57,7 @@ OTHERS = {
     ("ct-mixed", "down_proj"): CompressedTensorsScheme(32),
     ("gptq-dynamic", "down_proj"): GptqScheme(-1),
 }
-# Modules that the tool left alone, or quantised in another way, and what is said of them.
+# Modules that the tool did not quantise, or quantised in another way, and the message about each.
 REFUSED = [
     ("auto-round-sym", f"{EXPERT}.up_proj", "bits: got 8, only 4"),
     ("auto-round-sym", "model.layers.0.mlp.gate", "not quantised, its bits are 16 in extra_config"),

@@ -121,7 +121,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_few_experts_chosen_after_many(self, backend, rng, g_idx):
-        """What an earlier, larger call left in the workspace is not read."""
+        """Values that an earlier, larger call left in the workspace are not read."""
         layer, ctx = Layer(rng, g_idx=g_idx), backend.new_context()
         moe = layer.on(backend)
         x = activations(rng, 600, 96)
@@ -172,7 +172,7 @@ class TestLayer:
         check(cpu_backend, layer, x[part], ids[part], weights[part], out.array[part])
 
     def test_out_may_lie_over_ids_and_weights(self, cpu_backend, rng):
-        """They are copied when they are checked."""
+        """The ids and weights are copied before they are checked."""
         layer, ctx = Layer(rng, hidden=64, inner=32), cpu_backend.new_context()
         moe, x = layer.on(cpu_backend), activations(rng, 6, 64)
         ids, weights = rng.integers(0, 5, (6, 64)).astype(np.int32), rng.standard_normal((6, 64)).astype(np.float32)
@@ -206,7 +206,7 @@ class TestLayer:
         assert (moe.num_experts, moe.hidden_size, moe.intermediate_size, moe.top_k) == (5, 96, 64, 3)
 
 
-# What a layer may be made of beside the plain two stacks.
+# The options of a layer.
 MADE_OF = {
     "bias": {"bias": True},
     "shared": {"shared": 32},
@@ -219,7 +219,7 @@ MADE_OF = {
 
 
 class TestWholeModels:
-    """What model families need: activations, biases, shared experts, weights on the input, kinds of routing."""
+    """The features of model families: activations, biases, shared experts, weights on the input, kinds of routing."""
 
     def run(self, backend, layer, x, logits, **options):
         moe = layer.on(backend, **options)
@@ -238,7 +238,7 @@ class TestWholeModels:
         self.run(backend, layer, *self.inputs(rng, DTYPES[dtype]))
 
     def test_gelus_are_told_apart(self, backend, rng):
-        """They differ by less than the bounds, but on average by enough."""
+        """Both differ by less than the error bounds, but measurably on average."""
         x, logits = rng.standard_normal((100, 96)).astype(np.float32), rng.standard_normal((100, 5)).astype(np.float32)
         layer, errors = Layer(rng, activation="gelu"), {}
         for computed in ("gelu", "gelu_tanh"):
@@ -283,17 +283,17 @@ class TestWholeModels:
 
     @pytest.mark.parametrize("tokens", [1, 2, 49, 130])
     def test_tokens(self, backend, rng, tokens):
-        """One, and more than blocks of rows have."""
+        """One token, and more tokens than a block of rows has."""
         self.run(backend, Layer(rng, **MADE_OF["all"]), *self.inputs(rng, tokens=tokens))
 
     def test_large_gates_and_ups(self, backend, rng):
-        """Beyond where gpt-oss clamps them."""
+        """Values beyond the limits to which gpt-oss clamps them."""
         x, logits = self.inputs(rng)
         self.run(backend, Layer(rng, activation="swigluoai", bias=True), 16 * x, logits)
 
     @pytest.mark.parametrize("choices", [1, 4])
     def test_routed(self, backend, rng, choices):
-        """Any experts and weights, or none: then the shared expert is alone."""
+        """Any experts and weights. A token without experts gets only the shared expert's output."""
         layer, ctx = Layer(rng, bias=True, shared=96, gate=True), backend.new_context()
         x = activations(rng, 12, 96)
         ids = rng.integers(-1, 5, (12, choices))
@@ -303,7 +303,7 @@ class TestWholeModels:
         check(backend, layer, x, ids, weights, backend.to_host(result))
 
     def test_routed_with_weights_on_the_input(self, backend, rng):
-        """Of any sign, and 0; the activation sees them, the biases do not."""
+        """Weights of any sign, and 0. They affect the activation but not the biases."""
         layer, ctx = Layer(rng, activation="gelu_tanh", bias=True, weigh_input=True), backend.new_context()
         x, ids = activations(rng, 12, 96), rng.integers(-1, 5, (12, 1))
         weights = (2 * rng.standard_normal(ids.shape)).astype(np.float32)
@@ -312,7 +312,7 @@ class TestWholeModels:
         check(backend, layer, x, ids, weights, backend.to_host(result))
 
     def test_weighing_the_input_by_a_power_of_two(self, backend, rng):
-        """It rounds nothing, so it is the same before and after quantising."""
+        """Such a weight rounds nothing, so its order with quantisation does not matter."""
         layer, ctx = Layer(rng, weigh_input=True, shared=32), backend.new_context()
         moe, x, ids = layer.on(backend), activations(rng, 8, 96), rng.integers(0, 5, (8, 1))
         weights = (2.0 ** rng.integers(-3, 4, (8, 1))).astype(np.float32)
@@ -328,7 +328,7 @@ class TestWholeModels:
         assert_agree(backend, backend.to_host(result), backend.to_host(expected), bound)
 
     def test_a_shared_expert_is_one_chosen_by_all(self, backend, rng):
-        """And first, with a weight of 1."""
+        """The shared expert equals a routed expert that every token selects first, with a weight of 1."""
         layer, ctx = Layer(rng, bias=True, g_idx="common"), backend.new_context()
         x, ids = activations(rng, 12, 96), rng.integers(-1, 4, (12, 2))
         weights = rng.standard_normal(ids.shape).astype(np.float32)
@@ -362,7 +362,7 @@ class TestWholeModels:
         assert_same_bits(np.delete(result, [2, 6], axis=0), np.delete(clean, [2, 6], axis=0))
 
     def test_few_tokens_after_many(self, backend, rng):
-        """What another layer's larger call left in the workspace is not read."""
+        """Values that another layer's larger call left in the workspace are not read."""
         ctx = backend.new_context()
         large, small = Layer(rng, inner=160, shared=32), Layer(rng, hidden=64, **MADE_OF["all"])
         for tokens, layer, hidden in ((300, large, 96), (3, small, 64), (20, large, 96), (1, small, 64)):
@@ -379,7 +379,7 @@ class TestWholeModels:
 
     @pytest.mark.parametrize("weigh_input", [False, True])
     def test_more_tokens_than_one_slice(self, cpu_backend, rng, weigh_input):
-        """A slice holds the shared expert's rows, too."""
+        """A slice also holds the shared expert's rows."""
         size, choices = 32, 1 if weigh_input else 64
         layer = Layer(rng, hidden=size, inner=size, bias=True, shared=4096, gate=True, weigh_input=weigh_input)
         slice_tokens = SLICE_BYTES // (4 * (max(choices * size, 4096) + (choices + 1) * size))

@@ -16,7 +16,7 @@ def dense(tensor):
 
 
 class TestTransformers:
-    """The reference is what the blocks of transformers compute, with their weights and routers."""
+    """The reference computes the same as the blocks of transformers with the same weights and routers."""
 
     @pytest.fixture
     def block(self, rng):
@@ -39,7 +39,7 @@ class TestTransformers:
         return make
 
     def check(self, block, rng, logits, routing, gate_up, down, **options):
-        """``logits(x)`` are the router's; all experts are close to what the block gives."""
+        """Compare the reference with a block's output; ``logits(x)`` are those of the block's router."""
         import torch
 
         x = rng.standard_normal((1, 30, 32)).astype(np.float32)
@@ -118,7 +118,7 @@ class TestTransformers:
         )
 
     def test_gpt_oss(self, block, rng):
-        """Biases, and gates beyond 7; gates and ups lie in turn there."""
+        """Biases, and gates beyond 7. gpt-oss interleaves gates and ups."""
         made = block("gpt_oss", "GptOssMLP", "GptOssConfig", num_local_experts=6, intermediate_size=48)
         experts = made.experts
         in_halves = np.concatenate([np.arange(0, 96, 2), np.arange(1, 96, 2)])

@@ -119,7 +119,7 @@ def test_every_code(cpu_backend, isa, compute_dtype):
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype, kind):
-    """Subnormal ones, too, which halving may not round; of a bfloat16 some make products too large for float32."""
+    """Includes subnormal scales, which halving must not round, and bfloat16 scales whose products exceed float32."""
     codes, scale_dtype = WEIGHT_KINDS[kind].values()
     scales = CODES_16.view(scale_dtype)
     with np.errstate(invalid="ignore"):
@@ -227,7 +227,7 @@ def test_every_input_is_widened_exactly(cpu_backend, isa, dtype):
     stack = selection(cpu_backend, 32)
     with np.errstate(invalid="ignore"):
         assert_same_bits(product(stack, ctx, x), product(stack, ctx, as_given(x)))
-        # One code at a time, so that none hides behind a larger one; what is exact, comes back as it was.
+        # One code at a time, so that no code is hidden by a larger one. Exact values are returned unchanged.
         alone = np.zeros((1 << 16, 32), DTYPES[dtype])
         alone[:, 5] = CODES_16.view(DTYPES[dtype])
         wide = as_given(alone)
@@ -265,12 +265,12 @@ SPECIAL = [np.nan, np.inf, 0.0, FLOAT32.max, 1e30, 1e19, 1e10, 100.0, 89.0, 7.0,
 
 
 def activation_sums(gates, ups):
-    """float32 ``[rows, 32]``: 16 gates and 16 ups a row, as ``glu_epilogue`` takes them."""
+    """float32 ``[rows, 32]``: 16 gates and 16 ups per row, as ``glu_epilogue`` takes them."""
     return np.concatenate([part.astype(np.float32).reshape(-1, 16) for part in (gates, ups)], axis=1)
 
 
 def activation_bound(name, gates, ups):
-    """What rowops.h derives, and what is lost where ``gate * sigmoid`` or the result is subnormal."""
+    """The bound that rowops.h derives, plus the error where ``gate * sigmoid`` or the result is subnormal."""
     if name == "swigluoai":
         gates, ups = np.minimum(gates, 7), 1 + np.minimum(np.abs(ups), 7)
     return 6 * 2.0**-24 * np.abs(gates * ups) + (1 + np.abs(ups)) * FLOAT32.smallest_subnormal
@@ -297,7 +297,7 @@ class TestActivations:
     def test_special_values(self, isa, name):
         """All pairs: NaN and infinities just where the formula has them, and the rest within the bound.
 
-        But for an infinite up beside a gate that float32 may make 0 of.
+        Except an infinite up with a gate that float32 may round to 0.
         """
         values = np.array(SPECIAL + [-value for value in SPECIAL]).astype(np.float32).astype(np.float64)
         pairs = np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)

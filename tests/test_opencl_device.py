@@ -1,4 +1,4 @@
-"""Which OpenCL devices there are, which is taken, and what is said where there is none."""
+"""The OpenCL devices, the selection of a device, and the messages if there is none."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ TYPE = cl.device_type
 
 
 def error(code, message="it is broken"):
-    """What PyOpenCL raises when a call into a driver answers with ``code``."""
+    """The exception of PyOpenCL when a driver returns ``code``."""
     return cl.RuntimeError(cl._cl._ErrorRecord(msg=message, code=code, routine="clTest"))
 
 
@@ -53,7 +53,7 @@ def no_variables(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that says which platforms there are; an exception is raised instead."""
+    """A function that sets the platforms of the system; an exception is raised instead of returned."""
 
     def has(*platforms):
         def get_platforms():
@@ -394,7 +394,7 @@ def test_broken_drivers(tmp_path, monkeypatch):
 
 
 def python(code, **variables):
-    """What a fresh interpreter prints when it runs ``code``, errors as well."""
+    """The output of a new interpreter that runs ``code``, errors included."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables, timeout=120
     )
@@ -443,7 +443,7 @@ def test_pyopencl_is_broken(tmp_path):
 
 
 def doctor(*arguments, **variables):
-    """Exit code and output of the command, told that reading memory is quick."""
+    """Exit code and output of the command, with the measurement of memory bandwidth replaced."""
     code = f"""
 import sys
 from marlin_cy import cli

@@ -224,7 +224,7 @@ class TestSymmetric:
 
 @each_device
 class TestScales:
-    """The largest is stored as 2**14 or more and below 2**15; what weights are multiplied by afterwards says so."""
+    """The largest scale is stored as 2**14 or more and below 2**15; ``weight_factor`` has the inverse factor."""
 
     @pytest.mark.parametrize(
         ("largest", "factor"),
@@ -256,7 +256,7 @@ class TestScales:
 
     @pytest.mark.parametrize("largest", [2.0**-100, 1.0, 2.0**100])
     def test_bfloat16_in_float16(self, device, rng, largest):
-        """Those that are at most 2**31 smaller than the largest keep their bits, others come close."""
+        """Scales of at least 2**-31 of the largest keep their bits; smaller scales are approximated."""
         problem = random_problem(rng, 1, 2048, 8, 32, scale_dtype=BFLOAT16)
         scale = largest * rng.uniform(0.5, 1, problem.scale.shape) * 2.0 ** -rng.integers(0, 60, problem.scale.shape)
         problem.scale[:] = scale

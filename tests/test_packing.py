@@ -254,7 +254,7 @@ def test_group_order(rng, mode, group_size):
 
 
 class TestMisuse:
-    """A builder that refuses a weight goes on as if it had not been given."""
+    """A builder that has refused a weight is unchanged."""
 
     @pytest.fixture
     def problem(self, rng):
