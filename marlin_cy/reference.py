@@ -263,7 +263,7 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
 
 
 def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
-    """``(scores, selection scores)`` of one token, ``[num_experts]`` each: for the weights, and to select experts."""
+    """The scores that one token's weights derive from, and those that choose its experts, ``[num_experts]`` each."""
     scores: Floats
     scores = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}[routing.scoring](logits)
     return scores, scores if routing.correction_bias is None else scores + routing.correction_bias

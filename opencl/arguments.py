@@ -4,7 +4,7 @@ A table maps names to types, both spelled as in the ``.cl`` file: ``"uint"``, ``
 INPUT, OUTPUT, LOGIT and PREPARED are the element types that the macros INPUT_TYPE, OUTPUT_TYPE, LOGITS_TYPE and
 PREPARED_TYPE choose. The ``.cl`` files document the arguments.
 
-``tests/test_opencl_arguments.py`` compares the tables with the compiler's report for every kernel.
+``tests/test_opencl_arguments.py`` compares the tables with what a compiler reports for every kernel.
 """
 
 from collections.abc import Callable, Mapping
@@ -220,7 +220,7 @@ COMBINE = {
 
 
 def route_align(macros: Macros) -> Arguments:
-    """The arguments of ``route_align``. With PREPARES, the arguments of a row's preparation follow."""
+    """The arguments of ``route_align``: with PREPARES those of a row's preparation follow."""
     return {**ROUTE_ALIGN, **PREPARE_ROW} if macros.get("PREPARES") else ROUTE_ALIGN
 
 

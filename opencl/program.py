@@ -230,7 +230,7 @@ class ProgramCache:
             return
         # The program is built for one device of the context; the entries of the other devices, if any, are empty.
         binary = next(filter(None, program.get_info(cl.program_info.BINARIES)), None)
-        if binary is None:  # the driver does not return binaries
+        if binary is None:  # the driver gives no binaries away
             return
         try:
             _write(path, key, binary)

@@ -238,7 +238,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             self._largest = max(self._largest, largest)
 
     def _launch(self, expert, column_offset, n):
-        """Pack the contents of the staging buffers; the caller holds the lock."""
+        """Pack what lies in the staging buffers; the lock is held."""
         store, queue, staging = self._store, self._runtime.loading_queue, self._staging
         layout, order = store.layout, int(store.order_of[expert])
         part, base = store.place(expert)
