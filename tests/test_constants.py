@@ -9,22 +9,22 @@ import pytest
 
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.cpu import _dispatch
+from marlin_cy.cpu import _dispatch, layout
 from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.formats import arrays
-from marlin_cy.weights import order, packed_tiles, sizes
+from marlin_cy.weights import order, sizes
 from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
 
 
 @pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "BLOCK_BYTES", "GROUP_HEADER_BYTES"])
 def test_layout(name):
-    assert getattr(packed_tiles, name) == CONSTANTS[name]
+    assert getattr(layout, name) == CONSTANTS[name]
 
 
 def test_groups():
-    assert order.MAX_GROUP_K == CONSTANTS["MAX_GROUP_K"]
-    assert sizes.K_STEP == CONSTANTS["GROUP_K_STEP"]
+    assert CONSTANTS["MAX_GROUP_K"] == order.MAX_GROUP_K
+    assert CONSTANTS["GROUP_K_STEP"] == sizes.K_STEP
 
 
 def test_chunks():
