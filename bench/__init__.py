@@ -1,6 +1,6 @@
-"""Benchmarks of the library, alone and beside other libraries. README.md explains them; they are not installed.
+"""Benchmarks of the library, alone and compared with other libraries. README.md explains them; they are not installed.
 
-``python -m bench`` is the only way in (``__main__.py``). Folders are named after what is measured::
+``python -m bench`` is the only entry point (``__main__.py``). Folders are named after their subject::
 
     cpu/     products and layers on the CPU, the claims, two builds, the cost model
     opencl/  the same on OpenCL devices

@@ -1,4 +1,4 @@
-"""Benchmarks of marlin_cy. README.md beside this file explains them."""
+"""Benchmarks of marlin_cy. README.md in this folder explains them."""
 
 from __future__ import annotations
 

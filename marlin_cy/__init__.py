@@ -9,9 +9,9 @@
                                                               │
                      MoeLayer: route · gate_up · act·mul · down · combine ── outputs
 
-``interface.py`` holds the abstract classes and their documentation. ``cpu/`` and ``opencl/`` implement
-them, and so may other packages (``backends.py``). ``moe/`` builds layers on any backend, ``integrations/`` runs whole
-models in transformers, ``reference.py`` defines in NumPy what each operation computes.
+``interface.py`` holds the abstract classes and their documentation. ``cpu/`` and ``opencl/`` implement them, and other
+packages may add backends (``backends.py``). ``moe/`` builds layers on any backend, ``integrations/`` runs whole models
+in transformers, ``reference.py`` defines the result of each operation in NumPy.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Activation:
         Its number in the kernels: ``ACTIVATION_*`` in ``cpu/ukernels/ukernel.h``; the macro ``ACTIVATION`` of
         ``opencl/kernels`` is one larger, as 0 means no activation there.
     reference : callable
-        ``reference(gate, up)`` of float64 arrays: the definition that every backend is tested against.
+        ``reference(gate, up)`` for float64 arrays: the definition with which every backend is compared.
     """
 
     name: str

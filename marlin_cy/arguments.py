@@ -97,7 +97,7 @@ def positive_argument(text: str) -> int:
     Raises
     ------
     argparse.ArgumentTypeError
-        ``text`` is not one.
+        ``text`` is not such a number.
     """
     try:
         value = int(text)

@@ -1,16 +1,16 @@
-"""The backends by name: the built-in ones, and those that installed packages declare.
+"""The backends by name: the built-in backends and the backends that installed packages declare.
 
 A package declares a backend as an entry point in the group ``marlin_cy.backends``::
 
     [project.entry-points."marlin_cy.backends"]
     abacus = "marlin_abacus:AbacusBackend"
 
-The entry point names a callable ``(**options) -> Backend``; a subclass of :class:`~marlin_cy.Backend` is one. The
-callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions`` and
+The entry point names a callable ``(**options) -> Backend``; a subclass of :class:`~marlin_cy.Backend` will
+do. The callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions`` and
 ``doctor``, which are documented in :class:`~marlin_cy.command_line.CommandLine`; a subclass of ``Backend`` has them
-all. The built-in backends are rows of the same kind, which need no metadata of an installed package.
+all. The table :data:`BUILT_IN` declares the built-in backends in the same form, without package metadata.
 
-A package is imported when its backend is asked for, and never when another one is.
+A package is imported only when its own backend is requested or checked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULT = "cpu"
 
 
 class Declaration(NamedTuple):
-    """A backend as a package declares it: ``value`` is ``module:attribute``; ``package`` has a version."""
+    """A package's declaration of a backend: ``value`` is ``module:attribute``, ``package`` its name and version."""
 
     value: str
     package: str
@@ -126,7 +126,7 @@ def _built_in(name: str) -> Any:
     except ImportError as error:
         raise BackendUnavailable(
             f"backend {name!r}: {value.partition(':')[0]} cannot be imported ({error}); "
-            "install marlin-cy anew, which compiles it (in its source folder: pip install .)"
+            "reinstall marlin-cy, which compiles it (in its source folder: pip install .)"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _third_party(name: str, declarations: list[Declaration]) -> Any:
     prefix = f"backend {name!r}: {value} of package {package}"
     try:
         factory = _load(name, value)
-    except Exception as error:  # whatever the package raises is the reason
+    except Exception as error:  # any exception of the package is the reason
         raise BackendUnavailable(f"{prefix} cannot be imported ({type(error).__name__}: {error})") from error
     if isinstance(factory, type):
         if not issubclass(factory, Backend):
@@ -153,7 +153,7 @@ def _third_party(name: str, declarations: list[Declaration]) -> Any:
 
 
 def _load(name: str, value: str) -> Any:
-    from importlib.metadata import EntryPoint  # slow to import: not with the package
+    from importlib.metadata import EntryPoint  # imported here because its import is slow
 
     return EntryPoint(name, value, GROUP).load()
 

@@ -21,12 +21,12 @@ __all__ = ["main"]
 
 
 class Command(Protocol):
-    """What a command's module has."""
+    """The contents of a command's module."""
 
     HELP: str
 
     def add_arguments(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-        """Declare the arguments; ``argv`` is the command line, where they depend on it."""
+        """Declare the arguments, which may depend on the command line ``argv``."""
 
     def execute(self, arguments: argparse.Namespace) -> int:
         """Run the command; returns the exit code. ``arguments.refuse(message)`` ends it with a usage error."""
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        The arguments, without the program's name; those of the process when left out.
+        The arguments, without the program's name; by default those of the process.
 
     Returns
     -------

@@ -1,4 +1,6 @@
-"""What a backend tells the command line before it is made: availability, options, precisions, diagnosis.
+"""The methods of a backend that the command line calls before it makes the backend.
+
+They give the availability, the options, the precisions and the diagnosis.
 
 Every method has a default, so a backend that overrides none of them still works with
 ``marlin-cy run --backend NAME``. Where a backend's entry point names a function, the methods may be attributes of that
@@ -20,7 +22,7 @@ __all__ = ["ArgumentGroup", "CommandLine", "DoctorReport", "Precision"]
 
 
 class ArgumentGroup(Protocol):
-    """What :meth:`CommandLine.add_arguments` is given: a parser of argparse, or a group of one."""
+    """The argument of :meth:`CommandLine.add_arguments`: a parser of argparse, or an argument group of a parser."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Declare an argument."""
@@ -51,10 +53,10 @@ class DoctorReport:
     Attributes
     ----------
     document : dict
-        For ``--json``: types that JSON has. It is the value of the key that is the backend's name; those of the
-        built-in backends are at the top level.
+        For ``--json``, of types that JSON has. It is stored under the backend's name; the entries of the built-in
+        backends' documents are stored at the top level.
     works : bool
-        Whether the backend works with what the environment variables ask for.
+        Whether the backend works with the settings in the environment variables.
     print_tables : callable
         Prints the report on a :class:`rich.console.Console`.
     """
@@ -65,7 +67,7 @@ class DoctorReport:
 
 
 class CommandLine:
-    """What a :class:`~marlin_cy.Backend` may add to the command line."""
+    """The part of a :class:`~marlin_cy.Backend` that concerns the command line."""
 
     @classmethod
     def availability(cls) -> str | None:
@@ -76,7 +78,7 @@ class CommandLine:
     def add_arguments(cls, group: ArgumentGroup) -> None:
         """Declare the command-line options of the backend and of its contexts.
 
-        The default of each is None: an option that was not given.
+        The default of every option is None, which means that the option was not given.
         """
 
     @classmethod
@@ -86,13 +88,13 @@ class CommandLine:
 
     @classmethod
     def precisions(cls) -> Sequence[Precision]:
-        """What ``marlin-cy perplexity --compare`` runs."""
+        """The precisions that ``marlin-cy perplexity --compare`` runs."""
         return (Precision("", "float32"),)
 
     @classmethod
     def doctor(cls) -> DoctorReport | None:
-        """What ``marlin-cy doctor`` says about this machine's devices and drivers; None for nothing.
+        """The report of ``marlin-cy doctor`` on this machine's devices and drivers, or None.
 
-        It is called even where :meth:`availability` gives a reason.
+        It is called even if :meth:`availability` returns a reason.
         """
         return None

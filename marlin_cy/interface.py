@@ -209,7 +209,7 @@ class Backend(CommandLine, ABC):
         ----------
         ctx : Context
         plan : MoePlan
-            Its stacks may be those of another backend: check them.
+            Its stacks may belong to another backend: check their types.
         hidden_states : buffer ``[tokens, hidden_size]``
             float32, float16 or bfloat16; not checked before.
         out : buffer ``[tokens, hidden_size]``
@@ -247,13 +247,13 @@ class Backend(CommandLine, ABC):
         return as_topk(topk_ids, topk_weights, num_experts)
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
-        """The linear layer that is all of a stack of one expert, with ``bias`` (``[n_per_expert]`` or None)."""
+        """A linear layer over all columns of a stack of one expert, with ``bias`` (``[n_per_expert]`` or None)."""
         return stack.make_expert_linear(0, stack.n_per_expert, bias)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack | None:
-        """A stack that uses the tiles of a packed folder where they lie, or None if the backend cannot.
+        """A stack that uses the tiles of a packed folder in place, or None if the backend cannot.
 
-        After None, the caller unpacks the tiles and fills a :meth:`new_stack_builder`.
+        If the result is None, the caller unpacks the tiles and passes them to a :meth:`new_stack_builder`.
 
         Parameters
         ----------
@@ -267,7 +267,7 @@ class Backend(CommandLine, ABC):
         return {}
 
     def describe(self, ctx: Context) -> str:
-        """The device and the settings of a context, in a few words."""
+        """A short description of a context's device and settings."""
         return self.name
 
     def layer_measurement(self, arguments: argparse.Namespace) -> LayerMeasurement:
@@ -363,7 +363,7 @@ class Backend(CommandLine, ABC):
         for name, entries in (("scales", scales), ("qzeros", qzeros)):
             if len(entries) != len(qweights):
                 raise ValueError(
-                    f"{name}: got {len(entries)} entries, expected one an expert: {len(qweights)}, as in qweights"
+                    f"{name}: got {len(entries)} entries, expected one per expert: {len(qweights)}, as in qweights"
                 )
         if len(qweights) == 0:
             raise ValueError("qweights: got no experts, expected at least one")

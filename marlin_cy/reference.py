@@ -1,4 +1,4 @@
-"""What each operation computes, in slow and plain NumPy: the specification that tests compare with.
+"""The result of each operation in slow and plain NumPy: the specification for the tests.
 
 Integers are exact, here and in the kernels. :func:`quantize` and :func:`gemm` do their float operations in the order
 in which the CPU's kernels do them, one IEEE operation at a time, so they give the CPU's results to the last bit.
@@ -49,7 +49,7 @@ MIN_AMAX = np.float32(2.0**-100)
 """A group of activations whose largest magnitude is below this becomes zeros, so that ``QMAX / amax`` is finite."""
 
 CHUNK_K = 1024
-"""Rows of K whose products are summed apart; the sums of the chunks are then added in the order of K."""
+"""Rows of K in a chunk. Each chunk is summed separately, then the sums are added in the order of K."""
 
 
 def dequantize(
@@ -144,8 +144,8 @@ def gemm(
 ) -> npt.NDArray[np.float32]:
     """``x @ w`` as the CPU computes it: float32 ``[M, N]``, to the last bit.
 
-    Codes are multiplied as integers, the *multiplicands* of :mod:`marlin_cy.weights.code_types`, and scales are
-    divided by the factor between the two, a power of two.
+    Codes are multiplied as integers, the *multiplicands* of :mod:`marlin_cy.weights.code_types`. Scales are divided
+    by ``units_per_one``, a power of two.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def gemm_phase_batched(
     dispatches: Iterable[Sequence[int]],
     output: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
-    """Write each dispatch's rows of ``output``, and return it; ``weights[e]`` is a dense ``[K, N]``."""
+    """Write each dispatch's rows of ``output``, and return ``output``; ``weights[e]`` is a dense ``[K, N]``."""
     for expert, in_row, out_row, m in dispatches:
         output[out_row : out_row + m] = input[in_row : in_row + m] @ weights[expert]
     return output
@@ -210,7 +210,7 @@ def gemm_phase_vllm(
     block_size: int,
     top_k: int,
 ) -> npt.NDArray[Any]:
-    """Write the rows of ``output`` that slots name, and return it; ``weights[e]`` is a dense ``[K, N]``."""
+    """Write the rows of ``output`` that slots name, and return ``output``; ``weights[e]`` is a dense ``[K, N]``."""
     for slot in range(past):
         pair, expert = sorted_ids[slot], expert_ids[slot // block_size]
         if expert >= 0 and pair < prob_m * top_k:
@@ -272,7 +272,7 @@ def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
 
 
 def group_scores(choice: Floats, routing: Routing) -> Floats:
-    """The scores that choose one token's groups, ``[num_groups]``."""
+    """The scores by which one token's groups are selected, ``[num_groups]``."""
     ascending = np.sort(choice.reshape(routing.num_groups, -1))
     scores: Floats = ascending[:, -1] if routing.group_score == "max" else ascending[:, -2:].sum(axis=1)
     return scores

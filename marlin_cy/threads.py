@@ -43,7 +43,7 @@ def checked_num_threads(value: object) -> int:
 def default_num_threads() -> int:
     """The first number of ``OMP_NUM_THREADS`` if it is valid, else the CPUs that this process may use, at least 1.
 
-    Those are the CPUs of its affinity mask, or its CPU quota, rounded up, if that is less.
+    These are the CPUs in its affinity mask, or its CPU quota, rounded up, if the quota is less.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) > 0:
@@ -59,7 +59,7 @@ def default_num_threads() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs' worth of time that the cgroups of this process allow it; None if they do not limit it.
+    """The CPU quota of this process, in CPUs; None if its cgroups set no limit.
 
     The limit is the lowest of the process's cgroup and its ancestors, of cgroup v2 and of the cpu controller of v1.
     Files that are missing, unreadable or malformed do not limit.

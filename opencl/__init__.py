@@ -3,7 +3,7 @@
 In the order in which a call goes through the files::
 
     backend.py    the backend                             factory.py, command_line.py   what works without PyOpenCL
-    device.py     platforms and devices: which one is used, and what it can do
+    device.py     platforms and devices, and the selection of a device
     context.py    a queue and its workspace               stack.py    stacks and linear layers
     store.py      packed weights in device memory         layout.py   their layout in plain NumPy
     buffers.py    checks of device arrays                 memory.py   errors of the driver, uploads
@@ -29,8 +29,8 @@ def availability() -> str | None:
     Returns
     -------
     str or None
-        None if it can, else what is missing and what to do: PyOpenCL, a platform, a device, or a driver that
-        works.
+        None if it can. Otherwise a message that names the missing part (PyOpenCL, a platform, a device or a working
+        driver) and the remedy.
     """
     try:
         from marlin_cy.opencl.device import reason_unavailable

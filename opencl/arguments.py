@@ -1,8 +1,8 @@
-"""The arguments of every OpenCL kernel: one table a kernel, in the order in which the kernel declares them.
+"""The arguments of every OpenCL kernel: one table per kernel, in the order of the kernel's declaration.
 
 A table maps names to types, both spelled as in the ``.cl`` file: ``"uint"``, ``"global float*"``, ``"local uint4*"``.
 INPUT, OUTPUT, LOGIT and PREPARED are the element types that the macros INPUT_TYPE, OUTPUT_TYPE, LOGITS_TYPE and
-PREPARED_TYPE choose. What the arguments mean is said in the ``.cl`` files.
+PREPARED_TYPE choose. The ``.cl`` files document the arguments.
 
 ``tests/test_opencl_arguments.py`` compares the tables with what a compiler reports for every kernel.
 """

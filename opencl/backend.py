@@ -49,7 +49,7 @@ class OpenClBackend(OpenClCommandLine, Backend):
     on the device.
 
     In every call, a device or driver that fails raises :class:`~marlin_cy.errors.DeviceError`, and a device with too
-    little memory raises :class:`~marlin_cy.errors.DeviceMemoryError`. Contexts stay usable if the device is.
+    little memory raises :class:`~marlin_cy.errors.DeviceMemoryError`. Contexts stay usable unless the device is lost.
 
     Parameters
     ----------
@@ -58,10 +58,10 @@ class OpenClBackend(OpenClCommandLine, Backend):
     context : pyopencl.Context, optional
         The context to use.
     queue : pyopencl.CommandQueue, optional
-        Its context and device are used. Contexts from :meth:`new_context` enqueue on it, unless they are given
-        another queue.
+        Its context and device are used. Contexts from :meth:`new_context` enqueue on it unless they get another
+        queue.
     tier : str, optional
-        The kernels to use: ``"mma"``, ``"subgroup"`` or ``"portable"``; by default the best that work.
+        The kernels to use: ``"mma"``, ``"subgroup"`` or ``"portable"``; by default the best one that passes its check.
     max_alloc_bytes : int, optional
         A limit on the size of one buffer, below the device's own.
 
@@ -144,7 +144,7 @@ class OpenClBackend(OpenClCommandLine, Backend):
         Raises
         ------
         BackendUnavailable
-            The requested tier fails its check; or, without a request, all tiers do.
+            The requested tier fails its check, or no tier was requested and all tiers fail.
         """
         if self._tier is None:
             with self._tier_lock:

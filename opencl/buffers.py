@@ -60,7 +60,7 @@ class Vector(NamedTuple):
 
 
 class ArrayInfo:
-    """What the checks of a call need to know about an array, read once.
+    """The properties of an array that the checks of a call use, read once.
 
     Querying the OpenCL objects in every call would take longer than a launch. The record is kept as an attribute of
     the array, and is valid as long as the array's own attributes are the same objects.
@@ -84,9 +84,9 @@ class ArrayInfo:
         if data is None:
             return
         if not isinstance(data, cl.MemoryObjectHolder):
-            raise TypeError(f"{name}: got an array in {type(data).__name__}, expected one in a pyopencl.Buffer")
+            raise TypeError(f"{name}: got an array in {type(data).__name__}, expected an array in a pyopencl.Buffer")
         if data.context != context:
-            raise ValueError(f"{name}: got an array of another OpenCL context, expected one of the backend's")
+            raise ValueError(f"{name}: got an array of another OpenCL context, expected the backend's")
         if array.offset % array.dtype.itemsize:
             raise ValueError(f"{name}: got data that is not aligned to its dtype {array.dtype}")
         # Non-contiguous arrays are rejected by the callers, whose messages can name the reason.
@@ -103,7 +103,7 @@ class ArrayInfo:
         self.end = self.begin + array.nbytes
 
     def is_current(self, array: Array, context: cl.Context) -> bool:
-        """Whether the array's attributes are still those that were read."""
+        """Whether the array's attributes have not changed since they were read."""
         return (
             self.data is array.base_data
             and self.offset == array.offset
@@ -205,8 +205,8 @@ def mark_written(array: Array, event: cl.Event, queue: cl.CommandQueue) -> None:
 def wait_list(queue: cl.CommandQueue, arrays: Iterable[Array]) -> list[cl.Event] | None:
     """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``; None for none.
 
-    Queues that the caller fills are flushed (:func:`flush_queues`). The queue of a context of this library is not: each
-    call has flushed it.
+    The caller's queues are flushed (:func:`flush_queues`). A queue of this library's contexts is not flushed, because
+    each call has flushed it already.
     """
     events: list[cl.Event] = []
     foreign: list[cl.Event] = []
@@ -229,14 +229,14 @@ def same_queue(event: cl.Event, queue: cl.CommandQueue) -> bool:
     """Whether an event is that of a command on ``queue``."""
     try:
         return bool(event.command_queue == queue)
-    except cl.Error:  # its queue is gone, and not every driver's events keep theirs
+    except cl.Error:  # its queue was released, and not every driver's events keep their queue
         return False
 
 
 def flush_queues(events: Iterable[cl.Event]) -> None:
     """Flush the queues of some events, as OpenCL requires before another queue waits for them.
 
-    Some drivers submit nothing before a flush, and the wait would never end (see ``OpenClContext._submit``).
+    Some drivers submit no command before a flush, so the wait would never end (see ``OpenClContext._submit``).
     """
     for event in events:
         # A user event has no queue; releasing a queue has flushed it.

@@ -1,7 +1,7 @@
-"""The cache folder: what is kept on disk from one process to the next, and how files there are written.
+"""The cache folder: data that later processes reuse, and how its files are written.
 
-Everything in it can be computed again. So a folder that cannot be written, or a full disk, costs one warning and no
-more; and the folder has a bound on its size, above which the files go that were not used for longest.
+Everything in it can be computed again. So a folder that cannot be written, or a full disk, only causes one warning.
+The size of the folder is bounded: above the bound, the least recently used files are removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CACHE_VARIABLE = "MARLIN_CY_CACHE_DIR"
 # A program's binary has 20 to 300 KiB, and a model uses a few dozen: room for several models, drivers and versions.
 MAX_BYTES = 256 << 20
 TEMPORARY = ".tmp"
-# A file is written within seconds; one that is this old belongs to a process that was killed.
+# A file is written within seconds. A temporary file of this age belongs to a process that was killed.
 TEMPORARY_SECONDS = 3600
 
 _warned: set[Path] = set()
@@ -65,7 +65,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def warn_unwritable(folder: Path, error: OSError, stacklevel: int) -> None:
-    """Warn that a folder cannot be written: once in a process for each folder, whatever was to be kept there."""
+    """Warn that a folder cannot be written, once per process and folder."""
     with _warned_lock:
         if folder in _warned:
             return
@@ -79,8 +79,8 @@ def warn_unwritable(folder: Path, error: OSError, stacklevel: int) -> None:
 
 
 def mark_used(path: Path) -> None:
-    """Note that a file has just been used; :func:`trim` removes the files that were not used for longest."""
-    with contextlib.suppress(OSError):  # a folder that can only be read
+    """Note that a file has just been used; :func:`trim` removes the least recently used files."""
+    with contextlib.suppress(OSError):  # a read-only folder
         os.utime(path)
 
 

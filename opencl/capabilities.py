@@ -23,7 +23,7 @@ DEVICE_TYPES = {
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a device reports about itself, as plain values.
+    """The properties that a device reports, as plain values.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class Capabilities:
 
     @property
     def device_atomics(self) -> str | None:
-        """How a work-group can read what others of the same launch wrote: ``"PTX"``, ``"OpenCL C 3.0"``, or None."""
+        """How work-groups of a launch can read each other's results: ``"PTX"``, ``"OpenCL C 3.0"``, or None."""
         if (self.compute_capability or (0, 0)) >= (7, 0):
             return "PTX"
         return "OpenCL C 3.0" if self.features >= DEVICE_ATOMICS else None
@@ -111,7 +111,7 @@ def capabilities(device: cl.Device) -> Capabilities:
         compute_units=device.max_compute_units,
         fp16="cl_khr_fp16" in extensions,
         sub_groups="cl_khr_subgroups" in extensions or "__opencl_c_subgroups" in features,
-        # Both mean that the packed form is supported; whether it is accelerated concerns speed alone.
+        # Both mean that the packed form is supported. Hardware acceleration affects only the speed.
         integer_dot_product="cl_khr_integer_dot_product" in extensions
         or "__opencl_c_integer_dot_product_input_4x8bit_packed" in features,
         compute_capability=compute_capability,
@@ -124,7 +124,7 @@ def device_type(device: cl.Device) -> str:
 
 
 def version_of(text: str) -> tuple[int, int]:
-    """``(1, 2)`` of ``"OpenCL C 1.2 PoCL"``; (0, 0) where there is no number."""
+    """``(1, 2)`` for ``"OpenCL C 1.2 PoCL"``; (0, 0) if the text has no version number."""
     found = re.search(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 

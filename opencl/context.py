@@ -1,4 +1,4 @@
-"""Where OpenCL calls run: a command queue, the workspace that calls share, and the kernels made for the queue."""
+"""The context of OpenCL calls: a command queue, the workspace of the calls, and the kernels made for the queue."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenClContext"]
 
-MAX_UPLOADS = 64  # host arrays that are kept until they were copied; beyond that a call waits for the oldest
+MAX_UPLOADS = 64  # uploads in flight whose host arrays are kept; with more, a call waits for the oldest one
 MAX_INT32 = 2**31 - 1
 ARRIVED = "arrived work-groups"
-ARRIVAL_BITS = 18  # of the counter of work-groups: a launch that uses it has fewer than 2**18, the rest is its number
+ARRIVAL_BITS = 18  # a launch counts fewer than 2**18 work-groups; the upper bits are the launch's number
 MAX_ARRIVAL_LAUNCH = (1 << (32 - ARRIVAL_BITS)) - 1
 
 
@@ -40,9 +40,10 @@ class OpenClContext(Context):
     """An in-order command queue and the workspace of the calls enqueued there.
 
     Calls check their arguments, enqueue their kernels, flush the queue and return; ``Backend.to_host`` (or
-    :meth:`finish`) waits. A device failure shows in the call itself, in a later call, or in a wait, always as a
-    :class:`~marlin_cy.errors.DeviceError`; the context then stays usable if the device does. A buffer that another
-    queue writes must be finished, or carry the events of its writers, as a :class:`pyopencl.array.Array` does.
+    :meth:`finish`) waits. A device failure raises :class:`~marlin_cy.errors.DeviceError` in the call itself, in a
+    later call, or in a wait. The context then stays usable unless the device is lost. If another queue writes a buffer,
+    that queue must be finished first, or the buffer must carry the events of its writers, as a
+    :class:`pyopencl.array.Array` does.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ class OpenClContext(Context):
     Raises
     ------
     TypeError, ValueError
-        The queue is not such a queue, or ``profiling`` is set and the queue has no profiling.
+        The queue does not meet these conditions, or ``profiling`` is set and the queue has no profiling.
     """
 
     def __init__(self, backend: OpenClBackend, queue: cl.CommandQueue | None = None, profiling: bool = False) -> None:
@@ -69,7 +70,7 @@ class OpenClContext(Context):
         check_queue(queue, runtime)
         if profiling and not queue.properties & cl.command_queue_properties.PROFILING_ENABLE:
             raise ValueError(
-                "profiling: the queue was made without PROFILING_ENABLE; give one that has it, or no queue"
+                "profiling: the queue was made without PROFILING_ENABLE; pass a queue that has it, or no queue"
             )
         self._backend, self._queue = backend, queue
         self._lock = threading.Lock()
@@ -125,7 +126,7 @@ class OpenClContext(Context):
         finally:
             self._profile = outer
 
-    # For the backend's own modules ----------------------------------------------------------
+    # For the modules of this package ----------------------------------------------------------
 
     def __enter__(self) -> OpenClContext:
         """Claim the context for a call."""
@@ -150,16 +151,15 @@ class OpenClContext(Context):
             raise device_error(self._backend.runtime, error) from error
 
     def _submit(self, failed: bool) -> None:
-        """Flush the queue: the one place where that is done for the commands of a call.
+        """Flush the queue. The commands of a call are flushed nowhere else.
 
         OpenCL lets a queue hold commands back until it is flushed, and requires a flush before another queue waits for
         their events (clFlush). Mesa's rusticl holds commands back, and then such a wait never ends. The other queue may
-        be ``Backend.to_host``'s, another context's, or the caller's, whom an array's ``events`` tell what to wait for.
-        So the events that a call leaves behind are flushed before the call returns: once a call, however many
-        kernels it launches.
+        belong to ``Backend.to_host``, to another context, or to the caller, who finds the events in an array's
+        ``events``. So each call flushes once before it returns, however many kernels it launches.
 
-        After a call that failed, whatever had been enqueued is flushed too, as dropping the event of an upload waits
-        for it. An error of that flush would hide the call's own, and is dropped.
+        After a failed call, the enqueued commands are flushed too, because releasing the event of an upload waits for
+        the upload. An error of this flush is ignored: it would hide the error of the call.
         """
         if not failed:
             self._queue.flush()
@@ -168,7 +168,7 @@ class OpenClContext(Context):
             self._queue.flush()
 
     def reserve(self, purpose: str, nbytes: int) -> cl.Buffer:
-        """The workspace buffer of a purpose, of at least ``nbytes``; its contents are those of the last use."""
+        """The workspace buffer for a purpose, of at least ``nbytes``. It keeps the contents of its last use."""
         buffer = self._workspace.get(purpose)
         if buffer is None or buffer.size < nbytes:
             # Commands in the queue may use the old buffer. It is released before a larger one is allocated.
@@ -180,7 +180,7 @@ class OpenClContext(Context):
         return buffer
 
     def zero(self, purposes: Iterable[str]) -> None:
-        """Zero the workspace buffers of some purposes, those that exist."""
+        """Zero the existing workspace buffers of some purposes."""
         for purpose in purposes:
             buffer = self._workspace.get(purpose)
             if buffer is not None:
@@ -194,13 +194,13 @@ class OpenClContext(Context):
         while self._uploads and self._uploads[0].command_execution_status <= cl.command_execution_status.COMPLETE:
             self._uploads.popleft()
         if len(self._uploads) >= MAX_UPLOADS:
-            self._uploads.popleft().wait()  # of an earlier call, which has flushed it
+            self._uploads.popleft().wait()  # its call has flushed it
         self._uploads.append(event)
         self.log(f"upload {purpose}", event)
         return buffer
 
     def unlimited(self) -> cl.Buffer:
-        """A buffer that holds the largest int32: a count on the device that sets no limit of its own."""
+        """A buffer that holds the largest int32: a count on the device that imposes no limit."""
         buffer = self._workspace.get("unlimited")
         if buffer is None:
             (buffer,) = zeroed_buffers(self._backend.runtime, [4], "workspace (unlimited)")
@@ -219,11 +219,11 @@ class OpenClContext(Context):
         return buffer
 
     def arrival_counter(self) -> tuple[cl.Buffer, int]:
-        """``(buffer, launch_base)``: uint32 ``[1]`` in which the work-groups of one launch count themselves, and the
-        value of the counter for none of them.
+        """``(buffer, launch_base)``: a counter uint32 ``[1]`` for the work-groups of one launch, and the value at which
+        it starts.
 
-        Each launch has a larger ``launch_base`` than all before, up to which it raises the counter. So a launch that
-        failed midway does not matter to later ones.
+        Each launch has a larger ``launch_base`` than all earlier launches, and first raises the counter to it. So a
+        launch that failed midway does not affect later launches.
         """
         if self._arrival_launch == MAX_ARRIVAL_LAUNCH:
             self.zero([ARRIVED])
@@ -245,7 +245,7 @@ class OpenClContext(Context):
         return event
 
     def written(self, array: Array, event: cl.Event) -> None:
-        """Note that another queue must wait for ``event``, the last of those that write ``array``, to use it."""
+        """Note that other queues must wait for ``event``, the last event that writes ``array``, before they use it."""
         array.events[:] = (event,)
         mark_written(array, event, self._queue)
 
@@ -276,7 +276,7 @@ class OpenClContext(Context):
         changing : tuple of str
             As for :class:`Launch`.
         """
-        key = file, name, tuple(macros.items()), options  # unsorted: each place that launches has an order of its own
+        key = file, name, tuple(macros.items()), options  # not sorted: each calling place always passes the same order
         launch = self._launches.get(key)
         if launch is None:
             kernel = self._backend.runtime.programs.kernel(file, name, macros, options)
@@ -289,8 +289,8 @@ def check_queue(queue: Any, runtime: Any) -> None:
     if not isinstance(queue, cl.CommandQueue):
         raise TypeError(f"queue: got {type(queue).__name__}, expected a pyopencl.CommandQueue")
     if queue.context != runtime.context:
-        raise ValueError("queue: got one of another OpenCL context, expected one of the backend's")
+        raise ValueError("queue: got a queue of another OpenCL context, expected a queue of the backend's context")
     if queue.device != runtime.device:
-        raise ValueError(f"queue: got one of {queue.device.name}, expected one of {runtime.device.name}")
+        raise ValueError(f"queue: got a queue of {queue.device.name}, expected a queue of {runtime.device.name}")
     if queue.properties & cl.command_queue_properties.OUT_OF_ORDER_EXEC_MODE_ENABLE:
-        raise ValueError("queue: got one that runs out of order, expected an in-order queue")
+        raise ValueError("queue: got an out-of-order queue, expected an in-order queue")

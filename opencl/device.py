@@ -36,7 +36,7 @@ PYOPENCL_VARIABLE = "PYOPENCL_CTX"
 INSTALL = (
     "install the driver of your GPU, or PoCL, which runs on the CPU and needs no root: pip install 'marlin-cy[opencl]'"
 )
-# The error code of a loader that finds no driver; not every PyOpenCL has a name for it.
+# The error code of a loader that finds no driver; some versions of PyOpenCL have no name for it.
 PLATFORM_NOT_FOUND = -1001
 
 
@@ -58,14 +58,14 @@ class PlatformFound(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A device, and why this one (``"argument device=1"``, ``"the first GPU"``)."""
+    """A device, and the reason for its selection (``"argument device=1"``, ``"the first GPU"``)."""
 
     device: cl.Device
     reason: str
 
 
 class Opened(NamedTuple):
-    """A device with a context on it, and why this device."""
+    """A device with a context on it, and the reason for its selection."""
 
     device: cl.Device
     context: cl.Context
@@ -122,7 +122,7 @@ def broken_drivers() -> list[tuple[str, str]]:
 
 
 def reason_unavailable() -> str | None:
-    """None, or the reason why no device can be used, with what to do about it."""
+    """None, or the reason why no device can be used, with a remedy."""
     try:
         platforms = list_platforms()
     except BackendUnavailable as error:
@@ -171,9 +171,9 @@ def choose_device(device: cl.Device | int | str | None = None) -> Choice:
     ----------
     device : pyopencl.Device, int, str or None
         An int, or a text that is a number, is an index into :func:`list_devices`. Another text is searched for in the
-        names of devices and platforms, ignoring case; of several matches the one of the best type is taken. None: the
-        value of ``MARLIN_CY_OPENCL_DEVICE``, in the same forms; else that of ``PYOPENCL_CTX``, in PyOpenCL's form;
-        else a GPU before an accelerator before a CPU.
+        names of devices and platforms, ignoring case; of several matches, a device of the best type is taken. None: the
+        value of ``MARLIN_CY_OPENCL_DEVICE``, in the same forms; else the value of ``PYOPENCL_CTX``, in PyOpenCL's form;
+        else the first GPU, accelerator or CPU, in this order.
 
     Returns
     -------
@@ -184,7 +184,7 @@ def choose_device(device: cl.Device | int | str | None = None) -> Choice:
     TypeError, IndexError, ValueError
         ``device``, or the variable, names no device; the message lists the devices.
     BackendUnavailable
-        There is no device, or the one named cannot be used.
+        There is no device, or the named device cannot be used.
     """
     if isinstance(device, cl.Device):
         return _usable(Choice(device, "argument device"))
@@ -215,9 +215,9 @@ def open_device(
     device
         As in :func:`choose_device`.
     context : pyopencl.Context, optional
-        Used as it is; ``device`` must be one of its devices, the first when left out.
+        Used as it is; ``device`` must be one of its devices; by default the first.
     queue : pyopencl.CommandQueue, optional
-        Its device and its context are used; the other two arguments must agree.
+        Its device and its context are used; the other two arguments must match them.
 
     Returns
     -------
@@ -238,7 +238,7 @@ def open_device(
         if not isinstance(queue, cl.CommandQueue):
             raise TypeError(f"queue: got {type(queue).__name__}, expected pyopencl.CommandQueue")
         if context is not None and context != queue.context:
-            raise ValueError("context: got another one than the queue's; pass the queue alone")
+            raise ValueError("context: differs from the queue's context; pass only the queue")
         if device is not None and choose_device(device).device != queue.device:
             raise ValueError(f"device: got {device!r}, but the queue's is {describe(queue.device)}")
         chosen = _usable(Choice(queue.device, "the queue's device"))
@@ -249,14 +249,14 @@ def open_device(
         )
         if chosen.device not in context.devices:
             there = ", ".join(describe(device) for device in context.devices)
-            raise ValueError(f"device: got {describe(chosen.device)}, expected one of the context's: {there}")
+            raise ValueError(f"device: got {describe(chosen.device)}, expected a device of the context: {there}")
         return Opened(chosen.device, context, chosen.reason)
     chosen = choose_device(device)
     try:
         return Opened(chosen.device, cl.Context([chosen.device]), chosen.reason)
     except cl.Error as error:
         raise BackendUnavailable(
-            f"backend 'opencl': the driver makes no context on {describe(chosen.device)} ({error})"
+            f"backend 'opencl': the driver cannot make a context on {describe(chosen.device)} ({error})"
         ) from error
 
 

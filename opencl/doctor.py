@@ -9,10 +9,10 @@ The object has these keys; memory is in bytes:
   and ``unusable``
 ``broken_drivers``: a list of ``file``, ``reason``: drivers that the OpenCL loader leaves out silently
 ``chosen``: the index of the device that a backend would use, or null
-``reason``: why that device is chosen, or why none is
+``reason``: why that device is chosen, or why no device is
 ``tier``: the name of the kernels chosen for the device, or null
-``tiers``: a list of ``name``, ``missing`` (null, or what the device lacks), best first
-``cache``: the folder of compiled programs; null where none are kept
+``tiers``: a list of ``name``, ``missing`` (null, or the capability that the device lacks), best first
+``cache``: the folder of compiled programs; null if programs are not kept
 """
 
 from __future__ import annotations

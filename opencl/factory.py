@@ -1,4 +1,4 @@
-"""The callable that makes the OpenCL backend. It is importable, and answers the command line, without PyOpenCL."""
+"""The callable that makes the OpenCL backend. Its import and its command-line methods do not need PyOpenCL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["make_backend"]
 
 
 class OpenClFactory(OpenClCommandLine):
-    """Called with the options of :class:`~marlin_cy.opencl.backend.OpenClBackend`, it makes one."""
+    """Makes an :class:`~marlin_cy.opencl.backend.OpenClBackend` from the options of that class."""
 
     def __call__(self, **options: Any) -> OpenClBackend:
         from marlin_cy.opencl.backend import OpenClBackend

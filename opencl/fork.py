@@ -1,9 +1,9 @@
 """OpenCL in a child of ``fork``: refused, with a message.
 
 An OpenCL driver has threads and a connection to its device, and ``fork`` copies neither. A call in the child would wait
-for threads that do not exist, or disturb the parent's work. So once a process has asked for OpenCL platforms, its
-forked children are refused, whether they use the parent's objects or ask for a device themselves. A child whose parent
-has not used OpenCL may use it, and so may a process that was started by ``spawn`` or ``forkserver``.
+for threads that do not exist, or disturb the parent's work. So once a process has queried OpenCL platforms, calls in
+its forked children are refused, for the parent's objects and for new devices. A child whose parent has not used OpenCL
+may use it, as may a process that was started by ``spawn`` or ``forkserver``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _forked = False  # from a process that had used OpenCL
 
 
 def note_use() -> None:
-    """This process asks the drivers for something; from here on its forked children are refused."""
+    """Note that this process uses OpenCL drivers: from now on its forked children are refused."""
     global _used
     _used = True
 

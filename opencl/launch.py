@@ -1,4 +1,4 @@
-"""Launching one kernel many times at little cost to the host."""
+"""Launching one kernel many times with little host time."""
 
 from collections.abc import Callable, Collection, Mapping
 from operator import itemgetter
@@ -18,9 +18,8 @@ class Launch:
     """A kernel that is launched many times, with arguments by name.
 
     Setting thirty arguments takes the host longer than enqueuing the kernel. So numbers, and sizes of local memory,
-    are set only when one of them differs from the last call's, and a NULL pointer is not set again. Buffers are set in
-    every call: remembering them would keep them alive, and a buffer that was freed may be followed by another at the
-    same address.
+    are set only if one of them has changed since the last call, and a NULL pointer is set once. Buffers are set in
+    every call: remembering them would keep them alive, and a new buffer may have the address of a freed one.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ DTYPE_BOUNDS = {np.dtype(np.float32): 0.0, np.dtype(np.float16): 1e-3, np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class OpenClLayerResult(LayerResult):
-    """What one layer showed on an OpenCL device.
+    """The result of running one layer on an OpenCL device.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class OpenClLayerResult(LayerResult):
     kernel_seconds : float
         The sum of the commands' durations.
     copy_share : float
-        ``weight_bytes_per_second`` over the bytes per second that a copy on the device reads and writes.
+        ``weight_bytes_per_second`` divided by the bytes per second that a copy on the device reads and writes.
     """
 
     device_seconds: float

@@ -18,7 +18,7 @@ BLOCK_K = 64
 BLOCK_WORDS = 128
 EXPERT_ALIGNMENT = 64
 MAX_GROUP_SHIFT = 7
-ROW_NIBBLES = (0, 4, 2, 6)  # of a word's four rows in the strip's first eight columns; one more in the other eight
+ROW_NIBBLES = (0, 4, 2, 6)  # of a word's four rows in the strip's first eight columns; 1 more in the last eight
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def pack_expert(
     zero : uint8 ``[G, N]``, or None if the layout has no zero points
     order : GroupOrder
     layout : ExpertLayout
-        Its ``packed_k`` may be larger than the order's; the rest is zeros.
+        Its ``packed_k`` may be larger than that of the order; the remaining rows are zeros.
     """
     expert = np.zeros(layout.expert_words, np.uint32)
     words, scales, zeros = sections(expert, layout)

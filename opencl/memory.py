@@ -1,4 +1,4 @@
-"""Device memory: buffers, and the driver's errors as this library's."""
+"""Device memory: buffers, and conversion of the driver's errors to those of this library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OUT_OF_MEMORY = (
 
 
 class Memory(Protocol):
-    """What allocating and loading need: the attributes of :class:`~marlin_cy.opencl.stack.Runtime` of these names."""
+    """The attributes of a :class:`~marlin_cy.opencl.stack.Runtime` that allocation and loading use."""
 
     @property
     def context(self) -> cl.Context: ...
@@ -58,9 +58,9 @@ def uploaded(runtime: Memory, array: npt.ArrayLike, what: str) -> cl.Buffer:
 
 
 def zeroed_buffers(runtime: Memory, sizes: Sequence[int], what: str) -> list[cl.Buffer]:
-    """Zeroed buffers of the given sizes in bytes, all or none of them.
+    """Zeroed buffers of the given sizes in bytes. If one cannot be allocated, none is.
 
-    They are written at once, because some drivers allocate memory when a buffer is first used.
+    They are written immediately, because some drivers allocate memory when a buffer is first used.
     """
     buffers: list[cl.Buffer] = []
     try:
@@ -97,7 +97,7 @@ def memory_errors(runtime: Memory, nbytes: int, what: str) -> Iterator[None]:
 
 @contextmanager
 def driver_errors(runtime: Memory) -> Iterator[None]:
-    """Raise OpenCL's errors as those of :func:`device_error`."""
+    """Convert OpenCL's errors by :func:`device_error`."""
     refuse_forked()
     try:
         yield
@@ -113,7 +113,7 @@ def device_error(runtime: Memory, error: cl.Error) -> DeviceError | DeviceMemory
     found = capabilities(runtime.device)  # read when the device was opened: a lost device may not answer
     return DeviceError(
         f"{found.name} ({found.platform}): the driver fails ({error}); if it goes on failing, the device is lost with "
-        "all that it held: make the backend anew, and load the weights again"
+        "all that it held: make a new backend and load the weights again"
     )
 
 

@@ -1,8 +1,8 @@
 """From ``.cl`` files to built programs: compiled once, kept in memory, and as binaries on disk.
 
-PyOpenCL's own cache is not used. It does nothing on NVIDIA and PoCL, where it relies on the driver's cache. A damaged
-entry or a folder that cannot be written raises KeyError, as pyopencl/cache.py reads a variable that is not set. Its
-entries have no checksum, and PoCL crashes on half a binary.
+PyOpenCL's own cache is not used, for three reasons. It is disabled on NVIDIA and PoCL, where it relies on the driver's
+cache. A damaged entry or a folder that cannot be written raises a KeyError, because pyopencl/cache.py reads a variable
+that is not set. Its entries have no checksum, and PoCL crashes on a truncated binary.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ BINARY = ".bin"
 COMMON = "common"
 INCLUDE = re.compile(r'#include "(\w+)\.cl"\s*')
 POCL = "Portable Computing Language"
-# One build at a time in the process: each sets aside a warning, and the filters of warnings are the process's.
+# One build at a time in the process: a build suppresses a warning, and warning filters are global to the process.
 BUILDING = threading.Lock()
 
 
 def kernel_files(folder: Traversable = KERNELS) -> list[str]:
-    """The files with kernels, by name without ``.cl``; the others are parts of these."""
+    """The files with kernels, by name without ``.cl``; all other files are included by these."""
     return sorted(
         entry.name.removesuffix(".cl")
         for entry in folder.iterdir()
@@ -58,7 +58,7 @@ def source(file: str, folder: Traversable = KERNELS) -> str:
     file : str
         The name without ``.cl``.
     folder : path-like, optional
-        Where the files lie; the package's own when left out.
+        The folder of the files; by default the package's own.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def source(file: str, folder: Traversable = KERNELS) -> str:
 
 @cache
 def sources_digest() -> str:
-    """A digest of all of the package's ``.cl`` files: of a library whose kernels were changed without its version."""
+    """A digest of all ``.cl`` files of the package. It changes when kernels are edited and the version is not."""
     digest = hashlib.sha256()
     for name in kernel_files():
         digest.update(source(name).encode())
@@ -96,7 +96,7 @@ def sources_digest() -> str:
 
 
 def device_identity(device: cl.Device) -> tuple[str, ...]:
-    """What compiled programs depend on: the device, its driver and its platform."""
+    """The device, its driver and its platform, on which compiled programs depend."""
     platform = device.platform
     return device.vendor, device.name, device.version, device.driver_version, platform.name, platform.version
 
@@ -110,7 +110,7 @@ class ProgramCache:
     device : pyopencl.Device
         The one of the context's devices to build for.
     folder : path-like, optional
-        Where the ``.cl`` files lie; the package's own when left out.
+        The folder of the ``.cl`` files; by default the package's own.
     keep_binaries : bool, optional
         Whether binaries are kept on disk, in :func:`cache_folder`. Unless given, they are kept except with PoCL.
         PoCL has a cache of its own, and returns a binary only after it has compiled every kernel once more, for
@@ -144,7 +144,7 @@ class ProgramCache:
     def kernel(
         self, file: str, name: str, macros: Mapping[str, int | str] | None = None, options: Sequence[str] = ()
     ) -> cl.Kernel:
-        """A new kernel object in each call. A kernel keeps its arguments, so threads must not share one.
+        """A new kernel object in each call. A kernel object stores its arguments, so threads must not share it.
 
         Parameters
         ----------
@@ -153,7 +153,7 @@ class ProgramCache:
         name : str
             The kernel in it.
         macros : dict of str to (int or str), optional
-            What the program is compiled with: ``{"ROWS": 8}`` is ``-DROWS=8``.
+            Macros of the program: ``{"ROWS": 8}`` is ``-DROWS=8``.
         options : sequence of str, optional
             Other options of the compiler (``"-cl-std=CL3.0"``).
 
@@ -210,7 +210,7 @@ class ProgramCache:
             raise BuildError(f"{file}.cl", options, describe(self._device), _log(error)) from error
 
     def _from_binary(self, path: Path | None, key: bytes, options: Sequence[str]) -> cl.Program | None:
-        """None where there is no binary, where it is damaged, and where the driver does not take it."""
+        """The program built from its binary; None if there is no binary, or it is damaged, or the driver rejects it."""
         binary = _read(path, key) if path else None
         if binary is None:
             return None
@@ -244,7 +244,7 @@ class ProgramCache:
 
 
 def _read(path: Path, key: bytes) -> bytes | None:
-    """The binary in a file; None where it was written under another key, or differs from what was written."""
+    """The binary in a file; None if it was written under another key, or its checksum differs."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -35,7 +35,7 @@ MAX_INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the contexts, stacks and builders of a backend share.
+    """The objects that the contexts, stacks and builders of a backend share.
 
     Attributes
     ----------
@@ -50,9 +50,9 @@ class Runtime:
     max_alloc_bytes : int
         The largest single buffer.
     tuned : Tuned
-        The configurations that were measured to be fastest on the device.
+        The configurations that were the fastest in measurements on the device.
     verdicts : Verdicts or None
-        Which kernels compute what they should on the device; None on a backend whose kernels are used unchecked.
+        Which kernels compute correctly on the device; None for a backend that uses its kernels without checks.
     """
 
     context: cl.Context
@@ -83,7 +83,7 @@ class OpenClMarlinExpertStack(PackedStack):
     Routing arrays of :meth:`gemm_phase_vllm` stay on the device and are never read back, so their contents are not
     checked as on the CPU. Blocks of an expert that does not exist are skipped, and so are ids below 0; a
     ``num_tokens_past_padded`` on the device is limited to the whole blocks that both arrays have. Nothing is read or
-    written out of bounds. An id that occurs twice is computed twice.
+    written out of bounds. A duplicate id is computed twice.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def past_padded(value: Any, cl_context: cl.Context) -> tuple[Vector | None, int 
 
 
 class OpenClLinear(PackedLinear):
-    """A view on columns of an :class:`OpenClMarlinExpertStack`; parameters as for the base class."""
+    """A view of columns of an :class:`OpenClMarlinExpertStack`. The parameters are those of the base class."""
 
     def __init__(
         self, stack: OpenClMarlinExpertStack, offset: int, width: int, bias: npt.ArrayLike | None = None

@@ -45,9 +45,9 @@ LARGEST_FLOAT16 = 65504.0
 
 
 class OpenClGptqStore:
-    """The int4 weights of ``num_experts`` experts in one buffer, or in several where one may not be so large.
+    """The int4 weights of ``num_experts`` experts in one buffer, or in several if they exceed the largest buffer.
 
-    Made empty (all weights zero); :class:`OpenClStackBuilder` fills it.
+    A new store is empty (all weights are zero); :class:`OpenClStackBuilder` fills it.
 
     Parameters
     ----------
@@ -57,38 +57,39 @@ class OpenClGptqStore:
         Experts, and the shape ``[k, n]`` of each.
     group_size : int
         Rows of K that share a scale.
-    g_idx : sequence of int32 ``[k]`` or None, one an expert
+    g_idx : sequence of int32 ``[k]`` or None, one per expert
         Group of each row; None for ``row // group_size``.
     codes : {"uint4", "e2m1"}
-        What a weight's 4 bits are.
+        The code type of the weights.
 
     Attributes
     ----------
     runtime : object
     layout : ExpertLayout
     parts : list of pyopencl.Buffer
-        1, 2, 4 or 8; where fewer hold all experts, the last is repeated.
+        1, 2, 4 or 8 entries. If fewer buffers hold all experts, the last buffer is repeated.
     experts_per_part : int
         Experts in each part but the last.
     order : pyopencl.Buffer or None
         int32 ``[1 or num_experts, packed_k]``: row of K at each packed position, -1 for padding. One row
-        if that is common to all experts; None if it is K's own order.
-    group_orders : list of GroupOrder, the distinct ones
+        if all experts have the same order; None if the order is K's own.
+    group_orders : list of GroupOrder
+        The distinct orders of the experts' rows.
     order_of : int32 ``[num_experts]``
-        Which of them each expert uses.
+        Index in ``group_orders`` of each expert's order.
     symmetric : bool
-        Every zero point is 8, or there are none. As ``weight_factor``, known when the builder has finished.
+        Every zero point is 8, or there are no zero points. Like ``weight_factor``, it is set when the builder finishes.
     weight_factor : float
-        A power of two, 2**-147 to 2**103: what stored scales have to be multiplied by. They are float16, the largest
-        from 2**14 to 2**15, and each is off by at most 2**-39 of the largest: scales that are so much smaller are 0.
+        A power of two, 2**-147 to 2**103, by which stored scales must be multiplied. Stored scales are float16, the
+        largest from 2**14 to 2**15. Each has an error of at most 2**-39 of the largest scale; smaller scales become 0.
     nbytes : int
         Device memory of the weights.
 
     Raises
     ------
     DeviceMemoryError
-        The device has too little memory, or none of its buffers may hold an eighth of the experts.
-        Nothing stays allocated, and the context is as it was.
+        The device has too little memory, or an eighth of the experts exceeds its largest buffer.
+        Nothing stays allocated, and the context is unchanged.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class OpenClGptqStore:
 
     @property
     def packed_k(self) -> int:
-        """Packed rows: K, and more where groups were padded."""
+        """Packed rows: K, plus the padding of groups."""
         return self.layout.packed_k
 
     @property
@@ -155,17 +156,17 @@ class OpenClGptqStore:
 
     @property
     def group_shift(self) -> int:
-        """A packed group has ``2**group_shift`` rows."""
+        """Binary logarithm of the rows in a packed group."""
         return self.layout.group_shift
 
     @property
     def expert_words(self) -> int:
-        """uint32 from one expert to the next."""
+        """Distance of two experts, in uint32."""
         return self.layout.expert_words
 
     @property
     def act_order(self) -> bool:
-        """Whether the rows of K of some expert are packed in another order than K's own."""
+        """Whether the rows of K of any expert are packed in another order than K's own."""
         return self.order is not None
 
     def place(self, expert: int) -> tuple[cl.Buffer, int]:
@@ -182,7 +183,7 @@ class OpenClGptqStore:
 
 
 class OpenClStackBuilder(CheckedStackBuilder):
-    """Packs weights on the device: uploads them as in the checkpoint, some columns at a time, and packs them there.
+    """Packs weights on the device: uploads canonical weights, some columns at a time, and packs them there.
 
     Parameters
     ----------
@@ -194,7 +195,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
     Raises
     ------
     DeviceMemoryError
-        As :class:`OpenClGptqStore`; also when adding.
+        As :class:`OpenClGptqStore`; also raised by :meth:`add`.
     """
 
     def __init__(
@@ -294,9 +295,9 @@ class OpenClStackBuilder(CheckedStackBuilder):
     def _normalise(self) -> None:
         """Make all scales float16, the largest 2**14 or more and below 2**15, by one power of two.
 
-        Tensor-core kernels multiply float16 codes by them, so none may overflow, and small ones should keep their
-        bits. float16 scales do, but for subnormal ones beside those of 2**15 and more; of bfloat16 ones those do that
-        are at most 2**31 smaller than the largest.
+        Tensor-core kernels multiply float16 codes by scales, so no scale may overflow, and small scales should keep
+        their bits. float16 scales keep them, except subnormal scales in a stack with scales of 2**15 and more. bfloat16
+        scales keep them if they are at least 2**-31 of the largest scale.
         """
         if not self._largest:
             return
@@ -326,7 +327,7 @@ def pack_launch(runtime: Runtime, name: str) -> Launch:
 
 
 def largest_scale(bits: npt.NDArray[np.uint16], dtype: npt.DTypeLike) -> float:
-    """The largest magnitude of scales, from their bits (uint16); refuses scales too large for the kernels."""
+    """The largest magnitude of scales, from their bits (uint16); refuses scales that are too large for the kernels."""
     largest = float((bits & MAGNITUDE).max(initial=0).view(dtype))
     if dtype == np.float16:
         return min(LARGEST_FLOAT16, largest)  # in this order also of a NaN
@@ -369,7 +370,7 @@ class Staging:
 
 
 def cut_into_parts(num_experts: int, most: int) -> tuple[int, int]:
-    """``(experts a part, parts)`` with at most ``most`` experts a part; ``(0, 0)`` if that takes too many parts."""
+    """``(experts per part, parts)`` with at most ``most`` experts per part; ``(0, 0)`` if that needs too many parts."""
     for count in PARTS:
         experts = -(-num_experts // count)
         if experts <= most:

@@ -44,7 +44,7 @@ def times_of(events: Sequence[tuple[str, cl.Event]]) -> Times:
     Raises
     ------
     ValueError
-        The driver keeps no times for the queue, as it was made without profiling. Some drivers keep them anyway.
+        The queue was made without profiling and the driver keeps no times for it. Some drivers keep them anyway.
     """
     try:
         stamps = [(event.profile.start, event.profile.end) for _, event in events]
@@ -68,7 +68,7 @@ def copy_bandwidth(ctx: OpenClContext, nbytes: int = 256 << 20, repeats: int = 7
     nbytes : int
         Size of the copy, far more than the caches hold; at most 1/32 of the device's memory is used.
     repeats : int
-        Timed copies, of which the median is taken; one more is made before them.
+        Number of timed copies, after one that is not timed; the result is from their median.
     """
     runtime = ctx.backend.runtime
     nbytes = min(nbytes, runtime.max_alloc_bytes, runtime.capabilities.global_memory // 32)

@@ -1,4 +1,4 @@
-"""The tuning results of a device: which configuration was measured to be fastest for a product.
+"""The tuning results of a device: the configuration that was fastest for each product.
 
 ``marlin-cy tune`` measures (:mod:`~marlin_cy.opencl.tuning`) and keeps the results; :class:`Tuned` answers a backend
 that plans a product. Results are in ``tuning-1.json`` in the cache folder
@@ -71,8 +71,8 @@ class Tuned:
         self._forced: Configuration | None = None
 
     def configurations(self, tier: Tier, problem: Problem, symmetric: bool, codes: str) -> list[Configuration]:
-        """The configurations to use, best first: the result for the product, the tier's own choices, and, should these
-        be wrong on the device, the same without splits of K.
+        """The configurations to use, best first: the result for the product, then the tier's own choices. The same
+        configurations without splits of K follow, in case the device computes the former wrongly.
 
         Parameters
         ----------
@@ -104,18 +104,18 @@ class Tuned:
             return with_unsplit(offered)
 
     def forced(self, configuration: Configuration | None) -> None:
-        """Use one configuration for every product; None ends that. For the tuner, on a backend that only it uses."""
+        """Use one configuration for every product; None ends this. For the tuner's own backend."""
         self._forced = configuration
 
 
 def with_unsplit(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Some configurations, and after them the same without splits of K; each once."""
+    """Configurations, followed by the same configurations without splits of K; duplicates are removed."""
     unsplit = [replace(one, splits=1) for one in configurations]
     return list(dict.fromkeys([*configurations, *unsplit]))
 
 
 def place_key(device: Capabilities, tier: Tier) -> str:
-    """What results depend on besides the product."""
+    """The part of a result's key that does not depend on the product."""
     return " | ".join((device.name, device.driver_version, __version__, tier.name))
 
 
@@ -140,7 +140,7 @@ def parsed(entry: Any, problem: Problem, offered: Sequence[Configuration]) -> Co
         From JSON.
     problem : Problem
     offered : list of Configuration
-        The tier's own for the problem: they name the valid kernels and the macros of each.
+        The tier's own configurations for the problem, which determine the valid kernels and their macros.
     """
     names = {field.name for field in fields(Configuration)}
     if not isinstance(entry, dict) or entry.keys() != names or not isinstance(entry["macros"], dict):
@@ -155,7 +155,7 @@ def parsed(entry: Any, problem: Problem, offered: Sequence[Configuration]) -> Co
         one for one in offered if one.file == found.file and dict(one.macros).keys() == dict(found.macros).keys()
     ]
     if not same_kernel:
-        raise ValueError("a kernel that the tier does not use here")
+        raise ValueError("kernel not used by the tier for this product")
     largest_local = max(problem.device.local_memory, *(one.local_bytes for one in offered))
     if found.local_size > problem.device.max_work_group_size or found.local_bytes > largest_local:
         raise ValueError("work-groups too large for the device")
@@ -198,9 +198,9 @@ def read_places(path: Path | None) -> dict[str, Any]:
 def keep(device: Capabilities, tier: Tier, results: Sequence[Tuning]) -> Path:
     """Add results to the file, in place of those for the same products.
 
-    Other processes may do the same meanwhile: the file is read and written under a lock (where the system has
-    ``fcntl``), and readers see it complete, before or after. A product whose best configuration is the tier's first is
-    not listed, as the tier's first choice for a neighbouring size may be another.
+    Other processes may do the same at the same time: the file is read and written under a lock (if the system has
+    ``fcntl``), and readers always see a complete file. A product whose best configuration is the tier's first choice is
+    not listed, because the tier may have another first choice for a neighbouring size.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ def keep(device: Capabilities, tier: Tier, results: Sequence[Tuning]) -> Path:
     path = tuning_file()
     if path is None:
         raise MarlinError(
-            f"results cannot be kept: {CACHE_VARIABLE} is empty; set it to a folder, or unset it for the user's own"
+            f"results cannot be kept: {CACHE_VARIABLE} is empty; set it to a folder, or unset it for the default folder"
         )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def keep(device: Capabilities, tier: Tier, results: Sequence[Tuning]) -> Path:
             write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     except OSError as error:
         raise MarlinError(
-            f"results cannot be kept: {path} cannot be written ({error}); set {CACHE_VARIABLE} to a folder that can"
+            f"results cannot be kept: {path} cannot be written ({error}); set {CACHE_VARIABLE} to a writeable folder"
         ) from error
     return path
 

@@ -1,6 +1,6 @@
-"""The search for the fastest configuration of a product on a device: what ``marlin-cy tune`` runs.
+"""The search for the fastest configuration of a product on a device, which ``marlin-cy tune`` runs.
 
-Where results are kept, and how a backend uses them, is in :mod:`~marlin_cy.opencl.tuned`.
+:mod:`~marlin_cy.opencl.tuned` stores the results and applies them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shape:
     gathered : bool
         The input has a row for each (token, expert) pair, as in a layer's second product.
     symmetric : bool
-        All zero points are 8. Always so for 4-bit floats, which have none.
+        All zero points are 8. Also set for 4-bit floats, which have no zero points.
     codes : {"uint4", "e2m1"}
     """
 
@@ -86,7 +86,7 @@ class Tuning(NamedTuple):
     tried : int
         Candidates besides the default.
     refused : list of (Configuration, str)
-        Candidates that fail or compute wrong numbers, and the reason.
+        Candidates that fail or compute wrong results, with the reason.
     """
 
     shape: Shape
@@ -124,7 +124,7 @@ def tune(
     Parameters
     ----------
     backend : OpenClBackend
-        Must not be used by other threads meanwhile.
+        Other threads must not use it during the search.
     shape : Shape
     all_tokens : sequence of int
     progress : callable, optional

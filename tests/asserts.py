@@ -1,4 +1,4 @@
-"""Comparisons that cannot pass by accident, and outputs that notice what is written beside them."""
+"""Comparisons that cannot pass by accident, and outputs with guards that detect writes out of bounds."""
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def product_bound(backend, x, w, out_dtype=np.float32):
 
 
 def arithmetic_of(backend):
-    """What a backend multiplies: "planes" (activations as 16-bit integers), "float32" or "float16"."""
+    """The form of a backend's operands: "planes" (activations as 16-bit integers), "float32" or "float16"."""
     if backend.name == "cpu":
         return "planes"
     if backend.name not in BUILT_IN:
@@ -103,7 +103,7 @@ def arithmetic_of(backend):
 
 
 def assert_agree(backend, actual, expected, bound):
-    """Two ways to compute the same: the same bits on the CPU, elsewhere each within ``bound`` of what is right."""
+    """Compare two ways to compute the same: equal bits on the CPU, and within ``bound`` on other backends."""
     if backend.name == "cpu":
         assert_same_bits(actual, expected)
     else:
@@ -114,7 +114,7 @@ def assert_agree(backend, actual, expected, bound):
 class GuardedArray:
     """An array carved out of a larger allocation, all of it filled with ``GUARD``.
 
-    It is aligned to its dtype and to nothing more.
+    It is aligned to its dtype and not further.
     """
 
     def __init__(self, shape, dtype):
@@ -132,7 +132,7 @@ class GuardedArray:
             assert (outside == GUARD).all(), "written outside the array"
 
     def assert_untouched(self, rows=None):
-        """The guards, and ``rows`` of the array (all unless given), are as they were made."""
+        """The guards, and ``rows`` of the array (all by default), are unchanged."""
         self.assert_guards()
         body = self._body if rows is None else self._body.reshape(len(self.array), -1)[rows]
         assert (body == GUARD).all(), "written where nothing should be"
@@ -164,7 +164,7 @@ class GuardedBuffer:
         )
 
     def result(self):
-        """What the buffer holds, on the host; fails if something outside it was written."""
+        """The contents of the buffer, on the host; fails if anything outside it was written."""
         if self._memory is not None:
             self._memory.events.extend(self.buffer.events)
             self._host._memory[:] = self._backend.to_host(self._memory)

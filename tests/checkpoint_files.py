@@ -12,7 +12,7 @@ from marlin_cy.checkpoints.families import FAMILIES
 from marlin_cy.formats import gptq
 from marlin_cy.formats.awq import pack_awq
 from marlin_cy.formats.compressed_tensors import pack_compressed
-from marlin_cy.weights.int4 import E2M1_VALUES
+from marlin_cy.weights.code_types import CODE_TYPES
 
 # What differs between the configurations of families; the rest is the same for all.
 CONFIGS = {
@@ -231,7 +231,7 @@ def write_gpt_oss(folder, *, layers=1, num_experts=4, hidden=64, inter=96, seed=
             bias = rng.standard_normal((num_experts, n)).astype(ml_dtypes.bfloat16)
             tensors[f"{block}.experts.{name}_bias"] = bias
             scales = np.repeat(2.0 ** (exponents - 127.0), 32, axis=2)
-            expected[f"{block}.experts.{name}"] = (E2M1_VALUES[codes] * scales).transpose(0, 2, 1)
+            expected[f"{block}.experts.{name}"] = (CODE_TYPES["e2m1"].decode_table[codes] * scales).transpose(0, 2, 1)
             expected[f"{block}.experts.{name}_bias"] = bias.astype(np.float64)
     config = {
         "model_type": "gpt_oss",

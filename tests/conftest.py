@@ -1,4 +1,4 @@
-"""What the tests share: printed seeds, and the backends, instruction sets and precisions to run on."""
+"""Fixtures that the tests share: printed seeds, and the backends, instruction sets and precisions to run on."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ import marlin_cy  # noqa: E402
 from marlin_cy import cpu  # noqa: E402
 
 SEED_VARIABLE = "MARLIN_CY_TEST_SEED"
-# The only backend for tests of every backend, by name: such as one of another package.
+# The name of the only backend to test, such as a backend of another package.
 BACKEND_VARIABLE = "MARLIN_CY_TEST_BACKEND"
 ISAS = {isa["name"]: isa for isa in cpu.dispatch_report()["isas"]}
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items):
 
 
 class OpenClPlace(NamedTuple):
-    """A tier on a device; ``missing`` is why it cannot run there, or None."""
+    """A tier on a device; ``missing`` is the reason why it cannot run there, or None."""
 
     device: int
     tier: str
@@ -107,7 +107,7 @@ def opencl_backend(request):
 
 @pytest.fixture(params=DEVICE_LABELS)
 def device_backend(request):
-    """Every backend, OpenCL once for each device: for what does not depend on the tier."""
+    """Every backend, OpenCL once for each device: for tests that do not depend on the tier."""
     return backend_called(request.param)
 
 
@@ -115,6 +115,15 @@ def device_backend(request):
 def device_alone(request):
     """OpenCL alone, once for each device."""
     return backend_called(request.param)
+
+
+@pytest.fixture
+def call(request, rng):
+    """A right call of one method; the parameter is ``(label of a backend, name in calls.CALLS)``."""
+    from calls import CALLS
+
+    label, name = request.param
+    return CALLS[name](backend_called(label), rng)
 
 
 @pytest.fixture

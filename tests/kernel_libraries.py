@@ -1,4 +1,4 @@
-"""Kernels compiled by the tests, apart from the package's own: AMX on an emulation, and tables that no ISA has."""
+"""Kernels that only the tests compile: AMX on an emulation, and tables that no ISA has."""
 
 import ctypes
 import shutil

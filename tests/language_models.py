@@ -1,4 +1,4 @@
-"""Tiny random language models of every family, as quantised checkpoints and as what those mean.
+"""Tiny random language models of every family, as quantised checkpoints and as dense checkpoints of equal weights.
 
 A model is made and saved by transformers, under the names that the family's checkpoints have. Its linear layers and
 experts are then rounded to four bits: the packed numbers become the checkpoint, the rounded weights a second, dense one
@@ -15,7 +15,7 @@ from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
 
 from marlin_cy.formats import gptq
-from marlin_cy.weights.int4 import E2M1_VALUES
+from marlin_cy.weights.code_types import CODE_TYPES
 
 GROUP = 32
 QUANTIZATION = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
@@ -142,7 +142,7 @@ def write_large(folder, *, layers, experts):
 def write_model(folder, model_type, *, dtype=torch.float32, seed=0, kept=(), **changes):
     """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both.
 
-    Names with one of ``kept`` in them are left as they are.
+    Tensors whose names contain an entry of ``kept`` are not quantised.
     """
     dense, quantised = folder / "dense", folder / "quantised"
     new_model(model_type, seed, **changes).to(dtype).save_pretrained(dense)
@@ -164,7 +164,7 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, kept=(), **c
             packed[name] = tensor
         tensors[name] = tensor
     if model_type == "qwen3_5_moe":
-        # What a model of text and images has beside: transformers passes over it.
+        # A further tensor of models of text and images, which transformers ignores.
         config = {
             "model_type": model_type,
             "architectures": ["Qwen3_5MoeForConditionalGeneration"],
@@ -197,7 +197,7 @@ def load_reference(dense, dtype=torch.float32):
 
 
 def round_to_gptq(weight):
-    """``(tensors by name, float32 [K, N])`` of a weight ``[K, N]`` rounded to the nearest of 16 steps a group."""
+    """``(tensors by name, float32 [K, N])`` of a weight ``[K, N]`` rounded to the nearest of 16 steps per group."""
     k, n = weight.shape
     groups = weight.reshape(k // GROUP, GROUP, n)
     low, high = groups.min(axis=1), groups.max(axis=1)
@@ -221,8 +221,9 @@ def round_to_mxfp4(weight):
     groups = np.swapaxes(weight, 1, 2).reshape(experts, n, k // 32, 32)
     exponent = np.ceil(np.log2(np.abs(groups).max(axis=-1, keepdims=True) / 6))
     scaled = groups / 2.0**exponent
-    codes = np.abs(scaled[..., None] - E2M1_VALUES).argmin(axis=-1).astype(np.uint8)
-    rounded = (E2M1_VALUES[codes] * 2.0**exponent).astype(np.float32)
+    values = CODE_TYPES["e2m1"].decode_table
+    codes = np.abs(scaled[..., None] - values).argmin(axis=-1).astype(np.uint8)
+    rounded = (values[codes] * 2.0**exponent).astype(np.float32)
     blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     scales = (exponent[..., 0] + 127).astype(np.uint8)
     return blocks, scales, np.ascontiguousarray(np.swapaxes(rounded.reshape(experts, n, k), 1, 2))

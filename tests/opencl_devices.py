@@ -54,7 +54,7 @@ def runtime_of(device, **changes):
 
 @contextmanager
 def unless_the_driver_is_wrong(device):
-    """Skip the rest of a test where the library refuses a kernel that a driver known for it compiles wrongly."""
+    """Skip the rest of a test if the library refuses a kernel on a driver that is known to compile it wrongly."""
     try:
         yield
     except DeviceError as error:

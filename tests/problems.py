@@ -1,4 +1,4 @@
-"""Random problems in GPTQ form, with what they mean."""
+"""Random problems in GPTQ form, with their dense weights."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import CODES, SCALE_DTYPES, Int4Weight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")
@@ -20,7 +20,7 @@ class Problem:
     """The weights of a stack.
 
     ``q``, ``scale`` and ``zero`` (None with ``codes="e2m1"``) have a leading axis of experts; ``g_idx`` is a
-    list of one an expert.
+    list with one entry per expert.
     ``group_size`` may be -1; ``group`` is what it means. ``bias`` is float32 ``[num_experts, n]`` or None.
     """
 
@@ -51,11 +51,11 @@ class Problem:
 
     @property
     def is_gptq(self):
-        """Whether :meth:`tensors` says all there is to it."""
+        """Whether :meth:`tensors` describes the weights completely."""
         return self.codes == "uint4" and self.scale.dtype == np.float16 and self.bias is None
 
     def tensors(self):
-        """``(qweights, scales, qzeros)``, each a list of one an expert."""
+        """``(qweights, scales, qzeros)``, each a list with one entry per expert."""
         packed = [
             gptq.pack_gptq(*parts, checkpoint_format=self.checkpoint_format)
             for parts in zip(self.q, self.scale, self.zero, strict=True)
@@ -131,13 +131,17 @@ class Problem:
         return [self.dense(expert) for expert in range(self.num_experts)]
 
     def reference(self, expert, x, compute_dtype="int16"):
-        """What the CPU computes for float32 ``x``, to the last bit."""
+        """The CPU's result for float32 ``x``, to the last bit."""
         product = reference.gemm(x, *self.parts(expert), self.group, self.g_idx[expert], compute_dtype, self.codes)
         return product if self.bias is None else product + self.bias[expert]
 
 
 # What weights may be made of: keyword arguments of random_problem, by name.
-WEIGHT_KINDS = {f"{codes}-{dtype}": {"codes": codes, "scale_dtype": dtype} for codes in CODES for dtype in SCALE_DTYPES}
+WEIGHT_KINDS = {
+    f"{codes}-{scale.name}": {"codes": codes, "scale_dtype": scale.dtype}
+    for codes in CODE_TYPES
+    for scale in SCALE_TYPES.values()
+}
 
 
 def random_problem(
@@ -169,7 +173,7 @@ def random_problem(
         if sym:
             return np.full(shape, 8, np.uint8)
         zero = rng.integers(low, low + 16, shape).astype(np.uint8)
-        # Kernels may take a group of a tile of 16 columns that is symmetric by a way of its own.
+        # Kernels may have a separate path for a group of a tile of 16 columns that is symmetric.
         symmetric = rng.random((num_experts, groups, -(-n // 16))) < 0.3
         zero[symmetric.repeat(16, axis=2)[:, :, :n]] = 8
         return zero
@@ -224,3 +228,10 @@ def activations(rng, m, k, dtype=np.float32):
 def as_given(x):
     """Activations as the kernels see them, float32."""
     return np.asarray(x).astype(np.float32)
+
+
+def with_value(values, index, value):
+    """A copy of an array with one element replaced."""
+    values = values.copy()
+    values[index] = value
+    return values

@@ -1,9 +1,9 @@
 """The AMX kernels on machines without AMX: compiled against ``amx_emulation.h``.
 
 Their results are compared with those of the generic kernels, task by task. ``test_numerics_cpu.py`` compares the
-generic kernels with the reference, and AMX itself too where the machine has it. Each array of a task ends at a page
-that cannot be read, so that reading past the end is a crash. Other tests let the framework make the tasks, whose rows
-must be consecutive.
+generic kernels with the reference, and AMX itself if the machine has it. Each array of a task ends at a page that
+cannot be read, so that a read past the end crashes. Other tests let the framework make the tasks, whose rows must be
+consecutive.
 """
 
 import ctypes
@@ -113,7 +113,7 @@ def aligned(nbytes):
 
 
 class Problem:
-    """A random task, with all that it points to."""
+    """A random task, with all arrays that it points to."""
 
     def __init__(self, rng, m, planes, codes, *, tiles=2, group_sizes=(128, 128), scale_dtype=1, rows=None):
         self.planes, self.codes, self.tiles, self.m = planes, codes, tiles, m
@@ -161,7 +161,7 @@ class Problem:
         }
 
     def result(self, table, accumulate=None):
-        """What a table's kernel leaves in out, float32 ``[m, columns]``; ``accumulate`` is what it is added to."""
+        """The output of a table's kernel, float32 ``[m, columns]``; it is added to ``accumulate``."""
         memory = aligned((MAX_MC + 2) * PAIR_N * 4).view(np.float32).reshape(-1, PAIR_N)
         memory[:] = 12345
         out = memory[1 : self.m + 1]
@@ -216,7 +216,7 @@ def test_few_rows_may_lie_anywhere(library, rng, planes):
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_other_users_find_no_tiles(library, rng, planes):
-    """Tiles are given back, so that nothing is left to save on a context switch."""
+    """Tiles are released, so that a context switch has none to save."""
     Problem(rng, 20, planes, 0).check(library)
     assert not library.amx_is_configured()
 

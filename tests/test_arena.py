@@ -85,7 +85,7 @@ def test_a_refused_call_changes_nothing(cpu_backend, rng, name):
 @pytest.mark.parametrize("items", [0, 1, 7, 100])
 @pytest.mark.parametrize("num_threads", [1, 2, 64])
 def test_used_up_counters_are_only_read(num_threads, items):
-    """Of threads that look for work one after another, none adds to the counter of a share that is used up.
+    """Threads that look for work one after another do not add to the counter of a finished share.
 
     An addition takes the counter's cache line from all other threads: one for each pair of threads, in each product.
     """

@@ -1,6 +1,6 @@
-"""Another thread writes to the arrays that say where to read and write, while calls use them.
+"""Another thread writes to arrays of indices while calls use them.
 
-A call takes a copy and checks the copy. So it either computes what valid values ask for, or refuses.
+A call takes a copy and checks the copy. So it either computes the result for valid values or is refused.
 """
 
 import sys
@@ -47,7 +47,7 @@ def changing():
 
 
 def repeat(call, expected):
-    """Each call computes what is expected, or is refused."""
+    """Each call computes the expected result or is refused."""
     end, computed, refused = time.monotonic() + SECONDS, 0, 0
     while time.monotonic() < end:
         try:

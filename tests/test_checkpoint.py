@@ -1,4 +1,4 @@
-"""Checkpoint folders: what they load to, in what order, and in how much memory."""
+"""Checkpoint folders: the loaded weights, the order of loading, and the memory that it takes."""
 
 import mmap
 import re
@@ -241,7 +241,7 @@ def status(key):
 
 warm = open_checkpoint(sys.argv[1], "cpu", num_threads=2).moe_layer(0)
 before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 layer = open_checkpoint(sys.argv[2], "cpu", num_threads=2).moe_layer(0)
 packed = layer.gate_up.metadata.packed_bytes + layer.down.metadata.packed_bytes
 print((status("VmHWM") - before) / packed)
@@ -271,7 +271,7 @@ class TestOnTheCpu:
                 assert np.linalg.norm(output - expected) <= 1e-4 * np.linalg.norm(expected)
 
     def test_recorded_activations(self):
-        """Each layer of the shipped checkpoint gives what was recorded when it was made."""
+        """Each layer of the shipped checkpoint gives the outputs that were recorded when it was made."""
         backend = get_backend("cpu")
         recorded = load_file(SHIPPED / "activations.safetensors")
         context = backend.new_context()

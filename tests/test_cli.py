@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, its messages."""
+"""The command line: its output, exit codes and messages."""
 
 import io
 import json

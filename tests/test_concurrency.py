@@ -1,4 +1,4 @@
-"""Threads, processes, and calls without number."""
+"""Threads, processes, and many calls in a row."""
 
 import gc
 import itertools
@@ -32,7 +32,7 @@ def new_context(backend, num_threads):
 
 
 class Work:
-    """A product to compute over and over, and what it should give."""
+    """A product to compute repeatedly, and its expected result."""
 
     def __init__(self, backend, rng, *, k=1056, n=64, m=40):
         self.backend, self.m = backend, m
@@ -53,7 +53,7 @@ class Work:
 
 
 def python(code):
-    """What a fresh interpreter prints that can import from this folder."""
+    """The output of a new interpreter that can import from this folder."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * DEADLINE_S, env=environment
@@ -83,7 +83,7 @@ def in_threads(functions):
 
 
 def test_a_context_of_two_threads(cpu_backend, rng):
-    """One of them is told; what is computed is right; the context is usable afterwards."""
+    """One of the two threads gets an exception; results are right; the context is usable afterwards."""
     work, ctx = Work(cpu_backend, rng, m=400), cpu_backend.new_context(num_threads=1, isa="generic")
     refused, end = threading.Event(), time.monotonic() + DEADLINE_S
 

@@ -1,4 +1,4 @@
-"""Numbers that C and Python each have a copy of: the copies agree.
+"""Constants that both C and Python define have equal values.
 
 Sizes and offsets of C structures need no test: Cython takes them from the headers.
 """

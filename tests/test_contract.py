@@ -1,4 +1,4 @@
-"""What ``marlin_cy.interface`` promises, held against ``marlin_cy.reference``; the same for every backend."""
+"""The contract of ``marlin_cy.interface``, compared with ``marlin_cy.reference``; the same tests for every backend."""
 
 import numpy as np
 import pytest
@@ -277,7 +277,7 @@ class TestVllm:
         assert_same_bits(result[[1, 4]], untouched(2, 16))  # of a skipped block; beyond prob_m * top_k
 
     def test_expert_map(self, backend, rng):
-        """Half of the experts live elsewhere: their slots stay untouched."""
+        """Half of the experts are on another device: their slots are not written."""
         problem = random_problem(rng, 3, 64, 16, 32)
         x = activations(rng, 9, 64)
         ids = rng.integers(0, 6, (9, 2))
@@ -473,7 +473,7 @@ class TestKindsOfWeights:
         assert_close(result, as_given(x) @ w + bias, bound)
 
     def test_every_code(self, backend, rng, kind):
-        """In every place of a block of 32 by 16 codes, alone: rows of one value beside zeros."""
+        """Each code at every place of a block of 32 by 16 codes: rows with one value and zeros."""
         problem = random_problem(rng, 1, 32, 256, 32, **WEIGHT_KINDS[kind])
         problem.q[0] = np.arange(256) // 16 ^ np.arange(32)[:, None] % 16
         x, w = np.eye(32, dtype=np.float32), problem.dense(0)
@@ -495,7 +495,7 @@ class TestKindsOfWeights:
 
 
 class TestStackBias:
-    """Every product of an expert has its bias added, once; views have their own."""
+    """The bias of an expert is added once to each of its products; a view has its own bias."""
 
     def test_property(self, backend, rng):
         problem = random_problem(rng, 3, 64, 24, 32, bias=True)

@@ -1,4 +1,4 @@
-"""A row's result has the same bits whatever computes it beside what, where and how."""
+"""The bits of a row's result do not depend on other rows, its place, the number of threads or the ISA."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which instruction set runs, who decides, and what is said when it cannot."""
+"""The choice of the instruction set, and the messages about those that cannot run."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ except ValueError as error:
 
 
 def python(code, value):
-    """What a fresh interpreter prints, with the variable set to ``value``."""
+    """The output of a new interpreter, with the variable set to ``value``."""
     environment = {**os.environ, VARIABLE: value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Model families: what their configurations mean, and whole folders of each, loaded and run."""
+"""Model families: their configurations, and whole folders of each, loaded and run."""
 
 import shutil
 
@@ -145,7 +145,7 @@ class TestConfiguration:
                 "deepseek_v3",
                 {"n_group": 5},
                 CheckpointError,
-                "n_group, topk_group: got 5 and 1, expected a divisor of 8",
+                "n_group, topk_group: got 5 and 1, expected n_group to divide 8",
             ),
             ("deepseek_v3", {"topk_group": 2}, CheckpointError, "n_group, topk_group: got 1 and 2"),
             ("deepseek_v3", {"n_group": "8"}, CheckpointError, "n_group: got '8', expected int"),
@@ -233,7 +233,7 @@ def test_a_folder_of_each_family(tmp_path, rng, model_type):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_folder_of_each_method(tmp_path, backend, rng, method):
-    """Zero points of 0 to 15, and of bfloat16 scales those that are written."""
+    """Zero points are 0 to 15, and bfloat16 scales are rounded as written."""
     weights = write_checkpoint(tmp_path, method=method, group_size=32, checkpoint_format="gptq_v2", seed=8)
     with open_checkpoint(tmp_path, backend=backend) as checkpoint:
         assert checkpoint.format == method

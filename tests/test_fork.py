@@ -1,4 +1,4 @@
-"""What ``marlin_cy/cpu/fork.py`` says of calls in a child of ``fork``. ``test_concurrency.py`` tests their results."""
+"""Calls in a child of ``fork``, as ``cpu/fork.py`` documents them. ``test_concurrency.py`` tests their results."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What tools' quantisation configs say: the settings that are read, for which modules, and what is refused."""
+"""Quantisation configs of tools: the settings of each module, and configs that are refused."""
 
 import json
 import re
@@ -230,7 +230,7 @@ def test_refused(module, changes, exception, message):
 
 
 def said_of(scheme, module):
-    """The scheme of a module, or what it is refused with."""
+    """The scheme of a module, or the exception that refuses it."""
     try:
         return scheme.for_module(module)
     except UnsupportedError as error:
@@ -327,7 +327,7 @@ def test_modules_to_not_convert(format_module, name, module, converted):
 
 
 class TestTargets:
-    """compressed-tensors': a name, then the expression that sorts first, then "Linear"; and what is ignored."""
+    """compressed-tensors' order: a name, then the expression that sorts first, then "Linear"; and ignored modules."""
 
     CONFIG = {
         "config_groups": {
@@ -378,7 +378,7 @@ class TestTargets:
 
 class TestRegistry:
     def read(self, folder, config=None, owner=None, **files):
-        """``read_scheme`` of a folder with ``config`` as its ``quantization_config`` and ``files`` beside it."""
+        """``read_scheme`` of a folder with ``config`` as its ``quantization_config`` and further ``files``."""
         for name, content in files.items():
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
         return read_scheme(folder, (owner or (lambda config: {"quantization_config": config}))(config))

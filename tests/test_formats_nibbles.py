@@ -1,4 +1,4 @@
-"""The compiled transpositions against what they mean, in NumPy."""
+"""The compiled transpositions, compared with NumPy versions."""
 
 import threading
 

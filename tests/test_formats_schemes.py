@@ -1,4 +1,4 @@
-"""Tensors of every format to canonical form: round trips over all that a format can hold, and what is refused."""
+"""Tensors of every format to canonical form: round trips of all values that a format can hold, and refusals."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """A scheme, and how to make tensors of it: ``pack(q, scale, zero)`` gives them by suffix.
+    """A scheme and a function that makes its tensors: ``pack(q, scale, zero)`` returns them by suffix.
 
     ``zeros`` are the zero points that it can hold; ``n_unit`` divides N; ``dtypes`` are those of scales.
     """
@@ -232,7 +232,7 @@ def test_group_sizes_without_kernels(scheme):
 def test_marlin_needs_whole_blocks():
     with pytest.raises(ValueError, match="n: got 72, expected a multiple of 64 in Marlin's layout"):
         marlin.MarlinScheme(128).tensors(K, 72)
-    with pytest.raises(ValueError, match=r"got shape \(16, 127\), expected two dimensions, the last of two for each"):
+    with pytest.raises(ValueError, match=r"got shape \(16, 127\), expected two dimensions, the last with two words"):
         marlin.MarlinScheme(128).sizes((16, 127))
 
 

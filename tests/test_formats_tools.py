@@ -1,9 +1,9 @@
-"""Checkpoints as the tools themselves write them mean what those tools make of them, to the last bit.
+"""Checkpoints that the tools wrote give the tools' own dequantised weights, to the last bit.
 
 ``tests/fixtures`` holds layers that each tool quantised and saved, and the weights that it dequantised them to;
-``make_*.py`` there says which versions, and how to run them again. Two are less than that. Of Marlin there is no
-dequantisation outside CUDA kernels: ``expected`` is what was given to the tool to pack, which 4 bits hold exactly. And
-the codes and exponents of gpt-oss's MXFP4 are random, since its quantiser needs a GPU.
+``make_*.py`` there says which versions, and how to run them again. There are two exceptions. Marlin has no
+dequantisation outside CUDA kernels: its ``expected`` are the weights that the tool packed, which 4 bits hold exactly.
+The codes and exponents of gpt-oss's MXFP4 are random, because its quantiser needs a GPU.
 """
 
 import json
@@ -22,7 +22,8 @@ from marlin_cy.formats.gptq import GptqScheme
 from marlin_cy.formats.marlin import MarlinScheme
 from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.registry import read_scheme
-from marlin_cy.weights.int4 import E2M1_VALUES, unpack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.int4 import unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"
@@ -56,7 +57,7 @@ OTHERS = {
     ("ct-mixed", "down_proj"): CompressedTensorsScheme(32),
     ("gptq-dynamic", "down_proj"): GptqScheme(-1),
 }
-# Modules that the tool left alone, or quantised in another way, and what is said of them.
+# Modules that the tool did not quantise, or quantised in another way, and the message about each.
 REFUSED = [
     ("auto-round-sym", f"{EXPERT}.up_proj", "bits: got 8, only 4"),
     ("auto-round-sym", "model.layers.0.mlp.gate", "not quantised, its bits are 16 in extra_config"),
@@ -90,7 +91,7 @@ def dequantised(weight):
     if weight.codes == "uint4":
         return reference.dequantize(q, weight.scale, weight.zero, weight.group_size, weight.g_idx).T
     scale = weight.scale.astype(np.float64)[np.arange(weight.k) // weight.group_size]
-    return (E2M1_VALUES.astype(np.float64)[q] * scale).T
+    return (CODE_TYPES["e2m1"].decode_table.astype(np.float64)[q] * scale).T
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -1,4 +1,4 @@
-"""``marlin-cy generate``: the text it prints, its figures, what it refuses."""
+"""``marlin-cy generate``: its text, its figures, its refusals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""GPTQ tensors to canonical form: what the bits mean, and what is refused."""
+"""GPTQ tensors to canonical form: the meaning of the bits, and refusals."""
 
 import numpy as np
 import pytest

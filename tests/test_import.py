@@ -1,4 +1,4 @@
-"""``import marlin_cy`` is quick and needs nothing that it does not declare."""
+"""``import marlin_cy`` is quick and needs only declared dependencies."""
 
 import subprocess
 import sys

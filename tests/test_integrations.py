@@ -1,4 +1,4 @@
-"""What other libraries are needed for, and what is said where they are missing."""
+"""The parts that need PyTorch and transformers, and the messages if these are missing."""
 
 import os
 import subprocess

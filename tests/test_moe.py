@@ -1,173 +1,16 @@
-"""Mixture-of-Experts layers: alignment, routing, and the whole, held against ``marlin_cy.reference``."""
-
-import importlib
+"""Mixture-of-Experts layers: alignment, routing and whole layers, compared with ``marlin_cy.reference``."""
 
 import numpy as np
 import pytest
-from asserts import (
-    GuardedArray,
-    GuardedBuffer,
-    assert_agree,
-    assert_close,
-    assert_same_bits,
-    product_bound,
-    relative_error,
-    unit_roundoff,
-)
-from problems import DTYPES, G_IDX_MODES, activations, as_given, random_problem
+from asserts import GuardedArray, GuardedBuffer, assert_agree, assert_same_bits, relative_error
+from layers import Layer, check
+from problems import DTYPES, G_IDX_MODES, activations, as_given
 
 import marlin_cy
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
 
-FLOAT32 = unit_roundoff(np.float32)
 SLICE_BYTES = 64 << 20  # of rows between the two products, as in cpu/_layer.pyx
-
-
-class Layer:
-    """A random layer, with what it means.
-
-    Parameters
-    ----------
-    experts, hidden, inner, width : int
-        ``width`` of the output; that of a token unless given.
-    bias : bool
-        Of all stacks.
-    shared : int, optional
-        Intermediate size of a shared expert.
-    gate : bool
-        Whether the shared expert has one.
-    """
-
-    def __init__(
-        self,
-        rng,
-        *,
-        experts=5,
-        hidden=96,
-        inner=64,
-        width=None,
-        group_size=32,
-        g_idx="none",
-        activation="silu",
-        bias=False,
-        weigh_input=False,
-        shared=None,
-        gate=False,
-    ):
-        def pair(count, inner, g_idx):
-            gate_up = random_problem(rng, count, hidden, 2 * inner, group_size, g_idx=g_idx, bias=bias)
-            return gate_up, random_problem(rng, count, inner, width or hidden, group_size, g_idx=g_idx, bias=bias)
-
-        self.gate_up, self.down = pair(experts, inner, g_idx)
-        # The shared expert's rows of K have an order of their own.
-        self.shared = None if shared is None else pair(1, shared, "none" if g_idx == "none" else "common")
-        self.gate_weight = (rng.standard_normal(hidden) / 8).astype(np.float32) if gate else None
-        self.activation, self.weigh_input = activation, weigh_input
-
-    def on(self, backend, top_k=2, **options):
-        shared = None
-        if self.shared is not None:
-            shared = marlin_cy.SharedExpert(*(part.stack(backend) for part in self.shared), self.gate_weight)
-        return marlin_cy.MoeLayer(
-            self.gate_up.stack(backend),
-            self.down.stack(backend),
-            top_k=1 if self.weigh_input else top_k,
-            activation=self.activation,
-            apply_router_weight_on_input=self.weigh_input,
-            shared_expert=shared,
-            **options,
-        )
-
-    def expected(self, x, ids, weights):
-        x, shared = as_given(x), None
-        if self.shared is not None:
-            gate_up, down = self.shared
-            shared = reference.shared_expert(
-                x,
-                gate_up.dense(0),
-                down.dense(0),
-                activation=self.activation,
-                gate_up_bias=gate_up.bias,
-                down_bias=down.bias,
-                gate_weight=self.gate_weight,
-            )
-        return reference.moe_layer(
-            x,
-            self.gate_up.dense_all(),
-            self.down.dense_all(),
-            ids,
-            weights,
-            activation=self.activation,
-            gate_up_bias=self.gate_up.bias,
-            down_bias=self.down.bias,
-            apply_router_weight_on_input=self.weigh_input,
-            shared=shared,
-        )
-
-    def bound(self, backend, x, ids, weights, dtype=np.float32):
-        """The bounds of the experts' outputs, times their weights, which are good to 32 roundoffs themselves.
-
-        On a device, what lies between is float16 where ``x`` is.
-        """
-        between = np.float16 if backend.name != "cpu" and x.dtype == np.float16 else np.float32
-        bound = np.zeros((len(x), self.down.n))
-        for token, row in enumerate(as_given(x).astype(np.float64)):
-            terms = []
-            for expert, weight in zip(ids[token], np.abs(weights[token]), strict=True):
-                if expert < 0:
-                    continue
-                on_input, after = (weight, 1) if self.weigh_input else (1, weight)
-                output, error = self.expert_bound(backend, row, self.gate_up, self.down, expert, between, on_input)
-                terms.append((after, 32 * FLOAT32 * after, output, error))
-            if self.shared is not None:
-                output, error = self.expert_bound(backend, row, *self.shared, 0, between)
-                terms.append((*self.gate_bound(row), output, error))
-            # And a sum of as many terms, rounded to the output's dtype.
-            rounding = unit_roundoff(dtype) + len(terms) * FLOAT32
-            for weight, off_weight, output, error in terms:
-                bound[token] += weight * error + (off_weight + rounding * weight) * (output + error)
-        return bound + 2.0**-24
-
-    def gate_bound(self, x):
-        """A shared expert's gate, and how far it may be off: the slope of a sigmoid is at most a quarter."""
-        if self.gate_weight is None:
-            return 1, 0
-        dot = np.abs(x) @ np.abs(self.gate_weight)
-        return reference.sigmoid(x @ self.gate_weight), FLOAT32 * (8 + len(x) * dot / 4)
-
-    def expert_bound(self, backend, x, gate_up, down, expert, between, weight=1):
-        """One expert's output for ``weight * x``, at most, and how far it may be off, ``[width]`` each.
-
-        The bounds of both products, carried through the activation ``f(gate) * u``, where ``u`` is ``up``, or 1 more:
-        slopes of ``f`` are below 1.2, and it is computed to 8 roundoffs of ``gate * u``.
-        """
-        w1, w2, x = gate_up.dense(expert), down.dense(expert), weight * x
-        sums, off = x @ w1, product_bound(backend, x[None], w1, between)[0]
-        if weight != 1:  # which is good to 32 roundoffs, and what was multiplied may be rounded
-            off = off + (32 * FLOAT32 + unit_roundoff(between)) * (np.abs(x) @ np.abs(w1))
-        if gate_up.bias is not None:
-            sums = sums + gate_up.bias[expert]
-            off = off + FLOAT32 * (np.abs(sums) + off)
-        (gate, up), (off_gate, off_up) = np.split(sums, 2), np.split(off, 2)
-        if self.activation == "swigluoai":
-            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
-            f = ACTIVATIONS["swigluoai"].reference(gate, 0)
-        else:
-            f = ACTIVATIONS[self.activation].reference(gate, 1)
-        f, up = np.abs(f), np.abs(up)
-        off = 1.2 * off_gate * (up + off_up) + f * off_up + 8 * FLOAT32 * (np.abs(gate) + off_gate) * (up + off_up)
-        output = (f * up + off) @ np.abs(w2)
-        error = off @ np.abs(w2) + product_bound(backend, (f * up + off)[None], w2, between)[0]
-        if down.bias is not None:
-            output = output + np.abs(down.bias[expert])
-            error = error + FLOAT32 * (output + error)
-        return output, error
-
-
-def check(backend, layer, x, ids, weights, result):
-    bound = layer.bound(backend, x, ids, weights, result.dtype)
-    assert_close(result, layer.expected(x, ids, weights), bound)
 
 
 class TestAlign:
@@ -278,7 +121,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_few_experts_chosen_after_many(self, backend, rng, g_idx):
-        """What an earlier, larger call left in the workspace is not read."""
+        """Values that an earlier, larger call left in the workspace are not read."""
         layer, ctx = Layer(rng, g_idx=g_idx), backend.new_context()
         moe = layer.on(backend)
         x = activations(rng, 600, 96)
@@ -329,7 +172,7 @@ class TestLayer:
         check(cpu_backend, layer, x[part], ids[part], weights[part], out.array[part])
 
     def test_out_may_lie_over_ids_and_weights(self, cpu_backend, rng):
-        """They are copied when they are checked."""
+        """The ids and weights are copied before they are checked."""
         layer, ctx = Layer(rng, hidden=64, inner=32), cpu_backend.new_context()
         moe, x = layer.on(cpu_backend), activations(rng, 6, 64)
         ids, weights = rng.integers(0, 5, (6, 64)).astype(np.int32), rng.standard_normal((6, 64)).astype(np.float32)
@@ -363,7 +206,7 @@ class TestLayer:
         assert (moe.num_experts, moe.hidden_size, moe.intermediate_size, moe.top_k) == (5, 96, 64, 3)
 
 
-# What a layer may be made of beside the plain two stacks.
+# The options of a layer.
 MADE_OF = {
     "bias": {"bias": True},
     "shared": {"shared": 32},
@@ -376,7 +219,7 @@ MADE_OF = {
 
 
 class TestWholeModels:
-    """What model families need: activations, biases, shared experts, weights on the input, kinds of routing."""
+    """The features of model families: activations, biases, shared experts, weights on the input, kinds of routing."""
 
     def run(self, backend, layer, x, logits, **options):
         moe = layer.on(backend, **options)
@@ -395,7 +238,7 @@ class TestWholeModels:
         self.run(backend, layer, *self.inputs(rng, DTYPES[dtype]))
 
     def test_gelus_are_told_apart(self, backend, rng):
-        """They differ by less than the bounds, but on average by enough."""
+        """Both differ by less than the error bounds, but measurably on average."""
         x, logits = rng.standard_normal((100, 96)).astype(np.float32), rng.standard_normal((100, 5)).astype(np.float32)
         layer, errors = Layer(rng, activation="gelu"), {}
         for computed in ("gelu", "gelu_tanh"):
@@ -440,17 +283,17 @@ class TestWholeModels:
 
     @pytest.mark.parametrize("tokens", [1, 2, 49, 130])
     def test_tokens(self, backend, rng, tokens):
-        """One, and more than blocks of rows have."""
+        """One token, and more tokens than a block of rows has."""
         self.run(backend, Layer(rng, **MADE_OF["all"]), *self.inputs(rng, tokens=tokens))
 
     def test_large_gates_and_ups(self, backend, rng):
-        """Beyond where gpt-oss clamps them."""
+        """Values beyond the limits to which gpt-oss clamps them."""
         x, logits = self.inputs(rng)
         self.run(backend, Layer(rng, activation="swigluoai", bias=True), 16 * x, logits)
 
     @pytest.mark.parametrize("choices", [1, 4])
     def test_routed(self, backend, rng, choices):
-        """Any experts and weights, or none: then the shared expert is alone."""
+        """Any experts and weights. A token without experts gets only the shared expert's output."""
         layer, ctx = Layer(rng, bias=True, shared=96, gate=True), backend.new_context()
         x = activations(rng, 12, 96)
         ids = rng.integers(-1, 5, (12, choices))
@@ -460,7 +303,7 @@ class TestWholeModels:
         check(backend, layer, x, ids, weights, backend.to_host(result))
 
     def test_routed_with_weights_on_the_input(self, backend, rng):
-        """Of any sign, and 0; the activation sees them, the biases do not."""
+        """Weights of any sign, and 0. They affect the activation but not the biases."""
         layer, ctx = Layer(rng, activation="gelu_tanh", bias=True, weigh_input=True), backend.new_context()
         x, ids = activations(rng, 12, 96), rng.integers(-1, 5, (12, 1))
         weights = (2 * rng.standard_normal(ids.shape)).astype(np.float32)
@@ -469,7 +312,7 @@ class TestWholeModels:
         check(backend, layer, x, ids, weights, backend.to_host(result))
 
     def test_weighing_the_input_by_a_power_of_two(self, backend, rng):
-        """It rounds nothing, so it is the same before and after quantising."""
+        """Such a weight rounds nothing, so its order with quantisation does not matter."""
         layer, ctx = Layer(rng, weigh_input=True, shared=32), backend.new_context()
         moe, x, ids = layer.on(backend), activations(rng, 8, 96), rng.integers(0, 5, (8, 1))
         weights = (2.0 ** rng.integers(-3, 4, (8, 1))).astype(np.float32)
@@ -485,7 +328,7 @@ class TestWholeModels:
         assert_agree(backend, backend.to_host(result), backend.to_host(expected), bound)
 
     def test_a_shared_expert_is_one_chosen_by_all(self, backend, rng):
-        """And first, with a weight of 1."""
+        """The shared expert equals a routed expert that every token selects first, with a weight of 1."""
         layer, ctx = Layer(rng, bias=True, g_idx="common"), backend.new_context()
         x, ids = activations(rng, 12, 96), rng.integers(-1, 4, (12, 2))
         weights = rng.standard_normal(ids.shape).astype(np.float32)
@@ -519,7 +362,7 @@ class TestWholeModels:
         assert_same_bits(np.delete(result, [2, 6], axis=0), np.delete(clean, [2, 6], axis=0))
 
     def test_few_tokens_after_many(self, backend, rng):
-        """What another layer's larger call left in the workspace is not read."""
+        """Values that another layer's larger call left in the workspace are not read."""
         ctx = backend.new_context()
         large, small = Layer(rng, inner=160, shared=32), Layer(rng, hidden=64, **MADE_OF["all"])
         for tokens, layer, hidden in ((300, large, 96), (3, small, 64), (20, large, 96), (1, small, 64)):
@@ -536,7 +379,7 @@ class TestWholeModels:
 
     @pytest.mark.parametrize("weigh_input", [False, True])
     def test_more_tokens_than_one_slice(self, cpu_backend, rng, weigh_input):
-        """A slice holds the shared expert's rows, too."""
+        """A slice also holds the shared expert's rows."""
         size, choices = 32, 1 if weigh_input else 64
         layer = Layer(rng, hidden=size, inner=size, bias=True, shared=4096, gate=True, weigh_input=weigh_input)
         slice_tokens = SLICE_BYTES // (4 * (max(choices * size, 4096) + (choices + 1) * size))
@@ -576,145 +419,3 @@ def test_properties_of_a_shared_expert(backend, rng):
     assert shared.gate_weight.any()
     assert Layer(rng, shared=32).on(backend).shared_expert.gate_weight is None
     assert (moe.activation, moe.apply_router_weight_on_input) == ("silu", False)
-
-
-def dense(tensor):
-    """A weight that transformers keeps as ``[out, in]`` (of each expert), float64, the other way around."""
-    return np.swapaxes(tensor.detach().numpy().astype(np.float64), -1, -2)
-
-
-class TestTransformers:
-    """The reference is what the blocks of transformers compute, with their weights and routers."""
-
-    @pytest.fixture
-    def block(self, rng):
-        """``block(module, class, config, options)``: one with random weights."""
-        torch = pytest.importorskip("torch")
-        pytest.importorskip("transformers")
-
-        def make(folder, name, config_name, **options):
-            module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-            config_module = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
-            sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_experts_per_tok": 2}
-            config = getattr(config_module, config_name)(**sizes, **options)
-            config._experts_implementation = "eager"
-            made = getattr(module, name)(config)
-            with torch.no_grad():
-                for values in (*made.parameters(), *made.buffers()):
-                    values.copy_(torch.from_numpy(rng.standard_normal(values.shape) / 4))
-            return made
-
-        return make
-
-    def check(self, block, rng, logits, routing, gate_up, down, **options):
-        """``logits(x)`` are the router's; all experts are close to what the block gives."""
-        import torch
-
-        x = rng.standard_normal((1, 30, 32)).astype(np.float32)
-        with torch.no_grad():
-            output = block(torch.from_numpy(x))
-        actual = (output[0] if isinstance(output, tuple) else output).numpy().reshape(30, -1)
-        x = x[0]
-        shared = options.pop("shared", None)
-        if shared is not None:
-            shared = reference.shared_expert(x, **shared)
-        ids, weights = reference.route(logits(x), routing)
-        expected = reference.moe_layer(x, gate_up, down, ids, weights, shared=shared, **options)
-        assert_close(actual, expected, 1e-5 * np.abs(expected).max())
-
-    def shared(self, mlp, **options):
-        gate_up = np.concatenate([dense(mlp.gate_proj.weight), dense(mlp.up_proj.weight)], axis=1)
-        return {"gate_up": gate_up, "down": dense(mlp.down_proj.weight), **options}
-
-    @pytest.mark.parametrize(("name", "hidden_act"), [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_new")])
-    def test_mixtral(self, block, rng, name, hidden_act):
-        sizes = {"num_local_experts": 6, "intermediate_size": 48, "hidden_act": hidden_act}
-        made = block("mixtral", "MixtralSparseMoeBlock", "MixtralConfig", **sizes)
-        experts = made.experts
-        self.check(
-            made,
-            rng,
-            lambda x: x @ dense(made.gate.weight),
-            marlin_cy.Routing(6, 2),
-            dense(experts.gate_up_proj),
-            dense(experts.down_proj),
-            activation=name,
-        )
-
-    def test_qwen2(self, block, rng):
-        """A shared expert with a gate."""
-        sizes = {"num_experts": 6, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
-        made = block("qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig", norm_topk_prob=False, **sizes)
-        self.check(
-            made,
-            rng,
-            lambda x: x @ dense(made.gate.weight),
-            marlin_cy.Routing(6, 2, norm_topk_prob=False),
-            dense(made.experts.gate_up_proj),
-            dense(made.experts.down_proj),
-            shared=self.shared(made.shared_expert, gate_weight=dense(made.shared_expert_gate.weight)[:, 0]),
-        )
-
-    def test_deepseek_v3(self, block, rng):
-        """A shared expert without a gate, and a bias that is no part of the weights."""
-        sizes = {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 48,
-            "n_shared_experts": 2,
-            "n_group": 4,
-            "topk_group": 2,
-        }
-        made = block("deepseek_v3", "DeepseekV3MoE", "DeepseekV3Config", routed_scaling_factor=2.5, **sizes)
-        routing = marlin_cy.Routing(
-            8,
-            2,
-            scoring="sigmoid",
-            correction_bias=made.gate.e_score_correction_bias.numpy(),
-            num_groups=4,
-            topk_groups=2,
-            group_score="top2_sum",
-            routed_scaling_factor=2.5,
-        )
-        self.check(
-            made,
-            rng,
-            lambda x: x @ dense(made.gate.weight),
-            routing,
-            dense(made.experts.gate_up_proj),
-            dense(made.experts.down_proj),
-            shared=self.shared(made.shared_experts),
-        )
-
-    def test_gpt_oss(self, block, rng):
-        """Biases, and gates beyond 7; gates and ups lie in turn there."""
-        made = block("gpt_oss", "GptOssMLP", "GptOssConfig", num_local_experts=6, intermediate_size=48)
-        experts = made.experts
-        in_halves = np.concatenate([np.arange(0, 96, 2), np.arange(1, 96, 2)])
-        made.experts.gate_up_proj.data *= 4
-        self.check(
-            made,
-            rng,
-            lambda x: x @ dense(made.router.weight) + made.router.bias.detach().numpy(),
-            marlin_cy.Routing(6, 2, scoring="softmax_topk"),
-            experts.gate_up_proj.detach().numpy().astype(np.float64)[:, :, in_halves],
-            experts.down_proj.detach().numpy().astype(np.float64),
-            activation="swigluoai",
-            gate_up_bias=experts.gate_up_proj_bias.detach().numpy()[:, in_halves],
-            down_bias=experts.down_proj_bias.detach().numpy(),
-        )
-
-    def test_llama4(self, block, rng):
-        """Weights on the input."""
-        sizes = {"num_local_experts": 6, "intermediate_size": 48}
-        made = block("llama4", "Llama4TextMoe", "Llama4TextConfig", **sizes)
-        made.top_k = made.router.top_k = 1
-        self.check(
-            made,
-            rng,
-            lambda x: x @ dense(made.router.weight),
-            marlin_cy.Routing(6, 1, scoring="sigmoid", norm_topk_prob=False),
-            made.experts.gate_up_proj.detach().numpy().astype(np.float64),
-            made.experts.down_proj.detach().numpy().astype(np.float64),
-            apply_router_weight_on_input=True,
-            shared=self.shared(made.shared_expert),
-        )

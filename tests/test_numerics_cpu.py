@@ -12,7 +12,8 @@ import marlin_cy
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.cpu._dispatch import activate
-from marlin_cy.weights.int4 import CODES, E2M1_VALUES, Int4Weight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -56,7 +57,7 @@ def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, 
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
     """Register tiles and row blocks, and one row more and less."""
     problem = random_problem(rng, 1, 160, 56, 64, codes=codes)
@@ -66,7 +67,7 @@ def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
 
 
 @pytest.mark.parametrize("n", range(8, 80, 8))
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
     problem = random_problem(rng, 2, 96, n, 32, codes=codes)
     x = activations(rng, 3, 96)
@@ -76,7 +77,7 @@ def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
 
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size, codes):
     """Around the chunks of 1024 in which K is summed."""
     problem = random_problem(rng, 1, k, 8, group_size, codes=codes)
@@ -113,12 +114,12 @@ def test_every_code(cpu_backend, isa, compute_dtype):
     q = (np.arange(32)[:, None] + np.arange(16)).astype(np.uint8) % 16
     stack = one_expert(cpu_backend, q, np.ones((1, 16)), None, 32, codes="e2m1")
     result = product(stack, cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa), np.eye(32, dtype=np.float32))
-    np.testing.assert_allclose(result, E2M1_VALUES[q], rtol=3e-7)
+    np.testing.assert_allclose(result, CODE_TYPES["e2m1"].decode_table[q], rtol=3e-7)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype, kind):
-    """Subnormal ones, too, which halving may not round; of a bfloat16 some make products too large for float32."""
+    """Includes subnormal scales, which halving must not round, and bfloat16 scales whose products exceed float32."""
     codes, scale_dtype = WEIGHT_KINDS[kind].values()
     scales = CODES_16.view(scale_dtype)
     with np.errstate(invalid="ignore"):
@@ -226,7 +227,7 @@ def test_every_input_is_widened_exactly(cpu_backend, isa, dtype):
     stack = selection(cpu_backend, 32)
     with np.errstate(invalid="ignore"):
         assert_same_bits(product(stack, ctx, x), product(stack, ctx, as_given(x)))
-        # One code at a time, so that none hides behind a larger one; what is exact, comes back as it was.
+        # One code at a time, so that no code is hidden by a larger one. Exact values are returned unchanged.
         alone = np.zeros((1 << 16, 32), DTYPES[dtype])
         alone[:, 5] = CODES_16.view(DTYPES[dtype])
         wide = as_given(alone)
@@ -264,12 +265,12 @@ SPECIAL = [np.nan, np.inf, 0.0, FLOAT32.max, 1e30, 1e19, 1e10, 100.0, 89.0, 7.0,
 
 
 def activation_sums(gates, ups):
-    """float32 ``[rows, 32]``: 16 gates and 16 ups a row, as ``glu_epilogue`` takes them."""
+    """float32 ``[rows, 32]``: 16 gates and 16 ups per row, as ``glu_epilogue`` takes them."""
     return np.concatenate([part.astype(np.float32).reshape(-1, 16) for part in (gates, ups)], axis=1)
 
 
 def activation_bound(name, gates, ups):
-    """What rowops.h derives, and what is lost where ``gate * sigmoid`` or the result is subnormal."""
+    """The bound that rowops.h derives, plus the error where ``gate * sigmoid`` or the result is subnormal."""
     if name == "swigluoai":
         gates, ups = np.minimum(gates, 7), 1 + np.minimum(np.abs(ups), 7)
     return 6 * 2.0**-24 * np.abs(gates * ups) + (1 + np.abs(ups)) * FLOAT32.smallest_subnormal
@@ -296,7 +297,7 @@ class TestActivations:
     def test_special_values(self, isa, name):
         """All pairs: NaN and infinities just where the formula has them, and the rest within the bound.
 
-        But for an infinite up beside a gate that float32 may make 0 of.
+        Except an infinite up with a gate that float32 may round to 0.
         """
         values = np.array(SPECIAL + [-value for value in SPECIAL]).astype(np.float32).astype(np.float64)
         pairs = np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)

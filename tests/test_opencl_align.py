@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from asserts import assert_same_bits
 from conftest import OPENCL_PLACES
+from layers import Layer
 from problems import DTYPES, activations
-from test_moe import Layer
 
 cl = pytest.importorskip("pyopencl")
 if not OPENCL_PLACES:

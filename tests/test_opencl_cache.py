@@ -98,7 +98,7 @@ def test_one_warning_for_a_folder(tmp_path):
 
 
 class TestPrograms:
-    """What :class:`ProgramCache` makes of it."""
+    """The use of the cache folder by :class:`ProgramCache`."""
 
     SOURCE = "__kernel void write(__global int *out)\n{\n    out[0] = VALUE;\n}\n"
 

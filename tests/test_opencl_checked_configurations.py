@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from asserts import assert_close, product_bound
 from conftest import DEVICE_LABELS
+from layers import Layer
 from problems import activations, random_problem
-from test_moe import Layer
 
 from marlin_cy import reference
 from marlin_cy.errors import BuildError, DeviceError

@@ -1,4 +1,4 @@
-"""Which OpenCL devices there are, which is taken, and what is said where there is none."""
+"""The OpenCL devices, the selection of a device, and the messages if there is none."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ TYPE = cl.device_type
 
 
 def error(code, message="it is broken"):
-    """What PyOpenCL raises when a call into a driver answers with ``code``."""
+    """The exception of PyOpenCL when a driver returns ``code``."""
     return cl.RuntimeError(cl._cl._ErrorRecord(msg=message, code=code, routine="clTest"))
 
 
@@ -53,7 +53,7 @@ def no_variables(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that says which platforms there are; an exception is raised instead."""
+    """A function that sets the platforms of the system; an exception is raised instead of returned."""
 
     def has(*platforms):
         def get_platforms():
@@ -227,7 +227,7 @@ def test_open_uses_what_it_is_given(context):
 
 def test_open_refuses_contradictions(context):
     queue = cl.CommandQueue(context)
-    with pytest.raises(ValueError, match="context: got another one than the queue's"):
+    with pytest.raises(ValueError, match="context: differs from the queue's context"):
         devices.open_device(context=cl.Context(context.devices), queue=queue)
     with pytest.raises(TypeError, match=r"context: got CommandQueue, expected pyopencl\.Context"):
         devices.open_device(context=queue)
@@ -239,7 +239,7 @@ def test_open_refuses_a_device_of_another_context(context, monkeypatch):
     other = FakeDevice("Elsewhere")
     FakePlatform("Acme", other)
     monkeypatch.setattr(devices, "choose_device", lambda device: devices.Choice(other, "test"))
-    with pytest.raises(ValueError, match=r"device: got Elsewhere \(Acme\), expected one of the context's: \S"):
+    with pytest.raises(ValueError, match=r"device: got Elsewhere \(Acme\), expected a device of the context: \S"):
         devices.open_device(3, context)
     with pytest.raises(ValueError, match="device: got 3, but the queue's is "):
         devices.open_device(3, queue=cl.CommandQueue(context))
@@ -250,7 +250,7 @@ def test_a_driver_that_makes_no_context(monkeypatch):
         raise error(-6, "out of host memory")
 
     monkeypatch.setattr(cl, "Context", fails)
-    with pytest.raises(BackendUnavailable, match=r"makes no context on .*out of host memory"):
+    with pytest.raises(BackendUnavailable, match=r"cannot make a context on .*out of host memory"):
         devices.open_device(0)
 
 
@@ -394,7 +394,7 @@ def test_broken_drivers(tmp_path, monkeypatch):
 
 
 def python(code, **variables):
-    """What a fresh interpreter prints when it runs ``code``, errors as well."""
+    """The output of a new interpreter that runs ``code``, errors included."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables, timeout=120
     )
@@ -443,7 +443,7 @@ def test_pyopencl_is_broken(tmp_path):
 
 
 def doctor(*arguments, **variables):
-    """Exit code and output of the command, told that reading memory is quick."""
+    """Exit code and output of the command, with the measurement of memory bandwidth replaced."""
     code = f"""
 import sys
 from marlin_cy import cli

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 from asserts import assert_same_bits
+from calls import CALLS, ROWS, E, K, N
 from conftest import DEVICE_LABELS
 from problems import activations, random_problem
-from test_bad_input import CALLS, ROWS, E, K, N
 
 from marlin_cy.errors import (
     BackendUnavailable,
@@ -45,7 +45,7 @@ def call(request, backend, rng):
 
 
 class OnHost(np.ndarray):
-    """What a :class:`~test_bad_input.Call` leaves where it is."""
+    """What a :class:`~calls.Call` leaves where it is."""
 
 
 def foreign(backend, x):
@@ -73,7 +73,7 @@ def read_only(backend, x):
 BUFFERS = {
     "host": (lambda backend, x: x.view(OnHost), TypeError, "got a numpy.ndarray, which lies on the host, .*from_host"),
     "pyopencl": (lambda backend, x: backend.from_host(x).base_data, TypeError, "got Buffer, expected a pyopencl.array"),
-    "foreign": (foreign, ValueError, "got an array of another OpenCL context, expected one of the backend's"),
+    "foreign": (foreign, ValueError, "got an array of another OpenCL context, expected the backend's"),
     "too small": (too_small, ValueError, r"got shape .*, which its buffer of \d+ bytes is too small for"),
     "too far": (too_far, ValueError, r"got shape .* from byte 4 on, which its buffer of \d+ bytes is too small for"),
     "read-only": (read_only, ValueError, "got a read-only buffer, expected a writeable one"),
@@ -122,7 +122,7 @@ def assert_device_error(error, backend, code):
     assert isinstance(error, MarlinError)
     assert isinstance(error, RuntimeError)
     assert isinstance(error.__cause__, cl.Error)
-    for words in (backend.device.name.strip(), code, "make the backend anew"):
+    for words in (backend.device.name.strip(), code, "make a new backend"):
         assert words in str(error)
 
 

@@ -6,9 +6,9 @@ drivers submit at once, so these tests look at the order of the library's own ca
 
 import numpy as np
 import pytest
+from calls import CALLS
 from conftest import DEVICE_LABELS
 from problems import activations, random_problem
-from test_bad_input import CALLS
 
 from marlin_cy.errors import DeviceError
 

@@ -6,8 +6,8 @@ import gc
 import numpy as np
 import pytest
 from asserts import GuardedBuffer, assert_close, assert_same_bits, unit_roundoff
+from layers import Layer, check
 from problems import DTYPES, activations, as_given
-from test_moe import Layer, check
 from test_routing import check as check_routed
 from test_routing import decided
 

@@ -1,4 +1,4 @@
-"""OpenCL programs: built once, kept in memory and on disk, whatever happens to the files."""
+"""OpenCL programs: built once, kept in memory and on disk, and rebuilt if files are damaged."""
 
 import os
 import pickle
@@ -387,7 +387,7 @@ for device in 2 * context.devices if context else ():
 
 
 def together(*calls):
-    """The calls' results, each in a thread of its own, all at once."""
+    """The results of calls, each in its own thread, all at the same time."""
     barrier, results = threading.Barrier(len(calls)), [None] * len(calls)
 
     def run(index):

@@ -14,7 +14,7 @@ from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
 import marlin_cy
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.errors import BackendUnavailable, ContextInUse
-from marlin_cy.weights.int4 import CODES
+from marlin_cy.weights.code_types import CODE_TYPES
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
@@ -244,10 +244,10 @@ class TestQueues:
     def test_queues_that_are_refused(self, portable):
         out_of_order = cl.command_queue_properties.OUT_OF_ORDER_EXEC_MODE_ENABLE
         if portable.device.queue_properties & out_of_order:
-            with pytest.raises(ValueError, match="queue: got one that runs out of order"):
+            with pytest.raises(ValueError, match="queue: got an out-of-order queue"):
                 portable.new_context(queue=cl.CommandQueue(portable.context, properties=out_of_order))
         other = cl.Context([portable.device])  # kept: not every driver's queues keep theirs
-        with pytest.raises(ValueError, match="queue: got one of another OpenCL context"):
+        with pytest.raises(ValueError, match="queue: got a queue of another OpenCL context"):
             portable.new_context(queue=cl.CommandQueue(other))
         with pytest.raises(TypeError, match="queue: got int, expected a pyopencl.CommandQueue"):
             portable.new_context(queue=3)
@@ -370,7 +370,7 @@ class TestParts:
             OpenClBackend(max_alloc_bytes=value)
 
 
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", CODE_TYPES)
 def test_scales_far_apart(backend, rng, codes):
     """Each is off by at most 2**-39 of the largest, whatever the rest."""
     problem = random_problem(rng, 1, 1024, 24, 32, codes=codes, scale_dtype=DTYPES["bfloat16"])

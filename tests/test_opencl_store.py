@@ -16,7 +16,8 @@ from marlin_cy.opencl import store as store_module  # noqa: E402
 from marlin_cy.opencl.layout import ExpertLayout, expert_layout, pack_expert, unpack_expert  # noqa: E402
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: E402
 from marlin_cy.reference import dequantize  # noqa: E402
-from marlin_cy.weights.int4 import CODES, Int4Weight  # noqa: E402
+from marlin_cy.weights.code_types import CODE_TYPES  # noqa: E402
+from marlin_cy.weights.int4 import Int4Weight  # noqa: E402
 from marlin_cy.weights.order import group_order  # noqa: E402
 
 BFLOAT16 = DTYPES["bfloat16"]
@@ -89,7 +90,7 @@ class TestLayout:
         expected[layout.zero_offset + 4 + 5 // 2] = 7 << 24
         np.testing.assert_array_equal(expert, expected)
 
-    @pytest.mark.parametrize("codes", CODES)
+    @pytest.mark.parametrize("codes", CODE_TYPES)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128, -1])
     def test_unpacks_to_what_was_packed(self, rng, group_size, g_idx, codes):
@@ -127,7 +128,7 @@ class TestPacking:
         assert store.nbytes == 3 * 4 * store.layout.expert_words == sum(part.size for part in store.parts)
         assert_packed(runtime, store, problem)
 
-    @pytest.mark.parametrize("codes", CODES)
+    @pytest.mark.parametrize("codes", CODE_TYPES)
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
     def test_columns_in_parts(self, device, rng, g_idx, codes):
         """Half strips, in any order, from several threads."""
@@ -137,7 +138,7 @@ class TestPacking:
         add_in_parts(builder, problem, rng)
         assert_packed(runtime, builder.finish(), problem)
 
-    @pytest.mark.parametrize("codes", CODES)
+    @pytest.mark.parametrize("codes", CODE_TYPES)
     @pytest.mark.parametrize("g_idx", ["none", "unequal"])
     def test_staging_of_fewer_columns(self, device, rng, monkeypatch, g_idx, codes):
         monkeypatch.setattr(store_module, "STAGING_BYTES", 1)
@@ -223,7 +224,7 @@ class TestSymmetric:
 
 @each_device
 class TestScales:
-    """The largest is stored as 2**14 or more and below 2**15; what weights are multiplied by afterwards says so."""
+    """The largest scale is stored as 2**14 or more and below 2**15; ``weight_factor`` has the inverse factor."""
 
     @pytest.mark.parametrize(
         ("largest", "factor"),
@@ -255,7 +256,7 @@ class TestScales:
 
     @pytest.mark.parametrize("largest", [2.0**-100, 1.0, 2.0**100])
     def test_bfloat16_in_float16(self, device, rng, largest):
-        """Those that are at most 2**31 smaller than the largest keep their bits, others come close."""
+        """Scales of at least 2**-31 of the largest keep their bits; smaller scales are approximated."""
         problem = random_problem(rng, 1, 2048, 8, 32, scale_dtype=BFLOAT16)
         scale = largest * rng.uniform(0.5, 1, problem.scale.shape) * 2.0 ** -rng.integers(0, 60, problem.scale.shape)
         problem.scale[:] = scale

@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_written(new_backend, tmp_path, monkeypatch, pla
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "file"))
     backend = get_backend("opencl", device=DEVICES[0], tier="portable")
-    with pytest.raises(MarlinError, match="cannot be written .*; set MARLIN_CY_CACHE_DIR to a folder that can"):
+    with pytest.raises(MarlinError, match="cannot be written .*; set MARLIN_CY_CACHE_DIR to a writeable folder"):
         results.keep(backend.runtime.capabilities, backend.tier, [])
 
 

@@ -1,4 +1,4 @@
-"""Packed folders: what they hold, that they give the same results, and every way to damage one."""
+"""Packed folders: their contents, equal results, and every way to damage one."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Packed tiles without a backend: back to canonical weights, and what is refused."""
+"""Packed tiles without a backend: conversion to canonical weights, and refusals."""
 
 import subprocess
 import sys

@@ -159,7 +159,7 @@ class TestFromPacked:
     @pytest.mark.parametrize(
         ("position", "value", "exception", "message"),
         [
-            (0, 2, ValueError, "g_idx: got 3 entries, expected one an expert: 2"),
+            (0, 2, ValueError, "g_idx: got 3 entries, expected one per expert: 2"),
             (1, 161, ValueError, "k: got 161, expected a positive multiple of 32"),
             (2, 56, ValueError, "data: got shape"),
             (3, 48, UnsupportedError, "group_size: got 48"),
@@ -254,7 +254,7 @@ def test_group_order(rng, mode, group_size):
 
 
 class TestMisuse:
-    """A builder that refuses a weight goes on as if it had not been given."""
+    """A builder that has refused a weight is unchanged."""
 
     @pytest.fixture
     def problem(self, rng):
@@ -319,7 +319,7 @@ class TestMisuse:
             (
                 {"g_idx": np.zeros(64, np.int32)},
                 UnsupportedError,
-                "weight.g_idx: got another one than the builder was given for expert 0",
+                "weight.g_idx: differs from the builder's g_idx for expert 0",
             ),
             ({"g_idx": np.full(64, 2, np.int32)}, IndexError, "g_idx: got 2 at row 0, expected 0 to 1"),
             ({"g_idx": np.zeros(63, np.int32)}, ValueError, r"g_idx: got shape \(63,\)"),
@@ -364,7 +364,7 @@ class TestMisuse:
         ({"group_size": 0}, ValueError, "group_size: got 0, expected a positive number"),
         ({"group_size": -5}, ValueError, "group_size: got -5"),
         ({"group_size": 48}, UnsupportedError, "group_size: got 48, supported are 32, 64"),
-        ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries, expected one an expert: 2"),
+        ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries, expected one per expert: 2"),
         ({"g_idx": [None] * 3}, ValueError, "g_idx: got 3 entries"),
         ({"g_idx": 7}, TypeError, "g_idx: got int, expected a sequence"),
         ({"g_idx": np.zeros(32, np.int32)}, ValueError, r"g_idx: got shape \(32,\), expected \(64,\)"),

@@ -1,4 +1,4 @@
-"""The peers of bench/peers: each is right, says how accurate it is, and refuses what it cannot keep."""
+"""The peers of bench/peers: right results, stated accuracy, and refusal of weights that they cannot represent."""
 
 import subprocess
 import sys

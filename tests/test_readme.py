@@ -1,4 +1,4 @@
-"""What the README tells people to do works."""
+"""The commands and code of the README work."""
 
 import inspect
 import re

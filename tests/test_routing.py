@@ -1,4 +1,4 @@
-"""Routing of every kind: backends held against ``reference.route``, and that against the routers of transformers."""
+"""All kinds of routing: backends compared with ``reference.route``, and that function with transformers' routers."""
 
 import importlib
 
@@ -18,7 +18,7 @@ SIZES = [(1, 1, 1), (7, 1, 1), (60, 1, 1), (12, 3, 3), (12, 12, 5), (24, 12, 5),
 
 
 class NoWeights:
-    """As much of a stack as routing looks at."""
+    """The attributes of a stack that routing uses."""
 
     def __init__(self, num_experts, k, n_per_expert):
         self.num_experts, self.k, self.n_per_expert = num_experts, k, n_per_expert
@@ -56,7 +56,7 @@ def score_error(logits, routing):
 
 
 def decided(logits, routing):
-    """Rows whose experts float32 cannot choose otherwise: no two scores differ by so little, unless they are equal."""
+    """Rows whose experts do not depend on rounding in float32: scores are equal or far apart."""
     bias = 0 if routing.correction_bias is None else np.abs(routing.correction_bias.astype(np.float64))
     rows = []
     for row, error in zip(logits.astype(np.float64), score_error(logits, routing), strict=True):
@@ -206,7 +206,7 @@ class TestByHand:
             assert_close(weights, np.array([[0.5, 0.5, 0.75, 0.5, 0.75, 0.5]])[:, expected], 1e-6)
 
     def test_scores_below_zero(self, backend):
-        """What was picked is not picked again, however low the rest."""
+        """A selected expert is not selected again, even if all other scores are low."""
         bias = -np.arange(1, 6, dtype=np.float32) * 1e30
         for scoring in SCORINGS:
             ids, weights = route(backend, Routing(5, 5, scoring=scoring, correction_bias=bias), np.zeros((3, 5), "f4"))
@@ -214,7 +214,7 @@ class TestByHand:
             assert_close(weights, np.full((3, 5), 0.2), 1e-6)
 
     def test_nothing_to_normalise(self, backend):
-        """Sigmoids of 0: what is added to their sum keeps their weights from being NaN."""
+        """Sigmoids of 0: the constant that is added to their sum prevents weights of NaN."""
         logits = np.array([[-200, -300, -1, -250]], np.float32)
         routing = Routing(4, 2, scoring="sigmoid", correction_bias=[5.0, 5.0, 0.0, 0.0])
         ids, weights = route(backend, routing, logits)
@@ -238,7 +238,7 @@ class TestExtremes:
     @pytest.mark.parametrize("scoring", SCORINGS)
     @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
     def test_some_experts_are_not_there(self, backend, rng, groups, scoring):
-        """Logits of minus infinity among others, more than can be avoided, too."""
+        """Logits of minus infinity among others, also so many that some must be selected."""
         routing = Routing(8, 4, scoring=scoring, num_groups=groups[0], topk_groups=groups[1])
         logits = rng.permuted(np.tile(np.arange(8, dtype=np.float32) / 4, (30, 1)), axis=1)
         for row in range(30):
@@ -289,7 +289,7 @@ def test_bits_do_not_depend_on_threads_batch_or_isa(cpu_backend, rng, isa, scori
 
 
 class TestArguments:
-    """What ``Routing`` refuses, and what it keeps."""
+    """The refusals and the attributes of ``Routing``."""
 
     @pytest.mark.parametrize(
         ("changes", "exception", "message"),

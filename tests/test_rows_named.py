@@ -1,4 +1,4 @@
-"""The cost of a product depends on how many rows it names, not on their numbers; rows are quantised once."""
+"""The cost of a product depends on the number of named rows, not on their indices; rows are quantised once."""
 
 import mmap
 import time

@@ -13,7 +13,7 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 
 
 def test_views(tmp_path):
-    """Every dtype reads as what was written; views outlive the file, and survive a release."""
+    """Every dtype is read as it was written; views outlive the file, and survive a release."""
     rng = np.random.default_rng(0)
     dtypes = [np.float16, np.float32, np.float64, np.int8, np.uint8, np.int32, np.int64, np.bool_, ml_dtypes.bfloat16]
     tensors = {np.dtype(dtype).name: rng.integers(0, 2, (5, 3)).astype(dtype) for dtype in dtypes}

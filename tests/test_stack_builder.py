@@ -13,7 +13,7 @@ WAIT_SECONDS = 60
 
 
 class PausedBuilder(CheckedStackBuilder):
-    """Packs nothing. Each pack reports that it began, and ends when it is told to."""
+    """Packs nothing. Each pack signals its beginning and ends when an event is set."""
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -20,7 +20,7 @@ def test_the_result_is_private(dtype, order):
 
 
 def test_a_buffer_that_changes_after_the_check():
-    """What was checked is what is used, whatever another thread writes to the caller's memory."""
+    """The checked copy is used, so writes of another thread to the caller's memory have no effect."""
     memory = bytearray(np.array(VALID, np.int64).tobytes())
     given = np.frombuffer(memory, np.int64).reshape(2, 4)
     own = as_dispatches(given)

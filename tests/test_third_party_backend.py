@@ -1,4 +1,4 @@
-"""Backends of other packages: the one of ``docs/adding-a-backend.md``, and faulty ones."""
+"""Backends of other packages: the example of ``docs/adding-a-backend.md``, and faulty packages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whole models in transformers, held against the same weights dense, run by PyTorch alone."""
+"""Whole models in transformers, compared with the same weights dense, run by PyTorch alone."""
 
 import copy
 import pickle
@@ -127,7 +127,7 @@ def test_packed_folders(tmp_path, model_type):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_activations_of_every_dtype(dtype):
-    """Beside the rounding of activations to a dtype, which dense weights suffer too, packing costs little."""
+    """Packing adds little error to the rounding of activations, which dense weights have too."""
     tokens = held_out(2, 256)
     exact = dequantized_model(FOLDER, torch.float64)(tokens).logits
     rounded = error_of(dequantized_model(FOLDER, getattr(torch, dtype))(tokens).logits, exact)
@@ -147,7 +147,7 @@ def test_int8_is_coarser(built_in):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_bits_do_not_depend_on_threads(built_in, threads):
-    """PyTorch's part is the same, and so is ours whatever the number of threads."""
+    """PyTorch's part runs unchanged; the packed part gives the same bits with any number of threads."""
     tokens = held_out(1, 64)
     model = load(FOLDER, dtype="float32", num_threads=threads)
     assert torch.equal(model(tokens).logits, built_in(tokens).logits)
@@ -161,7 +161,7 @@ def test_on_opencl(device_alone):
 
 
 def test_greedy_text_is_that_of_the_dense_model(built_in):
-    """200 tokens of 10 prompts; where they part, the dense model must have been in two minds.
+    """200 tokens of 10 prompts. Where the models differ, the dense model's two best tokens must be almost equal.
 
     Logits are off by less than RELATIVE_ERROR of their root mean square, which is below 10.
     """

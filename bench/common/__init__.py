@@ -1,1 +1,1 @@
-"""What several benchmarks share: timing, shapes, options, facts about the machine, saved results."""
+"""Code that several benchmarks share: timing, shapes, options, facts about the machine, saved results."""

@@ -1,4 +1,4 @@
-"""Saving results, and what all tables of results share."""
+"""Saving results, and functions that all tables of results share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Experts take turns with so many different weights. Packing copies each of them, so every expert has memory of its
-# own: speed depends on where weights lie, not on what they hold.
+# own: speed depends on the addresses of weights, not on their values.
 DISTINCT_WEIGHTS = 4
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def stack_of(backend: Backend, weights: Sequence[Int4Weight]) -> MarlinExpertSta
 
 
 def in_turn(distinct: Sequence[T], count: int) -> list[T]:
-    """``count`` items: the distinct ones, one after the other, again and again."""
+    """``count`` items: the distinct items in turn, repeated."""
     return [distinct[index % len(distinct)] for index in range(count)]
 
 

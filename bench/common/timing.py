@@ -34,7 +34,7 @@ WARM_UP_SECONDS = 0.003
 LONG_CALL_SECONDS = 0.05
 
 Call = Callable[[int], object]
-"""``call(i)`` runs what is timed; ``i`` counts the calls, so that each one can use other operands."""
+"""``call(i)`` runs the timed code; ``i`` counts the calls, so that each call can use other operands."""
 
 Name = TypeVar("Name")
 
@@ -64,7 +64,7 @@ def ratios(numerators: npt.ArrayLike, denominators: npt.ArrayLike, factor: float
 
 
 def median_interval(figures: npt.ArrayLike) -> tuple[float, float]:
-    """The 95% confidence interval of the median, whatever the distribution of the figures.
+    """The 95% confidence interval of the median, for any distribution of the figures.
 
     The number of figures below the true median is binomial with probability 1/2, so both ends are order statistics:
     the narrowest pair that misses the median in at most 5% of cases. Fewer than 6 figures give all of their range,

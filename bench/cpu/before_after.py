@@ -41,7 +41,7 @@ PARTS = ("overhead", "product", "routed", "layer")
 ROWS = (1, 4, 16, 256)
 TOKENS = (1, 16, 256)
 EXPERTS_PER_CALL = 8
-OVERHEAD_STACK = (EXPERTS_PER_CALL, 32, 8, 32)  # next to nothing to compute: what is left is the cost of a call
+OVERHEAD_STACK = (EXPERTS_PER_CALL, 32, 8, 32)  # almost nothing to compute, so the time is the cost of a call
 CACHE_MULTIPLE = 4  # size of the weights that calls take in turns, in last-level caches
 LEAST_RATIO = 0.97
 
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; returns the exit code, 0 whatever the ratios are."""
+    """Measure and print; returns the exit code, which is 0 for any ratios."""
     restrict_cpus(arguments)
     document = compare_builds(arguments)
     if arguments.output:

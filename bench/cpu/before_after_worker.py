@@ -4,7 +4,7 @@ The file is run by the interpreter of each side, ``PYTHON -I before_after_worker
 may be older than this repository, so the file imports nothing of ``bench`` and uses only public names of marlin_cy.
 FOLDER comes first on the module search path: it holds the package if it is built in place and not installed.
 
-Requests come on stdin and replies go to stdout, one JSON object a line:
+Requests come on stdin and replies go to stdout, one JSON object per line:
 
 ================================================  ================================================================
 ``{"do": "make", "case": CASE}``                  builds the case and calls it once: ``{"digest": SHA-256 of the

@@ -191,7 +191,7 @@ class _Show:
             self._skip("7b", what, ">=", 0.3, f"no {absent} here: {self.why_not.get(absent, 'another architecture')}")
 
     def call_overhead(self) -> None:
-        """Lines 8, 8b: the cost of a call beside its kernel, from a call that has next to nothing to compute."""
+        """Lines 8, 8b: the cost of a call without its kernel, from a call that has almost nothing to compute."""
         tiny = build_stack(self.backend, EXPERTS_PER_CALL, 32, 8, 32)
         calls = {1: gemm_call(tiny, self._context(threads=1), 1, EXPERTS_PER_CALL)}
         threads = self.settings.threads

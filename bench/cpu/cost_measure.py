@@ -67,7 +67,7 @@ class CostMeasurement:
     def measure(self, threads: int, dtype: str) -> dict[str, Any]:
         """An entry of ``runs``: parameters, and predicted and measured times by tokens."""
         context = self.backend.new_context(num_threads=threads, compute_dtype=dtype, isa=self.isa)
-        # A layer whose products have next to nothing to read or compute: what is left is the end of a call.
+        # A layer whose products have almost nothing to read or compute: its time is the rest of a call.
         ends = ModelShape("ends", self.model.top_k, self.model.top_k, self.model.hidden, 32, 32)
         calls = self._calls(context, threads, ends)
         sides: dict[Any, Any] = {name: CallTimer(call, self.min_seconds) for name, call in calls.items()}

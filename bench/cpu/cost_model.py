@@ -1,4 +1,4 @@
-"""The cost model of a layer: its time from what a machine can do. COST_MODEL.md explains the terms."""
+"""The cost model of a layer: its time, from measured parameters of a machine. COST_MODEL.md explains the terms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_ROWS = 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a machine, for a number of threads and a compute dtype. Seconds are wall time.
+    """The parameters of a machine, for a number of threads and a compute dtype. Seconds are wall time.
 
     Attributes
     ----------
@@ -47,8 +47,8 @@ class Machine:
     finish : float
         Seconds to store one value of the second product, to weight it and to add it.
     overlap : dict of int to float
-        By rows of an expert: how far reading weights and arithmetic run at the same time. Their times add up to the
-        norm of this order. 1: one after the other. Large: the shorter one is hidden entirely.
+        By rows of an expert: how much reading weights and arithmetic overlap in time. Together they take the norm of
+        this order of their times. 1: one after the other. Large: the shorter one is hidden entirely.
     mc, mr : int
         Most rows of a block, and the step of its rows.
     """

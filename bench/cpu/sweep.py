@@ -99,7 +99,7 @@ def timing_of(arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
 def document_of(
     mode: str, context: CpuContext, peers: TorchPeers, timing: dict[str, Any], screen: Console
 ) -> dict[str, Any]:
-    """The JSON document without results; prints what the machine is."""
+    """The JSON document without results; prints a description of the machine."""
     machine = describe(context, peers.report())
     _print_machine(screen, machine)
     return {

@@ -1,7 +1,7 @@
 """``python -m bench models``: loading, opening a packed folder, memory, and speed in transformers.
 
 A checkpoint with Qwen3-30B-A3B's layer shapes and random weights is written to a temporary folder (1 GB, and 2 GB for
-the packed folder). Each claim about whole models is printed beside its bar. Needs Linux and, for ``memory`` and
+the packed folder). Each claim about whole models is printed with its bar. Needs Linux and, for ``memory`` and
 ``speed``, ``pip install 'marlin_cy[transformers]'``.
 """
 

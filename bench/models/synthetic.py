@@ -45,7 +45,7 @@ def write_qwen3_moe(
     sizes : dict
         Sizes of a layer, by the names of ``config.json``.
     vocab_size : int
-        Small by default, so that the layers dominate what is measured, not the embedding.
+        Small by default, so that the layers dominate the measurements, not the embedding.
     seed : int
 
     Returns

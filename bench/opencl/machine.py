@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 
 
 def document_of(mode: str, backends: Mapping[str, OpenClBackend], screen: Console) -> dict[str, Any]:
-    """The JSON document without results; prints what the device is."""
+    """The JSON document without results; prints a description of the device."""
     machine = describe_device(backends)
     screen.print(
         f"{machine['device']} ({machine['platform']}, driver {machine['driver']}), tiers {', '.join(machine['tiers'])}"

@@ -1,4 +1,4 @@
-"""Other libraries, each in a file of its own behind the interface of ``interface.py``, and the comparison with them.
+"""Other libraries, each in a separate file behind the interface of ``interface.py``, and the comparison with them.
 
 Importing this package imports none of the libraries.
 """

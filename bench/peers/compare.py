@@ -1,4 +1,4 @@
-"""``python -m bench compare``: this library beside every peer that runs here, with one JSON document, tables and bars.
+"""``python -m bench compare``: this library against every peer that runs here, with one JSON document, tables and bars.
 
 Every pair of this library and a peer is measured in processes of its own, one per part (``pair.py``).
 """

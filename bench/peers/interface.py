@@ -1,4 +1,4 @@
-"""The interface of every peer: what it can load, and what of it is timed."""
+"""The interface of every peer: how it loads weights, and which of its methods are timed."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Peer(ABC):
         """The values that the peer multiplies by, float64 ``[K, N]``.
 
         These are the dequantised values of ``weight``. A peer whose format cannot hold them rounds them once more:
-        :meth:`rounding` then bounds the difference, and the peer's error has to be reported beside its speed.
+        :meth:`rounding` then bounds the difference, and the peer's error must be reported with its speed.
         """
         return reference.dequantize_weight(weight)
 

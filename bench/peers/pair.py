@@ -299,7 +299,7 @@ def _in_turn(runs: Sequence[Callable[[], object]]) -> Call:
 
 
 def main(output: str) -> None:
-    """Measure what the settings on stdin ask for."""
+    """Measure as the settings on stdin say."""
     settings = PairSettings.from_json(sys.stdin.read())
     Path(output).write_text(json.dumps(measure_pair(settings), allow_nan=False))
 

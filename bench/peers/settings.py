@@ -1,4 +1,4 @@
-"""What the process of a pair measures. Importing this loads no OpenMP runtime and no peer."""
+"""The settings of a pair's process. Importing this module loads no OpenMP runtime and no peer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is made of a saved comparison: tables, pictures, bars."""
+"""Tables, pictures and bars from a saved comparison."""

@@ -122,7 +122,7 @@ def _judged(document: Mapping[str, Any], bar: Bar) -> dict[str, Any]:
 
 
 def bars_table(judged: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of what :func:`judge` returned."""
+    """The table of the result of :func:`judge`."""
     result = table("what", "ours", ">rows, tokens", ">bar", ">measured", ">p10–p90", ">at", "fastest peer", "verdict")
     for one in judged:
         span = str(one["first"]) if one["first"] == one["last"] else f"{one['first']}–{one['last']}"

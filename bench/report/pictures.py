@@ -1,7 +1,7 @@
 """``python -m bench pictures``: pictures of a saved comparison, each as PNG and SVG. Needs matplotlib.
 
 Each picture is drawn on a light card, so that it can be read on light and on dark pages. Colours are those of Okabe and
-Ito, one per library. Dashes say in which type activations are computed. Names are written at the ends of the lines.
+Ito, one per library. The dash pattern shows the type in which activations are computed. Names are at the ends of lines.
 """
 
 from __future__ import annotations

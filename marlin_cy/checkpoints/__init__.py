@@ -1,6 +1,6 @@
 """Checkpoint folders: what they hold, and their weights, loaded to a backend or written as a packed folder.
 
-The way of a weight::
+The path of a weight::
 
     a quantiser's folder                                     a packed folder
     *.safetensors                                            *.safetensors

@@ -228,7 +228,7 @@ class Checkpoint:
 
     @property
     def act_order(self) -> bool:
-        """Whether rows of K are in an order of their own (``desc_act``), so that activations are gathered."""
+        """Whether rows of K are permuted (``desc_act``). Activations are then gathered in that order."""
         return self._source.act_order
 
     def moe_block(self, layer: int) -> str:
@@ -296,7 +296,7 @@ class Checkpoint:
     def expert_symmetry(self, layer: int) -> tuple[bool, bool]:
         """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.
 
-        A quantiser's folder says so in its configuration; of a packed folder, the zero points are read.
+        For a quantiser's folder, the configuration decides. For a packed folder, the zero points are read.
 
         Raises
         ------

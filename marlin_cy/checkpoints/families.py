@@ -1,7 +1,7 @@
 """Model families: the names of a family's modules, and its routing, which its configuration describes.
 
-A family is a row of :data:`FAMILIES`; ``docs/adding-a-family.md`` says how to add one. Names are those of checkpoints,
-which quantisers keep. The classes of transformers may use other names.
+A family is a row of :data:`FAMILIES`; ``docs/adding-a-family.md`` says how to add one. The names are the ones
+in checkpoints, which quantisers keep. The classes of transformers may use other names.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Family:
     gate, up, down : str
         The names of an expert's linear layers.
     gate_up : str
-        The name of the tensor that holds gate and up of all experts, if experts are stored so.
+        The name of the tensor that holds gate and up of all experts, in checkpoints that have such a tensor.
     interleaved : bool
-        Whether that tensor alternates columns of gate and up. Otherwise all of gate comes before all of up.
+        Whether columns of gate and up alternate in that tensor. Otherwise all of gate comes before all of up.
     router : str
         The name of the router in the block.
     shared_expert, shared_gate : str or None
@@ -255,7 +255,8 @@ def _groups(config: JsonObject, family: Family, file: StrPath) -> tuple[int, int
     experts = positive(config, ("num_experts", "num_local_experts", "n_routed_experts"), file)
     if experts % groups or chosen > groups:
         raise CheckpointError(
-            f"n_group, topk_group: got {groups} and {chosen}, expected a divisor of {experts}, and at most that",
+            f"n_group, topk_group: got {groups} and {chosen}, expected n_group to divide {experts}, and topk_group "
+            "of at most n_group",
             file=file,
         )
     return groups, chosen, group_score

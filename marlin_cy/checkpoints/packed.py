@@ -1,4 +1,4 @@
-"""Packed folders, and how they are read: a model whose 4-bit weights are stored as tiles, ready to be mapped.
+"""Reading packed folders: models whose 4-bit weights are stored as tiles, so that they can be mapped.
 
 ::
 

@@ -1,7 +1,7 @@
 """Writing packed folders; :mod:`marlin_cy.checkpoints.packed` describes their contents and reads them.
 
-The folder is filled in place, whether it existed or not. ``packed.json`` and ``config.json``, which make a folder a
-packed one, are written last: an interrupted write leaves a folder that cannot be mistaken for a packed one.
+The folder is filled in place, whether it existed or not. Only the files ``packed.json`` and ``config.json`` identify a
+packed folder. They are written last, so an interrupted write does not leave a folder that looks complete.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class PackedFolderWriter:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder unless it still holds files, which then are another process's."""
+    """Remove a folder if it is empty; it may hold files of another process."""
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -244,7 +244,7 @@ def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def write_safetensors(file: IO[bytes], tensors: Tensors) -> dict[str, str]:
-    """Write tensors in safetensors format, packed ones first, each of these at a multiple of 64 bytes.
+    """Write tensors in safetensors format. Packed tensors come first, each at a multiple of 64 bytes.
 
     Returns the SHA-256 of each tensor's bytes. Source: the format's description in the safetensors library, whose
     own writer aligns to 8 bytes only.

@@ -106,7 +106,7 @@ class QuantizedSource:
 
     @property
     def act_order(self) -> bool:
-        """Whether rows of K are in an order of their own (``desc_act``)."""
+        """Whether rows of K are permuted (``desc_act``)."""
         return self._scheme.act_order
 
     @property
@@ -160,7 +160,7 @@ class QuantizedSource:
         ]
         if quantised:
             raise self._tensors.error(
-                f"{quantised[0]}{marker}", f"quantised, but {dense[0]} is not: no known family mixes these"
+                f"{quantised[0]}{marker}", f"quantised, but {dense[0]} is not: no known family mixes the two"
             )
         return "dense"
 
@@ -302,14 +302,14 @@ class QuantizedSource:
     def _new_builder(
         self, backend: Backend, parts: Sequence[Sequence[ExpertPart]], n_per_expert: int, g_idx: Sequence[GIdx | None]
     ) -> StackBuilder:
-        """A builder for a stack of experts, each of these parts."""
+        """A builder for a stack of experts; ``parts`` has the parts of each expert."""
         first = parts[0][0]
         group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
         for part in (part for modules in parts for part in modules):
             if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
                 raise UnsupportedError(
                     f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must have the same"
+                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
                 )
         return backend.new_stack_builder(
             len(parts),

@@ -1,1 +1,1 @@
-"""The commands of ``marlin-cy``, a module each."""
+"""The commands of ``marlin-cy``, one module each."""

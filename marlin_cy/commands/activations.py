@@ -1,4 +1,4 @@
-"""The inputs of the MoE layers of a run: recorded activations, or random ones."""
+"""The inputs of the MoE layers of a run: recorded or random activations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LayerActivations(NamedTuple):
     hidden_states : float array ``[tokens, hidden_size]``
     router_logits : float array ``[tokens, num_experts]``
     moe_output : float array ``[tokens, hidden_size]`` or None
-        The layer's output, as it was recorded.
+        The recorded output of the layer.
     """
 
     hidden_states: npt.NDArray[Any]
@@ -63,7 +63,7 @@ class RecordedActivations:
         return f"recorded activations from {self.path.name}"
 
     def layer(self, index: int, hidden_size: int, num_experts: int) -> LayerActivations:
-        """The activations of one layer; a :class:`CheckpointError` where their shapes do not fit the layer."""
+        """The activations of one layer; a :class:`CheckpointError` if their shapes do not match the layer."""
         hidden_states = self._tensor(index, "hidden_states", None, hidden_size)
         recorded = len(hidden_states)
         router_logits = self._tensor(index, "router_logits", recorded, num_experts)
@@ -85,7 +85,7 @@ class RecordedActivations:
 
 
 class RandomActivations:
-    """Normally distributed activations from a fixed seed, for a checkpoint without recorded ones.
+    """Normally distributed activations from a fixed seed, for a checkpoint without recorded activations.
 
     Parameters
     ----------

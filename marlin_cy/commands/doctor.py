@@ -1,4 +1,4 @@
-"""Show what this machine has, which backends work here, and why others do not.
+"""Show this machine's hardware, the backends that work here, and why others do not work.
 
 The object that ``--json`` prints has these keys. Bandwidths are in bytes per second; an unknown value is null.
 
@@ -12,7 +12,7 @@ The object that ``--json`` prints has these keys. Bandwidths are in bytes per se
 ``backends``: from each name to null, or to the reason why the backend does not work
 ``opencl``: null without PyOpenCL, else an object that the top of ``opencl/doctor.py`` documents
 ``versions``: ``python``, ``numpy``, ``ml_dtypes``, ``safetensors``, ``marlin_cy``
-``ok``: whether a backend works, and all that do work with what the environment variables ask for
+``ok``: whether at least one backend works, and every working backend accepts the environment variables
 
 A backend of another package may add a key with its own name.
 """
@@ -105,7 +105,7 @@ def report() -> tuple[dict[str, Any], list[DoctorReport]]:
 
 
 def _report_of(name: str) -> DoctorReport | None:
-    """A backend's own report; None where it has none, or its package cannot be imported."""
+    """A backend's own report; None if the backend has no report or its package cannot be imported."""
     try:
         doctor = getattr(backend_factory(name), "doctor", None)
     except BackendUnavailable:

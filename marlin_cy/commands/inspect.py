@@ -1,4 +1,4 @@
-"""Show the content of a checkpoint's folder, and which part of it would be loaded, without loading it.
+"""Show the contents of a checkpoint's folder and the part that would be loaded; loads nothing.
 
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
 format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
@@ -109,7 +109,7 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
             f"tensors of layers beyond num_hidden_layers ({checkpoint.num_layers}), not loaded: {runs(beyond)}"
         )
     if checkpoint.act_order:
-        found.append("rows of K in an order of their own (desc_act): activations are gathered, which costs time")
+        found.append("rows of K are permuted (desc_act): activations are gathered, which costs time")
     stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
     strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64"})
     if strange:

@@ -1,4 +1,4 @@
-"""One MoE layer run over activations: is it right, and how fast is it?"""
+"""The error and the speed of one MoE layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["ERROR_BOUND", "LayerMeasurement", "LayerResult", "common_figures", "repeated"]
 
 ERROR_BOUND = 2e-2
-"""The relative error (Frobenius) that a layer may have on a backend that does not say.
+"""The largest relative error (Frobenius) of a layer on a backend that does not set one.
 
-It suits bfloat16, the least precise dtype that activations have: its unit roundoff is 2**-9, and five roundings meet
-in an output: hidden states, gate_up's result, the activation, down's result, the output.
+It is derived for bfloat16, the least precise dtype of activations: its unit roundoff is 2**-9, and five roundings
+affect an output: hidden states, gate_up's result, the activation, down's result, the output.
 """
 
 # Unless --repeat says otherwise, passes are timed until both are reached. On a machine that runs other programs too,
@@ -33,7 +33,7 @@ LEAST_REPEATS = 5
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """What one layer showed, on any backend.
+    """The result of running one layer, on any backend.
 
     Attributes
     ----------
@@ -43,8 +43,8 @@ class LayerResult:
     finite : bool
         Whether the whole output is finite.
     relative_error : float or None
-        Frobenius norm of the difference to the recorded output, over that of the recorded output;
-        None where no output was recorded or the output is not finite.
+        Frobenius norm of the difference from the recorded output, divided by the norm of the recorded output;
+        None if no output was recorded or the output is not finite.
     repeats : int
         Number of timed passes.
     seconds : float
@@ -69,7 +69,7 @@ class LayerResult:
     weight_bytes_per_second: float
 
     def failure(self, bound: float) -> str | None:
-        """A sentence on what is wrong with the result, or None."""
+        """A sentence that describes an error in the result, or None."""
         if not self.finite:
             return f"layer {self.layer}: the output has NaN or infinity"
         if self.relative_error is not None and self.relative_error > bound:
@@ -80,7 +80,7 @@ class LayerResult:
 class LayerMeasurement:
     """How ``marlin-cy run`` measures layers: by the time until the output is on the host.
 
-    A backend that has clocks or bandwidths of its own returns a subclass from
+    A backend that measures its own times or bandwidths returns a subclass from
     :meth:`~marlin_cy.Backend.layer_measurement`.
 
     Parameters
@@ -101,7 +101,7 @@ class LayerMeasurement:
         self.backend, self.context = backend, context
 
     def prepare(self) -> None:
-        """Measure what the results are compared with, such as a bandwidth. Called once, before any layer."""
+        """Measure the reference for the results, such as a bandwidth. Called once, before any layer."""
 
     def measure(self, index: int, layer: MoeLayer, fed: LayerActivations, repeats: int | None) -> LayerResult:
         """Run a layer: once for its output, then several times for its speed.
@@ -146,7 +146,7 @@ class LayerMeasurement:
         return {"device": self.description()}
 
     def description(self) -> str:
-        """The device and the settings, in a few words."""
+        """A short description of the device and the settings."""
         return self.backend.describe(self.context)
 
     def cells(self, result: LayerResult) -> tuple[str, ...]:

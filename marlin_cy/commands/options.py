@@ -1,4 +1,4 @@
-"""The arguments that commands have in common: the checkpoint, the backend and its options."""
+"""The arguments that several commands share: the checkpoint, the backend and its options."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_backend_options(parser: argparse.ArgumentParser, argv: Sequence[str], *,
         for name in names:
             try:
                 _add_options_of(parser, name)
-            except MarlinError:  # such as options of two backends with one name: the first one's is declared
+            except MarlinError:  # such as an option name that two backends declare: keep the first
                 continue
     elif (named := _backend_in(argv)) in names:
         _add_options_of(parser, named)
@@ -119,7 +119,7 @@ def refuse_unknown(arguments: argparse.Namespace, unknown: Sequence[str]) -> Non
 
 
 def _backend_in(argv: Sequence[str]) -> str:
-    """The value of ``--backend`` in a command line; the default where it has none."""
+    """The value of ``--backend`` in a command line, or the default."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--backend", nargs="?")
     named = parser.parse_known_args(list(argv))[0].backend
@@ -129,7 +129,7 @@ def _backend_in(argv: Sequence[str]) -> str:
 def _add_options_of(parser: argparse.ArgumentParser, name: str) -> None:
     try:
         factory = backend_factory(name)
-    except BackendUnavailable:  # raised again, where the backend is made
+    except BackendUnavailable:  # it is raised again when the backend is made
         return
     if not hasattr(factory, "add_arguments"):
         return
@@ -140,7 +140,7 @@ def _add_options_of(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _option_strings(name: str) -> set[str]:
-    """The options of a backend; none where they cannot be found out."""
+    """The options of a backend; an empty result if the backend cannot be imported."""
     parser = argparse.ArgumentParser(add_help=False)
     try:
         _add_options_of(parser, name)

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a packed folder, whose 4-bit weights are mapped, not packed, when it is opened.
+"""Write a checkpoint as a packed folder. Opening that folder maps its 4-bit weights and does not pack them again.
 
 The object that ``--json`` prints has the keys ``version``, ``source``, ``packed`` (paths), ``source_bytes``,
 ``packed_bytes``, ``stacks``, ``files``, ``seconds``.

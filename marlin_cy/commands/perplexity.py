@@ -1,4 +1,4 @@
-"""How well does a checkpoint's model predict a text? With packed weights, and for comparison with dense ones.
+"""Score a text with a checkpoint's model: with packed weights, and for comparison with dense weights.
 
 The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``text`` (its path),
 ``tokens`` (of the text), ``window``, ``windows``, ``scored_tokens``, ``skipped`` (an object: from the name of each
@@ -41,7 +41,7 @@ WINDOW, WINDOWS = 512, 32
 class Run(NamedTuple):
     """One way to run the model; ``backend`` is None for PyTorch with dense weights.
 
-    ``options`` are those of the backend's contexts that differ from the command line's.
+    ``options`` are options of the backend's contexts. They replace those of the command line.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     options: Mapping[str, Any]
 
 
-# The first result of --compare is the one that the others are compared with.
+# --compare compares all other results with the first one.
 DENSE_RUNS = (
     Run("dequantised, float32", None, "float32", {}),
     Run("dequantised, bfloat16", None, "bfloat16", {}),
@@ -178,7 +178,7 @@ def _asked_for(arguments: argparse.Namespace) -> Run:
 
 
 def _compared_runs() -> list[Run]:
-    """The runs of ``--compare``: dense ones, and each precision of each backend."""
+    """The runs of ``--compare``: with dense weights, and in each precision of each backend."""
     runs = list(DENSE_RUNS)
     for backend in backend_names():
         for precision in _precisions(backend):
@@ -188,7 +188,7 @@ def _compared_runs() -> list[Run]:
 
 
 def _precisions(backend: str) -> Sequence[Precision]:
-    """A backend's precisions; the default ones where it does not say, or cannot be imported."""
+    """A backend's precisions, or the default ones if it has none or cannot be imported."""
     try:
         precisions = getattr(backend_factory(backend), "precisions", CommandLine.precisions)
     except BackendUnavailable:

@@ -1,8 +1,8 @@
-"""Run every MoE layer of a checkpoint over recorded activations: is it right, and how fast is it?
+"""Run every MoE layer of a checkpoint over recorded activations, and report errors and speed.
 
 The object that ``--json`` prints has these keys:
 
-``version``, ``checkpoint`` (its path), ``backend``, ``activations`` (in words, where they come from),
+``version``, ``checkpoint`` (its path), ``backend``, ``activations`` (a description of their source),
 ``load_seconds``, ``error_bound``, ``layers``, ``failures`` (sentences), ``ok``. The backend adds more keys:
 
 on the CPU ``isa``, ``threads``, ``compute_dtype``, ``read_bandwidth_bytes_per_second``; each of ``layers`` has the

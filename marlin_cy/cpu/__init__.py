@@ -1,7 +1,7 @@
 """The CPU backend.
 
-``backend.py`` and ``stack.py`` implement the interface. A row takes this way through the extensions, from top to
-bottom, and each file reads in the order of the calls::
+``backend.py`` and ``stack.py`` implement the interface. A row passes through the extensions from top to bottom.
+Functions stand in the order of the calls in each file::
 
     _layer.pyx      a MoE layer: slices, passes             _products.pyx  products of stacks and views
     _routing.pyx    experts and weights of each token       _buffers.pyx   checks of arrays
@@ -15,8 +15,8 @@ bottom, and each file reads in the order of the calls::
                                  |
     _combine.pyx    a layer's output: weighted sums of its products
 
-Beside this way lie the packed weights (``_store.pyx``; ``layout.py`` is the same in plain NumPy) and the memory that
-calls reuse (``_workspace.pyx``; ``_arena.pyx`` divides it among the arrays of a call).
+Two files serve all of these: ``_store.pyx`` has the packed weights (``layout.py`` has the same layout in plain NumPy),
+and ``_workspace.pyx`` has the memory that calls reuse (``_arena.pyx`` divides it among the arrays of a call).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ cdef struct arena:
     char *base              # NULL while sizes are measured
     int64_t used            # bytes
 
-# Takes all arrays of a job from the arena and stores their addresses in the job. Sizes may depend on the job's sizes,
-# never on its addresses.
+# Takes all arrays of a job from the arena and stores their addresses in the job. Sizes may depend on the job's sizes
+# but not on its addresses.
 ctypedef void carve_fn(arena *memory, void *job) noexcept nogil
 
 cdef inline int64_t round_up(int64_t value, int64_t multiple) noexcept nogil:

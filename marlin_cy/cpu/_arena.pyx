@@ -8,15 +8,15 @@ function does both, so the size and the addresses cannot disagree::
     |                    |
     [array 0 ..][array 1 ]                   each array begins at a multiple of 64 bytes
 
-Arrays that are not in use at the same time may share memory: the layout sets ``used`` back to where the first of them
-began, and in the end to the largest end.
+Arrays that are not in use at the same time may share memory. The layout sets ``used`` back to the beginning of the
+first of these arrays before it takes the next one, and finally to the largest end.
 """
 
 from libc.stdint cimport int64_t
 
 
 cdef int carve(Workspace workspace, buffer *which, carve_fn *layout, void *job) except -1:
-    """Give a job its arrays, in a buffer of the workspace that grows as needed. The old contents may be lost."""
+    """Set a job's arrays to memory of a workspace buffer, which grows as needed. Its old contents may be lost."""
     cdef arena memory
     cdef int64_t size = measure(layout, job)
     memory.base, memory.used = <char *>workspace.reserve(which, size), 0

@@ -34,7 +34,7 @@ cdef extern from *:
     {
         int turns = 0;
         while (__atomic_load_n(value, __ATOMIC_ACQUIRE) < least) {
-            if (++turns > 2000) /* the thread that this one waits for may have no CPU */
+            if (++turns > 2000) /* the other thread may not be running */
                 sched_yield();
     #if defined(__x86_64__) || defined(__i386__)
             else
@@ -46,7 +46,7 @@ cdef extern from *:
     """
     # Returns the value before the addition. Writes before an addition are visible after later additions to the value.
     int64_t fetch_add(int64_t *value, int64_t increment) nogil
-    # A plain load. It takes the cache line in shared state, where an addition would take it exclusively.
+    # A plain load. It fetches the cache line in shared state; an addition would fetch it in exclusive state.
     int64_t load(const int64_t *value) nogil
     # Wait until additions by other threads have made the value at least `least`; their earlier writes are then visible.
     void wait_until(const int64_t *value, int64_t least) nogil

@@ -9,11 +9,11 @@ from marlin_cy.cpu._dispatch cimport DTYPE_F32
 
 cdef enum:
     GATE_STEP = 32      # divides K
-    GATE_SUMS = 8       # independent sums, so that an addition need not wait for the one before
+    GATE_SUMS = 8       # independent sums, so that an addition need not wait for the previous one
 
 
 cdef void carve_combination(arena *memory, combination *c) noexcept nogil:
-    """Take the threads' scratch."""
+    """The layout of the threads' scratch memory."""
     c.sums = <float *>take(memory, c.width * c.num_threads * <int64_t>sizeof(float))
 
 

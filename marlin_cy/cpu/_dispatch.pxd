@@ -1,7 +1,7 @@
 """The contract of ``ukernels/ukernel.h`` and the tables of kernels, for the other extensions of this package.
 
-Cython takes names and types from these declarations, and sizes, offsets and values from the C headers: the C compiler
-refuses a declaration that does not match its header.
+Cython takes names and types from these declarations. Sizes, offsets and values come from the C headers. The C compiler
+rejects a declaration that does not match its header.
 """
 
 from libc.stddef cimport ptrdiff_t

@@ -114,12 +114,12 @@ cdef class KernelTable:
 
     @property
     def min_matrix_rows(self):
-        """The least number of rows with which tasks use a matrix unit, 0 where there is none."""
+        """The smallest number of rows with which tasks use a matrix unit; 0 if the ISA has no matrix unit."""
         return self.table.min_matrix_rows
 
     @property
     def address(self):
-        """Where the C structure lies; for tests."""
+        """Address of the C structure; for tests."""
         return <uintptr_t>&self.table
 
     def __bytes__(self):
@@ -135,7 +135,7 @@ cdef KernelTable complete_table(const isa_descriptor *isa, object owner):
 
 
 cdef int build_tables() except -1:
-    """Probe every instruction set, and build the tables of those that are available."""
+    """Probe every instruction set, and build the tables of the available ones."""
     cdef int index = 0
     cdef const isa_descriptor *isa = isa_at(index)
     cdef isa_support found
@@ -158,7 +158,7 @@ def isas():
 
 
 cdef KernelTable kernel_table(str name):
-    """The table of an ISA; ``ValueError`` if there is none of this name, or if this machine cannot run it."""
+    """The table of an ISA; ``ValueError`` if no ISA has this name, or if this machine cannot run it."""
     if name in TABLES:
         return TABLES[name]
     reasons = {isa["name"]: isa["reason"] for isa in ISAS}
@@ -187,7 +187,7 @@ def choose_isa():
 
 
 def activate(str isa, str activation, const float[:, ::1] sums, const float[::1] bias=None):
-    """The output of an ISA's ``glu_epilogue`` for given sums, float32 ``[rows, 16]``; for tests and inspection.
+    """The output of an ISA's ``glu_epilogue``, float32 ``[rows, 16]``, for given sums; for tests and inspection.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, place_quantiz
 import numpy as np
 
 cdef enum:
-    # With fewer items than this per thread, K is split: some threads would be idle at the end.
+    # With fewer items than this per thread, K is split. Otherwise some threads would be idle at the end.
     MIN_ITEMS_PER_THREAD = 4
     # A thread takes several items at a time, but in at least so many turns, so that a slow or busy thread does not
     # delay the others.
@@ -42,7 +42,7 @@ ctypedef void item_fn(const gemm_job *job, int64_t item, int thread) noexcept no
 # Setting up a job
 
 cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore store) noexcept:
-    """Take over what the workspace and the weights determine; zero the rest."""
+    """Set the members that the workspace and the weights determine; zero the rest."""
     memset(job, 0, sizeof(quantize_job))
     job.table, job.planes, job.num_threads = workspace.table, workspace.planes, workspace.num_threads
     job.k, job.packed_k, job.group_size = store.k, store.view.packed_k, store.view.group_size
@@ -50,7 +50,7 @@ cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore 
 
 
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept:
-    """Take over what the workspace, the weights and a stack's bias determine, for all columns; zero the rest.
+    """Set the members that the workspace, the weights and a stack's bias determine, for all columns; zero the rest.
 
     The job then points into itself: do not copy it.
     """
@@ -84,7 +84,7 @@ cdef void set_output(gemm_job *job, const matrix *output) noexcept:
 
 
 cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil:
-    """Take the threads' scratch, and slots for split-K with as many blocks as :func:`is_split` allows."""
+    """The layout of the threads' scratch, and of slots for split-K with as many blocks as :func:`is_split` allows."""
     cdef int64_t max_items = MIN_ITEMS_PER_THREAD * job.num_threads
     job.areas = <thread_area *>take(memory, job.num_threads * <int64_t>sizeof(thread_area))
     if num_chunks(job) > 1 and job.panels < max_items:
@@ -139,8 +139,8 @@ cdef void set_shares(const gemm_job *job, int64_t items) noexcept nogil:
 cdef void work(const gemm_job *job, int thread, int64_t turn, item_fn *do_item) noexcept nogil:
     """Do a thread's own share of the items, then the items of other shares that no thread has taken.
 
-    A share that is used up is only read. An addition would take its cache line from all other threads, once for
-    every pair of threads.
+    The counter of a finished share is only read. An addition would take its cache line away from all other
+    threads, once for every pair of threads.
     """
     cdef int64_t begin, item
     cdef int other
@@ -306,7 +306,7 @@ cdef void no_work(const gemm_job *job, int64_t item, int thread) noexcept nogil:
 def counters_after(int num_threads, int64_t items):
     """int64 ``[num_threads, 2]``: each share's counter and end, after the threads took all items one after another.
 
-    Items are taken one at a time and nothing is done for them, so a counter past its end was added to in vain. For
+    Items are taken one at a time and nothing is computed. A counter past its end shows needless additions. For
     tests.
     """
     cdef gemm_job job

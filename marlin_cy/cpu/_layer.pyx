@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer, in one stretch without the GIL.
+"""The Mixture-of-Experts layer, which runs without the GIL from routing to output.
 
 Phases of a call:
 
@@ -8,7 +8,7 @@ Phases of a call:
 
    a. a *pass* of the shared expert, if there is one, and a pass of the routed experts. A pass *groups* its tokens by
       expert, *plans* their rows, and runs two products (``_rows.pyx``, ``_gemm.pyx``). The epilogue of the first
-      product is the activation; the second product quantises what it wrote;
+      product is the activation; the second product quantises the result;
    b. *combine* the products of each token (``_combine.pyx``).
 """
 
@@ -151,7 +151,7 @@ cdef int64_t tokens_a_slice(const layer_job *job) noexcept:
 
 
 cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
-    """The layout of a layer's memory. Routing, both passes and combination follow each other and share theirs."""
+    """The layout of a layer's memory. Routing, both passes and combination run in turn and share memory."""
     cdef layer_job *job = <layer_job *>layer
     cdef int64_t row_bytes = job.combine.width * <int64_t>sizeof(float), begin, end
     if job.routed_pairs:
@@ -217,7 +217,7 @@ cdef void forward(layer_job *job, const int32_t *ids, const float *weights, int6
 
 
 cdef void forward_slice(layer_job *job, const int32_t *ids, const float *weights, int64_t tokens) noexcept nogil:
-    """Rows ``[0, tokens)`` of ``combine.input`` to those of its output."""
+    """Compute rows ``[0, tokens)`` of the output from the same rows of ``combine.input``."""
     cdef const float *input_weights = NULL
     job.routed.quantize_input.input = job.shared.quantize_input.input = job.combine.input
     job.combine.ids, job.combine.weights = ids, weights
@@ -235,7 +235,7 @@ cdef void forward_slice(layer_job *job, const int32_t *ids, const float *weights
 
 cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t top_k, int activation,
                   int dtype) except -1:
-    """Take over what the workspace and the stacks determine, for input of ``dtype``."""
+    """Set the members that the workspace and the stacks determine, for input of ``dtype``."""
     cdef CpuGptqStore gate_up_store = gate_up.store, down_store = down.store
     p.num_experts, p.top_k = gate_up_store.num_experts, top_k
     p.gate_up_orders.order_of = gate_up_store.view.order_of
@@ -253,7 +253,7 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
 
 
 cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weights, int64_t tokens) noexcept nogil:
-    """Rows ``[0, tokens)`` of the input to their products ``[tokens, top_k]``.
+    """Compute the products ``[tokens, top_k]`` of rows ``[0, tokens)`` of the input.
 
     ``input_weights`` is NULL, or has a factor for each input row.
     """
@@ -265,7 +265,7 @@ cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weight
 
 
 cdef void group_by_expert(expert_pass *p, const int32_t *ids, int64_t tokens) noexcept nogil:
-    """Sort the pairs (token, choice) by expert, in their order; an id of -1 takes no part. Fills both plans."""
+    """Sort the pairs (token, choice) stably by expert, without those of id -1, and fill both plans."""
     cdef row_plan *first = &p.gate_up_plan
     cdef row_plan *second = &p.down_plan
     cdef int64_t pair, e, place

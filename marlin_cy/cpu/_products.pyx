@@ -1,7 +1,7 @@
 """Products of a stack and of its views. Each entry point checks, plans, and multiplies.
 
-1. *check*: every argument, before the workspace is claimed or grows. Arrays that say where to read and write
-   (dispatches, ids of rows and experts) are private copies of the call's, so that what was checked is what is used;
+1. *check*: every argument, before the workspace is claimed or grows. Arrays of indices (dispatches,
+   ids of rows and experts) are copied first, so that no other thread can change a checked index;
 2. *plan*: which rows meet which expert, and where quantised rows lie (``_rows.pyx``);
 3. *multiply*: one parallel region (``_gemm.pyx``).
 """
@@ -127,9 +127,9 @@ def gemm_vllm(Workspace workspace, CpuGptqStore store, const float[:, ::1] bias,
 
 def linear(Workspace workspace, CpuGptqStore store, input, output, int64_t m, int64_t column_offset, int64_t width,
            const float[::1] bias):
-    """Rows ``[0, m)`` by columns ``[column_offset, column_offset + width)`` of the stacked N.
+    """Multiply rows ``[0, m)`` by columns ``[column_offset, column_offset + width)`` of the stacked N.
 
-    The experts of these columns must order K alike.
+    The experts of these columns must have the same order of K.
     """
     cdef matrix inp = float_matrix(input, "input", store.k, False)
     cdef matrix out = float_matrix(output, "out", width, True)
@@ -171,7 +171,7 @@ cdef int check_pairs(str name, int64_t pairs) except -1:
 
 cdef int64_t check_blocks(const int32_t[::1] ids, const int32_t[::1] experts, int64_t block_size, int64_t padding,
                           int64_t num_experts) except -1:
-    """How many ids name a row; ids from ``padding`` on are padding, and blocks of expert -1 are skipped."""
+    """The number of ids that name a row; ids from ``padding`` on are padding, and blocks of expert -1 are skipped."""
     cdef int64_t i, named = 0
     cdef int32_t repeated
     for i in range(experts.shape[0]):
@@ -248,7 +248,7 @@ cdef void carve_view(arena *memory, void *job) noexcept nogil:
 
 
 cdef void plan_view(view_plan *view, int64_t first_expert, int64_t first_column, int64_t width, int64_t n) noexcept:
-    """``width`` columns from column ``first_column`` of an expert of ``n`` columns on."""
+    """``width`` columns of an expert of ``n`` columns, from ``first_column`` on."""
     cdef int64_t i, row, begin = first_column, done = 0
     for row in range(view.rows):
         view.plan.in_rows[row] = <int32_t>row

@@ -1,6 +1,6 @@
 """Quantisation of activations, one row at a time, in parallel.
 
-Each row is widened to float32, permuted into the packed order of K where the weights have one, and quantised group by
+Each row is widened to float32, permuted if the weights have a packed order of K, and quantised group by
 group by the ISA's ``quantize_row``. ``ukernels/ukernel.h`` has the formula. A row that must lie in several places is
 quantised once and copied to the others; ``_rows.pyx`` draws the places.
 """
@@ -20,7 +20,7 @@ cdef enum:
 # Memory
 
 cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) noexcept nogil:
-    """Take the memory to quantise any number of rows up to ``max_rows``."""
+    """The layout of the memory to quantise any number of rows up to ``max_rows``."""
     cdef quantize_job largest = job[0]
     cdef arena sizes
     job.row_buffers = <float *>take(

@@ -36,7 +36,7 @@ def route(Workspace workspace, router_logits, kind):
 
 
 cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind) except -1:
-    """Take over the settings, the logits and a ``Routing``, which owns the bias."""
+    """Set the members from the settings, the logits and a ``Routing``, which owns the bias."""
     cdef const float[::1] bias = kind.correction_bias
     r.table, r.num_threads, r.logits, r.dtype = workspace.table, workspace.num_threads, logits.data, logits.dtype
     r.num_experts, r.top_k = logits.width, kind.top_k
@@ -55,13 +55,13 @@ cdef void carve_routing(arena *memory, void *job) noexcept nogil:
 
 
 cdef inline int64_t buffer_floats(const routing *r) noexcept nogil:
-    """Floats that a thread needs: the scores, the scores to choose by, and the scores of groups."""
+    """Floats that a thread needs: the scores, the selection scores, and the scores of groups."""
     return 3 * r.num_experts
 
 
 cdef void route_tokens(const routing *r, int64_t tokens) noexcept nogil:
     cdef int64_t token
-    if tokens == 1:  # to wake the other threads costs more than to route one token
+    if tokens == 1:  # waking the other threads costs more than routing one token
         route_token(r, 0, r.buffers)
         return
     for token in prange(tokens, num_threads=r.num_threads, schedule="static"):
@@ -104,7 +104,7 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
 
 
 cdef void mask_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:
-    """Mark the experts of all groups that are not chosen as taken."""
+    """Mark the experts of all groups that are not selected, so that they cannot be selected."""
     cdef int64_t size = r.num_experts // r.num_groups, g, e
     cdef float first, second
     for g in range(r.num_groups):
@@ -125,7 +125,7 @@ cdef void mask_groups(const routing *r, float *choice, float *group_scores) noex
 
 
 cdef int64_t pop_argmax(float *values, int64_t count) noexcept nogil:
-    """The index of the largest value, the smaller index for equal values. The value becomes NaN: it is taken."""
+    """The index of the largest value; the smaller index for equal values. The value becomes NaN, so it is taken."""
     cdef int64_t best = 0, i
     while best < count - 1 and isnan(values[best]):
         best += 1

@@ -1,4 +1,7 @@
-"""Row plans: which rows meet which expert, and where quantised rows lie. ``_rows.pyx`` has the drawing."""
+"""Row plans: the experts that each row is multiplied by, and the places of quantised rows.
+
+``_rows.pyx`` has a drawing.
+"""
 
 from libc.stdint cimport int32_t, int64_t
 

@@ -1,15 +1,15 @@
-"""Row plans: which rows meet which expert, and where quantised rows lie.
+"""Row plans: the experts that each row is multiplied by, and the places of quantised rows.
 
 A call multiplies *pairs*. A pair is an input row and an expert; its product goes to one output row. The pairs of one
 expert that follow each other are a *run*. A run is cut into *blocks*, as many rows as a micro-kernel takes at once.
 
-The input rows that a call names are numbered 0, 1, 2, ... So the cost and the memory of a plan depend on how many rows
-are named, not on which.
+The input rows that a call names are numbered 0, 1, 2, ... So the cost and the memory of a plan depend on the number of
+named rows, not on their indices.
 
 A quantised row lies at a *place*. Micro-kernels read the rows of a pair at any place, with one exception: the rows of a
 *large* block, one of ``min_matrix_rows`` or more, must lie at consecutive places. A row that two large blocks name
-therefore has two places; it is quantised for the first and copied to the second. Small blocks use any place that there
-is. If the experts order K differently, each pair has a place of its own.
+therefore has two places; it is quantised for the first and copied to the second. Small blocks use any existing
+place. If the experts order K differently, each pair has a place of its own.
 
 With ``min_matrix_rows`` 3, experts 0 and 1 with three rows each, and expert 2 with one::
 
@@ -58,7 +58,7 @@ cdef void begin_plan(row_planner *planner) noexcept nogil:
 
 
 cdef void begin_run(row_planner *planner, int64_t expert) noexcept nogil:
-    """The pairs added from here on are for this expert."""
+    """Begin a run: the pairs that are added next are for this expert."""
     if planner.plan.num_pairs > planner.run_begin and expert == planner.run_expert:
         return
     end_run(planner)
@@ -80,7 +80,7 @@ cdef void add_pair(row_planner *planner, int64_t input_row, int64_t output_row) 
 
 
 cdef void finish_plan(row_planner *planner, const expert_orders *orders) noexcept nogil:
-    """All pairs were added."""
+    """End the plan after all pairs were added."""
     end_run(planner)
     place_rows(&planner.plan, planner.index.rows, planner.index.num_rows, orders, planner.table.min_matrix_rows)
 
@@ -122,16 +122,16 @@ cdef int32_t number_of(row_index *index, int64_t row) noexcept nogil:
 
 cdef void carve_blocks(arena *memory, row_plan *plan, const ukernel_table *table, int64_t runs,
                        int64_t pairs) noexcept nogil:
-    """Take room for the blocks of at most ``runs`` runs of ``pairs`` pairs in all."""
+    """The layout of the memory for the blocks of at most ``runs`` runs with ``pairs`` pairs in total."""
     plan.blocks = <row_block *>take(memory, (runs + pairs // table.mc) * <int64_t>sizeof(row_block))
 
 
 cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, int64_t count, int64_t columns,
                              const ukernel_table *table) noexcept nogil:
-    """Cut a run into blocks; returns how many.
+    """Cut a run into blocks; returns the number of blocks.
 
-    Blocks have as equal sizes as whole steps of ``mr`` rows allow, which micro-kernels take at full speed. The last
-    block has the remainder.
+    Blocks have sizes as equal as possible in whole steps of ``mr`` rows, with which micro-kernels run at full speed.
+    The last block has the remainder.
     """
     cdef int64_t mc = table.mc, mr = table.mr
     cdef int64_t parts = (count + mc - 1) // mc, steps = (count + mr - 1) // mr, part
@@ -146,7 +146,7 @@ cdef int64_t cut_into_blocks(row_block *blocks, int64_t expert, int64_t begin, i
 # Places
 
 cdef void carve_places(arena *memory, row_plan *plan, int64_t pairs, int64_t named_rows) noexcept nogil:
-    """Take room for at most ``pairs`` pairs of ``named_rows`` rows."""
+    """The layout of the memory for at most ``pairs`` pairs of ``named_rows`` rows."""
     plan.pair_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     plan.out_rows = <int64_t *>take(memory, pairs * <int64_t>sizeof(int64_t))
     plan.in_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
@@ -159,9 +159,9 @@ cdef void carve_places(arena *memory, row_plan *plan, int64_t pairs, int64_t nam
 
 cdef void place_rows(row_plan *plan, const int64_t *rows, int64_t named_rows, const expert_orders *orders,
                      int min_matrix_rows) noexcept nogil:
-    """Give every pair of a plan's blocks a place.
+    """Assign a place to every pair of a plan's blocks.
 
-    ``rows`` has the input row of each of the ``named_rows`` numbers, or is NULL if they are the same. With
+    ``rows`` has the input row of each of the ``named_rows`` numbers, or is NULL if row and number are equal. With
     ``min_matrix_rows`` 0, no block is large.
     """
     cdef int64_t b

@@ -35,7 +35,7 @@ cdef enum:
 
 
 def allocate_pages(int64_t nbytes):
-    """Zeroed, page-aligned uint8 ``[nbytes]``, in huge pages if the system provides them.
+    """Zeroed, page-aligned memory, uint8 ``[nbytes]``, in huge pages if the system provides them.
 
     With pages of 4 KiB, reading gigabytes of weights costs a page walk every 64 cache lines.
     """
@@ -53,7 +53,7 @@ def allocate_pages(int64_t nbytes):
 
 
 def checked_data(data, int64_t nbytes):
-    """``data``, a uint8 array, checked to be ``nbytes`` contiguous bytes, aligned as kernels need them."""
+    """``data``, a uint8 array, after a check that it is ``nbytes`` contiguous bytes aligned for the kernels."""
     if data.shape != (nbytes,) or not data.flags.c_contiguous:
         raise ValueError(f"data: got shape {data.shape} with strides {data.strides}, expected contiguous ({nbytes},)")
     if data.ctypes.data % ALIGNMENT:
@@ -62,7 +62,7 @@ def checked_data(data, int64_t nbytes):
 
 
 cdef class CpuGptqStore:
-    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if there are any.
+    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if available.
 
     A new store is empty (all bytes are zero); :meth:`pack` fills it.
 
@@ -147,14 +147,14 @@ cdef class CpuGptqStore:
         return CpuGptqStore(*sizes, data)
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept:
-        """Row of K at each packed position of an expert; NULL if the rows are in their own order."""
+        """Row of K at each packed position of an expert; NULL if the rows are not permuted."""
         if self.group_orders[self.order_of[expert]].rows is None:
             return NULL
         return self.view.orders + self.view.order_of[expert] * self.view.packed_k
 
     @property
     def act_order(self):
-        """Whether the rows of K of some expert are packed in another order than their own."""
+        """Whether the rows of K of any expert are permuted."""
         return self.orders is not None
 
     def pack(self, int64_t expert, int64_t column_offset, weight):
@@ -211,8 +211,8 @@ cdef class CpuGptqStore:
     def canonical(self, int64_t expert, int64_t column_begin, int64_t column_end):
         """Columns ``[column_begin, column_end)`` of an expert, unpacked to an :class:`Int4Weight`.
 
-        It equals the weight that was packed, except groups without rows: these are not stored, and their scale and
-        zero point are 0 here. Releases the GIL.
+        It equals the packed weight, except for groups without rows. These groups are not stored, and their scale and
+        zero point become 0. Releases the GIL.
 
         Parameters
         ----------

@@ -16,7 +16,7 @@ cdef class Workspace:
     cdef readonly int num_threads
     cdef readonly int planes
     cdef bint busy
-    cdef buffer lists       # which rows meet which expert, and where quantised rows lie
+    cdef buffer lists       # row plans
     cdef buffer scratch     # all other memory of a call
     cdef readonly int64_t quantized_rows    # input rows quantised by the products of stacks and views so far, for tests
 

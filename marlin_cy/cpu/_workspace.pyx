@@ -32,7 +32,7 @@ def available_cpus():
     """The number of CPUs in this process's affinity mask.
 
     This is OpenMP's own count: with ``OMP_PROC_BIND``, the thread that loads OpenMP is bound to a single CPU, and the
-    operating system would count that one only.
+    operating system would count only that CPU.
     """
     return omp_get_num_procs()
 
@@ -101,7 +101,7 @@ cdef class Workspace:
         self.busy = False
 
     def zero_scratch(self):
-        """Zero the scratch memory, the split-K slots among it."""
+        """Zero the scratch memory, including the split-K slots."""
         self.enter()
         if self.scratch.data is not NULL:
             memset(self.scratch.data, 0, self.scratch.size)

@@ -43,7 +43,7 @@ class CpuBackend(Backend):
     def new_context(
         self, *, num_threads: int | None = None, compute_dtype: str = COMPUTE_DTYPE, isa: str | None = None
     ) -> CpuContext:
-        """A :class:`CpuContext`, which documents the options."""
+        """A :class:`CpuContext`; its class documents the options."""
         return CpuContext(self, num_threads, compute_dtype, isa)
 
     def from_host(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -74,7 +74,7 @@ class CpuBackend(Backend):
         return CpuLinear(cast(CpuMarlinExpertStack, stack), 0, stack.n_per_expert, bias)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
-        """A stack whose kernels read the packed folder's tiles where they are mapped."""
+        """A stack whose kernels read the tiles of the packed folder in place."""
         store = CpuGptqStore.from_packed(
             packed.num_experts,
             packed.k,

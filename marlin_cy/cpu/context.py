@@ -18,7 +18,7 @@ class CpuContext(Context):
         use, see :func:`marlin_cy.threads.default_num_threads`.
     compute_dtype : {"int16", "int8"}
         The type that activations are quantised to, per row and group of K. "int16": the relative error of a product
-        is 2.5e-5 on normal data. "int8": 6.5e-3, and up to twice as fast where arithmetic is the limit.
+        is 2.5e-5 on normal data. "int8": 6.5e-3; up to twice as fast if arithmetic is the limit.
     isa : str, optional
         Instruction set to use. By default ``MARLIN_CY_ISA``, or else the best of this machine.
 

@@ -20,7 +20,7 @@ __all__ = ["report"]
 def report() -> DoctorReport:
     """The keys ``isa``, ``threads``, ``openmp`` and ``memory``.
 
-    The backend does not work where ``MARLIN_CY_ISA`` names an instruction set that cannot run.
+    The backend does not work if ``MARLIN_CY_ISA`` names an instruction set that cannot run.
     """
     # Imported here, so that a test can replace the function in its module.
     from marlin_cy.cpu.measure._bandwidth import read_bandwidth

@@ -1,11 +1,11 @@
 """Calls after ``fork``.
 
 GNU's OpenMP keeps a team of threads for each thread that has started one. A child of ``fork`` inherits the record of
-its parent's team but not the threads, and would wait for them for ever. A thread that is started in the child has no
-such record. Therefore:
+its parent's team but not the team's threads, so a call in the child would wait for ever. A thread that is started in
+the child has no such record. Therefore:
 
-- calls in a child run on one thread that is started for this purpose, one call after another, whichever threads make
-  them. Each call still uses as many OpenMP threads as its context says;
+- calls in a child run on one thread that is started for this purpose, one call after another, no matter which threads
+  make the calls. Each call still uses as many OpenMP threads as its context says;
 - a context that is in use at the fork, by a call of another thread of the parent, stays in use in the child for ever:
   the call that would release it does not exist there. Calls with this context raise ``ContextInUse``; make a new
   context in the child.

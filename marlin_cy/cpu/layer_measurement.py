@@ -23,12 +23,12 @@ ERROR_BOUNDS = {"int16": 2e-4, "int8": 3e-2}
 
 @dataclasses.dataclass(frozen=True)
 class CpuLayerResult(LayerResult):
-    """What one layer showed on the CPU.
+    """The result of running one layer on the CPU.
 
     Attributes
     ----------
     read_share : float
-        ``weight_bytes_per_second`` over the machine's read bandwidth with the same threads.
+        ``weight_bytes_per_second`` divided by the machine's read bandwidth with the same threads.
     """
 
     read_share: float

@@ -1,7 +1,7 @@
 """The layout of the packed store in plain NumPy. The tests compare the fast packer with it.
 
 The N columns of an expert are cut into tiles of 16; a tile is drawn in ``ukernels/ukernel.h``. The size of a tile is a
-multiple of 64 bytes. Tiles follow each other without gaps, and so do experts::
+multiple of 64 bytes. Tiles follow each other without gaps, as do experts::
 
     | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
 
@@ -15,14 +15,9 @@ import numpy.typing as npt
 
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import GroupOrder
+from marlin_cy.weights.packed_tiles import BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N
 
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
-
-# As in ukernels/ukernel.h; tests/test_constants.py compares them.
-TILE_N = 16
-LANE_K = 8
-BLOCK_BYTES = 64
-GROUP_HEADER_BYTES = 48
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class CpuMarlinExpertStack(PackedStack):
     def zero_workspace(self, ctx: Context) -> None:
         """Zero the scratch memory of the context, its split-K slots included.
 
-        No call needs this: each writes what it reads.
+        No call needs this, because each call writes its scratch memory before it reads it.
         """
         workspace_of(ctx).zero_scratch()
 
@@ -96,7 +96,7 @@ class CpuMarlinExpertStack(PackedStack):
 
 
 class CpuLinear(PackedLinear):
-    """A view on columns of a :class:`CpuMarlinExpertStack`, with the parameters of the base class."""
+    """A view of columns of a :class:`CpuMarlinExpertStack`. The parameters are those of the base class."""
 
     def _placed(self, bias: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return bias
@@ -116,7 +116,7 @@ class CpuLinear(PackedLinear):
 
 
 class CpuStackBuilder(CheckedStackBuilder):
-    """Packs weights straight into a new store, with the parameters of the base class."""
+    """Packs weights directly into a new store. The parameters are those of the base class."""
 
     def __init__(
         self,

@@ -40,5 +40,5 @@ def unpack_nibbles(words: npt.NDArray[Any], offset: int = 0) -> npt.NDArray[np.u
 
 
 def symmetric_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The zero points of a symmetric weight: 8, as its codes are integers of -8 to 7, stored plus 8."""
+    """The zero points of a symmetric weight. All are 8: codes are integers from -8 to 7, stored with 8 added."""
     return np.full(shape, SYMMETRIC_ZERO, np.uint8)

@@ -115,7 +115,7 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
         the layout "marlin".
     """
     version = optional(config, ("version", "format", "checkpoint_format"), str, file, default="gemm").lower()
-    if config.get("backend") == "llm-awq":  # names its layout here, not in version
+    if config.get("backend") == "llm-awq":  # llm-awq names its layout in this field, not in version
         version = "llm-awq"
     if version != "gemm":
         raise UnsupportedError(f"{file}: version {version!r} of AWQ, supported: {', '.join(SUPPORTED_VERSIONS)}")
@@ -135,7 +135,7 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
 
 
 def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
-    """The settings that a JSON object has, of ``bits``, ``group_size`` and ``zero_point``."""
+    """Those of the settings ``bits``, ``group_size`` and ``zero_point`` that a JSON object contains."""
     zero_point, sym = (optional(config, (name,), bool, file) for name in ("zero_point", "sym"))
     if zero_point is not None and zero_point is sym:
         raise CheckpointError(f"got zero_point {zero_point} and sym {sym}, which contradict each other", file=file)

@@ -10,9 +10,9 @@ weight_g_idx        int32                 ``[K]``       the group of each row of
 weight_shape        int64 or int32        ``[2]``       N and K
 ==================  ====================  ============  ============================================================
 
-with ``G = K / group_size``. Codes and zero points are integers of -8 to 7, stored plus 8. A symmetric weight stores no
-zero points; they are 8. ``format`` "mxfp4-pack-quantized" is described in :mod:`marlin_cy.formats.mxfp4`. Each expert's
-layers are stored separately, even if the model's class in transformers fuses all experts.
+with ``G = K / group_size``. Codes and zero points are integers from -8 to 7, stored with 8 added. A symmetric weight
+stores no zero points; all of them are 8. :mod:`marlin_cy.formats.mxfp4` describes ``format`` "mxfp4-pack-quantized".
+Each expert's layers are stored separately, even if the model's class in transformers fuses all experts.
 
 ``input_activations`` is ignored: activations are not quantised. Source: compressed-tensors,
 ``compressors/pack_quantized`` and ``quantization``; llm-compressor, ``modeling/moe``.
@@ -32,7 +32,8 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.arrays import SCALES, check_finite, symmetric_zeros, unpack_nibbles
 from marlin_cy.formats.fields import compiled, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
-from marlin_cy.formats.mxfp4 import BLOCK_K, Mxfp4Scheme
+from marlin_cy.formats.mxfp4 import GROUP_SIZE as MXFP4_GROUP_SIZE
+from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import WORDS, checked_array
@@ -45,7 +46,7 @@ FORMAT = "compressed-tensors"
 SUPPORTED_FORMATS = ("pack-quantized", "mxfp4-pack-quantized")
 SUPPORTED_STRATEGIES = ("group", "channel")
 ORDERED = ("group", "dynamic", True)
-"""The values of ``actorder`` for which there is a ``weight_g_idx``."""
+"""The values of ``actorder`` with which ``weight_g_idx`` is stored."""
 
 REGEX = "re:"
 LINEAR = "Linear"
@@ -54,7 +55,7 @@ SHAPES = (np.dtype(np.int64), np.dtype(np.int32))
 
 @dataclass(frozen=True)
 class Targets:
-    """Which group of settings a module belongs to, by its name.
+    """The assignment of modules to groups of settings, by name.
 
     A target is a module's name, or ``re:`` and a regular expression that matches the beginning of a name, or "Linear"
     for all linear layers. A name has precedence over an expression, and an expression over "Linear". Of several
@@ -205,7 +206,7 @@ class CompressedMxfp4Scheme(Mxfp4Scheme):
         self.checked_group_size(k, n)
         return {
             ".weight_packed": TensorSpec((n, k // 2), ("U8",)),
-            ".weight_scale": TensorSpec((n, k // BLOCK_K), ("U8",)),
+            ".weight_scale": TensorSpec((n, k // MXFP4_GROUP_SIZE), ("U8",)),
         }
 
 
@@ -273,9 +274,9 @@ def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme 
     group_size = optional(weights, ("group_size",), int, file)
     symmetric = optional(weights, ("symmetric",), bool, file, default=True)
     if layout == "mxfp4-pack-quantized":
-        if group_size != BLOCK_K or not symmetric:
+        if group_size != MXFP4_GROUP_SIZE or not symmetric:
             raise CheckpointError(
-                f"got group_size {group_size} and symmetric {symmetric}, expected {BLOCK_K} and True of MXFP4",
+                f"got group_size {group_size} and symmetric {symmetric}, expected {MXFP4_GROUP_SIZE} and True of MXFP4",
                 file=file,
             )
         return CompressedMxfp4Scheme()

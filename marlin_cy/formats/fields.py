@@ -26,7 +26,7 @@ def compiled(pattern: str, name: str, file: StrPath) -> re.Pattern[str]:
 
 
 def refuse_rotation(config: JsonObject, name: str, file: StrPath) -> None:
-    """Refuse a checkpoint whose layers expect rotated activations: its field ``name`` is set then."""
+    """Refuse a checkpoint whose field ``name`` is set: its layers expect rotated activations."""
     value: Any = config.get(name)
     if value:
         raise UnsupportedError(f"{file}: {name}: got {value!r}, activations that are rotated are not supported")

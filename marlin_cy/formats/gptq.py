@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-"""What each checkpoint format adds to a code of ``qzeros`` to get the zero point."""
+"""The number to add to a code of ``qzeros`` to get the zero point, by checkpoint format."""
 
 CHECKPOINT_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2", "gptq_p": "gptq_v2"}
-"""The format that each value of ``checkpoint_format`` means. GPTQModel's "gptq_p" differs for other widths only."""
+"""The format that each value of ``checkpoint_format`` means. GPTQModel's "gptq_p" differs only for other widths."""
 
 SUPPORTED_FORMATS = (*CHECKPOINT_FORMATS, "marlin")
 PACK_DTYPE = "int32"
@@ -158,7 +158,7 @@ def parse(config: JsonObject, file: StrPath) -> GptqScheme:
 
 
 def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
-    """The settings that a JSON object has, of ``bits``, ``group_size``, ``desc_act`` and ``sym``."""
+    """Those of the settings ``bits``, ``group_size``, ``desc_act`` and ``sym`` that a JSON object contains."""
     kinds: dict[str, type[Any]] = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
     settings = {name: optional(config, (name,), kind, file) for name, kind in kinds.items()}
     if optional(config, ("pack_dtype",), str, file, default=PACK_DTYPE) != PACK_DTYPE:

@@ -7,7 +7,7 @@ s (AWQ: scales)     float16  ``[G, N]``       columns permuted to match
 
 Weights are symmetric (zero points are 8), in groups of 128 rows or in one group. Row ``t`` of B holds rows
 ``16*t .. 16*t+15`` of K. 128 consecutive words hold 64 columns of these rows, as four tiles of 16 by 16. Word
-``4*lane + tile`` holds the codes of a tile that one of 32 GPU lanes needs, with ``column = lane // 4`` and
+``4*lane + tile`` holds the codes that one of 32 GPU lanes needs from a tile, with ``column = lane // 4`` and
 ``row = 2 * (lane % 4)``::
 
     bits      0    4    8    12   16   20   24   28
@@ -81,7 +81,7 @@ class MarlinScheme(Scheme):
 
     def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2 or marker_shape[1] % 2:
-            raise ValueError(f"got shape {marker_shape}, expected two dimensions, the last of two for each column")
+            raise ValueError(f"got shape {marker_shape}, expected two dimensions, the last with two words per column")
         return TILE * marker_shape[0], marker_shape[1] // 2
 
     def checked_group_size(self, k: int, n: int) -> int:
@@ -123,7 +123,7 @@ def parse(config: JsonObject, file: StrPath) -> MarlinScheme:
     Raises
     ------
     CheckpointError, UnsupportedError
-        Also for settings that the layout cannot hold: zero points, ``desc_act``, other group sizes.
+        Also settings that the layout cannot represent: zero points, ``desc_act``, other group sizes.
     """
     check_bits(required(config, ("bits", "w_bit"), int, file), file)
     group_size = required(config, ("group_size", "q_group_size"), int, file)

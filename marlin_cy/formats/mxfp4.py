@@ -1,4 +1,4 @@
-"""MXFP4 tensors: those of gpt-oss, which stacks all experts, and those of compressed-tensors, one layer each.
+"""MXFP4 tensors of gpt-oss, which hold all experts, and of compressed-tensors, which hold one layer.
 
 The tensors of one expert or one layer:
 
@@ -32,13 +32,13 @@ from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
 
-BLOCK_K = 32
+GROUP_SIZE = 32
 """Rows of K that share a scale."""
 
 BYTES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8),)
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 NAN = 255
-MANTISSA_BITS = 7  # of a bfloat16
+MANTISSA_BITS = 7  # fraction bits of a bfloat16
 SMALLEST = 0x0040
 """The bits of 2**-127, the only scale that is a subnormal bfloat16."""
 
@@ -59,7 +59,7 @@ class Mxfp4Scheme(Scheme):
     marker = "_blocks"
     scales = "_scales"
     codes = "e2m1"
-    group_size = BLOCK_K
+    group_size = GROUP_SIZE
 
     @property
     def symmetric(self) -> bool:
@@ -73,18 +73,18 @@ class Mxfp4Scheme(Scheme):
         return overridden(self, module)
 
     def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
-        if len(marker_shape) != 3 or marker_shape[2] != BLOCK_K // 2:
-            raise ValueError(f"got shape {marker_shape}, expected three dimensions, the last of {BLOCK_K // 2}")
-        return BLOCK_K * marker_shape[1], marker_shape[0]
+        if len(marker_shape) != 3 or marker_shape[2] != GROUP_SIZE // 2:
+            raise ValueError(f"got shape {marker_shape}, expected three dimensions, the last of {GROUP_SIZE // 2}")
+        return GROUP_SIZE * marker_shape[1], marker_shape[0]
 
     def checked_group_size(self, k: int, n: int) -> int:
-        return checked_group_size(group_size=BLOCK_K, k=k, n=n)
+        return checked_group_size(group_size=GROUP_SIZE, k=k, n=n)
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         self.checked_group_size(k, n)
         return {
-            "_blocks": TensorSpec((n, k // BLOCK_K, BLOCK_K // 2), ("U8",)),
-            "_scales": TensorSpec((n, k // BLOCK_K), ("U8",)),
+            "_blocks": TensorSpec((n, k // GROUP_SIZE, GROUP_SIZE // 2), ("U8",)),
+            "_scales": TensorSpec((n, k // GROUP_SIZE), ("U8",)),
         }
 
     def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
@@ -105,7 +105,7 @@ class Mxfp4Scheme(Scheme):
             words=transpose(words),
             scale=scale.view(BFLOAT16),
             zero=None,
-            group_size=BLOCK_K,
+            group_size=GROUP_SIZE,
             codes=self.codes,
         )
 
@@ -150,5 +150,5 @@ def pack_mxfp4(q: npt.ArrayLike, exponents: npt.ArrayLike) -> tuple[npt.NDArray[
     for name, values, highest in (("q", q, 15), ("exponents", exponents, NAN - 1)):
         if values.min() < 0 or values.max() > highest:
             raise ValueError(f"{name}: got {values.min()} to {values.max()}, mxfp4 holds 0 to {highest}")
-    pairs = q.T.reshape(q.shape[1], -1, BLOCK_K // 2, 2).astype(np.uint8)
+    pairs = q.T.reshape(q.shape[1], -1, GROUP_SIZE // 2, 2).astype(np.uint8)
     return np.asarray(pairs[..., 0] | pairs[..., 1] << 4, np.uint8), np.ascontiguousarray(exponents.T).astype(np.uint8)

@@ -14,7 +14,7 @@ from marlin_cy.formats.scheme import Scheme
 __all__ = ["METHODS", "read_scheme"]
 
 FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-"""The file that a tool writes beside ``config.json``: AutoGPTQ and GPTQModel, AutoAWQ, AutoRound."""
+"""The files that tools write next to ``config.json``: AutoGPTQ and GPTQModel, AutoAWQ, AutoRound."""
 
 METHODS: Mapping[str, Callable[[JsonObject, StrPath], Scheme]] = {
     "gptq": gptq.parse,
@@ -34,7 +34,7 @@ METHOD_HINTS = {
     "w_bit": "awq",
     "zero_point": "awq",
 }
-"""Fields that identify the method if none is named. AutoGPTQ, the first tool to write these files, has none of them."""
+"""Fields that identify the method if none is named. The files of AutoGPTQ contain none of these fields."""
 
 LAYOUTS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
 """The fields in which a method's config may name Marlin's layout."""

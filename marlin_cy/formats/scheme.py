@@ -22,7 +22,7 @@ __all__ = ["Scheme", "TensorSpec"]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor of a linear layer has to be.
+    """The required shape and dtype of a tensor of a linear layer.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Scheme(ABC):
     codes : str
         The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     group_size : int
-        As the checkpoint says it: -1 for one group of all of K.
+        As stated in the checkpoint: -1 means one group of all of K.
     """
 
     format: str
@@ -82,7 +82,7 @@ class Scheme(ABC):
         Raises
         ------
         UnsupportedError
-            The layer is not quantised, or no kernel supports its settings; 8 bits, say.
+            The layer is not quantised, or no kernel supports its settings, such as 8 bits.
         """
         return self
 

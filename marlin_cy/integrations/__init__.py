@@ -12,7 +12,7 @@ __all__ = ["needs_extra"]
 
 @contextmanager
 def needs_extra() -> Iterator[None]:
-    """Context for imports of PyTorch and transformers: an import error becomes one that says how to install them.
+    """Context for imports of PyTorch and transformers. An import error becomes an error that says how to install them.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """A checkpoint's model with dense weights, run by PyTorch alone: the reference for the packed model.
 
-The weights come from canonical form, as those of every backend do. The backend of this module stores them dense and
+The weights come from canonical form, as in every backend. The backend of this module stores them dense and
 cannot compute.
 """
 
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
-from marlin_cy.integrations.transformers import dense_tensors, experts_modules, load_dense, model_on_meta
+from marlin_cy.integrations.packed_modules import experts_modules
+from marlin_cy.integrations.transformers import dense_tensors, load_dense, model_on_meta
 from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
 from marlin_cy.stacks.builder import CheckedStackBuilder, as_bias, checked_stack_sizes

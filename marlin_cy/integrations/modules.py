@@ -1,6 +1,6 @@
 """PyTorch modules with packed weights: a linear layer, and the runners of linear layers and experts.
 
-A module holds a runner. Its class depends on whether the backend's buffers are in host memory::
+A module holds a runner. The runner's class depends on whether the backend's buffers are in host memory::
 
     torch tensor ── NumPy view ──┬─ host (CPU): reads the tensor's memory, writes memory that becomes a tensor
                                  └─ device (OpenCL): from_host, compute, to_host

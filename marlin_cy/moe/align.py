@@ -22,19 +22,19 @@ def moe_align_block_size(
     Parameters
     ----------
     topk_ids : int32 or int64 ``[tokens, top_k]``
-        Expert of each slot, 0 to ``num_experts - 1``; -1 for a slot that takes no part.
+        Expert of each slot, 0 to ``num_experts - 1``; -1 for a slot that is left out.
     block_size : int
-        Slots a block.
+        Slots per block.
     num_experts : int
     expert_map : int32 ``[num_experts]``, optional
-        For expert parallelism: the local index of each expert, -1 for one that lives elsewhere. Blocks
-        of the latter are kept, with an expert id of -1.
+        For expert parallelism: the local index of each expert, or -1 for an expert on another device.
+        Blocks of such experts are kept, with an expert id of -1.
 
     Returns
     -------
     sorted_token_ids : int32 ``[capacity]``
         Slot ids ``token * top_k + choice``, ascending within an expert; ``tokens * top_k`` is padding.
-        ``capacity`` is what the worst routing needs: ``tokens * top_k + num_experts * (block_size - 1)``.
+        ``capacity`` is the largest number that any routing needs: ``tokens * top_k + num_experts * (block_size - 1)``.
     expert_ids : int32 ``[ceil(capacity / block_size)]``
         Expert of each block; -1 for blocks past the end.
     num_tokens_past_padded : int32 ``[1]``
@@ -47,7 +47,7 @@ def moe_align_block_size(
 
     Notes
     -----
-    Source: vLLM's ``moe_align_block_size``, whose arrays these are.
+    The arrays are those of vLLM's ``moe_align_block_size``, the source of this function.
     """
     block_size, num_experts = integer("block_size", block_size), integer("num_experts", num_experts)
     for name, value in (("block_size", block_size), ("num_experts", num_experts)):

@@ -1,4 +1,4 @@
-"""Routing: the experts that a token is sent to and their weights, in all variants that model families use."""
+"""Routing: the experts of each token and their weights, in all variants that model families use."""
 
 from __future__ import annotations
 

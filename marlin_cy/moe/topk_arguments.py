@@ -16,8 +16,8 @@ WEIGHT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_d
 def as_ids(topk_ids: Any, name: str, num_experts: int) -> npt.NDArray[np.int32]:
     """A checked copy of expert ids, int32 ``[tokens, choices]``.
 
-    The ids are copied before they are checked, so a thread that changes ``topk_ids`` during the call cannot bring
-    an unchecked id in.
+    The ids are copied before they are checked. So a thread that changes ``topk_ids`` during the call cannot
+    introduce an unchecked id.
 
     Raises
     ------

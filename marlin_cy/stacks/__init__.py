@@ -1,4 +1,4 @@
-"""What the stacks of all backends have in common.
+"""The parts that the stacks of all backends share.
 
 ::
 

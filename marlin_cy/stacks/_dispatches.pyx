@@ -41,9 +41,9 @@ cpdef int check_dispatches(const int64_t[:, ::1] dispatches, int64_t num_experts
 
 
 cpdef int check_disjoint(const int64_t[:, ::1] dispatches) except -1:
-    """Refuse dispatches of which two write the same output row, with a ``ValueError``.
+    """Raise a ``ValueError`` if two dispatches write the same output row.
 
-    :func:`check_dispatches` has accepted them.
+    The caller has called :func:`check_dispatches` before.
     """
     cdef int64_t i, count = 0
     cdef row_range *ranges
@@ -52,7 +52,7 @@ cpdef int check_disjoint(const int64_t[:, ::1] dispatches) except -1:
         return 0
     ranges = <row_range *>PyMem_Malloc(dispatches.shape[0] * sizeof(row_range))
     if ranges is NULL:
-        raise MemoryError(f"dispatches: could not allocate room to sort {dispatches.shape[0]} of them")
+        raise MemoryError(f"dispatches: could not allocate memory to sort {dispatches.shape[0]} dispatches")
     try:
         for i in range(dispatches.shape[0]):
             if dispatches[i, 3]:

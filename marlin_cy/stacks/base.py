@@ -1,4 +1,4 @@
-"""Stacks and linear layers over a packed store: what all backends have in common."""
+"""Stacks and linear layers over a packed store: the part that all backends share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PackedLinear", "PackedStack", "PackedStore"]
 
 
 class PackedStore(Protocol):
-    """A backend's packed weights, as far as the classes below use them.
+    """The attributes of a backend's packed weights that the classes below use.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class PackedStore(Protocol):
     codes : str
         The name of the code type.
     act_order : bool
-        Whether some expert's rows of K are packed in another order than K's own.
+        Whether the rows of K of any expert are packed in another order than K's own.
     order_of : int32 ``[num_experts]``
         A number per expert. Experts whose numbers are equal pack K in the same order.
     nbytes : int
@@ -175,7 +175,7 @@ class PackedLinear(Linear):
 
 
 def metadata_of(store: PackedStore, packed_bytes: int) -> WeightMetadata:
-    """What a store's weights are made of."""
+    """The metadata of a store's weights."""
     return WeightMetadata(
         bits=code_type(store.codes).bits,
         group_size=store.weight_group_size,

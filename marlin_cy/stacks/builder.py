@@ -1,4 +1,4 @@
-"""What the stack builders of all backends have in common: their checks, and which columns were packed."""
+"""The part that the stack builders of all backends share: checks, and a record of the packed columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MISSING, RESERVED, PACKED = 0, 1, 2
 
 
 class CheckedStackBuilder(StackBuilder):
-    """Checks everything that a builder is given; a subclass packs it.
+    """Checks all weights; a subclass packs them.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class CheckedStackBuilder(StackBuilder):
         g_idx = normalised_g_idx(weight.g_idx, self._k, self._group_size)
         if not same_groups(g_idx, self._g_idx[expert]):
             raise UnsupportedError(
-                f"weight.g_idx: got another one than the builder was given for expert {expert}; the parts of an "
+                f"weight.g_idx: differs from the builder's g_idx for expert {expert}; the parts of an "
                 "expert (gate and up) must have the same order of K, or be loaded as two stacks"
             )
         with self._lock:

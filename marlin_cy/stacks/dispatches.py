@@ -27,7 +27,7 @@ def as_dispatches(dispatches: npt.NDArray[np.int64] | Iterable[Iterable[int]]) -
     Raises
     ------
     TypeError, ValueError
-        The argument, or one of its entries, is something else.
+        The argument, or one of its entries, is of another type or shape.
     """
     if isinstance(dispatches, np.ndarray):
         # Copy first and check the copy: another thread may write to the caller's array.

@@ -1,7 +1,7 @@
 """Weights as a backend holds them: stacks of experts, linear layers, and the builders that fill them.
 
-These are abstract classes with their documentation; :mod:`marlin_cy.interface` has the others, and says what a
-buffer is.
+These are abstract classes with their documentation. :mod:`marlin_cy.interface` has the other abstract classes and
+defines a buffer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class MarlinExpertStack(ABC):
     @property
     @abstractmethod
     def metadata(self) -> WeightMetadata:
-        """As of a :class:`Linear`; ``packed_bytes`` counts all experts."""
+        """As :attr:`Linear.metadata`; ``packed_bytes`` counts all experts."""
 
     @property
     @abstractmethod
@@ -123,7 +123,7 @@ class MarlinExpertStack(ABC):
         """The bias of each expert, ``[num_experts, n_per_expert]`` on the host, or None.
 
         :meth:`gemm_phase_batched`, :meth:`gemm_phase_vllm` and MoE layers add it to each row of an expert's
-        product. A view from :meth:`make_expert_linear` does not: it has a bias of its own.
+        product. A view from :meth:`make_expert_linear` does not add it; the view has its own bias.
         """
 
     @property
@@ -140,7 +140,7 @@ class MarlinExpertStack(ABC):
         """Zero the per-expert workspace slots that split-K products use.
 
         CUDA kernels need the call once before a batch of :meth:`gemm_phase_batched` calls. The call is optional
-        on a backend whose kernels write each slot before they read it, as those of the CPU and of OpenCL do.
+        on a backend whose kernels write each slot before they read it. Both built-in backends are of this kind.
         """
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Conversions from stored layouts to canonical words, at memory speed. The GIL is released.
 
-``tests/test_formats_nibbles.py`` has each function in a few lines of NumPy. Arguments are C-contiguous and may be
+``tests/test_formats_nibbles.py`` has a NumPy version of each function. Arguments are C-contiguous and may be
 read-only; results are newly allocated.
 """
 
@@ -17,8 +17,8 @@ ctypedef fused item_t:
     uint32_t
 
 cdef enum:
-    # Side of the squares in which an array is transposed. 16 words are a cache line, so that a square's lines are read
-    # and written while they are in the first-level cache, whatever the distance between rows.
+    # Side of the squares in which an array is transposed. 16 words are a cache line. So the cache lines of a square are
+    # read and written while they are in the first-level cache, for any distance between rows.
     SIDE = 16
     # AWQ words that are converted at once by the same operations: whole vectors on every ISA.
     LANES = 16
@@ -148,7 +148,7 @@ def group_values_of_tiles(
     size : int
         Bytes of a value.
     rows : int32 ``[packed groups]``
-        The row of the result that each packed group holds. A row that none holds is 0.
+        The row of the result that each packed group holds. A row that no packed group holds is 0.
     groups, n : int
 
     Raises
@@ -189,7 +189,7 @@ cdef bint all_below(const int32_t[::1] indices, Py_ssize_t end) noexcept:
 cdef void transpose_squares(const item_t *array, item_t *out, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
     cdef Py_ssize_t down, across, row, column
     for across in range((columns + SIDE - 1) // SIDE):
-        # Squares go down first: the SIDE rows of `out` that are written then grow by consecutive elements.
+        # The inner loop goes down a column of squares, so that the SIDE rows of `out` are written sequentially.
         for down in range((rows + SIDE - 1) // SIDE):
             for column in range(across * SIDE, min((across + 1) * SIDE, columns)):
                 for row in range(down * SIDE, min((down + 1) * SIDE, rows)):

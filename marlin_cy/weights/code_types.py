@@ -39,7 +39,8 @@ class CodeType:
     name : str
         The name in interfaces and packed folders.
     number : int
-        The number in kernels: ``CODES_*`` in ``cpu/ukernels/ukernel.h``, the macro ``CODES`` in ``opencl/kernels``.
+        The number in kernels: ``CODES_*`` in ``cpu/ukernels/code_types.h``, the macro ``CODES`` in
+        ``opencl/kernels/codes.cl``.
     bits : int
         Bits per code.
     values : tuple of float

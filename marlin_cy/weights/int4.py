@@ -24,20 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
-
-__all__ = ["CODES", "E2M1_VALUES", "SCALE_DTYPES", "Int4Weight", "pack_words", "unpack_words"]
+__all__ = ["Int4Weight", "pack_words", "unpack_words"]
 
 NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
-
-CODES = tuple(CODE_TYPES)
-"""The names of all code types."""
-
-SCALE_DTYPES = tuple(row.dtype for row in SCALE_TYPES.values())
-"""The dtypes of all scale types."""
-
-E2M1_VALUES = CODE_TYPES["e2m1"].decode_table
-"""The value of each 4-bit float."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A stack in the tile layout that packed folders store and the CPU's kernels read, and its way back to canonical form.
+"""A stack in the tile layout of packed folders and of the CPU's kernels, and its conversion to canonical form.
 
 The columns of an expert are cut into tiles of 16. Tiles follow each other, and experts too::
 
@@ -10,7 +10,7 @@ The columns of an expert are cut into tiles of 16. Tiles follow each other, and 
             its low nibble is the code of packed row t, its high nibble that of packed row t + 4.
 
 A code type without zero points stores its ``symmetric_zero`` in their place. :mod:`marlin_cy.weights.order` says which
-row of K each packed row is. The same layout is written out as plain loops in ``marlin_cy/cpu/layout.py``.
+row of K each packed row is. ``marlin_cy/cpu/layout.py`` implements the same layout in plain loops.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
 from marlin_cy.weights.sizes import checked_stack_sizes
 
-__all__ = ["PackedTiles"]
+__all__ = ["BLOCK_BYTES", "GROUP_HEADER_BYTES", "LANE_K", "TILE_N", "PackedTiles"]
 
+# These sizes are those of cpu/ukernels/ukernel.h; tests/test_constants.py compares them.
 TILE_N = 16
 """Columns of a tile."""
 
 SCALE_BYTES = 2
-GROUP_BYTES = (SCALE_BYTES + 1) * TILE_N
+GROUP_HEADER_BYTES = (SCALE_BYTES + 1) * TILE_N
 """Bytes of one group's scales and zero points in a tile."""
 
-BLOCK_K = 8
+LANE_K = 8
+"""Packed rows of a block."""
+
 BLOCK_BYTES = 64
 """Bytes of 8 packed rows of a tile. A tile's header is padded to a multiple of this."""
 
@@ -84,7 +87,7 @@ class PackedTiles:
         sizes = checked_stack_sizes(
             self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scale_dtype
         )
-        # These are private copies, which the order of K is derived from.
+        # The order of K is derived from these private copies.
         object.__setattr__(self, "g_idx", tuple(sizes[4]))
         if not isinstance(self.data, np.ndarray) or self.data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(self.data, 'dtype', type(self.data).__name__)}, expected uint8")
@@ -142,7 +145,7 @@ class PackedTiles:
 
     @property
     def _packed_k(self) -> int:
-        """Packed rows of every expert: as many as the longest order has."""
+        """Packed rows of every expert: the number of rows in the longest order."""
         return max(order.packed_k for order in self._orders[0])
 
     @property
@@ -152,11 +155,11 @@ class PackedTiles:
 
     @property
     def _header_bytes(self) -> int:
-        return -(-GROUP_BYTES * self._groups // BLOCK_BYTES) * BLOCK_BYTES
+        return -(-GROUP_HEADER_BYTES * self._groups // BLOCK_BYTES) * BLOCK_BYTES
 
     @property
     def _tile_bytes(self) -> int:
-        return self._header_bytes + self._packed_k // BLOCK_K * BLOCK_BYTES
+        return self._header_bytes + self._packed_k // LANE_K * BLOCK_BYTES
 
     @property
     def _tiles(self) -> int:

@@ -1,6 +1,6 @@
 """Checks of a weight's sizes: K and N, the width of codes, group sizes, and ``g_idx``.
 
-No format's rules are here; a format's module adds its own.
+Rules of single formats are in the formats' own modules.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def checked_group_size(*, group_size: int, k: int, n: int, bits: int = 4, label:
     TypeError
         A size is not an integer.
     ValueError
-        A size is not positive, or not a multiple of what it has to be.
+        A size is not positive, or not a multiple of its unit.
     UnsupportedError
         No kernel supports ``bits`` or ``group_size``.
     """
@@ -149,13 +149,13 @@ def g_idx_per_expert(g_idx: Any, num_experts: int, k: int) -> list[Any]:
     ndim = getattr(g_idx, "ndim", None)
     if ndim == 1:
         if len(g_idx) != k:
-            raise ValueError(f"g_idx: got shape ({len(g_idx)},), expected ({k},) or one an expert")
+            raise ValueError(f"g_idx: got shape ({len(g_idx)},), expected ({k},) or one per expert")
         return [g_idx] * num_experts
     if ndim not in (None, 2):
         raise ValueError(f"g_idx: got {ndim} dimensions, expected ({k},) or ({num_experts}, {k})")
     entries = list(sequence("g_idx", g_idx))
     if len(entries) != num_experts:
-        raise ValueError(f"g_idx: got {len(entries)} entries, expected one an expert: {num_experts}")
+        raise ValueError(f"g_idx: got {len(entries)} entries, expected one per expert: {num_experts}")
     return entries
 
 

@@ -1,4 +1,4 @@
-"""The macros that tell a ``gemm`` program what the codes of its weights are (``kernels/codes.cl``)."""
+"""The macros that define the code type of a ``gemm`` program (``kernels/codes.cl``)."""
 
 from marlin_cy.weights.code_types import CODE_TYPES
 

@@ -1,8 +1,8 @@
 """Products of rows with packed experts: the kernels, their arguments, and the number of work-groups.
 
-A product is at most three launches. Rows are prepared, unless the kernel reads them as they are; they are multiplied;
-and where K is split, the sums of its runs are added. The choices for a kind of call (its :class:`Plan`) are made once
-per context and store.
+A product takes at most three launches: rows are prepared, unless the kernel can read them directly; they are
+multiplied; and if K is split, the sums of its runs are added. The choices for a kind of call (its :class:`Plan`) are
+made once per context and store.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def preparation(
 
 
 def needs_preparation(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, activation: str | None = None) -> bool:
-    """Whether a product cannot read the rows as they are."""
+    """Whether a product needs prepared rows."""
     inputs = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities)
     direct = rows.type_code in inputs.direct_types and (are_aligned(rows) or not inputs.aligned)
     return activation is not None or store.act_order or not direct

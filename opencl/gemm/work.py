@@ -24,7 +24,7 @@ class RoutedBlocks(NamedTuple):
     ----------
     sorted_ids, expert_ids : Vector
     past : Vector or None
-        The number of slots in use; None if all ``limit`` slots are.
+        The number of slots in use; None if all ``limit`` slots are in use.
     limit : int
         The largest number of slots that may be in use.
     valid : int
@@ -74,8 +74,8 @@ class TileList(NamedTuple):
     runs : int32 ``[runs, 7]``
         Expert, first column, columns, first output column, first input row, first output row, rows.
     one_order : bool
-        The runs are those of one view: all experts have the same order of K, and every run has the same rows, from
-        row 0 on.
+        The runs belong to one view: all experts have the same order of K, and every run has the same rows, from row 0
+        on.
     """
 
     runs: Int32Array

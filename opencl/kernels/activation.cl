@@ -1,6 +1,6 @@
 // The activation between a MoE layer's two products: act(gate) * up.
 //
-// Names and definitions are in marlin_cy/activations.py. Two have another form here, in which nothing cancels for
+// Names and definitions are in marlin_cy/activations.py. Two are written in another form here, without cancellation for
 // negative gates: erfc(-x) for 1 + erf(x), and 1 / (1 + exp(-2 * x)) for (1 + tanh(x)) / 2.
 //
 // Build options

@@ -13,7 +13,7 @@
 
 // (sum over the work-items before this one, sum over all). `sums` may be reused on return.
 //
-// always_inline: PoCL 3.0 crashes if its own passes inline a static function with barriers.
+// always_inline: PoCL 3.0 crashes if its own compiler passes inline a static function with barriers.
 __attribute__((always_inline)) static inline uint2 sums_over_group(uint value, __local uint *sums)
 {
     uint me = get_local_id(0);
@@ -39,9 +39,9 @@ static inline void load_experts(uint experts[4], __global const int *ids, uint p
 
 // vLLM's moe_align_block_size. Slots from *past on are not written.
 //
-// There is a work-group for each expert. It counts the pairs of all experts, which gives the first of its own slots; it
-// marks its own pairs, one bit each; and it writes them in ascending order. Work-groups exchange nothing, so that one
-// launch is enough.
+// There is a work-group for each expert. It counts the pairs of all experts, which gives the first slot of its expert.
+// It marks the pairs of its expert, one bit each, and writes them in ascending order. Work-groups exchange no data, so
+// one launch is enough.
 //   ids          int32 [pairs]; an id outside 0 to num_experts - 1 is ignored
 //   sorted_ids   int32 [pairs + num_experts * (block_size - 1)]; padding is `pairs`
 //   expert_ids   int32 [length of sorted_ids / block_size]

@@ -3,7 +3,7 @@
 // Build options, from the code type's row in marlin_cy/weights/code_types.py (marlin_cy/opencl/gemm/codes.py)
 //   CODES             the row's number
 //   HAS_ZERO_POINTS   1: each group has a zero point of its own
-//   SYMMETRIC         1: zero points are not read: all of them are SYMMETRIC_ZERO, or there are none
+//   SYMMETRIC         1: zero points are not read: all are SYMMETRIC_ZERO, or there are no zero points
 //   SYMMETRIC_ZERO    the row's symmetric_zero
 //   UNITS_PER_ONE     the row's units_per_one
 //
@@ -40,8 +40,8 @@
 #elif CODES == CODES_E2M1
 
 // A code is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and their
-// negatives for 8 to 15. The bits move to the places of a float16's sign, exponent and mantissa. As the exponent's bias
-// differs, every value, the subnormal one included, becomes 2^-14 times as large.
+// negatives for 8 to 15. The bits move to the places of a float16's sign, exponent and mantissa. Because the
+// exponent's bias differs, every value is multiplied by 2^-14, including the subnormal value.
 // Source of the idea: Xia et al., "FP6-LLM", 2024.
 #define CODE_UNIT 0x1p-14f
 static inline uint4 code_halves(uint word)

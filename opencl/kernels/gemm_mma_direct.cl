@@ -3,8 +3,8 @@
 // gemm, tier "mma", for few rows per expert, where reading weights takes the time.
 //
 // A work-group computes one tile of ROWS rows and STRIPS_PER_WAVE strips. Its waves split K, and each wave loads DEPTH
-// blocks at a time, weights and tokens directly into registers. Many work-groups fit on a compute unit, so that some of
-// them load while others multiply; therefore tiles are small. The code is short, as fetching longer code may take
+// blocks at a time, weights and tokens directly into registers. Tiles are small so that many work-groups fit on a
+// compute unit: some of them load while others multiply. The code is short, because fetching longer code may take
 // longer than a launch.
 //
 // The grid has a work-group for each tile. Columns of a work-group: 16 * STRIPS_PER_WAVE. Local memory:
@@ -12,8 +12,8 @@
 
 // codes: the codes of a word as a float16 fragment of mma: EVEN_UNIT times their values in column g, and ODD_UNIT times
 // in column g + 8. STORE_SUM divides by the units.
-// start_of: the value from which the products of a group start, so that they become sums of (q - z) * x. x: the sums of
-// the tokens' values.
+// start_of: the initial value of a group's sums, with which they become sums of (q - z) * x. x: the sums of the tokens'
+// values.
 #if !HAS_ZERO_POINTS
 #define EVEN_UNIT CODE_UNIT
 #define ODD_UNIT CODE_UNIT
@@ -89,8 +89,8 @@ static inline void put_sums(__local float *sums, float4 total, uint wave, uint s
     token[SUMS_STRIDE + 8] = total.w;
 }
 
-// The sum over all waves. If the number of work-items does not divide the tile, the last outputs of some work-items are
-// beyond its rows: these read the last row.
+// The sum over all waves. If the number of work-items does not divide the tile, some work-items have outputs beyond the
+// last row; for these they read the last row.
 #if ROWS * SUM_COLUMNS % (LANES * WAVES)
 #define SUM_OF_WAVES(o) sum_of_waves(sums, min(OUTPUT_ROW(o), (uint)ROWS - 1), OUTPUT_COLUMN(o))
 #else

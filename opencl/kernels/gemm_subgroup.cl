@@ -5,7 +5,7 @@
 // A k_wave takes every K_WAVES-th chunk of 128 rows of K.
 //
 // Work-items are numbered by sub-group. So the four t of a column are neighbours in a sub-group of any size from 4.
-// With shuffles they add a column's sums without local memory, which only the sums of k_waves then need.
+// With shuffles they add a column's sums without local memory; only the sums of k_waves then use local memory.
 //
 // The products of a group of K are added before its scale is applied, out += scale * sum(a * (q - zero)):
 //

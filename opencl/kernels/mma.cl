@@ -19,7 +19,7 @@
 //   GROUP_32          1: groups of 32 rows; 0: groups of 64 or 128 rows
 //   SPLIT             gemm_mma_direct only
 //
-// The kernels use more local memory than the driver reports: it reports 48 KiB, and allows what the hardware has.
+// The kernels use more local memory than the 48 KiB that the driver reports; it allows as much as the hardware has.
 
 #ifndef WAVES
 #define WAVES 8

@@ -2,8 +2,8 @@
 //
 // A launch writes columns [column_offset, column_offset + n) of one expert, whose first word is packed[base].
 // column_offset and n are multiples of 8, so that a launch may own half of a strip's columns: half of the nibbles of
-// each word. Such words are read, changed and written, so that two launches for one strip must not run at the same
-// time. The expert is all zeros before; padding is never written.
+// each word. Such words are read, changed and written, so two launches for one strip must not run at the same
+// time. The expert's words must be zero beforehand; padding is never written.
 //
 // Scales are written as ushorts and zero points as bytes. The device is little-endian.
 

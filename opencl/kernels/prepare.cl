@@ -34,9 +34,11 @@
 // It is padded to a multiple of 16: 2 * k_out + 16 * ceil(groups / 2) bytes. A group with a NaN or an infinity has a
 // scale of NaN and values of 0.
 
-// Element types of prepared rows: float32, where e is 0 and row_factor is not used; float16, where 2^e brings the row's
-// largest magnitude into [2^13, 2^14), and e is 0 for a row of zeros and for a row with a NaN or an infinity, which
-// stay; integer planes.
+// Element types of prepared rows:
+// - float32: e is 0 and row_factor is not used;
+// - float16: 2^e brings the row's largest magnitude into [2^13, 2^14). For a row of zeros, and for a row with a NaN or
+//   an infinity, e is 0, and NaN and infinity stay;
+// - integer planes.
 #define PREPARED_FLOAT32 0
 #define PREPARED_FLOAT16 1
 #define PREPARED_PLANES 2

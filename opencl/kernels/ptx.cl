@@ -1,6 +1,6 @@
 // Instructions of NVIDIA GPUs for which OpenCL C has no functions, as inline PTX.
 //
-// Pairs of float16 are 32-bit registers, as NVIDIA's driver has no cl_khr_fp16. A wave is 32 work-items.
+// Pairs of float16 are 32-bit registers, because NVIDIA's driver has no cl_khr_fp16. A wave is 32 work-items.
 //
 // With -DEMULATE_PTX the functions are OpenCL C with sub-groups of 32, so that the kernels can be tested without such a
 // GPU, on Intel's CPU runtime. With -DNO_PTX the functions are empty, so that other compilers can check the kernels.

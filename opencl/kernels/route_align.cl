@@ -43,8 +43,8 @@ static inline uint arrive(__global uint *arrived)
 // The arguments of `route`, those of `align` without ids and counts, with PREPARES those of `prepare_rows`, and
 //   marks         local uint: as for align_few
 //   arrived       uint [1]: counts work-groups from launch_base on
-//   launch_base   larger than every count of an earlier launch. The first work-group raises the counter to it, whatever
-//                 an earlier launch, which may have failed midway, has left
+//   launch_base   larger than every count of an earlier launch. The first work-group raises the counter to it, so the
+//                 value that an earlier launch has left, which may have failed midway, does not matter
 __attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1))) __kernel void route_align(
     ROUTE_ARGS, const uint block_size, __global int *restrict sorted_ids, __global int *restrict expert_ids,
     __global int *restrict past, __local uint *restrict marks, __global uint *arrived, const uint launch_base ROW_ARGS)

@@ -12,7 +12,7 @@
 //   row_wave      takes every ROW_WAVES-th row of the tile
 //
 // At the end of a tile the work-group adds the sums of each output in local memory, in ascending order. So an output
-// depends on K_WAVES and the number of splits, and not on other rows.
+// depends on K_WAVES and the number of splits, but not on other rows.
 //
 // Build options besides those of common.cl
 //   K_WAVES, COLUMN_WAVES, ROW_WAVES   as above (8, 1, 1)

@@ -1,12 +1,12 @@
 """The Mixture-of-Experts layer on the device: routing, both products, combination. Nothing is read back.
 
-The order of launches (those in brackets are fused with the one before where they can be)::
+The order of launches. A launch in brackets is fused with the previous launch if possible::
 
     route [align] [prepare rows]      experts and weights of each token; routing arrays; rows of the first product
     gate_up                           first product
     prepare rows                      the activation, act(gate) * up
     down                              second product
-    (the same of a shared expert, for all tokens)
+    (the same for a shared expert, with all tokens)
     combine                           weighted sum of each token's rows
 """
 
@@ -180,7 +180,7 @@ def forward_slice(
     work, prepared = aligned or enqueue_align(ctx, chosen, stacks_of(layer)[0], rows)
     products = enqueue_products(ctx, layer, layer.activation, rows, work, type_code, prepared=prepared)
     shared = None
-    if layer.shared_expert is not None:  # its rows are prepared in the workspace of the other experts' rows
+    if layer.shared_expert is not None:  # its rows share the workspace of the routed experts' prepared rows
         shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, hidden, type_code)
     return enqueue_combine(ctx, products, chosen, layer.num_experts, shared, result, weighted=not weighed_before)
 

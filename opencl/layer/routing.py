@@ -1,4 +1,4 @@
-"""The experts of each token, on the device: chosen from router logits (``routing.cl``), or given by the caller."""
+"""The experts of each token, on the device: selected by router logits (``routing.cl``), or given by the caller."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def kept_words(num_experts: int, num_groups: int, top_k: int) -> tuple[int, int,
 
 
 def is_grouped(routing: Routing) -> bool:
-    """Whether some groups' experts cannot be picked."""
+    """Whether group-limited routing excludes some experts."""
     return routing.topk_groups < routing.num_groups
 
 

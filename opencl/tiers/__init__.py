@@ -30,6 +30,6 @@ def explain(capabilities: Capabilities) -> list[tuple[str, str | None]]:
     Returns
     -------
     list of (str, str or None)
-        Best first: the name of each tier, and None or what the device lacks for it.
+        Best first: the name of each tier, and None or the capability that the device lacks for it.
     """
     return [(tier.name, tier.missing(capabilities)) for tier in TIERS]

@@ -45,7 +45,7 @@ class Configuration:
     rows : int
         Rows of a tile (``ROWS``).
     columns : int
-        Columns of a tile, which a work-group computes in one turn.
+        Columns of a tile. A work-group computes one tile at a time.
     local_size : int
         Work-items of a work-group.
     local_bytes : int
@@ -55,7 +55,7 @@ class Configuration:
     macros : tuple of (str, int)
         The tier's own macros of the program.
     splits : int
-        Runs into which K is cut. Each is summed by a work-group of its own; the sums are added afterwards.
+        Number of runs into which K is cut. A separate work-group sums each run; the sums are added afterwards.
     groups_per_unit : int
         The largest number of work-groups in the grid, per compute unit. Each computes several tiles, one after the
         other.
@@ -106,7 +106,7 @@ class Inputs(NamedTuple):
     prepared_type : int
         The type to which all other rows, and rows in another order of K, are converted: PREPARED_TYPE of prepare.cl.
     aligned : bool
-        Rows that do not begin at a multiple of 8 elements must be prepared, too.
+        Rows that do not begin at a multiple of 8 elements must also be prepared.
     """
 
     direct_types: frozenset[int]
@@ -126,7 +126,7 @@ class Tier:
     inputs : callable
         ``inputs(device)``: the :class:`Inputs` of ``gemm`` on a device.
     missing : callable
-        ``missing(device)``: what the device lacks for the tier; None if it lacks nothing.
+        ``missing(device)``: the capability that the device lacks for the tier, or None.
     configurations : callable
         ``configurations(problem)``: configurations for a :class:`Problem`, best first.
     block_size : callable
@@ -134,7 +134,7 @@ class Tier:
     options : callable
         ``options(device)``: options of the compiler.
     checked : tuple of Configuration or None
-        The configurations that the check at first use runs; None for the one that products of its size use.
+        The configurations that the check at first use runs; None for the configuration that products of that size use.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The tier "mma": NVIDIA's tensor cores.
 
 ``mma.cl`` and the heads of the two kernels' files explain the kernels and their macros. The choice of sizes was
-measured on an H100; ``bench/bench_gemm.py --backend opencl --show`` repeats the measurement.
+measured on an H100; ``python -m bench opencl show`` repeats the measurement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MMA", "direct", "tiled"]
 
 KIB = 1 << 10
 MMA_LOCAL_BYTES = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB}
-MMA_OTHER_LOCAL_BYTES = 99 * KIB  # local memory of a work-group; the driver reports 48 KiB, and allows more
+MMA_OTHER_LOCAL_BYTES = 99 * KIB  # local memory of a work-group; the driver reports 48 KiB but allows more
 ALL_GROUPS = 1 << 31  # a work-group for each tile
 
 
@@ -76,7 +76,7 @@ def mma_inputs(device: Capabilities) -> Inputs:
 
 
 def mma_block_size(average_rows: float) -> int:
-    """Blocks of 8 are best up to 10 rows per expert: weights that are read twice come from the cache."""
+    """Blocks of 8 are best up to 10 rows per expert: weights that are read twice are in the cache the second time."""
     return 8 if average_rows <= 10 else 32 if average_rows <= 28 else 48 if average_rows <= 40 else 64
 
 

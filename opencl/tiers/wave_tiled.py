@@ -76,10 +76,11 @@ class WaveTiledTable:
         reuse weights more often, but PoCL compiles 8 rows in three seconds and 32 rows in ten, and CPUs have a backend
         of their own.
     few, few_short : tuple of Configuration
-        For GPUs with few rows, which wait for weights: waves split K, so that many loads are in flight. ``few_short``
-        is for less than 1024 rows of K.
+        For GPUs with few rows, where loads of weights limit the speed: waves split K, so that many loads are in
+        flight. ``few_short`` is for less than 1024 rows of K.
     many : tuple of Configuration
-        For GPUs with many rows, which wait for activations: waves share them, and a work-item holds up to 64 sums.
+        For GPUs with many rows, where loads of activations limit the speed: waves share activations, and a work-item
+        holds up to 64 sums.
     small : tuple of Configuration
         For devices with small work-groups, and any number of rows.
     """
@@ -101,7 +102,7 @@ class WaveTiledTable:
         return [with_splits(problem, candidate, device.compute_units) for candidate in candidates]
 
     def missing(self, device: Capabilities) -> str | None:
-        """What a device lacks for the smallest configuration; None for nothing."""
+        """The capability that a device lacks for the smallest configuration, or None."""
         smallest = self.small[-1]
         if device.max_work_group_size < smallest.local_size:
             return f"work-groups of {smallest.local_size} work-items (it has {device.max_work_group_size})"

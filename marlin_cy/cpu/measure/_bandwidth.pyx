@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the upper bound that memory-bound kernels are compared with."""
+"""The read bandwidth of memory: an upper bound for memory-bound kernels."""
 
 import mmap
 import statistics
@@ -9,7 +9,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
-# The reader must be as fast as the machine can be, because other figures are given as shares of it. Each thread cuts
+# The reader must be as fast as the machine allows, because other figures are given as shares of its speed. Each thread cuts
 # its part into STREAMS runs, and reads a vector of each run in turn, with one accumulator for each run: more runs keep
 # more prefetchers busy. The runs start at distances of an odd number of pages plus one line (the skew), so that they do
 # not compete for cache sets and memory banks. Measured on two Zen 3 cores over 512 MiB in huge pages, GB/s, medians of
@@ -121,7 +121,7 @@ def read_bandwidth(num_threads, size_bytes=None, repeats=9):
     if size_bytes is None:
         size_bytes = max(512 << 20, num_threads * (16 << 20))
     if size_bytes < num_threads * (8 << 20):
-        raise ValueError(f"size_bytes: got {size_bytes}, expected at least 8 MiB a thread: {num_threads * (8 << 20)}")
+        raise ValueError(f"size_bytes: got {size_bytes}, expected at least 8 MiB per thread: {num_threads * (8 << 20)}")
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
 

@@ -1,4 +1,4 @@
-"""How many integer operations this machine can do: the upper bound that compute-bound kernels are compared with.
+"""The peak rate of integer operations: an upper bound for compute-bound kernels.
 
 The loops are those of the ISAs' descriptors, ``peak`` in ``ukernels/isa.h``.
 """
@@ -32,7 +32,7 @@ def int8_peak(str isa, int num_threads, int repeats=9):
     Returns
     -------
     float or None
-        None for an ISA without such a loop: "generic" has no instruction for it, and none is written for "amx".
+        None for an ISA without such a loop: "generic" has no suitable instruction, and "amx" has no loop yet.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def int8_peak(str isa, int num_threads, int repeats=9):
 
 
 cdef int64_t run_threads(peak_fn *loop, int64_t steps, int num_threads) noexcept nogil:
-    """Run a loop on every thread; the operations of all of them."""
+    """Run a loop on every thread; returns the total number of operations."""
     cdef int thread
     cdef int64_t operations = 0
     for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):

@@ -8,7 +8,7 @@
  *   A: tmm2   tmm3            C: tmm0   tmm1    A: 16 rows of activations, first and second half of K
  *                                               C: their 32-bit sums
  *
- * B is loaded once a group and serves all rows of the task. A step is one plane of 16 rows: it loads A and multiplies
+ * B is loaded once per group and serves all rows of the task. A step is one plane of 16 rows: it loads A and multiplies
  * it by B.
  *
  * Software pipeline, three stages: (i) TDPBSSD of step s, (ii) TILESTORED of step s-1, (iii) float epilogue of step
@@ -46,7 +46,7 @@ enum {
     TILE_WEIGHTS = MAX_GROUP_K * TILE_N, /* weights of one tile's group */
     DEPTH = 64,                          /* values of K in a row of a register */
     PORTIONS = 2,                        /* portions of vector work in a step */
-    SLOTS = 3,                           /* product buffers of 16 rows, one a stage of the pipeline */
+    SLOTS = 3,                           /* product buffers of 16 rows, one per pipeline stage */
 };
 
 /* The operand of ldtilecfg. */
@@ -236,8 +236,8 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
     __m512 scales[SCALES][2];                           /* by group, in turn */
     const int m = task->m;
     const ptrdiff_t stride = task->a_row_stride;
-    /* Sums over the groups so far. They are not in `out` if they are to be added to it, nor with a single tile: then
-     * columns 16..31 must stay as they are. */
+    /* Sums over the groups so far. They are kept outside `out` if they are to be added to it, and also with a single
+     * tile, because columns 16..31 of `out` must not change. */
     float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
     pending_rows stored = {.scale = scales[0]}, multiplied = stored;
     int slot = 0;
@@ -312,8 +312,8 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-/* Linux saves tiles only for a process that has asked for it; the permission covers all of its threads and children.
- * Asking again changes nothing. */
+/* Linux saves tiles only for a process that has requested it. The permission covers all threads and children of the
+ * process. A second request has no effect. */
 static int ask_for_tiles(void)
 {
 #if defined(__linux__) && defined(SYS_arch_prctl)

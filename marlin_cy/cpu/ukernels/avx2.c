@@ -1,5 +1,6 @@
 /* AVX2: vpmaddubsw multiplies 32 unsigned weights by 32 signed activations and adds pairs of neighbouring products to
- * 16-bit sums. One vpmaddwd a plane then widens the 16-bit sums to 32 bits, and multiplies plane 0 of two by 256.
+ * 16-bit sums. One vpmaddwd per plane then widens the 16-bit sums to 32 bits. With two planes it multiplies plane 0 by
+ * 256.
  *
  * A weight is at most 15 and an activation at most 128 in magnitude. The sum of a pair is therefore at most 3840, and
  * the sum of eight pairs (the two halves of four blocks) fits 16 bits. Weights of 4-bit floats are at most 24: a pair

@@ -1,5 +1,5 @@
-/* AVX-512 with VNNI: a row of a tile is one 512-bit vector of 16 lanes, one lane a column. The two tiles of a task are
- * multiplied together, so that each broadcast activation is used twice.
+/* AVX-512 with VNNI: a row of a tile is one 512-bit vector of 16 lanes, one lane per column. The two tiles of a task
+ * are multiplied together, so that each broadcast activation is used twice.
  *
  * Registers, of 32: `rows * planes` (8) times two tiles of 32-bit sums, 4 weights, mask, activation. Twelve rows times
  * two tiles would fit by count, but the compilers spill them, and the gain is small: with 8, the inner loop on unpacked
@@ -49,7 +49,7 @@ enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 #define USE(vector) __asm__ volatile("" : : "v"(vector))
 
 /* -symmetric_zero times the sum of a row's activations: the first value of the row's sums. `codes` is a constant, and
- * meta->symmetric_sum is -8 times the sum, so that other multiples of it are exact. */
+ * meta->symmetric_sum is -8 times the sum, so its other multiples are exact. */
 KERNEL __m512i symmetric_begin(const act_meta *meta, int codes)
 {
     const __m512i begin = _mm512_set1_epi32(meta->symmetric_sum);

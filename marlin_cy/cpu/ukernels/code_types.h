@@ -22,7 +22,7 @@ typedef struct {
     uint8_t multiplicands[16]; /* w(q) of each code */
     int is_identity;           /* w(q) = q, so that kernels need not look it up */
     int max_multiplicand;
-    int has_zero_points; /* whether groups have zero points of their own; else all of them are symmetric_zero */
+    int has_zero_points; /* whether each group stores a zero point; otherwise all zero points are symmetric_zero */
     int symmetric_zero;  /* the zero point for which kernels have a cheaper form */
     int units_per_one;   /* a power of two, so that dividing a float32 scale by it is exact */
 } code_type;
@@ -38,7 +38,7 @@ static const code_type code_types[CODES_COUNT] = {
             .symmetric_zero = SYMMETRIC_ZERO,
             .units_per_one = 1,
         },
-    /* 4-bit floats: twice the value, plus 12 so that none is negative. */
+    /* 4-bit floats: twice the value, plus 12, so that no multiplicand is negative. */
     [CODES_E2M1] =
         {
             .multiplicands = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
@@ -50,7 +50,7 @@ static const code_type code_types[CODES_COUNT] = {
         },
 };
 
-/* The factor of a float32 scale. A constant where `codes` is one. */
+/* The factor of a float32 scale; a compile-time constant if `codes` is a constant. */
 static inline float unit_scale(int codes) { return 1.0f / (float)code_types[codes].units_per_one; }
 
 #endif

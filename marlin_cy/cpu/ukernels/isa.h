@@ -21,7 +21,7 @@ typedef int64_t peak_fn(int64_t steps);
 typedef struct isa_descriptor isa_descriptor;
 struct isa_descriptor {
     const char *name;
-    const isa_descriptor *parent; /* the ISA whose kernels are inherited, and that must be available too; NULL: none */
+    const isa_descriptor *parent; /* the ISA whose kernels are inherited; it must be available too; NULL: no parent */
     isa_probe_fn *probe;
     peak_fn *peak; /* NULL if the ISA has no such loop; not inherited */
     ukernel_table kernels; /* own kernels; entries that are NULL or 0 are the parent's */

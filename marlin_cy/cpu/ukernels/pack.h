@@ -1,5 +1,5 @@
-/* Convert words, as checkpoints store them (eight values of K a word, lowest bits first), to the lanes of a packed tile
- * (drawn in ukernel.h), and back. Plain C that compilers vectorise; memory bandwidth bounds it.
+/* Convert words, as checkpoints store them (eight values of K per word, lowest bits first), to the lanes of a packed
+ * tile (drawn in ukernel.h), and back. Plain C that compilers vectorise; memory bandwidth bounds it.
  *
  *   lanes      first block, first column to convert; the next block is TILE_N lanes further
  *   words      first block, first column to convert; the next block is `stride` words further

@@ -1,4 +1,4 @@
-/* The steps of quantize_row that every ISA takes once a group. */
+/* The steps of quantize_row that every ISA does once per group. */
 #ifndef MARLIN_CY_QUANTIZE_H
 #define MARLIN_CY_QUANTIZE_H
 
@@ -10,9 +10,8 @@
 /* The largest magnitude that a value is quantised to. */
 static inline float qmax_of(int planes) { return planes == 2 ? (float)QMAX_INT16 : (float)QMAX_INT8; }
 
-/* The largest magnitude of a group, from its bits. The result is 0 if the group is finished: its values are all tiny,
- * or one is a NaN or an infinity. Then the `bytes` bytes of the group are set to 0, and its meta to the scale 0 or
- * NaN. */
+/* The largest magnitude of a group, from its bits. The result is 0 if all values are tiny, or if one value is a NaN or
+ * an infinity. Then the group is finished: its `bytes` bytes are set to 0, and the scale in its meta to 0 or NaN. */
 static inline float group_amax(uint32_t amax_bits, int8_t *a, int bytes, act_meta *meta)
 {
     const int finite = amax_bits < 0x7f800000;

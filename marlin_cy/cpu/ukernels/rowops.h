@@ -80,7 +80,7 @@ ROWOPS float activate(float gate, float up, int activation)
     return gate / (1.0f + exp_f32(-z)) * up;
 }
 
-/* The clamps of swigluoai. A NaN fails each comparison, so it stays a NaN. The clamps have a loop of their own: within
+/* The clamps of swigluoai. A NaN fails each comparison, so it stays a NaN. The clamps are in a separate loop: within
  * the loop of the activation, the compiler derives branches from the constant 7 and does not vectorise them. */
 ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums)
 {

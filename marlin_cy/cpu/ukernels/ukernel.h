@@ -38,7 +38,7 @@ enum {
     BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
     GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
     MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 is far below 2^31 */
-    GROUP_K_STEP = 32,       /* the length of every group is a multiple of this, that of the last one too */
+    GROUP_K_STEP = 32,       /* the length of every group, including the last, is a multiple of this */
     CHUNK_K = 1024,          /* K is summed in chunks of this length: see marlin_cy/reference.py */
     MAX_MC = 96,             /* the largest mc of a ukernel_table */
     MAX_PLANES = 2,          /* bytes of a quantised activation */
@@ -72,7 +72,7 @@ typedef struct {
 
 /* Scratch memory of a thread: a task writes it before it reads it, and nothing survives the task. */
 typedef struct {
-    uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group, in an order of the ISA's own */
+    uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group, in an order that the ISA chooses */
     float sums[MAX_MC * PAIR_N];               /* sums over the groups so far */
 } gemm_scratch;
 
@@ -92,7 +92,7 @@ typedef struct {
 typedef struct {
     const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
-    const uint8_t *next[2];   /* what the caller will probably read next, per tile: for prefetching only */
+    const uint8_t *next[2];   /* the memory that the caller will probably read next, per tile: for prefetching only */
     int scale_dtype;          /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
     int num_groups;
     int group_blocks;      /* blocks in every group except the last */
@@ -138,7 +138,7 @@ typedef void narrow_fn(void *dst, const float *src, int dtype, int64_t n);
 typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
                            const float *bias, int n, int dtype);
 
-/* The same for a task whose first tile holds gates and whose second tile holds ups: 16 float32 a row.
+/* The same for a task whose first tile holds gates and whose second tile holds ups: 16 float32 per row.
  *
  *   gate = sums[i] + gate_bias[i];  up = sums[TILE_N + i] + up_bias[i]    (both biases may be NULL: nothing is added)
  *   dst[i] = activation(gate, up)

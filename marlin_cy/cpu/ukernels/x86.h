@@ -1,4 +1,4 @@
-/* What the probes of x86-64 ISAs ask the CPU and the operating system. */
+/* Queries of the CPU and the operating system, for the probes of x86-64 ISAs. */
 #ifndef MARLIN_CY_X86_H
 #define MARLIN_CY_X86_H
 
@@ -6,7 +6,7 @@
 
 #include "isa.h"
 
-/* Compilers know the instructions of AVX-VNNI and AMX from these versions on. */
+/* The first compiler versions that support AVX-VNNI and AMX. */
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
 #define COMPILER_HAS_AVXVNNI 1
 #define COMPILER_HAS_AMX 1
@@ -39,7 +39,7 @@ static inline int os_saves(uint32_t state)
     return (low & state) == state;
 }
 
-/* The answer of a probe: `has` and `lacks` are the reasons. */
+/* The result of a probe: `has` and `lacks` are the reasons. */
 static inline isa_support x86_support(int cpu, int os, const char *has, const char *lacks)
 {
     if (!cpu)

@@ -1,5 +1,5 @@
 /* Shared by the two 256-bit ISAs. The 16 columns of a tile are two vectors ("halves" 0 and 1) of eight 32-bit lanes,
- * one lane a column.
+ * one lane per column.
  */
 #ifndef MARLIN_CY_YMM_H
 #define MARLIN_CY_YMM_H

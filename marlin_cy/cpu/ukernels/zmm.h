@@ -1,4 +1,4 @@
-/* Shared by the 512-bit ISAs. The 16 columns of a tile are one vector of 32-bit lanes, one lane a column. */
+/* Shared by the 512-bit ISAs. The 16 columns of a tile are one vector of 32-bit lanes, one lane per column. */
 #ifndef MARLIN_CY_ZMM_H
 #define MARLIN_CY_ZMM_H
 
@@ -24,7 +24,7 @@ ZMM __m512 load_scales(const uint8_t *header, int scale_dtype, int codes)
     return code_types[codes].units_per_one == 1 ? floats : _mm512_mul_ps(floats, _mm512_set1_ps(unit_scale(codes)));
 }
 
-/* The zero points of a header, one 32-bit integer a lane. */
+/* The zero points of a header, one 32-bit integer per lane. */
 ZMM __m512i load_zeros(const uint8_t *header)
 {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(header + 2 * TILE_N)));
