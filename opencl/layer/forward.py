@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyopencl as cl
 from pyopencl.array import Array
 
+from marlin_cy.opencl.arguments import combine_values, shared_factor_values, weigh_tokens_values
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, refuse_overlap, wait_list
 from marlin_cy.opencl.checks.routing import is_right_fused
 from marlin_cy.opencl.gemm.multiply import multiply
@@ -219,13 +220,13 @@ def enqueue_shared(ctx: OpenClContext, expert: Any, activation: str, hidden: Row
         ctx.queue,
         (hidden.rows * FACTOR_ITEMS,),
         (FACTOR_ITEMS,),
-        {
-            "input": hidden.data,
-            "input_offset": hidden.offset,
-            "gate": ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
-            "factors": factors,
-            "width": hidden.width,
-        },
+        shared_factor_values(
+            input=hidden.data,
+            input_offset=hidden.offset,
+            gate=ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
+            factors=factors,
+            width=hidden.width,
+        ),
     )
     ctx.log("shared_factor", event)
     return Shared(rows, factors)
@@ -254,14 +255,14 @@ def enqueue_weigh(ctx: OpenClContext, hidden: Rows, chosen: Chosen) -> Rows:
         ctx.queue,
         (hidden.rows * WEIGH_ITEMS,),
         (WEIGH_ITEMS,),
-        {
-            "input": hidden.data,
-            "input_offset": hidden.offset,
-            "weights": chosen.weights,
-            "weights_offset": chosen.weights_offset,
-            "output": rows.data,
-            "width": hidden.width,
-        },
+        weigh_tokens_values(
+            input=hidden.data,
+            input_offset=hidden.offset,
+            weights=chosen.weights,
+            weights_offset=chosen.weights_offset,
+            output=rows.data,
+            width=hidden.width,
+        ),
     )
     ctx.log("weigh_tokens", event)
     return rows
@@ -290,21 +291,21 @@ def enqueue_combine(
         ctx.queue,
         (result.rows * groups_per_token * COMBINE_ITEMS,),
         (COMBINE_ITEMS,),
-        {
-            "input": products.data,
-            "input_offset": products.offset,
-            "ids": chosen.ids,
-            "ids_offset": chosen.ids_offset,
-            "weights": chosen.weights,
-            "weights_offset": chosen.weights_offset,
-            "num_experts": num_experts,
-            "top_k": chosen.top_k,
-            "shared": rows,
-            "factors": factors,
-            "output": result.data,
-            "output_offset": result.offset,
-            "width": result.width,
-            "groups_per_token": groups_per_token,
-        },
+        combine_values(
+            input=products.data,
+            input_offset=products.offset,
+            ids=chosen.ids,
+            ids_offset=chosen.ids_offset,
+            weights=chosen.weights,
+            weights_offset=chosen.weights_offset,
+            num_experts=num_experts,
+            top_k=chosen.top_k,
+            shared=rows,
+            factors=factors,
+            output=result.data,
+            output_offset=result.offset,
+            width=result.width,
+            groups_per_token=groups_per_token,
+        ),
     )
     return ctx.log("combine", event)
