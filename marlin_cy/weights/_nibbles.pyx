@@ -5,7 +5,7 @@ read-only; results are newly allocated.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -255,42 +255,43 @@ cdef void tile_in_order(const uint8_t *body, uint32_t *words, Py_ssize_t blocks,
                         Py_ssize_t n) noexcept nogil:
     """``columns`` columns of canonical words, rows ``n`` words apart, from a packed tile in K's own order."""
     cdef Py_ssize_t block, column
-    if columns == PACKED_TILE_N:
-        for block in range(blocks):
-            # A constant number of columns, which compilers vectorise.
-            for column in range(PACKED_TILE_N):
-                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
-    else:
-        for block in range(blocks):
-            for column in range(columns):
-                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
+    cdef uint32_t converted[PACKED_TILE_N]  # a constant number of columns, in memory of its own: compilers vectorise
+    for block in range(blocks):
+        memcpy(converted, body + block * PACKED_BLOCK_BYTES, PACKED_BLOCK_BYTES)
+        for column in range(PACKED_TILE_N):
+            converted[column] = word_of_lane(converted[column])
+        store_columns(words + block * n, converted, columns)
 
 
 cdef void tile_out_of_order(const uint8_t *body, uint32_t *words, const int32_t *positions, Py_ssize_t blocks,
                             Py_ssize_t columns, Py_ssize_t n) noexcept nogil:
     """As :func:`tile_in_order`, for rows of K that are packed at ``positions``."""
     cdef Py_ssize_t block, column, i, row
-    cdef const uint8_t *source[PACKED_BLOCK_K]
-    cdef int shift[PACKED_BLOCK_K]
-    cdef uint32_t word
+    cdef uint32_t lanes[PACKED_TILE_N]
+    cdef uint32_t converted[PACKED_TILE_N]
+    cdef int shift
     for block in range(blocks):
+        memset(converted, 0, PACKED_BLOCK_BYTES)
         for i in range(PACKED_BLOCK_K):
             row = positions[block * PACKED_BLOCK_K + i]
-            source[i] = body + row // PACKED_BLOCK_K * PACKED_BLOCK_BYTES + row % 4
-            shift[i] = 4 * (row % PACKED_BLOCK_K // 4)
-        for column in range(columns):
-            word = 0
-            for i in range(PACKED_BLOCK_K):
-                word |= <uint32_t>(source[i][4 * column] >> shift[i] & 15) << (4 * i)
-            words[block * n + column] = word
+            memcpy(lanes, body + row // PACKED_BLOCK_K * PACKED_BLOCK_BYTES, PACKED_BLOCK_BYTES)
+            shift = 8 * (row % 4) + 4 * (row % PACKED_BLOCK_K // 4)
+            for column in range(PACKED_TILE_N):
+                converted[column] |= (lanes[column] >> shift & 15) << (4 * i)
+        store_columns(words + block * n, converted, columns)
 
 
-cdef inline uint32_t word_of_bytes(const uint8_t *lane) noexcept nogil:
-    """Four bytes of a packed column, rows ``t`` and ``t + 4`` in byte ``t``, as a word of rows 0 to 7, lowest first."""
-    cdef uint32_t lane_word = (
-        lane[0] | <uint32_t>lane[1] << 8 | <uint32_t>lane[2] << 16 | <uint32_t>lane[3] << 24
-    )
-    return exchange_bits(exchange_bits(lane_word, 0x00F000F0, 4), 0x0000FF00, 8)
+cdef inline void store_columns(uint32_t *words, const uint32_t *converted, Py_ssize_t columns) noexcept nogil:
+    """Copy the first ``columns`` words of a tile."""
+    if columns == PACKED_TILE_N:
+        memcpy(words, converted, PACKED_BLOCK_BYTES)  # a constant size: no call
+    else:
+        memcpy(words, converted, 4 * columns)
+
+
+cdef inline uint32_t word_of_lane(uint32_t lane) noexcept nogil:
+    """Rows 0 to 7, lowest first, from the four bytes of a packed column: rows ``t`` and ``t + 4`` in byte ``t``."""
+    return exchange_bits(exchange_bits(lane, 0x00F000F0, 4), 0x0000FF00, 8)
 
 
 cdef inline uint32_t exchange_bits(uint32_t x, uint32_t mask, int shift) noexcept nogil:
