@@ -99,12 +99,10 @@ class Launch:
             )
         values = {**self._constants, **dict(zip(self._given, arguments, strict=True))}
         self._last = NOTHING
-        self._kernel.set_args(
-            *[
-                cl.LocalMemory(values[name]) if is_local(kind) else values[name]
-                for name, kind in self._arguments.items()
-            ]
-        )
+        in_order: list[Any] = [
+            cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in self._arguments.items()
+        ]
+        self._kernel.set_args(*in_order)
         nulls = [place for _, place in self._always if arguments[place] is None]
         self._set = [(position, place) for position, place in self._always if arguments[place] is not None]
         self._remembered = getter([*self._numbers, *nulls])

@@ -5,11 +5,19 @@ read-only; results are newly allocated.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 import numpy as np
 
 __all__ = ["group_values_of_tiles", "transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    typedef uint32_t *__restrict disjoint_words;
+    """
+    # Words that no other pointer of a function points to.
+    ctypedef uint32_t *disjoint_words
 
 ctypedef fused item_t:
     uint8_t
@@ -113,23 +121,27 @@ def words_of_tiles(
     packed_k = (tiles.shape[1] - header_bytes) // PACKED_BLOCK_BYTES * PACKED_BLOCK_K
     if k % PACKED_BLOCK_K or packed_k < k or PACKED_TILE_N * tiles.shape[0] < n:
         raise ValueError(f"tiles: got {packed_k} rows of {PACKED_TILE_N * tiles.shape[0]} columns, expected [{k}, {n}]")
+    if tiles.shape[1] % 4 or header_bytes % 4:
+        raise ValueError(f"tiles: got {header_bytes} and {tiles.shape[1]} bytes, expected multiples of 4")
+    if blocks and n and <size_t>&tiles[0, 0] % 4:
+        tiles = np.array(tiles)  # aligned, so that four bytes can be read as a word
     cdef const int32_t *places = NULL
     if positions is not None:
         if positions.shape[0] != k or not all_below(positions, packed_k):
             raise ValueError(f"positions: got {positions.shape[0]} entries, expected {k} of 0 to {packed_k - 1}")
         places = &positions[0]
+    cdef const uint32_t *lanes
     out = np.empty((blocks, n), np.uint32)
     cdef uint32_t[:, ::1] words = out
     if blocks and n:
         with nogil:
             for tile in range((n + PACKED_TILE_N - 1) // PACKED_TILE_N):
+                lanes = <const uint32_t *>&tiles[tile, header_bytes]
                 columns = min(<Py_ssize_t>PACKED_TILE_N, n - PACKED_TILE_N * tile)
                 if places == NULL:
-                    tile_in_order(&tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], blocks, columns, n)
+                    tile_in_order(lanes, &words[0, PACKED_TILE_N * tile], blocks, columns, n)
                 else:
-                    tile_out_of_order(
-                        &tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], places, blocks, columns, n
-                    )
+                    tile_out_of_order(lanes, &words[0, PACKED_TILE_N * tile], places, blocks, columns, n)
     return out
 
 
@@ -251,42 +263,47 @@ cdef inline uint32_t rows_of(uint32_t word) noexcept nogil:
     return (word & 0xF) | (word >> 12 & 0xF0)
 
 
-cdef void tile_in_order(const uint8_t *body, uint32_t *words, Py_ssize_t blocks, Py_ssize_t columns,
+cdef void tile_in_order(const uint32_t *lanes, disjoint_words words, Py_ssize_t blocks, Py_ssize_t columns,
                         Py_ssize_t n) noexcept nogil:
     """``columns`` columns of canonical words, rows ``n`` words apart, from a packed tile in K's own order."""
     cdef Py_ssize_t block, column
-    cdef uint32_t converted[PACKED_TILE_N]  # a constant number of columns, in memory of its own: compilers vectorise
-    for block in range(blocks):
-        memcpy(converted, body + block * PACKED_BLOCK_BYTES, PACKED_BLOCK_BYTES)
-        for column in range(PACKED_TILE_N):
-            converted[column] = word_of_lane(converted[column])
-        store_columns(words + block * n, converted, columns)
+    if columns == PACKED_TILE_N:
+        for block in range(blocks):
+            for column in range(PACKED_TILE_N):  # a constant number, which compilers vectorise
+                words[block * n + column] = word_of_lane(lanes[block * PACKED_TILE_N + column])
+    else:
+        for block in range(blocks):
+            for column in range(columns):
+                words[block * n + column] = word_of_lane(lanes[block * PACKED_TILE_N + column])
 
 
-cdef void tile_out_of_order(const uint8_t *body, uint32_t *words, const int32_t *positions, Py_ssize_t blocks,
+cdef void tile_out_of_order(const uint32_t *lanes, disjoint_words words, const int32_t *positions, Py_ssize_t blocks,
                             Py_ssize_t columns, Py_ssize_t n) noexcept nogil:
     """As :func:`tile_in_order`, for rows of K that are packed at ``positions``."""
-    cdef Py_ssize_t block, column, i, row
-    cdef uint32_t lanes[PACKED_TILE_N]
-    cdef uint32_t converted[PACKED_TILE_N]
-    cdef int shift
+    cdef Py_ssize_t block, column, i
+    cdef const uint32_t *source[PACKED_BLOCK_K]
+    cdef int shift[PACKED_BLOCK_K]
+    cdef uint32_t row
     for block in range(blocks):
-        memset(converted, 0, PACKED_BLOCK_BYTES)
         for i in range(PACKED_BLOCK_K):
             row = positions[block * PACKED_BLOCK_K + i]
-            memcpy(lanes, body + row // PACKED_BLOCK_K * PACKED_BLOCK_BYTES, PACKED_BLOCK_BYTES)
-            shift = 8 * (row % 4) + 4 * (row % PACKED_BLOCK_K // 4)
+            source[i] = lanes + <Py_ssize_t>(row // PACKED_BLOCK_K) * PACKED_TILE_N
+            shift[i] = 8 * (row % 4) + 4 * (row % PACKED_BLOCK_K // 4)
+        if columns == PACKED_TILE_N:
             for column in range(PACKED_TILE_N):
-                converted[column] |= (lanes[column] >> shift & 15) << (4 * i)
-        store_columns(words + block * n, converted, columns)
+                words[block * n + column] = gathered(source, shift, column)
+        else:
+            for column in range(columns):
+                words[block * n + column] = gathered(source, shift, column)
 
 
-cdef inline void store_columns(uint32_t *words, const uint32_t *converted, Py_ssize_t columns) noexcept nogil:
-    """Copy the first ``columns`` words of a tile."""
-    if columns == PACKED_TILE_N:
-        memcpy(words, converted, PACKED_BLOCK_BYTES)  # a constant size: no call
-    else:
-        memcpy(words, converted, 4 * columns)
+cdef inline uint32_t gathered(const uint32_t **source, const int *shift, Py_ssize_t column) noexcept nogil:
+    """The word of a column whose row ``i`` begins at bit ``shift[i]`` of its lane in ``source[i]``."""
+    cdef uint32_t word = 0
+    cdef Py_ssize_t i
+    for i in range(PACKED_BLOCK_K):
+        word |= (source[i][column] >> shift[i] & 15) << (4 * i)
+    return word
 
 
 cdef inline uint32_t word_of_lane(uint32_t lane) noexcept nogil:

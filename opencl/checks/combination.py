@@ -83,10 +83,11 @@ def combined(ctx: OpenClContext, macros: Mapping[str, int], rng: np.random.Gener
         rows = rng.standard_normal((TOKENS, WIDTH), np.float32).astype(dtype)
         factors = rng.uniform(0.5, 2, (TOKENS, 1)).astype(np.float32) if macros["SHARED"] == 2 else None
         expected += rows.astype(np.float64) * (1 if factors is None else factors)
-        buffer = None if factors is None else backend.from_host(factors).base_data
+        buffer: Any = None if factors is None else backend.from_host(factors).base_data
         shared = Shared(device_rows(backend, rows), buffer)
     out = backend.from_host(np.full((TOKENS, WIDTH), np.nan, TYPES[macros["OUTPUT_TYPE"]]))
-    result = Rows(out.base_data, 0, macros["OUTPUT_TYPE"], TOKENS, WIDTH)
+    data: Any = out.base_data
+    result = Rows(data, 0, macros["OUTPUT_TYPE"], TOKENS, WIDTH)
     weighted = bool(macros["WEIGHTED"])
     enqueue_combine(ctx, device_rows(backend, products), chosen, NUM_EXPERTS, shared, result, weighted=weighted)
     ctx.finish()
