@@ -114,7 +114,8 @@ def shared_factors(ctx: OpenClContext, macros: Mapping[str, int], rng: np.random
 
     x = random_tokens(macros, rng)
     gate = (rng.standard_normal(WIDTH) / np.sqrt(WIDTH)).astype(np.float32)
-    factors = enqueue_shared_factor(ctx, ctx.backend.from_host(gate).base_data, device_rows(ctx.backend, x))
+    buffer: Any = ctx.backend.from_host(gate).base_data
+    factors = enqueue_shared_factor(ctx, buffer, device_rows(ctx.backend, x))
     ctx.finish()
     return read(ctx, factors, (TOKENS,)), 1 / (1 + np.exp(-(x.astype(np.float64) @ gate)))
 
