@@ -4,16 +4,42 @@ A table maps names to types, both spelled as in the ``.cl`` file: ``"uint"``, ``
 INPUT, OUTPUT, LOGIT and PREPARED are the element types that the macros INPUT_TYPE, OUTPUT_TYPE, LOGITS_TYPE and
 PREPARED_TYPE choose. The ``.cl`` files document the arguments.
 
+At the end are functions that put the arguments of a launch in the order of a table: each takes them by name.
+
 ``tests/test_opencl_arguments.py`` compares the tables with what a compiler reports for every kernel.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["KERNELS", "Arguments", "Macros", "arguments_of", "is_local", "is_pointer", "numpy_types", "work_of"]
+__all__ = [
+    "KERNELS",
+    "Arguments",
+    "Macros",
+    "align_values",
+    "arguments_of",
+    "by_name",
+    "combine_values",
+    "gemm_values",
+    "is_local",
+    "is_pointer",
+    "listed_values",
+    "mapped_values",
+    "numpy_types",
+    "pack_scales_values",
+    "pack_words_values",
+    "prepare_row_values",
+    "reduce_splits_values",
+    "rescale_values",
+    "route_align_values",
+    "route_values",
+    "routed_values",
+    "shared_factor_values",
+    "weigh_tokens_values",
+]
 
 Arguments: TypeAlias = Mapping[str, str]
 Macros: TypeAlias = Mapping[str, int]
@@ -64,7 +90,7 @@ ROUTED_WORK = {
 LISTED_WORK = {"list": "global int*", "listed": "int"}
 
 
-def work_of(macros: Macros) -> Arguments:
+def work(macros: Macros) -> Arguments:
     """WORK_ARGS."""
     return ROUTED_WORK if macros.get("ROUTED") else LISTED_WORK
 
@@ -92,30 +118,28 @@ PRODUCT = {
     "bias": "global float*",
     "partial": "global float*",
     "tiles_capacity": "uint",
-    "splits": "int",
 }
-REDUCE_SPLITS = {
-    "num_experts": "uint",
-    "n": "uint",
+SPLITS = {"splits": "int"}
+SUMMED_WEIGHTS = {"num_experts": "uint", "n": "uint"}
+SUMS = {
     "output": "global OUTPUT*",
     "output_offset": "ulong",
     "output_stride": "uint",
     "bias": "global float*",
     "partial": "global float*",
     "tiles_capacity": "uint",
-    "splits": "int",
 }
 
 
 def gemm(macros: Macros) -> Arguments:
     """GEMM_ARGS: the same for every tier."""
     parts = {f"w{part}": "global uint*" for part in range(macros.get("PARTS", 1))}
-    return {**parts, **WEIGHTS, **PRODUCT, **work_of(macros)}
+    return {**parts, **WEIGHTS, **PRODUCT, **SPLITS, **work(macros)}
 
 
 def reduce_splits(macros: Macros) -> Arguments:
     """The arguments of ``reduce_splits``."""
-    return {**REDUCE_SPLITS, **work_of(macros)}
+    return {**SUMMED_WEIGHTS, **SUMS, **SPLITS, **work(macros)}
 
 
 # Preparation (prepare.cl) -------------------------------------------------------------------------
@@ -131,13 +155,16 @@ PREPARE_ROW = {
 }
 
 
+MAPPED = {"map": "global int2*"}
+
+
 def prepare_rows(macros: Macros) -> Arguments:
     """PREPARE_ARGS, and GATHER_ARGS for the value of GATHER."""
     match macros.get("GATHER", 0):
         case 2:
-            return {**PREPARE_ROW, "num_experts": "uint", **work_of(macros)}
+            return {**PREPARE_ROW, "num_experts": "uint", **work(macros)}
         case 3:
-            return {**PREPARE_ROW, "map": "global int2*"}
+            return {**PREPARE_ROW, **MAPPED}
         case _:
             return PREPARE_ROW
 
@@ -176,8 +203,7 @@ ALIGN = {
     "past_offset": "ulong",
     "counts": "local uint*",
 }
-ROUTE_ALIGN = {
-    **ROUTE,
+ALIGN_FEW = {
     "block_size": "uint",
     "sorted_ids": "global int*",
     "expert_ids": "global int*",
@@ -221,7 +247,7 @@ COMBINE = {
 
 def route_align(macros: Macros) -> Arguments:
     """The arguments of ``route_align``: with PREPARES those of a row's preparation follow."""
-    return {**ROUTE_ALIGN, **PREPARE_ROW} if macros.get("PREPARES") else ROUTE_ALIGN
+    return {**ROUTE, **ALIGN_FEW, **(PREPARE_ROW if macros.get("PREPARES") else {})}
 
 
 # Packing of weights (pack.cl) ---------------------------------------------------------------------
@@ -273,3 +299,36 @@ KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
     }
 )
 """The table of each kernel by its name, from the macros of its program."""
+
+
+# Arguments by name --------------------------------------------------------------------------------
+
+
+def by_name(names: Iterable[str]) -> Callable[..., tuple[Any, ...]]:
+    """A function that takes a value for each name, as keywords, and returns the values in the order of the names.
+
+    A launch takes such tuples: they cost the host half of what dictionaries do. The function is compiled from text, as
+    those of :func:`collections.namedtuple` are: that is faster than a loop over the names.
+    """
+    listed = ", ".join(names)
+    function: Callable[..., tuple[Any, ...]] = eval(f"lambda *, {listed}: ({listed},)", {"__builtins__": {}})
+    return function
+
+
+# Constants of a launch, such as WEIGHTS and SPLITS, are not in these. Where a kernel has arguments of several tables, a
+# launch takes the tuples of these one after the other.
+routed_values = by_name(ROUTED_WORK)
+listed_values = by_name(LISTED_WORK)
+gemm_values = by_name(PRODUCT)
+reduce_splits_values = by_name(SUMS)
+prepare_row_values = by_name(PREPARE_ROW)
+mapped_values = by_name(MAPPED)
+route_values = by_name(ROUTE)
+align_values = by_name(ALIGN)
+route_align_values = by_name(ALIGN_FEW)
+weigh_tokens_values = by_name(WEIGH_TOKENS)
+shared_factor_values = by_name(SHARED_FACTOR)
+combine_values = by_name(COMBINE)
+pack_words_values = by_name(PACK_WORDS)
+pack_scales_values = by_name(PACK_SCALES)
+rescale_values = by_name(RESCALE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -263,6 +263,7 @@ class OpenClContext(Context):
         macros: Mapping[str, int],
         options: tuple[str, ...] = (),
         changing: tuple[str, ...] = (),
+        check: Callable[[OpenClContext, str, Mapping[str, int]], None] | None = None,
     ) -> Launch:
         """This context's own :class:`Launch` of a kernel; made once.
 
@@ -275,10 +276,14 @@ class OpenClContext(Context):
             The compiler's options.
         changing : tuple of str
             As for :class:`Launch`.
+        check : callable, optional
+            Called as ``check(self, name, macros)`` before the launch is made; raises an error if the kernel is wrong.
         """
         key = file, name, tuple(macros.items()), options  # not sorted: each calling place always passes the same order
         launch = self._launches.get(key)
         if launch is None:
+            if check is not None:
+                check(self, name, macros)
             kernel = self._backend.runtime.programs.kernel(file, name, macros, options)
             launch = self._launches[key] = Launch(kernel, arguments_of(name, macros), changing=changing)
         return launch

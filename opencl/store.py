@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.arguments import arguments_of, pack_scales_values, pack_words_values, rescale_values
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layout import STRIP_N, expert_layout
 from marlin_cy.opencl.memory import (
@@ -253,32 +253,32 @@ class OpenClStackBuilder(CheckedStackBuilder):
             queue,
             (32 * strips, layout.k_blocks),
             None,
-            {
-                "words": staging.words,
-                "n": n,
-                "rows": store.order,
-                "rows_offset": 0 if len(store.group_orders) == 1 else expert * layout.packed_k,
-                "packed_k": layout.packed_k,
-                "packed": part,
-                "base": base,
-                "column_offset": column_offset,
-            },
+            pack_words_values(
+                words=staging.words,
+                n=n,
+                rows=store.order,
+                rows_offset=0 if len(store.group_orders) == 1 else expert * layout.packed_k,
+                packed_k=layout.packed_k,
+                packed=part,
+                base=base,
+                column_offset=column_offset,
+            ),
         )
         self._pack_scales(
             queue,
             (n, layout.groups),
             None,
-            {
-                "scale": staging.scale,
-                "zero": staging.zero,
-                "n": n,
-                "scale_rows": self._scale_rows,
-                "scale_rows_offset": order * layout.groups,
-                "packed": part,
-                "scale_base": base + layout.scale_offset,
-                "zero_base": base + layout.zero_offset,
-                "column_offset": column_offset,
-            },
+            pack_scales_values(
+                scale=staging.scale,
+                zero=staging.zero,
+                n=n,
+                scale_rows=self._scale_rows,
+                scale_rows_offset=order * layout.groups,
+                packed=part,
+                scale_base=base + layout.scale_offset,
+                zero_base=base + layout.zero_offset,
+                column_offset=column_offset,
+            ),
         )
 
     def _stack(self, bias: npt.NDArray[np.float32] | None) -> OpenClMarlinExpertStack:
@@ -310,13 +310,13 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 self._runtime.loading_queue,
                 (2 * (store.layout.zero_offset - store.layout.scale_offset), experts),
                 None,
-                {
-                    "packed": buffer,
-                    "expert_words": store.expert_words,
-                    "scale_base": store.layout.scale_offset,
-                    "exponent": exponent,
-                    "bfloat16": int(self._scale_dtype != np.float16),
-                },
+                rescale_values(
+                    packed=buffer,
+                    expert_words=store.expert_words,
+                    scale_base=store.layout.scale_offset,
+                    exponent=exponent,
+                    bfloat16=int(self._scale_dtype != np.float16),
+                ),
             )
         store.weight_factor = 2.0**-exponent
 

@@ -17,6 +17,7 @@ import pyopencl as cl
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector, memory_of
+from marlin_cy.opencl.checks.zero_points import random_zeros
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
@@ -156,7 +157,7 @@ def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator)
         Int4Weight(
             words=rng.integers(0, 1 << 32, (shape.k // 8, shape.n), dtype=np.uint32),
             scale=rng.uniform(0.005, 0.015, groups).astype(np.float16),
-            zero=random_zeros(rng, shape, groups),
+            zero=random_zeros(rng, shape.codes, groups, shape.symmetric),
             group_size=shape.group_size,
             codes=shape.codes,
         )
@@ -166,13 +167,6 @@ def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator)
     for expert in range(shape.experts):
         builder.add(expert, 0, weights[expert % len(weights)])
     return cast("OpenClMarlinExpertStack", builder.finish())
-
-
-def random_zeros(rng: np.random.Generator, shape: Shape, groups: tuple[int, int]) -> npt.NDArray[np.uint8] | None:
-    """Zero points of a shape's weights, or None."""
-    if shape.codes != "uint4":
-        return None
-    return np.full(groups, 8, np.uint8) if shape.symmetric else rng.integers(1, 17, groups, dtype=np.uint8)
 
 
 class Case:

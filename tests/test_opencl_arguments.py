@@ -11,7 +11,7 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from opencl_devices import DEVICES, runtime_of  # noqa: E402
 
-from marlin_cy.opencl.arguments import KERNELS, arguments_of, is_local, is_pointer, numpy_types  # noqa: E402
+from marlin_cy.opencl.arguments import KERNELS, arguments_of, by_name, is_local, is_pointer, numpy_types  # noqa: E402
 from marlin_cy.opencl.device import capabilities  # noqa: E402
 from marlin_cy.opencl.launch import Launch  # noqa: E402
 from marlin_cy.opencl.program import KERNELS as KERNEL_FOLDER  # noqa: E402
@@ -126,12 +126,12 @@ def test_types_for_pyopencl():
 
 # Launches ---------------------------------------------------------------------------------------
 
-SCALE = {"to": "global float*", "from": "global float*", "factor": "float", "room": "local float*", "shift": "uint"}
+SCALE = {"to": "global float*", "source": "global float*", "factor": "float", "room": "local float*", "shift": "uint"}
 TEXT = """
-__kernel void scale(__global float *to, __global const float *from, const float factor, __local float *room,
+__kernel void scale(__global float *to, __global const float *source, const float factor, __local float *room,
                     const uint shift)
 {
-    room[0] = from[get_global_id(0)] * factor;
+    room[0] = source[get_global_id(0)] * factor;
     to[get_global_id(0)] = room[0] + shift;
 }
 """
@@ -153,18 +153,22 @@ def read(runtime, buffer, count=4):
     return result.tolist()
 
 
-def test_a_launch_takes_arguments_by_name(runtime):
-    """In any order; numbers that change are set again, and so are buffers."""
+def values(**given):
+    """In the order of SCALE."""
+    return tuple(given[name] for name in SCALE if name in given)
+
+
+def test_a_launch_sets_what_changes(runtime):
     launch = scale_launch(runtime)
     inputs = [runtime.buffer(np.arange(4, dtype=np.float32) + i) for i in range(2)]
     outputs = [runtime.buffer(np.zeros(4, np.float32)) for _ in range(2)]
     for factor, shift, i, j in [(2.0, 1, 0, 0), (2.0, 1, 1, 1), (2.0, 3, 1, 0), (0.5, 3, 0, 1), (0.5, 3, 0, 1)]:
-        arguments = {"room": 4, "shift": shift, "from": inputs[i], "to": outputs[j], "factor": factor}
+        arguments = values(room=4, shift=shift, source=inputs[i], to=outputs[j], factor=factor)
         launch(runtime.queue, (4,), (1,), arguments)
         assert read(runtime, outputs[j]) == [(x + i) * factor + shift for x in range(4)]
 
 
-def test_numbers_are_set_when_they_change(runtime, monkeypatch):
+def test_numbers_are_set_when_they_change(monkeypatch):
     """A call with the numbers of the last sets its buffers alone, and what changes in every call."""
     kernel_calls = []
 
@@ -181,32 +185,35 @@ def test_numbers_are_set_when_they_change(runtime, monkeypatch):
             kernel_calls.append("all")
 
     monkeypatch.setattr(cl, "enqueue_nd_range_kernel", lambda *arguments: None)
-    launch = Launch(Recorder(), SCALE, {"from": "a buffer"}, changing=("shift",))
+    launch = Launch(Recorder(), SCALE, {"source": "a buffer"}, changing=("shift",))
     arguments = {"to": "another buffer", "factor": 1.0, "room": 4}
     for shift in range(3):
-        launch(None, (1,), (1,), {**arguments, "shift": np.uint32(shift)})
-    launch(None, (1,), (1,), {**arguments, "room": 8, "shift": np.uint32(3)})
+        launch(None, (1,), (1,), values(**arguments, shift=np.uint32(shift)))
+    launch(None, (1,), (1,), values(**{**arguments, "room": 8}, shift=np.uint32(3)))
     assert kernel_calls == ["all", 0, 4, 0, 4, "all"]
-    kernel_calls.clear()
     # NULL is set once; a buffer in its place is set, and then in each call.
-    for to in (None, None, "another buffer", "another buffer", None):
-        launch(None, (1,), (1,), {**arguments, "to": to, "room": 8, "shift": np.uint32(3)})
-    assert kernel_calls == [0, 4, 0, 4, 0, 4, 0, 4, 0, 4]
-    launch = Launch(Recorder(), SCALE, {"from": "a buffer"}, work=("shift", "room"))
+    launch = Launch(Recorder(), SCALE, {"source": "a buffer"})
     kernel_calls.clear()
-    for to in (None, None, "another buffer", "another buffer"):
-        launch(None, (1,), (1,), {"to": to, "factor": 1.0}, None, {"shift": 1, "room": 4})
-    launch(None, (1,), (1,), {"to": to, "factor": 1.0}, None, {"shift": 1, "room": 8})
-    assert kernel_calls == ["all", "all", 0, "all"]
+    for to in (None, None, "another buffer", "another buffer", None):
+        launch(None, (1,), (1,), values(to=to, factor=1.0, room=4, shift=1))
+    assert kernel_calls == ["all", "all", 0, 0]
+    launch(None, (1,), (1,), values(to=None, factor=1.0, room=8, shift=1))
+    launch(None, (1,), (1,), values(to=None, factor=1.0, room=8, shift=1))
+    assert kernel_calls == ["all", "all", 0, 0, "all"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda given: given.pop("factor"), lambda given: given.pop("to"), lambda given: given.update(offset=3)],
-    ids=["a number is missing", "a buffer is missing", "one too many"],
-)
-def test_wrong_names(runtime, change):
-    given = {"to": None, "factor": 1.0, "room": 4, "shift": 1}
-    change(given)
-    with pytest.raises(TypeError, match=r"arguments of scale: got .*, expected to, factor, room, shift$"):
-        scale_launch(runtime, {"from": None})(runtime.queue, (1,), (1,), given)
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_a_wrong_number_of_arguments(runtime, count):
+    launch = scale_launch(runtime, {"source": None})
+    with pytest.raises(TypeError, match=rf"arguments of scale: got {count}, expected 4: to, factor, room, shift$"):
+        launch(runtime.queue, (1,), (1,), (None, 1.0, 4, 1, 1)[:count])
+
+
+def test_values_by_name():
+    """In any order; a name too many or one that is missing is an error."""
+    scale_values = by_name(SCALE)
+    assert scale_values(shift=1, room=2, factor=3, source=4, to=5) == (5, 4, 3, 2, 1)
+    with pytest.raises(TypeError, match="'room'"):
+        scale_values(shift=1, factor=3, source=4, to=5)
+    with pytest.raises(TypeError, match="'offset'"):
+        scale_values(shift=1, room=2, factor=3, source=4, to=5, offset=6)

@@ -21,7 +21,7 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if DEVICE_LABELS == ["cpu"]:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
-from marlin_cy.opencl import program, tuned, tuning  # noqa: E402
+from marlin_cy.opencl import program, selfcheck, tuned, tuning  # noqa: E402
 from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
 from marlin_cy.opencl.checks import products, verdicts  # noqa: E402
 from marlin_cy.opencl.checks import routing as routing_checks  # noqa: E402
@@ -226,7 +226,7 @@ def test_a_wrong_one_is_remembered(new_backend, rng, monkeypatch):
                 _, used = batched(backend, problem, x)
                 assert not has_fault(used)
         assert len([one for one in said if one.category is RuntimeWarning]) == 1
-    assert [has_fault(kind.configuration) for kind in counted.kinds] == [True, False]
+    assert [has_fault(kind.configuration) for kind in counted.kinds] == [True, True, False]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\0\1\n[]\nnull\n", b'{"kind": 3, "wrong": null}\n'])
@@ -427,3 +427,70 @@ class TestRoutingAndAlignment:
         with pytest.raises(DeviceError, match="grouping of tokens by expert is wrong .expert_ids are wrong"):
             layer.on(backend).forward_routed(backend.new_context(), backend.from_host(x), ids, weights, out=out)
         assert (backend.to_host(out) == 7).all()
+
+
+class TestSums:
+    """The kernels around a layer's products."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"fma((float4)(weight[i])": "fma((float4)(1.01f * weight[i])"}, "the sum of the experts' rows is wrong"),
+            ({"store_output(sum.w, output, place + 3);": ""}, "the sum of the experts' rows is wrong"),
+            ({"&& (uint)ids[j] < num_experts": ""}, "the sum of the experts' rows is wrong .*nan"),
+            ({"vstore8(weight * ": "vstore8(1.01f * weight * "}, "the product of tokens and weights is wrong"),
+            ({"1 / (1 + exp(": "0.99f / (1 + exp("}, "the factor of the shared expert is wrong"),
+        ],
+        ids=["wrong", "unwritten", "left out", "weighing", "factor"],
+    )
+    def test_a_wrong_kernel_is_an_error(self, new_backend, rng, monkeypatch, change, message):
+        with_text(monkeypatch, change, ["moe"])
+        backend = new_backend()
+        layer = Layer(rng, weigh_input="tokens" in message, shared=32, gate=True).on(backend)
+        x, logits = activations(rng, 4, 96), activations(rng, 4, 5)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=message):
+                layer(backend.new_context(), backend.from_host(x), backend.from_host(logits))
+
+
+def faults_of_runs(monkeypatch, wrong):
+    """Make the runs of products' checks wrong by a list of bools; returns the list of the runs so far."""
+    runs, right = [], products.relative_error
+
+    def error(*args):
+        runs.append(len(runs) < len(wrong) and wrong[len(runs)])
+        return np.inf if runs[-1] else right(*args)
+
+    monkeypatch.setattr(products, "relative_error", error)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "is_used"),
+    [((True, False, False), True), ((True, True), False), ((True, False, True), False)],
+    ids=["passes", "stays", "returns"],
+)
+def test_a_fault_is_confirmed_before_it_is_remembered(new_backend, rng, monkeypatch, wrong, is_used):
+    """A fault in one run of the check condemns no configuration, neither now nor in later processes."""
+    problem, x = random_problem(rng, E, K, N, 32), activations(rng, ROWS, K)
+    runs = faults_of_runs(monkeypatch, wrong)
+    for _ in range(2):
+        backend = offering(new_backend(), lambda offered: offered[:1])
+        if is_used:
+            result, _ = batched(backend, problem, x)
+            assert_close(result, x.astype(np.float64) @ problem.dense(1), product_bound(backend, x, problem.dense(1)))
+        else:
+            with pytest.raises(DeviceError, match="results are wrong"):
+                batched(backend, problem, x)
+        assert runs == list(wrong)
+
+
+def test_a_tiers_fault_is_confirmed(new_backend, monkeypatch):
+    """A device that fails once at its first use keeps its tier."""
+    right, runs = selfcheck.relative_error, []
+    monkeypatch.setattr(selfcheck, "_known", {})
+    monkeypatch.setattr(
+        selfcheck, "relative_error", lambda backend: runs.append(1) or (right(backend) + (len(runs) == 1))
+    )
+    assert selfcheck.reason_wrong(new_backend()) is None
+    assert len(runs) == 3

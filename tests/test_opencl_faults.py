@@ -263,7 +263,7 @@ def test_a_bias_of_a_stack_that_does_not_fit(backend, rng, monkeypatch):
 def test_a_device_without_queues(backend, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cl, "CommandQueue", failing("OUT_OF_RESOURCES"))
-        with pytest.raises(BackendUnavailable, match="takes no command queue .*OUT_OF_RESOURCES"):
+        with pytest.raises(BackendUnavailable, match="has no command queue .*OUT_OF_RESOURCES"):
             OpenClBackend(device=backend.device)
 
 

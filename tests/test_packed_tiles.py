@@ -130,3 +130,14 @@ def test_reading_needs_no_backend():
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_data_at_any_address(cpu_backend, rng):
+    """A memory map, or a view, need not begin at a multiple of 4 bytes."""
+    tiles, _ = tiles_of(random_problem(rng, 2, 64, 16, 32), cpu_backend)
+    for shift in range(4):
+        room = np.empty(tiles.data.size + 3, np.uint8)
+        data = room[shift : shift + tiles.data.size].reshape(tiles.data.shape)
+        data[:] = tiles.data
+        moved = replace(tiles, data=data)
+        assert_same_bits(moved.canonical(1).words, tiles.canonical(1).words)

@@ -11,6 +11,14 @@ import numpy as np
 
 __all__ = ["group_values_of_tiles", "transpose", "words_of_awq", "words_of_marlin", "words_of_tiles"]
 
+cdef extern from *:
+    """
+    #include <stdint.h>
+    typedef uint32_t *__restrict disjoint_words;
+    """
+    # Words that no other pointer of a function points to.
+    ctypedef uint32_t *disjoint_words
+
 ctypedef fused item_t:
     uint8_t
     uint16_t
@@ -113,23 +121,27 @@ def words_of_tiles(
     packed_k = (tiles.shape[1] - header_bytes) // PACKED_BLOCK_BYTES * PACKED_BLOCK_K
     if k % PACKED_BLOCK_K or packed_k < k or PACKED_TILE_N * tiles.shape[0] < n:
         raise ValueError(f"tiles: got {packed_k} rows of {PACKED_TILE_N * tiles.shape[0]} columns, expected [{k}, {n}]")
+    if tiles.shape[1] % 4 or header_bytes % 4:
+        raise ValueError(f"tiles: got {header_bytes} and {tiles.shape[1]} bytes, expected multiples of 4")
+    if blocks and n and <size_t>&tiles[0, 0] % 4:
+        tiles = np.array(tiles)  # aligned, so that four bytes can be read as a word
     cdef const int32_t *places = NULL
     if positions is not None:
         if positions.shape[0] != k or not all_below(positions, packed_k):
             raise ValueError(f"positions: got {positions.shape[0]} entries, expected {k} of 0 to {packed_k - 1}")
         places = &positions[0]
+    cdef const uint32_t *lanes
     out = np.empty((blocks, n), np.uint32)
     cdef uint32_t[:, ::1] words = out
     if blocks and n:
         with nogil:
             for tile in range((n + PACKED_TILE_N - 1) // PACKED_TILE_N):
+                lanes = <const uint32_t *>&tiles[tile, header_bytes]
                 columns = min(<Py_ssize_t>PACKED_TILE_N, n - PACKED_TILE_N * tile)
                 if places == NULL:
-                    tile_in_order(&tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], blocks, columns, n)
+                    tile_in_order(lanes, &words[0, PACKED_TILE_N * tile], blocks, columns, n)
                 else:
-                    tile_out_of_order(
-                        &tiles[tile, header_bytes], &words[0, PACKED_TILE_N * tile], places, blocks, columns, n
-                    )
+                    tile_out_of_order(lanes, &words[0, PACKED_TILE_N * tile], places, blocks, columns, n)
     return out
 
 
@@ -251,46 +263,52 @@ cdef inline uint32_t rows_of(uint32_t word) noexcept nogil:
     return (word & 0xF) | (word >> 12 & 0xF0)
 
 
-cdef void tile_in_order(const uint8_t *body, uint32_t *words, Py_ssize_t blocks, Py_ssize_t columns,
+cdef void tile_in_order(const uint32_t *lanes, disjoint_words words, Py_ssize_t blocks, Py_ssize_t columns,
                         Py_ssize_t n) noexcept nogil:
     """``columns`` columns of canonical words, rows ``n`` words apart, from a packed tile in K's own order."""
     cdef Py_ssize_t block, column
     if columns == PACKED_TILE_N:
         for block in range(blocks):
-            # A constant number of columns, which compilers vectorise.
-            for column in range(PACKED_TILE_N):
-                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
+            for column in range(PACKED_TILE_N):  # a constant number, which compilers vectorise
+                words[block * n + column] = word_of_lane(lanes[block * PACKED_TILE_N + column])
     else:
         for block in range(blocks):
             for column in range(columns):
-                words[block * n + column] = word_of_bytes(body + block * PACKED_BLOCK_BYTES + 4 * column)
+                words[block * n + column] = word_of_lane(lanes[block * PACKED_TILE_N + column])
 
 
-cdef void tile_out_of_order(const uint8_t *body, uint32_t *words, const int32_t *positions, Py_ssize_t blocks,
+cdef void tile_out_of_order(const uint32_t *lanes, disjoint_words words, const int32_t *positions, Py_ssize_t blocks,
                             Py_ssize_t columns, Py_ssize_t n) noexcept nogil:
     """As :func:`tile_in_order`, for rows of K that are packed at ``positions``."""
-    cdef Py_ssize_t block, column, i, row
-    cdef const uint8_t *source[PACKED_BLOCK_K]
+    cdef Py_ssize_t block, column, i
+    cdef const uint32_t *source[PACKED_BLOCK_K]
     cdef int shift[PACKED_BLOCK_K]
-    cdef uint32_t word
+    cdef uint32_t row
     for block in range(blocks):
         for i in range(PACKED_BLOCK_K):
             row = positions[block * PACKED_BLOCK_K + i]
-            source[i] = body + row // PACKED_BLOCK_K * PACKED_BLOCK_BYTES + row % 4
-            shift[i] = 4 * (row % PACKED_BLOCK_K // 4)
-        for column in range(columns):
-            word = 0
-            for i in range(PACKED_BLOCK_K):
-                word |= <uint32_t>(source[i][4 * column] >> shift[i] & 15) << (4 * i)
-            words[block * n + column] = word
+            source[i] = lanes + <Py_ssize_t>(row // PACKED_BLOCK_K) * PACKED_TILE_N
+            shift[i] = 8 * (row % 4) + 4 * (row % PACKED_BLOCK_K // 4)
+        if columns == PACKED_TILE_N:
+            for column in range(PACKED_TILE_N):
+                words[block * n + column] = gathered(source, shift, column)
+        else:
+            for column in range(columns):
+                words[block * n + column] = gathered(source, shift, column)
 
 
-cdef inline uint32_t word_of_bytes(const uint8_t *lane) noexcept nogil:
-    """Four bytes of a packed column, rows ``t`` and ``t + 4`` in byte ``t``, as a word of rows 0 to 7, lowest first."""
-    cdef uint32_t lane_word = (
-        lane[0] | <uint32_t>lane[1] << 8 | <uint32_t>lane[2] << 16 | <uint32_t>lane[3] << 24
-    )
-    return exchange_bits(exchange_bits(lane_word, 0x00F000F0, 4), 0x0000FF00, 8)
+cdef inline uint32_t gathered(const uint32_t **source, const int *shift, Py_ssize_t column) noexcept nogil:
+    """The word of a column whose row ``i`` begins at bit ``shift[i]`` of its lane in ``source[i]``."""
+    cdef uint32_t word = 0
+    cdef Py_ssize_t i
+    for i in range(PACKED_BLOCK_K):
+        word |= (source[i][column] >> shift[i] & 15) << (4 * i)
+    return word
+
+
+cdef inline uint32_t word_of_lane(uint32_t lane) noexcept nogil:
+    """Rows 0 to 7, lowest first, from the four bytes of a packed column: rows ``t`` and ``t + 4`` in byte ``t``."""
+    return exchange_bits(exchange_bits(lane, 0x00F000F0, 4), 0x0000FF00, 8)
 
 
 cdef inline uint32_t exchange_bits(uint32_t x, uint32_t mask, int shift) noexcept nogil:

@@ -3,9 +3,11 @@
 Drivers compile some kernels wrongly, and which ones depends on the configuration. So a configuration is checked on a
 tiny problem before its results are used::
 
-    products.py   a product: a tier's gemm in one configuration, what prepares its rows, and what adds up its splits
-    routing.py    routing, and the grouping of (token, choice) pairs by expert
-    verdicts.py   what was found: in memory, and in the cache folder for the next process
+    products.py      a product: a tier's gemm in one configuration, what prepares its rows, and what adds up its splits
+    routing.py       routing, and the grouping of (token, choice) pairs by expert
+    combination.py   the kernels around a layer's products: weighing of tokens, and the sum of the experts' rows
+    zero_points.py   random zero points for these, and for tuning
+    verdicts.py      what was found: in memory, and in the cache folder for the next process
 
-The check that chooses a tier, ``selfcheck.py``, comes before these, and uses none of them.
+The check that chooses a tier, ``selfcheck.py``, comes before these; its result is not kept on disk.
 """

@@ -18,11 +18,13 @@ from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import TYPES, Rows, int32_vector, memory_of
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
+from marlin_cy.opencl.checks.zero_points import random_zeros
 from marlin_cy.opencl.gemm.work import RoutedBlocks, TileList
 from marlin_cy.opencl.memory import uploaded
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Configuration
 from marlin_cy.stacks.builder import checked_stack_sizes
+from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 if TYPE_CHECKING:
@@ -252,11 +254,10 @@ def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[An
     if kind.order != "own":
         orders = [rng.permutation(np.arange(K, dtype=np.int32) // group_size) for _ in range(experts)]
         g_idx = orders if kind.order == "each" else orders[:1] * experts
-    q = rng.integers(0, 16, (experts, K, N)).astype(np.uint8)
+    q = rng.integers(0, 1 << CODE_TYPES[kind.codes].bits, (experts, K, N)).astype(np.uint8)
     scale = rng.uniform(0.5, 2, (experts, groups, N)).astype(np.float16)
-    zero: Any = [None] * experts
-    if kind.codes == "uint4":
-        zero = np.full(scale.shape, 8, np.uint8) if kind.symmetric else rng.integers(1, 17, scale.shape, dtype=np.uint8)
+    zeros = random_zeros(rng, kind.codes, scale.shape, kind.symmetric)
+    zero: Any = [None] * experts if zeros is None else zeros
     sizes = checked_stack_sizes(
         experts, K, N, group_size, None if kind.order == "own" else g_idx, kind.codes, np.float16
     )

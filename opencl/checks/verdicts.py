@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
     from marlin_cy.opencl.tiers.configuration import Configuration
 
-__all__ = ["Verdicts", "unchecked_backend"]
+__all__ = ["Verdicts", "confirmed", "unchecked_backend"]
 
 SUFFIX = ".checked"
 MAX_BYTES = 8 << 20  # of all devices' files; a line has some 500 bytes
@@ -60,8 +60,8 @@ class Verdicts:
         kind : str
             The kernels, and all by which one use of them may be right and another wrong.
         check : callable
-            Runs them; returns None or what is wrong. Called if there is no verdict; its exceptions are passed on, and
-            leave no verdict.
+            Runs them; returns None or what is wrong. Called if there is no verdict, as :func:`confirmed` says; its
+            exceptions are passed on, and leave no verdict.
         """
         memory = self._memory
         try:
@@ -73,7 +73,7 @@ class Verdicts:
                 memory.verdicts.update(self._read())
                 memory.read = True
             if kind not in memory.verdicts:
-                reason = check()
+                reason = confirmed(check)
                 memory.verdicts[kind] = reason
                 self._append(kind, reason)
             return memory.verdicts[kind]
@@ -140,6 +140,17 @@ class Memory:
 
 _memories: dict[str, Memory] = {}
 _memories_lock = threading.Lock()
+
+
+def confirmed(check: Callable[[], str | None]) -> str | None:
+    """None if a check finds nothing wrong, else what is wrong; a fault counts if two runs of at most three find one.
+
+    A fault that passes must not condemn a kernel: verdicts are kept.
+    """
+    if check() is None:
+        return None
+    second = check()
+    return check() if second is None else second
 
 
 def unchecked_backend(backend: OpenClBackend, configuration: Configuration | None = None) -> OpenClBackend:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyopencl as cl
 
-from marlin_cy.opencl.arguments import arguments_of, work_of
+from marlin_cy.opencl.arguments import arguments_of, gemm_values, reduce_splits_values
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.checks.products import right_configuration
 from marlin_cy.opencl.gemm.codes import code_macros
@@ -136,7 +136,7 @@ def multiply(
         work_arguments = work.arguments(ctx, by_slot)
     else:
         work_arguments = work.arguments(ctx, configuration.rows)
-        row_tiles = work_arguments["listed"]
+        _, row_tiles = work_arguments
     splits, local, partial = configuration.splits, configuration.local_size, None
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
@@ -144,20 +144,19 @@ def multiply(
         queue,
         (min(row_tiles * plan.shares, limit) * local,),
         (local,),
-        {
-            "input": data,
-            "input_offset": offset,
-            "row_factor": row_factor,
-            "output": out.data,
-            "output_offset": out.offset,
-            "output_stride": out.width,
-            "bias": bias,
-            "partial": partial,
-            "tiles_capacity": row_tiles,
-            "splits": splits,
-        },
+        gemm_values(
+            input=data,
+            input_offset=offset,
+            row_factor=row_factor,
+            output=out.data,
+            output_offset=out.offset,
+            output_stride=out.width,
+            bias=bias,
+            partial=partial,
+            tiles_capacity=row_tiles,
+        )
+        + work_arguments,
         waits,
-        work_arguments,
     )
     ctx.log(label, event)
     if plan.reduce is not None:
@@ -165,17 +164,15 @@ def multiply(
             queue,
             (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
             (REDUCE_LOCAL_SIZE,),
-            {
-                "output": out.data,
-                "output_offset": out.offset,
-                "output_stride": out.width,
-                "bias": bias,
-                "partial": partial,
-                "tiles_capacity": row_tiles,
-                "splits": splits,
-            },
-            None,
-            work_arguments,
+            reduce_splits_values(
+                output=out.data,
+                output_offset=out.offset,
+                output_stride=out.width,
+                bias=bias,
+                partial=partial,
+                tiles_capacity=row_tiles,
+            )
+            + work_arguments,
         )
         ctx.log(f"{label}: reduce_splits", event)
     return event
@@ -231,16 +228,15 @@ def make_plan(
             "group_shift": layout.group_shift,
             "weight_factor": weight_factor,
             "tiny_factor": tiny_factor,
+            "splits": configuration.splits,
         },
-        work=work_of(gemm_macros),
     )
     reduce = None
     if configuration.splits > 1:
         reduce = Launch(
             programs.kernel("reduce", "reduce_splits", shape),
             arguments_of("reduce_splits", shape),
-            {"num_experts": store.num_experts, "n": store.n},
-            work=work_of(shape),
+            {"num_experts": store.num_experts, "n": store.n, "splits": configuration.splits},
         )
     return Plan(
         configuration=configuration,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyopencl as cl
 
 from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.opencl.arguments import mapped_values, prepare_row_values
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.gemm.work import TileList, Work
 from marlin_cy.opencl.layout import ExpertLayout
@@ -64,8 +65,8 @@ class Preparation:
     ----------
     macros : dict of str to int
         Of ``prepare.cl``.
-    arguments : dict of str to object
-        Of ``prepare_rows``.
+    arguments : tuple
+        Of ``prepare_rows``, in the order of its table.
     count : int
         Rows, which is the number of work-groups.
     prepared : Prepared
@@ -73,7 +74,7 @@ class Preparation:
     """
 
     macros: dict[str, int]
-    arguments: dict[str, Any]
+    arguments: tuple[Any, ...]
     count: int
     prepared: Prepared
 
@@ -116,7 +117,7 @@ def preparation(
     layout = store.layout
     prepared_type = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities).prepared_type
     begin = 0
-    gather_arguments: dict[str, Any] = {}
+    gather_arguments: tuple[Any, ...] = ()
     if has_one_order(store):
         gather = NO_ORDER if store.order is None else ONE_ORDER
         if isinstance(work, TileList):
@@ -127,10 +128,10 @@ def preparation(
         gather = MAPPED
         row_map, work = work.mapped()
         count = len(row_map)
-        gather_arguments = {"map": ctx.upload("row map", row_map)}
+        gather_arguments = mapped_values(map=ctx.upload("row map", row_map))
     else:
         gather, count = BY_SLOT, work.limit
-        gather_arguments = {"num_experts": store.num_experts, **work.arguments(ctx, 0)}
+        gather_arguments = (store.num_experts, *work.arguments(ctx, 0))
     data = ctx.reserve("prepared rows", count * row_bytes(prepared_type, layout))
     row_factor = ctx.reserve("row factors", 4 * count) if prepared_type == FLOAT16_ROWS else None
     return Preparation(
@@ -143,16 +144,16 @@ def preparation(
             "ROUTED": int(gather == BY_SLOT),
             **({"GROUP_SHIFT": layout.group_shift} if prepared_type == PLANES else {}),
         },
-        arguments={
-            "input": rows.data,
-            "input_offset": rows.offset + begin * rows.width,
-            "output": data,
-            "row_factor": row_factor,
-            "k_in": store.k,
-            "k_out": layout.packed_k,
-            "order": store.order,
-            **gather_arguments,
-        },
+        arguments=prepare_row_values(
+            input=rows.data,
+            input_offset=rows.offset + begin * rows.width,
+            output=data,
+            row_factor=row_factor,
+            k_in=store.k,
+            k_out=layout.packed_k,
+            order=store.order,
+        )
+        + gather_arguments,
         count=count,
         prepared=Prepared(data, row_factor, int(gather == BY_SLOT), work),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.opencl.arguments import listed_values, routed_values
 from marlin_cy.opencl.buffers import Vector
 
 if TYPE_CHECKING:
@@ -48,22 +49,22 @@ class RoutedBlocks(NamedTuple):
         """Rows that are read, unless they are gathered by slot."""
         return -(-self.valid // self.top_k)
 
-    def arguments(self, ctx: OpenClContext, by_slot: int) -> dict[str, Any]:
+    def arguments(self, ctx: OpenClContext, by_slot: int) -> tuple[Any, ...]:
         """WORK_ARGS with ROUTED; ``by_slot`` is 1 if slot s reads input row s."""
         sorted_ids, expert_ids, past, limit, valid, block_size, top_k = self
-        return {
-            "sorted_ids": sorted_ids.data,
-            "sorted_offset": sorted_ids.offset,
-            "expert_ids": expert_ids.data,
-            "expert_offset": expert_ids.offset,
-            "past": ctx.unlimited() if past is None else past.data,
-            "past_offset": 0 if past is None else past.offset,
-            "past_limit": limit,
-            "valid": valid,
-            "block_size": block_size,
-            "top_k": top_k,
-            "slot_input": by_slot,
-        }
+        return routed_values(
+            sorted_ids=sorted_ids.data,
+            sorted_offset=sorted_ids.offset,
+            expert_ids=expert_ids.data,
+            expert_offset=expert_ids.offset,
+            past=ctx.unlimited() if past is None else past.data,
+            past_offset=0 if past is None else past.offset,
+            past_limit=limit,
+            valid=valid,
+            block_size=block_size,
+            top_k=top_k,
+            slot_input=by_slot,
+        )
 
 
 class TileList(NamedTuple):
@@ -89,10 +90,10 @@ class TileList(NamedTuple):
         """Rows of all runs."""
         return int(self.runs[:, 6].sum(dtype=np.int64))
 
-    def arguments(self, ctx: OpenClContext, rows: int) -> dict[str, Any]:
+    def arguments(self, ctx: OpenClContext, rows: int) -> tuple[Any, ...]:
         """WORK_ARGS without ROUTED: the runs in tiles of at most ``rows`` rows."""
         tiles = self.tiles(rows)
-        return {"list": ctx.upload("row tiles", tiles), "listed": len(tiles)}
+        return listed_values(list=ctx.upload("row tiles", tiles), listed=len(tiles))
 
     def tiles(self, rows: int) -> Int32Array:
         """int32 ``[tiles, 8]`` for the device: the runs cut into tiles of at most ``rows`` rows."""

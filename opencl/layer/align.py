@@ -7,10 +7,11 @@ the pairs of all tokens (``route_align.cl``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from marlin_cy.opencl.arguments import align_values, route_align_values
 from marlin_cy.opencl.buffers import Rows, Vector
 from marlin_cy.opencl.checks.routing import check_align, is_right_beside
 from marlin_cy.opencl.gemm.prepare import Preparation, Prepared, has_one_order, needs_preparation, preparation
@@ -81,19 +82,19 @@ def enqueue_route_align(
     program, options = route_align_program(ctx.backend.runtime.capabilities)
     arrived, launch_base = ctx.arrival_counter()
     macros |= program
-    arguments |= {
-        "block_size": work.block_size,
-        "sorted_ids": work.sorted_ids.data,
-        "expert_ids": work.expert_ids.data,
-        "past": ctx.reserve(PAST, 4),
-        "marks": mark_bytes(work.valid, logits.width),
-        "arrived": arrived,
-        "launch_base": np.uint32(launch_base),
-    }
+    arguments += route_align_values(
+        block_size=work.block_size,
+        sorted_ids=work.sorted_ids.data,
+        expert_ids=work.expert_ids.data,
+        past=ctx.reserve(PAST, 4),
+        marks=mark_bytes(work.valid, logits.width),
+        arrived=arrived,
+        launch_base=np.uint32(launch_base),
+    )
     label, prepared = "route, align", None
     if how is not None:
         macros |= {**how.macros, "PREPARES": 1}
-        arguments |= how.arguments
+        arguments += how.arguments
         label, prepared = "route, align, gate_up: prepare_rows", how.prepared
     launch = ctx.launch("route_align", "route_align", macros, options, changing=("launch_base",))
     event = launch(ctx.queue, (ROUTE_ITEMS * logits.rows,), (ROUTE_ITEMS,), arguments)
@@ -125,24 +126,24 @@ def enqueue_align(ctx: OpenClContext, chosen: Chosen, gate_up: Experts, rows: Ro
     work = routing_arrays(ctx, chosen, rows.rows * chosen.top_k, num_experts)
     how = checked_fused_preparation(ctx, gate_up, rows, work)
     macros, groups = {"ALIGN_ITEMS": ALIGN_ITEMS}, num_experts
-    arguments: dict[str, Any] = {
-        "ids": chosen.ids,
-        "ids_offset": chosen.ids_offset,
-        "pairs": work.valid,
-        "num_experts": num_experts,
-        "block_size": work.block_size,
-        "sorted_ids": work.sorted_ids.data,
-        "sorted_offset": work.sorted_ids.offset,
-        "expert_ids": work.expert_ids.data,
-        "expert_offset": work.expert_ids.offset,
-        "past": ctx.reserve(PAST, 4),
-        "past_offset": 0,
-        "counts": 4 * num_experts,
-    }
+    arguments = align_values(
+        ids=chosen.ids,
+        ids_offset=chosen.ids_offset,
+        pairs=work.valid,
+        num_experts=num_experts,
+        block_size=work.block_size,
+        sorted_ids=work.sorted_ids.data,
+        sorted_offset=work.sorted_ids.offset,
+        expert_ids=work.expert_ids.data,
+        expert_offset=work.expert_ids.offset,
+        past=ctx.reserve(PAST, 4),
+        past_offset=0,
+        counts=4 * num_experts,
+    )
     name, label, prepared = "align", "align", None
     if how is not None:
         macros |= how.macros
-        arguments |= how.arguments
+        arguments += how.arguments
         groups += how.count
         name, label, prepared = "align_prepare", "align, gate_up: prepare_rows", how.prepared
     launch = ctx.launch(name, name, macros)

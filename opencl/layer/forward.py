@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import pyopencl as cl
 from pyopencl.array import Array
 
+from marlin_cy.opencl.arguments import combine_values, shared_factor_values, weigh_tokens_values
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, memory_of, refuse_overlap, wait_list
+from marlin_cy.opencl.checks.combination import check_moe_kernel
 from marlin_cy.opencl.checks.routing import is_right_fused
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.prepare import Prepared
@@ -220,22 +222,28 @@ def enqueue_shared(ctx: OpenClContext, expert: SharedExpert, activation: str, hi
     rows = enqueue_products(ctx, expert, activation, hidden, work, type_code, "shared ")
     if expert.gate_weight is None:
         return Shared(rows, None)
+    gate = ctx.kept(expert, expert.gate_weight, "gate of a shared expert")
+    return Shared(rows, enqueue_shared_factor(ctx, gate, hidden))
+
+
+def enqueue_shared_factor(ctx: OpenClContext, gate: cl.Buffer, hidden: Rows) -> cl.Buffer:
+    """Each token's factor of the shared expert, float32 ``[tokens]``, from the gate, float32 ``[hidden size]``."""
     factors = ctx.reserve("shared factors", 4 * hidden.rows)
     macros = {"INPUT_TYPE": hidden.type_code, "FACTOR_ITEMS": FACTOR_ITEMS}
-    event = ctx.launch("moe", "shared_factor", macros)(
+    event = ctx.launch("moe", "shared_factor", macros, check=check_moe_kernel)(
         ctx.queue,
         (hidden.rows * FACTOR_ITEMS,),
         (FACTOR_ITEMS,),
-        {
-            "input": hidden.data,
-            "input_offset": hidden.offset,
-            "gate": ctx.kept(expert, expert.gate_weight, "gate of a shared expert"),
-            "factors": factors,
-            "width": hidden.width,
-        },
+        shared_factor_values(
+            input=hidden.data,
+            input_offset=hidden.offset,
+            gate=gate,
+            factors=factors,
+            width=hidden.width,
+        ),
     )
     ctx.log("shared_factor", event)
-    return Shared(rows, factors)
+    return factors
 
 
 def all_to_one(ctx: OpenClContext, tokens: int) -> RoutedBlocks:
@@ -256,19 +264,20 @@ def all_to_one(ctx: OpenClContext, tokens: int) -> RoutedBlocks:
 
 def enqueue_weigh(ctx: OpenClContext, hidden: Rows, chosen: Chosen) -> Rows:
     """Tokens times their weights, in float32, which holds the products for every dtype."""
+    macros = {"INPUT_TYPE": hidden.type_code}
     rows = workspace_rows(ctx, "weighed tokens", hidden.rows, hidden.width, FLOAT32)
-    event = ctx.launch("moe", "weigh_tokens", {"INPUT_TYPE": hidden.type_code})(
+    event = ctx.launch("moe", "weigh_tokens", macros, check=check_moe_kernel)(
         ctx.queue,
         (hidden.rows * WEIGH_ITEMS,),
         (WEIGH_ITEMS,),
-        {
-            "input": hidden.data,
-            "input_offset": hidden.offset,
-            "weights": chosen.weights,
-            "weights_offset": chosen.weights_offset,
-            "output": rows.data,
-            "width": hidden.width,
-        },
+        weigh_tokens_values(
+            input=hidden.data,
+            input_offset=hidden.offset,
+            weights=chosen.weights,
+            weights_offset=chosen.weights_offset,
+            output=rows.data,
+            width=hidden.width,
+        ),
     )
     ctx.log("weigh_tokens", event)
     return rows
@@ -293,25 +302,25 @@ def enqueue_combine(
         "SHARED": 0 if rows is None else 1 if factors is None else 2,
     }
     groups_per_token = -(-result.width // (4 * COMBINE_ITEMS))
-    event = ctx.launch("moe", "combine", macros)(
+    event = ctx.launch("moe", "combine", macros, check=check_moe_kernel)(
         ctx.queue,
         (result.rows * groups_per_token * COMBINE_ITEMS,),
         (COMBINE_ITEMS,),
-        {
-            "input": products.data,
-            "input_offset": products.offset,
-            "ids": chosen.ids,
-            "ids_offset": chosen.ids_offset,
-            "weights": chosen.weights,
-            "weights_offset": chosen.weights_offset,
-            "num_experts": num_experts,
-            "top_k": chosen.top_k,
-            "shared": rows,
-            "factors": factors,
-            "output": result.data,
-            "output_offset": result.offset,
-            "width": result.width,
-            "groups_per_token": groups_per_token,
-        },
+        combine_values(
+            input=products.data,
+            input_offset=products.offset,
+            ids=chosen.ids,
+            ids_offset=chosen.ids_offset,
+            weights=chosen.weights,
+            weights_offset=chosen.weights_offset,
+            num_experts=num_experts,
+            top_k=chosen.top_k,
+            shared=rows,
+            factors=factors,
+            output=result.data,
+            output_offset=result.offset,
+            width=result.width,
+            groups_per_token=groups_per_token,
+        ),
     )
     return ctx.log("combine", event)

@@ -9,6 +9,7 @@ import pyopencl as cl
 from pyopencl.array import Array
 
 from marlin_cy.errors import UnsupportedError
+from marlin_cy.opencl.arguments import route_values
 from marlin_cy.opencl.buffers import Rows, array_info, check_contiguous, float_rows, memory_of, wait_list
 from marlin_cy.opencl.checks.routing import check_route
 
@@ -83,7 +84,7 @@ def enqueue_route(
 
 def route_call(
     ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen
-) -> tuple[dict[str, int], dict[str, Any]]:
+) -> tuple[dict[str, int], tuple[Any, ...]]:
     """``(macros, arguments)`` of `route`, which fills ``chosen`` from the rows of ``logits``."""
     bias = None
     if routing.correction_bias is not None:
@@ -96,24 +97,24 @@ def route_call(
         "CORRECTED": int(bias is not None),
         "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
     }
-    return macros, {
-        "logits": logits.data,
-        "logits_offset": logits.offset,
-        "num_experts": logits.width,
-        "top_k": chosen.top_k,
-        "normalise": int(routing.norm_topk_prob or routing.scoring == "softmax_topk"),
-        "factor": routing.routed_scaling_factor,
-        "bias": bias,
-        "num_groups": routing.num_groups,
-        "topk_groups": routing.topk_groups,
-        "ids": chosen.ids,
-        "ids_offset": chosen.ids_offset,
-        "weights": chosen.weights,
-        "weights_offset": chosen.weights_offset,
-        "fours": 4 * fours,
-        "groups": 4 * groups,
-        "picked": 4 * picked,
-    }
+    return macros, route_values(
+        logits=logits.data,
+        logits_offset=logits.offset,
+        num_experts=logits.width,
+        top_k=chosen.top_k,
+        normalise=int(routing.norm_topk_prob or routing.scoring == "softmax_topk"),
+        factor=routing.routed_scaling_factor,
+        bias=bias,
+        num_groups=routing.num_groups,
+        topk_groups=routing.topk_groups,
+        ids=chosen.ids,
+        ids_offset=chosen.ids_offset,
+        weights=chosen.weights,
+        weights_offset=chosen.weights_offset,
+        fours=4 * fours,
+        groups=4 * groups,
+        picked=4 * picked,
+    )
 
 
 def check_routing(ctx: OpenClContext, routing: Routing) -> None:
