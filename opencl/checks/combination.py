@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyopencl as cl
 
-from marlin_cy.opencl.buffers import TYPES, Rows
+from marlin_cy.opencl.buffers import TYPES, Rows, memory_of
 from marlin_cy.opencl.checks.routing import device_rows, wrong
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
 
@@ -102,7 +102,7 @@ def weighed(ctx: OpenClContext, macros: Mapping[str, int], rng: np.random.Genera
     backend = ctx.backend
     x = random_tokens(macros, rng)
     weights = rng.uniform(0.5, 2, (TOKENS, 1)).astype(np.float32)
-    chosen = Chosen(None, 0, backend.from_host(weights).base_data, 0, 1)
+    chosen = Chosen(None, 0, memory_of(backend.from_host(weights)), 0, 1)
     rows = enqueue_weigh(ctx, device_rows(backend, x), chosen)
     ctx.finish()
     return read(ctx, rows.data, (TOKENS, WIDTH)), x.astype(np.float64) * weights
@@ -132,7 +132,7 @@ def random_choices(
     ids = rng.integers(0, NUM_EXPERTS, (TOKENS, TOP_K)).astype(np.int32)
     ids[-1, -1] = NUM_EXPERTS
     weights = rng.uniform(0.5, 2, (TOKENS, TOP_K)).astype(np.float32)
-    on_device = Chosen(backend.from_host(ids).base_data, 0, backend.from_host(weights).base_data, 0, TOP_K)
+    on_device = Chosen(memory_of(backend.from_host(ids)), 0, memory_of(backend.from_host(weights)), 0, TOP_K)
     return on_device, ids, weights
 
 
