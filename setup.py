@@ -86,6 +86,7 @@ setup(
         "marlin_cy.integrations",
         "marlin_cy.moe",
         "marlin_cy.opencl",
+        "marlin_cy.opencl.checks",
         "marlin_cy.opencl.gemm",
         "marlin_cy.opencl.layer",
         "marlin_cy.opencl.tiers",

@@ -1,7 +1,9 @@
 """``import marlin_cy`` is quick and needs only declared dependencies."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,11 @@ assert marlin_cy.available_backends()["cpu"] is None
 print(sys.modules["torch"], sys.modules["pyopencl"])
 """
     assert python(code).splitlines()[-1] == "None None"
+
+
+def test_every_package_is_installed():
+    root = Path(__file__).parents[1]
+    folders = [file.parent for top in ("marlin_cy", "opencl") for file in (root / top).rglob("__init__.py")]
+    names = {".".join(folder.relative_to(root).parts).removeprefix("marlin_cy.") for folder in folders} - {"marlin_cy"}
+    declared = set(re.findall(r'"marlin_cy\.([\w.]+)",', (root / "setup.py").read_text(encoding="utf-8")))
+    assert {name for name in names if not name.startswith("opencl.opencl")} == declared

@@ -28,7 +28,8 @@ from marlin_cy.stacks._dispatches cimport check_disjoint, check_dispatches
 
 cdef enum:
     MAX_INT32 = 0x7fffffff
-    MAX_MARKED = 1 << 16        # output rows: 8 KiB of marks, on the stack
+    MARK_BYTES = 1 << 13        # a bit for each output row, on the stack
+    MAX_MARKED = 1 << 16
 
 
 cdef struct product:
@@ -194,7 +195,7 @@ cdef int32_t first_repeated(const int32_t[::1] ids, const int32_t[::1] experts, 
     Ids below ``MAX_MARKED`` are marked in a bitmap, which takes less than a microsecond. Larger ids are sorted, so that
     the cost depends on how many there are, not on their size.
     """
-    cdef uint8_t marked[MAX_MARKED // 8]
+    cdef uint8_t[MARK_BYTES] marked
     cdef int32_t row
     cdef int64_t i, count = 0
     if padding <= MAX_MARKED:
