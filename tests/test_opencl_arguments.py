@@ -20,6 +20,9 @@ from marlin_cy.opencl.program import kernel_files, source  # noqa: E402
 if not DEVICES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
+# NVIDIA's compiler reports what it did.
+pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
+
 SCRIPT = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
 ELEMENTS = {"INPUT": "INPUT_TYPE", "OUTPUT": "OUTPUT_TYPE", "LOGIT": "LOGITS_TYPE", "PREPARED": "PREPARED_TYPE"}
 ELEMENT_TYPES = "float", "half", "ushort"

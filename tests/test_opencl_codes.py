@@ -23,6 +23,9 @@ from marlin_cy.opencl.tiers import configuration  # noqa: E402
 if not DEVICES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
+# NVIDIA's compiler reports what it did.
+pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
+
 # Each work-item decodes one word. `units`: CODE_UNIT, or 1 with zero points.
 DECODE = """
 __kernel void decode(__global const uint *words, __global uint *integers, __global float *halves, __global uint *bytes,
