@@ -262,9 +262,12 @@ def test_problem_of_the_tuner_is_the_products(new_backend, planned, rng, monkeyp
         "marlin_cy.opencl.gemm.multiply.problem_of", lambda *given: seen.append(problem_of(*given)) or seen[-1]
     )
     planned(backend)
-    assert results.product_key(seen[-1], True, "uint4") == case.key
+    # The first is the product's own; a check of its configuration, at first use, may have followed.
+    assert results.product_key(seen[0], True, "uint4") == case.key
 
 
+# Where the driver has no cache of its own, that of compiled programs warns as well.
+@pytest.mark.filterwarnings("ignore:compiled OpenCL programs:RuntimeWarning")
 def test_a_folder_that_cannot_be_written(new_backend, tmp_path, monkeypatch, planned):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "file"))
