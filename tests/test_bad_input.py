@@ -90,7 +90,7 @@ def buffer_cases():
                 yield call, f"host-{name}-{number}", (name, *case)
 
 
-@pytest.mark.sampled(44)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize(("call", "name", "wrong", "exception", "message"), table(buffer_cases()), indirect=["call"])
 def test_buffers(call, name, wrong, exception, message):
     # The message about a missing row may name the argument that counts the rows.

@@ -121,6 +121,7 @@ def test_opencl_show_has_every_part(tmp_path):
         assert one["second call"] < one["first call"]
 
 
+@pytest.mark.sweep
 @needs_opencl
 def test_opencl_show_of_a_part(tmp_path):
     document = run_quickly(tmp_path, "opencl show", "--only", "2", "--tokens", "4", "--launches", "5")

@@ -238,7 +238,7 @@ def test_run_on_opencl_table(capsys):
     assert "all layers within it" in out
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sweep
 @needs_opencl
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_run_on_opencl_bounds_errors_by_dtype(capsys, save_activations, dtype):

@@ -411,7 +411,7 @@ def measured(source, calls, warm_up, backend="'cpu'"):
 WATCHED = ["of_all", *(f"of_one({name!r})" for name in ("batched", "vllm", "layer", "batched, refused", "context"))]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @watches_memory
 @pytest.mark.parametrize("source", WATCHED)
 def test_ten_thousand_calls_leave_nothing(source):
@@ -420,7 +420,7 @@ def test_ten_thousand_calls_leave_nothing(source):
     assert resident < 1 << 20
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sweep
 @watches_memory
 @pytest.mark.parametrize("source", [*WATCHED, "of_one('load')"])
 def test_calls_of_a_device_leave_nothing(device_alone, source):

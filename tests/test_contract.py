@@ -138,7 +138,7 @@ class TestBatched:
         result = batched(problem.stack(backend), backend.new_context(), x, [(0, 0, 0, 3)], 3)
         assert_close(result, x.astype(np.float64) @ w, product_bound(backend, x, w))
 
-    @pytest.mark.sampled(9)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize(("dtype_in", "dtype_out"), DTYPE_PAIRS)
     def test_dtypes(self, backend, rng, dtype_in, dtype_out):
         problem = random_problem(rng, 2, 160, 40, 64)
@@ -318,7 +318,7 @@ class TestVllm:
         result = vllm(stack, backend.new_context(), activations(rng, 3, 64), routing, 3, prob_m, 2, 1)
         assert_same_bits(result, untouched(3, 16))
 
-    @pytest.mark.sampled(9)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize(("dtype_in", "dtype_out"), DTYPE_PAIRS)
     def test_dtypes(self, backend, rng, dtype_in, dtype_out):
         problem = random_problem(rng, 2, 64, 16, 32)
@@ -330,7 +330,7 @@ class TestVllm:
 
 
 class TestLinear:
-    @pytest.mark.sampled(16)
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
     @pytest.mark.parametrize("with_bias", [False, True])
     def test_load_gptq(self, backend, rng, k, n, group_size, with_bias):
@@ -358,7 +358,7 @@ class TestLinear:
         bias[:] = np.nan
         assert_same_bits(forward(linear, ctx, x), expected)
 
-    @pytest.mark.sampled(9)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize(("dtype_in", "dtype_out"), DTYPE_PAIRS)
     def test_dtypes(self, backend, rng, dtype_in, dtype_out):
         problem = random_problem(rng, 1, 96, 40, 32)
@@ -373,7 +373,7 @@ class TestLinear:
         assert_same_bits(result[m:], untouched(6 - m, 16))
         assert (result[:m] != untouched(m, 16)).all()
 
-    @pytest.mark.sampled(6)
+    @pytest.mark.sampled(3)
     def test_views(self, backend, rng):
         """Whole experts, halves, single tiles at either end, several experts, all of them."""
         problem = random_problem(rng, 3, 96, 88, 32)
@@ -435,7 +435,7 @@ class TestLinear:
 class TestKindsOfWeights:
     """Other codes, and scales of another type, than GPTQ's."""
 
-    @pytest.mark.sampled(14)
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
     def test_batched(self, backend, rng, kind, k, n, group_size):
         problem = random_problem(rng, 3, k, n, group_size, bias=True, **WEIGHT_KINDS[kind])
@@ -447,7 +447,7 @@ class TestKindsOfWeights:
             bound = with_bias(product_bound(backend, rows, w), bias)
             assert_close(result[out_row : out_row + m], rows.astype(np.float64) @ w + bias, bound)
 
-    @pytest.mark.sampled(30)
+    @pytest.mark.sampled(16)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128])
     @pytest.mark.parametrize("block_size", [2, 16])
@@ -461,7 +461,7 @@ class TestKindsOfWeights:
             bound = with_bias(product_bound(backend, one, w), bias)
             assert_close(result[row, None], one.astype(np.float64) @ w + bias, bound)
 
-    @pytest.mark.sampled(6)
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_views(self, backend, rng, kind, dtype):
         problem = random_problem(rng, 3, 160, 40, 32, **WEIGHT_KINDS[kind])
@@ -504,7 +504,7 @@ class TestStackBias:
         problem.bias[:] = np.nan
         assert_same_bits(bias, given)
 
-    @pytest.mark.sampled(14)
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("k", [96, 2080])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_batched(self, backend, rng, k, dtype):
@@ -520,7 +520,7 @@ class TestStackBias:
             bound[to] = with_bias(product, problem.bias[expert], dtype)
         assert_close(result, expected, bound)
 
-    @pytest.mark.sampled(30)
+    @pytest.mark.sampled(16)
     @pytest.mark.parametrize("block_size", [1, 16])
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
     @pytest.mark.parametrize("k", [96, 2080])

@@ -53,7 +53,7 @@ class TestAlign:
 
 
 class TestLayer:
-    @pytest.mark.sampled(6)
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("inner", [32, 96, 160])
     @pytest.mark.parametrize("hidden", [32, 96, 288])
     def test_shapes(self, backend, rng, hidden, inner):
@@ -71,7 +71,7 @@ class TestLayer:
         result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
         check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("dtype_in", DTYPES)
     @pytest.mark.parametrize("dtype_out", [None, *DTYPES])
     def test_dtypes(self, backend, rng, dtype_in, dtype_out):
@@ -89,7 +89,7 @@ class TestLayer:
         assert result.dtype == DTYPES[dtype_out or dtype_in]
         check(backend, layer, x, *reference.route(as_given(logits), moe.routing), result)
 
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_g_idx(self, backend, rng, g_idx):
         layer, ctx = Layer(rng, g_idx=g_idx), backend.new_context()
@@ -230,7 +230,7 @@ class TestWholeModels:
     def inputs(self, rng, dtype=np.float32, tokens=9, hidden=96):
         return activations(rng, tokens, hidden, dtype), rng.standard_normal((tokens, 5)).astype(dtype)
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations(self, backend, rng, activation, dtype):
@@ -253,7 +253,7 @@ class TestWholeModels:
         assert errors["gelu", "gelu"] < errors["gelu", "gelu_tanh"]
         assert errors["gelu_tanh", "gelu_tanh"] < errors["gelu_tanh", "gelu"]
 
-    @pytest.mark.sampled(14)
+    @pytest.mark.sampled(7)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("parts", MADE_OF)
     def test_parts(self, backend, rng, parts, dtype):
@@ -268,7 +268,7 @@ class TestWholeModels:
         layer = Layer(rng, hidden=64, inner=32, width=40, **MADE_OF["all"])
         self.run(backend, layer, *self.inputs(rng, hidden=64))
 
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize(
         "routing",
         [

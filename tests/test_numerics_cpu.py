@@ -38,7 +38,7 @@ def selection(backend, k, scale=1.0):
     return one_expert(backend, q, np.full((k // 32, k), scale), np.zeros((k // 32, k)), 32)
 
 
-@pytest.mark.sampled(100)
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)

@@ -139,13 +139,13 @@ def right_arrays(ids, block_size, experts):
 @each_device
 @each_prepared_type
 class TestAlignPrepare:
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("sizes", SIZES)
     @each_dtype
     def test_to_the_last_bit(self, device, rng, sizes, dtype, prepared_type):
         self.check(device, rng, sizes, activations(rng, sizes[0], sizes[-1], dtype), prepared_type)
 
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("sizes", SIZES)
     def test_by_one_order_with_padding(self, device, rng, sizes, prepared_type):
         tokens, *_, k = sizes
@@ -233,7 +233,7 @@ class RouteAlign:
 
 @each_ordering_device
 class TestRouteAlign:
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("block_size", [1, 8, 48])
     @pytest.mark.parametrize("tokens", [1, 3, 64, 70])
     @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ class TestRouteAlign:
         _, weights, *_ = self.check(device, logits, Routing(20, 3, scoring="sigmoid"), 4)
         assert np.isnan(weights).any(axis=1).tolist() == [False] * 4 + [True] + [False] * 3 + [True]
 
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("k", [32, 1120])  # fewer than a work-group takes at a time, and more
     @pytest.mark.parametrize("ordered", [False, True])
     @pytest.mark.parametrize(
@@ -337,14 +337,14 @@ def with_order(device_alone):
 
 
 class TestLayer:
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(1)
     @each_dtype
     @pytest.mark.parametrize("options", [{}, {"shared": 64, "gate": True}])
     def test_all_in_one_launch(self, with_order, monkeypatch, dtype, options):
         first = ["route, align, gate_up: prepare_rows", "gate_up"]
         check_layer(with_order, monkeypatch, first, dtype, g_idx="common", **options)
 
-    @pytest.mark.sampled(2)
+    @pytest.mark.sampled(1)
     @each_dtype
     @pytest.mark.parametrize("options", [{}, {"shared": 64, "gate": True}])
     def test_without_order(self, without_order, monkeypatch, dtype, options):

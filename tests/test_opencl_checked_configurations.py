@@ -127,6 +127,7 @@ def has_fault(configuration):
     return dict(configuration.macros).get("FAULT", 0) != 0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fault", [WRONG, UNWRITTEN, BROKEN], ids=["wrong", "unwritten", "broken"])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_next_configuration_is_used(new_backend, rng, call, fault):

@@ -229,7 +229,7 @@ def combine(
 
 @each_device
 class TestRoute:
-    @pytest.mark.sampled(12)
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("scoring", SCORINGS)
     @pytest.mark.parametrize("sizes", ROUTINGS)
     @pytest.mark.parametrize("corrected", [False, True])
@@ -333,7 +333,7 @@ class TestRoute:
 
 @each_device
 class TestAlign:
-    @pytest.mark.sampled(12)
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
     @pytest.mark.parametrize(
         ("tokens", "top_k", "experts"), [(1, 1, 1), (7, 2, 4), (50, 4, 7), (20, 3, 128), (300, 2, 1), (100, 8, 513)]

@@ -78,7 +78,7 @@ def expected(rows, activation):
 @each_device
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 class TestActivations:
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("ordered", [False, True])
     def test_matches_the_reference(self, device, rng, activation, dtype, ordered):

@@ -106,7 +106,7 @@ class TestLayout:
 
 @each_device
 class TestPacking:
-    @pytest.mark.sampled(24)
+    @pytest.mark.sampled(14)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
     @pytest.mark.parametrize(("k", "n"), [(32, 8), (96, 24), (288, 40), (352, 16)])

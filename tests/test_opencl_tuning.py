@@ -104,6 +104,7 @@ def test_an_unsymmetric_stack_is_another_product(new_backend, rng):
     assert tuned.configurations(backend.tier, longer, True, "uint4")[0] == backend.tier.configurations(longer)[0]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "shape", [replace(SHAPE, symmetric=False), replace(SHAPE, codes="e2m1")], ids=["zeros", "e2m1"]
 )

@@ -21,7 +21,7 @@ def packed(store, expert):
     return store.data[begin : begin + store.layout.expert_stride]
 
 
-@pytest.mark.sampled(70)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])

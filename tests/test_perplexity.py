@@ -70,6 +70,7 @@ def test_on_the_cpu(reference, tokens, compute_dtype, bound):
     assert score(packed, tokens) == pytest.approx(reference, rel=bound)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_opencl(dense, tokens, device_alone, dtype):
     packed = load(FOLDER, device_alone, dtype=dtype)

@@ -111,7 +111,7 @@ def kinds(rng, experts, groups, topk_groups, scoring, group_score):
         yield Routing(experts, top_k, correction_bias=bias, routed_scaling_factor=2.5, **sizes)
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize(
     ("size", "group_score"),
@@ -123,7 +123,7 @@ def test_matches_the_reference(backend, rng, size, group_score, scoring):
         check(route(backend, routing, logits), logits, routing)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scoring", SCORINGS)

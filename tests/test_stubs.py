@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import marlin_cy
 
 PACKAGE = Path(marlin_cy.__file__).parent
@@ -16,6 +18,7 @@ def test_every_compiled_module_has_a_stub():
     assert [source.name for source in SOURCES if not source.with_suffix(".pyi").exists()] == []
 
 
+@pytest.mark.sweep
 def test_stubs_match_the_modules():
     modules = [".".join(source.relative_to(PACKAGE.parent).with_suffix("").parts) for source in SOURCES]
     done = subprocess.run(
