@@ -30,7 +30,10 @@ __all__ = ["TOLERANCE", "reason_wrong"]
 
 EXPERTS, K, N, GROUP_SIZE = 3, 320, 40, 64  # a last block of K that is half full, a last strip that is half empty
 TOKENS, TOP_K = 20, 2
-BLOCK_SIZES = 4, 32  # the first code type is checked with both, the others with one: all blocks decode codes alike
+BLOCK_SIZES = (
+    4,
+    32,
+)  # the first code type is checked with both, the others with one, because all block sizes decode codes the same way
 TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel with a single wrong number 1e-2 and more
 
 _known: dict[tuple[int, str], str | None] = {}
@@ -38,7 +41,7 @@ _lock = threading.Lock()
 
 
 def reason_wrong(backend: OpenClBackend) -> str | None:
-    """None if the tier that a backend has been given computes rightly on its device, else what is wrong.
+    """None if a backend's tier gives correct results on its device, else a description of the error.
 
     The check runs once in a process for each device and tier.
     """
@@ -53,7 +56,7 @@ def reason_wrong(backend: OpenClBackend) -> str | None:
 
 
 def reason_wrong_now(backend: OpenClBackend) -> str | None:
-    """One run of the check: None or what is wrong; a :class:`BuildError` if a program does not compile."""
+    """One run of the check: None or a description of the error; a :class:`BuildError` if a program does not compile."""
     try:
         error = relative_error(backend)
     except BuildError:

@@ -72,7 +72,7 @@ class Tuned:
 
     def configurations(self, tier: Tier, problem: Problem, symmetric: bool, codes: str) -> list[Configuration]:
         """The configurations to use, best first: the result for the product, then the tier's own choices. The same
-        configurations without splits of K follow, in case the device computes the former wrongly.
+        configurations without splits of K follow, in case the device computes those incorrectly.
 
         Parameters
         ----------

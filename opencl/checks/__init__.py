@@ -1,6 +1,6 @@
 """Kernels against NumPy, the first time that they are used on a device.
 
-Drivers compile some kernels wrongly, and which ones depends on the configuration. So a configuration is checked on a
+Some drivers compile some kernels incorrectly, depending on the configuration. So a configuration is checked on a
 tiny problem before its results are used::
 
     products.py      a product: a tier's gemm in one configuration, what prepares its rows, and what adds up its splits

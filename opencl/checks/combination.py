@@ -40,7 +40,7 @@ def check_moe_kernel(ctx: OpenClContext, name: str, macros: Mapping[str, int]) -
     Raises
     ------
     DeviceError
-        The device computes it wrongly.
+        The kernel gives incorrect results on the device.
     """
     verdicts = ctx.backend.runtime.verdicts
     if verdicts is None:
@@ -51,7 +51,7 @@ def check_moe_kernel(ctx: OpenClContext, name: str, macros: Mapping[str, int]) -
 
 
 def reason_wrong(backend: OpenClBackend, name: str, macros: Mapping[str, int]) -> str | None:
-    """None if a kernel is right for a few tokens, else what is wrong."""
+    """None if a kernel gives correct results for a few tokens, else a description of the error."""
     checked = unchecked_backend(backend)
     ctx, rng = checked.new_context(), np.random.default_rng(0)
     actual, expected = CHECKS[name](ctx, macros, rng)

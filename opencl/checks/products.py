@@ -95,7 +95,7 @@ def right_configuration(
     bias_kind: int,
     activation: str | None,
 ) -> Configuration:
-    """The first of some configurations that computes this kind of product rightly on the context's device.
+    """The first configuration that computes this kind of product correctly on the context's device.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def kind_of(
 
 
 def reason_wrong(backend: OpenClBackend, kind: ProductKind) -> str | None:
-    """None if a tiny product of a kind is right, else what is wrong."""
+    """None if a tiny product of a kind is correct, else a description of the error."""
     rng = np.random.default_rng(0)
     checked = unchecked_backend(backend, kind.configuration)
     ctx = checked.new_context()

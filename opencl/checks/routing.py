@@ -1,6 +1,6 @@
 """The first use of routing, and of the grouping of pairs by expert: checked on a few tokens, in the sizes of the layer.
 
-Where a launch that does several things is wrong, its parts are launched one by one; where a part is wrong there is no
+If a launch that combines several steps is incorrect, each step gets a launch of its own. If a single step is incorrect, there is no
 other kernel, and the call fails.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.layer.routing import Chosen
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["check_align", "check_route", "is_right_beside", "is_right_fused"]
+__all__ = ["check_align", "check_route", "is_fused_preparation_correct", "is_fused_routing_correct"]
 
 TOKENS = 4  # of routing: a work-group for each
 CANDIDATES = 64  # tokens among which those are taken whose groups are chosen clearly
@@ -43,7 +43,7 @@ def check_route(ctx: OpenClContext, routing: Routing, type_code: int) -> None:
     Raises
     ------
     DeviceError
-        The device routes wrongly.
+        The device computes incorrect routing.
     """
     verdicts = ctx.backend.runtime.verdicts
     if verdicts is None:
@@ -58,8 +58,10 @@ def check_route(ctx: OpenClContext, routing: Routing, type_code: int) -> None:
     checked[type_code] = True
 
 
-def is_right_fused(ctx: OpenClContext, routing: Routing, logits: Rows, gate_up: Any, rows: Rows | None) -> bool:
-    """Whether the launch that routes, aligns and prepares rows does all of it rightly; parameters as for it."""
+def is_fused_routing_correct(
+    ctx: OpenClContext, routing: Routing, logits: Rows, gate_up: Any, rows: Rows | None
+) -> bool:
+    """Whether the launch that routes, aligns and prepares rows is correct. The parameters are those of the launch."""
     verdicts = ctx.backend.runtime.verdicts
     if verdicts is None:
         return True
@@ -83,7 +85,7 @@ def check_align(ctx: OpenClContext, num_experts: int, work: RoutedBlocks) -> Non
     Raises
     ------
     DeviceError
-        The device groups wrongly.
+        The device groups pairs incorrectly.
     """
     verdicts = ctx.backend.runtime.verdicts
     if verdicts is None:
@@ -94,10 +96,10 @@ def check_align(ctx: OpenClContext, num_experts: int, work: RoutedBlocks) -> Non
         raise wrong(backend, "grouping of tokens by expert", reason)
 
 
-def is_right_beside(
+def is_fused_preparation_correct(
     ctx: OpenClContext, num_experts: int, work: RoutedBlocks, store: OpenClGptqStore, rows: Rows
 ) -> bool:
-    """Whether the launch that aligns and prepares rows does both rightly; parameters as for it."""
+    """Whether the launch that aligns and prepares rows is correct. The parameters are those of the launch."""
     verdicts = ctx.backend.runtime.verdicts
     if verdicts is None:
         return True
@@ -111,7 +113,7 @@ def is_right_beside(
 
 
 def wrong(backend: OpenClBackend, what: str, reason: str) -> DeviceError:
-    """The error that says that a device computes something wrongly."""
+    """The error for a step that a device computes incorrectly."""
     has = backend.runtime.capabilities
     return DeviceError(
         f"{has.name} ({has.platform}, driver {has.driver_version}): {what} is wrong ({reason}), and there is no other "
@@ -128,7 +130,7 @@ def routing_kind(routing: Routing) -> str:
 
 
 def preparation_kind(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows | None) -> str:
-    """How rows are prepared beside."""
+    """A description of how a fused launch prepares rows."""
     if rows is None:
         return "no rows"
     order = "own" if store.order is None else "common" if len(store.group_orders) == 1 else "each"
@@ -137,7 +139,7 @@ def preparation_kind(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows | No
 
 
 def clear_logits(routing: Routing, dtype: npt.DTypeLike, rng: Any) -> npt.NDArray[Any]:
-    """Logits ``[TOKENS, num_experts]`` for which float32 and float64 choose alike.
+    """Logits ``[TOKENS, num_experts]`` for which float32 and float64 choose the same experts.
 
     They are multiples of a half, so scores are equal or far apart. Sums of scores, by which groups are chosen, may be
     close; tokens are left out for which the last chosen group and the first other are.
@@ -159,7 +161,7 @@ def clear_logits(routing: Routing, dtype: npt.DTypeLike, rng: Any) -> npt.NDArra
 def topk_error(
     logits: npt.NDArray[Any], routing: Routing, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]
 ) -> str | None:
-    """None if experts and weights are right, else what is wrong.
+    """None if experts and weights are correct, else a description of the error.
 
     An expert may stand for another whose score differs by less than float32 resolves.
     """
@@ -187,7 +189,7 @@ def new_chosen(backend: OpenClBackend, tokens: int, top_k: int) -> tuple[Chosen,
 
 
 def reason_wrong_route(backend: OpenClBackend, routing: Routing, type_code: int) -> str | None:
-    """None if a few tokens are routed rightly, else what is wrong."""
+    """None if a few tokens are routed correctly, else a description of the error."""
     from marlin_cy.opencl.layer.routing import enqueue_route  # which asks this module
 
     backend = unchecked_backend(backend)
@@ -204,7 +206,7 @@ def reason_wrong_route(backend: OpenClBackend, routing: Routing, type_code: int)
 def reason_wrong_fused(
     backend: OpenClBackend, routing: Routing, logits: Rows, gate_up: Any, rows: Rows | None
 ) -> str | None:
-    """None if one launch routes, aligns and prepares a few tokens rightly, else what is wrong."""
+    """None if one launch routes, aligns and prepares a few tokens correctly, else a description of the error."""
     from marlin_cy.opencl.layer.align import enqueue_route_align
 
     backend = unchecked_backend(backend)
@@ -231,7 +233,7 @@ def reason_wrong_fused(
 def reason_wrong_align(
     backend: OpenClBackend, num_experts: int, work: RoutedBlocks, store: OpenClGptqStore | None, rows: Rows | None
 ) -> str | None:
-    """None if pairs are grouped rightly, and, with ``rows``, prepared beside; else what is wrong."""
+    """None if pairs are grouped correctly (and, with ``rows``, prepared), else a description of the error."""
     from marlin_cy.opencl.layer.align import enqueue_align
 
     backend = unchecked_backend(backend)
@@ -276,7 +278,7 @@ def read(ctx: OpenClContext, buffer: cl.Buffer | None, dtype: npt.DTypeLike, cou
 
 
 def alignment_error(ctx: OpenClContext, work: RoutedBlocks, ids: npt.NDArray[np.int32], num_experts: int) -> str | None:
-    """None if routing arrays are what the host makes of the same experts, else what is wrong."""
+    """None if the routing arrays are those that the host computes, else a description of the error."""
     expected_ids, expected_experts, expected_past = moe_align_block_size(ids, work.block_size, num_experts)
     assert work.past is not None
     past = int(read(ctx, work.past.data, np.int32, 1)[0])
@@ -295,7 +297,7 @@ def alignment_error(ctx: OpenClContext, work: RoutedBlocks, ids: npt.NDArray[np.
 def preparation_error(
     backend: OpenClBackend, ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, aligned: Any
 ) -> str | None:
-    """None if rows that were prepared beside are those that a launch of its own prepares, else what is wrong."""
+    """None if a fused launch prepares the same rows as a separate launch, else a description of the error."""
     from marlin_cy.opencl.gemm.prepare import prepare
 
     alone = backend.new_context()
@@ -305,7 +307,7 @@ def preparation_error(
         if one is not None:
             count = rows.rows * (4 if one is aligned.prepared.row_factor else prepared_bytes(backend, store))
             if (read(ctx, one, np.uint8, count) != read(alone, other, np.uint8, count)).any():
-                return "rows are prepared wrongly"
+                return "rows are prepared incorrectly"
     return None
 
 

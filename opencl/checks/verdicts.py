@@ -53,14 +53,14 @@ class Verdicts:
             self._memory = _memories.setdefault(self._name, Memory())
 
     def reason_wrong(self, kind: str, check: Callable[[], str | None]) -> str | None:
-        """None if the kernels of a kind compute what they should, else what is wrong.
+        """None if the kernels of a kind give correct results, else a description of the error.
 
         Parameters
         ----------
         kind : str
             The kernels, and all by which one use of them may be right and another wrong.
         check : callable
-            Runs them; returns None or what is wrong. Called if there is no verdict, as :func:`confirmed` says; its
+            Runs the kernels; returns None or a description of the error. Called if there is no verdict, as :func:`confirmed` says; its
             exceptions are passed on, and leave no verdict.
         """
         memory = self._memory
@@ -143,7 +143,7 @@ _memories_lock = threading.Lock()
 
 
 def confirmed(check: Callable[[], str | None]) -> str | None:
-    """None if a check finds nothing wrong, else what is wrong; a fault counts if two runs of at most three find one.
+    """None if a check passes, else a description of the error. An error counts if two of at most three runs find it.
 
     A fault that passes must not condemn a kernel: verdicts are kept.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from marlin_cy.opencl.arguments import align_values, route_align_values
 from marlin_cy.opencl.buffers import Rows, Vector
-from marlin_cy.opencl.checks.routing import check_align, is_right_beside
+from marlin_cy.opencl.checks.routing import check_align, is_fused_preparation_correct
 from marlin_cy.opencl.gemm.prepare import Preparation, Prepared, has_one_order, needs_preparation, preparation
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.layer.routing import (
@@ -164,7 +164,7 @@ def checked_fused_preparation(
     key = "align", rows.type_code, rows.offset % 8, work.block_size, work.top_k, gate_up.num_experts, how is None
     fused = plans.get(key)
     if fused is None:
-        fused = how is not None and is_right_beside(ctx, gate_up.num_experts, work, gate_up.store, rows)
+        fused = how is not None and is_fused_preparation_correct(ctx, gate_up.num_experts, work, gate_up.store, rows)
         if not fused:
             check_align(ctx, gate_up.num_experts, work)
         plans[key] = fused

@@ -20,7 +20,7 @@ from pyopencl.array import Array
 from marlin_cy.opencl.arguments import combine_values, shared_factor_values, weigh_tokens_values
 from marlin_cy.opencl.buffers import TYPES, Rows, Vector, float_rows, memory_of, refuse_overlap, wait_list
 from marlin_cy.opencl.checks.combination import check_moe_kernel
-from marlin_cy.opencl.checks.routing import is_right_fused
+from marlin_cy.opencl.checks.routing import is_fused_routing_correct
 from marlin_cy.opencl.gemm.multiply import multiply
 from marlin_cy.opencl.gemm.prepare import Prepared
 from marlin_cy.opencl.gemm.work import RoutedBlocks
@@ -119,7 +119,7 @@ def forward(
             if (
                 slice_tokens == tokens
                 and aligns_as_it_routes(ctx, tokens, layer.routing)
-                and is_right_fused(ctx, layer.routing, logits, gate_up, rows)
+                and is_fused_routing_correct(ctx, layer.routing, logits, gate_up, rows)
             ):
                 aligned = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, rows)
             else:
