@@ -1,7 +1,7 @@
 """The first use of routing, and of the grouping of pairs by expert: checked on a few tokens, in the sizes of the layer.
 
-If a launch that combines several steps is incorrect, each step gets a launch of its own. If a single step is incorrect, there is no
-other kernel, and the call fails.
+If a launch that combines several steps is incorrect, each step gets a launch of its own. If a single step is incorrect,
+there is no other kernel, and the call fails.
 """
 
 from __future__ import annotations

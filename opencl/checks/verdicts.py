@@ -58,10 +58,10 @@ class Verdicts:
         Parameters
         ----------
         kind : str
-            The kernels, and all by which one use of them may be right and another wrong.
+            The kernels, and everything that can make one use of them correct and another incorrect.
         check : callable
-            Runs the kernels; returns None or a description of the error. Called if there is no verdict, as :func:`confirmed` says; its
-            exceptions are passed on, and leave no verdict.
+            Runs the kernels; returns None or a description of the error. Called as in :func:`confirmed` if there is no
+            verdict. Its exceptions are passed on, and leave no verdict.
         """
         memory = self._memory
         try:
