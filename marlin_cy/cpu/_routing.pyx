@@ -105,7 +105,7 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
 
 cdef void mask_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:
     """Mark the experts of all groups that are not selected, so that they cannot be selected."""
-    cdef int64_t size = r.num_experts // r.num_groups, g, e
+    cdef int64_t size = r.num_experts // r.num_groups, g, e, _taken
     cdef float first, second
     for g in range(r.num_groups):
         first = second = -INFINITY
@@ -116,7 +116,7 @@ cdef void mask_groups(const routing *r, float *choice, float *group_scores) noex
             elif choice[e] > second:
                 second = choice[e]
         group_scores[g] = first + second if r.top2_group_score else first
-    for g in range(r.topk_groups):
+    for _taken in range(r.topk_groups):
         pop_argmax(group_scores, r.num_groups)
     for g in range(r.num_groups):
         if not isnan(group_scores[g]):

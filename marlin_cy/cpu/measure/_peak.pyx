@@ -58,8 +58,8 @@ def int8_peak(str isa, int num_threads, int repeats=9):
 
 cdef int64_t run_threads(peak_fn *loop, int64_t steps, int num_threads) noexcept nogil:
     """Run a loop on every thread; returns the total number of operations."""
-    cdef int thread
+    cdef int _thread
     cdef int64_t operations = 0
-    for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
+    for _thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
         operations += loop(steps)
     return operations
