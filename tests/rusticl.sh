@@ -13,7 +13,8 @@ python=${1:-.venv/bin/python}
 shift || true
 
 find_icd() {
-    find /etc/OpenCL/vendors /usr/share/OpenCL/vendors -name rusticl.icd 2>/dev/null | head -n 1
+    # A folder that does not exist is no error.
+    { find /etc/OpenCL/vendors /usr/share/OpenCL/vendors -name rusticl.icd 2>/dev/null || true; } | head -n 1
 }
 icd=${RUSTICL_ICD:-$(find_icd)}
 if [ -z "$icd" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
