@@ -7,7 +7,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from pyopencl.array import Array
 
 from marlin_cy.arguments import integer
 from marlin_cy.errors import BackendUnavailable
-from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, MoePlan, StackBuilder
+from marlin_cy.interface import Backend, Context, MoePlan, StackBuilder
 from marlin_cy.opencl import tiers
 from marlin_cy.opencl.buffers import array_info, as_bytes, check_contiguous, flush_queues, memory_of
 from marlin_cy.opencl.checks.verdicts import Verdicts
@@ -28,7 +28,7 @@ from marlin_cy.opencl.layer.routing import device_topk, route
 from marlin_cy.opencl.memory import driver_errors, memory_errors
 from marlin_cy.opencl.program import ProgramCache
 from marlin_cy.opencl.selfcheck import reason_wrong
-from marlin_cy.opencl.stack import OpenClLinear, OpenClMarlinExpertStack, Runtime, opencl_context
+from marlin_cy.opencl.stack import OpenClMarlinExpertStack, Runtime, opencl_context
 from marlin_cy.opencl.store import OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Tier
 from marlin_cy.opencl.tuned import Tuned
@@ -223,9 +223,6 @@ class OpenClBackend(OpenClCommandLine, Backend):
         return OpenClStackBuilder(
             self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
-
-    def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
-        return OpenClLinear(cast(OpenClMarlinExpertStack, stack), 0, stack.n_per_expert, bias)
 
     def route(self, ctx: Context, router_logits: Array, routing: Routing) -> tuple[Array, Array]:
         ids, weights = route(opencl_context(ctx), router_logits, routing)

@@ -169,6 +169,7 @@ warnings.filterwarnings("ignore", "This process .* is multi-threaded")
 import numpy as np
 import marlin_cy
 from asserts import assert_same_bits
+from forks import in_child
 from problems import random_problem, activations
 from test_concurrency import Work
 
@@ -190,20 +191,6 @@ def check_all(_=None):
     for num_threads in (1, 2, 3, 7):
         check(backend.new_context(num_threads=num_threads))
     return True
-
-def in_child(function):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0, "the child failed"
 
 check_all()
 {code}

@@ -14,25 +14,12 @@ import numpy as np
 import marlin_cy
 from marlin_cy.cpu import fork
 from marlin_cy.errors import ContextInUse
+from forks import in_child
 from problems import activations, random_problem
 
 faulthandler.dump_traceback_later(100, exit=True)
 rng = np.random.default_rng({seed})
 backend = marlin_cy.get_backend("cpu")
-
-def in_child(function):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0, "the child failed"
 
 {code}
 print("done")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.cpu.context import CpuContext, workspace_of
-from marlin_cy.cpu.stack import CpuLinear, CpuMarlinExpertStack, CpuStackBuilder
-from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack, MoePlan, StackBuilder
+from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
+from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
@@ -69,9 +69,6 @@ class CpuBackend(Backend):
         return CpuStackBuilder(
             *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
-
-    def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Linear:
-        return CpuLinear(cast(CpuMarlinExpertStack, stack), 0, stack.n_per_expert, bias)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""
