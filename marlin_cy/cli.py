@@ -95,5 +95,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         assert module.__doc__ is not None
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__.split("\n\n")[0])
         command.set_defaults(refuse=command.error)
-        module.add_arguments(command, argv)
+        if name in argv:  # the options of other commands are not needed, and take time to import
+            module.add_arguments(command, argv)
     return parser

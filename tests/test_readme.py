@@ -1,6 +1,5 @@
 """The commands and code of the README work."""
 
-import inspect
 import re
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ def commands_of(page):
 
 def parse(words):
     """Parse a command line as ``marlin-cy`` does; SystemExit if it is wrong."""
-    parser = cli._parser(words) if inspect.signature(cli._parser).parameters else cli._parser()
+    parser = cli._parser(words)
     return parser.parse_args(words)
 
 
