@@ -82,6 +82,7 @@ setup(
         "marlin_cy.commands",
         "marlin_cy.cpu",
         "marlin_cy.cpu.measure",
+        "marlin_cy.decoder",
         "marlin_cy.formats",
         "marlin_cy.integrations",
         "marlin_cy.moe",

@@ -1,0 +1,1 @@
+"""Whole models: from tokens to logits, without PyTorch."""
