@@ -116,6 +116,7 @@ setup(
             extension("_quantize"),
             extension("_gemm"),
             extension("_arena"),
+            extension("_team"),
             extension("_rows"),
             extension("_products"),
             extension("_routing"),
