@@ -33,7 +33,8 @@ cdef struct layer_job:
     expert_pass shared
     combination combine
     routing router
-    int64_t routed_pairs        # ids and weights that the router gives; 0 if the caller has chosen
+    bint routes                 # the router chooses ids and weights; otherwise the caller has
+    int64_t routed_pairs        # of max_tokens, if the layer routes
     int64_t slice_tokens        # at most
     bint has_shared
     bint weigh_input            # multiply inputs by the weights, not products
@@ -47,5 +48,6 @@ cdef struct layer_job:
     int32_t *shared_ids         # [slice_tokens] zeros
 
 cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens) except -1
+cdef void set_max_tokens(layer_job *job, int64_t max_tokens) noexcept nogil
 cdef void carve_layer(arena *memory, void *layer) noexcept nogil
 cdef void forward(void *layer, member *m) noexcept nogil

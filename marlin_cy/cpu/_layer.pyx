@@ -69,7 +69,7 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
         refuse_overlap(result, logits, "out")
         set_routing(&job.router, workspace, &logits, layer.routing)
         top_k = job.router.top_k
-        job.routed_pairs = tokens * top_k
+        job.routes = True
     if tokens == 0:
         return
 
@@ -91,7 +91,7 @@ cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, in
     """Set the members that the workspace and the layer, a ``MoePlan``, determine.
 
     The caller has set ``input_dtype`` and ``combine.dtype``, and, where the layer routes, ``router`` and
-    ``routed_pairs``.
+    ``routes``.
     """
     cdef int activation = ACTIVATIONS[layer.activation].number
     cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
@@ -108,8 +108,15 @@ cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, in
         gate_weight = shared.gate_weight
         if gate_weight is not None:
             job.combine.gate_weight = &gate_weight[0]
-    job.slice_tokens = job.routed.max_tokens = job.shared.max_tokens = min(tokens_a_slice(job), max_tokens)
+    set_max_tokens(job, max_tokens)
     return 0
+
+
+cdef void set_max_tokens(layer_job *job, int64_t max_tokens) noexcept nogil:
+    """Set the most tokens of a call, before its memory is carved."""
+    job.slice_tokens = job.routed.max_tokens = job.shared.max_tokens = min(tokens_a_slice(job), max_tokens)
+    if job.routes:
+        job.routed_pairs = max_tokens * job.combine.top_k
 
 
 cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
@@ -124,7 +131,7 @@ cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
 # ---------------------------------------------------------------------------------------------
 # Memory
 
-cdef int64_t tokens_a_slice(const layer_job *job) noexcept:
+cdef int64_t tokens_a_slice(const layer_job *job) noexcept nogil:
     cdef int64_t top_k = job.combine.top_k, products = top_k, inner = top_k * job.routed.gate_up.inner, tokens
     if job.has_shared:
         products += 1
@@ -138,7 +145,7 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
     """The layout of a layer's memory. Routing, the passes and combination run in turn and share memory."""
     cdef layer_job *job = <layer_job *>layer
     cdef int64_t row_bytes = job.combine.width * <int64_t>sizeof(float), begin, end
-    if job.routed_pairs:
+    if job.routes:
         job.router.ids = <int32_t *>take(memory, job.routed_pairs * <int64_t>sizeof(int32_t))
         job.router.weights = <float *>take(memory, job.routed_pairs * <int64_t>sizeof(float))
         job.ids, job.weights = job.router.ids, job.router.weights
@@ -149,7 +156,7 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
         job.shared.down.output = <char *>take(memory, job.slice_tokens * row_bytes)
         job.combine.shared = <const float *>job.shared.down.output
     begin = memory.used
-    if job.routed_pairs:
+    if job.routes:
         carve_routing(memory, &job.router)
     end, memory.used = memory.used, begin
     carve_pass(memory, &job.routed)
@@ -185,7 +192,7 @@ cdef void forward(void *layer, member *m) noexcept nogil:
     """A thread's part of a layer: ``job.tokens`` rows. The output is complete when all threads have returned."""
     cdef layer_job *job = <layer_job *>layer
     cdef int64_t begin = 0, count
-    if job.routed_pairs:
+    if job.routes:
         route_tokens(&job.router, job.tokens, m)
         if job.tokens > 1:  # thread 0 routes a single token, and goes on with it
             barrier(m)

@@ -46,3 +46,4 @@ cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
 cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) noexcept nogil
 cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nogil
 cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil
+cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil
