@@ -56,3 +56,53 @@ cdef class KvPool:
     def nbytes(self):
         """Bytes of all pages."""
         return self.keys.nbytes + self.values.nbytes
+
+
+cdef class StatePool:
+    """Slots of recurrent state for one layer of gated DeltaNet.
+
+    ::
+
+        conv   [num_states][conv_width - 1][channels]                      inputs of the last tokens
+        state  [num_states][num_v_heads][key_dim][value_dim]
+
+    Parameters
+    ----------
+    num_states, conv_width, channels, num_v_heads, key_dim, value_dim : int
+
+    Raises
+    ------
+    MemoryError
+    """
+
+    def __cinit__(self, num_states, conv_width, channels, num_v_heads, key_dim, value_dim):
+        cdef float[:, :, ::1] conv
+        cdef float[:, :, :, ::1] state
+        # One row more than is used, so that a width of 1 has an address too.
+        self.conv = np.zeros((num_states, max(conv_width - 1, 1), channels), np.float32)
+        self.state = np.zeros((num_states, num_v_heads, key_dim, value_dim), np.float32)
+        conv, state = self.conv, self.state
+        self.conv_data, self.state_data = &conv[0, 0, 0], &state[0, 0, 0, 0]
+
+    def clear(self, slot):
+        """Set a slot to the state of an empty sequence."""
+        self.conv[slot] = 0
+        self.state[slot] = 0
+
+    def copy(self, source, target):
+        """Copy one slot to another."""
+        self.conv[target] = self.conv[source]
+        self.state[target] = self.state[source]
+
+    def save(self, slot):
+        """A copy of a slot, for :meth:`restore`."""
+        return self.conv[slot].copy(), self.state[slot].copy()
+
+    def restore(self, slot, saved):
+        """Set a slot to what :meth:`save` returned."""
+        self.conv[slot], self.state[slot] = saved
+
+    @property
+    def nbytes(self):
+        """Bytes of all slots."""
+        return self.conv.nbytes + self.state.nbytes

@@ -8,7 +8,7 @@
 
     embed_row             x = embedding of the token                       in the first norm
     norm_row              x = x + delta;  normed = rms_norm(x)             as a layer's rows are quantised
-    mixer                 delta = mixer(normed)                            _grouped.pyx, ...
+    mixer                 delta = mixer(normed)                            _grouped.pyx, _latent.pyx, _delta.pyx
     norm_row, network     delta = network(normed)                          _ffn.pyx
     head                  logits of the wanted rows
 
@@ -28,17 +28,21 @@ from marlin_cy.cpu._team cimport barrier, member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport chunks_of
 from marlin_cy.cpu.decoder._batch cimport batch, segment
-from marlin_cy.cpu.decoder._cache cimport KvPool
+from marlin_cy.cpu.decoder._delta cimport (
+    begin_delta, carve_delta, delta_job, run_delta, set_delta, set_delta_rows,
+)
 from marlin_cy.cpu.decoder._ffn cimport (
     begin_mlp, begin_moe, carve_mlp, carve_moe, mlp_job, moe_job, run_mlp, run_moe, set_mlp, set_mlp_rows, set_moe,
 )
 from marlin_cy.cpu.decoder._grouped cimport begin_grouped, carve_grouped, grouped_job, run_grouped, set_grouped
+from marlin_cy.cpu.decoder._latent cimport (
+    begin_latent, carve_latent, latent_job, run_latent, set_latent, set_latent_rows,
+)
 from marlin_cy.cpu.decoder._projections cimport (
     begin_group, carve_group, carve_plain, plain_rows, plan_plain, projection_group, run_group, set_group,
 )
 
-from marlin_cy.decoder.plan import AttentionPlan, MoeFfnPlan
-from marlin_cy.errors import UnsupportedError
+from marlin_cy.decoder.plan import AttentionPlan, LatentAttentionPlan, MoeFfnPlan
 
 cdef enum:
     CHUNK_STEP = 16             # memory is reserved for a depth of a multiple of so many chunks
@@ -62,7 +66,9 @@ cdef struct norm_job:
 
 cdef struct layer_step:
     norm_job mixer_norm
-    grouped_job *grouped
+    grouped_job *grouped        # one of these three; the others are NULL
+    latent_job *latent
+    delta_job *delta
     norm_job ffn_norm
     moe_job *moe                # one of these two
     mlp_job *mlp
@@ -97,8 +103,8 @@ cdef class CpuStep:
     ----------
     workspace : Workspace
     plan : DecoderPlan
-    pools : list of KvPool
-        One for each layer.
+    pools : list of KvPool or StatePool
+        The memory of each layer.
     """
 
     cdef step_job job
@@ -127,19 +133,29 @@ cdef class CpuStep:
             return
         for index in range(self.job.num_layers):
             PyMem_RawFree(self.job.layers[index].grouped)
+            PyMem_RawFree(self.job.layers[index].latent)
+            PyMem_RawFree(self.job.layers[index].delta)
             PyMem_RawFree(self.job.layers[index].moe)
             PyMem_RawFree(self.job.layers[index].mlp)
         PyMem_RawFree(self.job.layers)
 
     cdef int set_layer_step(self, layer_step *step, plan, layer, pool) except -1:
+        cdef projection_group *first
         self.set_norm(&step.mixer_norm, plan, layer.mixer_norm)
         self.set_norm(&step.ffn_norm, plan, layer.ffn_norm)
-        if not isinstance(layer.mixer, AttentionPlan):
-            raise UnsupportedError(f"the CPU's decoder has no {type(layer.mixer).__name__}")
-        step.grouped = <grouped_job *>allocate(sizeof(grouped_job))
-        set_grouped(step.grouped, self.workspace, layer.mixer, pool, plan.norm_eps, self.owners)
-        step.grouped.qkv.prepare, step.grouped.qkv.prepared = norm_row, &step.mixer_norm
-        step.grouped.qkv.rows = step.grouped.out.rows = &self.job.all_rows
+        if isinstance(layer.mixer, AttentionPlan):
+            step.grouped = <grouped_job *>allocate(sizeof(grouped_job))
+            set_grouped(step.grouped, self.workspace, layer.mixer, pool, plan.norm_eps, self.owners)
+            first = &step.grouped.qkv
+        elif isinstance(layer.mixer, LatentAttentionPlan):
+            step.latent = <latent_job *>allocate(sizeof(latent_job))
+            set_latent(step.latent, self.workspace, layer.mixer, pool, self.owners)
+            first = &step.latent.first
+        else:
+            step.delta = <delta_job *>allocate(sizeof(delta_job))
+            set_delta(step.delta, self.workspace, layer.mixer, pool, self.owners)
+            first = &step.delta.projections
+        first.prepare, first.prepared = norm_row, &step.mixer_norm
         if isinstance(layer.ffn, MoeFfnPlan):
             step.moe = <moe_job *>allocate(sizeof(moe_job))
             set_moe(step.moe, self.workspace, layer.ffn, self.owners)
@@ -263,9 +279,18 @@ cdef void carve_layer_step(arena *memory, step_job *job, layer_step *step, bint 
     step.mixer_norm.x, step.mixer_norm.normed = job.x, job.normed
     step.ffn_norm.x, step.ffn_norm.normed = job.last_x if last else job.x, job.normed
     step.ffn_norm.source = job.x
-    step.grouped.qkv.input, step.grouped.out.projections[0].output = job.normed, job.delta
-    step.grouped.out.rows = rows
-    carve_grouped(memory, step.grouped, job.max_rows, out_rows, job.max_chunks)
+    if step.grouped is not NULL:
+        step.grouped.qkv.input, step.grouped.out.projections[0].output = job.normed, job.delta
+        step.grouped.qkv.rows, step.grouped.out.rows = &job.all_rows, rows
+        carve_grouped(memory, step.grouped, job.max_rows, out_rows, job.max_chunks)
+    elif step.latent is not NULL:
+        step.latent.first.input, step.latent.out.projections[0].output = job.normed, job.delta
+        set_latent_rows(step.latent, &job.all_rows, rows)
+        carve_latent(memory, step.latent, job.max_rows, out_rows, job.max_chunks)
+    else:
+        step.delta.projections.input, step.delta.out.projections[0].output = job.normed, job.delta
+        set_delta_rows(step.delta, &job.all_rows, rows)
+        carve_delta(memory, step.delta, job.max_rows, out_rows)
     end, memory.used = memory.used, begin
     if step.moe is not NULL:
         step.moe.input, step.moe.output = job.normed, job.delta
@@ -293,8 +318,8 @@ cdef void begin_step(step_job *job) noexcept nogil:
         step.ffn_norm.delta = job.delta
         if index + 1 == job.num_layers:
             out_rows = job.num_wanted
-            step.grouped.out_rows = step.ffn_norm.gathered = job.wanted
-        begin_grouped(step.grouped, &job.rows, out_rows)
+            step.ffn_norm.gathered = job.wanted
+        begin_mixer(step, &job.rows, out_rows, step.ffn_norm.gathered)
         if step.moe is not NULL:
             begin_moe(step.moe, out_rows)
         else:
@@ -308,7 +333,7 @@ cdef void run_step(void *step, member *m) noexcept nogil:
     cdef int64_t index
     for index in range(job.num_layers):
         layer = &job.layers[index]
-        run_grouped(layer.grouped, m)
+        run_mixer(layer, m)
         barrier(m)
         if index + 1 == job.num_layers and job.num_wanted == 0:
             return
@@ -318,6 +343,27 @@ cdef void run_step(void *step, member *m) noexcept nogil:
             run_mlp(layer.mlp, m)
         barrier(m)
     run_group(&job.head, m)
+
+
+cdef void begin_mixer(layer_step *step, const batch *rows, int64_t num_out, const int32_t *out_rows) noexcept nogil:
+    if step.grouped is not NULL:
+        step.grouped.out_rows = out_rows
+        begin_grouped(step.grouped, rows, num_out)
+    elif step.latent is not NULL:
+        step.latent.out_rows = out_rows
+        begin_latent(step.latent, rows, num_out)
+    else:
+        step.delta.out_rows = out_rows
+        begin_delta(step.delta, rows, num_out)
+
+
+cdef void run_mixer(layer_step *step, member *m) noexcept nogil:
+    if step.grouped is not NULL:
+        run_grouped(step.grouped, m)
+    elif step.latent is not NULL:
+        run_latent(step.latent, m)
+    else:
+        run_delta(step.delta, m)
 
 
 cdef void norm_row(void *norm, int64_t row, int thread) noexcept nogil:
