@@ -56,6 +56,12 @@ CONSTANTS = {
     "ACTIVATION_GELU": ACTIVATION_GELU,
     "ACTIVATION_GELU_TANH": ACTIVATION_GELU_TANH,
     "ACTIVATION_SWIGLUOAI": ACTIVATION_SWIGLUOAI,
+    "LANES": LANES,
+    "KV_BLOCK": KV_BLOCK,
+    "CHUNK_PAGES": CHUNK_PAGES,
+    "ATTENTION_CHUNK": ATTENTION_CHUNK,
+    "MAX_QUERIES": MAX_QUERIES,
+    "MAX_HEAD_DIM": MAX_HEAD_DIM,
 }
 """The constants of ``ukernels/*.h`` by name: tests compare them with their Python counterparts."""
 
