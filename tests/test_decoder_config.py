@@ -368,7 +368,7 @@ def test_defaults(config, name, found, expected):
             CONFIGS["qwen3_5_moe"],
             {"tie_word_embeddings": True},
             CheckpointError,
-            "tie_word_embeddings False and tie_word_embeddings True, which contradict",
+            "tie_word_embeddings: got True, and False in text_config, which contradict",
         ),
     ],
 )
