@@ -1,7 +1,7 @@
 """Plans of tiny models of every family: their logits, compared with transformers' own models of equal weights.
 
-:mod:`marlin_cy.decoder.reference` computes a plan in float64. transformers' models are in float64 too, but normalise,
-rotate, take the softmax, and run the delta rule in float32.
+:mod:`marlin_cy.decoder.reference` computes a plan in float64, and transformers is made to. What a plan rounds to
+float32 is not rounded here: the tables of RoPE, and the norms' factors of ``1 + weight``.
 """
 
 import json
@@ -15,20 +15,22 @@ from checkpoint_files import edit_json, edit_tensor
 
 from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
+from marlin_cy.decoder import build
 from marlin_cy.decoder.build import build_plan, narrowed, read_config
-from marlin_cy.decoder.plan import AttentionPlan, DenseLinear, MlpPlan, MoeFfnPlan
+from marlin_cy.decoder.plan import AttentionPlan, DenseLinear, MlpPlan, MoeFfnPlan, RopeTable
 from marlin_cy.decoder.reference import reference_logits
+from marlin_cy.decoder.rope import ROPE_TYPES
 from marlin_cy.errors import CheckpointError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import language_models  # noqa: E402
-from language_models import load_reference, write_model  # noqa: E402
+from language_models import logits_in_float64, write_model  # noqa: E402
 
 TOKENS = np.random.default_rng(1).integers(1, language_models.VOCABULARY, 40)
-RELATIVE_ERROR = 1e-5
-"""Float32's epsilon, 1.2e-7, times the some 80 operations in a row that round to float32."""
+RELATIVE_ERROR = 1e-12
+"""Float64's epsilon, 2.2e-16, times the number of roundings in a row: a few thousand."""
 
 torch.set_num_threads(1)
 
@@ -38,16 +40,28 @@ def plan_of(folder, **options):
         return build_plan(checkpoint, **options)
 
 
-def expected_logits(dense, tokens=TOKENS):
-    with torch.no_grad():
-        return load_reference(dense, torch.float64)(torch.from_numpy(tokens)[None]).logits[0].numpy()
+def exact_table(rope, context_length, interleaved):
+    angles = np.arange(context_length)[:, None] * ROPE_TYPES[rope.rope_type](rope, context_length)
+    return RopeTable(rope.attention_factor * np.cos(angles), rope.attention_factor * np.sin(angles), interleaved)
+
+
+def exact_norm(self, module, size):
+    weight = self._loader.vector(f"{module}.weight", size).astype(np.float64)
+    return weight + 1 if self._config.architecture.one_centred else weight
 
 
 def assert_same_logits(quantised, dense):
-    expected = expected_logits(dense)
+    """Returns the plan."""
+    expected = logits_in_float64(dense, TOKENS)
     assert expected.std() > 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "rope_table", exact_table)
+        patch.setattr(build.PlanBuilder, "_norm", exact_norm)
+        exact = reference_logits(plan_of(quantised), TOKENS)
+    assert relative_error(exact, expected) < RELATIVE_ERROR
     plan = plan_of(quantised)
-    assert relative_error(reference_logits(plan, TOKENS), expected) < RELATIVE_ERROR
+    # Float32's roundoff, 6e-8, of some ten values in a row.
+    assert relative_error(reference_logits(plan, TOKENS), expected) < 1e-6
     return plan
 
 

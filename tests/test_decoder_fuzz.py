@@ -6,6 +6,7 @@
 import copy
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from test_fuzz import json_values
 
 from marlin_cy import open_checkpoint
@@ -94,3 +96,32 @@ def test_damaged_config(folders, model_type, data):
 def test_undamaged(folders):
     for folder in folders.values():
         assert np.isfinite(run(folder)).all()
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("change", ["missing", "shorter", "turned", "int8"])
+def test_every_tensor_damaged(folders, tmp_path, model_type, change):
+    """A tensor that is missing, of another shape or of another dtype is refused, unless the model can do without."""
+    source = folders[model_type]
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    runs = []
+    for name, array in tensors.items():
+        damaged = {**tensors}
+        del damaged[name]
+        if change == "shorter":
+            damaged[name] = array[:-1].copy()
+        elif change == "turned":
+            damaged[name] = np.ascontiguousarray(array.T)
+        elif change == "int8":
+            damaged[name] = np.ones(array.shape, np.int8)
+        save_file(damaged, tmp_path / "model.safetensors")
+        outcome = run(tmp_path)
+        if isinstance(outcome, np.ndarray):
+            runs.append(name)
+    print(runs)
+    unread = r"g_idx$|visual\.|mtp\."
+    same_if_turned = r"bias$|norm|A_log|sinks|q_proj\.weight|o_proj\.weight|out_proj"
+    allowed = f"{unread}|{same_if_turned}" if change == "turned" else unread
+    assert [name for name in runs if not re.search(allowed, name)] == []

@@ -25,6 +25,9 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 MAX_THETA = 1e30
 MAX_ORIGINAL = 1 << 24
+BLOCK = 1024
+"""Positions of a table that are computed at a time, so that float64 values stay in the cache."""
+
 LEAST, MOST = 1e-6, 1e6
 """Limits of the other numbers. Within them, no frequency and no factor overflows."""
 
@@ -82,12 +85,13 @@ class RopeConfig:
 def rope_table(rope: RopeConfig, context_length: int, interleaved: bool = False) -> RopeTable:
     """Cosines and sines of positions 0 to ``context_length - 1``."""
     frequencies = ROPE_TYPES[rope.rope_type](rope, context_length)
-    cos = np.empty((context_length, rope.dim // 2), np.float32)
+    cos = np.empty((context_length, len(frequencies)), np.float32)
     sin = np.empty_like(cos)
-    for pair, frequency in enumerate(frequencies):
-        angles = np.arange(context_length) * frequency
-        cos[:, pair] = np.cos(angles) * rope.attention_factor
-        sin[:, pair] = np.sin(angles) * rope.attention_factor
+    for begin in range(0, context_length, BLOCK):
+        rows = slice(begin, min(begin + BLOCK, context_length))
+        angles = np.arange(rows.start, rows.stop)[:, None] * frequencies
+        cos[rows] = np.cos(angles) * rope.attention_factor
+        sin[rows] = np.sin(angles) * rope.attention_factor
     return RopeTable(cos, sin, interleaved)
 
 
