@@ -36,7 +36,8 @@ TEMPLATES = {
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ nothing }}",
     "not given": "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}{{ x is defined }}",
-    "macros": "{% macro say(m) %}[{{ m.role }}: {{ m.content }}]{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "macros": "{% macro say(m) %}[{{ m.role }}: {{ m.content }}]{% endmacro %}"
+    "{% for m in messages %}{{ say(m) }}{% endfor %}",
     "trim": "  {% if true %}\n  a\n  {% endif %}\n b\n",
     "python": "{{ messages[1].content.split('&')[0] * 2 }}{{ 'a' ~ 2 ** 10 }}{{ messages[::-1][0].content.upper() }}"
     "{{ dict(a=1) | tojson }}{{ range(3) | list }}{{ '%s' | format('x') }}{{ strftime_now('%Y')[:2] }}",
@@ -126,7 +127,8 @@ def test_templates_that_fail(tmp_path, source, reason):
 @pytest.mark.parametrize(
     "source",
     [
-        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}"
+        "{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{{ lipsum(n=100000000) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}",
@@ -186,5 +188,3 @@ def test_without_jinja2(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'marlin-cy\[text\]'"):
         tokenizer.chat_tokens(MESSAGES)
-
-

@@ -17,7 +17,6 @@ from marlin_cy.decoder.sampling import (
 )
 from marlin_cy.errors import CheckpointError, MarlinError
 
-
 DRAWS = 4000
 
 

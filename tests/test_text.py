@@ -188,7 +188,9 @@ def test_a_folder_without_tokenizer(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "X"}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[]", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "X"}}']
+)
 def test_damaged_tokenizers(tmp_path, content):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(content)

@@ -50,9 +50,9 @@ def read_decoding(declaration: Mapping[str, Any] | None) -> Decoding:
                 replaced.append((old, new))
             case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if fused:
                 stripped = start
-            case {"type": "Metaspace", "replacement": str(old)}:
+            case {"type": "Metaspace", "replacement": str(old), **others}:
                 replaced.append((old, " "))
-                stripped = int(step.get("prepend_scheme") != "never")
+                stripped = int(others.get("prepend_scheme") != "never")
             case _:
                 raise UnsupportedError(
                     f"tokenizer.json: decoder: got {step!r}, expected a byte-level decoder or one of "
