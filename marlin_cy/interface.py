@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.command_line import CommandLine
+from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
 from marlin_cy.stacks.interface import Buffer, Dispatches, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
 from marlin_cy.weights.sizes import checked_group_size, g_idx_per_expert
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import argparse
 
     from marlin_cy.commands.measure import LayerMeasurement
+    from marlin_cy.decoder.plan import DecoderPlan
+    from marlin_cy.decoder.program import DecoderProgram
     from marlin_cy.moe.layer import SharedExpert
     from marlin_cy.moe.routing import Routing
     from marlin_cy.weights.packed_tiles import PackedTiles
@@ -261,6 +264,33 @@ class Backend(CommandLine, ABC):
             ``data`` is mapped from a file, and stays valid as long as something refers to it.
         """
         return None
+
+    def new_decoder(
+        self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str
+    ) -> DecoderProgram:
+        """A program for a whole model, and the memory of its cache.
+
+        Parameters
+        ----------
+        ctx : Context
+            The program's steps use it.
+        plan : DecoderPlan
+            Its quantised weights belong to this backend. The program refers to its arrays.
+        num_pages : int
+            Pages of the cache, of :data:`~marlin_cy.decoder.program.PAGE_TOKENS` positions each.
+        num_states : int
+            Slots of recurrent state; 0 if no layer has recurrent state.
+        cache_dtype : {"float16", "bfloat16", "float32"}
+            Dtype of keys and values in the cache.
+
+        Raises
+        ------
+        UnsupportedError
+            The backend has no decoder, or not for this plan.
+        MemoryError
+            The cache does not fit into memory.
+        """
+        raise UnsupportedError(f"the {self.name} backend has no decoder for whole models")
 
     def context_from_arguments(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """The options of :meth:`new_context`, from a command line with the options of :meth:`add_arguments`."""

@@ -61,6 +61,7 @@ LINEAR_ATTENTION = {
 CONFIGS = {
     "qwen2_moe": {"intermediate_size": 96, "norm_topk_prob": False, "mlp_only_layers": [0], **SHARED},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True},
+    "qwen3_next": {"intermediate_size": 96, **SHARED, **LINEAR_ATTENTION},
     "qwen3_5_moe_text": {**SHARED, **LINEAR_ATTENTION},
     "qwen3_5_moe": {**SHARED, **LINEAR_ATTENTION},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 96, "sliding_window": None},
@@ -86,7 +87,7 @@ CONFIGS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
-NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_[ab]|router|visual)\.weight$")
+NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_(a|b|ba)|router|visual)\.weight$")
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dispatch cimport ukernel_table
+from marlin_cy.cpu._team cimport member
 
 cdef struct combination:
     const ukernel_table *table
@@ -23,4 +24,5 @@ cdef struct combination:
     float *sums                 # [num_threads, width], which carve_combination takes
 
 cdef void carve_combination(arena *memory, combination *c) noexcept nogil
-cdef void combine_tokens(const combination *c, int64_t tokens) noexcept nogil
+cdef void combine_tokens(const combination *c, int64_t tokens, const member *m) noexcept nogil
+cdef void combine_token(const combination *c, int64_t token, int thread) noexcept nogil

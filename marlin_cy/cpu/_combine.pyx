@@ -1,11 +1,11 @@
 """Combination: the weighted sum of the experts' products for each token."""
 
-from cython.parallel cimport prange, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._dispatch cimport DTYPE_F32
+from marlin_cy.cpu._team cimport member
 
 cdef enum:
     GATE_STEP = 32      # divides K
@@ -17,13 +17,11 @@ cdef void carve_combination(arena *memory, combination *c) noexcept nogil:
     c.sums = <float *>take(memory, c.width * c.num_threads * <int64_t>sizeof(float))
 
 
-cdef void combine_tokens(const combination *c, int64_t tokens) noexcept nogil:
+cdef void combine_tokens(const combination *c, int64_t tokens, const member *m) noexcept nogil:
+    """Combine a thread's share of the tokens."""
     cdef int64_t token
-    if tokens == 1:
-        combine_token(c, 0, 0)
-        return
-    for token in prange(tokens, num_threads=c.num_threads, schedule="static"):
-        combine_token(c, token, threadid())
+    for token in range(tokens * m.thread // m.num_threads, tokens * (m.thread + 1) // m.num_threads):
+        combine_token(c, token, m.thread)
 
 
 cdef void combine_token(const combination *c, int64_t token, int thread) noexcept nogil:

@@ -1,4 +1,4 @@
-"""Products of quantised rows with packed experts: one flat list of items, one prange."""
+"""Products of quantised rows with packed experts: one flat list of items, which threads share."""
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 
@@ -8,6 +8,7 @@ from marlin_cy.cpu._dispatch cimport MAX_MC, PAIR_N, act_meta, gemm_scratch, uke
 from marlin_cy.cpu._quantize cimport quantize_job
 from marlin_cy.cpu._rows cimport row_block, row_plan
 from marlin_cy.cpu._store cimport CpuGptqStore, packed_view
+from marlin_cy.cpu._team cimport member
 from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum:
@@ -42,7 +43,7 @@ cdef struct gemm_job:
     int64_t out_width           # elements from one output row to the next
     const float *bias           # added before the activation; NULL for none
     int64_t bias_stride         # elements from one expert's bias to the next's; 0: one bias, indexed as an output row
-    # The rows, as in row_plan and quantize_job; multiply sets them.
+    # The rows, as in row_plan and quantize_job; begin_items sets them.
     const int8_t *a
     const act_meta *meta
     int64_t num_quantized
@@ -62,3 +63,7 @@ cdef void set_activation(gemm_job *job, int64_t inner, int activation) noexcept
 cdef void set_output(gemm_job *job, const matrix *output) noexcept
 cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil
 cdef void multiply(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil
+cdef void begin_product(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil
+cdef void run_product(gemm_job *job, quantize_job *rows, const member *m) noexcept nogil
+cdef void begin_items(gemm_job *job, const quantize_job *rows, const row_plan *plan) noexcept nogil
+cdef void do_items(const gemm_job *job, const member *m) noexcept nogil

@@ -1,6 +1,7 @@
 """Products of quantised rows with packed experts: one flat list of items, one prange.
 
-:func:`multiply` is one product. Its phases, all in one parallel region:
+:func:`multiply` is one product in a parallel region of its own. A call with several products runs them in one region:
+one thread calls :func:`begin_product`, and after a barrier all threads call :func:`run_product`. Its phases:
 
 1. *quantise*: threads take rows until all are quantised (``_quantize.pyx``);
 2. *sum*: threads take items. An item is a block of rows of one expert, by two tiles of columns, over all of K. The
@@ -13,7 +14,6 @@ workspace; the thread that finishes an item's last chunk adds the chunks up. The
 bits do not depend on the number of threads.
 """
 
-from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
@@ -22,7 +22,8 @@ from marlin_cy.cpu._atomic cimport fetch_add, load
 from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, CHUNK_K, DTYPE_F32, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
 )
-from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, place_quantized, quantize_rows
+from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, quantize_rows
+from marlin_cy.cpu._team cimport member, run_team
 
 import numpy as np
 
@@ -95,38 +96,61 @@ cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # The flat list of items
 
+cdef struct product_run:
+    gemm_job *job
+    quantize_job *rows
+
+
 cdef void multiply(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil:
     """Quantise the rows of a plan and multiply them by their experts."""
+    cdef product_run run
+    run.job, run.rows = job, rows
+    begin_product(job, rows, plan)
+    run_team(job.num_threads, run_alone, &run)
+
+
+cdef void run_alone(void *product, member *m) noexcept nogil:
+    cdef product_run *run = <product_run *>product
+    run_product(run.job, run.rows, m)
+
+
+cdef void begin_product(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil:
+    """Prepare a product. One thread calls this, before any thread calls :func:`run_product`."""
+    begin_quantizing(rows, plan)
+    begin_items(job, rows, plan)
+
+
+cdef void run_product(gemm_job *job, quantize_job *rows, const member *m) noexcept nogil:
+    """Do a thread's part of a product. Outputs are complete when all threads have returned."""
+    quantize_rows(rows, m.thread)
+    do_items(job, m)
+
+
+cdef void begin_items(gemm_job *job, const quantize_job *rows, const row_plan *plan) noexcept nogil:
+    """Prepare the items of a product of ``rows``, which may be quantised later, and may serve other products too."""
     cdef int64_t items
-    rows.num_rows, rows.num_distinct = plan.num_rows, plan.num_distinct
-    rows.input_rows, rows.row_orders = plan.input_rows, plan.row_orders
-    rows.distinct, rows.next_copy = plan.distinct, plan.next_copy
-    place_quantized(rows)
     job.a, job.meta, job.num_quantized = rows.a, rows.meta, rows.num_rows
     job.in_rows, job.out_rows = plan.in_rows, plan.out_rows
     job.blocks, job.num_blocks = plan.blocks, plan.num_blocks
     items = job.num_blocks * job.panels
     if is_split(job):
         memset(job.arrivals, 0, items * sizeof(int64_t))
-        share_out(job, rows, items * num_chunks(job), 1, split_item)
+        items *= num_chunks(job)
+    set_shares(job, items)
+
+
+cdef void do_items(const gemm_job *job, const member *m) noexcept nogil:
+    """Do a thread's part of a product whose rows are quantised."""
+    cdef int64_t items = job.num_blocks * job.panels
+    if is_split(job):
+        work(job, m.thread, 1, split_item)
     else:
-        share_out(job, rows, items, MAX_ITEMS_PER_TURN, whole_item)
+        work(job, m.thread, min(<int64_t>MAX_ITEMS_PER_TURN, max(<int64_t>1, items // (TURNS_PER_THREAD * job.num_threads))),
+             whole_item)
 
 
 cdef inline bint is_split(const gemm_job *job) noexcept nogil:
     return job.slots is not NULL and job.num_blocks * job.panels < MIN_ITEMS_PER_THREAD * job.num_threads
-
-
-cdef void share_out(const gemm_job *job, quantize_job *rows, int64_t items, int64_t max_turn,
-                    item_fn *do_item) noexcept nogil:
-    """Quantise the rows, then do the items. Each thread begins at its own share, where it streams adjacent tiles."""
-    cdef int num_threads = job.num_threads, thread
-    cdef int64_t turn = min(max_turn, max(<int64_t>1, items // (TURNS_PER_THREAD * num_threads)))
-    set_shares(job, items)
-    begin_quantizing(rows)
-    for thread in prange(num_threads, num_threads=num_threads, schedule="static", chunksize=1):
-        quantize_rows(rows, thread)
-        work(job, thread, turn, do_item)
 
 
 cdef void set_shares(const gemm_job *job, int64_t items) noexcept nogil:
@@ -137,7 +161,7 @@ cdef void set_shares(const gemm_job *job, int64_t items) noexcept nogil:
 
 
 cdef void work(const gemm_job *job, int thread, int64_t turn, item_fn *do_item) noexcept nogil:
-    """Do a thread's own share of the items, then the items of other shares that no thread has taken.
+    """Do a thread's own share of the items, where it streams adjacent tiles, then items that no thread has taken.
 
     The counter of a finished share is only read. An addition would take its cache line away from all other
     threads, once for every pair of threads.

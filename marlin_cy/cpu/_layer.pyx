@@ -6,10 +6,13 @@ Phases of a call:
 2. *route* all tokens, unless the caller has chosen their experts (``_routing.pyx``);
 3. for each *slice* of the tokens:
 
-   a. a *pass* of the shared expert, if there is one, and a pass of the routed experts. A pass *groups* its tokens by
-      expert, *plans* their rows, and runs two products (``_rows.pyx``, ``_gemm.pyx``). The epilogue of the first
-      product is the activation; the second product quantises the result;
-   b. *combine* the products of each token (``_combine.pyx``).
+   a. one thread *begins*: it groups the tokens by expert and plans their rows (``_rows.pyx``), once for the pass of
+      the routed experts and once for the pass of the shared expert, if there is one;
+   b. the *first products* of both passes (``_gemm.pyx``), whose epilogue is the activation;
+   c. the *second products* of both passes, which quantise these results;
+   d. *combine* the products of each token (``_combine.pyx``).
+
+Phases 2 and 3 run in one parallel region; a barrier separates each phase from the next.
 """
 
 from libc.stdint cimport int32_t, int64_t
@@ -17,15 +20,16 @@ from libc.string cimport memset
 
 from marlin_cy.cpu._arena cimport arena, carve, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix, refuse_overlap
-from marlin_cy.cpu._combine cimport carve_combination, combination, combine_tokens
+from marlin_cy.cpu._combine cimport carve_combination, combine_tokens
 from marlin_cy.cpu._dispatch cimport DTYPE_F32
 from marlin_cy.cpu._gemm cimport (
-    carve_gemm, gemm_job, multiply, set_activation, set_gemm_job, set_quantize_job,
+    begin_product, carve_gemm, run_product, set_activation, set_gemm_job, set_quantize_job,
 )
-from marlin_cy.cpu._quantize cimport carve_quantized, quantize_job
-from marlin_cy.cpu._routing cimport carve_routing, route_tokens, routing, set_routing
-from marlin_cy.cpu._rows cimport carve_blocks, carve_places, cut_into_blocks, expert_orders, place_rows, row_plan
+from marlin_cy.cpu._quantize cimport carve_quantized
+from marlin_cy.cpu._routing cimport carve_routing, route_tokens, set_routing
+from marlin_cy.cpu._rows cimport carve_blocks, carve_places, cut_into_blocks, place_rows, row_plan
 from marlin_cy.cpu._store cimport CpuGptqStore
+from marlin_cy.cpu._team cimport barrier, member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 
 from marlin_cy.activations import ACTIVATIONS
@@ -37,52 +41,18 @@ cdef enum:
     MAX_INT32 = 0x7fffffff
 
 
-# The two products of some experts for the tokens that have chosen them. Every token chooses a shared expert.
-cdef struct expert_pass:
-    int64_t num_experts
-    int64_t top_k
-    int64_t max_tokens
-    expert_orders gate_up_orders
-    expert_orders down_orders
-    quantize_job quantize_input
-    gemm_job gate_up
-    quantize_job quantize_inner
-    gemm_job down
-    # Memory that carve_pass takes.
-    int64_t *offsets            # [num_experts + 1] the first sorted pair of each expert
-    row_plan gate_up_plan       # pair p, sorted by expert, is row p of the inner activations
-    row_plan down_plan          # row p of these goes to row (token * top_k + choice) of the products
-
-
-cdef struct layer_job:
-    expert_pass routed
-    expert_pass shared
-    combination combine
-    routing router
-    int64_t routed_pairs        # ids and weights that the router gives; 0 if the caller has chosen
-    int64_t slice_tokens        # at most
-    bint has_shared
-    bint weigh_input            # multiply inputs by the weights, not products
-    int32_t *shared_ids         # [slice_tokens] zeros
-
-
 def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, const int32_t[:, ::1] topk_ids,
                 const float[:, ::1] topk_weights):
     """Fill ``out`` with the output of a ``MoeLayer``, given ``router_logits``, or ``topk_ids`` and ``topk_weights``.
 
     No other thread may write to ``topk_ids``: pass a private copy.
     """
-    gate_up, down, shared = layer.gate_up, layer.down, layer.shared_expert
-    cdef CpuGptqStore gate_up_store = gate_up.store, down_store = down.store
+    cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
     cdef matrix hidden = float_matrix(hidden_states, "hidden_states", gate_up_store.k, False)
     cdef matrix result = float_matrix(out, "out", down_store.n, True)
     cdef matrix logits
     cdef int64_t tokens = hidden.rows, top_k
-    cdef int activation = ACTIVATIONS[layer.activation].number
     cdef layer_job job
-    cdef const float[::1] gate_weight
-    cdef const int32_t *ids = NULL
-    cdef const float *weights = NULL
     memset(&job, 0, sizeof(job))
     refuse_overlap(result, hidden, "out")
     if result.rows != tokens:
@@ -99,33 +69,54 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
         refuse_overlap(result, logits, "out")
         set_routing(&job.router, workspace, &logits, layer.routing)
         top_k = job.router.top_k
-        job.routed_pairs = tokens * top_k
+        job.routes = True
     if tokens == 0:
         return
 
-    job.weigh_input = layer.apply_router_weight_on_input
-    job.combine.table, job.combine.num_threads = workspace.table, workspace.num_threads
-    job.combine.top_k, job.combine.width = top_k, result.width
-    job.combine.input, job.combine.input_dtype, job.combine.k = hidden.data, hidden.dtype, hidden.width
-    job.combine.output, job.combine.dtype = result.data, result.dtype
-    set_pass(&job.routed, workspace, gate_up, down, top_k, activation, hidden.dtype)
-    if shared is not None:
-        job.has_shared = True
-        set_pass(&job.shared, workspace, shared.gate_up, shared.down, 1, activation, hidden.dtype)
-        gate_weight = shared.gate_weight
-        if gate_weight is not None:
-            job.combine.gate_weight = &gate_weight[0]
-    job.slice_tokens = job.routed.max_tokens = job.shared.max_tokens = min(tokens_a_slice(&job), tokens)
-
-    if not job.routed_pairs:
-        ids, weights = &topk_ids[0, 0], &topk_weights[0, 0]
+    if router_logits is None:
+        job.ids, job.weights = &topk_ids[0, 0], &topk_weights[0, 0]
+    job.input, job.input_dtype, job.output, job.combine.dtype = hidden.data, hidden.dtype, result.data, result.dtype
+    set_layer(&job, workspace, layer, top_k, tokens)
     workspace.enter()
     try:
         carve(workspace, &workspace.scratch, carve_layer, &job)
+        job.tokens = tokens
         with nogil:
-            forward(&job, ids, weights, tokens, hidden.nbytes // tokens, result.nbytes // tokens)
+            run_team(workspace.num_threads, forward, &job)
     finally:
         workspace.leave()
+
+
+cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens) except -1:
+    """Set the members that the workspace and the layer, a ``MoePlan``, determine.
+
+    The caller has set ``input_dtype`` and ``combine.dtype``, and, where the layer routes, ``router`` and
+    ``routes``.
+    """
+    cdef int activation = ACTIVATIONS[layer.activation].number
+    cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
+    cdef const float[::1] gate_weight
+    shared = layer.shared_expert
+    job.weigh_input = layer.apply_router_weight_on_input
+    job.combine.table, job.combine.num_threads = workspace.table, workspace.num_threads
+    job.combine.top_k, job.combine.width = top_k, down_store.n
+    job.combine.input_dtype, job.combine.k = job.input_dtype, gate_up_store.k
+    set_pass(&job.routed, workspace, layer.gate_up, layer.down, top_k, activation, job.input_dtype)
+    if shared is not None:
+        job.has_shared = True
+        set_pass(&job.shared, workspace, shared.gate_up, shared.down, 1, activation, job.input_dtype)
+        gate_weight = shared.gate_weight
+        if gate_weight is not None:
+            job.combine.gate_weight = &gate_weight[0]
+    set_max_tokens(job, max_tokens)
+    return 0
+
+
+cdef void set_max_tokens(layer_job *job, int64_t max_tokens) noexcept nogil:
+    """Set the most tokens of a call, before its memory is carved."""
+    job.slice_tokens = job.routed.max_tokens = job.shared.max_tokens = min(tokens_a_slice(job), max_tokens)
+    if job.routes:
+        job.routed_pairs = max_tokens * job.combine.top_k
 
 
 cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
@@ -140,7 +131,7 @@ cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
 # ---------------------------------------------------------------------------------------------
 # Memory
 
-cdef int64_t tokens_a_slice(const layer_job *job) noexcept:
+cdef int64_t tokens_a_slice(const layer_job *job) noexcept nogil:
     cdef int64_t top_k = job.combine.top_k, products = top_k, inner = top_k * job.routed.gate_up.inner, tokens
     if job.has_shared:
         products += 1
@@ -151,12 +142,13 @@ cdef int64_t tokens_a_slice(const layer_job *job) noexcept:
 
 
 cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
-    """The layout of a layer's memory. Routing, both passes and combination run in turn and share memory."""
+    """The layout of a layer's memory. Routing, the passes and combination run in turn and share memory."""
     cdef layer_job *job = <layer_job *>layer
     cdef int64_t row_bytes = job.combine.width * <int64_t>sizeof(float), begin, end
-    if job.routed_pairs:
+    if job.routes:
         job.router.ids = <int32_t *>take(memory, job.routed_pairs * <int64_t>sizeof(int32_t))
         job.router.weights = <float *>take(memory, job.routed_pairs * <int64_t>sizeof(float))
+        job.ids, job.weights = job.router.ids, job.router.weights
     job.routed.down.output = <char *>take(memory, job.slice_tokens * job.combine.top_k * row_bytes)
     job.combine.products = <const float *>job.routed.down.output
     if job.has_shared:
@@ -164,11 +156,10 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
         job.shared.down.output = <char *>take(memory, job.slice_tokens * row_bytes)
         job.combine.shared = <const float *>job.shared.down.output
     begin = memory.used
-    if job.routed_pairs:
+    if job.routes:
         carve_routing(memory, &job.router)
     end, memory.used = memory.used, begin
     carve_pass(memory, &job.routed)
-    end, memory.used = max(end, memory.used), begin
     if job.has_shared:
         carve_pass(memory, &job.shared)
     end, memory.used = max(end, memory.used), begin
@@ -177,7 +168,7 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
 
 
 cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
-    cdef int64_t tokens = p.max_tokens, pairs = tokens * p.top_k, begin, end
+    cdef int64_t tokens = p.max_tokens, pairs = tokens * p.top_k
     carve_blocks(memory, &p.gate_up_plan, p.gate_up.table, p.num_experts, pairs)
     carve_places(memory, &p.gate_up_plan, pairs, tokens)
     p.offsets = <int64_t *>take(memory, (p.num_experts + 1) * <int64_t>sizeof(int64_t))
@@ -189,45 +180,57 @@ cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
     carve_quantized(memory, &p.quantize_input,
                     tokens if p.gate_up_orders.all_equal and not p.gate_up.table.min_matrix_rows else pairs)
     carve_quantized(memory, &p.quantize_inner, pairs)
-    # The products run one after the other.
-    begin = memory.used
+    # A thread may begin the second product of one pass while others finish the first product of the other pass.
     carve_gemm(memory, &p.gate_up)
-    end, memory.used = memory.used, begin
     carve_gemm(memory, &p.down)
-    memory.used = max(end, memory.used)
 
 
 # ---------------------------------------------------------------------------------------------
 # All tokens, slice by slice
 
-cdef void forward(layer_job *job, const int32_t *ids, const float *weights, int64_t tokens, int64_t input_row_bytes,
-                  int64_t output_row_bytes) noexcept nogil:
+cdef void forward(void *layer, member *m) noexcept nogil:
+    """A thread's part of a layer: ``job.tokens`` rows. The output is complete when all threads have returned."""
+    cdef layer_job *job = <layer_job *>layer
     cdef int64_t begin = 0, count
-    if job.routed_pairs:
-        route_tokens(&job.router, tokens)
-        ids, weights = job.router.ids, job.router.weights
-    if job.has_shared:
-        memset(job.shared_ids, 0, job.slice_tokens * sizeof(int32_t))
-    while begin < tokens:
-        count = min(job.slice_tokens, tokens - begin)
-        forward_slice(job, ids + begin * job.combine.top_k, weights + begin * job.combine.top_k, count)
-        job.combine.input += count * input_row_bytes
-        job.combine.output += count * output_row_bytes
+    if job.routes:
+        route_tokens(&job.router, job.tokens, m)
+        if job.tokens > 1:  # thread 0 routes a single token, and goes on with it
+            barrier(m)
+    while begin < job.tokens:
+        count = min(job.slice_tokens, job.tokens - begin)
+        if m.thread == 0:
+            begin_slice(job, begin, count)
+        barrier(m)
+        run_product(&job.routed.gate_up, &job.routed.quantize_input, m)
+        if job.has_shared:
+            run_product(&job.shared.gate_up, &job.shared.quantize_input, m)
+        barrier(m)
+        run_product(&job.routed.down, &job.routed.quantize_inner, m)
+        if job.has_shared:
+            run_product(&job.shared.down, &job.shared.quantize_inner, m)
+        barrier(m)
+        combine_tokens(&job.combine, count, m)
         begin += count
+        if begin < job.tokens:
+            barrier(m)
 
 
-cdef void forward_slice(layer_job *job, const int32_t *ids, const float *weights, int64_t tokens) noexcept nogil:
-    """Compute rows ``[0, tokens)`` of the output from the same rows of ``combine.input``."""
-    cdef const float *input_weights = NULL
-    job.routed.quantize_input.input = job.shared.quantize_input.input = job.combine.input
+cdef void begin_slice(layer_job *job, int64_t begin, int64_t tokens) noexcept nogil:
+    """Plan both passes for ``tokens`` tokens from ``begin`` on."""
+    cdef const int32_t *ids = job.ids + begin * job.combine.top_k
+    cdef const float *weights = job.weights + begin * job.combine.top_k
+    cdef const char *input = job.input + begin * job.combine.k * (4 if job.input_dtype == DTYPE_F32 else 2)
+    job.combine.input = input
+    job.combine.output = job.output + begin * job.combine.width * (4 if job.combine.dtype == DTYPE_F32 else 2)
     job.combine.ids, job.combine.weights = ids, weights
     if job.weigh_input:
-        input_weights = weights
         job.combine.weights = NULL
+    else:
+        weights = NULL
+    begin_pass(&job.routed, ids, input, weights, tokens)
     if job.has_shared:
-        run_pass(&job.shared, job.shared_ids, NULL, tokens)
-    run_pass(&job.routed, ids, input_weights, tokens)
-    combine_tokens(&job.combine, tokens)
+        memset(job.shared_ids, 0, tokens * sizeof(int32_t))
+        begin_pass(&job.shared, job.shared_ids, input, NULL, tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,16 +255,17 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     return 0
 
 
-cdef void run_pass(expert_pass *p, const int32_t *ids, const float *input_weights, int64_t tokens) noexcept nogil:
-    """Compute the products ``[tokens, top_k]`` of rows ``[0, tokens)`` of the input.
+cdef void begin_pass(expert_pass *p, const int32_t *ids, const char *input, const float *input_weights,
+                     int64_t tokens) noexcept nogil:
+    """Prepare both products ``[tokens, top_k]`` of the rows of ``input``.
 
     ``input_weights`` is NULL, or has a factor for each input row.
     """
     group_by_expert(p, ids, tokens)
     place_rows(&p.gate_up_plan, NULL, tokens, &p.gate_up_orders, p.gate_up.table.min_matrix_rows)
-    p.quantize_input.weights = input_weights
-    multiply(&p.gate_up, &p.quantize_input, &p.gate_up_plan)
-    multiply(&p.down, &p.quantize_inner, &p.down_plan)
+    p.quantize_input.input, p.quantize_input.weights = input, input_weights
+    begin_product(&p.gate_up, &p.quantize_input, &p.gate_up_plan)
+    begin_product(&p.down, &p.quantize_inner, &p.down_plan)
 
 
 cdef void group_by_expert(expert_pass *p, const int32_t *ids, int64_t tokens) noexcept nogil:

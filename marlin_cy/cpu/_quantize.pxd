@@ -4,6 +4,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dispatch cimport act_meta, ukernel_table
+from marlin_cy.cpu._rows cimport row_plan
 
 cdef struct quantize_job:
     const ukernel_table *table
@@ -43,6 +44,6 @@ cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
     return num_rows | 1
 
 cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) noexcept nogil
-cdef void place_quantized(quantize_job *job) noexcept nogil
-cdef void begin_quantizing(quantize_job *job) noexcept nogil
+cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nogil
 cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil
+cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil

@@ -56,8 +56,12 @@ cdef inline int64_t row_buffer_floats(int64_t k, int64_t packed_k) noexcept nogi
 # ---------------------------------------------------------------------------------------------
 # Work
 
-cdef void begin_quantizing(quantize_job *job) noexcept nogil:
-    """Reset the counters, before threads call :func:`quantize_rows`."""
+cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nogil:
+    """Set the rows to those of a plan. One thread calls this, before any thread calls :func:`quantize_rows`."""
+    job.num_rows, job.num_distinct = plan.num_rows, plan.num_distinct
+    job.input_rows, job.row_orders = plan.input_rows, plan.row_orders
+    job.distinct, job.next_copy = plan.distinct, plan.next_copy
+    place_quantized(job)
     job.next_distinct = job.num_done = 0
 
 

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._buffers cimport matrix
 from marlin_cy.cpu._dispatch cimport ukernel_table
+from marlin_cy.cpu._team cimport member
 from marlin_cy.cpu._workspace cimport Workspace
 
 cdef enum scoring_kind:
@@ -32,4 +33,4 @@ cdef struct routing:
 
 cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind) except -1
 cdef void carve_routing(arena *memory, void *job) noexcept nogil
-cdef void route_tokens(const routing *r, int64_t tokens) noexcept nogil
+cdef void route_tokens(const routing *r, int64_t tokens, const member *m) noexcept nogil

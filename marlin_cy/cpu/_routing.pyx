@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, NAN, isfinite, isnan
 from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena, carve, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
 from marlin_cy.cpu._dispatch cimport DTYPE_F32
+from marlin_cy.cpu._team cimport member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 
 SCORING_KINDS = {"softmax": SOFTMAX, "softmax_topk": SOFTMAX_TOPK, "sigmoid": SIGMOID}
@@ -18,6 +18,7 @@ def route(Workspace workspace, router_logits, kind):
     """``(ids, weights)`` of each token, int32 and float32 ``[tokens, top_k]``, by a ``Routing``."""
     cdef matrix logits = float_matrix(router_logits, "router_logits", kind.num_experts, False)
     cdef routing r
+    cdef routing_run run
     set_routing(&r, workspace, &logits, kind)
     ids, weights = np.empty((logits.rows, r.top_k), np.int32), np.empty((logits.rows, r.top_k), np.float32)
     cdef int32_t[:, ::1] ids_view = ids
@@ -28,8 +29,10 @@ def route(Workspace workspace, router_logits, kind):
     workspace.enter()
     try:
         carve(workspace, &workspace.scratch, carve_routing, &r)
+        run.r, run.tokens = &r, logits.rows
         with nogil:
-            route_tokens(&r, logits.rows)
+            # Waking the other threads costs more than routing one token.
+            run_team(1 if logits.rows == 1 else r.num_threads, route_alone, &run)
     finally:
         workspace.leave()
     return ids, weights
@@ -59,13 +62,25 @@ cdef inline int64_t buffer_floats(const routing *r) noexcept nogil:
     return 3 * r.num_experts
 
 
-cdef void route_tokens(const routing *r, int64_t tokens) noexcept nogil:
+cdef struct routing_run:
+    const routing *r
+    int64_t tokens
+
+
+cdef void route_alone(void *job, member *m) noexcept nogil:
+    cdef routing_run *run = <routing_run *>job
+    route_tokens(run.r, run.tokens, m)
+
+
+cdef void route_tokens(const routing *r, int64_t tokens, const member *m) noexcept nogil:
+    """Route a thread's share of the tokens. Thread 0 routes a single token."""
     cdef int64_t token
-    if tokens == 1:  # waking the other threads costs more than routing one token
-        route_token(r, 0, r.buffers)
+    if tokens == 1:
+        if m.thread == 0:
+            route_token(r, 0, r.buffers)
         return
-    for token in prange(tokens, num_threads=r.num_threads, schedule="static"):
-        route_token(r, token, r.buffers + threadid() * buffer_floats(r))
+    for token in range(tokens * m.thread // m.num_threads, tokens * (m.thread + 1) // m.num_threads):
+        route_token(r, token, r.buffers + m.thread * buffer_floats(r))
 
 
 cdef void route_token(const routing *r, int64_t token, float *scores) noexcept nogil:

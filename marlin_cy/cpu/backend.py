@@ -21,7 +21,9 @@ from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, St
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
+    from marlin_cy.cpu.decoder.program import CpuDecoder
     from marlin_cy.cpu.layer_measurement import CpuLayerMeasurement
+    from marlin_cy.decoder.plan import DecoderPlan
     from marlin_cy.moe.routing import Routing
     from marlin_cy.weights.packed_tiles import PackedTiles
 
@@ -114,6 +116,13 @@ class CpuBackend(Backend):
             topk_ids,
             topk_weights,
         )
+
+    def new_decoder(
+        self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str
+    ) -> CpuDecoder:
+        from marlin_cy.cpu.decoder.program import CpuDecoder
+
+        return CpuDecoder(ctx, plan, num_pages, num_states, cache_dtype)
 
     @classmethod
     def add_arguments(cls, group: ArgumentGroup) -> None:

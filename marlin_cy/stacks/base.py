@@ -166,8 +166,28 @@ class PackedLinear(Linear):
         return self._width
 
     @property
+    def offset(self) -> int:
+        """The first column in the stacked N."""
+        return self._offset
+
+    @property
+    def bias(self) -> Any:
+        """The bias, float32 ``[out_features]`` in the backend's memory, or None."""
+        return self._bias
+
+    @property
     def metadata(self) -> WeightMetadata:
         return self._metadata
+
+    @property
+    def column_offset(self) -> int:
+        """The first column of the stacked N."""
+        return self._offset
+
+    @property
+    def bias(self) -> Any:
+        """The bias, where the backend's kernels read it; None if there is none."""
+        return self._bias
 
     @abstractmethod
     def _placed(self, bias: npt.NDArray[np.float32]) -> Any:

@@ -1,0 +1,240 @@
+"""Attention over a paged cache, as phases of a decoder's step.
+
+The positions of a sequence are cut into chunks of ``ATTENTION_CHUNK``, counted from 0. The micro-kernel gives the
+maximum, the sum and the weighted values of a chunk; a row's chunks are merged in ascending order. So neither the other
+rows of a batch nor the number of threads changes a row's bits. The work is cut in one of two ways::
+
+    many rows    a unit is a tile of rows, by some heads that share a head of the cache; it goes through the chunks
+                 and merges them
+    few rows     a unit is one row, by some heads, by one chunk ("split"); its result is kept, and finish_row merges
+                 a row's results
+
+A tile's queries are its rows by its heads: query ``r * heads + h``.
+"""
+
+from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcpy
+
+from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._dispatch cimport ATTENTION_CHUNK, CHUNK_PAGES, MAX_QUERIES, attention_task
+from marlin_cy.cpu._team cimport member, take_item
+from marlin_cy.cpu.decoder._batch cimport batch, segment
+
+cdef enum:
+    # With more rows, the results of all chunks would need too much memory.
+    MAX_SPLIT_ROWS = 16
+    # Units of a thread, so that a slow thread does not delay the others.
+    UNITS_PER_THREAD = 4
+
+
+cdef int64_t chunks_of(int64_t tokens) noexcept nogil:
+    """Chunks of the cache that ``tokens`` positions take."""
+    return (tokens + ATTENTION_CHUNK - 1) // ATTENTION_CHUNK
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+cdef void carve_attention(arena *memory, attention_job *job, int64_t max_rows, int64_t max_chunks) noexcept nogil:
+    """The layout for batches of at most ``max_rows`` rows in sequences of at most ``max_chunks`` chunks."""
+    job.max_partials = min(max_rows, <int64_t>MAX_SPLIT_ROWS) * max_chunks
+    job.tiles = <attention_tile *>take(memory, max_rows * <int64_t>sizeof(attention_tile))
+    job.areas = <attention_area *>take(memory, job.num_threads * <int64_t>sizeof(attention_area))
+    job.buffers = <float *>take(memory, job.num_threads * buffer_floats(job) * <int64_t>sizeof(float))
+    job.partial_max = <float *>take(memory, job.max_partials * job.num_heads * <int64_t>sizeof(float))
+    job.partial_sum = <float *>take(memory, job.max_partials * job.num_heads * <int64_t>sizeof(float))
+    job.partial_out = <float *>take(
+        memory, job.max_partials * job.num_heads * job.value_dim * <int64_t>sizeof(float))
+
+
+cdef inline int64_t buffer_floats(const attention_job *job) noexcept nogil:
+    """Floats that a thread needs: a tile's queries, its merged values, and a chunk's values."""
+    return MAX_QUERIES * (job.head_dim + 2 * job.value_dim)
+
+
+# ---------------------------------------------------------------------------------------------
+# The cut into units
+
+cdef void begin_attention(attention_job *job, const batch *rows) noexcept nogil:
+    """Cut a batch into units. One thread calls this, before any thread calls :func:`run_attention`."""
+    cdef int64_t wanted = UNITS_PER_THREAD * job.num_threads, heads = heads_a_pool_head(job)
+    job.rows, job.units.next = rows, 0
+    job.heads_a_unit = min(heads, <int64_t>MAX_QUERIES)
+    cut_into_tiles(job, MAX_QUERIES // job.heads_a_unit, False)
+    if job.num_units < wanted and rows.rows <= MAX_SPLIT_ROWS:
+        cut_into_tiles(job, 1, True)
+    while job.num_units < wanted and job.heads_a_unit > 1:
+        job.heads_a_unit = (job.heads_a_unit + 1) // 2
+        cut_into_tiles(job, 1 if job.split else MAX_QUERIES // min(heads, <int64_t>MAX_QUERIES), job.split)
+
+
+cdef void cut_into_tiles(attention_job *job, int64_t rows_a_tile, bint split) noexcept nogil:
+    cdef int64_t s, row, partials = 0
+    cdef const segment *part
+    cdef attention_tile *tile
+    job.split, job.num_tiles = split, 0
+    for s in range(job.rows.num_segments):
+        part = job.rows.segments + s
+        row = 0
+        while row < part.count:
+            tile = job.tiles + job.num_tiles
+            job.num_tiles += 1
+            tile.segment, tile.row, tile.count = s, part.row + row, min(rows_a_tile, part.count - row)
+            tile.first_chunk = first_visible(job, part.position + row) // ATTENTION_CHUNK
+            tile.end_chunk = chunks_of(part.position + row + tile.count)
+            tile.first_partial = partials
+            partials += tile.end_chunk - tile.first_chunk
+            row += tile.count
+    job.num_units = (partials if split else job.num_tiles) * units_a_tile(job)
+
+
+cdef inline int64_t heads_a_pool_head(const attention_job *job) noexcept nogil:
+    return job.num_heads // job.num_kv_heads
+
+
+cdef inline int64_t units_a_tile(const attention_job *job) noexcept nogil:
+    return job.num_kv_heads * ((heads_a_pool_head(job) + job.heads_a_unit - 1) // job.heads_a_unit)
+
+
+cdef inline int64_t first_visible(const attention_job *job, int64_t position) noexcept nogil:
+    """The first position that a row sees."""
+    return max(<int64_t>0, position - job.window + 1) if job.window else 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Units
+
+cdef void run_attention(attention_job *job, member *m) noexcept nogil:
+    """Do a thread's part. If the work is split, :func:`finish_row` must then be called for each row."""
+    cdef int64_t unit = take_item(&job.units, job.num_units, m), per_tile = units_a_tile(job), index, t
+    while unit < job.num_units:
+        index = unit // per_tile
+        if job.split:
+            t = 0
+            while t + 1 < job.num_tiles and job.tiles[t + 1].first_partial <= index:
+                t += 1
+            attend_chunk(job, job.tiles + t, index - job.tiles[t].first_partial, unit % per_tile, m.thread)
+        else:
+            # The last tiles see the most chunks: they come first, so that threads end together.
+            attend_tile(job, job.tiles + job.num_tiles - 1 - index, unit % per_tile, m.thread)
+        unit = take_item(&job.units, job.num_units, m)
+
+
+cdef struct unit_heads:
+    int64_t pool_head
+    int64_t first               # query head
+    int64_t count
+
+
+cdef unit_heads heads_of(const attention_job *job, int64_t number) noexcept nogil:
+    """The heads of unit ``number`` of a tile."""
+    cdef int64_t parts = units_a_tile(job) // job.num_kv_heads, part = number % parts
+    cdef unit_heads h
+    h.pool_head = number // parts
+    h.count = min(job.heads_a_unit, heads_a_pool_head(job) - part * job.heads_a_unit)
+    h.first = h.pool_head * heads_a_pool_head(job) + part * job.heads_a_unit
+    return h
+
+
+cdef void attend_chunk(const attention_job *job, const attention_tile *tile, int64_t number, int64_t unit,
+                       int thread) noexcept nogil:
+    """Keep the result of a tile of one row for its chunk ``number``."""
+    cdef unit_heads h = heads_of(job, unit)
+    cdef int64_t partial = (tile.first_partial + number) * job.num_heads + h.first
+    cdef attention_area *area = job.areas + thread
+    cdef attention_task task
+    set_task(job, &task, tile, &h, area)
+    task.q, task.q_stride = job.q + tile.row * job.q_row + h.first * job.q_head, job.q_head
+    task.max, task.sum = job.partial_max + partial, job.partial_sum + partial
+    task.out, task.out_stride = job.partial_out + partial * job.value_dim, job.value_dim
+    set_chunk(job, &task, tile, &h, tile.first_chunk + number, area)
+    job.table.attention(&task)
+
+
+cdef void attend_tile(const attention_job *job, const attention_tile *tile, int64_t unit, int thread) noexcept nogil:
+    """Merge a tile's chunks in ascending order, and write its output."""
+    cdef unit_heads h = heads_of(job, unit)
+    cdef attention_area *area = job.areas + thread
+    cdef float *q = job.buffers + thread * buffer_floats(job)
+    cdef float *merged = q + MAX_QUERIES * job.head_dim
+    cdef float *values = merged + MAX_QUERIES * job.value_dim
+    cdef float *out
+    cdef int64_t chunk, i, queries = tile.count * h.count
+    cdef attention_task task
+    set_task(job, &task, tile, &h, area)
+    for i in range(queries):
+        memcpy(q + i * job.head_dim, job.q + (tile.row + i // h.count) * job.q_row + (h.first + i % h.count) * job.q_head,
+               job.head_dim * sizeof(float))
+        area.started[i] = False
+    task.q, task.q_stride = q, job.head_dim
+    task.max, task.sum, task.out, task.out_stride = area.chunk_max, area.chunk_sum, values, job.value_dim
+    for chunk in range(tile.first_chunk, tile.end_chunk):
+        set_chunk(job, &task, tile, &h, chunk, area)
+        job.table.attention(&task)
+        for i in range(queries):
+            if area.begin[i] >= area.end[i]:
+                continue
+            merge_chunk(job, area.max + i, area.sum + i, merged + i * job.value_dim, area.chunk_max[i],
+                        area.chunk_sum[i], values + i * job.value_dim, not area.started[i])
+            area.started[i] = True
+    for i in range(queries):
+        out = job.output + ((tile.row + i // h.count) * job.num_heads + h.first + i % h.count) * job.value_dim
+        memcpy(out, merged + i * job.value_dim, job.value_dim * sizeof(float))
+        job.table.attention_finish(out, area.max[i], area.sum[i], sink_of(job, h.first + i % h.count), job.value_dim)
+
+
+cdef void set_task(const attention_job *job, attention_task *task, const attention_tile *tile, const unit_heads *h,
+                   attention_area *area) noexcept nogil:
+    """Set the members that all chunks share."""
+    task.m, task.d, task.dv = <int>(tile.count * h.count), <int>job.head_dim, <int>job.value_dim
+    task.keys = job.pool.keys + h.pool_head * job.pool.num_pages * job.pool.key_bytes
+    task.values = job.pool.values + h.pool_head * job.pool.num_pages * job.pool.value_bytes
+    task.key_stride, task.value_stride, task.dtype = job.pool.key_bytes, job.pool.value_bytes, job.pool.dtype
+    task.scale, task.soft_cap = job.scale, job.soft_cap
+    task.begin, task.end, task.scratch = area.begin, area.end, &area.scratch
+
+
+cdef void set_chunk(const attention_job *job, attention_task *task, const attention_tile *tile, const unit_heads *h,
+                    int64_t chunk, attention_area *area) noexcept nogil:
+    cdef const segment *part = job.rows.segments + tile.segment
+    cdef int64_t row, position, begin, end, head
+    task.pages = part.pages + chunk * CHUNK_PAGES
+    for row in range(tile.count):
+        position = part.position + tile.row - part.row + row
+        begin = first_visible(job, position) - chunk * ATTENTION_CHUNK
+        end = position + 1 - chunk * ATTENTION_CHUNK
+        begin, end = max(begin, <int64_t>0), max(<int64_t>0, min(end, <int64_t>ATTENTION_CHUNK))
+        for head in range(h.count):
+            area.begin[row * h.count + head] = <int32_t>min(begin, <int64_t>ATTENTION_CHUNK)
+            area.end[row * h.count + head] = <int32_t>end
+
+
+cdef inline void merge_chunk(const attention_job *job, float *largest, float *total, float *out, float chunk_max,
+                             float chunk_sum, const float *values, bint first) noexcept nogil:
+    """Add a chunk to a query's result. The first chunk that the query sees is copied."""
+    if first:
+        largest[0], total[0] = chunk_max, chunk_sum
+        memcpy(out, values, job.value_dim * sizeof(float))
+    else:
+        job.table.attention_merge(largest, total, out, chunk_max, chunk_sum, values, job.value_dim)
+
+
+cdef inline const float *sink_of(const attention_job *job, int64_t head) noexcept nogil:
+    return NULL if job.sinks is NULL else job.sinks + head
+
+
+cdef void finish_row(const attention_job *job, int64_t row) noexcept nogil:
+    """Merge the chunks of a row, if the work was split. The row's output is complete afterwards."""
+    cdef const attention_tile *tile = job.tiles + row
+    cdef int64_t head, number, partial
+    cdef float largest = 0, total = 0
+    cdef float *out
+    if not job.split:
+        return
+    for head in range(job.num_heads):
+        out = job.output + (row * job.num_heads + head) * job.value_dim
+        for number in range(tile.end_chunk - tile.first_chunk):
+            partial = (tile.first_partial + number) * job.num_heads + head
+            merge_chunk(job, &largest, &total, out, job.partial_max[partial], job.partial_sum[partial],
+                        job.partial_out + partial * job.value_dim, number == 0)
+        job.table.attention_finish(out, largest, total, sink_of(job, head), job.value_dim)

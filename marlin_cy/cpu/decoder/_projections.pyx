@@ -1,0 +1,246 @@
+"""Linear layers that read the same rows, as a phase of a decoder's step.
+
+A *group* is up to four linear layers, quantised or dense, that read the same input: a query, a key and a value
+projection, or gate and up. :func:`run_group` is one phase, which all threads of a team run:
+
+1. *rows*: threads take input rows. A row is prepared (the caller's hook: a norm, an activation), and quantised once
+   for all quantised layers that order K alike;
+2. a barrier;
+3. *items*: threads take items of each layer in turn, without a barrier between the layers.
+
+Outputs are complete after the caller's next barrier.
+"""
+
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcmp, memset
+
+from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._buffers cimport float_matrix, matrix
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, dense_task
+from marlin_cy.cpu._gemm cimport (
+    begin_items, carve_gemm, do_items, set_columns, set_gemm_job, set_quantize_job,
+)
+from marlin_cy.cpu._quantize cimport begin_quantizing, carve_quantized, quantize_one
+from marlin_cy.cpu._rows cimport carve_blocks, cut_into_blocks
+from marlin_cy.cpu._store cimport CpuGptqStore
+from marlin_cy.cpu._team cimport barrier, member, queue, take_item
+from marlin_cy.cpu._workspace cimport Workspace
+
+from marlin_cy.cpu.stack import CpuLinear
+from marlin_cy.decoder.plan import DenseLinear
+from marlin_cy.errors import UnsupportedError
+
+cdef enum:
+    DENSE_ROWS = 32             # rows of a dense item, at most
+    DENSE_COLUMNS = 256         # outputs of a dense item, at most: 1 MB of bfloat16 weights with K of 2048
+    DENSE_STEP = 8              # outputs of a dense item are a multiple of this
+    ITEMS_PER_THREAD = 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Setting up
+
+cdef int set_group(projection_group *group, Workspace workspace, list projections, list owners) except -1:
+    """Set the members that the layers determine; ``owners`` keeps the layers' arrays alive."""
+    cdef projection *p
+    cdef int index
+    memset(group, 0, sizeof(projection_group))
+    group.table, group.num_threads = workspace.table, workspace.num_threads
+    group.num_projections, group.k = len(projections), projections[0].in_features
+    for index in range(group.num_projections):
+        p = &group.projections[index]
+        layer = projections[index]
+        p.n = layer.out_features
+        owners.append(layer)
+        if isinstance(layer, CpuLinear):
+            set_quantised(group, p, workspace, layer, owners)
+        elif isinstance(layer, DenseLinear):
+            set_dense(&p.dense, workspace, layer.weight, layer.bias, owners)
+        else:
+            raise TypeError(f"plan: got a projection of type {type(layer).__name__}, expected a CpuLinear or DenseLinear")
+    return 0
+
+
+cdef int set_quantised(projection_group *group, projection *p, Workspace workspace, layer, list owners) except -1:
+    cdef CpuGptqStore store = layer.stack.store
+    cdef int64_t offset = layer.column_offset, first = offset // store.n
+    cdef quantize_job job
+    cdef const float[::1] bias = layer.bias
+    if (offset + p.n - 1) // store.n != first:
+        raise UnsupportedError(f"plan: got a projection over several experts of a stack: {layer!r}")
+    p.quantised = True
+    set_gemm_job(&p.gemm, workspace, store, None)
+    p.gemm.store.data += first * store.view.expert_stride
+    p.gemm.all_columns.begin, p.gemm.all_columns.end = offset - first * store.n, offset - first * store.n + p.n
+    set_columns(&p.gemm, &p.gemm.all_columns, 1)
+    p.gemm.out_dtype, p.gemm.out_width = DTYPE_F32, p.n
+    if bias is not None:
+        p.gemm.bias = &bias[0]
+    set_quantize_job(&job, workspace, store)
+    job.dtype = DTYPE_F32
+    if job.orders is not NULL:
+        job.orders += store.view.order_of[first] * store.view.packed_k
+    p.quantised_by = find_quantised(group, &job)
+    return 0
+
+
+cdef int find_quantised(projection_group *group, const quantize_job *job) noexcept:
+    """The index of a job that quantises rows in the same way, which is added if there is none."""
+    cdef const quantize_job *other
+    cdef int index
+    for index in range(group.num_quantised):
+        other = &group.quantised[index]
+        if other.packed_k != job.packed_k or other.group_size != job.group_size:
+            continue
+        if other.orders is NULL and job.orders is NULL:
+            return index
+        if other.orders is not NULL and job.orders is not NULL and memcmp(
+                other.orders, job.orders, job.packed_k * sizeof(int32_t)) == 0:
+            return index
+    group.quantised[group.num_quantised] = job[0]
+    group.num_quantised += 1
+    return group.num_quantised - 1
+
+
+cdef int set_dense(dense_job *job, Workspace workspace, weight, bias, list owners) except -1:
+    """Set the members that weights ``[n, k]`` determine."""
+    cdef matrix w = float_matrix(weight, "plan: weight", weight.shape[1], False)
+    cdef const float[::1] bias_view = bias
+    owners.append((weight, bias))
+    memset(job, 0, sizeof(dense_job))
+    job.table, job.num_threads = workspace.table, workspace.num_threads
+    job.task.w, job.task.dtype, job.task.n, job.task.k, job.task.w_stride = w.data, w.dtype, w.rows, w.width, w.width
+    job.task.x_stride, job.task.out_stride = w.width, w.rows
+    if bias is not None:
+        job.task.bias = &bias_view[0]
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+cdef void carve_plain(arena *memory, plain_rows *rows, const ukernel_table *table) noexcept nogil:
+    """The layout of a plan of at most ``max_rows`` rows."""
+    carve_blocks(memory, &rows.plan, table, 1, rows.max_rows)
+    rows.plan.in_rows = <int32_t *>take(memory, rows.max_rows * <int64_t>sizeof(int32_t))
+    rows.plan.out_rows = <int64_t *>take(memory, rows.max_rows * <int64_t>sizeof(int64_t))
+
+
+cdef void plan_plain(plain_rows *rows, const ukernel_table *table, int64_t count) noexcept nogil:
+    cdef int64_t row
+    cdef row_plan *plan = &rows.plan
+    for row in range(count):
+        plan.in_rows[row], plan.out_rows[row] = <int32_t>row, row
+    plan.num_pairs = plan.num_rows = plan.num_distinct = count
+    plan.num_blocks = cut_into_blocks(plan.blocks, 0, 0, count, 0, table)
+
+
+cdef void carve_group(arena *memory, projection_group *group, int64_t max_rows) noexcept nogil:
+    """The layout of quantised rows and the products' scratch; ``input`` and outputs are the caller's."""
+    cdef int index
+    for index in range(group.num_quantised):
+        carve_quantized(memory, &group.quantised[index], max_rows)
+    for index in range(group.num_projections):
+        if group.projections[index].quantised:
+            carve_gemm(memory, &group.projections[index].gemm)
+
+
+# ---------------------------------------------------------------------------------------------
+# Work
+
+cdef void begin_group(projection_group *group, int64_t num_rows) noexcept nogil:
+    """Set the rows of a call. One thread calls this, before any thread calls :func:`run_group`."""
+    cdef projection *p
+    cdef int index
+    group.num_rows, group.row_items.next = num_rows, 0
+    for index in range(group.num_quantised):
+        group.quantised[index].input = <const char *>group.input
+        begin_quantizing(&group.quantised[index], &group.rows.plan)
+    for index in range(group.num_projections):
+        p = &group.projections[index]
+        if p.quantised:
+            p.gemm.output = <char *>p.output
+        else:
+            p.dense.task.x, p.dense.task.out = group.input, p.output
+
+
+cdef void run_group(projection_group *group, member *m) noexcept nogil:
+    cdef projection *p
+    cdef int index
+    if m.thread == 0:
+        begin_products(group)
+    run_rows(&group.row_items, group.num_rows, prepare_row, group, m)
+    barrier(m)
+    for index in range(group.num_projections):
+        p = &group.projections[index]
+        if p.quantised:
+            do_items(&p.gemm, m)
+        else:
+            do_dense(&p.dense, m)
+
+
+cdef void begin_products(projection_group *group) noexcept nogil:
+    """Prepare the items. The products of other groups, which use the same memory, have ended at an earlier barrier."""
+    cdef projection *p
+    cdef int index
+    for index in range(group.num_projections):
+        p = &group.projections[index]
+        if p.quantised:
+            begin_items(&p.gemm, &group.quantised[p.quantised_by], &group.rows.plan)
+        else:
+            begin_dense(&p.dense, group.num_rows)
+
+
+cdef void prepare_row(void *job, int64_t row, int thread) noexcept nogil:
+    cdef projection_group *group = <projection_group *>job
+    cdef int index
+    if group.prepare is not NULL:
+        group.prepare(group.prepared, row, thread)
+    for index in range(group.num_quantised):
+        quantize_one(&group.quantised[index], row, thread)
+
+
+cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, member *m) noexcept nogil:
+    """Call ``prepare`` for all rows; threads take one row at a time. ``items.next`` is 0 before."""
+    cdef int64_t row = take_item(items, rows, m)
+    while row < rows:
+        prepare(job, row, m.thread)
+        row = take_item(items, rows, m)
+
+
+# ---------------------------------------------------------------------------------------------
+# Dense products
+
+cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil:
+    """Cut ``rows`` rows into items: enough to keep the threads busy, each as large as possible."""
+    cdef int64_t wanted = ITEMS_PER_THREAD * job.num_threads, row_blocks, columns
+    job.task.m = rows
+    job.row_block = min(<int64_t>DENSE_ROWS, max(<int64_t>1, rows))
+    row_blocks = (rows + job.row_block - 1) // job.row_block
+    columns = max(<int64_t>DENSE_STEP, job.task.n * max(<int64_t>1, row_blocks) // wanted)
+    job.column_block = min(<int64_t>DENSE_COLUMNS, (columns + DENSE_STEP - 1) // DENSE_STEP * DENSE_STEP)
+    job.items.next = 0
+
+
+cdef void do_dense(dense_job *job, const member *m) noexcept nogil:
+    """Do a thread's part of a dense product."""
+    cdef int64_t row_blocks = (job.task.m + job.row_block - 1) // job.row_block
+    cdef int64_t column_blocks = (job.task.n + job.column_block - 1) // job.column_block
+    cdef int64_t count = row_blocks * column_blocks, item = take_item(&job.items, count, m)
+    while item < count:
+        dense_item(job, item % row_blocks * job.row_block, item // row_blocks * job.column_block)
+        item = take_item(&job.items, count, m)
+
+
+cdef void dense_item(const dense_job *job, int64_t row, int64_t column) noexcept nogil:
+    cdef dense_task task = job.task
+    cdef int64_t element = 4 if task.dtype == DTYPE_F32 else 2
+    task.m, task.n = min(job.row_block, task.m - row), min(job.column_block, task.n - column)
+    task.x += row * task.x_stride
+    task.w = <const char *>task.w + column * task.w_stride * element
+    task.out += row * task.out_stride + column
+    if task.bias is not NULL:
+        task.bias += column
+    job.table.dense(&task)

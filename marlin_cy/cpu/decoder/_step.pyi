@@ -1,0 +1,16 @@
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.cpu._workspace import Workspace
+from marlin_cy.cpu.decoder._cache import KvPool
+from marlin_cy.decoder.plan import DecoderPlan
+
+class CpuStep:
+    def __init__(self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool]) -> None: ...
+    def run(
+        self,
+        tokens: npt.NDArray[np.int32],
+        segments: npt.NDArray[np.int64],
+        pages: npt.NDArray[np.int32],
+        wanted: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]: ...

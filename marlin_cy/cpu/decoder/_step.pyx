@@ -1,0 +1,390 @@
+"""A decoder's step: from the tokens of a batch to logits, in one parallel region.
+
+::
+
+    x       [rows, hidden]      the residual stream
+    delta   [rows, hidden]      the output of the last mixer or feed-forward network, not yet added to x
+    normed  [rows, hidden]      the input of the next one
+
+    embed_row             x = embedding of the token                       in the first norm
+    norm_row              x = x + delta;  normed = rms_norm(x)             as a layer's rows are quantised
+    mixer                 delta = mixer(normed)                            _grouped.pyx, _latent.pyx, _delta.pyx
+    norm_row, network     delta = network(normed)                          _ffn.pyx
+    head                  logits of the wanted rows
+
+In the last layer, only the rows whose logits are wanted go on after the mixer's keys and values are in the cache.
+"""
+
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcpy, memset
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
+
+from marlin_cy.cpu._arena cimport arena, carve, take
+from marlin_cy.cpu._buffers cimport float_matrix, matrix
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, ukernel_table
+from marlin_cy.cpu._team cimport barrier, member, run_team
+from marlin_cy.cpu._workspace cimport Workspace
+from marlin_cy.cpu.decoder._attention cimport chunks_of
+from marlin_cy.cpu.decoder._batch cimport batch, segment
+from marlin_cy.cpu.decoder._delta cimport (
+    begin_delta, carve_delta, delta_job, run_delta, set_delta, set_delta_rows,
+)
+from marlin_cy.cpu.decoder._ffn cimport (
+    begin_mlp, begin_moe, carve_mlp, carve_moe, mlp_job, moe_job, run_mlp, run_moe, set_mlp, set_mlp_rows, set_moe,
+)
+from marlin_cy.cpu.decoder._grouped cimport begin_grouped, carve_grouped, grouped_job, run_grouped, set_grouped
+from marlin_cy.cpu.decoder._latent cimport (
+    begin_latent, carve_latent, latent_job, run_latent, set_latent, set_latent_rows,
+)
+from marlin_cy.cpu.decoder._projections cimport (
+    begin_group, carve_group, carve_plain, plain_rows, plan_plain, projection_group, run_group, set_group,
+)
+
+from marlin_cy.decoder.plan import AttentionPlan, LatentAttentionPlan, MoeFfnPlan
+
+cdef enum:
+    CHUNK_STEP = 16             # memory is reserved for a depth of a multiple of so many chunks
+
+
+# An RMS norm, and what is done to a row of the residual stream before it.
+cdef struct norm_job:
+    const ukernel_table *table
+    const float *weight
+    float eps
+    int64_t width
+    const batch *embedded       # the first norm: x is the embedding of the batch's tokens
+    const char *embedding       # [vocab, width]
+    int embedding_dtype
+    float *x                    # [rows, width]
+    const float *delta          # [rows, width], added to x; NULL for the first norm
+    const int32_t *gathered     # row of `source` for each row of x, or NULL: x is complete
+    const float *source
+    float *normed               # [rows, width]
+
+
+cdef struct layer_step:
+    norm_job mixer_norm
+    grouped_job *grouped        # one of these three; the others are NULL
+    latent_job *latent
+    delta_job *delta
+    norm_job ffn_norm
+    moe_job *moe                # one of these two
+    mlp_job *mlp
+
+
+cdef struct step_job:
+    const ukernel_table *table
+    int64_t num_layers
+    layer_step *layers
+    norm_job head_norm
+    projection_group head
+    batch rows
+    int64_t max_rows
+    int64_t max_wanted
+    int64_t max_chunks
+    int64_t hidden
+    int64_t num_wanted
+    const int32_t *wanted       # [num_wanted] rows of the batch
+    # Memory that carve_step takes.
+    float *x
+    float *last_x               # the wanted rows of x
+    float *delta
+    float *normed
+    plain_rows all_rows
+    plain_rows wanted_rows
+
+
+cdef class CpuStep:
+    """The program of a plan: :meth:`run` is one step.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    plan : DecoderPlan
+    pools : list of KvPool or StatePool
+        The memory of each layer.
+    """
+
+    cdef step_job job
+    cdef Workspace workspace
+    cdef list owners
+    cdef int64_t vocab_size
+    cdef void *carved           # the memory that the jobs point into
+
+    def __cinit__(self, Workspace workspace, plan, list pools):
+        self.workspace, self.owners = workspace, [plan, pools]
+        self.vocab_size = plan.vocab_size
+        memset(&self.job, 0, sizeof(step_job))
+        self.job.table, self.job.hidden = workspace.table, plan.hidden_size
+        self.job.layers = <layer_step *>allocate(len(plan.layers) * sizeof(layer_step))
+        self.job.num_layers = len(plan.layers)
+        for index, layer in enumerate(plan.layers):
+            self.set_layer_step(&self.job.layers[index], plan, layer, pools[index])
+        set_group(&self.job.head, workspace, [plan.head], self.owners)
+        self.set_norm(&self.job.head_norm, plan, plan.final_norm)
+        self.job.head.prepare, self.job.head.prepared = head_row, &self.job
+        self.set_embedding(&self.job.layers[0].mixer_norm, plan.embedding)
+
+    def __dealloc__(self):
+        cdef int64_t index
+        if self.job.layers is NULL:
+            return
+        for index in range(self.job.num_layers):
+            PyMem_RawFree(self.job.layers[index].grouped)
+            PyMem_RawFree(self.job.layers[index].latent)
+            PyMem_RawFree(self.job.layers[index].delta)
+            PyMem_RawFree(self.job.layers[index].moe)
+            PyMem_RawFree(self.job.layers[index].mlp)
+        PyMem_RawFree(self.job.layers)
+
+    cdef int set_layer_step(self, layer_step *step, plan, layer, pool) except -1:
+        cdef projection_group *first
+        self.set_norm(&step.mixer_norm, plan, layer.mixer_norm)
+        self.set_norm(&step.ffn_norm, plan, layer.ffn_norm)
+        if isinstance(layer.mixer, AttentionPlan):
+            step.grouped = <grouped_job *>allocate(sizeof(grouped_job))
+            set_grouped(step.grouped, self.workspace, layer.mixer, pool, plan.norm_eps, self.owners)
+            first = &step.grouped.qkv
+        elif isinstance(layer.mixer, LatentAttentionPlan):
+            step.latent = <latent_job *>allocate(sizeof(latent_job))
+            set_latent(step.latent, self.workspace, layer.mixer, pool, self.owners)
+            first = &step.latent.first
+        else:
+            step.delta = <delta_job *>allocate(sizeof(delta_job))
+            set_delta(step.delta, self.workspace, layer.mixer, pool, self.owners)
+            first = &step.delta.projections
+        first.prepare, first.prepared = norm_row, &step.mixer_norm
+        if isinstance(layer.ffn, MoeFfnPlan):
+            step.moe = <moe_job *>allocate(sizeof(moe_job))
+            set_moe(step.moe, self.workspace, layer.ffn, self.owners)
+            step.moe.prepare, step.moe.prepared = norm_row, &step.ffn_norm
+        else:
+            step.mlp = <mlp_job *>allocate(sizeof(mlp_job))
+            set_mlp(step.mlp, self.workspace, layer.ffn, self.owners)
+            step.mlp.gate_up.prepare, step.mlp.gate_up.prepared = norm_row, &step.ffn_norm
+        return 0
+
+    cdef int set_norm(self, norm_job *norm, plan, weight) except -1:
+        cdef const float[::1] values = weight
+        self.owners.append(weight)
+        norm.table, norm.weight, norm.eps, norm.width = (
+            self.workspace.table, &values[0], plan.norm_eps, plan.hidden_size)
+        return 0
+
+    cdef int set_embedding(self, norm_job *norm, embedding) except -1:
+        cdef matrix rows = float_matrix(embedding, "plan: embedding", self.job.hidden, False)
+        norm.embedded, norm.embedding, norm.embedding_dtype = &self.job.rows, rows.data, rows.dtype
+        return 0
+
+    def run(self, const int32_t[::1] tokens, const int64_t[:, ::1] segments, const int32_t[:, ::1] pages,
+            const int32_t[::1] wanted):
+        """Run a step.
+
+        The caller has checked the arguments, and no other thread may write to them.
+
+        Parameters
+        ----------
+        tokens : int32 ``[rows]``
+            At least one; each below the vocabulary's size.
+        segments : int64 ``[segments, 4]``
+            The first row, the number of rows, the position of the first row, the slot of recurrent state.
+        pages : int32 ``[segments, any number]``
+            The pages of each segment's sequence, in order.
+        wanted : int32 ``[wanted]``
+            Rows of the batch, ascending.
+
+        Returns
+        -------
+        float32 ``[wanted, vocab_size]``
+        """
+        cdef int64_t rows = tokens.shape[0], num_segments = segments.shape[0], s, row, chunks = 1
+        parts = np.empty(num_segments * sizeof(segment), np.uint8)
+        segment_of = np.empty(rows, np.int32)
+        logits = np.empty((wanted.shape[0], self.vocab_size), np.float32)
+        cdef unsigned char[::1] memory = parts
+        cdef segment *part = <segment *>&memory[0]
+        cdef int32_t[::1] owner = segment_of
+        cdef float[:, ::1] result = logits
+        for s in range(num_segments):
+            part[s].row, part[s].count, part[s].position = segments[s, 0], segments[s, 1], segments[s, 2]
+            part[s].state = segments[s, 3]
+            part[s].pages = &pages[s, 0]
+            chunks = max(chunks, chunks_of(part[s].position + part[s].count))
+            for row in range(part[s].row, part[s].row + part[s].count):
+                owner[row] = <int32_t>s
+        self.job.rows.table, self.job.rows.num_threads = self.workspace.table, self.workspace.num_threads
+        self.job.rows.rows, self.job.rows.num_segments, self.job.rows.segments = rows, num_segments, part
+        self.job.rows.segment_of, self.job.rows.tokens = &owner[0], &tokens[0]
+        self.job.num_wanted = wanted.shape[0]
+        self.job.wanted = &wanted[0] if self.job.num_wanted else NULL
+        self.workspace.enter()
+        try:
+            self.reserve(rows, self.job.num_wanted, chunks)
+            self.job.head.projections[0].output = &result[0, 0] if self.job.num_wanted else NULL
+            with nogil:
+                begin_step(&self.job)
+                run_team(self.workspace.num_threads, run_step, &self.job)
+        finally:
+            self.workspace.leave()
+        return logits
+
+    cdef int reserve(self, int64_t rows, int64_t wanted, int64_t chunks) except -1:
+        """Carve the memory of a step, unless the last step's carving still holds."""
+        cdef step_job *job = &self.job
+        if (rows == job.max_rows and wanted == job.max_wanted and chunks <= job.max_chunks
+                and self.carved == self.workspace.scratch.data and self.carved is not NULL):
+            return 0
+        job.max_rows, job.max_wanted = rows, wanted
+        job.max_chunks = (chunks + CHUNK_STEP - 1) // CHUNK_STEP * CHUNK_STEP
+        carve(self.workspace, &self.workspace.scratch, carve_step, job)
+        self.carved = self.workspace.scratch.data
+        return 0
+
+
+cdef void *allocate(size_t size) except NULL:
+    cdef void *memory = PyMem_RawCalloc(1, size)
+    if memory is NULL:
+        raise MemoryError(f"decoder: could not allocate {size} bytes")
+    return memory
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+cdef void carve_step(arena *memory, void *step) noexcept nogil:
+    """The layout of a step's memory. Layers run in turn and share memory."""
+    cdef step_job *job = <step_job *>step
+    cdef int64_t row_bytes = job.hidden * <int64_t>sizeof(float), index, begin, end
+    job.all_rows.max_rows, job.wanted_rows.max_rows = job.max_rows, job.max_wanted
+    carve_plain(memory, &job.all_rows, job.table)
+    carve_plain(memory, &job.wanted_rows, job.table)
+    job.x = <float *>take(memory, job.max_rows * row_bytes)
+    job.last_x = <float *>take(memory, job.max_wanted * row_bytes)
+    job.delta = <float *>take(memory, job.max_rows * row_bytes)
+    job.normed = <float *>take(memory, job.max_rows * row_bytes)
+    begin = end = memory.used
+    for index in range(job.num_layers):
+        carve_layer_step(memory, job, &job.layers[index], index + 1 == job.num_layers)
+        end, memory.used = max(end, memory.used), begin
+    job.head.input = job.normed
+    carve_group(memory, &job.head, job.max_wanted)
+    memory.used = max(end, memory.used)
+
+
+cdef void carve_layer_step(arena *memory, step_job *job, layer_step *step, bint last) noexcept nogil:
+    cdef int64_t begin = memory.used, end, out_rows = job.max_wanted if last else job.max_rows
+    cdef plain_rows *rows = &job.wanted_rows if last else &job.all_rows
+    step.mixer_norm.x, step.mixer_norm.normed = job.x, job.normed
+    step.ffn_norm.x, step.ffn_norm.normed = job.last_x if last else job.x, job.normed
+    step.ffn_norm.source = job.x
+    if step.grouped is not NULL:
+        step.grouped.qkv.input, step.grouped.out.projections[0].output = job.normed, job.delta
+        step.grouped.qkv.rows, step.grouped.out.rows = &job.all_rows, rows
+        carve_grouped(memory, step.grouped, job.max_rows, out_rows, job.max_chunks)
+    elif step.latent is not NULL:
+        step.latent.first.input, step.latent.out.projections[0].output = job.normed, job.delta
+        set_latent_rows(step.latent, &job.all_rows, rows)
+        carve_latent(memory, step.latent, job.max_rows, out_rows, job.max_chunks)
+    else:
+        step.delta.projections.input, step.delta.out.projections[0].output = job.normed, job.delta
+        set_delta_rows(step.delta, &job.all_rows, rows)
+        carve_delta(memory, step.delta, job.max_rows, out_rows)
+    end, memory.used = memory.used, begin
+    if step.moe is not NULL:
+        step.moe.input, step.moe.output = job.normed, job.delta
+        set_mlp_rows(&step.moe.shared, rows)
+        carve_moe(memory, step.moe, out_rows)
+    else:
+        step.mlp.gate_up.input, step.mlp.down.projections[0].output = job.normed, job.delta
+        set_mlp_rows(step.mlp, rows)
+        carve_mlp(memory, step.mlp, out_rows)
+    memory.used = max(end, memory.used)
+
+
+# ---------------------------------------------------------------------------------------------
+# Work
+
+cdef void begin_step(step_job *job) noexcept nogil:
+    """Set the rows of all phases, before any thread calls :func:`run_step`."""
+    cdef int64_t index, out_rows = job.rows.rows
+    cdef layer_step *step
+    plan_plain(&job.all_rows, job.table, job.rows.rows)
+    plan_plain(&job.wanted_rows, job.table, job.num_wanted)
+    for index in range(job.num_layers):
+        step = &job.layers[index]
+        step.mixer_norm.delta = job.delta if index else NULL
+        step.ffn_norm.delta = job.delta
+        if index + 1 == job.num_layers:
+            out_rows = job.num_wanted
+            step.ffn_norm.gathered = job.wanted
+        begin_mixer(step, &job.rows, out_rows, step.ffn_norm.gathered)
+        if step.moe is not NULL:
+            begin_moe(step.moe, out_rows)
+        else:
+            begin_mlp(step.mlp, out_rows)
+    begin_group(&job.head, job.num_wanted)
+
+
+cdef void run_step(void *step, member *m) noexcept nogil:
+    cdef step_job *job = <step_job *>step
+    cdef layer_step *layer
+    cdef int64_t index
+    for index in range(job.num_layers):
+        layer = &job.layers[index]
+        run_mixer(layer, m)
+        barrier(m)
+        if index + 1 == job.num_layers and job.num_wanted == 0:
+            return
+        if layer.moe is not NULL:
+            run_moe(layer.moe, m)
+        else:
+            run_mlp(layer.mlp, m)
+        barrier(m)
+    run_group(&job.head, m)
+
+
+cdef void begin_mixer(layer_step *step, const batch *rows, int64_t num_out, const int32_t *out_rows) noexcept nogil:
+    if step.grouped is not NULL:
+        step.grouped.out_rows = out_rows
+        begin_grouped(step.grouped, rows, num_out)
+    elif step.latent is not NULL:
+        step.latent.out_rows = out_rows
+        begin_latent(step.latent, rows, num_out)
+    else:
+        step.delta.out_rows = out_rows
+        begin_delta(step.delta, rows, num_out)
+
+
+cdef void run_mixer(layer_step *step, member *m) noexcept nogil:
+    if step.grouped is not NULL:
+        run_grouped(step.grouped, m)
+    elif step.latent is not NULL:
+        run_latent(step.latent, m)
+    else:
+        run_delta(step.delta, m)
+
+
+cdef void norm_row(void *norm, int64_t row, int thread) noexcept nogil:
+    """Complete a row of the residual stream, and normalise it."""
+    cdef norm_job *job = <norm_job *>norm
+    cdef float *x = job.x + row * job.width
+    cdef int64_t element
+    if job.embedded is not NULL:
+        element = 4 if job.embedding_dtype == DTYPE_F32 else 2
+        job.table.widen(x, job.embedding + job.embedded.tokens[row] * job.width * element, job.embedding_dtype,
+                        job.width)
+    elif job.gathered is not NULL:
+        memcpy(x, job.source + job.gathered[row] * job.width, job.width * sizeof(float))
+    if job.delta is not NULL:
+        job.table.add(x, job.delta + row * job.width, job.width)
+    job.table.rms_norm(job.normed + row * job.width, x, job.weight, job.eps, job.width)
+
+
+cdef void head_row(void *step, int64_t row, int thread) noexcept nogil:
+    """Complete a wanted row of the residual stream, and normalise it for the head."""
+    cdef step_job *job = <step_job *>step
+    cdef float *x = job.last_x + row * job.hidden
+    job.table.add(x, job.delta + row * job.hidden, job.hidden)
+    job.table.rms_norm(job.normed + row * job.hidden, x, job.head_norm.weight, job.head_norm.eps, job.hidden)

@@ -1,0 +1,84 @@
+"""The CPU's program for a whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.cpu import fork
+from marlin_cy.cpu.context import workspace_of
+from marlin_cy.cpu.decoder._cache import KvPool, StatePool, page_bytes
+from marlin_cy.cpu.decoder._step import CpuStep
+from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DeltaNetPlan, LatentAttentionPlan, MixerPlan
+from marlin_cy.decoder.program import PAGE_TOKENS, Batch, DecoderProgram
+from marlin_cy.interface import Context
+
+__all__ = ["CpuDecoder"]
+
+
+class CpuDecoder(DecoderProgram):
+    """A plan whose step is one call without the GIL. The parameters are those of ``Backend.new_decoder``."""
+
+    def __init__(self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str) -> None:
+        workspace = workspace_of(ctx)
+        needed = num_pages * sum(
+            page_bytes(*cache_sizes(layer.mixer), cache_dtype)
+            for layer in plan.layers
+            if not isinstance(layer.mixer, DeltaNetPlan)
+        )
+        try:
+            self._pools = [new_pool(layer.mixer, num_pages, num_states, cache_dtype) for layer in plan.layers]
+        except MemoryError:
+            raise MemoryError(
+                f"cache: could not allocate {needed} bytes for {num_pages * PAGE_TOKENS} tokens; pass fewer "
+                "cache_tokens"
+            ) from None
+        self._step = CpuStep(workspace, plan, self._pools)
+
+    def step(self, batch: Batch) -> npt.NDArray[np.float32]:
+        return fork.run(self._step.run, batch.tokens, batch.segments, batch.pages, batch.wanted)
+
+    def copy_page(self, source: int, target: int) -> None:
+        for pool in self._pools:
+            if isinstance(pool, KvPool):
+                pool.copy_page(source, target)
+
+    def clear_state(self, slot: int) -> None:
+        for pool in self._states():
+            pool.clear(slot)
+
+    def copy_state(self, source: int, target: int) -> None:
+        for pool in self._states():
+            pool.copy(source, target)
+
+    def save_state(self, slot: int) -> Any:
+        return [pool.save(slot) for pool in self._states()]
+
+    def restore_state(self, slot: int, saved: Any) -> None:
+        for pool, values in zip(self._states(), saved, strict=True):
+            pool.restore(slot, values)
+
+    def _states(self) -> list[StatePool]:
+        return [pool for pool in self._pools if isinstance(pool, StatePool)]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(pool.nbytes for pool in self._pools)
+
+
+def new_pool(mixer: MixerPlan, num_pages: int, num_states: int, cache_dtype: str) -> KvPool | StatePool:
+    """A layer's part of the cache."""
+    if isinstance(mixer, DeltaNetPlan):
+        return StatePool(
+            num_states, mixer.conv_width, mixer.conv.shape[0], mixer.num_v_heads, mixer.key_dim, mixer.value_dim
+        )
+    return KvPool(num_pages, *cache_sizes(mixer), cache_dtype)
+
+
+def cache_sizes(mixer: AttentionPlan | LatentAttentionPlan) -> tuple[int, int, int]:
+    """``(heads, key width, value width)`` of a layer's keys and values."""
+    if isinstance(mixer, AttentionPlan):
+        return mixer.num_kv_heads, mixer.head_dim, mixer.head_dim
+    return 1, mixer.latent_dim + mixer.rope_dim, mixer.latent_dim

@@ -1,0 +1,418 @@
+"""Whole models: sequences of tokens in, logits out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.arguments import integer
+from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from marlin_cy.decoder.build import build_plan, read_config
+from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
+from marlin_cy.decoder.config import DecoderConfig
+from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
+from marlin_cy.decoder.program import CACHE_DTYPES, PAGE_TOKENS, Batch
+from marlin_cy.errors import ContextInUse, UnsupportedError
+from marlin_cy.formats.json_fields import StrPath
+from marlin_cy.interface import Backend, Context
+
+__all__ = ["Model", "load_model"]
+
+Tokens = Iterable[int] | npt.NDArray[np.integer[Any]]
+Pair = tuple[Sequence, Tokens]
+
+MAX_ROWS = 1024
+"""Tokens of a step, at most. More tokens would read the weights less often, but need more memory between products."""
+
+DEFAULT_STATES = 16
+"""Sequences of a model with recurrent state that may exist at once, at least."""
+
+
+def load_model(
+    path: StrPath,
+    backend: str | Backend = "cpu",
+    *,
+    context_length: int | None = None,
+    cache_tokens: int | None = None,
+    cache_dtype: str = "float16",
+    progress: Callable[[int, int, str], object] | None = None,
+    **context_options: Any,
+) -> Model:
+    """Load a checkpoint folder as a model that turns tokens into logits.
+
+    Parameters
+    ----------
+    path : path-like
+        A folder that :func:`~marlin_cy.open_checkpoint` takes.
+    backend : str or Backend
+    context_length : int, optional
+        Positions of one sequence; by default the model's own limit.
+    cache_tokens : int, optional
+        Positions of all sequences together; by default ``context_length``.
+    cache_dtype : {"float16", "bfloat16", "float32"}
+        What keys and values are kept in.
+    progress : callable, optional
+        As in :func:`~marlin_cy.open_checkpoint`.
+    **context_options
+        Those of the backend's ``new_context``: ``num_threads`` and ``compute_dtype`` on the CPU.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError, TypeError, ValueError
+        As :func:`~marlin_cy.open_checkpoint`; also if the decoder does not support the model, or the backend has no
+        decoder.
+    MemoryError
+        The cache does not fit into memory. The message has its size, and the number of tokens that would fit.
+    """
+    if not isinstance(cache_dtype, str) or cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+    checkpoint = open_checkpoint(path, backend, progress=progress)
+    config = read_config(checkpoint)
+    context_length = config.context_length if context_length is None else integer("context_length", context_length)
+    cache_tokens = context_length if cache_tokens is None else integer("cache_tokens", cache_tokens)
+    if cache_tokens < 1:
+        raise ValueError(f"cache_tokens: got {cache_tokens}, expected at least 1")
+    ctx = checkpoint.backend.new_context(**context_options)
+    plan = build_plan(checkpoint, config, context_length)
+    return Model(checkpoint, config, plan, ctx, cache_tokens, cache_dtype)
+
+
+class Model:
+    """A model on a backend, with the cache of its sequences. Made by :func:`load_model`.
+
+    One thread may call a model at a time; a second one gets :class:`~marlin_cy.errors.ContextInUse`. A call that
+    raises has changed no sequence.
+
+    Attributes
+    ----------
+    folder : Path
+    config : DecoderConfig
+    plan : DecoderPlan
+    context : Context
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        plan: DecoderPlan,
+        ctx: Context,
+        cache_tokens: int,
+        cache_dtype: str,
+    ) -> None:
+        self.folder: Path = checkpoint.path
+        self.config = config
+        self.plan = plan
+        self.context = ctx
+        self.cache_dtype = cache_dtype
+        self._checkpoint = checkpoint
+        self._recurrent = any(isinstance(layer.mixer, DeltaNetPlan) for layer in plan.layers)
+        num_pages = pages_of(cache_tokens)
+        num_states = max(DEFAULT_STATES, cache_tokens // plan.context_length) if self._recurrent else 0
+        self._program = ctx.backend.new_decoder(ctx, plan, num_pages, num_states, cache_dtype)
+        self._pool = PagePool(num_pages)
+        self._free_states = list(range(num_states - 1, -1, -1))
+        self._sequences: set[Sequence] = set()
+        self._lock = threading.Lock()
+        self._own: Sequence | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.config.model_type}, {len(self.plan.layers)} layers, context of {self.context_length}, "
+            f"{self.context.backend.describe(self.context)})"
+        )
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of one sequence."""
+        return self.plan.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows: ids are 0 to ``vocab_size - 1``."""
+        return self.plan.vocab_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache. The system may provide the memory only as it is used."""
+        return self._program.cache_bytes
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions of the cache that no sequence holds, in whole pages."""
+        return self._pool.num_free * PAGE_TOKENS
+
+    # Sequences ---------------------------------------------------------------------------------
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence.
+
+        Raises
+        ------
+        CacheFull
+            The model has recurrent state, and all of its slots are in use.
+        """
+        with self._exclusive():
+            sequence = Sequence(self._pool, pages_of(self.context_length), self._take_state())
+            if sequence.state >= 0:
+                self._program.clear_state(sequence.state)
+            self._sequences.add(sequence)
+            return sequence
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A sequence with the same tokens. Both grow apart; they share the cache of what they have in common.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``sequence`` is not a live sequence of this model.
+        CacheFull
+            As :meth:`new_sequence`.
+        """
+        with self._exclusive():
+            self._check_sequence("sequence", sequence)
+            fork = sequence.fork(self._take_state())
+            if fork.state >= 0:
+                self._program.copy_state(sequence.state, fork.state)
+            self._sequences.add(fork)
+            return fork
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget all tokens of a sequence from ``length`` on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``sequence`` is not a live sequence of this model, or it has fewer tokens.
+        UnsupportedError
+            The model has recurrent state, which cannot be taken back, and ``length`` is neither 0 nor the sequence's
+            own length.
+        """
+        with self._exclusive():
+            self._check_sequence("sequence", sequence)
+            length = integer("length", length)
+            if not 0 <= length <= sequence.length:
+                raise ValueError(f"length: got {length}, expected 0 to {sequence.length}, the sequence's length")
+            if length == sequence.length:
+                return
+            if self._recurrent:
+                if length:
+                    raise UnsupportedError(
+                        f"truncate: {self.config.model_type} has recurrent state, which cannot go back to {length} "
+                        "tokens; fork the sequence before it grows"
+                    )
+                self._program.clear_state(sequence.state)
+            sequence.shrink(length)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give a sequence's part of the cache back. The sequence can no longer be used.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``sequence`` is not a live sequence of this model.
+        """
+        with self._exclusive():
+            self._check_sequence("sequence", sequence)
+            if sequence.state >= 0:
+                self._free_states.append(sequence.state)
+            sequence.free()
+            self._sequences.discard(sequence)
+            if sequence is self._own:
+                self._own = None
+
+    # Logits ------------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Tokens, *, sequence: Sequence | None = None, all_logits: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to a sequence.
+
+        Parameters
+        ----------
+        tokens : ints
+            Ids, at least one.
+        sequence : Sequence, optional
+            By default the model's own sequence.
+        all_logits : bool
+
+        Returns
+        -------
+        float32 ``[vocab_size]``
+            The logits after the last token; with ``all_logits``, ``[len(tokens), vocab_size]``, those after each.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            An invalid token or sequence, no tokens, or more than the context has room for.
+        CacheFull
+            The cache has too few free pages.
+        ContextInUse
+            Another thread is calling the model.
+        """
+        if sequence is None:
+            if self._own is None:
+                self._own = self.new_sequence()
+            sequence = self._own
+        return self.forward_batch([(sequence, tokens)], all_logits=all_logits)[0]
+
+    def forward_batch(self, pairs: Iterable[Pair], *, all_logits: bool = False) -> list[npt.NDArray[np.float32]]:
+        """Append tokens to several sequences at once. The result does not depend on what is run together.
+
+        Parameters
+        ----------
+        pairs : sequence of (Sequence, ints)
+            Each sequence once.
+        all_logits : bool
+
+        Returns
+        -------
+        list of float32 arrays
+            In the order of ``pairs``, each as :meth:`forward` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, CacheFull, ContextInUse
+            As :meth:`forward`. No sequence has changed.
+        """
+        with self._exclusive():
+            work = self._checked(pairs)
+            lengths = [sequence.length for sequence, _ in work]
+            # A single step changes the state last of all.
+            saves = self._recurrent and sum(len(tokens) for _, tokens in work) > MAX_ROWS
+            states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
+            try:
+                return self._run(work, bool(all_logits))
+            except BaseException:
+                for (sequence, _), length in zip(work, lengths, strict=True):
+                    sequence.shrink(length)
+                for (sequence, _), state in zip(work, states, strict=False):
+                    self._program.restore_state(sequence.state, state)
+                raise
+
+    def _run(
+        self, work: list[tuple[Sequence, npt.NDArray[np.int32]]], all_logits: bool
+    ) -> list[npt.NDArray[np.float32]]:
+        for sequence, tokens in work:
+            sequence.grow(len(tokens), self._program.copy_page)
+        results = [np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32) for _, tokens in work]
+        for parts in cut_into_steps([len(tokens) for _, tokens in work], MAX_ROWS):
+            wanted, places = [], []
+            segments = np.empty((len(parts), 4), np.int64)
+            rows = 0
+            for number, (index, begin, end) in enumerate(parts):
+                sequence, tokens = work[index]
+                segments[number] = rows, end - begin, sequence.length, sequence.state
+                if all_logits:
+                    wanted += range(rows, rows + end - begin)
+                    places += [(index, place) for place in range(begin, end)]
+                elif end == len(tokens):
+                    wanted.append(rows + end - begin - 1)
+                    places.append((index, 0))
+                rows += end - begin
+            logits = self._program.step(
+                Batch(
+                    np.concatenate([work[index][1][begin:end] for index, begin, end in parts]),
+                    segments,
+                    self._page_tables([work[index][0] for index, _, _ in parts]),
+                    np.array(wanted, np.int32),
+                )
+            )
+            for (index, place), row in zip(places, logits, strict=True):
+                results[index][place] = row
+            for index, begin, end in parts:
+                work[index][0].length += end - begin
+        return results if all_logits else [result[0] for result in results]
+
+    @staticmethod
+    def _page_tables(sequences: list[Sequence]) -> npt.NDArray[np.int32]:
+        if len(sequences) == 1:
+            return sequences[0].page_table[None]
+        return np.stack([sequence.page_table for sequence in sequences])
+
+    # Checks ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ContextInUse("model: in use by another thread; a model serves one thread at a time")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _checked(self, pairs: Iterable[Pair]) -> list[tuple[Sequence, npt.NDArray[np.int32]]]:
+        """Pairs with copies of their tokens, after all checks."""
+        work: list[tuple[Sequence, npt.NDArray[np.int32]]] = []
+        needed = 0
+        for number, (sequence, tokens) in enumerate(pairs):
+            self._check_sequence(f"pairs[{number}]", sequence)
+            if any(sequence is other for other, _ in work):
+                raise ValueError(f"pairs[{number}]: got a sequence a second time, expected each sequence once")
+            ids = self._token_ids(tokens)
+            if sequence.length + len(ids) > self.context_length:
+                raise ValueError(
+                    f"tokens: got {len(ids)}, expected at most {self.context_length - sequence.length}: the context "
+                    f"has {self.context_length} positions, and the sequence {sequence.length} tokens"
+                )
+            work.append((sequence, ids))
+            needed += sequence.pages_needed(len(ids))
+        if needed > self._pool.num_free:
+            raise CacheFull(
+                f"cache: got {needed} pages of {PAGE_TOKENS} tokens to add, {self._pool.num_free} are free; free sequences, or "
+                "load the model with more cache_tokens"
+            )
+        return work
+
+    def _token_ids(self, tokens: Tokens) -> npt.NDArray[np.int32]:
+        array = np.array(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        if array.size == 0:
+            raise ValueError("tokens: got none, expected at least one")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(f"tokens: got shape {array.shape} of {array.dtype}, expected a row of integers")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            wrong = array[(array < 0) | (array >= self.vocab_size)][0]
+            raise IndexError(f"tokens: got id {wrong}, expected 0 to {self.vocab_size - 1}")
+        return array.astype(np.int32)
+
+    def _check_sequence(self, name: str, sequence: Sequence) -> None:
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"{name}: got {type(sequence).__name__}, expected a Sequence from new_sequence")
+        if sequence.freed:
+            raise ValueError(f"{name}: the sequence was freed")
+        if sequence not in self._sequences:
+            raise ValueError(f"{name}: the sequence belongs to another model")
+
+    def _take_state(self) -> int:
+        if not self._recurrent:
+            return -1
+        if not self._free_states:
+            raise CacheFull("sequences: all slots of recurrent state are in use; free sequences")
+        return self._free_states.pop()
+
+
+def cut_into_steps(counts: list[int], max_rows: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut the tokens of several sequences into steps of at most ``max_rows`` rows.
+
+    Yields lists of ``(sequence, begin, end)``: tokens ``begin`` to ``end - 1`` of a sequence.
+    """
+    step: list[tuple[int, int, int]] = []
+    room = max_rows
+    for index, count in enumerate(counts):
+        begin = 0
+        while begin < count:
+            end = min(count, begin + room)
+            step.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield step
+                step, room = [], max_rows
+    if step:
+        yield step

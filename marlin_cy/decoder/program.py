@@ -1,0 +1,82 @@
+"""The interface of a backend's program for a whole model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CACHE_DTYPES", "PAGE_TOKENS", "Batch", "DecoderProgram"]
+
+CACHE_DTYPES = ("float16", "bfloat16", "float32")
+"""What a cache may hold keys and values in."""
+
+PAGE_TOKENS = 16
+"""Positions of a page of the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tokens of one or more sequences. The rows of a sequence follow each other, and so do their positions.
+
+    Attributes
+    ----------
+    tokens : int32 ``[rows]``
+        At least one.
+    segments : int64 ``[segments, 4]``
+        Of each sequence: its first row, the number of its rows, the position of its first row, and the slot of its
+        recurrent state (-1 if the model has none).
+    pages : int32 ``[segments, any number]``
+        The pages of each sequence, in order: page ``i`` has positions ``PAGE_TOKENS * i`` to
+        ``PAGE_TOKENS * (i + 1) - 1``. There is one for each position of the sequence, those of the batch included.
+    wanted : int32 ``[any number]``
+        The rows whose logits are wanted, ascending.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    segments: npt.NDArray[np.int64]
+    pages: npt.NDArray[np.int32]
+    wanted: npt.NDArray[np.int32]
+
+
+class DecoderProgram(ABC):
+    """A plan that is ready to run, and the memory of its cache. Made by :meth:`marlin_cy.Backend.new_decoder`.
+
+    Arguments are not checked: :class:`~marlin_cy.decoder.model.Model` does that.
+    """
+
+    @abstractmethod
+    def step(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Append a batch to the cache. Returns a new array: the logits ``[wanted, vocab_size]``.
+
+        A token's logits have the same bits whatever the rest of the batch is, and whichever batches its sequence's
+        earlier tokens came in, on backends that promise it (the CPU does).
+        """
+
+    @abstractmethod
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys and values of one page to another, in all layers."""
+
+    @abstractmethod
+    def clear_state(self, slot: int) -> None:
+        """Reset a slot of recurrent state to that of an empty sequence."""
+
+    @abstractmethod
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy one slot of recurrent state to another, in all layers."""
+
+    @abstractmethod
+    def save_state(self, slot: int) -> Any:
+        """A copy of a slot of recurrent state, in all layers, for :meth:`restore_state`."""
+
+    @abstractmethod
+    def restore_state(self, slot: int, saved: Any) -> None:
+        """Set a slot of recurrent state to what :meth:`save_state` returned."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's memory. The system may provide it only as it is used."""
