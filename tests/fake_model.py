@@ -58,6 +58,10 @@ class FakeModel:
         sequence.freed = True
 
     @property
+    def free_tokens(self):
+        return self.cache_tokens - sum(-(-sequence.length // 16) * 16 for sequence in self.open)
+
+    @property
     def open(self):
         """The sequences that are not freed."""
         return [sequence for sequence in self.sequences if not sequence.freed]
@@ -73,8 +77,6 @@ class FakeModel:
             assert len(tokens) > 0
             if sequence.length + len(tokens) > self.context_length:
                 raise MarlinError("beyond the context")
-        if sum(s.length for s in self.open) + sum(len(tokens) for _, tokens in pairs) > self.cache_tokens:
-            raise MarlinError("beyond the cache")
         results = []
         for sequence, tokens in pairs:
             rows = []
@@ -82,6 +84,7 @@ class FakeModel:
                 assert 0 <= int(token) < self.vocab_size
                 sequence.tokens.append(int(token))
                 rows.append(self.logits(sequence.tokens))
+            assert self.free_tokens >= 0, "the cache is full"
             results.append(np.stack(rows) if all_logits else rows[-1])
         return results
 

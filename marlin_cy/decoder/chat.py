@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.decoder.generate import check_tokens, forget, new_writer, pieces_of, tokenizer_of
@@ -26,14 +26,16 @@ class ChatOptions(SamplingOptions, total=False):
     progress: Progress | None
 
 
-def chat(model: DecoderModel, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Iterator[Piece]:
+def chat(
+    model: DecoderModel, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+) -> Generator[Piece, None, None]:
     """Answer messages, token by token. The parameters are those of :meth:`Chat.answer`."""
     conversation = Chat(model)
     pieces = conversation.answer(messages, **options)
     return _then_free(pieces, conversation)
 
 
-def _then_free(pieces: Iterator[Piece], conversation: Chat) -> Iterator[Piece]:
+def _then_free(pieces: Generator[Piece, None, None], conversation: Chat) -> Generator[Piece, None, None]:
     try:
         yield from pieces
     finally:
@@ -63,8 +65,8 @@ class Chat:
         template_options: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> Iterator[Piece]:
-        """Answer messages, token by token. The iterator of the last answer must have ended or been closed.
+    ) -> Generator[Piece, None, None]:
+        """Answer messages, token by token. The last answer must have ended or been closed.
 
         Parameters
         ----------
@@ -84,8 +86,8 @@ class Chat:
 
         Returns
         -------
-        iterator of Piece
-            One piece a token.
+        generator of Piece
+            One piece a token. Closing it ends the answer.
 
         Raises
         ------
@@ -108,7 +110,7 @@ class Chat:
             self._model.free(self._sequence)
         self._sequence, self._tokens = None, []
 
-    def _pieces(self, tokens: list[int], writer: Writer, progress: Progress | None) -> Iterator[Piece]:
+    def _pieces(self, tokens: list[int], writer: Writer, progress: Progress | None) -> Generator[Piece, None, None]:
         known = self._reuse(tokens)
         self._tokens = list(tokens)
         for piece in pieces_of(self._model, self._sequence, tokens[known:], writer, progress):

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from marlin_cy.arguments import integer
+from marlin_cy.decoder.program import PAGE_TOKENS as PAGE
 from marlin_cy.decoder.protocol import DecoderModel, Logits, Progress
 from marlin_cy.decoder.sampling import SamplingOptions, SamplingParams
 from marlin_cy.decoder.text import Tokenizer
@@ -32,6 +33,7 @@ __all__ = [
     "forget",
     "generate",
     "generate_batch",
+    "keep_tokenizer",
     "new_writer",
     "pieces_of",
     "prefill",
@@ -42,7 +44,6 @@ __all__ = [
 # Tokens of a call of a long prompt: the first call's, and the most. Between calls, Ctrl-C works and progress is shown.
 FIRST_PART, LARGEST_PART = 512, 4096
 PART_SECONDS = 0.5
-PAGE = 16  # the cache counts positions in pages of this size
 
 
 def generate(
@@ -52,7 +53,7 @@ def generate(
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Continue a prompt, token by token.
 
     Parameters
@@ -69,8 +70,8 @@ def generate(
 
     Returns
     -------
-    iterator of Piece
-        One piece a token.
+    generator of Piece
+        One piece a token. Closing it ends the text.
 
     Raises
     ------
@@ -84,7 +85,9 @@ def generate(
     return _generate(model, tokens, writer, progress)
 
 
-def _generate(model: DecoderModel, tokens: list[int], writer: Writer, progress: Progress | None) -> Iterator[Piece]:
+def _generate(
+    model: DecoderModel, tokens: list[int], writer: Writer, progress: Progress | None
+) -> Generator[Piece, None, None]:
     sequence = model.new_sequence()
     try:
         yield from pieces_of(model, sequence, tokens, writer, progress)
@@ -94,7 +97,7 @@ def _generate(model: DecoderModel, tokens: list[int], writer: Writer, progress: 
 
 def pieces_of(
     model: DecoderModel, sequence: Any, tokens: Sequence[int], writer: Writer, progress: Progress | None
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The pieces that follow the sequence and these tokens."""
     logits = prefill(model, sequence, tokens, progress)
     position = sequence.length
@@ -185,7 +188,7 @@ def stream_batch(
     *,
     max_new_tokens: int | None = None,
     **sampling: Unpack[SamplingOptions],
-) -> Iterator[tuple[int, Piece]]:
+) -> Generator[tuple[int, Piece], None, None]:
     """As :func:`generate_batch`, piece by piece: ``(index of the prompt, piece)``, in the order in which they come."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__}, expected a sequence of texts or tokens")
@@ -210,16 +213,15 @@ class _Job:
         self.writer = writer
         self.sequence: Any = None
         most = model.context_length if max_new_tokens is None else len(tokens) + max_new_tokens
-        self.cached = -(-min(most, model.context_length) // PAGE) * PAGE
-        """Positions that the cache must have room for."""
+        self.positions = _whole_pages(min(most, model.context_length))
+        """Positions of the cache that the whole text takes."""
 
 
-def _run(model: DecoderModel, waiting: deque[_Job]) -> Iterator[tuple[int, Piece]]:
+def _run(model: DecoderModel, waiting: deque[_Job]) -> Generator[tuple[int, Piece], None, None]:
     running: list[_Job] = []
     try:
         while waiting or running:
-            while waiting and (not running or _fits(model, running, waiting[0])):
-                waiting[0].sequence = model.new_sequence()
+            while waiting and _begin(model, running, waiting[0]):
                 running.append(waiting.popleft())
             for job, logits in _step(model, running):
                 try:
@@ -236,8 +238,23 @@ def _run(model: DecoderModel, waiting: deque[_Job]) -> Iterator[tuple[int, Piece
             model.free(job.sequence)
 
 
-def _fits(model: DecoderModel, running: Sequence[_Job], job: _Job) -> bool:
-    return sum(other.cached for other in running) + job.cached <= model.cache_tokens
+def _begin(model: DecoderModel, running: Sequence[_Job], job: _Job) -> bool:
+    """Give a job a sequence, if the cache has room for the whole text beside the others. A job alone always begins."""
+    wanted = sum(other.positions - _whole_pages(other.sequence.length) for other in running) + job.positions
+    if running and wanted > model.free_tokens:
+        return False
+    try:
+        job.sequence = model.new_sequence()
+    except MemoryError:  # all slots of recurrent state are in use
+        if not running:
+            raise
+        return False
+    return True
+
+
+def _whole_pages(tokens: int) -> int:
+    """Positions of the pages that hold this many tokens."""
+    return -(-tokens // PAGE) * PAGE
 
 
 def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, Logits]]:
@@ -269,8 +286,12 @@ _TOKENIZERS: WeakKeyDictionary[Any, Tokenizer] = WeakKeyDictionary()
 def tokenizer_of(model: DecoderModel) -> Tokenizer:
     """The tokenizer of a model's folder, which is read once."""
     tokenizer = _TOKENIZERS.get(model)
-    if tokenizer is None:
-        tokenizer = _TOKENIZERS[model] = Tokenizer(model.folder)
+    return keep_tokenizer(model, Tokenizer(model.folder)) if tokenizer is None else tokenizer
+
+
+def keep_tokenizer(model: DecoderModel, tokenizer: Tokenizer) -> Tokenizer:
+    """Use a tokenizer that was already read; gives it."""
+    _TOKENIZERS[model] = tokenizer
     return tokenizer
 
 

@@ -37,8 +37,8 @@ class DecoderModel(Protocol):
         """Most tokens of a sequence."""
 
     @property
-    def cache_tokens(self) -> int:
-        """Most tokens of all sequences together."""
+    def free_tokens(self) -> int:
+        """Positions of the cache that no sequence holds, in whole pages."""
 
     @property
     def vocab_size(self) -> int:
@@ -53,8 +53,8 @@ class DecoderModel(Protocol):
     def free(self, sequence: Any) -> None:
         """Forget a sequence."""
 
-    def forward(self, tokens: Sequence[int], *, sequence: Any = None) -> Logits:
-        """Append tokens to a sequence; gives the logits ``[vocab_size]`` of the last one."""
+    def forward(self, tokens: Sequence[int], *, sequence: Any = None, all_logits: bool = False) -> Logits:
+        """Append tokens to a sequence; gives the logits ``[vocab_size]`` of the last one, or those of all."""
 
     def forward_batch(self, pairs: Sequence[tuple[Any, Sequence[int]]]) -> list[Logits]:
         """Append tokens to several sequences; gives the logits of each one's last token."""

@@ -123,6 +123,16 @@ class Tokenizer:
         template = self._template
         return self.encode(template.render(messages, tools=tools, documents=documents, options=options), special=False)
 
+    def check_chat(self) -> None:
+        """Check that the folder has a chat template.
+
+        Raises
+        ------
+        CheckpointError
+            It has no chat template.
+        """
+        _ = self._template
+
     @cached_property
     def _template(self) -> Any:
         with needs_text():
