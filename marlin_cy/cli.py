@@ -10,11 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Protocol
 
 from marlin_cy import __version__
-from marlin_cy.commands import doctor, generate, inspect, pack, perplexity, run, tune
-from marlin_cy.commands.options import refuse_unknown
 from marlin_cy.errors import MarlinError
 
 __all__ = ["main"]
@@ -32,15 +31,8 @@ class Command(Protocol):
         """Run the command; returns the exit code. ``arguments.refuse(message)`` ends it with a usage error."""
 
 
-COMMANDS: dict[str, Command] = {
-    "run": run,
-    "generate": generate,
-    "perplexity": perplexity,
-    "inspect": inspect,
-    "pack": pack,
-    "doctor": doctor,
-    "tune": tune,
-}
+COMMANDS = ("run", "generate", "chat", "perplexity", "bench", "inspect", "pack", "doctor", "tune")
+"""The names of the commands, which are those of their modules."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, unknown = _parser(argv).parse_known_args(argv)
         if unknown:
+            from marlin_cy.commands.options import refuse_unknown
+
             refuse_unknown(arguments, unknown)
-        code = COMMANDS[arguments.command].execute(arguments)
+        code = _command(arguments.command).execute(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes stdout again when it exits: send that to the null device.
@@ -91,10 +85,21 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"marlin-cy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
+    # The help and the options of commands that are not named take time to import.
+    named = [name for name in COMMANDS if name in argv]
+    for name in COMMANDS:
+        if named and name not in named:
+            commands.add_parser(name)
+            continue
+        module = _command(name)
         assert module.__doc__ is not None
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__.split("\n\n")[0])
         command.set_defaults(refuse=command.error)
-        if name in argv:  # the options of other commands are not needed, and take time to import
+        if named:
             module.add_arguments(command, argv)
     return parser
+
+
+def _command(name: str) -> Command:
+    command: Command = import_module(f"marlin_cy.commands.{name}")
+    return command

@@ -1,11 +1,12 @@
 """Continue a text with a checkpoint's model, token by token.
 
-The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``backend``, ``device`` (in
-words), ``dtype`` (of the activations), ``load_seconds``, ``prompt``, ``text``, ``tokens`` (of the text),
-``stopped`` ("end": the model ended the text; "length": --max-new-tokens; "context": the model's context is full),
-``prompt_tokens``, ``prompt_tokens_per_second``, ``generated_tokens``, ``generated_tokens_per_second`` (without the
-first token; null where it is the only one), ``packed_bytes``, ``other_weight_bytes``, ``resident_bytes`` (null where
-the system does not report it).
+The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``engine`` ("decoder" or
+"transformers"), ``backend``, ``device`` (in words), ``dtype`` (of the activations), ``cache_dtype`` (of the decoder's
+cache, else null), ``load_seconds``, ``prompt``, ``text``, ``tokens`` (of the text), ``stopped`` ("end": the model ended
+the text; "stop": --stop; "length": --max-new-tokens; "context": the model's context is full), ``prompt_tokens``,
+``prompt_tokens_per_second``, ``generated_tokens``, ``generated_tokens_per_second`` (without the first token; null where
+it is the only one), ``packed_bytes``, ``other_weight_bytes``, ``resident_bytes`` (null where the system does not report
+it).
 """
 
 from __future__ import annotations
@@ -14,29 +15,41 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from marlin_cy import __version__
+from marlin_cy.commands.decoder_model import (
+    CACHE_DTYPE,
+    declared_context,
+    load_decoder,
+    resident_bytes,
+    weight_bytes,
+)
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
+    argument_errors,
     checkpoint_folder,
     open_backend,
     positive_argument,
 )
-from marlin_cy.commands.output import console, print_json, table
-from marlin_cy.errors import MarlinError
+from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, note, print_json, table
+from marlin_cy.commands.sampling_options import add_engine_options, add_sampling_options, engine_of, sampling_of
+from marlin_cy.errors import MarlinError, UnsupportedError
 from marlin_cy.integrations import needs_extra
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
 HELP = "continue a text with a checkpoint's model"
-DTYPES = ("bfloat16", "float16", "float32")
-STOPPED = {"end": "the model ended the text", "length": "--max-new-tokens", "context": "the model's context is full"}
+STOPPED = {
+    "end": "the model ended the text",
+    "stop": "--stop",
+    "length": "--max-new-tokens",
+    "context": "the model's context is full",
+}
+DECODER_ONLY = ("stop", "presence_penalty")
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -46,24 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the text, in UTF-8")
     parser.add_argument("--max-new-tokens", type=positive_argument, default=128, metavar="N", help="default: 128")
+    add_engine_options(parser)
     add_backend_options(parser, argv)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the activations; default: as the checkpoint's weights")
-    parser.add_argument(
-        "--temperature", type=_number(math.inf), metavar="T", help="draw tokens; default: take the most likely one"
-    )
-    parser.add_argument("--top-p", type=_number(1), metavar="P", help="with --temperature: draw from the likeliest")
-    parser.add_argument("--seed", type=int, metavar="N", help="with --temperature; default: 0")
+    add_sampling_options(parser, "Without --temperature, the most likely token is taken each time.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text as it comes")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    for name in ("top_p", "seed"):
-        if getattr(arguments, name) is not None and arguments.temperature is None:
-            arguments.refuse(f"--{name.replace('_', '-')}: only with --temperature")
+    engine = engine_of(arguments)
+    sampling = sampling_of(arguments, needs_temperature=True)
     prompt = _prompt(arguments)
     with checkpoint_folder(arguments) as folder:
-        report = _generate(folder, prompt, arguments)
+        report = _generate(folder, prompt, engine, sampling, arguments)
     if arguments.json:
         print_json(report)
     else:
@@ -71,24 +79,82 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(folder: Path, prompt: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _generate(
+    folder: Path, prompt: str, engine: str, sampling: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """The report. Without ``--json`` the text is written as the model produces it."""
+    if engine != "transformers":
+        try:
+            return _with_decoder(folder, prompt, sampling, arguments)
+        except UnsupportedError as error:
+            if engine == "decoder":
+                raise
+            note(f"the decoder does not run this model ({error}); transformers runs it")
+    return _with_transformers(folder, prompt, sampling, arguments)
+
+
+def _with_decoder(folder: Path, prompt: str, sampling: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    from marlin_cy.decoder.generate import generate, keep_tokenizer
+    from marlin_cy.decoder.text import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    tokens = tokenizer.encode(prompt)
+    _check_length(len(tokens), declared_context(folder))
+    loaded = load_decoder(folder, arguments, cache_tokens=len(tokens) + arguments.max_new_tokens)
+    model = loaded.model
+    keep_tokenizer(model, tokenizer)
+    write = (lambda text: None) if arguments.json else _write
+    with LoadProgress("reading the") as progress, argument_errors():
+        pieces = generate(model, tokens, max_new_tokens=arguments.max_new_tokens, progress=progress, **sampling)
+        start = time.perf_counter()
+        written = [next(pieces)]
+        first = time.perf_counter()
+    write(written[0].text)
+    for piece in pieces:
+        written.append(piece)
+        write(piece.text)
+    end = time.perf_counter()
+    reason = written[-1].finish_reason
+    if reason == "stop" and written[-1].tokens[0] in tokenizer.stop_ids:
+        reason = "end"
+    packed, others = weight_bytes(model.plan)
+    return _report(
+        folder,
+        prompt,
+        arguments,
+        engine="decoder",
+        device=loaded.device,
+        dtype="float32",
+        cache_dtype=arguments.cache_dtype or CACHE_DTYPE,
+        load_seconds=loaded.seconds,
+        text="".join(piece.text for piece in written),
+        tokens=[token for piece in written for token in piece.tokens],
+        stopped=reason,
+        prompt_tokens=len(tokens),
+        prompt_seconds=first - start,
+        seconds=end - first,
+        packed_bytes=packed,
+        other_weight_bytes=others,
+    )
+
+
+def _with_transformers(
+    folder: Path, prompt: str, sampling: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    for name in DECODER_ONLY:
+        if name in sampling:
+            raise MarlinError(f"--{name.replace('_', '-')}: only with the decoder, but transformers runs this model")
     with needs_extra():
         from marlin_cy.commands import language_model
-        from marlin_cy.integrations.transformers import weight_bytes
+        from marlin_cy.integrations import transformers
     backend = open_backend(arguments.backend, arguments)
     language_model.set_torch_threads(arguments)
     place = language_model.packed_place(backend, backend.context_from_arguments(arguments))
     tokenizer = language_model.load_tokenizer(folder)
     tokens = language_model.tokenize(tokenizer, prompt)
-    prompt_tokens, room = tokens.shape[1], math.inf
-    if prompt_tokens == 0:
-        raise MarlinError("the prompt has no tokens")
-    context = language_model.context_length(folder)
-    if context is not None:
-        room = context - prompt_tokens
-        if room < 1:
-            raise MarlinError(f"the prompt has {prompt_tokens} tokens, but the model has a context of {context}")
+    count, context = tokens.shape[1], language_model.context_length(folder)
+    _check_length(count, context)
+    room = math.inf if context is None else context - count
     start = time.perf_counter()
     model = place.load(folder, arguments.dtype)
     load_seconds = time.perf_counter() - start
@@ -97,31 +163,62 @@ def _generate(folder: Path, prompt: str, arguments: argparse.Namespace) -> dict[
         tokenizer,
         tokens,
         min(arguments.max_new_tokens, room),
-        temperature=arguments.temperature,
-        top_p=arguments.top_p or 1.0,
-        seed=arguments.seed or 0,
+        sampling,
         write=(lambda text: None) if arguments.json else _write,
     )
-    count = len(generated.tokens)
-    packed, others = weight_bytes(model)
+    packed, others = transformers.weight_bytes(model)
+    new = len(generated.tokens)
+    return _report(
+        folder,
+        prompt,
+        arguments,
+        engine="transformers",
+        device=place.description,
+        dtype=str(model.dtype).removeprefix("torch."),
+        cache_dtype=None,
+        load_seconds=load_seconds,
+        text=generated.text,
+        tokens=generated.tokens,
+        stopped="length" if new == arguments.max_new_tokens else "context" if new == room else "end",
+        prompt_tokens=count,
+        prompt_seconds=generated.prompt_seconds,
+        seconds=generated.seconds,
+        packed_bytes=packed,
+        other_weight_bytes=others,
+    )
+
+
+def _check_length(prompt_tokens: int, context: int | None) -> None:
+    if prompt_tokens == 0:
+        raise MarlinError("the prompt has no tokens")
+    if context is not None and prompt_tokens >= context:
+        raise MarlinError(f"the prompt has {prompt_tokens} tokens, but the model has a context of {context}")
+
+
+def _report(
+    folder: Path,
+    prompt: str,
+    arguments: argparse.Namespace,
+    *,
+    prompt_tokens: int,
+    prompt_seconds: float,
+    tokens: list[int],
+    seconds: float,
+    **figures: Any,
+) -> dict[str, Any]:
+    count = len(tokens)
     return {
         "version": __version__,
         "checkpoint": str(folder),
         "backend": arguments.backend,
-        "device": place.description,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "load_seconds": load_seconds,
         "prompt": prompt,
-        "text": generated.text,
-        "tokens": generated.tokens,
-        "stopped": "length" if count == arguments.max_new_tokens else "context" if count == room else "end",
         "prompt_tokens": prompt_tokens,
-        "prompt_tokens_per_second": prompt_tokens / generated.prompt_seconds,
+        "prompt_tokens_per_second": prompt_tokens / prompt_seconds,
+        "tokens": tokens,
         "generated_tokens": count,
-        "generated_tokens_per_second": (count - 1) / generated.seconds if count > 1 else None,
-        "packed_bytes": packed,
-        "other_weight_bytes": others,
+        "generated_tokens_per_second": (count - 1) / seconds if count > 1 else None,
         "resident_bytes": resident_bytes(),
+        **figures,
     }
 
 
@@ -137,7 +234,7 @@ def _print_figures(report: dict[str, Any]) -> None:
     screen.print()
     screen.print(
         f"[bold]{escape(Path(report['checkpoint']).name)}[/bold] on {report['backend']} ({escape(report['device'])}), "
-        f"activations in {report['dtype']}"
+        f"{report['engine']}, activations in {report['dtype']}"
     )
     rate = report["generated_tokens_per_second"]
     rows = table("", ">tokens", ">tokens/s", "")
@@ -151,8 +248,8 @@ def _print_figures(report: dict[str, Any]) -> None:
     screen.print(rows)
     resident = report["resident_bytes"]
     screen.print(
-        ("" if resident is None else f"Memory: {_megabytes(resident)} resident. ")
-        + f"Weights: {_megabytes(report['packed_bytes'])} packed, {_megabytes(report['other_weight_bytes'])} others. "
+        ("" if resident is None else f"Memory: {megabytes(resident)} resident. ")
+        + f"Weights: {megabytes(report['packed_bytes'])} packed, {megabytes(report['other_weight_bytes'])} others. "
         f"Loaded in {report['load_seconds']:.2f} s."
     )
 
@@ -184,33 +281,3 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if not prompt:
         raise MarlinError(f"{source}: empty, expected a text to continue")
     return prompt
-
-
-def resident_bytes() -> int | None:
-    """Resident memory of this process, mapped files included; None where the system does not report it."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
-def _number(most: float) -> Callable[[str], float]:
-    """A ``type`` of argparse: a number above 0 and at most ``most``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value <= most or value == math.inf:
-            limit = "" if most == math.inf else f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0{limit}")
-        return value
-
-    return parse

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "DensePlace",
     "Generated",
     "PackedPlace",
+    "as_tensor",
     "context_length",
     "generate",
     "load_tokenizer",
@@ -108,6 +109,11 @@ def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].long()
 
 
+def as_tensor(tokens: list[int]) -> torch.Tensor:
+    """Tokens as int64 ``[1, tokens]``."""
+    return torch.tensor([tokens])
+
+
 def context_length(folder: Path) -> int | None:
     """The model's maximum context in tokens; None where its config does not have it."""
     length: int | None = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
@@ -165,10 +171,8 @@ def generate(
     tokenizer: Any,
     tokens: torch.Tensor,
     max_new_tokens: int,
+    options: Mapping[str, Any],
     *,
-    temperature: float | None,
-    top_p: float,
-    seed: int,
     write: Callable[[str], object],
 ) -> Generated:
     """Continue a prompt.
@@ -179,11 +183,9 @@ def generate(
     tokenizer
     tokens : int64 tensor ``[1, tokens]``
     max_new_tokens : int
-    temperature : float or None
-        None: take the most likely token each time.
-    top_p : float
-        Draw from the most likely tokens, as many as have this probability together.
-    seed : int
+    options : mapping
+        By the names of :class:`~marlin_cy.decoder.sampling.SamplingParams`: those that transformers has too. Without
+        a temperature, the most likely token is taken each time.
     write : callable
         Called with each piece of text.
 
@@ -192,11 +194,24 @@ def generate(
     Generated
     """
     config = copy.deepcopy(model.generation_config)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature is not None:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        torch.manual_seed(seed)
-    config.update(**sampling, max_new_tokens=max_new_tokens, max_length=None, num_beams=1, use_cache=True)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+    if options.get("temperature"):
+        names = ("temperature", "top_p", "top_k", "min_p")
+        sampling |= {
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            **{name: options[name] for name in names if name in options},
+        }
+        torch.manual_seed(options.get("seed", 0))
+    config.update(
+        **sampling,
+        repetition_penalty=options.get("repetition_penalty"),
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        num_beams=1,
+        use_cache=True,
+    )
     if config.pad_token_id is None:
         config.pad_token_id = 0  # one prompt needs no padding, but transformers warns without a padding token
     streamer = Streamer(tokenizer, write)

@@ -1,4 +1,7 @@
-"""The output of the commands: tables, JSON, progress."""
+"""The output of the commands: tables, JSON, progress.
+
+rich is imported where it is used: a model's first token should not wait for the package that draws tables.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import json
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
 
-__all__ = ["LoadProgress", "console", "gigabytes", "mark", "print_json", "table"]
+__all__ = ["LoadProgress", "console", "escape", "gigabytes", "mark", "megabytes", "note", "print_json", "table"]
 
 # A pipe has no width. This one is wide enough that tables are not cut.
 PIPE_WIDTH = 200
@@ -21,16 +25,32 @@ PROGRESS_AFTER_SECONDS = 1.0
 
 def console(stream: TextIO | None = None) -> Console:
     """A console on a stream, stdout by default. It uses colours on a terminal, unless NO_COLOR is set."""
+    from rich.console import Console
+
     stream = stream or sys.stdout
     return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def table(*columns: str) -> Table:
     """An empty table. A column whose name begins with ``>`` is aligned to the right."""
+    from rich.table import Table
+
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
         result.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
     return result
+
+
+def escape(text: str) -> str:
+    """A text for a console, in which brackets are no markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
+
+
+def note(text: str) -> None:
+    """Print a line for the user on stderr."""
+    print(f"marlin-cy: {text}", file=sys.stderr)
 
 
 def print_json(document: object) -> None:
@@ -46,6 +66,11 @@ def mark(good: bool) -> str:
 def gigabytes(bytes_per_second: float) -> str:
     """``"30.5 GB/s"``: three digits; a GB is 10^9 bytes."""
     return f"{bytes_per_second / 1e9:#.3g} GB/s"
+
+
+def megabytes(count: int) -> str:
+    """``"1,234.5 MB"``; a MB is 10^6 bytes."""
+    return f"{count / 1e6:,.1f} MB"
 
 
 class LoadProgress:
@@ -69,17 +94,10 @@ class LoadProgress:
     def __init__(self, verb: str = "loading") -> None:
         self.parts = 1
         self.finished = 0
-        self._console = console(sys.stderr)
-        # No thread redraws the bar: it would take time from the measurements between loads.
-        self._bar = Progress(
-            TextColumn(f"{verb} {{task.description}}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            auto_refresh=False,
-        )
+        self._verb = verb
+        self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._hidden = False
         self._started = time.monotonic()
 
     def __enter__(self) -> LoadProgress:
@@ -88,14 +106,35 @@ class LoadProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A bar that was not started would still print a line break.
-        if self._task is not None:
+        if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, done: float, total: int, description: str) -> None:
+        if self._bar is None and not self._show():
+            return
+        assert self._bar is not None
         if self._task is None:
-            if not self._console.is_terminal or time.monotonic() - self._started < PROGRESS_AFTER_SECONDS:
-                return
-            self._bar.start()
             self._task = self._bar.add_task(description, total=self.parts)
         self._bar.update(self._task, completed=self.finished + done / total, description=description, refresh=True)
+
+    def _show(self) -> bool:
+        """Draw the bar if it is time; whether it is drawn."""
+        if self._hidden or time.monotonic() - self._started < PROGRESS_AFTER_SECONDS:
+            return False
+        screen = console(sys.stderr)
+        if not screen.is_terminal:
+            self._hidden = True
+            return False
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        # No thread redraws the bar: it would take time from the measurements between loads.
+        self._bar = Progress(
+            TextColumn(f"{self._verb} {{task.description}}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=screen,
+            transient=True,
+            auto_refresh=False,
+        )
+        self._bar.start()
+        return True

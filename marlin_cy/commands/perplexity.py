@@ -2,8 +2,9 @@
 
 The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (its path), ``text`` (its path),
 ``tokens`` (of the text), ``window``, ``windows``, ``scored_tokens``, ``skipped`` (an object: from the name of each
-precision that could not run to the reason) and ``results``, a list of ``name``, ``device`` (in words), ``dtype`` (of
-the activations), ``perplexity`` (per token), ``relative_difference`` (to the first result), ``seconds``.
+precision that could not run to the reason) and ``results``, a list of ``name``, ``engine`` ("decoder" or
+"transformers"), ``device`` (in words), ``dtype`` (of the activations), ``perplexity`` (per token),
+``relative_difference`` (to the first result), ``seconds``.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich.markup import escape
 
 from marlin_cy import __version__
 from marlin_cy.backends import backend_factory, backend_names
 from marlin_cy.command_line import CommandLine, Precision
+from marlin_cy.commands.decoder_model import declared_context, load_decoder
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
@@ -27,8 +28,9 @@ from marlin_cy.commands.options import (
     open_backend,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, console, print_json, table
-from marlin_cy.errors import BackendUnavailable, MarlinError
+from marlin_cy.commands.output import LoadProgress, console, escape, note, print_json, table
+from marlin_cy.commands.sampling_options import add_engine_options, engine_of
+from marlin_cy.errors import BackendUnavailable, MarlinError, UnsupportedError
 from marlin_cy.integrations import needs_extra
 
 __all__ = ["HELP", "add_arguments", "execute"]
@@ -76,18 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         action="store_true",
         help="score every precision and the dequantised model, which needs memory for dense weights",
     )
+    add_engine_options(parser)
     compares = any(len(argument) > 2 and "--compare".startswith(argument) for argument in argv)
     add_backend_options(parser, argv, every=compares)
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the activations; default: as the checkpoint's weights",
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    engine = engine_of(arguments)
     runs = _compared_runs() if arguments.compare else None
     if runs is not None:
         for name in sorted({"dtype"}.union(*(run.options for run in runs))):
@@ -96,7 +95,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.window < 2:
         arguments.refuse(f"--window: got {arguments.window}, expected at least 2, as the first token is not scored")
     with checkpoint_folder(arguments) as folder:
-        report = _measure(folder, runs, arguments)
+        report = _measure(folder, runs, engine, arguments)
     if arguments.json:
         print_json(report)
     else:
@@ -104,50 +103,40 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(folder: Path, runs: list[Run] | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(folder: Path, runs: list[Run] | None, engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The report; ``runs`` is None for the one that the options ask for."""
-    with needs_extra():
-        from marlin_cy.commands import language_model
     file = arguments.text or folder / BUILT_IN_TEXT
     text = _read(file)
-    context = language_model.context_length(folder)
+    context = declared_context(folder)
     if context is not None and arguments.window > context:
         raise MarlinError(f"--window: got {arguments.window}, but the model has a context of {context} tokens")
-    tokens = language_model.tokenize(language_model.load_tokenizer(folder), text)
-    count = tokens.shape[1]
+    tokens, engine = _tokenize(folder, text, engine)
+    count = len(tokens)
     if count < 2:
         raise MarlinError(f"{file}: {count} tokens, expected at least 2")
     window = min(arguments.window, count)
     windows = count // window if arguments.all else min(WINDOWS, count // window)
     results: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    language_model.set_torch_threads(arguments)
     for run in [_asked_for(arguments)] if runs is None else runs:
-        place: language_model.DensePlace | language_model.PackedPlace
-        if run.backend is None:
-            place = language_model.DensePlace()
-        else:
-            try:
-                backend = open_backend(run.backend, arguments)
-                place = language_model.packed_place(
-                    backend, {**backend.context_from_arguments(arguments), **run.options}
-                )
-            except BackendUnavailable as error:
-                if runs is None:
-                    raise
-                skipped[run.name] = str(error)
-                continue
-        model = place.load(folder, run.dtype)
+        try:
+            model = _load(folder, run, engine, window, arguments)
+        except BackendUnavailable as error:
+            if runs is None:
+                raise
+            skipped[run.name] = str(error)
+            continue
         start = time.perf_counter()
         with LoadProgress("scoring") as progress:
-            value = language_model.perplexity(model, tokens, window, windows, progress)
+            value = model.perplexity(tokens, window, windows, progress)
         if not math.isfinite(value):
             raise MarlinError(f"{run.name}: the model's output has NaN or infinity")
         results.append(
             {
                 "name": run.name,
-                "device": place.description,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "engine": model.engine,
+                "device": model.device,
+                "dtype": model.dtype,
                 "perplexity": value,
                 "relative_difference": value / results[0]["perplexity"] - 1 if results else 0.0,
                 "seconds": time.perf_counter() - start,
@@ -164,6 +153,69 @@ def _measure(folder: Path, runs: list[Run] | None, arguments: argparse.Namespace
         "skipped": skipped,
         "results": results,
     }
+
+
+class Scored(NamedTuple):
+    """A model that is ready to be scored: ``perplexity(tokens, window, windows, progress)``."""
+
+    engine: str
+    device: str
+    dtype: str
+    perplexity: Callable[[list[int], int, int, LoadProgress], float]
+
+
+def _tokenize(folder: Path, text: str, engine: str) -> tuple[list[int], str]:
+    """The tokens of a text, and the engine: that of transformers if the decoder cannot read the tokenizer."""
+    if engine != "transformers":
+        from marlin_cy.decoder.text import Tokenizer
+
+        try:
+            return Tokenizer(folder).encode(text), engine
+        except UnsupportedError as error:
+            if engine == "decoder":
+                raise
+            note(f"the decoder does not read this tokenizer ({error}); transformers runs the model")
+    with needs_extra():
+        from marlin_cy.commands import language_model
+    return language_model.tokenize(language_model.load_tokenizer(folder), text)[0].tolist(), "transformers"
+
+
+def _load(folder: Path, run: Run, engine: str, window: int, arguments: argparse.Namespace) -> Scored:
+    """The model of a run, by the decoder where it has the family, unless the options ask for transformers."""
+    if run.backend is not None and engine != "transformers":
+        try:
+            return _of_decoder(folder, run, window, arguments)
+        except UnsupportedError as error:
+            if engine == "decoder":
+                raise
+            note(f"the decoder does not run this model ({error}); transformers runs it")
+    return _of_transformers(folder, run, arguments)
+
+
+def _of_decoder(folder: Path, run: Run, window: int, arguments: argparse.Namespace) -> Scored:
+    from marlin_cy.decoder.perplexity import perplexity
+
+    loaded = load_decoder(folder, arguments, cache_tokens=window, backend=run.backend, **run.options)
+    return Scored("decoder", loaded.device, "float32", partial(perplexity, loaded.model))
+
+
+def _of_transformers(folder: Path, run: Run, arguments: argparse.Namespace) -> Scored:
+    with needs_extra():
+        from marlin_cy.commands import language_model
+    language_model.set_torch_threads(arguments)
+    place: language_model.DensePlace | language_model.PackedPlace
+    if run.backend is None:
+        place = language_model.DensePlace()
+    else:
+        backend = open_backend(run.backend, arguments)
+        place = language_model.packed_place(backend, {**backend.context_from_arguments(arguments), **run.options})
+    model = place.load(folder, run.dtype)
+    return Scored(
+        "transformers",
+        place.description,
+        str(model.dtype).removeprefix("torch."),
+        lambda tokens, *sizes: language_model.perplexity(model, language_model.as_tensor(tokens), *sizes),
+    )
 
 
 def _asked_for(arguments: argparse.Namespace) -> Run:

@@ -1,0 +1,128 @@
+"""Models of the decoder for the commands: loading, and what a model takes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from marlin_cy.commands.options import argument_errors, open_backend
+from marlin_cy.commands.output import LoadProgress
+from marlin_cy.errors import MarlinError
+
+if TYPE_CHECKING:
+    from marlin_cy.decoder.model import Model
+
+__all__ = ["CACHE_DTYPE", "Loaded", "declared_context", "load_decoder", "resident_bytes", "weight_bytes"]
+
+CACHE_DTYPE = "float16"
+
+
+class Loaded(NamedTuple):
+    """A model that is ready.
+
+    Attributes
+    ----------
+    model : Model
+    device : str
+        In words.
+    seconds : float
+        The time of loading.
+    """
+
+    model: Model
+    device: str
+    seconds: float
+
+
+def load_decoder(
+    folder: Path,
+    arguments: argparse.Namespace,
+    *,
+    context_length: int | None = None,
+    cache_tokens: int | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Loaded:
+    """Load a folder with the decoder, as the options say. ``options`` replace options of the backend's contexts.
+
+    Raises
+    ------
+    UnsupportedError
+        The decoder does not have the model's family, or the backend has no decoder.
+    MarlinError
+        The folder is damaged, or an option has an invalid value.
+    """
+    from marlin_cy.decoder.model import load_model
+
+    opened = open_backend(backend or arguments.backend, arguments)
+    start = time.perf_counter()
+    try:
+        with argument_errors(), LoadProgress() as progress:
+            model = load_model(
+                folder,
+                opened,
+                context_length=context_length,
+                cache_tokens=cache_tokens,
+                cache_dtype=arguments.cache_dtype or CACHE_DTYPE,
+                progress=progress,
+                **{**opened.context_from_arguments(arguments), **options},
+            )
+    except MemoryError as error:
+        raise MarlinError(str(error) or "too little memory for the model") from error
+    return Loaded(model, opened.describe(model.context), time.perf_counter() - start)
+
+
+def declared_context(folder: Path) -> int | None:
+    """The context that ``config.json`` declares, in tokens; None where it does not."""
+    from marlin_cy.formats.json_fields import optional, read_json
+
+    file = folder / "config.json"
+    config = read_json(file)
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    return optional(text, ["max_position_embeddings"], int, file)
+
+
+def weight_bytes(plan: object) -> tuple[int, int]:
+    """``(packed, others)``: bytes of a plan's packed weights and of all its other weights. Shared ones count once."""
+    import numpy as np
+
+    from marlin_cy.decoder.plan import RopeTable
+    from marlin_cy.interface import Linear
+    from marlin_cy.moe.layer import MoeLayer
+
+    packed = 0
+    others: dict[int, int] = {}
+    left: list[Any] = [plan]
+    while left:
+        part = left.pop()
+        match part:
+            case Linear():
+                packed += part.metadata.packed_bytes
+            case MoeLayer():
+                packed += part.gate_up.metadata.packed_bytes + part.down.metadata.packed_bytes
+                if part.shared_expert is not None:
+                    stacks = part.shared_expert.gate_up, part.shared_expert.down
+                    packed += sum(stack.metadata.packed_bytes for stack in stacks)
+            case np.ndarray():
+                others[part.__array_interface__["data"][0]] = part.nbytes
+            case RopeTable():
+                pass
+            case list() | tuple():
+                left += part
+            case _ if dataclasses.is_dataclass(part):
+                left += [getattr(part, field.name) for field in dataclasses.fields(part)]
+    return packed, sum(others.values())
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process, mapped files included; None where the system does not report it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
