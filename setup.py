@@ -28,7 +28,8 @@ OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() 
 # Python's own flags may ask for debug information, which takes a quarter of the time to compile.
 GCC_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
-# The module that holds Cython's own code for memoryviews, once: compiled in every module, it would take most of the time.
+# The module that holds Cython's own code for memoryviews, once. Compiled into every module, the code would take half of
+# the time.
 SHARED = "marlin_cy._cyutility"
 
 
