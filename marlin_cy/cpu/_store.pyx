@@ -14,6 +14,7 @@ from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N,
 )
 
+from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES
 from marlin_cy.stacks.builder import N_TILE, checked_stack_sizes
 from marlin_cy.cpu.layout import TileLayout, unpack_tiles
 from marlin_cy.weights.code_types import code_type, scale_type
@@ -115,7 +116,7 @@ cdef class CpuGptqStore:
             n=n,
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
-            codes=code_type(codes).number,
+            codes=KERNEL_CODE_TYPES[codes]["number"],
             scale_dtype=scale_type(self.scale_dtype).number,
             orders=NULL,
             order_of=&orders_of_experts[0],
