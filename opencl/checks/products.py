@@ -264,10 +264,10 @@ def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[An
     # Not limited by a caller's max_alloc_bytes, which decides about parts alone.
     runtime = dataclasses.replace(backend.runtime, max_alloc_bytes=backend.runtime.capabilities.max_allocation)
     if kind.parts > 1:  # buffers so small that the experts need as many as there are parts
-        store = OpenClGptqStore(runtime, *sizes[:-1])
+        store = OpenClGptqStore(runtime, sizes)
         store.release()
         runtime = dataclasses.replace(runtime, max_alloc_bytes=store.nbytes // kind.parts)
-    builder = OpenClStackBuilder(runtime, *sizes)
+    builder = OpenClStackBuilder(runtime, sizes)
     weights = []
     for expert in range(experts):
         weight = Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], group_size, g_idx[expert], kind.codes)
