@@ -5,10 +5,10 @@ A package declares a backend as an entry point in the group ``marlin_cy.backends
     [project.entry-points."marlin_cy.backends"]
     abacus = "marlin_abacus:AbacusBackend"
 
-The entry point names a callable ``(**options) -> Backend``; a subclass of :class:`~marlin_cy.Backend` will
-do. The callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions`` and
-``doctor``, which are documented in :class:`~marlin_cy.command_line.CommandLine`; a subclass of ``Backend`` has them
-all. The table :data:`BUILT_IN` declares the built-in backends in the same form, without package metadata.
+The entry point names a callable ``(**options) -> Backend``, such as a subclass of :class:`~marlin_cy.Backend`. The
+callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions``, ``tuner`` and
+``doctor``, which are documented in :class:`~marlin_cy.command_line.CommandLine`. A subclass of ``Backend`` has all of
+them. The table :data:`BUILT_IN` declares the built-in backends in the same form, without package metadata.
 
 A package is imported only when its own backend is requested or checked.
 """

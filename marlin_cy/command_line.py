@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from marlin_cy.tuning import Tuner
+
 __all__ = ["ArgumentGroup", "CommandLine", "DoctorReport", "Precision"]
 
 
@@ -90,6 +92,15 @@ class CommandLine:
     def precisions(cls) -> Sequence[Precision]:
         """The precisions that ``marlin-cy perplexity --compare`` runs."""
         return (Precision("", "float32"),)
+
+    @classmethod
+    def tuner(cls) -> Callable[[Any], Tuner] | None:
+        """The function that makes the :class:`~marlin_cy.tuning.Tuner` of a backend, for ``marlin-cy tune``.
+
+        None if the backend has nothing to tune. The function takes the backend. It raises a
+        :class:`~marlin_cy.errors.MarlinError` if results cannot be stored.
+        """
+        return None
 
     @classmethod
     def doctor(cls) -> DoctorReport | None:
