@@ -263,8 +263,10 @@ CPU_FUNCTIONS = {
 }
 
 
-@LOG_CALLBACK
-def log_problems(level: int, text: bytes, _: object) -> None:
+def print_problems(level: int, text: bytes, _: object) -> None:
     """Print warnings and errors only. By default ggml writes a line for each weight that it rearranges."""
     if level in (LEVEL_WARN, LEVEL_ERROR):
         print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
+log_problems = LOG_CALLBACK(print_problems)  # ggml keeps a pointer to it

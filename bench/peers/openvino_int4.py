@@ -39,7 +39,8 @@ ACTIVATION_GROUP = 32  # values that share a scale; groups of weights must be a 
 def pack_nibbles(codes: Array) -> npt.NDArray[np.uint8]:
     """uint8, two codes per byte in C order, the first in the low half. An odd number of codes is padded with 0."""
     codes = np.append(codes, np.uint8(0)) if codes.size % 2 else codes.reshape(-1)
-    return codes[0::2] | codes[1::2] << 4
+    packed: npt.NDArray[np.uint8] = codes[0::2] | codes[1::2] << 4
+    return packed
 
 
 class OpenVino(Peer):
