@@ -167,7 +167,7 @@ def _reason_missing(name: str) -> str | None:
 
 
 def _reason_unavailable(factory: Any) -> str | None:
-    """What a factory's ``availability()`` gives; an error of it is a reason."""
+    """The result of a factory's ``availability()``. If the call fails or returns another type, the reason says so."""
     availability = getattr(factory, "availability", None)
     if availability is None:
         return None
@@ -181,7 +181,7 @@ def _reason_unavailable(factory: Any) -> str | None:
 
 
 def _declared() -> dict[str, list[Declaration]]:
-    """The backends of installed packages. More than one declaration of a name is an error of those packages."""
+    """The backends of installed packages. Two declarations of one name are an error in the packages."""
     found: dict[str, list[Declaration]] = {}
     for name, declaration in _declarations():
         if name in BUILT_IN:

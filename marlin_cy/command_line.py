@@ -2,7 +2,7 @@
 
 They give the availability, the options, the precisions and the diagnosis.
 
-Every method has a default, so a backend that overrides none of them still works with
+Every method has a default, so a backend that overrides no method still works with
 ``marlin-cy run --backend NAME``. Where a backend's entry point names a function, the methods may be attributes of that
 function, see :mod:`marlin_cy.backends`.
 """

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenClGptqStore", "OpenClStackBuilder"]
 
-PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
-STAGING_BYTES = 64 << 20  # of the staging buffers; a launch reads as much in well under a millisecond
+PARTS = (1, 2, 4, 8)  # numbers of buffers that kernels can be compiled for
+STAGING_BYTES = 64 << 20  # size of the staging buffers; a launch reads it in well under a millisecond
 SCALE_EXPONENT = 15  # stored scales are below 2**15
-MIN_FACTOR = 2.0**-120  # of those that kernels take: also its half, and its multiples by the tiers' units, are normal
+MIN_FACTOR = (
+    2.0**-120
+)  # the smallest for kernels; half of it, and its products with the tiers' units, are normal floats
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
-MAGNITUDE = np.uint16(0x7FFF)  # of a float16 or bfloat16, whose bits order like it
+MAGNITUDE = np.uint16(0x7FFF)  # all bits of a float16 or bfloat16 but the sign; they are ordered as the magnitudes are
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -221,7 +223,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             self._largest = max(self._largest, largest)
 
     def _launch(self, staging: Staging, expert: int, column_offset: int, n: int) -> None:
-        """Pack what lies in the staging buffers; the lock is held."""
+        """Pack the contents of the staging buffers. The caller holds the loading lock."""
         store, queue = self._store, self._runtime.loading_queue
         layout, order = store.layout, int(store.order_of[expert])
         part, base = store.place(expert)

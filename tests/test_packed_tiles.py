@@ -90,7 +90,7 @@ def test_a_stack_over_them_computes_the_same(cpu_backend, rng):
 
 @pytest.mark.parametrize("g_idx", ["none", "unequal"])
 def test_symmetric(cpu_backend, rng, g_idx):
-    """Only if all zero points of all experts are 8; there is one that is not, in the last group, row and expert."""
+    """True only if every zero point is 8. Here the last zero point of the last expert is 7."""
     problem = random_problem(rng, 2, 160, 40, 32, g_idx=g_idx, sym=True)
     assert tiles_of(problem, cpu_backend)[0].symmetric
     last = problem.g_idx[1].max() if problem.g_idx[1] is not None else 4

@@ -51,7 +51,7 @@ class TestFarRows:
 
     @pytest.mark.parametrize("rows", [[FAR], [0, FAR]], ids=["far", "near and far"])
     def test_memory(self, cpu_backend, far, form, rows):
-        """The workspace and the peak of all allocations are those of rows 0 and 1, within 10 %."""
+        """The workspace and the peak of all allocations equal the ones for rows 0 and 1, within 10 %."""
         stack, x, out = far
         held, peaks = [], []
         for named in (list(range(len(rows))), rows):
@@ -84,7 +84,7 @@ class TestFarRows:
 
 
 def untouched(rows, columns):
-    """Zeros, float16, of which only the pages that are written take memory."""
+    """Zeros, float16. Only pages that are written take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     try:
         pages = mmap.mmap(-1, rows * columns * 2, flags=flags)

@@ -29,7 +29,7 @@ class WrongResult(ArithmeticError):
 def check(peer: Peer, weight: Int4Weight, rng: np.random.Generator, loaded: Projection | None = None) -> float:
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
-    The returned error is that of the product with ``weight``. Two parts of it are bounded separately: the error of the
+    The result is the error of the product with ``weight``. Two parts of it are bounded separately: the error of the
     product with the values that the peer keeps (:meth:`Peer.kept`), and the error of these values.
 
     Parameters
@@ -81,7 +81,7 @@ def check_moe(
     rng: np.random.Generator,
     loaded: Experts | None = None,
 ) -> float:
-    """Like :func:`check`, for a layer's output. The bound is three times that of a product: gate, up and down add up.
+    """Like :func:`check`, for a layer's output. The bound is three times a product's: errors of gate, up and down add up.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def bound(accuracy: str, k: int) -> float:
 
 
 def _dense_and_kept(peer: Peer) -> tuple[Callable[[Int4Weight], Dense], Callable[[Int4Weight], Dense]]:
-    """Two functions from a weight to float64: its dequantised values, and those that the peer keeps."""
+    """Two functions from a weight to float64: its dequantised values, and the values that the peer keeps."""
     return reference.dequantize_weight, functools.partial(_kept, peer)
 
 
@@ -160,7 +160,7 @@ def random_routing(
 
 
 def relative_error(actual: Array, expected: Array) -> float:
-    """The Frobenius norm of the difference over that of ``expected``."""
+    """The Frobenius norm of the difference, divided by the norm of ``expected``."""
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
