@@ -81,7 +81,7 @@ def check_moe(
     rng: np.random.Generator,
     loaded: Experts | None = None,
 ) -> float:
-    """Like :func:`check`, for a layer's output. The bound is three times a product's: errors of gate, up and down add up.
+    """Like :func:`check`, for a layer's output. The bound is three times a product's: gate, up and down add up.
 
     Parameters
     ----------
