@@ -31,7 +31,7 @@ def spec_of(model_type, **config):
 
 
 class TestConfiguration:
-    """Sizes are made small; all other keys and values are those of the models' own files."""
+    """Sizes are small; all other keys and values are copied from the models' own files."""
 
     def test_qwen3(self):
         spec = spec_of("qwen3_moe", num_experts=128, moe_intermediate_size=96, norm_topk_prob=True, hidden_act="silu")

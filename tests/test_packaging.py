@@ -16,7 +16,7 @@ import pytest
 import marlin_cy
 
 ROOT = Path(__file__).parent.parent
-# What a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
+# Files that a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
 NOT_IN_A_CLONE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis", "results"
 )

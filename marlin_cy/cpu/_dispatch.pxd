@@ -25,8 +25,6 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
-        CODES_UINT4
-        CODES_E2M1
         CODES_COUNT
         ACTIVATION_SILU
         ACTIVATION_GELU
@@ -43,6 +41,7 @@ cdef extern from "ukernel.h" nogil:
     const double QUANTIZE_MIN_AMAX
 
     ctypedef struct code_type:
+        const char *name
         uint8_t multiplicands[16]
         int is_identity
         int max_multiplicand

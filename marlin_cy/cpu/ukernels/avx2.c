@@ -266,7 +266,7 @@ const isa_descriptor isa_avx2 = {
     .peak = peak,
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .quantize_row = quantize_row,
             .widen = widen,
             .narrow = narrow,

@@ -210,7 +210,7 @@ const isa_descriptor isa_generic = {
     .probe = probe,
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .mr = 8,
             .mc =
                 48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */
