@@ -5,10 +5,10 @@ A package declares a backend as an entry point in the group ``marlin_cy.backends
     [project.entry-points."marlin_cy.backends"]
     abacus = "marlin_abacus:AbacusBackend"
 
-The entry point names a callable ``(**options) -> Backend``; a subclass of :class:`~marlin_cy.Backend` will
-do. The callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions`` and
-``doctor``, which are documented in :class:`~marlin_cy.command_line.CommandLine`; a subclass of ``Backend`` has them
-all. The table :data:`BUILT_IN` declares the built-in backends in the same form, without package metadata.
+The entry point names a callable ``(**options) -> Backend``, such as a subclass of :class:`~marlin_cy.Backend`. The
+callable may have the attributes ``availability``, ``add_arguments``, ``from_arguments``, ``precisions``, ``tuner`` and
+``doctor``, which are documented in :class:`~marlin_cy.command_line.CommandLine`. A subclass of ``Backend`` has all of
+them. The table :data:`BUILT_IN` declares the built-in backends in the same form, without package metadata.
 
 A package is imported only when its own backend is requested or checked.
 """
@@ -167,7 +167,7 @@ def _reason_missing(name: str) -> str | None:
 
 
 def _reason_unavailable(factory: Any) -> str | None:
-    """What a factory's ``availability()`` gives; an error of it is a reason."""
+    """The result of a factory's ``availability()``. If the call fails or returns another type, the reason says so."""
     availability = getattr(factory, "availability", None)
     if availability is None:
         return None
@@ -181,7 +181,7 @@ def _reason_unavailable(factory: Any) -> str | None:
 
 
 def _declared() -> dict[str, list[Declaration]]:
-    """The backends of installed packages. More than one declaration of a name is an error of those packages."""
+    """The backends of installed packages. Two declarations of one name are an error in the packages."""
     found: dict[str, list[Declaration]] = {}
     for name, declaration in _declarations():
         if name in BUILT_IN:

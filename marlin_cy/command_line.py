@@ -2,7 +2,7 @@
 
 They give the availability, the options, the precisions and the diagnosis.
 
-Every method has a default, so a backend that overrides none of them still works with
+Every method has a default, so a backend that overrides no method still works with
 ``marlin-cy run --backend NAME``. Where a backend's entry point names a function, the methods may be attributes of that
 function, see :mod:`marlin_cy.backends`.
 """
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import argparse
 
     from rich.console import Console
+
+    from marlin_cy.tuning import Tuner
 
 __all__ = ["ArgumentGroup", "CommandLine", "DoctorReport", "Precision"]
 
@@ -90,6 +92,15 @@ class CommandLine:
     def precisions(cls) -> Sequence[Precision]:
         """The precisions that ``marlin-cy perplexity --compare`` runs."""
         return (Precision("", "float32"),)
+
+    @classmethod
+    def tuner(cls) -> Callable[[Any], Tuner] | None:
+        """The function that makes the :class:`~marlin_cy.tuning.Tuner` of a backend, for ``marlin-cy tune``.
+
+        None if the backend has nothing to tune. The function takes the backend. It raises a
+        :class:`~marlin_cy.errors.MarlinError` if results cannot be stored.
+        """
+        return None
 
     @classmethod
     def doctor(cls) -> DoctorReport | None:

@@ -1,6 +1,6 @@
 """The interface that a backend implements, and its documentation.
 
-The names are those of the Rust traits ``MarlinExpertStack<B>`` and ``Linear<B>`` of ferrum-kernels.
+The names come from the Rust traits ``MarlinExpertStack<B>`` and ``Linear<B>`` of ferrum-kernels.
 A *buffer* is an array of the backend's own type: an ``ndarray`` on the CPU, a ``pyopencl.array.Array``
 on OpenCL. Activations are float32, float16 or bfloat16 (``ml_dtypes.bfloat16`` in NumPy), row-major and
 contiguous.

@@ -264,7 +264,10 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
 
 
 def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
-    """The scores that one token's weights derive from, and those that choose its experts, ``[num_experts]`` each."""
+    """Two score arrays of one token, ``[num_experts]`` each.
+
+    The first gives the routing weights. The second, which includes the correction bias, selects the experts.
+    """
     functions: dict[str, Callable[[Floats], Floats]]
     functions = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}
     scores = functions[routing.scoring](logits)

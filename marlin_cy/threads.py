@@ -137,7 +137,7 @@ def _folders(root: Path, mount: _Mount, cgroup: PurePosixPath) -> Iterator[Path]
 
 
 def _quota_of(folder: Path, version: int) -> float | None:
-    """The limit of a single cgroup in CPUs; None if it has no valid one."""
+    """The limit of a single cgroup in CPUs; None if it has no valid limit."""
     if version == 2:
         quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
     else:

@@ -23,7 +23,6 @@ __all__ = [
     "arguments_of",
     "by_name",
     "combine_values",
-    "gemm_values",
     "is_local",
     "is_pointer",
     "listed_values",
@@ -32,7 +31,8 @@ __all__ = [
     "pack_scales_values",
     "pack_words_values",
     "prepare_row_values",
-    "reduce_splits_values",
+    "product_input_values",
+    "product_output_values",
     "rescale_values",
     "route_align_values",
     "route_values",
@@ -108,20 +108,14 @@ WEIGHTS = {
     "weight_factor": "float",
     "tiny_factor": "float",
 }
-PRODUCT = {
+PRODUCT_INPUT = {
     "input": "global INPUT*",
     "input_offset": "ulong",
     "row_factor": "global float*",
-    "output": "global OUTPUT*",
-    "output_offset": "ulong",
-    "output_stride": "uint",
-    "bias": "global float*",
-    "partial": "global float*",
-    "tiles_capacity": "uint",
 }
 SPLITS = {"splits": "int"}
 SUMMED_WEIGHTS = {"num_experts": "uint", "n": "uint"}
-SUMS = {
+PRODUCT_OUTPUT = {
     "output": "global OUTPUT*",
     "output_offset": "ulong",
     "output_stride": "uint",
@@ -134,12 +128,12 @@ SUMS = {
 def gemm(macros: Macros) -> Arguments:
     """GEMM_ARGS: the same for every tier."""
     parts = {f"w{part}": "global uint*" for part in range(macros.get("PARTS", 1))}
-    return {**parts, **WEIGHTS, **PRODUCT, **SPLITS, **work(macros)}
+    return {**parts, **WEIGHTS, **PRODUCT_INPUT, **PRODUCT_OUTPUT, **SPLITS, **work(macros)}
 
 
 def reduce_splits(macros: Macros) -> Arguments:
     """The arguments of ``reduce_splits``."""
-    return {**SUMMED_WEIGHTS, **SUMS, **SPLITS, **work(macros)}
+    return {**SUMMED_WEIGHTS, **PRODUCT_OUTPUT, **SPLITS, **work(macros)}
 
 
 # Preparation (prepare.cl) -------------------------------------------------------------------------
@@ -246,7 +240,7 @@ COMBINE = {
 
 
 def route_align(macros: Macros) -> Arguments:
-    """The arguments of ``route_align``: with PREPARES those of a row's preparation follow."""
+    """The arguments of ``route_align``. With PREPARES, the arguments that prepare a row follow."""
     return {**ROUTE, **ALIGN_FEW, **(PREPARE_ROW if macros.get("PREPARES") else {})}
 
 
@@ -305,22 +299,23 @@ KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
 
 
 def by_name(names: Iterable[str]) -> Callable[..., tuple[Any, ...]]:
-    """A function that takes a value for each name, as keywords, and returns the values in the order of the names.
+    """A function that takes a keyword argument for each name and returns a tuple of the values, in the names' order.
 
-    A launch takes such tuples: they cost the host half of what dictionaries do. The function is compiled from text, as
-    those of :func:`collections.namedtuple` are: that is faster than a loop over the names.
+    :class:`~marlin_cy.opencl.launch.Launch` takes tuples because a dictionary doubles the host's cost. The function is
+    compiled from text, which makes it faster than a loop over the names. Source of the idea:
+    :func:`collections.namedtuple`.
     """
     listed = ", ".join(names)
     function: Callable[..., tuple[Any, ...]] = eval(f"lambda *, {listed}: ({listed},)", {"__builtins__": {}})
     return function
 
 
-# Constants of a launch, such as WEIGHTS and SPLITS, are not in these. Where a kernel has arguments of several tables, a
-# launch takes the tuples of these one after the other.
+# These functions leave out the constants of a launch, such as WEIGHTS and SPLITS. Where a kernel takes arguments of two
+# tables, concatenate the tuples.
 routed_values = by_name(ROUTED_WORK)
 listed_values = by_name(LISTED_WORK)
-gemm_values = by_name(PRODUCT)
-reduce_splits_values = by_name(SUMS)
+product_input_values = by_name(PRODUCT_INPUT)
+product_output_values = by_name(PRODUCT_OUTPUT)
 prepare_row_values = by_name(PREPARE_ROW)
 mapped_values = by_name(MAPPED)
 route_values = by_name(ROUTE)

@@ -220,9 +220,8 @@ class OpenClBackend(OpenClCommandLine, Backend):
         codes: str = "uint4",
         scale_dtype: npt.DTypeLike = np.float16,
     ) -> StackBuilder:
-        return OpenClStackBuilder(
-            self.runtime, *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
-        )
+        sizes = checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+        return OpenClStackBuilder(self.runtime, sizes)
 
     def route(self, ctx: Context, router_logits: Array, routing: Routing) -> tuple[Array, Array]:
         ids, weights = route(opencl_context(ctx), router_logits, routing)

@@ -117,7 +117,7 @@ class ArrayInfo:
 def memory_of(array: Array) -> cl.Buffer | None:
     """The buffer of a device array; None if the array has no elements.
 
-    PyOpenCL's arrays may lie in other memory, too. :func:`array_info` refuses those, and this library makes none.
+    PyOpenCL also has arrays in other kinds of memory: :func:`array_info` rejects them.
     """
     return cast("cl.Buffer | None", array.base_data)
 
@@ -203,7 +203,7 @@ def mark_written(array: Array, event: cl.Event, queue: cl.CommandQueue) -> None:
 
 
 def wait_list(queue: cl.CommandQueue, arrays: Iterable[Array]) -> list[cl.Event] | None:
-    """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``; None for none.
+    """Events that a command on the in-order ``queue`` must wait for before it touches ``arrays``, or None.
 
     The caller's queues are flushed (:func:`flush_queues`). A queue of this library's contexts is not flushed, because
     each call has flushed it already.
@@ -226,7 +226,7 @@ def wait_list(queue: cl.CommandQueue, arrays: Iterable[Array]) -> list[cl.Event]
 
 
 def same_queue(event: cl.Event, queue: cl.CommandQueue) -> bool:
-    """Whether an event is that of a command on ``queue``."""
+    """Whether an event belongs to a command on ``queue``."""
     try:
         return bool(event.command_queue == queue)
     except cl.Error:  # its queue was released, and not every driver's events keep their queue

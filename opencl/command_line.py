@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from marlin_cy import opencl
 from marlin_cy.command_line import ArgumentGroup, CommandLine, DoctorReport, Precision
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
+    from marlin_cy.tuning import Tuner
 
 __all__ = ["OpenClCommandLine"]
 
 
 class OpenClCommandLine(CommandLine):
-    """The options ``--device`` and ``--tier``, the precision of ``--compare``, and the doctor's report."""
+    """The options ``--device`` and ``--tier``, the precision of ``--compare``, the tuner, and the doctor's report."""
 
     @classmethod
     def availability(cls) -> str | None:
@@ -35,6 +39,15 @@ class OpenClCommandLine(CommandLine):
     @classmethod
     def precisions(cls) -> Sequence[Precision]:
         return [Precision("float16", "float16")]
+
+    @classmethod
+    def tuner(cls) -> Callable[[OpenClBackend], Tuner]:
+        def make(backend: OpenClBackend) -> Tuner:
+            from marlin_cy.opencl.tuner import OpenClTuner
+
+            return OpenClTuner(backend)
+
+        return make
 
     @classmethod
     def doctor(cls) -> DoctorReport:

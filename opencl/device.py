@@ -73,7 +73,7 @@ class Opened(NamedTuple):
 
 
 def list_platforms() -> list[PlatformFound]:
-    """The platforms, including those whose driver fails; an empty list if there are none.
+    """All platforms, including platforms whose driver fails; the list may be empty.
 
     Returns
     -------

@@ -54,7 +54,7 @@ class Launch:
             else:
                 self._numbers.append(place)
         self._set = self._always  # without the NULLs of the last call that set all arguments
-        self._remembered = getter([])  # the numbers and those NULLs
+        self._remembered = getter([])  # the numbers and the NULLs of that call
         self._last: Any = NOTHING
 
     def __call__(

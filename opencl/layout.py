@@ -69,7 +69,7 @@ class ExpertLayout:
 
     @property
     def zero_offset(self) -> int:
-        """The first word of the zero points, or the end of the scales if there are none."""
+        """The first word of the zero points. Without zero points, the end of the scales."""
         return self.words + self.strips * self.groups * STRIP_N // 2
 
     @property
@@ -108,7 +108,7 @@ def pack_expert(
     zero : uint8 ``[G, N]``, or None if the layout has no zero points
     order : GroupOrder
     layout : ExpertLayout
-        Its ``packed_k`` may be larger than that of the order; the remaining rows are zeros.
+        Its ``packed_k`` may exceed the order's; the remaining rows are zeros.
     """
     expert = np.zeros(layout.expert_words, np.uint32)
     words, scales, zeros = sections(expert, layout)

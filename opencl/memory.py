@@ -58,7 +58,7 @@ def uploaded(runtime: Memory, array: npt.ArrayLike, what: str) -> cl.Buffer:
 
 
 def zeroed_buffers(runtime: Memory, sizes: Sequence[int], what: str) -> list[cl.Buffer]:
-    """Zeroed buffers of the given sizes in bytes. If one cannot be allocated, none is.
+    """Zeroed buffers of the given sizes in bytes. If one cannot be allocated, the others are released.
 
     They are written immediately, because some drivers allocate memory when a buffer is first used.
     """

@@ -232,7 +232,7 @@ class ProgramCache:
         # The program is built for one device of the context; the entries of the other devices, if any, are empty.
         binaries: Any = program.get_info(cl.program_info.BINARIES)  # typed `object`
         binary = next(filter(None, binaries), None)
-        if binary is None:  # the driver gives no binaries away
+        if binary is None:  # the driver does not return binaries
             return
         try:
             _write(path, key, binary)

@@ -1,6 +1,6 @@
 """A tier's kernels against NumPy, at the first use of a device: which tier it can run.
 
-Whether each configuration is right that products use later is checked then (:mod:`marlin_cy.opencl.checks`).
+The configurations of later products are checked when each is first used (:mod:`marlin_cy.opencl.checks`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ __all__ = ["TOLERANCE", "reason_wrong"]
 
 EXPERTS, K, N, GROUP_SIZE = 3, 320, 40, 64  # a last block of K that is half full, a last strip that is half empty
 TOKENS, TOP_K = 20, 2
-BLOCK_SIZES = (
-    4,
-    32,
-)  # the first code type is checked with both, the others with one, because all block sizes decode codes the same way
+# The first code type is checked with both, the others with one, because all block sizes decode codes the same way.
+BLOCK_SIZES = (4, 32)
 TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4, a kernel with a single wrong number 1e-2 and more
 
 _known: dict[tuple[int, str], str | None] = {}

@@ -29,18 +29,21 @@ from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
+from marlin_cy.weights.sizes import StackSizes
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.stack import OpenClMarlinExpertStack, Runtime
 
 __all__ = ["OpenClGptqStore", "OpenClStackBuilder"]
 
-PARTS = (1, 2, 4, 8)  # for which the kernels have pointers
-STAGING_BYTES = 64 << 20  # of the staging buffers; a launch reads as much in well under a millisecond
+PARTS = (1, 2, 4, 8)  # numbers of buffers that kernels can be compiled for
+STAGING_BYTES = 64 << 20  # size of the staging buffers; a launch reads it in well under a millisecond
 SCALE_EXPONENT = 15  # stored scales are below 2**15
-MIN_FACTOR = 2.0**-120  # of those that kernels take: also its half, and its multiples by the tiers' units, are normal
+MIN_FACTOR = (
+    2.0**-120
+)  # the smallest for kernels; half of it, and its products with the tiers' units, are normal floats
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
-MAGNITUDE = np.uint16(0x7FFF)  # of a float16 or bfloat16, whose bits order like it
+MAGNITUDE = np.uint16(0x7FFF)  # all bits of a float16 or bfloat16 but the sign; they are ordered as the magnitudes are
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -53,14 +56,8 @@ class OpenClGptqStore:
     ----------
     runtime : object
         ``context``, ``device``, ``loading_queue`` (in-order) with ``loading_lock``, ``max_alloc_bytes``.
-    num_experts, k, n : int
-        Experts, and the shape ``[k, n]`` of each.
-    group_size : int
-        Rows of K that share a scale.
-    g_idx : sequence of int32 ``[k]`` or None, one per expert
-        Group of each row; None for ``row // group_size``.
-    codes : {"uint4", "e2m1"}
-        The code type of the weights.
+    sizes : StackSizes
+        Checked. The stored scales are float16, whatever ``scale_dtype`` is.
 
     Attributes
     ----------
@@ -92,21 +89,13 @@ class OpenClGptqStore:
         Nothing stays allocated, and the context is unchanged.
     """
 
-    def __init__(
-        self,
-        runtime: Memory,
-        num_experts: int,
-        k: int,
-        n: int,
-        group_size: int,
-        g_idx: Sequence[npt.NDArray[np.int32] | None],
-        codes: str = "uint4",
-    ) -> None:
-        self.num_experts, self.k, self.n, self.weight_group_size, self.codes = num_experts, k, n, group_size, codes
-        self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
+    def __init__(self, runtime: Memory, sizes: StackSizes) -> None:
+        self.num_experts, self.k, self.n = num_experts, k, n = sizes.num_experts, sizes.k, sizes.n_per_expert
+        self.weight_group_size, self.codes = sizes.group_size, sizes.codes
+        self.group_orders, self.order_of = distinct_orders(sizes.g_idx, k, sizes.group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = expert_layout(
-            packed_k, n, packed_group_size(group_size), has_zeros=CODE_TYPES[codes].has_zero_points
+            packed_k, n, packed_group_size(sizes.group_size), has_zeros=CODE_TYPES[sizes.codes].has_zero_points
         )
         self.symmetric, self.weight_factor = False, 1.0
         self.runtime, self.device = runtime, runtime.device
@@ -189,8 +178,8 @@ class OpenClStackBuilder(CheckedStackBuilder):
     ----------
     runtime : object
         As for :class:`OpenClGptqStore`, with ``programs`` (ProgramCache) and ``make_stack(store, bias)`` as well.
-    num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
-        As :func:`~marlin_cy.stacks.builder.checked_stack_sizes` returns them.
+    sizes : StackSizes
+        Checked, by :func:`~marlin_cy.stacks.builder.checked_stack_sizes`.
 
     Raises
     ------
@@ -198,24 +187,14 @@ class OpenClStackBuilder(CheckedStackBuilder):
         As :class:`OpenClGptqStore`; also raised by :meth:`add`.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        num_experts: int,
-        k: int,
-        n_per_expert: int,
-        group_size: int,
-        g_idx: Sequence[npt.NDArray[np.int32] | None],
-        codes: str,
-        scale_dtype: np.dtype[Any],
-    ) -> None:
-        self._store = store = OpenClGptqStore(runtime, num_experts, k, n_per_expert, group_size, g_idx, codes)
+    def __init__(self, runtime: Runtime, sizes: StackSizes) -> None:
+        self._store = store = OpenClGptqStore(runtime, sizes)
         try:
-            super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+            super().__init__(sizes)
             self._runtime = runtime
             self._pack_words = pack_launch(runtime, "pack_words")
             self._pack_scales = pack_launch(runtime, "pack_scales")
-            self._staging: Staging | None = Staging(runtime, k, n_per_expert, group_size, store.layout.has_zeros)
+            self._staging: Staging | None = Staging(runtime, sizes, store.layout.has_zeros)
             scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
             for rows, order in zip(scale_rows, store.group_orders, strict=True):
                 rows[: len(order.scale_rows)] = order.scale_rows
@@ -231,7 +210,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
         assert staging is not None  # until _stack
         symmetric = weight.zero is None or bool((weight.zero == CODE_TYPES[weight.codes].symmetric_zero).all())
         scale = weight.scale.view(np.uint16)
-        largest = largest_scale(scale, self._scale_dtype)
+        largest = largest_scale(scale, self._sizes.scale_dtype)
         for begin in range(0, weight.n, staging.columns):
             columns = slice(begin, begin + staging.columns)
             parts = (weight.words, scale) if weight.zero is None else (weight.words, scale, weight.zero)
@@ -244,7 +223,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
             self._largest = max(self._largest, largest)
 
     def _launch(self, staging: Staging, expert: int, column_offset: int, n: int) -> None:
-        """Pack what lies in the staging buffers; the lock is held."""
+        """Pack the contents of the staging buffers. The caller holds the loading lock."""
         store, queue = self._store, self._runtime.loading_queue
         layout, order = store.layout, int(store.order_of[expert])
         part, base = store.place(expert)
@@ -315,7 +294,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
                     expert_words=store.expert_words,
                     scale_base=store.layout.scale_offset,
                     exponent=exponent,
-                    bfloat16=int(self._scale_dtype != np.float16),
+                    bfloat16=int(self._sizes.scale_dtype != np.float16),
                 ),
             )
         store.weight_factor = 2.0**-exponent
@@ -350,8 +329,8 @@ class Staging:
     nbytes : int
     """
 
-    def __init__(self, runtime: Memory, k: int, n: int, group_size: int, has_zeros: bool) -> None:
-        groups = -(-k // group_size)
+    def __init__(self, runtime: Memory, sizes: StackSizes, has_zeros: bool) -> None:
+        k, n, groups = sizes.k, sizes.n_per_expert, -(-sizes.k // sizes.group_size)
         column_bytes = (k // 2, 2 * groups, groups) if has_zeros else (k // 2, 2 * groups)
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
         self.columns = min(n, max(limit // STRIP_N, 1) * STRIP_N)

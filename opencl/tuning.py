@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -23,6 +23,7 @@ from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
 from marlin_cy.opencl.timing import times_of
 from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
+from marlin_cy.tuning import Shape
 from marlin_cy.weights.int4 import Int4Weight
 
 if TYPE_CHECKING:
@@ -41,32 +42,6 @@ DISTINCT_WEIGHTS = 4
 UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel writes
 COMPARED_ROWS = 512
 GAIN = 0.98  # a candidate replaces the default if its time is below this part of the default's: less may be chance
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A stack of random weights to measure on.
-
-    Attributes
-    ----------
-    k, n, experts, group_size : int
-    top_k : int
-        Experts of a token.
-    gathered : bool
-        The input has a row for each (token, expert) pair, as in a layer's second product.
-    symmetric : bool
-        All zero points are 8. Also set for 4-bit floats, which have no zero points.
-    codes : {"uint4", "e2m1"}
-    """
-
-    k: int
-    n: int
-    experts: int
-    group_size: int
-    top_k: int = 8
-    gathered: bool = False
-    symmetric: bool = True
-    codes: str = "uint4"
 
 
 class Tuning(NamedTuple):
@@ -245,12 +220,12 @@ class Case:
 
 
 def tune_case(case: Case) -> Tuning:
-    """The :class:`Tuning` of a :class:`Case`; only configurations that pass the check of their numbers take part.
+    """The :class:`Tuning` of a :class:`Case`. Configurations that compute wrong results are left out.
 
     Raises
     ------
     MarlinError
-        None of them does.
+        No configuration passes.
     """
     tried = candidates(case.backend.tier, case.problem)
     refused: list[tuple[Configuration, str]] = []

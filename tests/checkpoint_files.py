@@ -14,10 +14,11 @@ from marlin_cy.formats.awq import pack_awq
 from marlin_cy.formats.compressed_tensors import pack_compressed
 from marlin_cy.weights.code_types import CODE_TYPES
 
-# What differs between the configurations of families; the rest is the same for all.
+# The differences between the configurations of families; all other settings are equal.
 CONFIGS = {
     "qwen2_moe": {"norm_topk_prob": True},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"norm_topk_prob": True},
     "qwen3_5_moe_text": {},
     "mixtral": {},
     "deepseek_v2": {

@@ -33,6 +33,16 @@ def rng(request):
 os.environ.setdefault("MARLIN_CY_CACHE_DIR", "")
 
 
+def pytest_configure(config):
+    """In the default run, switch off the optimiser of PoCL, an OpenCL driver for CPUs.
+
+    The optimiser takes three quarters of the time of the OpenCL tests. The sweep compiles kernels as users do. A
+    variable that is set is kept: ``POCL_EXTRA_BUILD_FLAGS= pytest`` runs the default tests with the optimiser.
+    """
+    if config.option.markexpr == "not sweep":
+        os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
+
+
 def pytest_collection_modifyitems(items):
     """Put most cases of a test that is marked ``sampled(n)`` into the sweep.
 

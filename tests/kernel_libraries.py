@@ -15,7 +15,7 @@ COMPILER = shutil.which("cc")
 
 
 def build_library(folder, *sources, emulated=()):
-    """A shared library of some C files; those of ``emulated`` are compiled with ``amx_emulation.h``."""
+    """A shared library of some C files. Files in ``emulated`` are compiled with ``amx_emulation.h``."""
     objects = []
     for source in [*sources, *emulated]:
         objects.append(folder / f"{source.stem}.o")
@@ -27,7 +27,7 @@ def build_library(folder, *sources, emulated=()):
 
 
 def emulated_amx_library(folder):
-    """The kernels of AMX on the emulation, with those that they inherit. They need a CPU with AVX-512 VNNI."""
+    """The kernels of AMX on the emulation, and the kernels that AMX inherits. They need a CPU with AVX-512 VNNI."""
     parents = [UKERNELS / f"{name}.c" for name in ("generic", "avx2", "avx512vnni")]
     return build_library(folder, *parents, emulated=[UKERNELS / "amx.c"])
 

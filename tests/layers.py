@@ -93,7 +93,7 @@ class Layer:
         )
 
     def bound(self, backend, x, ids, weights, dtype=np.float32):
-        """Bounds of the experts' outputs, times the weights, whose own error is at most 32 roundoffs.
+        """Bounds of the weighted outputs of experts. The weights' own error is at most 32 roundoffs.
 
         On a device, values between the products are float16 if ``x`` is.
         """

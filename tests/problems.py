@@ -136,7 +136,7 @@ class Problem:
         return product if self.bias is None else product + self.bias[expert]
 
 
-# What weights may be made of: keyword arguments of random_problem, by name.
+# The kinds of weights: keyword arguments of random_problem, by name.
 WEIGHT_KINDS = {
     f"{codes}-{scale.name}": {"codes": codes, "scale_dtype": scale.dtype}
     for codes in CODE_TYPES

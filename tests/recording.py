@@ -1,4 +1,4 @@
-"""A backend that records what a checkpoint loads to it, and the shipped checkpoint."""
+"""A backend that records the weights that a checkpoint loads, and the shipped checkpoint."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ class RecordingBuilder(StackBuilder):
 
 
 class RecordingBackend(Backend):
-    """A backend whose stacks record what a checkpoint adds to them; it computes nothing."""
+    """A backend whose stacks record the weights that a checkpoint adds. It computes nothing."""
 
     name = "recording"
 

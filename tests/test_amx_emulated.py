@@ -223,7 +223,7 @@ def test_other_users_find_no_tiles(library, rng, planes):
 
 @pytest.fixture
 def emulated_context(library, cpu_backend):
-    """Makes a context with the emulated kernels: the framework gives them the tasks that it gives AMX."""
+    """Makes a context with the emulated kernels. They get the same tasks as the kernels of AMX."""
     return lambda **options: context_with(cpu_backend, kernel_table(library, "amx"), **options)
 
 

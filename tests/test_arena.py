@@ -33,7 +33,7 @@ def test_the_measured_size_is_the_sum(cpu_backend):
 
 
 def test_memory_is_kept(cpu_backend, rng):
-    """A workspace grows for larger calls only, and a smaller call in between finds the memory of the larger."""
+    """A workspace grows for larger calls only. A smaller call in between uses the same memory."""
     stack, ctx = random_problem(rng, 3, 2080, 64, 32).stack(cpu_backend), cpu_backend.new_context(num_threads=3)
     x, held, results = activations(rng, 200, 2080), [], []
     for m in (1, 200, 1, 200):

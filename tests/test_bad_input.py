@@ -320,7 +320,7 @@ OF_LAYER = [
     (
         {"hidden_states": np.zeros((ROWS + 1, K), np.float32)},
         ValueError,
-        "out: got 6 rows, expected 7, those of hidden",
+        "out: got 6 rows, expected 7 as in hidden_states",
     ),
     ({"out": np.zeros((ROWS + 1, K), np.float32)}, ValueError, "out: got 7 rows, expected 6"),
     ({"hidden_states": np.zeros((ROWS, K), np.int8), "out": None}, TypeError, "got dtype int8"),
@@ -354,7 +354,7 @@ OF_ROUTED = [
     (
         {"topk_ids": np.zeros((ROWS - 1, 2), np.int32), "topk_weights": np.zeros((ROWS - 1, 2), np.float32)},
         ValueError,
-        "topk_ids: got 5 rows, expected 6, those of hidden_states",
+        "topk_ids: got 5 rows, expected 6 as in hidden_states",
     ),
 ]
 

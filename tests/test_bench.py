@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench`` about this library alone: they run, and save what bench/README.md says."""
+"""``python -m bench`` on this library alone: commands run, and save the documents that bench/README.md describes."""
 
 import ast
 import contextlib

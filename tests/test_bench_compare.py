@@ -45,7 +45,7 @@ def bench(*arguments, environment=None):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """What one quick run with NumPy and a peer that cannot run saved and printed."""
+    """The document and the output of one quick run with NumPy and a peer that cannot run."""
     output = tmp_path_factory.mktemp("bench") / "result.json"
     done = bench(
         "--quick",
@@ -147,7 +147,7 @@ def test_a_process_that_ends_otherwise_is_a_reason(monkeypatch):
 
 
 class Refuses(NumpyDense):
-    """A peer without products by expert, whose layers are wrong and whose products stop at 8 rows."""
+    """A peer that has no products by expert, computes wrong layers, and refuses products of more than 8 rows."""
 
     name, most_weights, extra_threads = "refuses", 8, 1000
     loads = 0
@@ -283,7 +283,7 @@ def test_a_bar_is_held_against_the_fastest_peer_as_accurate():
 
 def test_the_fastest_peer_is_the_one_with_the_shortest_time():
     document = made_up({("layer", 4, "half"): (2.0, 3.0), ("layer", 4, "full"): (3.0, 4.0)})
-    document["cases"][1]["ratio"]["int16"] = spread(0.5)  # ours was disturbed beside it
+    document["cases"][1]["ratio"]["int16"] = spread(0.5)  # our side was disturbed at the same time
     assert bars.fastest(document, "layer", "int16", 4) == ("half", spread(2.0))
     assert bars.fastest(document, "layer", "int16", 1) is None
 

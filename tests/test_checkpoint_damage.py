@@ -26,7 +26,7 @@ def config(**changes):
 
 
 def quantization(**changes):
-    """Change both files alike."""
+    """Make the same change to both files."""
 
     def change(folder):
         edit_json(folder, "quantize_config.json", **changes)

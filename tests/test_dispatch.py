@@ -1,4 +1,4 @@
-"""The choice of the instruction set, and the messages about those that cannot run."""
+"""The choice of the instruction set, and the messages about instruction sets that cannot run."""
 
 import os
 import subprocess

@@ -31,7 +31,7 @@ def spec_of(model_type, **config):
 
 
 class TestConfiguration:
-    """Sizes are made small; all other keys and values are those of the models' own files."""
+    """Sizes are small; all other keys and values are copied from the models' own files."""
 
     def test_qwen3(self):
         spec = spec_of("qwen3_moe", num_experts=128, moe_intermediate_size=96, norm_topk_prob=True, hidden_act="silu")
@@ -50,6 +50,10 @@ class TestConfiguration:
     def test_qwen3_5_always_normalises(self):
         spec = spec_of("qwen3_5_moe", num_experts=256, moe_intermediate_size=96, shared_expert_intermediate_size=96)
         assert spec == MoeSpec(256, 2, 64, 96, shared_intermediate_size=96)
+
+    def test_qwen3_next(self):
+        spec = spec_of("qwen3_next", num_experts=512, moe_intermediate_size=96, shared_expert_intermediate_size=96)
+        assert spec == MoeSpec(512, 2, 64, 96, shared_intermediate_size=96)
 
     def test_mixtral(self):
         assert spec_of("mixtral", num_local_experts=8, intermediate_size=96) == MoeSpec(8, 2, 64, 96)

@@ -291,7 +291,7 @@ class TestExtraConfig:
             (EXPERT.replace("7", "8"), 64),
             (EXPERT.replace("down", "up"), "bits: got 8, only 4 is supported"),
             ("model.layers.0.mlp.gate", "not quantised, its bits are 16 in extra_config"),
-            # The name of another module is no expression, though one could be read as such.
+            # The name of another module is not a regular expression, even if it could be read as one.
             ("model.layers.0.mlp.gate_proj", 128),
             ("aXx", 128),
             ("a.x", "data_type: got 'mx_fp', only integers are supported"),

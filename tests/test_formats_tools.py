@@ -27,7 +27,7 @@ from marlin_cy.weights.int4 import unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"
-# What each fixture's gate_proj is, and for the rest of EXPERT where it differs.
+# The expected gate_proj of each fixture, and other modules of EXPERT if they differ.
 SCHEMES = {
     "auto-round-asym": GptqScheme(32, "gptq_v2", sym=False),
     "auto-round-awq": AwqScheme(32),
@@ -127,7 +127,7 @@ def test_means_what_its_tool_makes_of_it(name):
 
 @pytest.mark.parametrize("name", ["ct-actorder-bf16", "gptq-v2-asym-desc-act"])
 def test_the_orders_are_orders(name):
-    """Else these fixtures would not test what they are for."""
+    """Otherwise these fixtures would test nothing."""
     stored, scheme = SafetensorsFile(FIXTURES / name / "model.safetensors"), scheme_of(name)
     assert (np.diff(stored.tensor(f"{EXPERT}.gate_proj{scheme.order}")) < 0).any()
 

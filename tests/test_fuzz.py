@@ -214,7 +214,7 @@ def use_layers(folder):
     scheme, tensors = read_scheme(folder, config), SafetensorsFolder(folder)
     source = QuantizedSource(tensors, scheme, FAMILIES["qwen3_moe"], None, folder / "config.json", None)
     modules = [name.removesuffix(scheme.marker) for name in tensors.names if name.endswith(scheme.marker)]
-    if scheme.marker == "_blocks":  # of all experts in one, of which source knows through a model's configuration
+    if scheme.marker == "_blocks":  # one tensor for all experts, which the source knows from a model's configuration
         for module in modules:
             with as_checkpoint_error(folder, module):
                 arrays = {suffix: tensors.tensor(f"{module}{suffix}") for suffix in scheme.tensors(32, 8)}
@@ -234,7 +234,7 @@ def use_layers(folder):
 
 
 def tools_folder(name, target):
-    """What a tool wrote, without the weights that were expected of it."""
+    """A tool's output, without the expected weights."""
     shutil.copytree(TOOLS / name, target, ignore=shutil.ignore_patterns("expected.safetensors"))
 
 

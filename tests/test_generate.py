@@ -27,7 +27,7 @@ KEYS = {
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command in this process, on one thread; gives its exit code, stdout and stderr."""
+    """Runs the command in this process, on one thread; returns its exit code, stdout and stderr."""
 
     def command(*arguments, threads=("--threads", "1")):
         code = cli.main(["generate", *map(str, arguments), *threads])

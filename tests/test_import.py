@@ -12,7 +12,7 @@ BLOCK = "import sys; sys.modules.update(torch=None, pyopencl=None)"
 
 
 def python(code):
-    """What a fresh interpreter prints when it runs ``code``."""
+    """The output of a fresh interpreter that runs ``code``."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

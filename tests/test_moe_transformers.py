@@ -39,7 +39,7 @@ class TestTransformers:
         return make
 
     def check(self, block, rng, logits, routing, gate_up, down, **options):
-        """Compare the reference with a block's output; ``logits(x)`` are those of the block's router."""
+        """Compare the reference with a block's output; ``logits(x)`` returns the logits of the block's router."""
         import torch
 
         x = rng.standard_normal((1, 30, 32)).astype(np.float32)

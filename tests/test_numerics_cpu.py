@@ -1,4 +1,4 @@
-"""The CPU's numbers are those of ``marlin_cy.reference``, to the last bit, on every instruction set."""
+"""The CPU gives the same bits as ``marlin_cy.reference``, on every instruction set."""
 
 from dataclasses import replace
 
@@ -221,7 +221,7 @@ def test_relative_error(cpu_backend, rng, name, bound, kind):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_input_is_widened_exactly(cpu_backend, isa, dtype):
-    """All 65536 codes of a 16-bit type give what their float32 values do."""
+    """Each of the 65536 values of a 16-bit type gives the same result as the equal float32 value."""
     x = CODES_16.view(DTYPES[dtype]).reshape(-1, 32)
     ctx = cpu_backend.new_context(isa=isa)
     stack = selection(cpu_backend, 32)
@@ -289,7 +289,7 @@ class TestActivations:
         assert_activated(name, isa, activation_sums(gates, rng.uniform(-10, 10, 1 << 16)))
 
     def test_gates_and_ups_of_any_size(self, rng, isa, name):
-        """Whose products float32 can hold."""
+        """Inputs whose products float32 can represent."""
         gates = 2.0 ** rng.uniform(-149, 127, 1 << 14) * rng.choice([-1, 1], 1 << 14)
         ups = 2.0 ** rng.uniform(-149, np.minimum(127, 126 - np.log2(np.abs(gates)))) * rng.choice([-1, 1], 1 << 14)
         assert_activated(name, isa, activation_sums(gates, ups))

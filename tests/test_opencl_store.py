@@ -19,13 +19,14 @@ from marlin_cy.reference import dequantize  # noqa: E402
 from marlin_cy.weights.code_types import CODE_TYPES  # noqa: E402
 from marlin_cy.weights.int4 import Int4Weight  # noqa: E402
 from marlin_cy.weights.order import group_order  # noqa: E402
+from marlin_cy.weights.sizes import StackSizes  # noqa: E402
 
 BFLOAT16 = DTYPES["bfloat16"]
 
 
 def builder_for(runtime, problem):
-    sizes = problem.num_experts, problem.k, problem.n, problem.group
-    return OpenClStackBuilder(runtime, *sizes, normalised(problem), problem.codes, problem.scale.dtype)
+    shape = problem.num_experts, problem.k, problem.n, problem.group
+    return OpenClStackBuilder(runtime, StackSizes(*shape, normalised(problem), problem.codes, problem.scale.dtype))
 
 
 def normalised(problem):
@@ -342,12 +343,12 @@ class TestTooLittleMemory:
             DeviceMemoryError,
             match=r"packed weights: 9 experts of \[32, 16\] in at most 8 buffers: 6912 bytes .* buffers of at most 768",
         ):
-            OpenClGptqStore(runtime, 9, 32, 16, 32, [None] * 9)
+            OpenClGptqStore(runtime, StackSizes(9, 32, 16, 32, [None] * 9))
 
     def test_more_than_the_device_has(self, device):
         runtime = runtime_of(device, max_alloc_bytes=2**62)
         with pytest.raises(DeviceMemoryError, match=r"packed weights: 1048576 experts of \[131072, 131072\]"):
-            OpenClGptqStore(runtime, 2**20, 2**17, 2**17, 128, [None] * 2**20)
+            OpenClGptqStore(runtime, StackSizes(2**20, 2**17, 2**17, 128, [None] * 2**20))
 
     @pytest.mark.parametrize("error", ["MEM_OBJECT_ALLOCATION_FAILURE", "OUT_OF_RESOURCES", "OUT_OF_HOST_MEMORY"])
     @pytest.mark.parametrize("function", ["Buffer", "enqueue_fill_buffer"])
@@ -397,7 +398,7 @@ class TestTooLittleMemory:
         store = store_of(runtime, random_problem(rng, 2, 32, 16, 32))
         assert memory.live_stores.nbytes(device) == before + store.nbytes
         with pytest.raises(DeviceMemoryError, match=f"of which packed weights hold {before + store.nbytes},|free,"):
-            OpenClGptqStore(runtime, 2**20, 2**17, 2**17, 128, [None] * 2**20)
+            OpenClGptqStore(runtime, StackSizes(2**20, 2**17, 2**17, 128, [None] * 2**20))
         del store
         gc.collect()
         assert memory.live_stores.nbytes(device) == before

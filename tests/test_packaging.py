@@ -1,5 +1,6 @@
-"""The sdist and the wheel hold all that they need: each is installed into an empty venv and run elsewhere."""
+"""The sdist and the wheel hold all that they need: the wheel that pip builds from the sdist runs in an empty venv."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import marlin_cy
 
 ROOT = Path(__file__).parent.parent
-# What a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
+# Files that a clone does not have. An egg-info left by an earlier build would hide files missing from MANIFEST.in.
 NOT_IN_A_CLONE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis", "results"
 )
@@ -30,15 +31,31 @@ def succeed(*command, **options):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def distributions(tmp_path_factory):
-    """``{"sdist": path, "wheel": path}``; the wheel was built from the sdist."""
-    folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
-    succeed(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source")
-    (sdist,) = (folder / "dist").glob("*.tar.gz")
-    (wheel,) = (folder / "dist").glob("*.whl")
+    """``{"sdist": path, "wheel": path}``; the wheel is what ``pip install`` builds from the sdist.
+
+    Compiling takes a minute, so the processes of one run share the files: the first process builds, the others wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the folder of the run; each process has a folder in it
+    dist = shared / "dist"
+    with open(shared / "dist.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not dist.exists():
+            build(tmp_path_factory.mktemp("packaging")).rename(dist)
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     return {"sdist": sdist, "wheel": wheel}
+
+
+def build(folder):
+    """Build both from a copy of the sources; the folder that holds them."""
+    shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
+    succeed(sys.executable, "-m", "build", "--sdist", "--outdir", folder / "dist", folder / "source")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    succeed(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder / "dist", sdist)
+    return folder / "dist"
 
 
 def test_kernels_are_in_both(distributions):
@@ -88,12 +105,11 @@ def test_editable_install_needs_no_import_hook(tmp_path):
     assert (tmp_path / "source" / "marlin_cy" / "opencl" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_install_and_run_elsewhere(distributions, kind, tmp_path):
+def test_install_and_run_elsewhere(distributions, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=os.name == "posix")
     binaries = environment / ("Scripts" if os.name == "nt" else "bin")
-    succeed(sys.executable, "-m", "pip", "--python", binaries / "python", "install", distributions[kind])
+    succeed(sys.executable, "-m", "pip", "--python", binaries / "python", "install", distributions["wheel"])
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -383,7 +383,7 @@ class TestCommands:
         assert "experts quantised in 0, 2" in text
 
     def test_pack_into_the_current_folder(self, tmp_path):
-        """``marlin-cy pack IN .`` in an empty folder, whose shell then is in the packed folder."""
+        """``marlin-cy pack IN .`` in an empty folder: afterwards the shell's folder is the packed folder."""
         write_checkpoint(tmp_path / "source")
         (tmp_path / "out").mkdir()
         command = [sys.executable, "-m", "marlin_cy", "pack", "../source", ".", "--json"]

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, random_problem
+from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights._nibbles import words_of_tiles
 from marlin_cy.weights.packed_tiles import PackedTiles
+from marlin_cy.weights.sizes import normalised_g_idx
 
 
 def tiles_of(problem, backend, bias=None):
@@ -36,18 +37,38 @@ def tiles_of(problem, backend, bias=None):
 @pytest.mark.parametrize(("k", "n"), [(352, 72), (32, 8), (544, 40)])
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_canonical_weights(cpu_backend, rng, k, n, group_size, g_idx, kind):
-    """They are what the CPU's store gives, and so what was packed (see test_packing.py)."""
+    """They equal the packed weights."""
     problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
-    tiles, store = tiles_of(problem, cpu_backend)
+    tiles, _ = tiles_of(problem, cpu_backend)
     for expert in range(3):
-        actual, expected = tiles.canonical(expert), store.canonical(expert, 0, n)
+        groups = slice(None) if g_idx != "unequal" else np.unique(problem.g_idx[expert])
+        actual, expected = tiles.canonical(expert), problem.canonical(expert)
         check_weight(actual)
-        assert (actual.k, actual.n, actual.group_size, actual.codes) == (k, n, expected.group_size, expected.codes)
-        for name in ("words", "scale", "zero", "g_idx"):
-            if getattr(expected, name) is None:
-                assert getattr(actual, name) is None
-            else:
-                assert_same_bits(getattr(actual, name), getattr(expected, name))
+        for name in ("k", "n", "group_size", "codes"):
+            assert getattr(actual, name) == getattr(expected, name)
+        own_g_idx = normalised_g_idx(expected.g_idx, k, expected.group_size)
+        assert_same_or_none(actual.words, expected.words)
+        assert_same_or_none(actual.scale[groups], expected.scale[groups])
+        assert_same_or_none(
+            actual.zero if actual.zero is None else actual.zero[groups],
+            expected.zero if expected.zero is None else expected.zero[groups],
+        )
+        assert_same_or_none(actual.g_idx, own_g_idx)
+
+
+def assert_same_or_none(actual, expected):
+    if expected is None:
+        assert actual is None
+    else:
+        assert_same_bits(actual, expected)
+
+
+def test_groups_without_rows_are_zero(cpu_backend, rng):
+    problem = random_problem(rng, 1, 128, 8, 32, g_idx="common")
+    problem.g_idx[0] = np.where(problem.g_idx[0] == 2, 3, problem.g_idx[0])
+    weight = tiles_of(problem, cpu_backend)[0].canonical(0)
+    assert not weight.scale[2].any()
+    assert not weight.zero[2].any()
 
 
 def test_a_stack_over_them_computes_the_same(cpu_backend, rng):
@@ -57,12 +78,19 @@ def test_a_stack_over_them_computes_the_same(cpu_backend, rng):
     stack = cpu_backend.stack_from_packed(tiles)
     assert np.shares_memory(stack.store.data, store.data)
     assert stack.bias is bias
-    np.testing.assert_array_equal(stack.store.unpack(1)[0], store.unpack(1)[0])
+    builder = problem.builder(cpu_backend)
+    for expert in range(2):
+        builder.add(expert, 0, problem.canonical(expert))
+    x, outputs = activations(rng, 3, 160), []
+    for each in (stack, builder.finish(bias)):
+        outputs.append(np.empty((3, 40), np.float32))
+        each.gemm_phase_batched(cpu_backend.new_context(num_threads=1), x, [(1, 0, 0, 3)], outputs[-1], 160)
+    assert_same_bits(*outputs)
 
 
 @pytest.mark.parametrize("g_idx", ["none", "unequal"])
 def test_symmetric(cpu_backend, rng, g_idx):
-    """Only if all zero points of all experts are 8; there is one that is not, in the last group, row and expert."""
+    """True only if every zero point is 8. Here the last zero point of the last expert is 7."""
     problem = random_problem(rng, 2, 160, 40, 32, g_idx=g_idx, sym=True)
     assert tiles_of(problem, cpu_backend)[0].symmetric
     last = problem.g_idx[1].max() if problem.g_idx[1] is not None else 4

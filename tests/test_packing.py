@@ -6,12 +6,11 @@ from asserts import assert_same_bits
 from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
-from marlin_cy.cpu.layout import TileLayout, pack_tiles
+from marlin_cy.cpu.layout import TileLayout, pack_tiles, unpack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import group_order
-from marlin_cy.weights.sizes import normalised_g_idx
+from marlin_cy.weights.sizes import StackSizes
 
 CACHE_LINE = 64
 
@@ -19,6 +18,12 @@ CACHE_LINE = 64
 def packed(store, expert):
     begin = expert * store.layout.expert_stride
     return store.data[begin : begin + store.layout.expert_stride]
+
+
+def unpacked(store, expert):
+    """``(w, q)`` of an expert, by plain NumPy."""
+    order = store.group_orders[store.order_of[expert]]
+    return unpack_tiles(packed(store, expert), order, store.layout, store.k, store.codes, store.scale_dtype)
 
 
 @pytest.mark.sampled(40)
@@ -43,67 +48,9 @@ def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
     store = problem.stack(cpu_backend).store
     assert {"codes": store.codes, "scale_dtype": store.scale_dtype} == WEIGHT_KINDS[kind]
     for expert in range(3):
-        w, q = store.unpack(expert)
+        w, q = unpacked(store, expert)
         np.testing.assert_array_equal(q, problem.q[expert])
         np.testing.assert_array_equal(w, problem.dense(expert))
-
-
-def assert_same_weight(actual, expected, groups=slice(None)):
-    """All that an ``Int4Weight`` has, of its scales and zero points those of some groups."""
-    check_weight(actual)
-    for name in ("k", "n", "group_size", "codes"):
-        assert getattr(actual, name) == getattr(expected, name)
-    assert_same_bits(actual.words, expected.words)
-    assert_same_bits(actual.scale[groups], expected.scale[groups])
-    if expected.zero is None:
-        assert actual.zero is None
-    else:
-        assert_same_bits(actual.zero[groups], expected.zero[groups])
-    g_idx = normalised_g_idx(expected.g_idx, expected.k, expected.group_size)
-    if g_idx is None:
-        assert actual.g_idx is None
-    else:
-        assert_same_bits(actual.g_idx, g_idx)
-
-
-@pytest.mark.parametrize("g_idx", G_IDX_MODES)
-@pytest.mark.parametrize("group_size", [32, 64, 256, -1])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
-def test_comes_back_as_it_was_packed(cpu_backend, rng, group_size, g_idx, kind):
-    """Whole experts, and columns that begin and end within a tile."""
-    problem = random_problem(rng, 3, 352, 72, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
-    store = problem.stack(cpu_backend).store
-    for expert in range(3):
-        groups = slice(None) if g_idx != "unequal" else np.unique(problem.g_idx[expert])
-        for begin, end in ((0, 72), (8, 24), (16, 32), (40, 72), (64, 72)):
-            given = problem.canonical(expert, slice(begin, end))
-            assert_same_weight(store.canonical(expert, begin, end), given, groups)
-
-
-def test_groups_without_rows_come_back_as_nothing(cpu_backend, rng):
-    problem = random_problem(rng, 1, 128, 8, 32, g_idx="common")
-    problem.g_idx[0] = np.where(problem.g_idx[0] == 2, 3, problem.g_idx[0])
-    weight = problem.stack(cpu_backend).store.canonical(0, 0, 8)
-    assert not weight.scale[2].any()
-    assert not weight.zero[2].any()
-
-
-@pytest.mark.parametrize(
-    ("place", "exception", "message"),
-    [
-        ((2, 0, 8), IndexError, "expert: got 2, expected 0 to 1"),
-        ((-1, 0, 8), IndexError, "expert: got -1, expected 0 to 1"),
-        ((0, 0, 32), IndexError, "column_begin, column_end: got columns 0 to 32, expected a part of 0 to 24"),
-        ((0, -8, 8), IndexError, "column_begin, column_end: got columns -8 to 8"),
-        ((0, 8, 8), IndexError, "column_begin, column_end: got columns 8 to 8"),
-        ((0, 4, 8), ValueError, "column_begin, column_end: got columns 4 to 8, expected multiples of 8"),
-        ((0, 0, 12), ValueError, "column_begin, column_end: got columns 0 to 12, expected multiples of 8"),
-    ],
-)
-def test_canonical_refuses(cpu_backend, rng, place, exception, message):
-    store = random_problem(rng, 2, 64, 24, 32).stack(cpu_backend).store
-    with pytest.raises(exception, match=message):
-        store.canonical(*place)
 
 
 class TestFromPacked:
@@ -130,7 +77,7 @@ class TestFromPacked:
         stack.gemm_phase_batched(cpu_backend.new_context(), x, [(e, 0, 5 * e, 5) for e in range(3)], out, 160)
         for expert in range(3):
             assert_same_bits(out[5 * expert : 5 * expert + 5], problem.reference(expert, x))
-            assert_same_weight(stack.store.canonical(expert, 0, 40), problem.canonical(expert))
+            np.testing.assert_array_equal(unpacked(stack.store, expert)[1], problem.q[expert])
 
     def test_is_not_packed_into(self, problem, arguments):
         before = arguments[-1].copy()
@@ -215,7 +162,7 @@ def test_stack_of_more_than_2_to_the_31_bytes(cpu_backend, rng):
     problem = random_problem(rng, 1, 4096, 64, 128)
     size = TileLayout(4096, 64, 128).expert_stride
     num_experts = 2**31 // size + 2
-    store = CpuGptqStore(num_experts, 4096, 64, 128, [None] * num_experts)
+    store = CpuGptqStore(StackSizes(num_experts, 4096, 64, 128, [None] * num_experts))
     store.pack(num_experts - 1, 0, problem.canonical(0))
     stack = CpuMarlinExpertStack(store, num_experts, 64, 4096)
     x, out = activations(rng, 3, 4096), np.empty((3, 64), np.float32)

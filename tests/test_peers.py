@@ -34,7 +34,7 @@ def peer(request):
 
 @pytest.fixture
 def linear_peer(peer):
-    """Those that multiply by one weight."""
+    """The peers that multiply by one weight."""
     if (reason := peer.available_projection()) is not None:
         pytest.skip(reason)
     return peer
@@ -42,7 +42,7 @@ def linear_peer(peer):
 
 @pytest.fixture
 def layer_peer(peer):
-    """Those that have whole layers."""
+    """The peers that have whole layers."""
     if (reason := peer.available_moe()) is not None:
         pytest.skip(reason)
     return peer
@@ -202,7 +202,7 @@ def test_a_token_is_the_same_wherever_it_stands(rng, layer_peer):
 
 
 class OffByOne(NumpyDense):
-    """Zero points that are one too large, as of a checkpoint whose convention was mistaken."""
+    """Zero points that are one too large, as if a checkpoint's convention had been misread."""
 
     def load(self, weight):
         return super().load(replace(weight, zero=weight.zero + 1))

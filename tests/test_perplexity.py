@@ -40,7 +40,7 @@ def dense():
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command in this process, on one thread; gives its exit code, stdout and stderr."""
+    """Runs the command in this process, on one thread; returns its exit code, stdout and stderr."""
 
     def command(*arguments, threads=("--threads", "1")):
         code = cli.main(["perplexity", *map(str, arguments), *threads])
@@ -78,7 +78,7 @@ def test_on_opencl(dense, tokens, device_alone, dtype):
 
 
 def test_it_is_what_its_definition_says(dense, tokens):
-    """``exp(-mean(log p(token | those before it in its window)))``, by float64."""
+    """``exp(-mean(log p(token | earlier tokens of its window)))``, in float64."""
     window, windows, total = 96, 3, 0.0
     for begin in range(0, window * windows, window):
         seen = tokens[:, begin : begin + window]

@@ -41,7 +41,7 @@ def route(backend, routing, logits, **options):
 
 
 def spread(logits):
-    """Per row, largest minus smallest: what a softmax rounds before its exponential."""
+    """Largest minus smallest logit of each row: the range in which a softmax rounds before its exponential."""
     return (logits.max(axis=1) - logits.min(axis=1)).astype(np.float64)
 
 

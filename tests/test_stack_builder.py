@@ -39,7 +39,7 @@ def weight(rng):
 
 @pytest.fixture
 def builder():
-    return PausedBuilder(*checked_stack_sizes(1, 64, 16, 32, None, "uint4", np.float16))
+    return PausedBuilder(checked_stack_sizes(1, 64, 16, 32, None, "uint4", np.float16))
 
 
 def test_finish_during_a_pack_is_refused(builder, weight):
@@ -82,7 +82,7 @@ def test_g_idx_is_private(cpu_backend, rng, form):
     """A caller that writes to ``g_idx`` afterwards changes no order of K: rows of scales are read by it unchecked."""
     (g_idx,) = random_g_idx(rng, 1, 64, 32, "common")
     given = {"one array": g_idx, "a list": [g_idx, None], "two dimensions": np.stack([g_idx, g_idx])}[form]
-    kept = checked_stack_sizes(2, 64, 16, 32, given, "uint4", np.float16)[4]
+    kept = checked_stack_sizes(2, 64, 16, 32, given, "uint4", np.float16).g_idx
     expected = g_idx.copy()
     for array in [given] if isinstance(given, np.ndarray) else [g_idx]:
         array[:] = 2**30

@@ -32,7 +32,7 @@ def test_a_buffer_that_changes_after_the_check():
 
 
 class Resized(np.ndarray):
-    """An array whose shape is another one each time that it is read, as if a thread reshaped it."""
+    """An array that has another shape each time it is read, as if another thread reshaped it."""
 
     reads = 0
 

@@ -1,4 +1,4 @@
-"""The stub of every compiled module says what the module has."""
+"""The stub of every compiled module matches the module."""
 
 import subprocess
 import sys

@@ -254,6 +254,17 @@ class TestFaults:
 FUNCTION = """
 from marlin_cy.cpu import CpuBackend
 from marlin_cy.command_line import DoctorReport
+from marlin_cy.tuning import Choice, TuningResult
+
+class Tuner:
+    file = "shelf.json"
+
+    def __init__(self, backend):
+        self.place = {"device": f"{backend.beads} beads"}
+
+    def tune(self, shape, tokens, progress):
+        best, refused = Choice({"wires": 3}, "3 wires"), [(Choice({"wires": 99}, "99 wires"), "too wide")]
+        return [TuningResult(shape, count, count, 2e-6, 1e-6, best, False, 1, refused) for count in tokens]
 
 class Plugin(CpuBackend):
     name = "plugin"
@@ -279,6 +290,7 @@ def make(beads=10):
 
 make.add_arguments = lambda group: group.add_argument("--beads", type=int)
 make.from_arguments = lambda arguments: {} if arguments.beads is None else {"beads": arguments.beads}
+make.tuner = lambda: Tuner
 make.doctor = lambda: DoctorReport({"beads": 10}, True, lambda screen: screen.print("Beads: 10"))
 """
 
@@ -306,6 +318,7 @@ class TestCommandLine:
             (["run", "--backend"], "argument --backend: expected one argument"),
             (["run", "--backend", "cuda"], "invalid choice: 'cuda'"),
             (["doctor", "--beads", "3"], "unrecognized arguments: --beads"),
+            (["tune", "--shape", "64,16,2,32", "--backend", "cpu"], "--backend: cpu has nothing to tune"),
         ],
     )
     def test_wrong_arguments(self, capsys, arguments, message):
@@ -322,6 +335,20 @@ class TestCommandLine:
             assert shown in out
             assert hidden not in out
 
+    def test_tune(self, capsys):
+        command = ["tune", "--backend", "plugin", "--beads", "7", "--shape", "64,16,2,32", "--tokens", "1,2"]
+        assert cli.main([*command, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["device"], report["file"]) == ("7 beads", "shelf.json")
+        for result, tokens in zip(report["results"], (1, 2), strict=True):
+            assert (result["k"], result["n"], result["experts"], result["tokens"]) == (64, 16, 2, tokens)
+            assert result["configuration"] == {"wires": 3}
+            assert result["refused"] == [{"configuration": {"wires": 99}, "reason": "too wide"}]
+        assert cli.main(command) == 0
+        out = capsys.readouterr().out
+        for text in ("device 7 beads", "3 wires", "99 wires: too wide", "Stored in shelf.json"):
+            assert text in out
+
     def test_doctor(self, capsys, monkeypatch):
         monkeypatch.setattr("marlin_cy.cpu.measure._bandwidth.read_bandwidth", lambda num_threads: 10e9)
         assert cli.main(["doctor", "--json"]) == 0
@@ -337,5 +364,5 @@ def test_built_in_backends_are_rows_of_the_same_kind():
         module, _, attribute = value.partition(":")
         factory = getattr(__import__(module, fromlist=[attribute]), attribute)
         assert backends.backend_factory(name) is factory
-        for hook in ("availability", "add_arguments", "from_arguments", "precisions", "doctor"):
+        for hook in ("availability", "add_arguments", "from_arguments", "precisions", "tuner", "doctor"):
             assert callable(getattr(factory, hook))

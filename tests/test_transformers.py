@@ -67,7 +67,7 @@ def error_of(logits, reference):
 
 
 def assert_same_weights(model, reference):
-    """The same bits: PyTorch's products would not give these, as they depend on where a weight lies in memory."""
+    """The same bits. PyTorch's products would differ, because their bits depend on a weight's address."""
     weights, expected = model.state_dict(), reference.state_dict()
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -80,7 +80,7 @@ def assert_same_weights(model, reference):
 
 @pytest.mark.parametrize("model_type", language_models.CONFIGS)
 def test_every_family(tmp_path, model_type):
-    """A model under its family's names gives what transformers gives with the same weights dense."""
+    """A model with its family's names gives the same outputs as transformers with the same weights, dense."""
     quantised, dense = write_model(tmp_path, model_type)
     tokens = torch.randint(1, language_models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     reference = load_reference(dense)
@@ -206,7 +206,7 @@ def test_batch_with_padding_gives_what_each_prompt_gives(built_in):
 
 
 def test_threads_generate_at_once(built_in):
-    """Each thread has a context of its own, so none is refused, and each gets what it would get alone."""
+    """Each thread has its own context, so no call is refused, and every thread gets the same result as alone."""
     prompts = held_out(4, 32)
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     expected = [built_in.generate(prompt[None], **options) for prompt in prompts]
@@ -413,7 +413,7 @@ def test_linear_refuses(built_in):
 
 
 # ---------------------------------------------------------------------------------------------
-# What is refused
+# Refusals
 
 QUERY = "model.layers.1.self_attn.q_proj"
 

@@ -1,4 +1,4 @@
-"""mypy on programs of users: it accepts the right one, refuses wrong lines, and finds every module."""
+"""mypy on programs of users: it accepts the correct program, rejects wrong lines, and finds every module."""
 
 import os
 import re
@@ -123,7 +123,7 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory):
-    """What ``mypy --strict`` says about the programs: ``{(program, line): [message]}``.
+    """The messages of ``mypy --strict`` on the programs: ``{(program, line): [message]}``.
 
     Errors inside the package are not shown, as for an installed package.
     """

@@ -86,7 +86,7 @@ class Worker:
         import marlin_cy
 
         self._package = marlin_cy
-        self._backend = marlin_cy.get_backend("cpu")
+        self._backend: Any = marlin_cy.get_backend("cpu")
         self._stacks: dict[Any, Any] = {}
         self._contexts: dict[Any, Any] = {}
         self._call: Callable[[int], object] = lambda i: None

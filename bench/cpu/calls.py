@@ -32,7 +32,15 @@ def read_side(num_threads: int, quick: bool = False) -> Callable[[], float]:
 
 def peak_side(num_threads: int, isa: str) -> Callable[[], float] | None:
     """A side: operations per second of an ISA's 8-bit dot products on ``num_threads`` threads; None if not known."""
-    return None if int8_peak(isa, num_threads, repeats=1) is None else lambda: float(int8_peak(isa, num_threads))
+    if int8_peak(isa, num_threads, repeats=1) is None:
+        return None
+
+    def measure() -> float:
+        peak = int8_peak(isa, num_threads)
+        assert peak is not None  # as in the call above
+        return peak
+
+    return measure
 
 
 def experts_beyond_cache(expert_bytes: int, least: int) -> int:

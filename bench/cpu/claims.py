@@ -293,6 +293,7 @@ class _Show:
 def _layer_error(checkpoint: Any, index: int, recorded: RecordedActivations, context: CpuContext) -> float:
     layer = checkpoint.moe_layer(index)
     fed = recorded.layer(index, layer.hidden_size, layer.num_experts)
+    assert fed.moe_output is not None
     out = np.empty(fed.moe_output.shape, np.float32)
     layer(context, fed.hidden_states, fed.router_logits, out=out)
     expected = fed.moe_output.astype(np.float64)

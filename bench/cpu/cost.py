@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
         restrict_to(spread_over_cores(max(arguments.threads)))
     # These load OpenMP runtimes, which must see the CPUs that were chosen.
     from bench.cpu.cost_measure import CostMeasurement
-    from marlin_cy import get_backend
     from marlin_cy.commands.output import console
+    from marlin_cy.cpu import CpuBackend
 
-    backend = get_backend("cpu")
+    backend = CpuBackend()
     widest = backend.new_context(isa=arguments.isa)
     model = TINY if arguments.quick else MODELS[arguments.model]
     tokens = QUICK_TOKENS if arguments.quick else arguments.tokens

@@ -113,7 +113,7 @@ class CostMeasurement:
     def _parameters(
         self, threads: int, dtype: str, read: float, seconds: dict[Any, float], ends: ModelShape
     ) -> Machine:
-        """The machine; each parameter is derived with those before it."""
+        """The machine; each parameter is derived with the earlier ones."""
         machine = Machine(
             threads=threads,
             compute_dtype=dtype,

@@ -26,10 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     # These load OpenMP runtimes, which must see the CPUs that were chosen.
     from bench.cpu.claims import Settings, run_show
     from bench.peers.torch_calls import TorchPeers
-    from marlin_cy import get_backend
     from marlin_cy.commands.output import console
+    from marlin_cy.cpu import CpuBackend
 
-    backend = get_backend("cpu")
+    backend = CpuBackend()
     context = backend.new_context(num_threads=arguments.threads, isa=arguments.isa)
     peers = TorchPeers(context.num_threads, wanted=not arguments.no_torch)
     screen = console()

@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     # These load OpenMP runtimes, which must see the CPUs that were chosen.
     from bench.cpu.sweep_cases import Settings, run_sweep
     from bench.peers.torch_calls import TorchPeers
-    from marlin_cy import get_backend
     from marlin_cy.commands.output import console
+    from marlin_cy.cpu import CpuBackend
 
-    backend = get_backend("cpu")
+    backend = CpuBackend()
     contexts = [backend.new_context(num_threads=arguments.threads, isa=isa) for isa in arguments.isa or [None]]
     threads = contexts[0].num_threads
     peers = TorchPeers(threads, wanted=not arguments.no_torch)

@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         lines = list(measure(Path(folder).resolve(), arguments))
     if arguments.output:
-        from marlin_cy import get_backend
+        from marlin_cy.cpu import CpuBackend
 
-        machine = describe(get_backend("cpu").new_context(), None)
+        machine = describe(CpuBackend().new_context(), None)
         arguments.output.write_text(json.dumps({"machine": machine, "show": lines}, indent=1) + "\n")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,13 @@ from bench.common.shapes import DISTINCT_WEIGHTS, in_turn, random_weight
 from marlin_cy import MoeLayer, get_backend
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl import tiers
+from marlin_cy.opencl.buffers import memory_of
 from marlin_cy.opencl.timing import Times, times_of
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
     from marlin_cy.opencl.context import OpenClContext
+    from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 
 __all__ = [
     "PLUG_BYTES",
@@ -30,6 +32,7 @@ __all__ = [
     "Shape",
     "Weights",
     "by_label",
+    "open_backend",
     "open_tiers",
     "profiled",
     "warm_up",
@@ -57,6 +60,11 @@ class Shape(NamedTuple):
         return f"{self.k}, {self.n}, {self.experts}{' (pre-gathered)' if self.gathered else ''}"
 
 
+def open_backend(**options: Any) -> OpenClBackend:
+    """The OpenCL backend with the options of that class."""
+    return cast("OpenClBackend", get_backend("opencl", **options))
+
+
 def open_tiers(names: Sequence[str], device: str | None = None) -> dict[str, OpenClBackend]:
     """Backends by tier, in one OpenCL context, so that they share weights.
 
@@ -77,13 +85,13 @@ def open_tiers(names: Sequence[str], device: str | None = None) -> dict[str, Ope
     ValueError
         The device can run none of the tiers.
     """
-    first = get_backend("opencl", device=device)
+    first = open_backend(device=device)
     backends: dict[str, OpenClBackend] = {}
     reasons = dict(tiers.explain(first.runtime.capabilities))
     for name in names:
         tier = first.tier.name if name == "best" else tiers.tier_named(name).name
         if reasons[tier] is None and tier not in backends:
-            backends[tier] = get_backend("opencl", device=first.device, context=first.context, tier=tier)
+            backends[tier] = open_backend(device=first.device, context=first.context, tier=tier)
     if not backends:
         raise ValueError(f"--tiers: {', '.join(f'{name} needs {reasons[name]}' for name in names)}")
     return backends
@@ -109,7 +117,7 @@ class Weights:
         builder = backend.new_stack_builder(shape.experts, shape.k, shape.n, group_size=shape.group_size)
         for expert, weight in enumerate(in_turn(self._weights, shape.experts)):
             builder.add(expert, 0, weight)
-        self.stack = builder.finish()
+        self.stack = cast("OpenClMarlinExpertStack", builder.finish())
 
     @property
     def expert_bytes(self) -> int:
@@ -266,8 +274,10 @@ class GemmCase:
         return float(np.mean([len(np.unique(ids)) for ids in self.all_ids]))
 
     def _call(self, routing: Sequence[Any]) -> None:
+        ids, experts, past = routing
+        rows = self.pairs // self.top_k
         self.weights.stack.gemm_phase_vllm(
-            self.ctx, self.inputs, *routing, self.out, self.pairs // self.top_k, self.block_size, self.top_k
+            self.ctx, self.inputs, ids, experts, past, self.out, rows, self.block_size, self.top_k
         )
 
     def launch_times(self, budget_seconds: float, least: int = 5, plug: QueuePlug | None = None) -> list[Times]:
@@ -288,7 +298,9 @@ class GemmCase:
             How many rows are compared.
         """
         number = int(rng.integers(len(self.calls)))
-        cl.enqueue_fill(self.ctx.queue, self.out.base_data, POISON.tobytes(), self.out.nbytes)
+        data = memory_of(self.out)
+        assert data is not None  # the case has rows
+        cl.enqueue_fill(self.ctx.queue, data, POISON.tobytes(), self.out.nbytes)
         self.calls[number]()
         actual = self.ctx.backend.to_host(self.out)
         if (actual.view(np.uint16) == POISON).any():

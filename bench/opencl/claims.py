@@ -211,7 +211,7 @@ class _Show:
         }
 
     def layers(self) -> None:
-        """The whole layer: its time over that of its products."""
+        """The whole layer: its time divided by the time of its products."""
         settings = self.settings
         if "layer" not in settings.parts:
             return
@@ -246,7 +246,7 @@ class _Show:
         plug.release()
 
     def _layer_weights(self) -> tuple[Weights, Weights]:
-        """The weights of the layer: those of the first two rows of the table of products, or small ones."""
+        """The weights of the layer: as in the first two rows of the table of products, or small weights."""
         if not self.settings.quick:
             return self._weights_of(0), self._weights_of(1)
         backend = self.backends[self.best]
@@ -319,5 +319,5 @@ class _Show:
 
 
 def _cuda_bar(tokens: int) -> float:
-    """The most that a product's time may be over that of CUDA Marlin."""
+    """The largest allowed ratio of a product's time to the time of CUDA Marlin."""
     return 1.0 if tokens <= 16 else 1.1 if tokens <= 64 else 1.25

@@ -14,8 +14,7 @@ import time
 import numpy as np
 
 from bench.common.shapes import random_ids
-from bench.opencl.calls import ROUTED_EXPERTS, GemmCase, Shape, Weights
-from marlin_cy import get_backend
+from bench.opencl.calls import ROUTED_EXPERTS, GemmCase, Shape, Weights, open_backend
 
 TOKENS = 16
 
@@ -24,7 +23,7 @@ def main(tier: str, device: str, *sizes: str) -> None:
     """Print the JSON object."""
     rng = np.random.default_rng(0)
     k, n, experts, group_size = map(int, sizes)
-    backend = get_backend("opencl", device=device, tier=tier)
+    backend = open_backend(device=device, tier=tier)
     weights = Weights(backend, Shape(k, n, experts, group_size=group_size))
     ctx = backend.new_context()
     seconds: dict[str, float] = {}

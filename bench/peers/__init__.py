@@ -1,6 +1,6 @@
 """Other libraries, each in a separate file behind the interface of ``interface.py``, and the comparison with them.
 
-Importing this package imports none of the libraries.
+Importing this package does not import the libraries.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ class WrongResult(ArithmeticError):
 def check(peer: Peer, weight: Int4Weight, rng: np.random.Generator, loaded: Projection | None = None) -> float:
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
-    The returned error is that of the product with ``weight``. Two parts of it are bounded separately: the error of the
+    The result is the error of the product with ``weight``. Two parts of it are bounded separately: the error of the
     product with the values that the peer keeps (:meth:`Peer.kept`), and the error of these values.
 
     Parameters
@@ -80,7 +81,7 @@ def check_moe(
     rng: np.random.Generator,
     loaded: Experts | None = None,
 ) -> float:
-    """Like :func:`check`, for a layer's output. The bound is three times that of a product: gate, up and down add up.
+    """Like :func:`check`, for a layer's output. The bound is three times a product's: gate, up and down add up.
 
     Parameters
     ----------
@@ -101,8 +102,11 @@ def check_moe(
         x = rng.standard_normal((tokens, gate_up[0].k), np.float32)
         ids, weights = random_routing(rng, tokens, len(gate_up), top_k)
         y = loaded.tokens(x, ids, weights)
-        _require_error(peer, y, reference.moe_layer(x, *kept, ids, weights), limit)
-        errors.append(relative_error(y, reference.moe_layer(x, *dense, ids, weights)))
+        expected, ideal = (
+            reference.moe_layer(x, gate_up_w, down_w, ids, weights) for gate_up_w, down_w in (kept, dense)
+        )
+        _require_error(peer, y, expected, limit)
+        errors.append(relative_error(y, ideal))
     return max(errors)
 
 
@@ -119,16 +123,17 @@ def bound(accuracy: str, k: int) -> float:
 
     Zero points that are wrong by one exceed every bound by a factor of five and more.
     """
-    return {
-        "float32": (4 + 2 * k**0.5) * 2.0**-24,
+    bounds = {
+        "float32": (4 + 2 * math.sqrt(k)) * 2.0**-24,
         "int16": 2 * 5 / 32639 / 12**0.5,
         "bf16": 4 * 2.0**-8,
         "int8": 2 * 5 / 127 / 12**0.5,
-    }[accuracy]
+    }
+    return bounds[accuracy]
 
 
 def _dense_and_kept(peer: Peer) -> tuple[Callable[[Int4Weight], Dense], Callable[[Int4Weight], Dense]]:
-    """Two functions from a weight to float64: its dequantised values, and those that the peer keeps."""
+    """Two functions from a weight to float64: its dequantised values, and the values that the peer keeps."""
     return reference.dequantize_weight, functools.partial(_kept, peer)
 
 
@@ -155,7 +160,7 @@ def random_routing(
 
 
 def relative_error(actual: Array, expected: Array) -> float:
-    """The Frobenius norm of the difference over that of ``expected``."""
+    """The Frobenius norm of the difference, divided by the norm of ``expected``."""
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 

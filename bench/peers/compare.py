@@ -92,9 +92,9 @@ def measure(arguments: argparse.Namespace, screen: Console) -> dict[str, Any]:
     """The JSON document."""
     if arguments.threads:
         restrict_to(spread_over_cores(arguments.threads))
-    from marlin_cy import get_backend
+    from marlin_cy.cpu import CpuBackend
 
-    context = get_backend("cpu").new_context(num_threads=arguments.threads, isa=arguments.isa)
+    context = CpuBackend().new_context(num_threads=arguments.threads, isa=arguments.isa)
     environment = isa_environment(arguments.isa)
     model = TINY if arguments.quick else MODELS[arguments.model]
     rows, tokens = (QUICK, QUICK) if arguments.quick else (arguments.rows, arguments.tokens)

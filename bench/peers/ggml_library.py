@@ -28,7 +28,7 @@ TO_FLOAT = ctypes.CFUNCTYPE(None, POINTER, POINTER, INT64)
 
 
 def library_folder() -> Path | None:
-    """The folder of ggml's shared libraries: ``GGML_LIBRARY_DIR``, or that of the package llama_cpp; None without."""
+    """The folder of ggml's shared libraries: ``GGML_LIBRARY_DIR``, or the folder of the package llama_cpp, or None."""
     if os.environ.get(LIBRARY_VARIABLE):
         return Path(os.environ[LIBRARY_VARIABLE])
     package = importlib.util.find_spec("llama_cpp")  # not imported: that needs libllama
@@ -105,7 +105,7 @@ class Weights:
             if self._has_kernels(backend, packed.ndim):
                 break
         else:
-            raise RuntimeError(f"ggml's CPU backend supports type {quantized} in none of its buffer types")
+            raise RuntimeError(f"ggml's CPU backend has no buffer type that supports type {quantized}")
         self.buffer_type: str = ggml.ggml_backend_buft_name(buffer_type).decode()
         self.context.set(self.tensor, packed)
 
@@ -263,8 +263,10 @@ CPU_FUNCTIONS = {
 }
 
 
-@LOG_CALLBACK
-def log_problems(level: int, text: bytes, _: object) -> None:
+def print_problems(level: int, text: bytes, _: object) -> None:
     """Print warnings and errors only. By default ggml writes a line for each weight that it rearranges."""
     if level in (LEVEL_WARN, LEVEL_ERROR):
         print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
+log_problems = LOG_CALLBACK(print_problems)  # ggml keeps a pointer to it

@@ -234,7 +234,8 @@ class KtAmxInt4(_KtKernel):
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
         eight_bits = np.rint(dense * inverse).clip(-128, 127)
         upper = np.floor((np.abs(eight_bits) + 8) / 16) * 16
-        return np.copysign(upper, eight_bits) * scale.astype(np.float64)
+        kept: npt.NDArray[np.float64] = np.copysign(upper, eight_bits) * scale.astype(np.float64)
+        return kept
 
     def rounding(self, weight: Int4Weight) -> float:
         """Half a step, which is 1/7 of a column's largest value, and half of 1/16 step for the rounding to 8 bits."""

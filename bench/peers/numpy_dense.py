@@ -41,5 +41,5 @@ class _Dense(Projection):
     def run(self, prepared: Any) -> Any:
         return prepared @ self._weight
 
-    def result(self, out: Any) -> Array:
+    def result(self, out: Array) -> Array:
         return out

@@ -2,7 +2,7 @@
 
 A model holds the codes as a constant of type u4, followed by the operations that dequantise them (convert, subtract
 zero points, multiply by scales, reshape) and the product. The plugin fuses this chain into the product, which then
-reads 4-bit codes. If it does not fuse, the weights are expanded once and the speed is not that of int4: loading looks
+reads 4-bit codes. If it does not fuse, the weights are expanded once and int4 is not measured: loading looks
 at the executed graph and raises in this case. Source of the pattern: OpenVINO's documentation, "Weight Compression".
 
 A layer's experts are written as every token through every expert, multiplied by a scattered ``[T, E]`` matrix of top-k
@@ -39,7 +39,8 @@ ACTIVATION_GROUP = 32  # values that share a scale; groups of weights must be a 
 def pack_nibbles(codes: Array) -> npt.NDArray[np.uint8]:
     """uint8, two codes per byte in C order, the first in the low half. An odd number of codes is padded with 0."""
     codes = np.append(codes, np.uint8(0)) if codes.size % 2 else codes.reshape(-1)
-    return codes[0::2] | codes[1::2] << 4
+    packed: npt.NDArray[np.uint8] = codes[0::2] | codes[1::2] << 4
+    return packed
 
 
 class OpenVino(Peer):

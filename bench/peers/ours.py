@@ -12,8 +12,8 @@ import numpy as np
 
 from bench.common.shapes import stack_of
 from bench.peers.interface import Array, Experts, Peer, Projection, RoutedProduct
-from marlin_cy import MarlinExpertStack, MoeLayer, get_backend, moe_align_block_size
-from marlin_cy.cpu import CpuContext
+from marlin_cy import MarlinExpertStack, MoeLayer, moe_align_block_size
+from marlin_cy.cpu import CpuBackend, CpuContext
 from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["OURS", "MarlinCyInt8", "MarlinCyInt16"]
@@ -35,7 +35,7 @@ class _MarlinCy(Peer):
 
     def __init__(self, num_threads: int, isa: str | None = None) -> None:
         super().__init__(num_threads)
-        self._backend = get_backend("cpu")
+        self._backend = CpuBackend()
         self._context = self._backend.new_context(num_threads=num_threads, compute_dtype=self.accuracy, isa=isa)
 
     @property
@@ -113,9 +113,9 @@ class _Routed(RoutedProduct):
         return np.ascontiguousarray(x), plan, out, top_k
 
     def run(self, prepared: Any) -> Any:
-        x, plan, out, top_k = prepared
+        x, (ids, experts, past), out, top_k = prepared
         slots = out.reshape(-1, out.shape[2])
-        self._stack.gemm_phase_vllm(self._context, x, *plan, slots, len(x), BLOCK_SIZE, top_k)
+        self._stack.gemm_phase_vllm(self._context, x, ids, experts, past, slots, len(x), BLOCK_SIZE, top_k)
         return out
 
     def result(self, out: Array) -> Array:

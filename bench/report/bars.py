@@ -76,7 +76,7 @@ def rivals(document: Mapping[str, Any], ours: str, part: str) -> list[str]:
 
 
 def fastest(document: Mapping[str, Any], part: str, ours: str, m: int) -> tuple[str, dict[str, float]] | None:
-    """``(peer, ratio)`` of the peer with the shortest time in one case; the ratio is a spread. None if none was timed.
+    """``(peer, ratio)`` of the peer with the shortest time in one case; the ratio is a spread. None without peers.
 
     The peer is chosen by its time, not by its ratio: a ratio is also small if this library was disturbed.
     """

@@ -202,7 +202,7 @@ class Checkpoint:
 
     @property
     def quantized_tensors(self) -> list[str]:
-        """The names of the quantised layers' tensors. Of the biases, only those of routed experts are included.
+        """The names of the quantised layers' tensors. Biases are included for routed experts only.
 
         All other tensors are not quantised.
         """

@@ -288,7 +288,7 @@ def _activation(config: JsonObject, family: Family, file: StrPath) -> str:
 
 
 def _shared_size(config: JsonObject, family: Family, intermediate_size: int, file: StrPath) -> int | None:
-    """Width of the shared expert; None if the model has none."""
+    """Width of the shared expert; None if the model has no shared expert."""
     if family.shared_expert is None:
         return None
     if family.shared_gate is not None:

@@ -92,7 +92,7 @@ class QuantizedSource:
             if part != "bias":
                 self._names.setdefault(module, []).append(name)
 
-    # What there is -----------------------------------------------------------------------------
+    # Contents ----------------------------------------------------------------------------------
 
     @property
     def format(self) -> str:
@@ -230,12 +230,12 @@ class QuantizedSource:
         return self._tensors.tensor(name).astype(np.float32) if name in self._tensors else None
 
     def release(self, module: str, index: int | None = None) -> None:
-        """Release the memory into which a linear layer's tensors, or those of expert ``index``, were read."""
+        """Release the memory of a linear layer's tensors; with ``index``, only one expert's part of each tensor."""
         for name in self._names.get(module, ()):
             self._tensors.release(name, index)
 
     def quantized_tensors(self) -> list[str]:
-        """The names of the quantised layers' tensors. Of the biases, only those of routed experts are included."""
+        """The names of the quantised layers' tensors. Biases are included for routed experts only."""
         experts = [module for block in self._kinds for module in self._expert_modules(block)]
         names = [name for module in [*self.linears, *experts] for name in self._names[module]]
         biases = [f"{module}{separator}bias" for module in experts for separator in "._"]

@@ -115,7 +115,7 @@ def as_tensor(tokens: list[int]) -> torch.Tensor:
 
 
 def context_length(folder: Path) -> int | None:
-    """The model's maximum context in tokens; None where its config does not have it."""
+    """The model's maximum context in tokens; None if its config does not state it."""
     length: int | None = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     return length
 
@@ -224,7 +224,7 @@ def generate(
 # Perplexity
 
 
-# As of Streamer: mypy sees a decorator of type Any.
+# As in Streamer: mypy sees a decorator of type Any.
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def perplexity(
     model: Any, tokens: torch.Tensor, window: int, windows: int, progress: Callable[[int, int, str], None]

@@ -45,7 +45,9 @@ def checkpoint_folder(arguments: argparse.Namespace) -> AbstractContextManager[P
     return as_file(files("marlin_cy") / BUILT_IN)
 
 
-def add_backend_options(parser: argparse.ArgumentParser, argv: Sequence[str], *, every: bool = False) -> None:
+def add_backend_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, every: bool = False, default: str = DEFAULT
+) -> None:
     """Declare ``--backend``, and the options of the backend that ``argv`` names.
 
     Only that backend's package is imported.
@@ -57,13 +59,15 @@ def add_backend_options(parser: argparse.ArgumentParser, argv: Sequence[str], *,
         The command line.
     every : bool
         Declare the options of all backends.
+    default : str
+        The backend to use if ``argv`` names none.
     """
     names = backend_names()
     parser.add_argument(
         "--backend",
-        default=DEFAULT,
+        default=default,
         choices=names,
-        help=f"default: {DEFAULT}; with --help, shows the options of that backend",
+        help=f"default: {default}; with --help, shows the options of that backend",
     )
     if every:
         for name in names:
@@ -71,7 +75,7 @@ def add_backend_options(parser: argparse.ArgumentParser, argv: Sequence[str], *,
                 _add_options_of(parser, name)
             except MarlinError:  # such as an option name that two backends declare: keep the first
                 continue
-    elif (named := _backend_in(argv)) in names:
+    elif (named := _backend_in(argv, default)) in names:
         _add_options_of(parser, named)
 
 
@@ -118,12 +122,12 @@ def refuse_unknown(arguments: argparse.Namespace, unknown: Sequence[str]) -> Non
     arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
 
 
-def _backend_in(argv: Sequence[str]) -> str:
+def _backend_in(argv: Sequence[str], default: str) -> str:
     """The value of ``--backend`` in a command line, or the default."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--backend", nargs="?")
     named = parser.parse_known_args(list(argv))[0].backend
-    return DEFAULT if named is None else str(named)
+    return default if named is None else str(named)
 
 
 def _add_options_of(parser: argparse.ArgumentParser, name: str) -> None:

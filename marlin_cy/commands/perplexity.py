@@ -43,7 +43,7 @@ WINDOW, WINDOWS = 512, 32
 class Run(NamedTuple):
     """One way to run the model; ``backend`` is None for PyTorch with dense weights.
 
-    ``options`` are options of the backend's contexts. They replace those of the command line.
+    ``options`` are options of the backend's contexts. They replace the options of the command line.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Find the fastest kernels of an OpenCL device for a model's products, and store them for later calls.
+"""Find a device's fastest kernels for a model's products, and store them for later calls.
 
-The object that ``--json`` prints has these keys: ``version``, ``device``, ``driver``, ``tier``, ``file`` (where
-results are stored) and ``results``, a list of ``k``, ``n``, ``experts``, ``group_size``, ``top_k``, ``tokens``,
-``rows`` (for each expert), ``default_us``, ``best_us``, ``configuration`` (an object), ``tried``, ``refused``
-(a list of ``configuration``, ``reason``).
+The object that ``--json`` prints has these keys: ``version``, the keys of :attr:`marlin_cy.tuning.Tuner.place` (such as
+``device``, ``driver`` and ``tier``), ``file`` (where results are stored) and ``results``, a list of ``k``, ``n``,
+``experts``, ``group_size``, ``top_k``, ``tokens``, ``rows`` (for each expert), ``default_us``, ``best_us``,
+``configuration`` (an object), ``tried``, ``refused`` (a list of ``configuration``, ``reason``).
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from marlin_cy import __version__, open_checkpoint
-from marlin_cy.commands.options import open_backend
+from marlin_cy.backends import backend_factory, backend_names
+from marlin_cy.commands.options import add_backend_options, open_backend
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
-from marlin_cy.errors import CheckpointError, MarlinError
-from marlin_cy.opencl.command_line import OpenClCommandLine
+from marlin_cy.errors import BackendUnavailable, CheckpointError, MarlinError
+from marlin_cy.tuning import Shape, Tuner, TuningResult
 
 if TYPE_CHECKING:
     from marlin_cy.interface import Backend
-    from marlin_cy.opencl.tiers.configuration import Configuration
-    from marlin_cy.opencl.tuning import Shape, Tuning
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
-HELP = "find the fastest OpenCL kernels for a model's products on this device"
+HELP = "find the fastest kernels for a model's products on a device, and store them"
 TOKENS = (1, 4, 16, 64, 256, 1024)
 TOP_K = 8
 
@@ -46,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--shape", action="append", type=_sizes(4), metavar="K,N,E,GROUP", help="tune a product: E experts of [K, N]"
     )
-    parser.add_argument("--backend", default="opencl", choices=["opencl"], help="the only backend with tuning")
-    OpenClCommandLine.add_arguments(parser)
+    add_backend_options(parser, argv, default=_default_backend())
     parser.add_argument("--tokens", type=_sizes(), default=TOKENS, metavar="A,B", help="default: 1 to 1024")
     parser.add_argument("--top-k", type=int, default=TOP_K, metavar="N", help="with --shape: experts for each token")
     parser.add_argument("--asymmetric", action="store_true", help="with --shape: with zero points")
@@ -60,41 +57,46 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.refuse("expected either CHECKPOINT or --shape")
     if arguments.top_k < 1:
         arguments.refuse(f"--top-k: got {arguments.top_k}, expected at least 1")
-    backend: Any = open_backend("opencl", arguments)
-    # Imported here, as it needs PyOpenCL.
-    from marlin_cy.opencl import tuned, tuning
-
-    tier, device = backend.tier, backend.runtime.capabilities
-    # Before the measurements: fail early where the results cannot be stored.
-    file = tuned.keep(device, tier, [])
-    results = []
+    make_tuner = _maker_of(arguments.backend)
+    if make_tuner is None:
+        arguments.refuse(f"--backend: {arguments.backend} has nothing to tune")
+        raise AssertionError("refuse() ends the command")
+    backend = open_backend(arguments.backend, arguments)
+    tuner = make_tuner(backend)
+    results: list[TuningResult] = []
     with LoadProgress("tuning") as progress:
         shapes = list(_shapes(arguments, backend))
         progress.parts = len(shapes)
         for progress.finished, shape in enumerate(shapes):
             try:
-                measured = tuning.tune(backend, shape, arguments.tokens, progress)
+                results += tuner.tune(shape, arguments.tokens, progress)
             except (ValueError, TypeError) as error:
                 raise MarlinError(f"--shape: {error}") from error
-            tuned.keep(device, tier, measured)
-            results += measured
-    report = {
-        "version": __version__,
-        "device": device.name,
-        "driver": device.driver_version,
-        "tier": tier.name,
-        "file": str(file),
-    }
     if arguments.json:
-        print_json(report | {"results": [_as_json(result, tuned) for result in results]})
+        report = {"version": __version__, **tuner.place, "file": tuner.file}
+        print_json(report | {"results": [_as_json(result) for result in results]})
     else:
-        _print_table(report, results)
+        _print_table(tuner, results)
     return 0
 
 
-def _shapes(arguments: argparse.Namespace, backend: Backend) -> Iterator[Shape]:
-    from marlin_cy.opencl.tuning import Shape
+def _default_backend() -> str:
+    """The first backend that has a tuner."""
+    names = backend_names()
+    return next((name for name in names if _maker_of(name) is not None), names[0])
 
+
+def _maker_of(name: str) -> Callable[[Any], Tuner] | None:
+    """The function that makes the tuner of a backend, or None if the backend has none or cannot be imported."""
+    try:
+        tuner = getattr(backend_factory(name), "tuner", None)
+    except BackendUnavailable:
+        return None
+    made: Callable[[Any], Tuner] | None = None if tuner is None else tuner()
+    return made
+
+
+def _shapes(arguments: argparse.Namespace, backend: Backend) -> Iterator[Shape]:
     if arguments.shape is not None:
         for k, n, experts, group_size in arguments.shape:
             yield Shape(k, n, experts, group_size, min(arguments.top_k, experts), symmetric=not arguments.asymmetric)
@@ -112,7 +114,7 @@ def _shapes(arguments: argparse.Namespace, backend: Backend) -> Iterator[Shape]:
         )
 
 
-def _as_json(result: Tuning, tuned: ModuleType) -> dict[str, Any]:
+def _as_json(result: TuningResult) -> dict[str, Any]:
     shape = result.shape
     return {
         "k": shape.k,
@@ -124,18 +126,15 @@ def _as_json(result: Tuning, tuned: ModuleType) -> dict[str, Any]:
         "rows": result.rows,
         "default_us": result.default_seconds * 1e6,
         "best_us": result.best_seconds * 1e6,
-        "configuration": tuned.as_entry(result.best),
+        "configuration": result.best.document,
         "tried": result.tried,
-        "refused": [
-            {"configuration": tuned.as_entry(configuration), "reason": reason}
-            for configuration, reason in result.refused
-        ],
+        "refused": [{"configuration": choice.document, "reason": reason} for choice, reason in result.refused],
     }
 
 
-def _print_table(report: dict[str, Any], results: list[Tuning]) -> None:
+def _print_table(tuner: Tuner, results: list[TuningResult]) -> None:
     screen = console()
-    screen.print(escape(f"{report['device']}, driver {report['driver']}, tier {report['tier']}"))
+    screen.print(escape(", ".join(f"{name} {value}" for name, value in tuner.place.items())))
     screen.print()
     rows = table("K, N, experts", ">tokens", ">rows/\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration")
     for result in results:
@@ -147,22 +146,15 @@ def _print_table(report: dict[str, Any], results: list[Tuning]) -> None:
             f"{result.default_seconds * 1e6:.1f}",
             f"{result.best_seconds * 1e6:.1f}",
             str(result.tried),
-            "the default" if result.best == result.default else escape(_words(result.best)),
+            "the default" if result.is_default else escape(result.best.words),
         )
     screen.print(rows)
     screen.print()
     for result in results:
-        for configuration, reason in result.refused:
+        for choice, reason in result.refused:
             where = f"{result.shape.k}, {result.shape.n}, {result.tokens} tokens"
-            screen.print(f"[yellow]Refused[/yellow] for {where}: {escape(_words(configuration))}: {escape(reason)}")
-    screen.print(escape(f"Stored in {report['file']}. Backends that are made from now on use it."))
-
-
-def _words(configuration: Configuration) -> str:
-    """A configuration in a few words."""
-    macros = " ".join(f"{name}={value}" for name, value in configuration.macros)
-    kernel = f"{configuration.file}: " if configuration.file else ""
-    return f"{kernel}{configuration.rows} × {configuration.columns}, splits {configuration.splits}, {macros}"
+            screen.print(f"[yellow]Refused[/yellow] for {where}: {escape(choice.words)}: {escape(reason)}")
+    screen.print(escape(f"Stored in {tuner.file}. Backends that are made from now on use it."))
 
 
 def _sizes(count: int | None = None) -> Callable[[str], tuple[int, ...]]:

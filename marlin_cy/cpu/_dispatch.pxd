@@ -25,17 +25,23 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
-        CODES_UINT4
-        CODES_E2M1
         CODES_COUNT
         ACTIVATION_SILU
         ACTIVATION_GELU
         ACTIVATION_GELU_TANH
         ACTIVATION_SWIGLUOAI
 
+        LANES
+        KV_BLOCK
+        CHUNK_PAGES
+        ATTENTION_CHUNK
+        MAX_QUERIES
+        MAX_HEAD_DIM
+
     const double QUANTIZE_MIN_AMAX
 
     ctypedef struct code_type:
+        const char *name
         uint8_t multiplicands[16]
         int is_identity
         int max_multiplicand
@@ -88,6 +94,87 @@ cdef extern from "ukernel.h" nogil:
     ctypedef void softmax_fn(float *x, int64_t n) noexcept nogil
     ctypedef void sigmoid_fn(float *x, int64_t n) noexcept nogil
 
+    ctypedef struct dense_task:
+        const float *x
+        ptrdiff_t x_stride
+        int64_t m
+        const void *w
+        int dtype
+        ptrdiff_t w_stride
+        int64_t n
+        int64_t k
+        const float *bias
+        float *out
+        ptrdiff_t out_stride
+
+    ctypedef struct attention_scratch:
+        pass
+
+    ctypedef struct attention_task:
+        int m
+        int d
+        int dv
+        const float *q
+        ptrdiff_t q_stride
+        const char *keys
+        const char *values
+        ptrdiff_t key_stride
+        ptrdiff_t value_stride
+        const int32_t *pages
+        int dtype
+        float scale
+        float soft_cap
+        const int32_t *begin
+        const int32_t *end
+        float *max
+        float *sum
+        float *out
+        ptrdiff_t out_stride
+        attention_scratch *scratch
+
+    ctypedef struct delta_task:
+        int64_t tokens
+        int64_t key_dim
+        int64_t columns
+        const float *q
+        const float *k
+        ptrdiff_t q_stride
+        ptrdiff_t k_stride
+        const float *v
+        ptrdiff_t v_stride
+        const float *decay
+        const float *beta
+        ptrdiff_t gate_stride
+        float *state
+        ptrdiff_t state_stride
+        float *y
+        ptrdiff_t y_stride
+
+    ctypedef void rms_norm_fn(float *dst, const float *src, const float *weight, float eps, int64_t n) noexcept nogil
+    ctypedef void gated_rms_norm_fn(
+        float *dst, const float *src, const float *weight, const float *gate, float eps, int64_t n) noexcept nogil
+    ctypedef void l2_normalize_fn(float *x, float factor, int64_t n) noexcept nogil
+    ctypedef void add_fn(float *dst, const float *src, int64_t n) noexcept nogil
+    ctypedef void rope_fn(
+        float *x, const float *cos, const float *sin, int64_t pairs, int interleaved) noexcept nogil
+    ctypedef void sigmoid_gate_fn(float *x, const float *gate, int64_t n) noexcept nogil
+    ctypedef void glu_rows_fn(
+        float *dst, const float *gate, const float *up, int64_t n, int activation) noexcept nogil
+    ctypedef void dense_fn(const dense_task *task) noexcept nogil
+    ctypedef void attention_fn(const attention_task *task) noexcept nogil
+    ctypedef void attention_merge_fn(
+        float *max, float *sum, float *out, float max2, float sum2, const float *out2, int64_t n) noexcept nogil
+    ctypedef void attention_finish_fn(
+        float *out, float max, float sum, const float *sink, int64_t n) noexcept nogil
+    ctypedef void store_keys_fn(void *page, const float *k, int position, int dtype, int d) noexcept nogil
+    ctypedef void short_conv_fn(
+        float *dst, float *state, const float *x, const float *weight, ptrdiff_t stride, int64_t channels,
+        int width) noexcept nogil
+    ctypedef void delta_gates_fn(
+        float *decay, float *beta, const float *a, const float *b, const float *a_log, const float *dt_bias,
+        int64_t n) noexcept nogil
+    ctypedef void delta_rule_fn(const delta_task *task) noexcept nogil
+
     ctypedef struct ukernel_table:
         gemm_fn *gemm[CODES_COUNT][MAX_PLANES]
         int mr
@@ -101,6 +188,21 @@ cdef extern from "ukernel.h" nogil:
         axpy_fn *axpy
         softmax_fn *softmax
         sigmoid_fn *sigmoid
+        rms_norm_fn *rms_norm
+        gated_rms_norm_fn *gated_rms_norm
+        l2_normalize_fn *l2_normalize
+        add_fn *add
+        rope_fn *rope
+        sigmoid_gate_fn *sigmoid_gate
+        glu_rows_fn *glu_rows
+        dense_fn *dense
+        attention_fn *attention
+        attention_merge_fn *attention_merge
+        attention_finish_fn *attention_finish
+        store_keys_fn *store_keys
+        short_conv_fn *short_conv
+        delta_gates_fn *delta_gates
+        delta_rule_fn *delta_rule
 
 cdef extern from "isa.h" nogil:
     ctypedef struct isa_support:

@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final, TypedDict, final
 
 import numpy as np
@@ -9,6 +9,7 @@ ACTIVATIONS: Final[Mapping[str, int]]
 CONSTANTS: Final[Mapping[str, int | float]]
 
 class _KernelCodeType(TypedDict):
+    number: int
     multiplicands: list[int]
     is_identity: bool
     max_multiplicand: int
@@ -16,7 +17,7 @@ class _KernelCodeType(TypedDict):
     symmetric_zero: int
     units_per_one: int
 
-KERNEL_CODE_TYPES: Final[Sequence[_KernelCodeType]]
+KERNEL_CODE_TYPES: Final[Mapping[str, _KernelCodeType]]
 
 class _Isa(TypedDict):
     name: str

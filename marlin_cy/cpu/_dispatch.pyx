@@ -49,18 +49,23 @@ CONSTANTS = {
     "DTYPE_F32": DTYPE_F32,
     "DTYPE_F16": DTYPE_F16,
     "DTYPE_BF16": DTYPE_BF16,
-    "CODES_UINT4": CODES_UINT4,
-    "CODES_E2M1": CODES_E2M1,
     "CODES_COUNT": CODES_COUNT,
     "ACTIVATION_SILU": ACTIVATION_SILU,
     "ACTIVATION_GELU": ACTIVATION_GELU,
     "ACTIVATION_GELU_TANH": ACTIVATION_GELU_TANH,
     "ACTIVATION_SWIGLUOAI": ACTIVATION_SWIGLUOAI,
+    "LANES": LANES,
+    "KV_BLOCK": KV_BLOCK,
+    "CHUNK_PAGES": CHUNK_PAGES,
+    "ATTENTION_CHUNK": ATTENTION_CHUNK,
+    "MAX_QUERIES": MAX_QUERIES,
+    "MAX_HEAD_DIM": MAX_HEAD_DIM,
 }
 """The constants of ``ukernels/*.h`` by name: tests compare them with their Python counterparts."""
 
-KERNEL_CODE_TYPES = [
-    {
+KERNEL_CODE_TYPES = {
+    code_types[codes].name.decode(): {
+        "number": codes,
         "multiplicands": [code_types[codes].multiplicands[code] for code in range(16)],
         "is_identity": bool(code_types[codes].is_identity),
         "max_multiplicand": code_types[codes].max_multiplicand,
@@ -69,8 +74,8 @@ KERNEL_CODE_TYPES = [
         "units_per_one": code_types[codes].units_per_one,
     }
     for codes in range(CODES_COUNT)
-]
-"""The rows of ``ukernels/code_types.h`` by number; tests compare them with ``weights/code_types.py``."""
+}
+"""The rows of ``ukernels/code_types.h`` by name; tests compare them with ``weights/code_types.py``."""
 
 cdef list ISAS = []     # what isas() returns
 cdef dict TABLES = {}   # name: KernelTable, of every ISA that this machine can run

@@ -56,16 +56,16 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
     memset(&job, 0, sizeof(job))
     refuse_overlap(result, hidden, "out")
     if result.rows != tokens:
-        raise ValueError(f"out: got {result.rows} rows, expected {tokens}, those of hidden_states")
+        raise ValueError(f"out: got {result.rows} rows, expected {tokens} as in hidden_states")
     if router_logits is None:
         if topk_ids.shape[0] != tokens:
-            raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens}, those of hidden_states")
+            raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens} as in hidden_states")
         check_ids(topk_ids, gate_up_store.num_experts)
         top_k = topk_ids.shape[1]
     else:
         logits = float_matrix(router_logits, "router_logits", gate_up_store.num_experts, False)
         if logits.rows != tokens:
-            raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens}, those of hidden_states")
+            raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens} as in hidden_states")
         refuse_overlap(result, logits, "out")
         set_routing(&job.router, workspace, &logits, layer.routing)
         top_k = job.router.top_k
@@ -269,7 +269,7 @@ cdef void begin_pass(expert_pass *p, const int32_t *ids, const char *input, cons
 
 
 cdef void group_by_expert(expert_pass *p, const int32_t *ids, int64_t tokens) noexcept nogil:
-    """Sort the pairs (token, choice) stably by expert, without those of id -1, and fill both plans."""
+    """Sort the pairs (token, choice) stably by expert, leave out pairs of id -1, and fill both plans."""
     cdef row_plan *first = &p.gate_up_plan
     cdef row_plan *second = &p.down_plan
     cdef int64_t pair, e, place

@@ -8,7 +8,7 @@
 
 import numpy as np
 
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
 from marlin_cy.cpu._arena cimport arena, carve, take
@@ -19,8 +19,8 @@ from marlin_cy.cpu._gemm cimport (
 )
 from marlin_cy.cpu._quantize cimport carve_quantized, quantize_job
 from marlin_cy.cpu._rows cimport (
-    add_pair, begin_plan, begin_run, carve_blocks, carve_planner, cut_into_blocks, expert_orders, finish_plan,
-    row_plan, row_planner,
+    add_pair, begin_plan, begin_run, carve_blocks, carve_planner, clear_index, cut_into_blocks, expert_orders,
+    finish_plan, number_of, row_index, row_plan, row_planner,
 )
 from marlin_cy.cpu._store cimport CpuGptqStore
 from marlin_cy.cpu._workspace cimport Workspace
@@ -28,8 +28,7 @@ from marlin_cy.stacks._dispatches cimport check_disjoint, check_dispatches
 
 cdef enum:
     MAX_INT32 = 0x7fffffff
-    MARK_BYTES = 1 << 13        # a bit for each output row, on the stack
-    MAX_MARKED = 1 << 16
+    STACK_IDS = 1 << 9          # tables for up to this many ids take 8 KiB of the stack; larger ones are allocated
 
 
 cdef struct product:
@@ -190,32 +189,31 @@ cdef int64_t check_blocks(const int32_t[::1] ids, const int32_t[::1] experts, in
 
 cdef int32_t first_repeated(const int32_t[::1] ids, const int32_t[::1] experts, int64_t block_size, int64_t padding,
                             int64_t named) except -2:
-    """An id that names a row twice, or -1.
-
-    Ids below ``MAX_MARKED`` are marked in a bitmap, which takes less than a microsecond. Larger ids are sorted, so that
-    the cost depends on how many there are, not on their size.
-    """
-    cdef uint8_t[MARK_BYTES] marked
-    cdef int32_t row
-    cdef int64_t i, count = 0
-    if padding <= MAX_MARKED:
-        memset(marked, 0, (padding + 7) // 8)
-        for i in range(ids.shape[0]):
-            row = ids[i]
-            if row < padding and experts[i // block_size] >= 0:
-                if marked[row >> 3] >> (row & 7) & 1:
-                    return row
-                marked[row >> 3] |= <uint8_t>(1 << (row & 7))
+    """The first id that was named before, or -1. The cost depends on the number of ids, not on their values."""
+    cdef int64_t[STACK_IDS] few_rows
+    cdef int32_t[2 * STACK_IDS] few_slots
+    cdef int64_t[::1] rows
+    cdef int32_t[::1] slots
+    cdef row_index index
+    cdef int64_t i, distinct
+    if named == 0:
         return -1
-    rows = np.empty(named, np.int32)
-    cdef int32_t[::1] named_ids = rows
+    index.num_slots = 2
+    while index.num_slots < 2 * named:
+        index.num_slots *= 2
+    if named <= STACK_IDS:
+        index.rows, index.slots = few_rows, few_slots
+    else:
+        rows, slots = np.empty(named, np.int64), np.empty(index.num_slots, np.int32)
+        index.rows, index.slots = &rows[0], &slots[0]
+    clear_index(&index)
     for i in range(ids.shape[0]):
         if ids[i] < padding and experts[i // block_size] >= 0:
-            named_ids[count] = ids[i]
-            count += 1
-    rows.sort()
-    equal = np.flatnonzero(rows[1:] == rows[:-1])
-    return rows[equal[0]] if len(equal) else -1
+            distinct = index.num_rows
+            number_of(&index, ids[i])
+            if index.num_rows == distinct:
+                return ids[i]
+    return -1
 
 
 cdef int raise_repeated(const int32_t[::1] ids, const int32_t[::1] experts, int64_t block_size,

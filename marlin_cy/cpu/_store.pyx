@@ -1,4 +1,4 @@
-"""The packed weights of a stack, with the fast packer and unpacker.
+"""The packed weights of a stack, with the fast packer.
 
 The layout is drawn in ``ukernels/ukernel.h``, and ``layout.py`` implements it in plain NumPy.
 """
@@ -14,17 +14,15 @@ from marlin_cy.cpu._dispatch cimport (
     BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N,
 )
 
-from marlin_cy.stacks.builder import N_TILE, checked_stack_sizes
-from marlin_cy.cpu.layout import TileLayout, unpack_tiles
+from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES
+from marlin_cy.stacks.builder import checked_stack_sizes
+from marlin_cy.cpu.layout import TileLayout
 from marlin_cy.weights.code_types import code_type, scale_type
-from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 
 cdef extern from "pack.h" nogil:
     void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
                    int columns)
-    void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes, const int32_t *positions,
-                     int64_t blocks, int columns)
     void copy_columns(void *to, const void *source, int columns, int bytes)
 
 cdef enum:
@@ -68,15 +66,8 @@ cdef class CpuGptqStore:
 
     Parameters
     ----------
-    num_experts, k, n : int
-        Experts, and the shape ``[k, n]`` of each.
-    group_size : int
-        Rows of K that share a scale.
-    g_idx : sequence of int32 ``[k]`` or None, one for each expert
-        Group of each row; None for ``row // group_size``.
-    codes : str
-        Name of a code type, see :mod:`marlin_cy.weights.code_types`.
-    scale_dtype : {float16, bfloat16}
+    sizes : StackSizes
+        Checked.
     data : uint8 ``[nbytes]``, optional
         See :meth:`from_packed`.
 
@@ -92,17 +83,16 @@ cdef class CpuGptqStore:
         Index in ``group_orders`` of each expert's order.
     """
 
-    def __init__(self, int64_t num_experts, int64_t k, int64_t n, int64_t group_size, g_idx, str codes="uint4",
-                 scale_dtype=np.float16, data=None):
-        self.num_experts, self.k, self.n, self.weight_group_size = num_experts, k, n, group_size
-        self.codes, self.scale_dtype = codes, np.dtype(scale_dtype)
-        self.group_orders, self.order_of = distinct_orders(g_idx, k, group_size)
+    def __init__(self, sizes, data=None):
+        self.num_experts, self.k, self.n = sizes.num_experts, sizes.k, sizes.n_per_expert
+        self.weight_group_size, self.codes, self.scale_dtype = sizes.group_size, sizes.codes, sizes.scale_dtype
+        self.group_orders, self.order_of = distinct_orders(sizes.g_idx, self.k, self.weight_group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = TileLayout(packed_k, n, packed_group_size(group_size))
-        self.nbytes = num_experts * self.layout.expert_stride
+        self.layout = TileLayout(packed_k, self.n, packed_group_size(self.weight_group_size))
+        self.nbytes = self.num_experts * self.layout.expert_stride
         self.own = data is None
         self.data = allocate_pages(self.nbytes) if data is None else checked_data(data, self.nbytes)
-        self.orders = rows_of_orders(self.group_orders, k)
+        self.orders = rows_of_orders(self.group_orders, self.k)
         cdef const uint8_t[::1] packed = self.data
         cdef const int32_t[::1] orders_of_experts = self.order_of
         cdef const int32_t[:, ::1] orders
@@ -112,10 +102,10 @@ cdef class CpuGptqStore:
             tile_stride=self.layout.tile_stride,
             header_bytes=self.layout.header_bytes,
             packed_k=packed_k,
-            n=n,
+            n=self.n,
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
-            codes=code_type(codes).number,
+            codes=KERNEL_CODE_TYPES[self.codes]["number"],
             scale_dtype=scale_type(self.scale_dtype).number,
             orders=NULL,
             order_of=&orders_of_experts[0],
@@ -144,7 +134,7 @@ cdef class CpuGptqStore:
         sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scale_dtype)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(data, 'dtype', type(data).__name__)}, expected a uint8 array")
-        return CpuGptqStore(*sizes, data)
+        return CpuGptqStore(sizes, data)
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept:
         """Row of K at each packed position of an expert; NULL if the rows are not permuted."""
@@ -207,82 +197,3 @@ cdef class CpuGptqStore:
                     copy_columns(header + 2 * TILE_N + lane, &zero[scale_rows[g], column - column_offset], count, 1)
                     header += GROUP_HEADER_BYTES
                 column += count
-
-    def canonical(self, int64_t expert, int64_t column_begin, int64_t column_end):
-        """Columns ``[column_begin, column_end)`` of an expert, unpacked to an :class:`Int4Weight`.
-
-        It equals the packed weight, except for groups without rows. These groups are not stored, and their scale and
-        zero point become 0. Releases the GIL.
-
-        Parameters
-        ----------
-        expert : int
-        column_begin, column_end : int
-            Multiples of 8.
-
-        Raises
-        ------
-        IndexError, ValueError
-            The message names the argument.
-        """
-        if not 0 <= expert < self.num_experts:
-            raise IndexError(f"expert: got {expert}, expected 0 to {self.num_experts - 1}")
-        if not 0 <= column_begin < column_end <= self.n:
-            raise IndexError(f"column_begin, column_end: got columns {column_begin} to {column_end}, "
-                             f"expected a part of 0 to {self.n}")
-        if column_begin % N_TILE or column_end % N_TILE:
-            raise ValueError(f"column_begin, column_end: got columns {column_begin} to {column_end}, "
-                             f"expected multiples of {N_TILE}")
-        order = self.group_orders[self.order_of[expert]]
-        shape = (self.k + self.weight_group_size - 1) // self.weight_group_size, column_end - column_begin
-        packed_positions = None
-        if order.rows is not None:
-            kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
-            packed_positions = np.empty(self.k, np.int32)
-            packed_positions[order.rows[kept]] = kept
-        weight = Int4Weight(
-            words=np.empty((self.k // LANE_K, shape[1]), np.uint32),
-            scale=np.zeros(shape, self.scale_dtype),
-            zero=np.zeros(shape, np.uint8) if code_type(self.codes).has_zero_points else None,
-            group_size=self.weight_group_size,
-            g_idx=order.g_idx(self.k, self.layout.group_size),
-            codes=self.codes,
-        )
-        cdef uint32_t[:, ::1] words = weight.words
-        cdef uint16_t[:, ::1] scale = weight.scale.view(np.uint16)
-        cdef uint8_t[:, ::1] zero = weight.zero
-        cdef bint has_zero = weight.zero is not None
-        cdef const int32_t[::1] scale_rows = order.scale_rows
-        cdef const int32_t[::1] position_view
-        cdef const int32_t *positions = NULL
-        cdef const uint8_t *base = self.view.data + expert * self.view.expert_stride
-        cdef const uint8_t *tile
-        cdef const uint8_t *header
-        cdef int64_t column = column_begin, num_groups = scale_rows.shape[0], blocks = self.k // LANE_K
-        cdef int64_t target, g
-        cdef int lane, count
-        if packed_positions is not None:
-            position_view = packed_positions
-            positions = &position_view[0]
-        with nogil:
-            while column < column_end:
-                lane = column % TILE_N
-                count = <int>min(TILE_N - lane, column_end - column)
-                target = column - column_begin
-                tile = base + column // TILE_N * self.view.tile_stride
-                unpack_tile(&words[0, target], words.shape[1],
-                            <const uint32_t *>(tile + self.view.header_bytes) + lane, positions, blocks, count)
-                for g in range(num_groups):
-                    header = tile + g * GROUP_HEADER_BYTES
-                    copy_columns(&scale[scale_rows[g], target], header + 2 * lane, count, 2)
-                    if has_zero:
-                        copy_columns(&zero[scale_rows[g], target], header + 2 * TILE_N + lane, count, 1)
-                column += count
-        return weight
-
-    def unpack(self, int64_t expert):
-        """``(w, q)`` of an expert, float64 and uint8 ``[k, n]``, in the order of K. Slow; for tests and inspection."""
-        begin = expert * self.layout.expert_stride
-        packed = self.data[begin : begin + self.layout.expert_stride]
-        order = self.group_orders[self.order_of[expert]]
-        return unpack_tiles(packed, order, self.layout, self.k, self.codes, self.scale_dtype)

@@ -68,9 +68,7 @@ class CpuBackend(Backend):
         codes: str = "uint4",
         scale_dtype: npt.DTypeLike = np.float16,
     ) -> StackBuilder:
-        return CpuStackBuilder(
-            *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
-        )
+        return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype))
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""

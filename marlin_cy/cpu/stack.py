@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from marlin_cy.stacks.base import PackedLinear, PackedStack
 from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.stacks.dispatches import as_dispatches
 from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.sizes import StackSizes
 
 __all__ = ["CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
 
@@ -118,18 +119,9 @@ class CpuLinear(PackedLinear):
 class CpuStackBuilder(CheckedStackBuilder):
     """Packs weights directly into a new store. The parameters are those of the base class."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        k: int,
-        n_per_expert: int,
-        group_size: int,
-        g_idx: Sequence[npt.NDArray[np.int32] | None],
-        codes: str,
-        scale_dtype: np.dtype[Any],
-    ) -> None:
-        self._store = CpuGptqStore(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
-        super().__init__(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+    def __init__(self, sizes: StackSizes) -> None:
+        self._store = CpuGptqStore(sizes)
+        super().__init__(sizes)
 
     def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
         self._store.pack(expert, column_offset, weight)

@@ -214,9 +214,11 @@ def _norm_eps(fields: JsonObject, file: StrPath) -> float:
 
 
 def _tied(config: JsonObject, text: JsonObject, file: StrPath) -> bool:
-    both = {"text_config's tie_word_embeddings": text.get("tie_word_embeddings")}
-    both["tie_word_embeddings"] = config.get("tie_word_embeddings")
-    return optional(both, tuple(both), bool, file, default=False)
+    name = "tie_word_embeddings"
+    inner, outer = (optional(part, (name,), bool, file) for part in (text, config))
+    if None not in (inner, outer) and inner != outer:
+        raise CheckpointError(f"{name}: got {outer}, and {inner} in text_config, which contradict", file=file)
+    return bool(outer if inner is None else inner)
 
 
 def _flag_of(setting: bool | str, fields: JsonObject, file: StrPath, default: bool = False) -> bool:

@@ -52,7 +52,7 @@ class Loader:
     def vector(self, tensor: str, size: int, shape: tuple[int, ...] | None = None) -> Vector:
         """A tensor as float32 ``[size]``; ``shape`` is that in the file, ``(size,)`` if omitted."""
         values = self._floats(tensor, (size,) if shape is None else shape).reshape(size)
-        return np.ascontiguousarray(values, np.float32)
+        return np.array(values, np.float32)
 
     def matrix(self, tensor: str, rows: int, columns: int) -> npt.NDArray[Any]:
         """A matrix in the file's dtype: a view of the mapped file."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from marlin_cy import reference as layers
 from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.cpu.layout import unpack_tiles
 from marlin_cy.decoder.plan import (
     AttentionPlan,
     DecoderPlan,
@@ -28,7 +29,7 @@ from marlin_cy.decoder.plan import (
 )
 from marlin_cy.interface import MarlinExpertStack, MoePlan
 from marlin_cy.moe.layer import MoeLayer
-from marlin_cy.reference import dequantize_weight, sigmoid
+from marlin_cy.reference import sigmoid
 from marlin_cy.stacks.base import PackedLinear
 
 __all__ = [
@@ -262,7 +263,11 @@ def dense(x: npt.ArrayLike, weight: npt.NDArray[Any], bias: npt.ArrayLike | None
 def dequantized_stack(stack: MarlinExpertStack) -> list[Floats]:
     """The weights ``[k, n]`` of the experts of a stack of the CPU backend."""
     store = cast(Any, stack).store
-    return [dequantize_weight(store.canonical(expert, 0, store.n)) for expert in range(store.num_experts)]
+    experts = store.data.reshape(store.num_experts, store.layout.expert_stride)
+    return [
+        unpack_tiles(packed, store.group_orders[order], store.layout, store.k, store.codes, store.scale_dtype)[0]
+        for packed, order in zip(experts, store.order_of, strict=True)
+    ]
 
 
 def dense_weight(linear: Projection) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:

@@ -23,6 +23,14 @@ __all__ = ["ROPE_TYPES", "RopeConfig", "read_rope", "rope_table"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
+MAX_THETA = 1e30
+MAX_ORIGINAL = 1 << 24
+BLOCK = 1024
+"""Positions of a table that are computed at a time, so that float64 values stay in the cache."""
+
+LEAST, MOST = 1e-6, 1e6
+"""Limits of the other numbers. Within them, no frequency and no factor overflows."""
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -75,23 +83,15 @@ class RopeConfig:
 
 
 def rope_table(rope: RopeConfig, context_length: int, interleaved: bool = False) -> RopeTable:
-    """Cosines and sines of positions 0 to ``context_length - 1``.
-
-    Raises
-    ------
-    CheckpointError
-        The settings give a frequency that is not finite.
-    """
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        frequencies = ROPE_TYPES[rope.rope_type](rope, context_length)
-    if not np.isfinite(frequencies).all():
-        raise CheckpointError(f"rope_parameters: got {rope}, which give frequencies that are not finite")
-    cos = np.empty((context_length, rope.dim // 2), np.float32)
+    """Cosines and sines of positions 0 to ``context_length - 1``."""
+    frequencies = ROPE_TYPES[rope.rope_type](rope, context_length)
+    cos = np.empty((context_length, len(frequencies)), np.float32)
     sin = np.empty_like(cos)
-    for pair, frequency in enumerate(frequencies):
-        angles = np.arange(context_length) * frequency
-        cos[:, pair] = np.cos(angles) * rope.attention_factor
-        sin[:, pair] = np.sin(angles) * rope.attention_factor
+    for begin in range(0, context_length, BLOCK):
+        rows = slice(begin, min(begin + BLOCK, context_length))
+        angles = np.arange(rows.start, rows.stop)[:, None] * frequencies
+        cos[rows] = np.cos(angles) * rope.attention_factor
+        sin[rows] = np.sin(angles) * rope.attention_factor
     return RopeTable(cos, sin, interleaved)
 
 
@@ -206,8 +206,8 @@ def _read_one(
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(f"{file}: rope_type {rope_type!r}, supported: {', '.join(ROPE_TYPES)}")
     base = _one_of_both(given, config, "rope_theta", theta, file)
-    if base <= 1:
-        raise CheckpointError(f"rope_theta: got {base}, expected more than 1", file=file)
+    if not 1 < base <= MAX_THETA:
+        raise CheckpointError(f"rope_theta: got {base}, expected more than 1 and at most {MAX_THETA}", file=file)
     max_positions = positive(config, ("max_position_embeddings",), file)
     common: dict[str, Any] = {
         "rope_type": rope_type,
@@ -217,32 +217,34 @@ def _read_one(
     }
     if rope_type == "default":
         return RopeConfig(**common)
-    original = _original_positions(given, config, max_positions, file)
-    common["original_positions"] = original
-    ratio = max_positions / original if rope_type == "yarn" else None
-    factor = common["factor"] = _at_least(given, "factor", 1.0, ratio, file)
-    all_dim = _at_least(given, "mscale_all_dim", 0.0, 0.0, file)
-    common["score_factor"] = _mscale(factor, all_dim) ** 2 if all_dim else 1.0
     if rope_type == "dynamic" and common["dim"] == 2:
         raise UnsupportedError(f"{file}: rope_type 'dynamic' with 2 rotated values, expected more")
+    original = _original_positions(given, config, max_positions, file)
+    ratio = max_positions / original if rope_type == "yarn" else None
+    factor = _number(given, "factor", (1.0, MOST), ratio, file)
+    all_dim = _number(given, "mscale_all_dim", (0.0, MOST), 0.0, file)
+    common |= {
+        "original_positions": original,
+        "factor": factor,
+        "score_factor": _mscale(factor, all_dim) ** 2 if all_dim else 1.0,
+    }
     if rope_type == "yarn":
         common |= _read_yarn(given, factor, all_dim, file)
     if rope_type == "llama3":
-        low = common["low_freq_factor"] = _above_zero(given, "low_freq_factor", None, file)
-        high = common["high_freq_factor"] = _above_zero(given, "high_freq_factor", None, file)
+        low, high = (_number(given, f"{name}_freq_factor", (LEAST, MOST), None, file) for name in ("low", "high"))
         if high <= low:
             raise CheckpointError(f"high_freq_factor: got {high}, expected more than low_freq_factor, {low}", file=file)
+        common |= {"low_freq_factor": low, "high_freq_factor": high}
     return RopeConfig(**common)
 
 
 def _read_yarn(given: dict[str, Any], factor: float, all_dim: float, file: StrPath) -> dict[str, Any]:
-    mscale = _at_least(given, "mscale", 0.0, 0.0, file)
+    mscale = _number(given, "mscale", (0.0, MOST), 0.0, file)
     inferred = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
     return {
-        "attention_factor": _above_zero(given, "attention_factor", inferred, file),
-        # As in transformers, 0 counts as missing.
-        "beta_fast": _at_least(given, "beta_fast", 0.0, 0.0, file) or 32.0,
-        "beta_slow": _at_least(given, "beta_slow", 0.0, 0.0, file) or 1.0,
+        "attention_factor": _number(given, "attention_factor", (LEAST, MOST), inferred, file),
+        "beta_fast": _number(given, "beta_fast", (LEAST, MOST), 32.0, file),
+        "beta_slow": _number(given, "beta_slow", (LEAST, MOST), 1.0, file),
         "truncate": optional(given, ("truncate",), bool, file, default=True),
     }
 
@@ -268,8 +270,11 @@ def _rotated(given: dict[str, Any], config: JsonObject, head_dim: int, partial: 
 
 def _original_positions(given: dict[str, Any], config: JsonObject, max_positions: int, file: StrPath) -> int:
     name = "original_max_position_embeddings"
-    both = {f"{where} {name}".strip(): entry.get(name) for where, entry in (("rope", given), ("", config))}
-    return positive(both, tuple(both), file, default=max_positions)
+    inner = {f"rope_parameters: {name}": given.get(name), name: config.get(name)}
+    original = positive(inner, tuple(inner), file, default=max_positions)
+    if original > MAX_ORIGINAL:
+        raise CheckpointError(f"{name}: got {original}, expected at most {MAX_ORIGINAL}", file=file)
+    return original
 
 
 def _one_of_both(given: dict[str, Any], config: JsonObject, name: str, default: float, file: StrPath) -> float:
@@ -280,18 +285,13 @@ def _one_of_both(given: dict[str, Any], config: JsonObject, name: str, default: 
     return values[0] if values else default
 
 
-def _at_least(given: dict[str, Any], name: str, least: float, default: float | None, file: StrPath) -> float:
-    """A finite number of at least ``least``. Without a default, a missing value is an error."""
-    value = finite(given, name, file, math.nan if default is None else default)
-    if math.isnan(value):
+def _number(
+    given: dict[str, Any], name: str, limits: tuple[float, float], default: float | None, file: StrPath
+) -> float:
+    """A number within limits. Without a default, a missing value is an error."""
+    if given.get(name) is None and default is None:
         raise CheckpointError(f"{name}: missing", file=file)
-    if value < least:
-        raise CheckpointError(f"{name}: got {value}, expected at least {least}", file=file)
-    return value
-
-
-def _above_zero(given: dict[str, Any], name: str, default: float | None, file: StrPath) -> float:
-    value = _at_least(given, name, 0.0, default, file)
-    if value == 0:
-        raise CheckpointError(f"{name}: got {value}, expected more than 0", file=file)
+    value = finite(given, name, file, default or 0.0)
+    if not limits[0] <= value <= limits[1]:
+        raise CheckpointError(f"{name}: got {value}, expected {limits[0]} to {limits[1]}", file=file)
     return value

@@ -135,7 +135,7 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
 
 
 def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
-    """Those of the settings ``bits``, ``group_size`` and ``zero_point`` that a JSON object contains."""
+    """The settings ``bits``, ``group_size`` and ``zero_point``, if the JSON object contains them."""
     zero_point, sym = (optional(config, (name,), bool, file) for name in ("zero_point", "sym"))
     if zero_point is not None and zero_point is sym:
         raise CheckpointError(f"got zero_point {zero_point} and sym {sym}, which contradict each other", file=file)

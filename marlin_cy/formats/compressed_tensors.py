@@ -211,7 +211,7 @@ class CompressedMxfp4Scheme(Mxfp4Scheme):
 
 
 def parse(config: JsonObject, file: StrPath) -> Scheme:
-    """The scheme that a quantisation config of compressed-tensors describes: that of its first supported group.
+    """The scheme of the first supported group in a quantisation config of compressed-tensors.
 
     Parameters
     ----------

@@ -158,7 +158,7 @@ def parse(config: JsonObject, file: StrPath) -> GptqScheme:
 
 
 def read_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:
-    """Those of the settings ``bits``, ``group_size``, ``desc_act`` and ``sym`` that a JSON object contains."""
+    """The settings ``bits``, ``group_size``, ``desc_act`` and ``sym``, if the JSON object contains them."""
     kinds: dict[str, type[Any]] = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
     settings = {name: optional(config, (name,), kind, file) for name, kind in kinds.items()}
     if optional(config, ("pack_dtype",), str, file, default=PACK_DTYPE) != PACK_DTYPE:

@@ -34,7 +34,7 @@ METHOD_HINTS = {
     "w_bit": "awq",
     "zero_point": "awq",
 }
-"""Fields that identify the method if none is named. The files of AutoGPTQ contain none of these fields."""
+"""Fields that identify the method if the file does not name it. The files of AutoGPTQ have no such field."""
 
 LAYOUTS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
 """The fields in which a method's config may name Marlin's layout."""

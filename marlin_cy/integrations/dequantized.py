@@ -19,7 +19,7 @@ from marlin_cy.integrations.packed_modules import experts_modules
 from marlin_cy.integrations.transformers import dense_tensors, load_dense, model_on_meta
 from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
-from marlin_cy.stacks.builder import CheckedStackBuilder, as_bias, checked_stack_sizes
+from marlin_cy.stacks.builder import CheckedStackBuilder, StackSizes, as_bias, checked_stack_sizes
 
 with needs_extra():
     import torch
@@ -110,9 +110,9 @@ class DenseStack:
 class DenseStackBuilder(CheckedStackBuilder):
     """Expands weights. The product of a 16-bit scale and a code minus a zero point (5 bits) is exact in float32."""
 
-    def __init__(self, num_experts: int, k: int, n_per_expert: int, *rest: Any) -> None:
-        super().__init__(num_experts, k, n_per_expert, *rest)
-        self._weight = np.empty((num_experts, k, n_per_expert), np.float32)
+    def __init__(self, sizes: StackSizes) -> None:
+        super().__init__(sizes)
+        self._weight = np.empty((sizes.num_experts, sizes.k, sizes.n_per_expert), np.float32)
 
     def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
         self._weight[expert, :, column_offset : column_offset + weight.n] = dequantize_weight(weight)
@@ -138,7 +138,7 @@ class DenseBackend(Backend):
         scale_dtype: npt.DTypeLike = np.float16,
     ) -> DenseStackBuilder:
         return DenseStackBuilder(
-            *checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+            checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
         )
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Any:

@@ -246,7 +246,7 @@ def as_dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, torch.Tensor
 
 
 def _refuse(path: Path, names: list[str], reason: str) -> None:
-    """Raise CheckpointError with the first names, unless there are none."""
+    """Raise CheckpointError with the first names, if there are any."""
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:4])}{', …' * (len(names) > 4)})"
         raise CheckpointError(reason + others * (len(names) > 1), file=path, tensor=names[0])

@@ -179,16 +179,6 @@ class PackedLinear(Linear):
     def metadata(self) -> WeightMetadata:
         return self._metadata
 
-    @property
-    def column_offset(self) -> int:
-        """The first column of the stacked N."""
-        return self._offset
-
-    @property
-    def bias(self) -> Any:
-        """The bias, where the backend's kernels read it; None if there is none."""
-        return self._bias
-
     @abstractmethod
     def _placed(self, bias: npt.NDArray[np.float32]) -> Any:
         """A float32 bias in the memory from which the backend's kernels read it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +14,17 @@ from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import MarlinExpertStack, StackBuilder
 from marlin_cy.weights.code_types import SCALE_TYPES, code_type
 from marlin_cy.weights.int4 import Int4Weight
-from marlin_cy.weights.sizes import N_TILE, checked_stack_sizes, normalised_g_idx
+from marlin_cy.weights.sizes import N_TILE, StackSizes, checked_stack_sizes, normalised_g_idx
 
-__all__ = ["N_TILE", "CheckedStackBuilder", "as_bias", "check_weight", "checked_stack_sizes", "same_groups"]
+__all__ = [
+    "N_TILE",
+    "CheckedStackBuilder",
+    "StackSizes",
+    "as_bias",
+    "check_weight",
+    "checked_stack_sizes",
+    "same_groups",
+]
 
 BIAS_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
@@ -31,23 +37,13 @@ class CheckedStackBuilder(StackBuilder):
 
     Parameters
     ----------
-    num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype
-        As :func:`checked_stack_sizes` returns them.
+    sizes : StackSizes
+        Checked, by :func:`checked_stack_sizes`.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        k: int,
-        n_per_expert: int,
-        group_size: int,
-        g_idx: Sequence[npt.NDArray[np.int32] | None],
-        codes: str,
-        scale_dtype: np.dtype[Any],
-    ) -> None:
-        self._k, self._group_size, self._g_idx = k, group_size, g_idx
-        self._codes, self._scale_dtype = codes, scale_dtype
-        self._states = np.full((num_experts, n_per_expert), MISSING, np.uint8)
+    def __init__(self, sizes: StackSizes) -> None:
+        self._sizes = sizes
+        self._states = np.full((sizes.num_experts, sizes.n_per_expert), MISSING, np.uint8)
         self._lock = threading.Lock()
 
     @abstractmethod
@@ -59,7 +55,8 @@ class CheckedStackBuilder(StackBuilder):
         """The stack, after all columns were packed; ``bias`` is float32 ``[num_experts, n_per_expert]`` or None."""
 
     def add(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
-        num_experts, n = self._states.shape
+        sizes = self._sizes
+        num_experts, n = sizes.num_experts, sizes.n_per_expert
         expert, column_offset = integer("expert", expert), integer("column_offset", column_offset)
         check_weight(weight)
         end = column_offset + weight.n
@@ -69,18 +66,18 @@ class CheckedStackBuilder(StackBuilder):
             raise ValueError(f"column_offset: got columns {column_offset} to {end}, expected multiples of {N_TILE}")
         if column_offset < 0 or end > n:
             raise IndexError(f"column_offset: got columns {column_offset} to {end}, expected a part of 0 to {n}")
-        if (weight.k, weight.group_size) != (self._k, self._group_size):
+        if (weight.k, weight.group_size) != (sizes.k, sizes.group_size):
             raise ValueError(
-                f"weight: got k {weight.k} and group_size {weight.group_size}, expected {self._k} and "
-                f"{self._group_size}"
+                f"weight: got k {weight.k} and group_size {weight.group_size}, expected {sizes.k} and "
+                f"{sizes.group_size}"
             )
-        if (weight.codes, weight.scale.dtype) != (self._codes, self._scale_dtype):
+        if (weight.codes, weight.scale.dtype) != (sizes.codes, sizes.scale_dtype):
             raise ValueError(
-                f"weight: got codes {weight.codes!r} with {weight.scale.dtype} scales, expected {self._codes!r} with "
-                f"{self._scale_dtype}"
+                f"weight: got codes {weight.codes!r} with {weight.scale.dtype} scales, expected {sizes.codes!r} with "
+                f"{sizes.scale_dtype}"
             )
-        g_idx = normalised_g_idx(weight.g_idx, self._k, self._group_size)
-        if not same_groups(g_idx, self._g_idx[expert]):
+        g_idx = normalised_g_idx(weight.g_idx, sizes.k, sizes.group_size)
+        if not same_groups(g_idx, sizes.g_idx[expert]):
             raise UnsupportedError(
                 f"weight.g_idx: differs from the builder's g_idx for expert {expert}; the parts of an "
                 "expert (gate and up) must have the same order of K, or be loaded as two stacks"

@@ -37,10 +37,8 @@ class CodeType:
     Attributes
     ----------
     name : str
-        The name in interfaces and packed folders.
-    number : int
-        The number in kernels: ``CODES_*`` in ``cpu/ukernels/code_types.h``, the macro ``CODES`` in
-        ``opencl/kernels/codes.cl``.
+        The name in interfaces, in packed folders and in ``cpu/ukernels/code_types.h``. In upper case it is part of the
+        macro that selects the code type in ``opencl/kernels/codes.cl``.
     bits : int
         Bits per code.
     values : tuple of float
@@ -59,7 +57,6 @@ class CodeType:
     """
 
     name: str
-    number: int
     bits: int
     values: tuple[float, ...]
     has_zero_points: bool
@@ -105,7 +102,6 @@ CODE_TYPES: Mapping[str, CodeType] = MappingProxyType(
         for row in (
             CodeType(
                 name="uint4",
-                number=0,
                 bits=4,
                 values=tuple(map(float, range(16))),
                 has_zero_points=True,
@@ -117,7 +113,6 @@ CODE_TYPES: Mapping[str, CodeType] = MappingProxyType(
             # Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
             CodeType(
                 name="e2m1",
-                number=1,
                 bits=4,
                 values=_E2M1 + tuple(-value for value in _E2M1),
                 has_zero_points=False,

@@ -88,7 +88,7 @@ class PackedTiles:
             self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scale_dtype
         )
         # The order of K is derived from these private copies.
-        object.__setattr__(self, "g_idx", tuple(sizes[4]))
+        object.__setattr__(self, "g_idx", tuple(sizes.g_idx))
         if not isinstance(self.data, np.ndarray) or self.data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(self.data, 'dtype', type(self.data).__name__)}, expected uint8")
         expected = (self.num_experts, self._tiles * self._tile_bytes)

@@ -6,6 +6,7 @@ Rules of single formats are in the formats' own modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from marlin_cy.weights.code_types import CODE_TYPES, code_type, scale_type
 __all__ = [
     "K_STEP",
     "N_TILE",
+    "StackSizes",
     "check_bits",
     "checked_group_size",
     "checked_stack_sizes",
@@ -40,6 +42,33 @@ GROUP_STEP = 128
 
 BITS = tuple(sorted({row.bits for row in CODE_TYPES.values()}))
 """The supported widths of codes, in bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class StackSizes:
+    """The sizes and types of a stack's weights. :func:`checked_stack_sizes` makes checked ones.
+
+    Attributes
+    ----------
+    num_experts, k, n_per_expert : int
+        Number of experts, and the shape ``[k, n_per_expert]`` of each.
+    group_size : int
+        Number of rows of K that share a scale; -1 is resolved.
+    g_idx : sequence of int32 ``[k]`` or None, one per expert
+        The group of each row of K; None for ``row // group_size``.
+    codes : str
+        The name of the code type.
+    scale_dtype : dtype
+        float16 or bfloat16.
+    """
+
+    num_experts: int
+    k: int
+    n_per_expert: int
+    group_size: int
+    g_idx: Sequence[npt.NDArray[np.int32] | None]
+    codes: str = "uint4"
+    scale_dtype: np.dtype[Any] = np.dtype(np.float16)
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -167,17 +196,10 @@ def checked_stack_sizes(
     g_idx: Any,
     codes: str,
     scale_dtype: npt.DTypeLike,
-) -> tuple[int, int, int, int, Sequence[npt.NDArray[np.int32] | None], str, np.dtype[Any]]:
+) -> StackSizes:
     """The arguments of :meth:`~marlin_cy.interface.Backend.new_stack_builder`, checked.
 
-    Returns
-    -------
-    num_experts, k, n_per_expert, group_size : int
-        The group size -1 is resolved.
-    g_idx : list of int32 ``[k]`` or None
-        One entry per expert. Experts that were given the same array share one copy.
-    codes : str
-    scale_dtype : dtype
+    The arrays of ``g_idx`` are private copies. Experts that were given the same array share one copy.
 
     Raises
     ------
@@ -200,12 +222,6 @@ def checked_stack_sizes(
         if id(groups) not in copies:
             copies[id(groups)] = normalised_g_idx(groups, k, group_size, f" of expert {expert}")
     row, scale = code_type(codes), scale_type(scale_dtype)
-    return (
-        num_experts,
-        k,
-        n_per_expert,
-        group_size,
-        [copies[id(groups)] for groups in given],
-        row.name,
-        scale.dtype,
+    return StackSizes(
+        num_experts, k, n_per_expert, group_size, [copies[id(groups)] for groups in given], row.name, scale.dtype
     )

@@ -1,6 +1,6 @@
 """The first use of the kernels around a layer's products (``moe.cl``): checked on a few tokens.
 
-There is no other kernel for what one of them does: if it is wrong, the call fails.
+No other kernel can replace one of these: if a kernel is wrong, the call fails.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def reason_wrong(backend: OpenClBackend, name: str, macros: Mapping[str, int]) -
 
 
 Results = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""What a kernel computed, and what it should have."""
+"""A kernel's result, and the expected result."""
 
 
 def combined(ctx: OpenClContext, macros: Mapping[str, int], rng: np.random.Generator) -> Results:
     """Results of ``combine``."""
-    from marlin_cy.opencl.layer.forward import Shared, enqueue_combine  # which asks this module
+    from marlin_cy.opencl.layer.forward import Shared, enqueue_combine  # it imports this module
 
     backend, dtype = ctx.backend, TYPES[macros["INPUT_TYPE"]]
     chosen, ids, weights = random_choices(backend, rng)

@@ -54,11 +54,11 @@ class ProductKind(NamedTuple):
     activation : str or None
     bias_kind : int
     block_size : int or None
-        Of routed products, at most ``2 * configuration.rows + 1``: of larger blocks all tiles but the last are full.
+        Of routed products, at most ``2 * configuration.rows + 1``. Larger blocks only add full tiles.
     several_choices : bool
         Of routed products: whether several of the ids read the same input row.
     one_order : bool
-        Of products by a list of tiles: whether they are those of a view.
+        Of products by a list of tiles: whether the product is a view's.
     codes : str
     symmetric : bool
     group_shift : int
@@ -184,7 +184,7 @@ def relative_error(
     ctx: OpenClContext, kind: ProductKind, store: OpenClGptqStore, weights: npt.NDArray[np.float64], rng: Any
 ) -> float:
     """The norm of a product's error over the norm of the product; NaN if an output was left unwritten."""
-    from marlin_cy.opencl.gemm.multiply import multiply  # which asks this module for configurations
+    from marlin_cy.opencl.gemm.multiply import multiply  # it imports this module
 
     backend = ctx.backend
     work, pairs, input_rows = small_work(backend, kind, len(weights), rng)
@@ -195,7 +195,7 @@ def relative_error(
     bias, bias_buffer = None, None
     if kind.bias_kind != NO_BIAS:
         bias = rng.standard_normal(weights.shape[::2]).astype(np.float32)
-        # That of a view is one row, and the view (see small_work) begins at column 8 of expert 1.
+        # A view has one row of bias. The view here (see small_work) begins at column 8 of expert 1.
         given = bias if kind.bias_kind == EXPERT_BIAS else np.ascontiguousarray(bias[1, 8:])
         bias_buffer = uploaded(backend.runtime, given, "bias")
     before = 0 if kind.aligned else 1
@@ -264,10 +264,10 @@ def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[An
     # Not limited by a caller's max_alloc_bytes, which decides about parts alone.
     runtime = dataclasses.replace(backend.runtime, max_alloc_bytes=backend.runtime.capabilities.max_allocation)
     if kind.parts > 1:  # buffers so small that the experts need as many as there are parts
-        store = OpenClGptqStore(runtime, *sizes[:-1])
+        store = OpenClGptqStore(runtime, sizes)
         store.release()
         runtime = dataclasses.replace(runtime, max_alloc_bytes=store.nbytes // kind.parts)
-    builder = OpenClStackBuilder(runtime, *sizes)
+    builder = OpenClStackBuilder(runtime, sizes)
     weights = []
     for expert in range(experts):
         weight = Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], group_size, g_idx[expert], kind.codes)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_align", "check_route", "is_fused_preparation_correct", "is_fused_routing_correct"]
 
-TOKENS = 4  # of routing: a work-group for each
-CANDIDATES = 64  # tokens among which those are taken whose groups are chosen clearly
-LEAST_PAIRS = 300  # of grouping: more than a work-group takes at a time
+TOKENS = 4  # tokens to route: a work-group for each
+CANDIDATES = 64  # random tokens; the check uses the tokens whose best groups do not depend on rounding
+LEAST_PAIRS = 300  # pairs to align: more than a work-group takes at a time
 WEIGHT_TOLERANCE = 1e-4  # relative; the kernels' float32 sums of some thousand terms are off by less than 1e-5
 CLEAR = 1e-4  # relative; scores of groups that differ by less may be ordered otherwise in float32
 
@@ -122,7 +122,7 @@ def wrong(backend: OpenClBackend, what: str, reason: str) -> DeviceError:
 
 
 def routing_kind(routing: Routing) -> str:
-    """What the program that routes is built for, and its sizes."""
+    """A description of the routing program's build options and sizes."""
     shape = f"{routing.num_experts} experts, top_k {routing.top_k}, {routing.scoring}"
     grouped = f"{routing.topk_groups} of {routing.num_groups} groups by {routing.group_score}"
     normalised = bool(routing.norm_topk_prob)
@@ -173,7 +173,7 @@ def topk_error(
             return "an expert is chosen twice"
         _, choice = reference.routing_scores(row, routing)
         if not np.allclose(choice[ids[token]], choice[expected_ids[token]], rtol=WEIGHT_TOLERANCE, atol=1e-6):
-            return "its experts are not those with the largest scores"
+            return "it did not choose the experts with the largest scores"
     if not np.allclose(weights, expected_weights, rtol=WEIGHT_TOLERANCE, atol=1e-7):  # not of NaN
         return "its weights are wrong"
     return None
@@ -190,7 +190,7 @@ def new_chosen(backend: OpenClBackend, tokens: int, top_k: int) -> tuple[Chosen,
 
 def reason_wrong_route(backend: OpenClBackend, routing: Routing, type_code: int) -> str | None:
     """None if a few tokens are routed correctly, else a description of the error."""
-    from marlin_cy.opencl.layer.routing import enqueue_route  # which asks this module
+    from marlin_cy.opencl.layer.routing import enqueue_route  # it imports this module
 
     backend = unchecked_backend(backend)
     logits = clear_logits(routing, TYPES[type_code], np.random.default_rng(0))
@@ -217,7 +217,7 @@ def reason_wrong_fused(
     ctx = backend.new_context()
     chosen, ids, weights = new_chosen(backend, len(small), routing.top_k)
     x = None if rows is None else random_rows(backend, len(small), rows, rng)
-    for _ in range(2):  # the second launch finds what the first left: it counts work-groups
+    for _ in range(2):  # the second launch starts with the counter of work-groups that the first one left
         aligned = enqueue_route_align(ctx, device_rows(backend, small), routing, chosen, gate_up, x)
         ctx.finish()
         topk = backend.to_host(ids)

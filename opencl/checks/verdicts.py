@@ -1,4 +1,4 @@
-"""Which kernels compute what they should on a device: checked once, and remembered."""
+"""Which kernels give correct results on a device: checked once, and remembered."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_BYTES = 8 << 20  # of all devices' files; a line has some 500 bytes
 
 
 class Verdicts:
-    """What checks on one device found. Threads may share it.
+    """The results of the checks on one device. Threads may share an object.
 
     In memory, all backends of a process share the verdicts on a device. On disk, there is a file for each device,
     driver, version of the library and set of kernels: its name is a digest of these. A line is a JSON object::

@@ -17,7 +17,7 @@ def code_macros(codes: str, symmetric: bool) -> dict[str, int]:
     """
     row = CODE_TYPES[codes]
     return {
-        "CODES": row.number,
+        f"CODES_{row.name.upper()}": 1,
         "HAS_ZERO_POINTS": int(row.has_zero_points),
         "SYMMETRIC": int(symmetric or not row.has_zero_points),
         "SYMMETRIC_ZERO": row.symmetric_zero,

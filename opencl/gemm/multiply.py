@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyopencl as cl
 
-from marlin_cy.opencl.arguments import arguments_of, gemm_values, reduce_splits_values
+from marlin_cy.opencl.arguments import arguments_of, product_input_values, product_output_values
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.checks.products import right_configuration
 from marlin_cy.opencl.gemm.codes import code_macros
@@ -140,14 +140,9 @@ def multiply(
     splits, local, partial = configuration.splits, configuration.local_size, None
     if splits > 1:
         partial = ctx.reserve("partial sums", 4 * splits * row_tiles * configuration.rows * store.n)
-    event = plan.gemm(
-        queue,
-        (min(row_tiles * plan.shares, limit) * local,),
-        (local,),
-        gemm_values(
-            input=data,
-            input_offset=offset,
-            row_factor=row_factor,
+    inputs = product_input_values(input=data, input_offset=offset, row_factor=row_factor)
+    outputs_and_work = (
+        product_output_values(
             output=out.data,
             output_offset=out.offset,
             output_stride=out.width,
@@ -155,24 +150,17 @@ def multiply(
             partial=partial,
             tiles_capacity=row_tiles,
         )
-        + work_arguments,
-        waits,
+        + work_arguments
     )
+    groups = min(row_tiles * plan.shares, limit)
+    event = plan.gemm(queue, (groups * local,), (local,), inputs + outputs_and_work, waits)
     ctx.log(label, event)
     if plan.reduce is not None:
         event = plan.reduce(
             queue,
             (min(row_tiles * configuration.rows, limit) * REDUCE_LOCAL_SIZE,),
             (REDUCE_LOCAL_SIZE,),
-            reduce_splits_values(
-                output=out.data,
-                output_offset=out.offset,
-                output_stride=out.width,
-                bias=bias,
-                partial=partial,
-                tiles_capacity=row_tiles,
-            )
-            + work_arguments,
+            outputs_and_work,
         )
         ctx.log(f"{label}: reduce_splits", event)
     return event

@@ -1,7 +1,7 @@
 // Code types: how the 4 bits of a weight become numbers. A program is built for one code type.
 //
 // Build options, from the code type's row in marlin_cy/weights/code_types.py (marlin_cy/opencl/gemm/codes.py)
-//   CODES             the row's number
+//   CODES_UINT4, CODES_E2M1: the row's name; 1 for the program's code type, the others are not defined
 //   HAS_ZERO_POINTS   1: each group has a zero point of its own
 //   SYMMETRIC         1: zero points are not read: all are SYMMETRIC_ZERO, or there are no zero points
 //   SYMMETRIC_ZERO    the row's symmetric_zero
@@ -22,22 +22,18 @@
 //   code_bytes(words, low, high)
 //                          multiplicands as bytes: of nibbles 0, 2, 4, 6 in *low, of nibbles 1, 3, 5, 7 in *high
 
-#if !defined(CODES) || !defined(HAS_ZERO_POINTS) || !defined(SYMMETRIC) || !defined(SYMMETRIC_ZERO) || \
-    !defined(UNITS_PER_ONE)
-#error "codes.cl needs CODES, HAS_ZERO_POINTS, SYMMETRIC, SYMMETRIC_ZERO and UNITS_PER_ONE"
+#if !defined(HAS_ZERO_POINTS) || !defined(SYMMETRIC) || !defined(SYMMETRIC_ZERO) || !defined(UNITS_PER_ONE)
+#error "codes.cl needs HAS_ZERO_POINTS, SYMMETRIC, SYMMETRIC_ZERO and UNITS_PER_ONE"
 #endif
 #if !HAS_ZERO_POINTS && !SYMMETRIC
 #error "HAS_ZERO_POINTS=0 needs SYMMETRIC=1"
 #endif
 
-#define CODES_UINT4 0
-#define CODES_E2M1 1
-
-#if CODES == CODES_UINT4
+#if defined(CODES_UINT4)
 
 #define code_integers(words) (words)
 
-#elif CODES == CODES_E2M1
+#elif defined(CODES_E2M1)
 
 // A code is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and their
 // negatives for 8 to 15. The bits move to the places of a float16's sign, exponent and mantissa. Because the
@@ -63,5 +59,5 @@ static inline void code_bytes(uint2 words, uint2 *low, uint2 *high)
 }
 
 #else
-#error "codes.cl has no branch for this CODES"
+#error "codes.cl has no branch for this code type: expected CODES_UINT4 or CODES_E2M1"
 #endif

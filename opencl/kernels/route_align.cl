@@ -26,8 +26,8 @@
 #define ROW_ARGS
 #endif
 
-// Counts this work-group, and returns the count before it. After the call, this work-item can read what the work-groups
-// counted before it had written.
+// Adds 1 to the count of work-groups, and returns the previous count. After the call, this work-item can read all writes
+// of the work-groups that were counted before.
 static inline uint arrive(__global uint *arrived)
 {
 #if PTX
@@ -40,11 +40,12 @@ static inline uint arrive(__global uint *arrived)
 #endif
 }
 
-// The arguments of `route`, those of `align` without ids and counts, with PREPARES those of `prepare_rows`, and
+// The arguments of `route`, the arguments of `align` except ids and counts, with PREPARES the arguments of
+// `prepare_rows`, and
 //   marks         local uint: as for align_few
 //   arrived       uint [1]: counts work-groups from launch_base on
-//   launch_base   larger than every count of an earlier launch. The first work-group raises the counter to it, so the
-//                 value that an earlier launch has left, which may have failed midway, does not matter
+//   launch_base   larger than every count of an earlier launch. The first work-group raises the counter to it. So a
+//                 wrong count, which an earlier launch that failed midway may have left, does not matter
 __attribute__((reqd_work_group_size(ROUTE_ITEMS, 1, 1))) __kernel void route_align(
     ROUTE_ARGS, const uint block_size, __global int *restrict sorted_ids, __global int *restrict expert_ids,
     __global int *restrict past, __local uint *restrict marks, __global uint *arrived, const uint launch_base ROW_ARGS)

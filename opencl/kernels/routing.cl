@@ -163,7 +163,7 @@ __attribute__((always_inline)) static inline void route_token(
 #if SCORING == SCORING_SOFTMAX
     float4 sums = 0;
     for (uint i = 0; i < num_fours; i++)
-        sums += as_float4(fours[i] & 0x7fffffffu); // float_of for scores, none of which is negative
+        sums += as_float4(fours[i] & 0x7fffffffu); // float_of, for scores that are not negative
     sum = sums.x + sums.y + sums.z + sums.w;
 #endif
 #if CORRECTED

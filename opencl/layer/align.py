@@ -50,7 +50,7 @@ class Experts(Protocol):
 
 
 class Aligned(NamedTuple):
-    """What aligning gives to a layer's first product.
+    """The result of aligning, which a layer's first product reads.
 
     Attributes
     ----------
@@ -72,9 +72,9 @@ def enqueue_route_align(
     gate_up: Experts,
     rows: Rows | None,
 ) -> Aligned:
-    """Fill ``chosen`` from the rows of ``logits``, and do what :func:`enqueue_align` does, in one launch.
+    """Route the rows of ``logits`` into ``chosen``, and align as :func:`enqueue_align` does, in one launch.
 
-    ``rows``: None if the rows depend on the choices, so that they cannot be prepared yet.
+    ``rows`` is None if the rows depend on the choices: they cannot be prepared yet.
     """
     work = routing_arrays(ctx, chosen, logits.rows * chosen.top_k, logits.width)
     how = None if rows is None else fused_preparation(ctx, gate_up.store, rows, work)
@@ -172,8 +172,10 @@ def checked_fused_preparation(
 
 
 def fused_preparation(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows, work: RoutedBlocks) -> Preparation | None:
-    """The :class:`Preparation` that the launch which aligns can do; None if rows need none or depend on their
-    experts."""
+    """The :class:`Preparation` that the aligning launch can include.
+
+    None if rows need no preparation, or if it depends on their experts.
+    """
     if needs_preparation(ctx, store, rows) and has_one_order(store):
         return preparation(ctx, store, rows, work)
     return None

@@ -83,11 +83,11 @@ def forward(
     refuse_overlap(out, hidden_states, "out")
     tokens = hidden.rows
     if result.rows != tokens:
-        raise ValueError(f"out: got {result.rows} rows, expected {tokens}, those of hidden_states")
+        raise ValueError(f"out: got {result.rows} rows, expected {tokens} as in hidden_states")
     used, logits = [hidden_states, out], None
     if router_logits is None:
         if topk_ids.shape[0] != tokens:
-            raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens}, those of hidden_states")
+            raise ValueError(f"topk_ids: got {topk_ids.shape[0]} rows, expected {tokens} as in hidden_states")
         top_k = topk_ids.shape[1]
         if isinstance(topk_ids, Array):
             for array in (topk_ids, topk_weights):
@@ -96,7 +96,7 @@ def forward(
     else:
         logits = float_rows(router_logits, "router_logits", layer.num_experts, ctx.cl_context)
         if logits.rows != tokens:
-            raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens}, those of hidden_states")
+            raise ValueError(f"router_logits: got {logits.rows} rows, expected {tokens} as in hidden_states")
         refuse_overlap(out, router_logits, "out")
         used.append(router_logits)
         top_k = layer.top_k

@@ -220,7 +220,9 @@ cdef inline void merge_chunk(const attention_job *job, float *largest, float *to
 
 
 cdef inline const float *sink_of(const attention_job *job, int64_t head) noexcept nogil:
-    return NULL if job.sinks is NULL else job.sinks + head
+    if job.sinks is NULL:
+        return NULL
+    return job.sinks + head
 
 
 cdef void finish_row(const attention_job *job, int64_t row) noexcept nogil:

@@ -65,7 +65,7 @@ cdef int set_group(projection_group *group, Workspace workspace, list projection
 
 cdef int set_quantised(projection_group *group, projection *p, Workspace workspace, layer, list owners) except -1:
     cdef CpuGptqStore store = layer.stack.store
-    cdef int64_t offset = layer.column_offset, first = offset // store.n
+    cdef int64_t offset = layer.offset, first = offset // store.n
     cdef quantize_job job
     cdef const float[::1] bias = layer.bias
     if (offset + p.n - 1) // store.n != first:

@@ -344,7 +344,7 @@ const isa_descriptor isa_amx = {
 #ifdef COMPILER_HAS_AMX
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .mr = REGISTER_ROWS,
             /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
          * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256

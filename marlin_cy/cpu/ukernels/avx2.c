@@ -186,6 +186,17 @@ KERNEL void narrow_values(void *dst, const float *src, int dtype, int64_t n)
 
 TARGET static void narrow(void *dst, const float *src, int dtype, int64_t n) { narrow_values(dst, src, dtype, n); }
 
+/* Registers of the row operations, of 16: 12 sums, weights of a tile's columns (2, or 4 with one row and 8 sums), one
+ * value of x. A multiply-add takes 4 cycles and two start per cycle, so 8 sums are the least that keep them busy. A
+ * step of the delta rule's columns is 4 vectors, whose state (128 rows of 128 bytes) is half a first-level cache. */
+enum { ONE_ROW_COLS = 4, TILE_ROWS = 3, TILE_COLS = 2, DELTA_STEP = 32, TILE_SUMS = 12 };
+#define QUERY_TILE 6
+#include "elementwise.h"
+#include "vec_ymm.h"
+#include "attend.h"
+#include "delta.h"
+#include "dense.h"
+
 /* Nearly all calls are for a whole pair of tiles: a constant length makes their loops straight-line code. */
 TARGET static void store_rows(char *dst, ptrdiff_t row_bytes, const int64_t *rows, int m, const float *sums,
                               const float *bias, int n, int dtype)
@@ -255,7 +266,7 @@ const isa_descriptor isa_avx2 = {
     .peak = peak,
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .quantize_row = quantize_row,
             .widen = widen,
             .narrow = narrow,
@@ -264,6 +275,11 @@ const isa_descriptor isa_avx2 = {
             .axpy = axpy,
             .softmax = softmax,
             .sigmoid = sigmoid,
+            ELEMENTWISE_KERNELS,
+            NORM_KERNELS,
+            DENSE_KERNELS,
+            ATTENTION_KERNELS,
+            DELTA_KERNELS,
         },
 };
 #endif

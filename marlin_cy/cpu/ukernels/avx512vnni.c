@@ -17,6 +17,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 #define KERNEL \
     static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define ROWOPS KERNEL
 
 enum {
     PLANE_ROWS = 8,
@@ -270,6 +271,15 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
     }
 }
 
+/* Registers of the row operations, of 32: 24 sums, weights of a tile's columns (6 or 8), one value of x. A step of the
+ * delta rule's columns is 4 vectors, whose state (128 rows of 256 bytes) fits the first-level cache. */
+enum { ONE_ROW_COLS = 8, TILE_ROWS = 4, TILE_COLS = 6, DELTA_STEP = 64, TILE_SUMS = 24 };
+#define QUERY_TILE 8
+#include "vec_zmm.h"
+#include "attend.h"
+#include "delta.h"
+#include "dense.h"
+
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
 TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
@@ -313,8 +323,12 @@ const isa_descriptor isa_avx512vnni = {
     .peak = peak,
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .quantize_row = quantize_row,
+            NORM_KERNELS,
+            DENSE_KERNELS,
+            ATTENTION_KERNELS,
+            DELTA_KERNELS,
         },
 };
 #endif

@@ -102,7 +102,7 @@ const isa_descriptor isa_avxvnni = {
     .probe = probe,
 #ifdef COMPILER_HAS_AVXVNNI
     .peak = peak,
-    .kernels = {.gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}}},
+    .kernels = {.gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}}},
 #endif
 };
 #endif

@@ -1,5 +1,6 @@
 /* The code types on the CPU: one row each. The Python side of a row is in marlin_cy/weights/code_types.py, which has
- * the formulas; tests/test_constants.py compares the two.
+ * the formulas; tests/test_constants.py compares the two. The numbers are defined here only: Python code finds a number
+ * by the row's name.
  *
  * Kernels multiply activations by unsigned integers w(q), the multiplicands, never by the value of a code:
  *
@@ -19,6 +20,7 @@ enum { CODES_UINT4 = 0, CODES_E2M1 = 1, CODES_COUNT = 2 };
 enum { SYMMETRIC_ZERO = 8 };
 
 typedef struct {
+    const char *name;          /* of the row in Python */
     uint8_t multiplicands[16]; /* w(q) of each code */
     int is_identity;           /* w(q) = q, so that kernels need not look it up */
     int max_multiplicand;
@@ -31,6 +33,7 @@ typedef struct {
 static const code_type code_types[CODES_COUNT] = {
     [CODES_UINT4] =
         {
+            .name = "uint4",
             .multiplicands = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
             .is_identity = 1,
             .max_multiplicand = 15,
@@ -41,6 +44,7 @@ static const code_type code_types[CODES_COUNT] = {
     /* 4-bit floats: twice the value, plus 12, so that no multiplicand is negative. */
     [CODES_E2M1] =
         {
+            .name = "e2m1",
             .multiplicands = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
             .is_identity = 0,
             .max_multiplicand = 24,

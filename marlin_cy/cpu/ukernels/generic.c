@@ -11,6 +11,7 @@
 #else
 #define KERNEL static inline
 #endif
+#define TARGET
 
 #include "isa.h"
 #include "quantize.h"
@@ -37,6 +38,10 @@ static uint16_t float_to_half(float x)
         return (uint16_t)(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000));
     return (uint16_t)(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13));
 }
+
+/* Tiles of the row operations. A vector of all lanes is 4 to 16 registers, so a tile of two by two fills them. */
+enum { ONE_ROW_COLS = 2, TILE_ROWS = 2, TILE_COLS = 2, DELTA_STEP = LANES, TILE_SUMS = 2 };
+#define QUERY_TILE 2
 
 static void widen(float *dst, const void *src, int dtype, int64_t n)
 {
@@ -75,6 +80,12 @@ static void glu_epilogue(float *dst, ptrdiff_t row_floats, const int64_t *rows, 
 }
 
 static void axpy(float *dst, const float *src, float weight, int64_t n) { axpy_rows(dst, src, weight, n); }
+
+#include "elementwise.h"
+#include "vec_c.h"
+#include "attend.h"
+#include "delta.h"
+#include "dense.h"
 
 static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a, ptrdiff_t a_group_stride,
                          act_meta *meta, ptrdiff_t meta_group_stride)
@@ -199,7 +210,7 @@ const isa_descriptor isa_generic = {
     .probe = probe,
     .kernels =
         {
-            .gemm = {{gemm_u4_i8, gemm_u4_i16}, {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
             .mr = 8,
             .mc =
                 48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */
@@ -211,5 +222,10 @@ const isa_descriptor isa_generic = {
             .axpy = axpy,
             .softmax = softmax,
             .sigmoid = sigmoid,
+            ELEMENTWISE_KERNELS,
+            NORM_KERNELS,
+            DENSE_KERNELS,
+            ATTENTION_KERNELS,
+            DELTA_KERNELS,
         },
 };

@@ -42,5 +42,20 @@ void isa_merge(ukernel_table *table, const isa_descriptor *isa)
     OVERRIDE(axpy);
     OVERRIDE(softmax);
     OVERRIDE(sigmoid);
+    OVERRIDE(rms_norm);
+    OVERRIDE(gated_rms_norm);
+    OVERRIDE(l2_normalize);
+    OVERRIDE(add);
+    OVERRIDE(rope);
+    OVERRIDE(sigmoid_gate);
+    OVERRIDE(glu_rows);
+    OVERRIDE(dense);
+    OVERRIDE(attention);
+    OVERRIDE(attention_merge);
+    OVERRIDE(attention_finish);
+    OVERRIDE(store_keys);
+    OVERRIDE(short_conv);
+    OVERRIDE(delta_gates);
+    OVERRIDE(delta_rule);
 #undef OVERRIDE
 }

@@ -1,11 +1,10 @@
 /* Convert words, as checkpoints store them (eight values of K per word, lowest bits first), to the lanes of a packed
- * tile (drawn in ukernel.h), and back. Plain C that compilers vectorise; memory bandwidth bounds it.
+ * tile (drawn in ukernel.h). Plain C that compilers vectorise; memory bandwidth bounds it.
  *
  *   lanes      first block, first column to convert; the next block is TILE_N lanes further
  *   words      first block, first column to convert; the next block is `stride` words further
- *   rows       packing: [LANE_K * blocks] row of K at each packed position, -1 for padding (packed as code 0); NULL for
- *              the order of K itself
- *   positions  unpacking: [LANE_K * blocks] packed position of each row of K; NULL for the order of K itself
+ *   rows       [LANE_K * blocks] row of K at each packed position, -1 for padding (packed as code 0); NULL for the order
+ *              of K itself
  *
  * `columns` is at most TILE_N. The memory areas do not overlap.
  */
@@ -29,63 +28,43 @@ static inline uint32_t lane_of_word(uint32_t word)
     return exchange_bits(exchange_bits(word, 0x0000ff00, 8), 0x00f000f0, 4);
 }
 
-static inline uint32_t word_of_lane(uint32_t lane)
-{
-    return exchange_bits(exchange_bits(lane, 0x00f000f0, 4), 0x0000ff00, 8);
-}
-
 /* Bit position of value i of a block, in a word and in a lane. */
 static inline int shift_in_word(int i) { return 4 * i; }
 
 static inline int shift_in_lane(int i) { return 8 * (i % 4) + 4 * (i / 4); }
 
-/* Convert and reorder: value i of block b is value places[LANE_K * b + i] of `from`, or 0 if that is -1. `columns` and
- * `to_lanes` are constants where this is inlined. */
-static inline void gather_blocks(uint32_t *restrict to, ptrdiff_t to_stride, const uint32_t *restrict from,
-                                 ptrdiff_t from_stride, const int32_t *restrict places, int64_t blocks, int columns,
-                                 int to_lanes)
+/* Convert and reorder. `columns` is a constant where this is inlined. */
+static inline void gather_blocks(uint32_t *restrict lanes, const uint32_t *restrict words, ptrdiff_t stride,
+                                 const int32_t *restrict rows, int64_t blocks, int columns)
 {
     static const uint32_t nothing[TILE_N];
-    for (int64_t b = 0; b < blocks; b++, to += to_stride, places += LANE_K) {
+    for (int64_t b = 0; b < blocks; b++, lanes += TILE_N, rows += LANE_K) {
         const uint32_t *source[LANE_K];
         int shift[LANE_K];
         for (int i = 0; i < LANE_K; i++) {
-            const int value = places[i] & (LANE_K - 1);
-            source[i] = places[i] < 0 ? nothing : from + places[i] / LANE_K * from_stride;
-            shift[i] = to_lanes ? shift_in_word(value) : shift_in_lane(value);
+            source[i] = rows[i] < 0 ? nothing : words + rows[i] / LANE_K * stride;
+            shift[i] = shift_in_word(rows[i] & (LANE_K - 1));
         }
         for (int c = 0; c < columns; c++) {
             uint32_t block = 0;
             for (int i = 0; i < LANE_K; i++)
-                block |= (source[i][c] >> shift[i] & 15) << (to_lanes ? shift_in_lane(i) : shift_in_word(i));
-            to[c] = block;
+                block |= (source[i][c] >> shift[i] & 15) << shift_in_lane(i);
+            lanes[c] = block;
         }
     }
 }
 
-/* `columns` is a constant where these are inlined. */
+/* `columns` is a constant where this is inlined. */
 static inline void pack_columns(uint32_t *restrict lanes, const uint32_t *restrict words, ptrdiff_t stride,
                                 const int32_t *rows, int64_t blocks, int columns)
 {
     if (rows) {
-        gather_blocks(lanes, TILE_N, words, stride, rows, blocks, columns, 1);
+        gather_blocks(lanes, words, stride, rows, blocks, columns);
         return;
     }
     for (int64_t b = 0; b < blocks; b++, lanes += TILE_N, words += stride)
         for (int c = 0; c < columns; c++)
             lanes[c] = lane_of_word(words[c]);
-}
-
-static inline void unpack_columns(uint32_t *restrict words, ptrdiff_t stride, const uint32_t *restrict lanes,
-                                  const int32_t *positions, int64_t blocks, int columns)
-{
-    if (positions) {
-        gather_blocks(words, stride, lanes, TILE_N, positions, blocks, columns, 0);
-        return;
-    }
-    for (int64_t b = 0; b < blocks; b++, lanes += TILE_N, words += stride)
-        for (int c = 0; c < columns; c++)
-            words[c] = word_of_lane(lanes[c]);
 }
 
 static void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
@@ -95,15 +74,6 @@ static void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, 
         pack_columns(lanes, words, stride, rows, blocks, TILE_N);
     else
         pack_columns(lanes, words, stride, rows, blocks, columns);
-}
-
-static void unpack_tile(uint32_t *words, ptrdiff_t stride, const uint32_t *lanes, const int32_t *positions,
-                        int64_t blocks, int columns)
-{
-    if (columns == TILE_N)
-        unpack_columns(words, stride, lanes, positions, blocks, TILE_N);
-    else
-        unpack_columns(words, stride, lanes, positions, blocks, columns);
 }
 
 /* Copy the scales or zero points of some columns; each has `bytes` bytes. */

@@ -30,6 +30,7 @@
 #include <stdint.h>
 
 #include "code_types.h"
+#include "operations.h"
 
 enum {
     TILE_N = 16,             /* columns of a packed tile */
@@ -171,6 +172,22 @@ typedef struct {
     axpy_fn *axpy;
     softmax_fn *softmax;
     sigmoid_fn *sigmoid;
+    /* operations.h */
+    rms_norm_fn *rms_norm;
+    gated_rms_norm_fn *gated_rms_norm;
+    l2_normalize_fn *l2_normalize;
+    add_fn *add;
+    rope_fn *rope;
+    sigmoid_gate_fn *sigmoid_gate;
+    glu_rows_fn *glu_rows;
+    dense_fn *dense;
+    attention_fn *attention;
+    attention_merge_fn *attention_merge;
+    attention_finish_fn *attention_finish;
+    store_keys_fn *store_keys;
+    short_conv_fn *short_conv;
+    delta_gates_fn *delta_gates;
+    delta_rule_fn *delta_rule;
 } ukernel_table;
 
 #endif
