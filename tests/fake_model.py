@@ -31,11 +31,12 @@ class FakeModel:
 
     def __init__(self, folder, *, vocab_size=264, context_length=64, cache_tokens=None, scripted=None, prompt_length=1):
         self.folder, self.vocab_size, self.context_length = Path(folder), vocab_size, context_length
-        self.cache_tokens = cache_tokens or context_length
+        self.cache_tokens = -(-(cache_tokens or context_length) // 16) * 16
         self.scripted, self.prompt_length = scripted, prompt_length
         self.sequences = []
         self.calls = []  # the lengths of the tokens of each call
         self.recurrent = False
+        self.context, self.plan, self.cache_bytes = None, (), 0
 
     def new_sequence(self):
         self.sequences.append(FakeSequence())
@@ -80,10 +81,11 @@ class FakeModel:
         results = []
         for sequence, tokens in pairs:
             rows = []
-            for token in tokens:
+            for number, token in enumerate(tokens, 1):
                 assert 0 <= int(token) < self.vocab_size
                 sequence.tokens.append(int(token))
-                rows.append(self.logits(sequence.tokens))
+                if all_logits or number == len(tokens):
+                    rows.append(self.logits(sequence.tokens))
             assert self.free_tokens >= 0, "the cache is full"
             results.append(np.stack(rows) if all_logits else rows[-1])
         return results
@@ -95,6 +97,20 @@ class FakeModel:
         if self.scripted is not None and 0 <= index < len(self.scripted):
             logits[self.scripted[index]] = 10
         return logits
+
+
+def install(monkeypatch, model):
+    """Let :func:`marlin_cy.decoder.model.load_model` give this model. Gives the list of its calls' arguments."""
+    calls = []
+
+    def load_model(path, backend, *, context_length, cache_tokens, cache_dtype, progress, **options):
+        calls.append({**options, "path": path, "context_length": context_length, "cache_tokens": cache_tokens})
+        calls[-1]["cache_dtype"] = cache_dtype
+        model.context = backend.new_context(**options)
+        return model
+
+    monkeypatch.setattr("marlin_cy.decoder.model.load_model", load_model)
+    return calls
 
 
 def write_tokenizer(folder, **changes):
