@@ -271,6 +271,29 @@ def test_bias_that_is_missing(tmp_path):
         plan_of(quantised)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "message"),
+    [
+        ("gpt_oss", "router.bias", "router.bias'.*missing"),
+        ("gpt_oss", "experts.down_proj_bias", "experts: the biases are missing"),
+        ("deepseek_v3", "gate.e_score_correction_bias", "e_score_correction_bias'.*missing"),
+    ],
+)
+def test_biases_of_experts_that_are_missing(tmp_path, model_type, name, message):
+    quantised, _ = write_model(tmp_path, model_type)
+    edit_tensor(quantised, f"model.layers.1.mlp.{name}", lambda array: None)
+    with pytest.raises(CheckpointError, match=message):
+        plan_of(quantised)
+
+
+def test_gate_of_a_shared_expert_of_another_dtype(tmp_path):
+    quantised, _ = write_model(tmp_path, "qwen2_moe")
+    name = "model.layers.1.mlp.shared_expert_gate.weight"
+    edit_tensor(quantised, name, lambda array: array.astype(np.int8))
+    with pytest.raises(CheckpointError, match="shared_expert_gate.weight'.*got dtype int8"):
+        plan_of(quantised)
+
+
 def test_linear_of_another_size(small):
     """q_proj's tensors in k_proj's place."""
     for part in ("qweight", "scales", "qzeros"):

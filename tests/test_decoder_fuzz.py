@@ -98,7 +98,7 @@ def test_undamaged(folders):
         assert np.isfinite(run(folder)).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("change", ["missing", "shorter", "turned", "int8"])
 def test_every_tensor_damaged(folders, tmp_path, model_type, change):
@@ -123,5 +123,5 @@ def test_every_tensor_damaged(folders, tmp_path, model_type, change):
     print(runs)
     unread = r"g_idx$|visual\.|mtp\."
     same_if_turned = r"bias$|norm|A_log|sinks|q_proj\.weight|o_proj\.weight|out_proj"
-    allowed = f"{unread}|{same_if_turned}" if change == "turned" else unread
+    allowed = {"turned": f"{unread}|{same_if_turned}", "int8": f"{unread}|experts.*_bias$"}.get(change, unread)
     assert [name for name in runs if not re.search(allowed, name)] == []

@@ -399,7 +399,8 @@ class Checkpoint:
             name = f"{block}.{family.shared_gate}.weight"
             self._tensors.check(name, (1, hidden))
             gate_weight = self._tensors.tensor(name)[0]
-        return SharedExpert(builder.finish(), below.finish(), gate_weight)
+        with as_checkpoint_error(self._tensors.source, name):
+            return SharedExpert(builder.finish(), below.finish(), gate_weight)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
         """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""

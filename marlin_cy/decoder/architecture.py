@@ -38,6 +38,10 @@ class Architecture:
         Whether queries and keys are normalised per head, or the key of ``config.json`` that decides.
     sinks : bool
         Whether attention has a sink for each head.
+    expert_bias : bool
+        Whether routers and experts have biases.
+    correction_bias : bool
+        Whether routers have a bias that selects experts, ``e_score_correction_bias``.
     gated : bool
         Whether attention's output is gated.
     rope_theta : float
@@ -64,6 +68,8 @@ class Architecture:
     output_bias: bool = True
     head_norm: bool | str = False
     sinks: bool = False
+    expert_bias: bool = False
+    correction_bias: bool = False
     gated: bool = False
     rope_theta: float = 10000.0
     rope: Mapping[str, Any] = field(default_factory=dict)
@@ -127,10 +133,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         defaults={"rms_norm_eps": 1e-5},
     ),
     "deepseek_v2": Architecture(latent=True, rope_interleaved=True),
-    "deepseek_v3": Architecture(latent=True, rope_interleaved="rope_interleave"),
+    "deepseek_v3": Architecture(latent=True, rope_interleaved="rope_interleave", correction_bias=True),
     "glm4_moe": Architecture(
         output_bias=False,
         head_norm="use_qk_norm",
+        correction_bias=True,
         partial_rotary=0.5,
         defaults={"rms_norm_eps": 1e-5},
     ),
@@ -138,6 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         pattern="alternating",
         mixers=("full_attention", "sliding_attention"),
         sinks=True,
+        expert_bias=True,
         rope_theta=150000.0,
         rope=YARN_OF_GPT_OSS,
         defaults={"rms_norm_eps": 1e-5, "head_dim": 64, "attention_bias": True, "sliding_window": 128},

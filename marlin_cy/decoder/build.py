@@ -34,6 +34,7 @@ from marlin_cy.decoder.plan import (
 )
 from marlin_cy.decoder.rope import rope_table
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.moe.layer import MoeLayer
 
 __all__ = ["build_plan", "read_config"]
 
@@ -265,23 +266,32 @@ class PlanBuilder:
             assert self._config.dense_size is not None  # read_config checks
             return loader.mlp(f"{module}.mlp", DENSE_MLP, hidden, self._config.dense_size, spec.activation)
         block, names = checkpoint.moe_block(layer), (family.gate, family.up, family.down)
-        bias = checkpoint.router_bias(layer)
-        router = DenseLinear(
-            loader.matrix(f"{block}.{family.router}.weight", spec.num_experts, hidden),
-            None if bias is None else bias.astype(np.float32),
-        )
+        bias = self._config.architecture.expert_bias
+        router = loader.dense(f"{block}.{family.router}", hidden, spec.num_experts, bias)
         shared = f"{block}.{family.shared_expert}"
         if spec.shared_intermediate_size is None or all(loader.is_quantised(f"{shared}.{name}") for name in names):
-            return MoeFfnPlan(router, checkpoint.moe_layer(layer))
+            return MoeFfnPlan(router, self._experts(layer, shared_expert=True))
         gate = None
         if family.shared_gate is not None:
             gate = loader.vector(f"{block}.{family.shared_gate}.weight", hidden, (1, hidden))
         return MoeFfnPlan(
-            router,
-            checkpoint.moe_layer(layer, shared_expert=False),
-            loader.mlp(shared, names, hidden, spec.shared_intermediate_size, spec.activation),
-            gate,
+            router=router,
+            layer=self._experts(layer, shared_expert=False),
+            shared=loader.mlp(shared, names, hidden, spec.shared_intermediate_size, spec.activation),
+            shared_gate=gate,
         )
+
+    def _experts(self, layer: int, shared_expert: bool) -> MoeLayer:
+        """A layer's experts. Biases are optional to a checkpoint, but not to a model."""
+        checkpoint, architecture = self._checkpoint, self._config.architecture
+        block = checkpoint.moe_block(layer)
+        if architecture.correction_bias and checkpoint.correction_bias(layer) is None:
+            name = f"{block}.{checkpoint.family.router}.e_score_correction_bias"
+            raise CheckpointError("missing", file=checkpoint.path, tensor=name)
+        experts = checkpoint.moe_layer(layer, shared_expert=shared_expert)
+        if architecture.expert_bias and (experts.gate_up.bias is None or experts.down.bias is None):
+            raise CheckpointError(f"{block}.experts: the biases are missing", file=checkpoint.path)
+        return experts
 
 
 def narrowed(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

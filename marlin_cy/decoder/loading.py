@@ -68,6 +68,10 @@ class Loader:
         self.checkpoint.check_tensor(tensor, shape)
         return self.checkpoint.tensor(tensor)
 
+    def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
+        """A linear layer that must not be quantised; the rest is as for :meth:`projection`."""
+        return DenseLinear(self.matrix(f"{module}.weight", n, k), self._bias(module, n, bias))
+
     def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
         """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
 
@@ -78,7 +82,7 @@ class Loader:
             AutoGPTQ writes it.
         """
         if not self.is_quantised(module):
-            return DenseLinear(self.matrix(f"{module}.weight", n, k), self._bias(module, n, bias))
+            return self.dense(module, k, n, bias)
         self._bias(module, n, bias)
         linear = self.checkpoint.linear(module)
         self._check_sizes(module, linear.in_features, linear.out_features, k, n)
