@@ -146,6 +146,7 @@ def test_opencl_show_of_a_part(tmp_path):
         (["before-after"], "required: --before"),
     ],
 )
+@pytest.mark.sampled(4)
 def test_wrong_options_are_refused(arguments, message):
     finished = bench(*arguments)
     assert finished.returncode == 2
@@ -188,6 +189,7 @@ def test_documented_commands_exist():
 
 
 @pytest.mark.parametrize("command", ["compare", "sweep", "show", "cost", "models", "before-after", "opencl show"])
+@pytest.mark.sampled(3)
 def test_every_command_has_a_help_text(command):
     finished = bench(*command.split(), "--help")
     assert finished.returncode == 0, finished.stderr

@@ -125,6 +125,7 @@ def test_saved_tables_are_those_that_were_printed(compared):
         (["pictures", str(ROOT / "pyproject.toml")], "pyproject.toml"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_wrong_options_are_refused(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 2

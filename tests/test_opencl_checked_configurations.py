@@ -140,6 +140,7 @@ def test_the_next_configuration_is_used(new_backend, rng, call, fault):
     assert_close(result, x.astype(np.float64) @ problem.dense(1), product_bound(backend, x, problem.dense(1)))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -296,6 +297,7 @@ class TestTuning:
     SHAPE = tuning.Shape(k=512, n=16, experts=2, group_size=128, top_k=1)
 
     @pytest.mark.parametrize("fault", [WRONG, UNWRITTEN], ids=["wrong", "unwritten"])
+    @pytest.mark.sampled(1)
     def test_a_wrong_candidate_is_refused(self, new_backend, monkeypatch, fault):
         candidates = tuning.candidates
         monkeypatch.setattr(
@@ -444,6 +446,7 @@ class TestSums:
         ],
         ids=["wrong", "unwritten", "left out", "weighing", "factor"],
     )
+    @pytest.mark.sampled(2)
     def test_a_wrong_kernel_is_an_error(self, new_backend, rng, monkeypatch, change, message):
         with_text(monkeypatch, change, ["moe"])
         backend = new_backend()

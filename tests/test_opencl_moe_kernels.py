@@ -229,7 +229,7 @@ def combine(
 
 @each_device
 class TestRoute:
-    @pytest.mark.sampled(6)
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("scoring", SCORINGS)
     @pytest.mark.parametrize("sizes", ROUTINGS)
     @pytest.mark.parametrize("corrected", [False, True])
@@ -253,6 +253,7 @@ class TestRoute:
             check_routed(route(runtime_of(device), logits, how, dtype), logits, how)
 
     @pytest.mark.parametrize(("experts", "top_k"), [(513, 10), (1030, 3), (6000, 100)])
+    @pytest.mark.sampled(1)
     def test_many_experts(self, device, rng, experts, top_k):
         logits = (4 * rng.standard_normal((50, experts))).astype(np.float32)
         how = Routing(experts, top_k)
@@ -297,6 +298,7 @@ class TestRoute:
     @pytest.mark.parametrize("scoring", SCORINGS)
     @pytest.mark.parametrize(("experts", "groups"), [(5, 1), (100, 1), (100, 10)])
     @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf], [0, np.inf], "all -inf", "all nan"])
+    @pytest.mark.sampled(24)
     def test_bad_logits(self, device, rng, bad, experts, groups, scoring, corrected):
         """The row has ids 0, 1, 2, ... and weights of NaN, as on the CPU; other rows do not change."""
         logits = rng.standard_normal((3, experts)).astype(np.float32)
@@ -437,6 +439,7 @@ class TestCombine:
     @pytest.mark.parametrize("out_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.sampled(4)
     def test_from_what_a_shared_expert_gave(self, device, rng, gated, dtype, out_dtype):
         rows = rng.standard_normal((9, 264)).astype(DTYPES[dtype])
         shared = rng.standard_normal((3, 264)).astype(DTYPES[dtype])

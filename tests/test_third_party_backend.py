@@ -79,14 +79,16 @@ class TestThePage:
         """The page's own command: the tests of stacks, linear layers and builders pass."""
         (command,) = (line for block in blocks("sh") for line in block.splitlines() if "pytest" in line)
         variable, _, *arguments = command.split()
-        done = start(abacus, *arguments, "-q", "-p", "no:cacheprovider", **dict([variable.split("=")]))
+        done = start(abacus, *arguments, "-n0", "-q", "-p", "no:cacheprovider", **dict([variable.split("=")]))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
 
+    @pytest.mark.sweep
     def test_moe_layers(self, abacus):
         """Routing kinds, activations, shared experts and both ways to choose experts, as on every backend."""
         selected = ["tests/test_moe.py", "-k", "TestLayer and abacus"]
-        done = start(abacus, "-m", "pytest", *selected, "-q", "-p", "no:cacheprovider", MARLIN_CY_TEST_BACKEND="abacus")
+        options = ["-n0", "-q", "-p", "no:cacheprovider"]
+        done = start(abacus, "-m", "pytest", *selected, *options, MARLIN_CY_TEST_BACKEND="abacus")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10
 
