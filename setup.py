@@ -120,6 +120,7 @@ setup(
             extension("_products"),
             extension("_routing"),
             extension("_combine"),
+            extension("_operations"),
             extension("_layer"),
             extension("_align", package="moe"),
             extension("_dispatches", package="stacks"),

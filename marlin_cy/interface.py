@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.command_line import CommandLine
+from marlin_cy.decoder.operations import DecoderOperations
 from marlin_cy.formats import gptq
 from marlin_cy.stacks.interface import Buffer, Dispatches, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
 from marlin_cy.weights.sizes import checked_group_size, g_idx_per_expert
@@ -121,7 +122,7 @@ class MoePlan:
         return stacks
 
 
-class Backend(CommandLine, ABC):
+class Backend(DecoderOperations, CommandLine, ABC):
     """A kind of device: makes contexts, buffers and weights, and runs MoE layers."""
 
     @property

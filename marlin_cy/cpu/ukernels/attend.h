@@ -315,13 +315,18 @@ TARGET static void attention(const attention_task *task)
 /* The larger maximum; NaN if either is. */
 ROWOPS float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
-/* exp(max - larger), 0 where max is -infinity. */
-ROWOPS float rescale(float max, float larger) { return max == -INFINITY ? 0.0f : exp_or_nan(max - larger); }
-
 TARGET static void attention_merge(float *max, float *sum, float *out, float max2, float sum2, const float *out2,
                                    int64_t n)
 {
-    const float larger = max_or_nan(*max, max2), a = rescale(*max, larger), b = rescale(max2, larger);
+    if (sum2 == 0.0f)
+        return;
+    if (*sum == 0.0f) {
+        *max = max2;
+        *sum = sum2;
+        memcpy(out, out2, (size_t)n * sizeof *out);
+        return;
+    }
+    const float larger = max_or_nan(*max, max2), a = exp_or_nan(*max - larger), b = exp_or_nan(max2 - larger);
     *max = larger;
     *sum = fmaf(*sum, a, sum2 * b);
     for (int64_t i = 0; i < n; i++)
@@ -331,7 +336,7 @@ TARGET static void attention_merge(float *max, float *sum, float *out, float max
 TARGET static void attention_finish(float *out, float max, float sum, const float *sink, int64_t n)
 {
     if (sink) {
-        const float larger = max_or_nan(max, *sink), a = rescale(max, larger);
+        const float larger = max_or_nan(max, *sink), a = max == -INFINITY ? 0.0f : exp_or_nan(max - larger);
         sum = fmaf(sum, a, exp_or_nan(*sink - larger));
         for (int64_t i = 0; i < n; i++)
             out[i] = out[i] * a;
