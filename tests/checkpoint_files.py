@@ -18,6 +18,7 @@ from marlin_cy.weights.code_types import CODE_TYPES
 CONFIGS = {
     "qwen2_moe": {"norm_topk_prob": True},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"norm_topk_prob": True},
     "qwen3_5_moe_text": {},
     "mixtral": {},
     "deepseek_v2": {

@@ -13,6 +13,7 @@ import torch
 import transformers
 from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from marlin_cy.formats import gptq
 from marlin_cy.weights.code_types import CODE_TYPES
@@ -61,6 +62,7 @@ LINEAR_ATTENTION = {
 CONFIGS = {
     "qwen2_moe": {"intermediate_size": 96, "norm_topk_prob": False, "mlp_only_layers": [0], **SHARED},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True},
+    "qwen3_next": {"intermediate_size": 96, **SHARED, **LINEAR_ATTENTION},
     "qwen3_5_moe_text": {**SHARED, **LINEAR_ATTENTION},
     "qwen3_5_moe": {**SHARED, **LINEAR_ATTENTION},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 96, "sliding_window": None},
@@ -86,7 +88,7 @@ CONFIGS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
-NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_[ab]|router|visual)\.weight$")
+NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_(a|b|ba)|router|visual)\.weight$")
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -194,6 +196,34 @@ def is_quantised(name, tensor, kept):
 def load_reference(dense, dtype=torch.float32):
     """The dense model, by transformers alone."""
     return transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, experts_implementation="eager").eval()
+
+
+def logits_in_float64(dense, tokens):
+    """The dense model's logits, float64 ``[tokens, vocabulary]``, without a rounding to float32.
+
+    Even in a float64 model, transformers normalises, rotates, routes and takes the softmax in float32. While this
+    function runs, PyTorch's names for float32 are float64.
+    """
+    model = load_reference(dense, torch.float64)
+    names = {"float32": torch.float32, "float": torch.float32}
+    to_float, default = torch.Tensor.float, torch.get_default_dtype()
+    try:
+        for name in names:
+            setattr(torch, name, torch.float64)
+        torch.Tensor.float = torch.Tensor.double
+        torch.set_default_dtype(torch.float64)
+        for module in model.modules():
+            if hasattr(module, "compute_default_rope_parameters"):
+                functions = {**ROPE_INIT_FUNCTIONS, "default": module.compute_default_rope_parameters}
+                module.inv_freq = functions[module.rope_type](module.config)[0]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)[None]).logits[0]
+    finally:
+        for name, dtype in names.items():
+            setattr(torch, name, dtype)
+        torch.Tensor.float = to_float
+        torch.set_default_dtype(default)
+    return logits.numpy()
 
 
 def round_to_gptq(weight):

@@ -12,6 +12,8 @@ from checkpoint_files import CONFIGS, METHODS, write_checkpoint
 
 from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints import families
+from marlin_cy.decoder import architecture
+from marlin_cy.decoder.config import read_decoder_config
 from marlin_cy.formats import registry
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -64,7 +66,7 @@ def test_a_new_format(tmp_path, cpu_backend, monkeypatch):
 
 
 def test_a_new_family(tmp_path, cpu_backend, monkeypatch):
-    (row,) = code_blocks("adding-a-family.md")
+    row, _ = code_blocks("adding-a-family.md")
     rows = {}
     exec(row.replace("    ...\n", ""), {"Family": families.Family}, rows)  # noqa: S102
     monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, **rows["FAMILIES"]})
@@ -78,3 +80,23 @@ def test_a_new_family(tmp_path, cpu_backend, monkeypatch):
         hidden = np.ones((2, 64), np.float32)
         out = layer(cpu_backend.new_context(), hidden, np.ones((2, 3), np.float32))
     assert np.isfinite(out).all()
+
+
+def test_a_new_architecture(monkeypatch):
+    _, row = code_blocks("adding-a-family.md")
+    rows = {}
+    exec(row.replace("    ...\n", ""), {"Architecture": architecture.Architecture}, rows)  # noqa: S102
+    monkeypatch.setattr(architecture, "ARCHITECTURES", {**architecture.ARCHITECTURES, **rows["ARCHITECTURES"]})
+    config = {
+        "model_type": "new_moe",
+        "hidden_size": 64,
+        "vocab_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_bias": True,
+    }
+    read = read_decoder_config(config, "config.json")
+    assert read.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
+    assert (read.norm_eps, read.attention.window) == (1e-5, 4096)
+    assert (read.attention.bias, read.attention.output_bias, read.attention.head_norm) == (True, True, True)

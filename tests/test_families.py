@@ -51,6 +51,10 @@ class TestConfiguration:
         spec = spec_of("qwen3_5_moe", num_experts=256, moe_intermediate_size=96, shared_expert_intermediate_size=96)
         assert spec == MoeSpec(256, 2, 64, 96, shared_intermediate_size=96)
 
+    def test_qwen3_next(self):
+        spec = spec_of("qwen3_next", num_experts=512, moe_intermediate_size=96, shared_expert_intermediate_size=96)
+        assert spec == MoeSpec(512, 2, 64, 96, shared_intermediate_size=96)
+
     def test_mixtral(self):
         assert spec_of("mixtral", num_local_experts=8, intermediate_size=96) == MoeSpec(8, 2, 64, 96)
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +33,7 @@ from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 from marlin_cy.threads import checked_num_threads
+from marlin_cy.weights.int4 import Int4Weight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -185,6 +186,16 @@ class Checkpoint:
         """A tensor's dtype (safetensors' name), shape and position in the file. Raises as :meth:`tensor`."""
         return self._tensors.info(name)
 
+    def check_tensor(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] | None = None) -> None:
+        """Refuse a tensor that is missing or has another shape or dtype (safetensors' names).
+
+        Raises
+        ------
+        CheckpointError
+            The message has file, tensor, and what was found and expected.
+        """
+        self._tensors.check(name, shape, dtypes)
+
     def release(self, name: str) -> None:
         """Let the operating system reclaim the memory into which a tensor was read. Views stay valid."""
         self._tensors.release(name)
@@ -223,6 +234,13 @@ class Checkpoint:
         linear = self._source.linear(name, self.backend)
         self._source.release(name)
         return linear
+
+    def weight(self, name: str) -> Int4Weight:
+        """One quantised linear layer in canonical form, without its bias.
+
+        Its arrays may be views of the files. Parameters and exceptions are those of :meth:`linear`.
+        """
+        return self._source.weight(name)
 
     # MoE layers --------------------------------------------------------------------------------
 
@@ -381,7 +399,8 @@ class Checkpoint:
             name = f"{block}.{family.shared_gate}.weight"
             self._tensors.check(name, (1, hidden))
             gate_weight = self._tensors.tensor(name)[0]
-        return SharedExpert(builder.finish(), below.finish(), gate_weight)
+        with as_checkpoint_error(self._tensors.source, name):
+            return SharedExpert(builder.finish(), below.finish(), gate_weight)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
         """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""

@@ -83,6 +83,9 @@ QWEN3_5 = Family("Qwen3.5-MoE", shared_expert="shared_expert", shared_gate="shar
 FAMILIES = {
     "qwen2_moe": Family("Qwen2-MoE", shared_expert="shared_expert", shared_gate="shared_expert_gate"),
     "qwen3_moe": Family("Qwen3-MoE"),
+    "qwen3_next": Family(
+        "Qwen3-Next", shared_expert="shared_expert", shared_gate="shared_expert_gate", norm_default=True
+    ),
     "qwen3_5_moe": QWEN3_5,
     "qwen3_5_moe_text": QWEN3_5,
     "mixtral": Family(

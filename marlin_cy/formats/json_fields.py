@@ -101,6 +101,13 @@ def finite(config: Mapping[str, Any], name: str, file: StrPath, default: float) 
     value = config.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _fits_a_float(value):
         raise CheckpointError(f"{name}: got {value!r}, expected a finite number", file=file)
     return float(value)
+
+
+def _fits_a_float(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int of more than 1024 bits
+        return False

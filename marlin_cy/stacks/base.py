@@ -166,6 +166,16 @@ class PackedLinear(Linear):
         return self._width
 
     @property
+    def offset(self) -> int:
+        """The first column in the stacked N."""
+        return self._offset
+
+    @property
+    def bias(self) -> Any:
+        """The bias, float32 ``[out_features]`` in the backend's memory, or None."""
+        return self._bias
+
+    @property
     def metadata(self) -> WeightMetadata:
         return self._metadata
 

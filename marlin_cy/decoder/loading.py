@@ -1,0 +1,165 @@
+"""Weights of a plan, from a checkpoint: projections, vectors, and matrices that are unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.checkpoint import Checkpoint
+from marlin_cy.checkpoints.quantised import new_builder
+from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.interface import Linear
+from marlin_cy.reference import dequantize_weight
+from marlin_cy.stacks.builder import N_TILE
+from marlin_cy.weights.int4 import Int4Weight
+
+__all__ = ["Loader"]
+
+FLOATS = ("F32", "F16", "BF16")
+"""Dtypes of weights that are not quantised, by safetensors' names."""
+
+
+class Loader:
+    """Loads the weights of a checkpoint by the names of their modules.
+
+    Matrices that are not quantised are views of the mapped files, unless their rows are reordered. Vectors are float32
+    copies.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._linears = frozenset(checkpoint.linears)
+        self._names = frozenset(checkpoint.tensor_names)
+
+    def is_quantised(self, module: str) -> bool:
+        """Whether a module is a quantised linear layer."""
+        return module in self._linears
+
+    def has(self, tensor: str) -> bool:
+        """Whether the checkpoint has a tensor."""
+        return tensor in self._names
+
+    def vector(self, tensor: str, size: int, shape: tuple[int, ...] | None = None) -> Vector:
+        """A tensor as float32 ``[size]``; ``shape`` is that in the file, ``(size,)`` if omitted."""
+        values = self._floats(tensor, (size,) if shape is None else shape).reshape(size)
+        return np.array(values, np.float32)
+
+    def matrix(self, tensor: str, rows: int, columns: int) -> npt.NDArray[Any]:
+        """A matrix in the file's dtype: a view of the mapped file."""
+        return self._floats(tensor, (rows, columns))
+
+    def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        info = self.checkpoint.tensor_info(tensor)
+        if info.dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}, tensor {tensor!r}: dtype {info.dtype}, the decoder supports "
+                f"{', '.join(FLOATS)} and quantised layers"
+            )
+        self.checkpoint.check_tensor(tensor, shape)
+        return self.checkpoint.tensor(tensor)
+
+    def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
+        """A linear layer that must not be quantised; the rest is as for :meth:`projection`."""
+        return DenseLinear(self.matrix(f"{module}.weight", n, k), self._bias(module, n, bias))
+
+    def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
+        """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
+
+        Raises
+        ------
+        CheckpointError
+            A tensor is missing or contradicts the configuration. A bias of zeros that the model lacks is accepted:
+            AutoGPTQ writes it.
+        """
+        if not self.is_quantised(module):
+            return self.dense(module, k, n, bias)
+        self._bias(module, n, bias)
+        linear = self.checkpoint.linear(module)
+        self._check_sizes(module, linear.in_features, linear.out_features, k, n)
+        return linear
+
+    def mlp(self, module: str, names: Sequence[str], k: int, inner: int, activation: str) -> MlpPlan:
+        """A feed-forward network; ``names`` are those of gate, up and down in the module."""
+        gate, up, down = (f"{module}.{name}" for name in names)
+        return MlpPlan(
+            gate=self.projection(gate, k, inner),
+            up=self.projection(up, k, inner),
+            down=self.projection(down, inner, k),
+            activation=activation,
+        )
+
+    def unpacked(self, module: str, k: int, n: int) -> npt.NDArray[np.float32]:
+        """The weight of a linear layer without bias, float32 ``[n, k]``, exact: quantised weights fit a float32."""
+        self._bias(module, n, False)
+        if not self.is_quantised(module):
+            return self.matrix(f"{module}.weight", n, k).astype(np.float32)
+        weight = self.checkpoint.weight(module)
+        self._check_sizes(module, weight.k, weight.n, k, n)
+        dense: npt.NDArray[np.float32] = dequantize_weight(weight).T.astype(np.float32)
+        return dense
+
+    def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
+        """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
+
+        Dense rows are copied. A part of a quantised layer that is too narrow for the backends is unpacked to float32.
+        """
+        self._bias(module, n, False)
+        if not self.is_quantised(module):
+            matrix = self.matrix(f"{module}.weight", n, k)
+            return [DenseLinear(matrix[part]) for part in parts]
+        weight = self.checkpoint.weight(module)
+        self._check_sizes(module, weight.k, weight.n, k, n)
+        projections: list[Projection] = []
+        for part in parts:
+            piece = columns_of(weight, part)
+            if piece.n % N_TILE:
+                dense = dequantize_weight(piece).T.astype(np.float32)
+                projections.append(DenseLinear(np.ascontiguousarray(dense)))
+            else:
+                projections.append(self._linear(module, piece))
+        return projections
+
+    def _linear(self, module: str, weight: Int4Weight) -> Linear:
+        backend = self.checkpoint.backend
+        with as_checkpoint_error(self.checkpoint.path, module):
+            builder = new_builder(backend, 1, weight.n, weight, [weight.g_idx])
+            builder.add(0, 0, weight)
+            return backend.linear_of(builder.finish(), None)
+
+    def _bias(self, module: str, n: int, expected: bool) -> Vector | None:
+        name = f"{module}.bias"
+        if not expected and not self.has(name):
+            return None
+        bias = self.vector(name, n)
+        if expected:
+            return bias
+        if bias.any():
+            raise CheckpointError("the model has no such bias", file=self.checkpoint.path, tensor=name)
+        return None
+
+    def _check_sizes(self, module: str, k: int, n: int, expected_k: int, expected_n: int) -> None:
+        if (k, n) != (expected_k, expected_n):
+            raise CheckpointError(
+                f"{module}: got {k} to {n} features, expected {expected_k} to {expected_n} by the configuration",
+                file=self.checkpoint.path,
+            )
+
+
+def columns_of(weight: Int4Weight, columns: npt.NDArray[np.int64]) -> Int4Weight:
+    """Some columns of a weight, in a new order."""
+    return replace(
+        weight,
+        words=weight.words[:, columns],
+        scale=weight.scale[:, columns],
+        zero=None if weight.zero is None else weight.zero[:, columns],
+    )
