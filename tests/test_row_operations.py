@@ -5,70 +5,17 @@ Outputs lie between guards, and rows lie apart with NaN between them. What an op
 
 import numpy as np
 import pytest
-from asserts import GuardedArray, assert_close, assert_same_bits, unit_roundoff
-from conftest import ISAS
-from row_operations import (
-    ATTENTION_CHUNK,
-    BFLOAT16,
-    CHUNK_PAGES,
-    DTYPES,
-    KV_BLOCK,
-    LANES,
-    MAX_HEAD_DIM,
-    MAX_QUERIES,
-    RowOperations,
-)
+from asserts import assert_close, assert_same_bits, unit_roundoff
+from row_operations import DTYPES, KV_BLOCK, LANES, MAX_HEAD_DIM, floats, names, run_all, spaced, unset
 
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.cpu._dispatch import ACTIVATIONS as ACTIVATION_NUMBERS
 from marlin_cy.cpu._dispatch import CONSTANTS
-from marlin_cy.cpu.backend import CpuBackend
 
 U = unit_roundoff(np.float32)
 SMALLEST = 2.0**-149
 CHUNK_K = CONSTANTS["CHUNK_K"]
-AVAILABLE = [name for name, isa in ISAS.items() if isa["available"]]
-OPERATIONS = {isa: RowOperations(CpuBackend().new_context(isa=isa, num_threads=1).workspace.kernels) for isa in AVAILABLE}
 WIDTHS = [1, 7, 15, 16, 17, 31, 33, 128, 1023, 1040]
-CACHE_DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
-WEIGHT_DTYPES = CACHE_DTYPES
-
-
-def names(dtypes):
-    return [dtype.name for dtype in dtypes]
-
-
-def spaced(array, gap=3):
-    """A copy of a matrix whose rows have NaN between them."""
-    memory = np.full((len(array), array.shape[1] + gap), np.nan, array.dtype)
-    memory[:, : array.shape[1]] = array
-    return memory[:, : array.shape[1]]
-
-
-def floats(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def run_all(call, *outputs):
-    """The outputs of a call on each ISA, which must be equal; each output starts as a copy of an array of ``outputs``."""
-    results = []
-    for operations in OPERATIONS.values():
-        guarded = []
-        for initial in outputs:
-            guarded.append(GuardedArray(initial.shape, initial.dtype))
-            guarded[-1].array[...] = initial
-        call(operations, *(output.array for output in guarded))
-        for output in guarded:
-            output.assert_guards()
-        results.append([output.array.copy() for output in guarded])
-    for result in results[1:]:
-        for actual, expected in zip(result, results[0], strict=True):
-            assert_same_bits(actual, expected)
-    return results[0][0] if len(outputs) == 1 else results[0]
-
-
-def unset(*shape):
-    return np.full(shape, np.nan, np.float32)
 
 
 def sigmoid(x):
@@ -197,11 +144,15 @@ def dense_bound(x, w, bias=0.0):
     """How far a product may lie from that of float64: the roundings of a lane, the tree, the chunks and the bias."""
     k = x.shape[1]
     roundings = min(k, CHUNK_K) / LANES + 5 + k / CHUNK_K
-    return 1.01 * U * roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T + np.abs(bias)) + SMALLEST
+    return (
+        1.01 * U * roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T + np.abs(bias)) + SMALLEST
+    )
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=names(WEIGHT_DTYPES))
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 15), (5, 16), (9, 17), (17, 512), (7, 529), (11, 1024), (8, 1025), (6, 2090)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (3, 15), (5, 16), (9, 17), (17, 512), (7, 529), (11, 1024), (8, 1025), (6, 2090)]
+)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 63, 65])
 def test_dense(rng, m, n, k, dtype):
     x, w, bias = spaced(floats(rng, m, k)), spaced(floats(rng, n, k).astype(dtype)), floats(rng, n)
@@ -211,7 +162,7 @@ def test_dense(rng, m, n, k, dtype):
     assert_same_bits(without + bias, out)
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=names(WEIGHT_DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
 def test_a_row_of_a_dense_product_does_not_depend_on_the_others(rng, dtype):
     m, n, k = 70, 19, 1100
     x, w = floats(rng, m, k), floats(rng, n, k).astype(dtype)
@@ -229,7 +180,9 @@ def test_dense_writes_only_its_columns(rng):
     out = run_all(lambda operations, y: operations.dense(y[:, 2:8], x, w), initial)
     assert (out[:, :2] == 7).all()
     assert (out[:, 8:] == 7).all()
-    assert_same_bits(np.ascontiguousarray(out[:, 2:8]), run_all(lambda operations, y: operations.dense(y, x, w), unset(5, 6)))
+    assert_same_bits(
+        np.ascontiguousarray(out[:, 2:8]), run_all(lambda operations, y: operations.dense(y, x, w), unset(5, 6))
+    )
 
 
 def test_dense_sums_in_the_order_of_the_contract(rng):
@@ -257,7 +210,7 @@ def test_dense_sums_in_the_order_of_the_contract(rng):
 # The cache
 
 
-@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=names(CACHE_DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
 @pytest.mark.parametrize("d", [1, 2, 15, 64, MAX_HEAD_DIM])
 def test_store_keys(rng, d, dtype):
     """Keys are rounded as by ``narrow``; the other positions are neither read nor written."""

@@ -61,7 +61,7 @@ cdef matrix checked(object array, str name, tuple shape, bint writeable, bint an
         raise TypeError(f"{name}: got dtype {array.dtype}, expected float32")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name}: got strides {array.strides} for shape {array.shape}, expected a C-contiguous array")
-    return float_matrix(array.reshape(-1), name, array.shape[-1], writeable)
+    return float_matrix(array.reshape(-1), name, array.shape[len(shape) - 1], writeable)
 
 
 cdef const int32_t[::1] checked_indices(object array, str name, int64_t count, int64_t end) except *:

@@ -84,7 +84,7 @@ class DecoderOperations:
     def rope(
         self, ctx: Context, x: Any, cos: Any, sin: Any, positions: npt.NDArray[np.int32], *, interleaved: bool = False
     ) -> None:
-        """Rotate the first ``2 * pairs`` values of each head; :class:`~marlin_cy.decoder.plan.RopeTable` has the formula.
+        """Rotate the first ``2 * pairs`` values of each head, as :class:`~marlin_cy.decoder.plan.RopeTable` defines it.
 
         Parameters
         ----------
@@ -139,7 +139,7 @@ class DecoderOperations:
         sinks: Any | None = None,
         soft_cap: float | None = None,
     ) -> None:
-        """Attention of consecutive tokens of one sequence; :class:`~marlin_cy.decoder.plan.AttentionPlan` has the formula.
+        """Attention of consecutive tokens of a sequence, as :class:`~marlin_cy.decoder.plan.AttentionPlan` defines it.
 
         A token at position ``p`` sees the positions ``max(0, p - window + 1)`` to ``p``, which the cache holds. Other
         positions have no influence, and pages with none of these positions are not read.
@@ -192,7 +192,7 @@ class DecoderOperations:
         self._lacks("delta_gates")
 
     def delta_rule(self, ctx: Context, q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any, out: Any) -> None:
-        """The gated delta rule for consecutive tokens; :class:`~marlin_cy.decoder.plan.DeltaNetPlan` has the formula.
+        """The gated delta rule for consecutive tokens, as :class:`~marlin_cy.decoder.plan.DeltaNetPlan` defines it.
 
         Parameters
         ----------
