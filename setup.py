@@ -121,6 +121,7 @@ setup(
             extension("_routing"),
             extension("_combine"),
             extension("_operations"),
+            extension("_attention"),
             extension("_layer"),
             extension("_align", package="moe"),
             extension("_dispatches", package="stacks"),

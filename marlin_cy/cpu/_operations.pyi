@@ -18,22 +18,6 @@ def gated_rms_norm(
 def l2_normalize(workspace: Workspace, x: Array, factor: float) -> None: ...
 def rope(workspace: Workspace, x: Array, cos: Array, sin: Array, positions: Indices, interleaved: bool) -> None: ...
 def dense(workspace: Workspace, x: Array, weight: Array, bias: Array | None, out: Array) -> None: ...
-def append_to_cache(
-    workspace: Workspace, keys: Array, values: Array, k: Array, v: Array, page_table: Indices, start: int
-) -> None: ...
-def attention(
-    workspace: Workspace,
-    q: Array,
-    keys: Array,
-    values: Array,
-    page_table: Indices,
-    start: int,
-    out: Array,
-    scale: float,
-    window: int | None,
-    sinks: Array | None,
-    soft_cap: float | None,
-) -> None: ...
 def short_conv(workspace: Workspace, x: Array, weight: Array, state: Array, out: Array) -> None: ...
 def delta_gates(
     workspace: Workspace, a: Array, b: Array, a_log: Array, dt_bias: Array, decay: Array, beta: Array

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.cpu import _operations, fork
+from marlin_cy.cpu import _attention, _operations, fork
 from marlin_cy.cpu.context import workspace_of
 from marlin_cy.decoder.operations import DecoderOperations
 from marlin_cy.interface import Context
@@ -46,7 +46,7 @@ class CpuOperations(DecoderOperations):
     def append_to_cache(
         self, ctx: Context, keys: Array, values: Array, k: Array, v: Array, page_table: Indices, start: int
     ) -> None:
-        fork.run(_operations.append_to_cache, workspace_of(ctx), keys, values, k, v, page_table, start)
+        fork.run(_attention.append_to_cache, workspace_of(ctx), keys, values, k, v, page_table, start)
 
     def attention(
         self,
@@ -64,7 +64,7 @@ class CpuOperations(DecoderOperations):
         soft_cap: float | None = None,
     ) -> None:
         arguments = q, keys, values, page_table, start, out, scale, window, sinks, soft_cap
-        fork.run(_operations.attention, workspace_of(ctx), *arguments)
+        fork.run(_attention.attention, workspace_of(ctx), *arguments)
 
     def short_conv(self, ctx: Context, x: Array, weight: Array, state: Array, out: Array) -> None:
         fork.run(_operations.short_conv, workspace_of(ctx), x, weight, state, out)

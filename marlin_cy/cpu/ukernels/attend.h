@@ -43,18 +43,18 @@ KERNEL int vecs_per_query(int queries)
 #else
 #define CASES_TO_8(dtype, function, ...)
 #endif
-#define BY_QUERIES(queries, dtype, function, ...)    \
-    switch (queries) {                               \
-        CASE(1, dtype, function, __VA_ARGS__)        \
-        CASE(2, dtype, function, __VA_ARGS__)        \
-        CASES_TO_6(dtype, function, __VA_ARGS__)     \
-        CASES_TO_8(dtype, function, __VA_ARGS__)     \
+#define BY_QUERIES(queries, dtype, function, ...) \
+    switch (queries) {                            \
+        CASE(1, dtype, function, __VA_ARGS__)     \
+        CASE(2, dtype, function, __VA_ARGS__)     \
+        CASES_TO_6(dtype, function, __VA_ARGS__)  \
+        CASES_TO_8(dtype, function, __VA_ARGS__)  \
     }
-#define BY_QUERIES_AND_DTYPE(queries, dtype, function, ...)                            \
-    switch (dtype) {                                                                   \
-    case DTYPE_F32: BY_QUERIES(queries, DTYPE_F32, function, __VA_ARGS__) break;       \
-    case DTYPE_F16: BY_QUERIES(queries, DTYPE_F16, function, __VA_ARGS__) break;       \
-    case DTYPE_BF16: BY_QUERIES(queries, DTYPE_BF16, function, __VA_ARGS__) break;     \
+#define BY_QUERIES_AND_DTYPE(queries, dtype, function, ...)                        \
+    switch (dtype) {                                                               \
+    case DTYPE_F32: BY_QUERIES(queries, DTYPE_F32, function, __VA_ARGS__) break;   \
+    case DTYPE_F16: BY_QUERIES(queries, DTYPE_F16, function, __VA_ARGS__) break;   \
+    case DTYPE_BF16: BY_QUERIES(queries, DTYPE_BF16, function, __VA_ARGS__) break; \
     }
 
 /* Scores of `queries` queries from `query` on and `pages` pages from `page` on; keys are the pages' addresses.
@@ -214,10 +214,8 @@ KERNEL void score_pages(int queries, int dtype, const attention_task *task, cons
         score_tile(queries, dtype, task, keys + *page, 0, *page, pages);
 }
 
-TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page)
-{
-    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)
-}
+TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page){
+    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)}
 
 /* Scores of all queries. Pages that no query sees lie between others at most if the queries see different parts of the
  * chunk. They get the scores of another page, which are not used. */
@@ -235,8 +233,8 @@ TARGET static void score_queries(const attention_task *task, const seen_pages *s
     for (; page < seen->end; page++) {
         const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK) : keys[page];
         for (int tile = 0; tile < tiles; tile++)
-            add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile),
-                       first_query(task, tile + 1), page);
+            add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile), first_query(task, tile + 1),
+                       page);
     }
 }
 

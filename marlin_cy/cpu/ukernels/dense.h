@@ -11,9 +11,10 @@
  * with one row of 2048 bfloat16, as shares of the read bandwidth: neighbouring rows 0.65, with software prefetches 0.72;
  * rows apart 0.96, with software prefetches 0.87; 8 rows apart 0.91.
  *
- * MORE ROWS: weights are widened to float32 once for BLOCK_ROWS rows: BLOCK_COLS rows of them and BLOCK_K values of K
- * (16 KiB) at a time. They stay in the first-level cache while tiles of rows of x (TILE_ROWS * 2 KiB) pass by. Rows of x
- * are often a multiple of 4 KiB apart, so they share cache sets: only those of one tile must be in the cache at once.
+ * MORE ROWS: weights are widened to float32 once for BLOCK_ROWS rows, BLOCK_COLS rows of them and BLOCK_K values of K
+ * at a time (16 KiB; float32 weights are copied). They stay in the first-level cache while tiles of rows of x
+ * (TILE_ROWS * 2 KiB) pass by. Rows of x and of weights are often a multiple of 4 KiB apart, so that they share cache
+ * sets: only the rows of x of one tile must be in the cache at once, and the copies of weights are spread out.
  */
 #ifndef MARLIN_CY_DENSE_H
 #define MARLIN_CY_DENSE_H
@@ -184,26 +185,17 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
     }
 }
 
-/* Let a view read `size` values of `cols` rows of weights, from `k` on, as float32: in `widened` if they are not float32
- * already. */
-TARGET static void view_weights(dense_view *view, const dense_task *task, float *widened, int64_t col, int cols,
-                                int64_t k, int size)
+/* Widen `size` values of `cols` rows of weights, from `k` on. */
+TARGET static void widen_rows(float *widened, const dense_task *task, int64_t col, int cols, int64_t k, int size)
 {
     const int element = dense_element(task->dtype);
-    const ptrdiff_t stride = task->w_stride * element;
-    const char *const w = (const char *)task->w + col * stride + k * element;
-    if (task->dtype == DTYPE_F32) {
-        view->w = w;
-        view->w_stride = stride;
-        return;
-    }
-    view->w = (const char *)widened;
-    view->w_stride = WIDENED_STRIDE * sizeof *widened;
-    for (int c = 0; c < cols; c++)
-        if (task->dtype == DTYPE_F16)
-            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_F16);
-        else
-            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_BF16);
+    const char *w = (const char *)task->w + (col * task->w_stride + k) * element;
+    for (int c = 0; c < cols; c++, w += task->w_stride * element, widened += WIDENED_STRIDE)
+        switch (task->dtype) {
+        case DTYPE_F32: memcpy(widened, w, (size_t)size * sizeof *widened); break;
+        case DTYPE_F16: widen_weights(widened, w, size, DTYPE_F16); break;
+        case DTYPE_BF16: widen_weights(widened, w, size, DTYPE_BF16); break;
+        }
 }
 
 /* Add `size` products to the sums of `m` rows by `cols` columns. */
@@ -238,13 +230,19 @@ TARGET static void dense_block(const dense_view *block, int m, int cols, int siz
 TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, int rows, int cols)
 {
     float sums[BLOCK_ROWS * BLOCK_COLS * LANES], widened[BLOCK_COLS * WIDENED_STRIDE];
-    dense_view view = {.x_stride = task->x_stride, .sums = sums, .sums_stride = BLOCK_COLS * LANES};
+    dense_view view = {
+        .x_stride = task->x_stride,
+        .w = (const char *)widened,
+        .w_stride = WIDENED_STRIDE * sizeof *widened,
+        .sums = sums,
+        .sums_stride = BLOCK_COLS * LANES,
+    };
     for (int64_t k = 0; k < task->k; k += BLOCK_K) {
         const int size = task->k - k < BLOCK_K ? (int)(task->k - k) : BLOCK_K;
         const int last = k + size == task->k;
         if (k % CHUNK_K == 0)
             memset(sums, 0, (size_t)rows * BLOCK_COLS * LANES * sizeof *sums);
-        view_weights(&view, task, widened, col, cols, k, size);
+        widen_rows(widened, task, col, cols, k, size);
         view.x = task->x + row * task->x_stride + k;
         dense_block(&view, rows, cols, size);
         if (last || (k + size) % CHUNK_K == 0)
