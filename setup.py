@@ -129,6 +129,8 @@ setup(
             extension("_products"),
             extension("_routing"),
             extension("_combine"),
+            extension("_operations"),
+            extension("_attention"),
             extension("_layer"),
             extension("_attention", package="cpu.decoder"),
             extension("_cache", package="cpu.decoder"),

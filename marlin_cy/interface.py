@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.command_line import CommandLine
+from marlin_cy.decoder.operations import DecoderOperations
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
 from marlin_cy.stacks.interface import Buffer, Dispatches, Linear, MarlinExpertStack, StackBuilder, WeightMetadata
@@ -124,7 +125,7 @@ class MoePlan:
         return stacks
 
 
-class Backend(CommandLine, ABC):
+class Backend(DecoderOperations, CommandLine, ABC):
     """A kind of device: makes contexts, buffers and weights, and runs MoE layers."""
 
     @property

@@ -1,4 +1,4 @@
-"""The row operations of a table of kernels (``ukernels/operations.h``), called on NumPy arrays.
+"""The row operations of a table of kernels (``ukernels/operations.h``), called on NumPy arrays, and on every ISA.
 
 Strides come from the arrays: a row of an array may be followed by memory that does not belong to it.
 """
@@ -7,8 +7,11 @@ import ctypes
 
 import ml_dtypes
 import numpy as np
+from asserts import GuardedArray, assert_same_bits
+from conftest import ISAS
 
 from marlin_cy.cpu._dispatch import CONSTANTS
+from marlin_cy.cpu.backend import CpuBackend
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
@@ -17,8 +20,7 @@ DTYPES = {
     BFLOAT16: CONSTANTS["DTYPE_BF16"],
 }
 LANES, KV_BLOCK, CHUNK_PAGES, ATTENTION_CHUNK, MAX_QUERIES, MAX_HEAD_DIM = (
-    CONSTANTS[name]
-    for name in ("LANES", "KV_BLOCK", "CHUNK_PAGES", "ATTENTION_CHUNK", "MAX_QUERIES", "MAX_HEAD_DIM")
+    CONSTANTS[name] for name in ("LANES", "KV_BLOCK", "CHUNK_PAGES", "ATTENTION_CHUNK", "MAX_QUERIES", "MAX_HEAD_DIM")
 )
 SCRATCH_BYTES = 4 * (MAX_QUERIES * ATTENTION_CHUNK + MAX_HEAD_DIM * KV_BLOCK)
 
@@ -210,7 +212,9 @@ class RowOperations:
 
     def attention_merge(self, largest, total, out, largest2, total2, out2):
         """``largest`` and ``total`` are arrays of one value."""
-        self.table.attention_merge(address(largest), address(total), address(out), largest2, total2, address(out2), len(out))
+        self.table.attention_merge(
+            address(largest), address(total), address(out), largest2, total2, address(out2), len(out)
+        )
 
     def attention_finish(self, out, largest, total, sink=None):
         self.table.attention_finish(address(out), largest, total, address(sink), len(out))
@@ -223,7 +227,9 @@ class RowOperations:
 
     def short_conv(self, dst, state, x, weight):
         width, channels = weight.shape
-        self.table.short_conv(address(dst), address(state), address(x), address(weight), stride(weight), channels, width)
+        self.table.short_conv(
+            address(dst), address(state), address(x), address(weight), stride(weight), channels, width
+        )
 
     def delta_gates(self, decay, beta, a, b, a_log, dt_bias):
         self.table.delta_gates(*map(address, (decay, beta, a, b, a_log, dt_bias)), len(a))
@@ -248,3 +254,51 @@ class RowOperations:
             y_stride=stride(y),
         )
         self.table.delta_rule(task)
+
+
+OPERATIONS = {
+    name: RowOperations(CpuBackend().new_context(isa=name, num_threads=1).workspace.kernels)
+    for name, isa in ISAS.items()
+    if isa["available"]
+}
+"""The operations of each ISA that runs here."""
+
+
+def names(dtypes):
+    """Ids of parametrised tests."""
+    return [dtype.name for dtype in dtypes]
+
+
+def spaced(array, gap=3):
+    """A copy of a matrix whose rows have NaN between them."""
+    memory = np.full((len(array), array.shape[1] + gap), np.nan, array.dtype)
+    memory[:, : array.shape[1]] = array
+    return memory[:, : array.shape[1]]
+
+
+def floats(rng, *shape):
+    """Normally distributed float32."""
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def run_all(call, *outputs):
+    """The outputs of a call, equal on all ISAs; each of ``outputs`` is what an output holds before the call."""
+    results = []
+    for operations in OPERATIONS.values():
+        guarded = []
+        for initial in outputs:
+            guarded.append(GuardedArray(initial.shape, initial.dtype))
+            guarded[-1].array[...] = initial
+        call(operations, *(output.array for output in guarded))
+        for output in guarded:
+            output.assert_guards()
+        results.append([output.array.copy() for output in guarded])
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            assert_same_bits(actual, expected)
+    return results[0][0] if len(outputs) == 1 else results[0]
+
+
+def unset(*shape):
+    """An output that holds nothing yet."""
+    return np.full(shape, np.nan, np.float32)

@@ -16,6 +16,7 @@ from marlin_cy.cpu._dispatch import choose_isa
 from marlin_cy.cpu._store import CpuGptqStore
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.cpu.context import CpuContext, workspace_of
+from marlin_cy.cpu.operations import CpuOperations
 from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
 from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.stacks.builder import checked_stack_sizes
@@ -32,7 +33,7 @@ __all__ = ["CpuBackend"]
 COMPUTE_DTYPE = "int16"
 
 
-class CpuBackend(Backend):
+class CpuBackend(CpuOperations, Backend):
     """The CPU. A buffer is an ``ndarray``."""
 
     @property

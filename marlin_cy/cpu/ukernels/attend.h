@@ -43,18 +43,18 @@ KERNEL int vecs_per_query(int queries)
 #else
 #define CASES_TO_8(dtype, function, ...)
 #endif
-#define BY_QUERIES(queries, dtype, function, ...)    \
-    switch (queries) {                               \
-        CASE(1, dtype, function, __VA_ARGS__)        \
-        CASE(2, dtype, function, __VA_ARGS__)        \
-        CASES_TO_6(dtype, function, __VA_ARGS__)     \
-        CASES_TO_8(dtype, function, __VA_ARGS__)     \
+#define BY_QUERIES(queries, dtype, function, ...) \
+    switch (queries) {                            \
+        CASE(1, dtype, function, __VA_ARGS__)     \
+        CASE(2, dtype, function, __VA_ARGS__)     \
+        CASES_TO_6(dtype, function, __VA_ARGS__)  \
+        CASES_TO_8(dtype, function, __VA_ARGS__)  \
     }
-#define BY_QUERIES_AND_DTYPE(queries, dtype, function, ...)                            \
-    switch (dtype) {                                                                   \
-    case DTYPE_F32: BY_QUERIES(queries, DTYPE_F32, function, __VA_ARGS__) break;       \
-    case DTYPE_F16: BY_QUERIES(queries, DTYPE_F16, function, __VA_ARGS__) break;       \
-    case DTYPE_BF16: BY_QUERIES(queries, DTYPE_BF16, function, __VA_ARGS__) break;     \
+#define BY_QUERIES_AND_DTYPE(queries, dtype, function, ...)                        \
+    switch (dtype) {                                                               \
+    case DTYPE_F32: BY_QUERIES(queries, DTYPE_F32, function, __VA_ARGS__) break;   \
+    case DTYPE_F16: BY_QUERIES(queries, DTYPE_F16, function, __VA_ARGS__) break;   \
+    case DTYPE_BF16: BY_QUERIES(queries, DTYPE_BF16, function, __VA_ARGS__) break; \
     }
 
 /* Scores of `queries` queries from `query` on and `pages` pages from `page` on; keys are the pages' addresses.
@@ -196,6 +196,12 @@ TARGET static const char *page_as_float(const attention_task *task, const char *
     return (const char *)task->scratch->page;
 }
 
+/* Pages of the chunk that a query sees: all of them are among begin to end - 1. */
+typedef struct {
+    int begin, end;
+    char page[CHUNK_PAGES];
+} seen_pages;
+
 /* Queries are cut into tiles of nearly equal size. */
 KERNEL int num_tiles(const attention_task *task) { return (task->m + QUERY_TILE - 1) / QUERY_TILE; }
 
@@ -208,26 +214,27 @@ KERNEL void score_pages(int queries, int dtype, const attention_task *task, cons
         score_tile(queries, dtype, task, keys + *page, 0, *page, pages);
 }
 
-TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page)
-{
-    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)
-}
+TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page){
+    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)}
 
-/* Scores of all queries for the pages begin to end - 1. */
-TARGET static void score_queries(const attention_task *task, int begin, int end)
+/* Scores of all queries. Pages that no query sees lie between others at most if the queries see different parts of the
+ * chunk. They get the scores of another page, which are not used. */
+TARGET static void score_queries(const attention_task *task, const seen_pages *seen)
 {
+    const int tiles = num_tiles(task), widen = tiles > WIDE_TILES;
     const char *keys[CHUNK_PAGES];
-    int page = begin;
-    for (int g = begin; g < end; g++)
-        keys[g] = task->keys + task->pages[g] * task->key_stride;
-    if (num_tiles(task) == 1)
-        BY_QUERIES_AND_DTYPE(task->m, task->dtype, score_pages, task, keys, &page, end)
-    for (; page < end; page++) {
-        const int widen = num_tiles(task) > WIDE_TILES;
+    int page = seen->begin;
+    for (int g = seen->begin, last = seen->begin; g < seen->end; g++) {
+        last = seen->page[g] ? g : last;
+        keys[g] = task->keys + task->pages[last] * task->key_stride;
+    }
+    if (tiles == 1)
+        BY_QUERIES_AND_DTYPE(task->m, task->dtype, score_pages, task, keys, &page, seen->end)
+    for (; page < seen->end; page++) {
         const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK) : keys[page];
-        for (int tile = 0; tile < num_tiles(task); tile++)
-            add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile),
-                       first_query(task, tile + 1), page);
+        for (int tile = 0; tile < tiles; tile++)
+            add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile), first_query(task, tile + 1),
+                       page);
     }
 }
 
@@ -276,15 +283,17 @@ ROWOPS void softmax_scores(const attention_task *task, int query)
     task->max[query] = task->sum[query] == task->sum[query] ? largest : NAN;
 }
 
-/* Weighted values of all queries for the pages begin to end - 1. */
-TARGET static void add_all_values(const attention_task *task, int begin, int end)
+/* Weighted values of all queries. */
+TARGET static void add_all_values(const attention_task *task, const seen_pages *seen)
 {
-    for (int page = begin; page < end; page++) {
-        const int widen = num_tiles(task) > WIDE_TILES;
+    const int tiles = num_tiles(task), widen = tiles > WIDE_TILES;
+    for (int page = seen->begin; page < seen->end; page++) {
+        if (!seen->page[page])
+            continue;
         const char *values = task->values + task->pages[page] * task->value_stride;
         if (widen)
             values = page_as_float(task, values, task->dv * KV_BLOCK);
-        for (int tile = 0; tile < num_tiles(task); tile++) {
+        for (int tile = 0; tile < tiles; tile++) {
             const int query = first_query(task, tile);
             values_of_page(task, values, widen ? DTYPE_F32 : task->dtype, query, first_query(task, tile + 1) - query,
                            page);
@@ -294,19 +303,20 @@ TARGET static void add_all_values(const attention_task *task, int begin, int end
 
 TARGET static void attention(const attention_task *task)
 {
-    int begin = ATTENTION_CHUNK, end = 0;
+    seen_pages seen = {.begin = CHUNK_PAGES};
     for (int r = 0; r < task->m; r++) {
+        const int begin = task->begin[r] / KV_BLOCK, end = (task->end[r] + KV_BLOCK - 1) / KV_BLOCK;
         memset(task->out + r * task->out_stride, 0, (size_t)task->dv * sizeof *task->out);
         if (task->begin[r] >= task->end[r])
             continue;
-        begin = task->begin[r] < begin ? task->begin[r] : begin;
-        end = task->end[r] > end ? task->end[r] : end;
+        memset(seen.page + begin, 1, (size_t)(end - begin));
+        seen.begin = begin < seen.begin ? begin : seen.begin;
+        seen.end = end > seen.end ? end : seen.end;
     }
-    const int first_page = begin / KV_BLOCK, end_page = (end + KV_BLOCK - 1) / KV_BLOCK;
-    score_queries(task, first_page, end_page);
+    score_queries(task, &seen);
     for (int r = 0; r < task->m; r++)
         softmax_scores(task, r);
-    add_all_values(task, first_page, end_page);
+    add_all_values(task, &seen);
     for (int r = 0; r < task->m; r++)
         for (int c = 0; task->sum[r] != task->sum[r] && c < task->dv; c++)
             task->out[r * task->out_stride + c] = NAN;
@@ -315,13 +325,18 @@ TARGET static void attention(const attention_task *task)
 /* The larger maximum; NaN if either is. */
 ROWOPS float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
-/* exp(max - larger), 0 where max is -infinity. */
-ROWOPS float rescale(float max, float larger) { return max == -INFINITY ? 0.0f : exp_or_nan(max - larger); }
-
 TARGET static void attention_merge(float *max, float *sum, float *out, float max2, float sum2, const float *out2,
                                    int64_t n)
 {
-    const float larger = max_or_nan(*max, max2), a = rescale(*max, larger), b = rescale(max2, larger);
+    if (sum2 == 0.0f)
+        return;
+    if (*sum == 0.0f) {
+        *max = max2;
+        *sum = sum2;
+        memcpy(out, out2, (size_t)n * sizeof *out);
+        return;
+    }
+    const float larger = max_or_nan(*max, max2), a = exp_or_nan(*max - larger), b = exp_or_nan(max2 - larger);
     *max = larger;
     *sum = fmaf(*sum, a, sum2 * b);
     for (int64_t i = 0; i < n; i++)
@@ -331,7 +346,7 @@ TARGET static void attention_merge(float *max, float *sum, float *out, float max
 TARGET static void attention_finish(float *out, float max, float sum, const float *sink, int64_t n)
 {
     if (sink) {
-        const float larger = max_or_nan(max, *sink), a = rescale(max, larger);
+        const float larger = max_or_nan(max, *sink), a = max == -INFINITY ? 0.0f : exp_or_nan(max - larger);
         sum = fmaf(sum, a, exp_or_nan(*sink - larger));
         for (int64_t i = 0; i < n; i++)
             out[i] = out[i] * a;

@@ -6,12 +6,15 @@
  * A tile keeps PARTS vectors of sums for each of its outputs, one vector of each of its rows of weights, and one vector
  * of x.
  *
- * FEW ROWS, up to TILE_ROWS: a tile reads the weights as they are, over a chunk of K. Weights stream from memory, so
- * each of them is prefetched one tile ahead.
+ * FEW ROWS, up to TILE_ROWS: a tile reads the weights as they are, over a chunk of K. Its rows of weights are n / cols
+ * rows apart, so that each runs through memory by itself, which keeps a prefetcher of the CPU busy. Measured on Zen 3
+ * with one row of 2048 bfloat16, as shares of the read bandwidth: neighbouring rows 0.65, with software prefetches 0.72;
+ * rows apart 0.96, with software prefetches 0.87; 8 rows apart 0.91.
  *
- * MORE ROWS: weights are widened to float32 once for BLOCK_ROWS rows: BLOCK_COLS rows of them and BLOCK_K values of K
- * (16 KiB) at a time. They stay in the first-level cache while tiles of rows of x (TILE_ROWS * 2 KiB) pass by. Rows of x
- * are often a multiple of 4 KiB apart, so they share cache sets: only those of one tile must be in the cache at once.
+ * MORE ROWS: weights are widened to float32 once for BLOCK_ROWS rows, BLOCK_COLS rows of them and BLOCK_K values of K
+ * at a time (16 KiB; float32 weights are copied). They stay in the first-level cache while tiles of rows of x
+ * (TILE_ROWS * 2 KiB) pass by. Rows of x and of weights are often a multiple of 4 KiB apart, so that they share cache
+ * sets: only the rows of x of one tile must be in the cache at once, and the copies of weights are spread out.
  */
 #ifndef MARLIN_CY_DENSE_H
 #define MARLIN_CY_DENSE_H
@@ -31,7 +34,6 @@ typedef struct {
     ptrdiff_t x_stride;
     const char *w;
     ptrdiff_t w_stride; /* bytes */
-    ptrdiff_t ahead;    /* bytes from a weight to the one that is prefetched with it */
     float *sums;        /* [rows][cols][LANES] */
     ptrdiff_t sums_stride;
 } dense_view;
@@ -60,28 +62,16 @@ KERNEL void dense_step(vec *sum, const dense_view *view, int64_t i, int rows, in
     }
 }
 
-/* Add the products of k values, a multiple of LANES, to the sums. `rows`, `cols`, `dtype` and `prefetch` are constants.
- */
-KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype, int prefetch)
+/* Add the products of k values, a multiple of LANES, to the sums. `rows`, `cols` and `dtype` are constants. */
+KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype)
 {
-    enum { LINE = 64 };
-    const int element = dense_element(dtype), steps_per_line = LINE / (LANES * element);
     vec sum[PARTS * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
-    int64_t i = 0;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int s = 0; s < cols * PARTS; s++)
             sum[r * cols * PARTS + s] = vec_load(view->sums + r * view->sums_stride + s * VEC_N);
-    for (; prefetch && i + steps_per_line * LANES <= k; i += steps_per_line * LANES) {
-#pragma GCC unroll 2
-        for (int step = 0; step < steps_per_line; step++)
-            dense_step(sum, view, i + step * LANES, rows, cols, dtype);
-#pragma GCC unroll 8
-        for (int c = 0; c < cols; c++)
-            PREFETCH(view->w + c * view->w_stride + view->ahead + i * element, _MM_HINT_T0);
-    }
-    for (; i < k; i += LANES)
+    for (int64_t i = 0; i < k; i += LANES)
         dense_step(sum, view, i, rows, cols, dtype);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -91,40 +81,35 @@ KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, in
 }
 
 /* The same for a number of rows and columns that is not a constant: TILE_COLS or 1, or ONE_ROW_COLS with one row. */
-KERNEL void dense_tile_of(const dense_view *view, int64_t k, int rows, int cols, int dtype, int prefetch)
+KERNEL void dense_tile_of(const dense_view *view, int64_t k, int rows, int cols, int dtype)
 {
     if (rows == 1 && cols == ONE_ROW_COLS)
-        dense_tile(view, k, 1, ONE_ROW_COLS, dtype, prefetch);
+        dense_tile(view, k, 1, ONE_ROW_COLS, dtype);
     else if (rows == 1 && cols == TILE_COLS)
-        dense_tile(view, k, 1, TILE_COLS, dtype, prefetch);
+        dense_tile(view, k, 1, TILE_COLS, dtype);
     else if (rows == 1)
-        dense_tile(view, k, 1, 1, dtype, prefetch);
+        dense_tile(view, k, 1, 1, dtype);
     else if (rows == 2 && cols == TILE_COLS)
-        dense_tile(view, k, 2, TILE_COLS, dtype, prefetch);
+        dense_tile(view, k, 2, TILE_COLS, dtype);
     else if (rows == 2)
-        dense_tile(view, k, 2, 1, dtype, prefetch);
+        dense_tile(view, k, 2, 1, dtype);
     else if (TILE_ROWS >= 3 && rows == 3 && cols == TILE_COLS)
-        dense_tile(view, k, 3, TILE_COLS, dtype, prefetch);
+        dense_tile(view, k, 3, TILE_COLS, dtype);
     else if (TILE_ROWS >= 3 && rows == 3)
-        dense_tile(view, k, 3, 1, dtype, prefetch);
+        dense_tile(view, k, 3, 1, dtype);
     else if (TILE_ROWS >= 4 && cols == TILE_COLS)
-        dense_tile(view, k, 4, TILE_COLS, dtype, prefetch);
+        dense_tile(view, k, 4, TILE_COLS, dtype);
     else if (TILE_ROWS >= 4)
-        dense_tile(view, k, 4, 1, dtype, prefetch);
+        dense_tile(view, k, 4, 1, dtype);
 }
 
-TARGET static void dense_tile_from_memory(const dense_view *view, int64_t k, int rows, int cols, int dtype)
+TARGET static void add_dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype)
 {
     switch (dtype) {
-    case DTYPE_F32: dense_tile_of(view, k, rows, cols, DTYPE_F32, 1); break;
-    case DTYPE_F16: dense_tile_of(view, k, rows, cols, DTYPE_F16, 1); break;
-    case DTYPE_BF16: dense_tile_of(view, k, rows, cols, DTYPE_BF16, 1); break;
+    case DTYPE_F32: dense_tile_of(view, k, rows, cols, DTYPE_F32); break;
+    case DTYPE_F16: dense_tile_of(view, k, rows, cols, DTYPE_F16); break;
+    case DTYPE_BF16: dense_tile_of(view, k, rows, cols, DTYPE_BF16); break;
     }
-}
-
-TARGET static void dense_tile_from_cache(const dense_view *view, int64_t k, int rows, int cols)
-{
-    dense_tile_of(view, k, rows, cols, DTYPE_F32, 0);
 }
 
 /* Add the products of the last `count` values of K, fewer than LANES: x and w point to them. */
@@ -142,23 +127,24 @@ TARGET static void dense_tail(const dense_view *view, int rows, int cols, int dt
     }
 }
 
-/* Write the sums of a chunk to the output, or add them to it. The last chunk adds the bias. */
-TARGET static void put_sums(const dense_task *task, const dense_view *view, int64_t row, int64_t col, int rows,
-                            int cols, int first, int last)
+/* Write the sums of a chunk to the output, or add them to it. The last chunk adds the bias. Columns are `apart` columns
+ * of the output apart. */
+TARGET static void put_sums(const dense_task *task, const dense_view *view, int64_t row, int64_t col, int64_t apart,
+                            int rows, int cols, int first, int last)
 {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++) {
-            float *const out = task->out + (row + r) * task->out_stride + col + c;
+            float *const out = task->out + (row + r) * task->out_stride + col + c * apart;
             vec sums[PARTS];
             for (int part = 0; part < PARTS; part++)
                 sums[part] = vec_load(view->sums + r * view->sums_stride + c * LANES + part * VEC_N);
             const float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
-            *out = last && task->bias ? total + task->bias[col + c] : total;
+            *out = last && task->bias ? total + task->bias[col + c * apart] : total;
         }
 }
 
-/* Few rows: `cols` outputs of each. */
-TARGET static void dense_few(const dense_task *task, int64_t col, int cols)
+/* Few rows: `cols` outputs of each, `apart` columns apart. */
+TARGET static void dense_few(const dense_task *task, int64_t col, int64_t apart, int cols)
 {
     const int rows = (int)task->m, element = dense_element(task->dtype);
     float sums[LANES * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
@@ -166,8 +152,7 @@ TARGET static void dense_few(const dense_task *task, int64_t col, int cols)
         .x = task->x,
         .x_stride = task->x_stride,
         .w = (const char *)task->w + col * task->w_stride * element,
-        .w_stride = task->w_stride * element,
-        .ahead = cols * task->w_stride * element,
+        .w_stride = apart * task->w_stride * element,
         .sums = sums,
         .sums_stride = cols * LANES,
     };
@@ -175,25 +160,23 @@ TARGET static void dense_few(const dense_task *task, int64_t col, int cols)
         const int last = k + CHUNK_K >= task->k;
         const int64_t size = last ? task->k - k : CHUNK_K, whole = size / LANES * LANES;
         memset(sums, 0, (size_t)(rows * cols) * LANES * sizeof *sums);
-        dense_tile_from_memory(&view, whole, rows, cols, task->dtype);
+        add_dense_tile(&view, whole, rows, cols, task->dtype);
         view.x += whole;
         view.w += whole * element;
         if (whole < size)
             dense_tail(&view, rows, cols, task->dtype, (int)(size - whole));
-        put_sums(task, &view, 0, col, rows, cols, k == 0, last);
+        put_sums(task, &view, 0, col, apart, rows, cols, k == 0, last);
     }
 }
 
-/* Widen n weights; prefetch those that are `ahead` bytes after them. `dtype` is a constant. */
-KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype, ptrdiff_t ahead)
+/* Widen n weights. `dtype` is a constant. */
+KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
 {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        PREFETCH(from + i * dense_element(dtype) + ahead, _MM_HINT_T1);
+    for (; i + LANES <= n; i += LANES)
 #pragma GCC unroll 2
         for (int part = 0; part < PARTS; part++)
             vec_store(to + i + part * VEC_N, vec_load_as(from, i + part * VEC_N, dtype));
-    }
     if (i < n) {
         vec tail[PARTS];
         load_tail(tail, from + i * dense_element(dtype), n - i, dtype);
@@ -202,26 +185,17 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype, ptr
     }
 }
 
-/* Let a view read `size` values of `cols` rows of weights, from `k` on, as float32: in `widened` if they are not float32
- * already. */
-TARGET static void view_weights(dense_view *view, const dense_task *task, float *widened, int64_t col, int cols,
-                                int64_t k, int size)
+/* Widen `size` values of `cols` rows of weights, from `k` on. */
+TARGET static void widen_rows(float *widened, const dense_task *task, int64_t col, int cols, int64_t k, int size)
 {
     const int element = dense_element(task->dtype);
-    const ptrdiff_t stride = task->w_stride * element, ahead = BLOCK_COLS * stride;
-    const char *const w = (const char *)task->w + col * stride + k * element;
-    if (task->dtype == DTYPE_F32) {
-        view->w = w;
-        view->w_stride = stride;
-        return;
-    }
-    view->w = (const char *)widened;
-    view->w_stride = WIDENED_STRIDE * sizeof *widened;
-    for (int c = 0; c < cols; c++)
-        if (task->dtype == DTYPE_F16)
-            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_F16, ahead);
-        else
-            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_BF16, ahead);
+    const char *w = (const char *)task->w + (col * task->w_stride + k) * element;
+    for (int c = 0; c < cols; c++, w += task->w_stride * element, widened += WIDENED_STRIDE)
+        switch (task->dtype) {
+        case DTYPE_F32: memcpy(widened, w, (size_t)size * sizeof *widened); break;
+        case DTYPE_F16: widen_weights(widened, w, size, DTYPE_F16); break;
+        case DTYPE_BF16: widen_weights(widened, w, size, DTYPE_BF16); break;
+        }
 }
 
 /* Add `size` products to the sums of `m` rows by `cols` columns. */
@@ -234,12 +208,12 @@ TARGET static void dense_block(const dense_view *block, int m, int cols, int siz
         view.x += row * view.x_stride;
         view.sums += row * view.sums_stride;
         for (int c = 0; c + TILE_COLS <= cols; c += TILE_COLS) {
-            dense_tile_from_cache(&view, whole, rows, TILE_COLS);
+            add_dense_tile(&view, whole, rows, TILE_COLS, DTYPE_F32);
             view.w += TILE_COLS * view.w_stride;
             view.sums += TILE_COLS * LANES;
         }
         for (int c = 0; c < cols % TILE_COLS; c++) {
-            dense_tile_from_cache(&view, whole, rows, 1);
+            add_dense_tile(&view, whole, rows, 1, DTYPE_F32);
             view.w += view.w_stride;
             view.sums += LANES;
         }
@@ -256,17 +230,23 @@ TARGET static void dense_block(const dense_view *block, int m, int cols, int siz
 TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, int rows, int cols)
 {
     float sums[BLOCK_ROWS * BLOCK_COLS * LANES], widened[BLOCK_COLS * WIDENED_STRIDE];
-    dense_view view = {.x_stride = task->x_stride, .sums = sums, .sums_stride = BLOCK_COLS * LANES};
+    dense_view view = {
+        .x_stride = task->x_stride,
+        .w = (const char *)widened,
+        .w_stride = WIDENED_STRIDE * sizeof *widened,
+        .sums = sums,
+        .sums_stride = BLOCK_COLS * LANES,
+    };
     for (int64_t k = 0; k < task->k; k += BLOCK_K) {
         const int size = task->k - k < BLOCK_K ? (int)(task->k - k) : BLOCK_K;
         const int last = k + size == task->k;
         if (k % CHUNK_K == 0)
             memset(sums, 0, (size_t)rows * BLOCK_COLS * LANES * sizeof *sums);
-        view_weights(&view, task, widened, col, cols, k, size);
+        widen_rows(widened, task, col, cols, k, size);
         view.x = task->x + row * task->x_stride + k;
         dense_block(&view, rows, cols, size);
         if (last || (k + size) % CHUNK_K == 0)
-            put_sums(task, &view, row, col, rows, cols, k < CHUNK_K, last);
+            put_sums(task, &view, row, col, 1, rows, cols, k < CHUNK_K, last);
     }
 }
 
@@ -281,10 +261,11 @@ TARGET static void dense(const dense_task *task)
         return;
     }
     const int cols = task->m == 1 ? ONE_ROW_COLS : TILE_COLS;
-    for (; col + cols <= task->n; col += cols)
-        dense_few(task, col, cols);
-    for (; col < task->n; col++)
-        dense_few(task, col, 1);
+    const int64_t apart = task->n / cols;
+    for (; col < apart; col++)
+        dense_few(task, col, apart, cols);
+    for (col = apart * cols; col < task->n; col++)
+        dense_few(task, col, 1, 1);
 }
 
 #define DENSE_KERNELS .dense = dense

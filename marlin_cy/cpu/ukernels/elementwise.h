@@ -114,8 +114,8 @@ TARGET static void delta_gates(float *decay, float *beta, const float *a, const 
     }
 }
 
-#define ELEMENTWISE_KERNELS                                                                     \
-    .add = add, .rope = rope, .sigmoid_gate = sigmoid_gate, .glu_rows = glu_rows,               \
-    .store_keys = store_keys, .short_conv = short_conv, .delta_gates = delta_gates
+#define ELEMENTWISE_KERNELS                                                                                 \
+    .add = add, .rope = rope, .sigmoid_gate = sigmoid_gate, .glu_rows = glu_rows, .store_keys = store_keys, \
+    .short_conv = short_conv, .delta_gates = delta_gates
 
 #endif

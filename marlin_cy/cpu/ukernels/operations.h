@@ -118,8 +118,11 @@ typedef void attention_fn(const attention_task *task);
 
 /* Merge a chunk's result (max2, sum2, out2) into that of the chunks before it, for one query:
  *
- *   m = max(*max, max2), NaN if either is;  a = exp(*max - m), b = exp(max2 - m)      0 where that max is -infinity
- *   *max = m;  *sum = fma(*sum, a, sum2 * b);  out[i] = fma(out[i], a, out2[i] * b) */
+ *   m = max(*max, max2), NaN if either is;  a = exp(*max - m), b = exp(max2 - m)
+ *   *max = m;  *sum = fma(*sum, a, sum2 * b);  out[i] = fma(out[i], a, out2[i] * b)
+ *
+ * If sum2 is 0, the query sees nothing of the chunk, and nothing changes. Otherwise, if *sum is 0, the chunk's result
+ * is copied: *max and out need not be set before the first chunk. */
 typedef void attention_merge_fn(float *max, float *sum, float *out, float max2, float sum2, const float *out2,
                                 int64_t n);
 

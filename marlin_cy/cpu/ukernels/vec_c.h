@@ -90,8 +90,6 @@ static inline float lanes_sum(const vec parts[PARTS])
     return v.lane[0];
 }
 
-#define PREFETCH(address, level) ((void)(address))
-
 /* Keep a vector in a register: what follows does not load it again. */
 #define KEEP_VEC(v) ((void)(v))
 

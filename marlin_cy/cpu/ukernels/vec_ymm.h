@@ -45,8 +45,6 @@ YMM float lanes_sum(const vec parts[PARTS])
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-#define PREFETCH(address, level) _mm_prefetch((const char *)(address), level)
-
 /* Keep a vector in a register: what follows does not load it again. */
 #define KEEP_VEC(v) KEEP(v)
 

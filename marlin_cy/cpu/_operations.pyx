@@ -1,0 +1,353 @@
+"""The operations of a decoder, one by one: :class:`~marlin_cy.decoder.operations.DecoderOperations` has the contracts.
+
+Each call checks its arrays, and shares rows, columns or heads out among the threads. A whole model runs them in one
+parallel region instead.
+"""
+
+import numpy as np
+
+from cython.parallel cimport prange
+from libc.stdint cimport int32_t, int64_t
+
+from marlin_cy.cpu._buffers cimport float_matrix, int32_copy, matrix, refuse_overlap
+from marlin_cy.cpu._dispatch cimport (
+    LANES,
+    delta_task,
+    dense_task,
+    ukernel_table,
+)
+from marlin_cy.cpu._workspace cimport Workspace
+
+from marlin_cy.arguments import number
+from marlin_cy.errors import UnsupportedError
+
+cdef enum:
+    DENSE_COLUMNS = 64      # outputs of a task of dense products
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+cdef int check_shape(object array, str name, tuple shape) except -1:
+    """The shape of an array; None stands for any length."""
+    got = getattr(array, "shape", None)
+    if got is None or len(got) != len(shape) or any(want is not None and want != n for want, n in zip(shape, got)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: got {type(array).__name__ if got is None else f'shape {got}'}, expected [{wanted}]")
+    if 0 in got:
+        raise ValueError(f"{name}: got shape {got}, expected no length of 0")
+    return 0
+
+
+cdef matrix checked(object array, str name, tuple shape, bint writeable, bint any_dtype=False) except *:
+    """An array of a shape as rows of its last dimension; float32 unless ``any_dtype``."""
+    check_shape(array, name, shape)
+    if not any_dtype and array.dtype != np.float32:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected float32")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: got strides {array.strides} for shape {array.shape}, expected a C-contiguous array")
+    return float_matrix(array.reshape(-1), name, array.shape[len(shape) - 1], writeable)
+
+
+cdef const int32_t[::1] checked_indices(object array, str name, int64_t count, int64_t end) except *:
+    """A copy of a vector of ``count`` indices, each at least 0 and less than ``end``."""
+    check_shape(array, name, (count,))
+    cdef const int32_t[::1] indices = int32_copy(array, name, count)
+    cdef int64_t i
+    for i in range(count):
+        if not 0 <= indices[i] < end:
+            raise IndexError(f"{name}: got {indices[i]} at [{i}], expected 0 to {end - 1}")
+    return indices
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+
+cdef struct row_job:
+    const ukernel_table *table
+    int num_threads
+    int64_t rows
+    int64_t width
+    int64_t heads
+    const char *x
+    int dtype               # of x
+    const float *weight
+    const float *gate
+    float *residual
+    float *out
+    float scalar            # epsilon, or a factor
+    const int32_t *indices
+    const float *cos
+    const float *sin
+    int64_t pairs
+    int interleaved
+
+ctypedef void row_fn(const row_job *job, int64_t row) noexcept nogil
+
+
+cdef int run_rows(Workspace workspace, row_job *job, row_fn *operation) except -1:
+    """Call an operation for each row."""
+    cdef int64_t row
+    job.table, job.num_threads = workspace.table, workspace.num_threads
+    workspace.enter()
+    try:
+        with nogil:
+            for row in prange(job.rows, num_threads=job.num_threads, schedule="static"):
+                operation(job, row)
+    finally:
+        workspace.leave()
+    return 0
+
+
+cdef void embedding_row(const row_job *job, int64_t row) noexcept nogil:
+    job.table.widen(job.out + row * job.width,
+                    job.x + job.indices[row] * job.width * element_bytes(job.dtype), job.dtype, job.width)
+
+
+cdef void rms_norm_row(const row_job *job, int64_t row) noexcept nogil:
+    cdef const float *x = <const float *>job.x + row * job.width
+    if job.residual is not NULL:
+        job.table.add(job.residual + row * job.width, x, job.width)
+        x = job.residual + row * job.width
+    job.table.rms_norm(job.out + row * job.width, x, job.weight, job.scalar, job.width)
+
+
+cdef void gated_rms_norm_row(const row_job *job, int64_t row) noexcept nogil:
+    job.table.gated_rms_norm(job.out + row * job.width, <const float *>job.x + row * job.width, job.weight,
+                             job.gate + row * job.width, job.scalar, job.width)
+
+
+cdef void l2_normalize_row(const row_job *job, int64_t row) noexcept nogil:
+    job.table.l2_normalize(job.out + row * job.width, job.scalar, job.width)
+
+
+cdef void rope_row(const row_job *job, int64_t row) noexcept nogil:
+    cdef int64_t head, at = job.indices[row] * job.pairs
+    for head in range(job.heads):
+        job.table.rope(job.out + (row * job.heads + head) * job.width, job.cos + at, job.sin + at, job.pairs,
+                       job.interleaved)
+
+
+def embedding_rows(Workspace workspace, table, tokens, out):
+    cdef row_job job
+    cdef matrix source = checked(table, "table", (None, None), False, any_dtype=True)
+    cdef matrix to = checked(out, "out", (None, source.width), True)
+    cdef const int32_t[::1] indices = checked_indices(tokens, "tokens", to.rows, source.rows)
+    refuse_overlap(to, source, "out")
+    job.x, job.dtype, job.rows, job.width, job.indices = source.data, source.dtype, to.rows, to.width, &indices[0]
+    job.out = <float *>to.data
+    run_rows(workspace, &job, embedding_row)
+
+
+def rms_norm(Workspace workspace, x, weight, eps, out, residual):
+    cdef row_job job
+    cdef matrix rows = checked(x, "x", (None, None), False), to, factors, sums
+    to = checked(out, "out", (rows.rows, rows.width), True)
+    job.weight = job.residual = NULL
+    if weight is not None:
+        factors = checked(weight, "weight", (rows.width,), False)
+        refuse_overlap(to, factors, "out")
+        job.weight = <const float *>factors.data
+    if residual is not None:
+        sums = checked(residual, "residual", (rows.rows, rows.width), True)
+        refuse_overlap(sums, rows, "residual")
+        refuse_overlap(to, sums, "out")
+        job.residual = <float *>sums.data
+    if to.data != rows.data:
+        refuse_overlap(to, rows, "out")
+    job.x, job.rows, job.width, job.out, job.scalar = rows.data, rows.rows, rows.width, <float *>to.data, number("eps", eps)
+    run_rows(workspace, &job, rms_norm_row)
+
+
+def gated_rms_norm(Workspace workspace, x, weight, gate, eps, out):
+    cdef row_job job
+    cdef matrix rows = checked(x, "x", (None, None), False), to, factors, gates
+    to = checked(out, "out", (rows.rows, rows.width), True)
+    gates = checked(gate, "gate", (rows.rows, rows.width), False)
+    refuse_overlap(to, gates, "out")
+    job.weight = NULL
+    if weight is not None:
+        factors = checked(weight, "weight", (rows.width,), False)
+        refuse_overlap(to, factors, "out")
+        job.weight = <const float *>factors.data
+    if to.data != rows.data:
+        refuse_overlap(to, rows, "out")
+    job.x, job.rows, job.width, job.out, job.scalar = rows.data, rows.rows, rows.width, <float *>to.data, number("eps", eps)
+    job.gate = <const float *>gates.data
+    run_rows(workspace, &job, gated_rms_norm_row)
+
+
+def l2_normalize(Workspace workspace, x, factor):
+    cdef row_job job
+    cdef matrix rows = checked(x, "x", (None, None), True)
+    job.rows, job.width, job.out, job.scalar = rows.rows, rows.width, <float *>rows.data, number("factor", factor)
+    run_rows(workspace, &job, l2_normalize_row)
+
+
+def rope(Workspace workspace, x, cos, sin, positions, bint interleaved):
+    cdef row_job job
+    cdef matrix heads = checked(x, "x", (None, None, None), True)
+    cdef matrix cosines = checked(cos, "cos", (None, None), False)
+    cdef matrix sines = checked(sin, "sin", (cosines.rows, cosines.width), False)
+    cdef const int32_t[::1] indices = checked_indices(positions, "positions", x.shape[0], cosines.rows)
+    if 2 * cosines.width > heads.width:
+        raise ValueError(f"cos: got {cosines.width} pairs, expected at most {heads.width // 2}, half a head of x")
+    refuse_overlap(heads, cosines, "x")
+    refuse_overlap(heads, sines, "x")
+    job.rows, job.heads, job.width, job.out = x.shape[0], x.shape[1], heads.width, <float *>heads.data
+    job.cos, job.sin, job.pairs = <const float *>cosines.data, <const float *>sines.data, cosines.width
+    job.indices, job.interleaved = &indices[0], interleaved
+    run_rows(workspace, &job, rope_row)
+
+
+# ---------------------------------------------------------------------------------------------
+# Dense products
+
+def dense(Workspace workspace, x, weight, bias, out):
+    cdef matrix rows = checked(x, "x", (None, None), False), to, biases
+    cdef matrix weights = checked(weight, "weight", (None, rows.width), False, any_dtype=True)
+    cdef dense_task task
+    to = checked(out, "out", (rows.rows, weights.rows), True)
+    refuse_overlap(to, rows, "out")
+    refuse_overlap(to, weights, "out")
+    task.bias = NULL
+    if bias is not None:
+        biases = checked(bias, "bias", (weights.rows,), False)
+        refuse_overlap(to, biases, "out")
+        task.bias = <const float *>biases.data
+    task.x, task.x_stride, task.m, task.k = <const float *>rows.data, rows.width, rows.rows, rows.width
+    task.w, task.dtype, task.w_stride, task.n = weights.data, weights.dtype, weights.width, weights.rows
+    task.out, task.out_stride = <float *>to.data, to.width
+    cdef int64_t part, parts = (task.n + DENSE_COLUMNS - 1) // DENSE_COLUMNS
+    cdef const ukernel_table *table = workspace.table
+    cdef int num_threads = workspace.num_threads
+    workspace.enter()
+    try:
+        with nogil:
+            for part in prange(parts, num_threads=num_threads, schedule="static"):
+                dense_columns(table, &task, part * DENSE_COLUMNS)
+    finally:
+        workspace.leave()
+
+
+cdef void dense_columns(const ukernel_table *table, const dense_task *whole, int64_t column) noexcept nogil:
+    """The outputs of a task from ``column`` on, DENSE_COLUMNS of them at most."""
+    cdef dense_task task = whole[0]
+    task.w = <const char *>whole.w + column * whole.w_stride * element_bytes(whole.dtype)
+    task.n = min(whole.n - column, <int64_t>DENSE_COLUMNS)
+    task.out = whole.out + column
+    if task.bias is not NULL:
+        task.bias = whole.bias + column
+    table.dense(&task)
+
+
+# ---------------------------------------------------------------------------------------------
+# Gated DeltaNet
+
+def short_conv(Workspace workspace, x, weight, state, out):
+    cdef matrix rows = checked(x, "x", (None, None), False), before, to, taps
+    cdef int64_t token, channels = rows.width, width
+    checked(weight, "weight", (channels, None), False)
+    transposed = np.ascontiguousarray(weight.T)
+    taps = checked(transposed, "weight", (None, channels), False)
+    width = taps.rows
+    to = checked(out, "out", (rows.rows, channels), True)
+    refuse_overlap(to, rows, "out")
+    check_state(state, "state", (width - 1, channels))
+    before = float_matrix(state.reshape(-1), "state", channels, True)
+    refuse_overlap(before, rows, "state")
+    refuse_overlap(before, to, "state")
+    workspace.enter()
+    try:
+        with nogil:
+            for token in range(rows.rows):
+                workspace.table.short_conv(<float *>to.data + token * channels, <float *>before.data,
+                                           <const float *>rows.data + token * channels, <const float *>taps.data,
+                                           channels, channels, <int>width)
+    finally:
+        workspace.leave()
+
+
+cdef int check_state(object state, str name, tuple shape) except -1:
+    """A float32 array of exactly this shape, which may have a length of 0."""
+    if getattr(state, "shape", None) != shape:
+        raise ValueError(f"{name}: got shape {getattr(state, 'shape', None)}, expected {shape}")
+    if state.dtype != np.float32:
+        raise TypeError(f"{name}: got dtype {state.dtype}, expected float32")
+    if not state.flags.c_contiguous:
+        raise ValueError(f"{name}: got strides {state.strides} for shape {state.shape}, expected a C-contiguous array")
+    return 0
+
+
+def delta_gates(Workspace workspace, a, b, a_log, dt_bias, decay, beta):
+    cdef matrix rows = checked(a, "a", (None, None), False)
+    cdef matrix second = checked(b, "b", (rows.rows, rows.width), False)
+    cdef matrix rates = checked(a_log, "a_log", (rows.width,), False)
+    cdef matrix biases = checked(dt_bias, "dt_bias", (rows.width,), False)
+    cdef matrix decays = checked(decay, "decay", (rows.rows, rows.width), True)
+    cdef matrix betas = checked(beta, "beta", (rows.rows, rows.width), True)
+    cdef int64_t token, at
+    refuse_overlap(betas, decays, "beta")
+    cdef matrix source
+    cdef matrix *sources = [rows, second, rates, biases]
+    for source in sources[:4]:
+        refuse_overlap(decays, source, "decay")
+        refuse_overlap(betas, source, "beta")
+    workspace.enter()
+    try:
+        with nogil:
+            for token in range(rows.rows):
+                at = token * rows.width
+                workspace.table.delta_gates(<float *>decays.data + at, <float *>betas.data + at,
+                                            <const float *>rows.data + at, <const float *>second.data + at,
+                                            <const float *>rates.data, <const float *>biases.data, rows.width)
+    finally:
+        workspace.leave()
+
+
+def delta_rule(Workspace workspace, q, k, v, decay, beta, state, out):
+    cdef delta_task task
+    cdef matrix queries = checked(q, "q", (None, None, None), False)
+    cdef int64_t tokens = q.shape[0], k_heads = q.shape[1], key_dim = q.shape[2], v_heads, value_dim, head
+    cdef matrix keys = checked(k, "k", (tokens, k_heads, key_dim), False)
+    cdef matrix values = checked(v, "v", (tokens, None, None), False), decays, betas, states, to
+    v_heads, value_dim = v.shape[1], v.shape[2]
+    if v_heads % k_heads:
+        raise ValueError(f"v: got {v_heads} heads, expected a multiple of {k_heads}, the heads of k")
+    if value_dim % LANES:
+        raise UnsupportedError(f"v: got heads of {value_dim} values; the CPU's kernels do multiples of {LANES}")
+    decays = checked(decay, "decay", (tokens, v_heads), False)
+    betas = checked(beta, "beta", (tokens, v_heads), False)
+    states = checked(state, "state", (v_heads, key_dim, value_dim), True)
+    to = checked(out, "out", (tokens, v_heads, value_dim), True)
+    refuse_overlap(to, states, "out")
+    cdef matrix source
+    cdef matrix *sources = [queries, keys, values, decays, betas]
+    for source in sources[:5]:
+        refuse_overlap(to, source, "out")
+        refuse_overlap(states, source, "state")
+    task.tokens, task.key_dim, task.columns = tokens, key_dim, value_dim
+    task.q, task.k, task.v = <const float *>queries.data, <const float *>keys.data, <const float *>values.data
+    task.q_stride = task.k_stride = k_heads * key_dim
+    task.v_stride = task.y_stride = v_heads * value_dim
+    task.decay, task.beta, task.gate_stride = <const float *>decays.data, <const float *>betas.data, v_heads
+    task.state, task.state_stride, task.y = <float *>states.data, value_dim, <float *>to.data
+    cdef const ukernel_table *table = workspace.table
+    cdef int num_threads = workspace.num_threads
+    workspace.enter()
+    try:
+        with nogil:
+            for head in prange(v_heads, num_threads=num_threads, schedule="static"):
+                delta_head(table, &task, head, head // (v_heads // k_heads))
+    finally:
+        workspace.leave()
+
+
+cdef void delta_head(const ukernel_table *table, const delta_task *heads, int64_t head, int64_t k_head) noexcept nogil:
+    """One value head of a task whose pointers are those of head 0."""
+    cdef delta_task task = heads[0]
+    task.q, task.k = heads.q + k_head * heads.key_dim, heads.k + k_head * heads.key_dim
+    task.v, task.y = heads.v + head * heads.columns, heads.y + head * heads.columns
+    task.decay, task.beta = heads.decay + head, heads.beta + head
+    task.state = heads.state + head * heads.key_dim * heads.state_stride
+    table.delta_rule(&task)
