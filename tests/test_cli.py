@@ -209,7 +209,7 @@ def test_run_refuses_a_backend_that_is_missing(tmp_path):
 
 @needs_opencl
 def test_run_on_opencl_json(capsys):
-    assert cli.main(["run", "--backend", "opencl", "--json", "--tier", "portable"]) == 0
+    assert cli.main(["run", "--backend", "opencl", "--json", "--tier", "portable", "--repeat", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     cpu_keys = {"isa", "threads", "compute_dtype", "read_bandwidth_bytes_per_second"}
     own_keys = {"device", "platform", "driver", "tier", "copy_bandwidth_bytes_per_second"}

@@ -304,7 +304,8 @@ class Model(TextMethods):
             sequence.grow(len(tokens), self._program.copy_page)
         results = [np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32) for _, tokens in work]
         for parts in cut_into_steps([len(tokens) for _, tokens in work], MAX_ROWS):
-            wanted, places = [], []
+            wanted: list[int] = []
+            places: list[tuple[int, int]] = []
             segments = np.empty((len(parts), 4), np.int64)
             rows = 0
             for number, (index, begin, end) in enumerate(parts):
@@ -366,8 +367,8 @@ class Model(TextMethods):
             needed += sequence.pages_needed(len(ids))
         if needed > self._pool.num_free:
             raise CacheFull(
-                f"cache: got {needed} pages of {PAGE_TOKENS} tokens to add, {self._pool.num_free} are free; free sequences, or "
-                "load the model with more cache_tokens"
+                f"cache: got {needed} pages of {PAGE_TOKENS} tokens to add, {self._pool.num_free} are free; free "
+                "sequences, or load the model with more cache_tokens"
             )
         return work
 

@@ -2,11 +2,11 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.cpu._workspace import Workspace
-from marlin_cy.cpu.decoder._cache import KvPool
+from marlin_cy.cpu.decoder._cache import KvPool, StatePool
 from marlin_cy.decoder.plan import DecoderPlan
 
 class CpuStep:
-    def __init__(self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool]) -> None: ...
+    def __init__(self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool | StatePool]) -> None: ...
     def run(
         self,
         tokens: npt.NDArray[np.int32],

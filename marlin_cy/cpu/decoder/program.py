@@ -14,6 +14,7 @@ from marlin_cy.cpu.decoder._step import CpuStep
 from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DeltaNetPlan, LatentAttentionPlan, MixerPlan
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch, DecoderProgram
 from marlin_cy.interface import Context
+from marlin_cy.memory import available_memory
 
 __all__ = ["CpuDecoder"]
 
@@ -23,18 +24,16 @@ class CpuDecoder(DecoderProgram):
 
     def __init__(self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str) -> None:
         workspace = workspace_of(ctx)
-        needed = num_pages * sum(
+        per_page = sum(
             page_bytes(*cache_sizes(layer.mixer), cache_dtype)
             for layer in plan.layers
             if not isinstance(layer.mixer, DeltaNetPlan)
         )
+        check_memory(num_pages, per_page)
         try:
             self._pools = [new_pool(layer.mixer, num_pages, num_states, cache_dtype) for layer in plan.layers]
         except MemoryError:
-            raise MemoryError(
-                f"cache: could not allocate {needed} bytes for {num_pages * PAGE_TOKENS} tokens; pass fewer "
-                "cache_tokens"
-            ) from None
+            raise MemoryError(does_not_fit(num_pages, per_page, None)) from None
         self._step = CpuStep(workspace, plan, self._pools)
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -66,6 +65,25 @@ class CpuDecoder(DecoderProgram):
     @property
     def cache_bytes(self) -> int:
         return sum(pool.nbytes for pool in self._pools)
+
+
+def check_memory(num_pages: int, page_bytes: int) -> None:
+    """Refuse a cache that is larger than the memory that the system has left."""
+    available = available_memory()
+    if available is not None and num_pages * page_bytes > available:
+        raise MemoryError(does_not_fit(num_pages, page_bytes, available))
+
+
+def does_not_fit(num_pages: int, page_bytes: int, available: int | None) -> str:
+    """The message for a cache that does not fit into memory."""
+    tokens, nbytes = num_pages * PAGE_TOKENS, num_pages * page_bytes
+    message = f"cache: {tokens} tokens need {nbytes} bytes, which do not fit into memory"
+    if available is None:
+        return f"{message}; pass fewer cache_tokens"
+    return (
+        f"{message}: {available} bytes are available, enough for {available // page_bytes * PAGE_TOKENS} tokens; pass "
+        "fewer cache_tokens, or a shorter context_length"
+    )
 
 
 def new_pool(mixer: MixerPlan, num_pages: int, num_states: int, cache_dtype: str) -> KvPool | StatePool:

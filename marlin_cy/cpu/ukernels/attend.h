@@ -8,12 +8,15 @@
  * broadcast. A tile of values is queries by columns, and each weight e[p] is broadcast. With few queries, a tile has
  * more pages or more columns, so that enough independent sums hide the latency of a multiply-add.
  *
- * If there is more than one tile of queries, each page is widened to float32 once, in the scratch memory.
+ * With more than WIDE_TILES tiles of queries, each page is widened to float32 once, in the scratch memory. With fewer,
+ * each tile widens it in registers.
  */
 #ifndef MARLIN_CY_ATTEND_H
 #define MARLIN_CY_ATTEND_H
 
 #include "activate.h"
+
+enum { WIDE_TILES = 2 };
 
 /* Vectors of one query in a tile. */
 KERNEL int vecs_per_query(int queries)
@@ -205,6 +208,11 @@ KERNEL void score_pages(int queries, int dtype, const attention_task *task, cons
         score_tile(queries, dtype, task, keys + *page, 0, *page, pages);
 }
 
+TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page)
+{
+    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)
+}
+
 /* Scores of all queries for the pages begin to end - 1. */
 TARGET static void score_queries(const attention_task *task, int begin, int end)
 {
@@ -215,11 +223,11 @@ TARGET static void score_queries(const attention_task *task, int begin, int end)
     if (num_tiles(task) == 1)
         BY_QUERIES_AND_DTYPE(task->m, task->dtype, score_pages, task, keys, &page, end)
     for (; page < end; page++) {
-        const char *const key = page_as_float(task, keys[page], task->d * KV_BLOCK);
-        for (int tile = 0; tile < num_tiles(task); tile++) {
-            const int query = first_query(task, tile), queries = first_query(task, tile + 1) - query;
-            BY_QUERIES(queries, DTYPE_F32, score_tile, task, &key, query, page, 1)
-        }
+        const int widen = num_tiles(task) > WIDE_TILES;
+        const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK) : keys[page];
+        for (int tile = 0; tile < num_tiles(task); tile++)
+            add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile),
+                       first_query(task, tile + 1), page);
     }
 }
 
@@ -272,15 +280,14 @@ ROWOPS void softmax_scores(const attention_task *task, int query)
 TARGET static void add_all_values(const attention_task *task, int begin, int end)
 {
     for (int page = begin; page < end; page++) {
+        const int widen = num_tiles(task) > WIDE_TILES;
         const char *values = task->values + task->pages[page] * task->value_stride;
-        if (num_tiles(task) == 1) {
-            values_of_page(task, values, task->dtype, 0, task->m, page);
-            continue;
-        }
-        values = page_as_float(task, values, task->dv * KV_BLOCK);
+        if (widen)
+            values = page_as_float(task, values, task->dv * KV_BLOCK);
         for (int tile = 0; tile < num_tiles(task); tile++) {
             const int query = first_query(task, tile);
-            values_of_page(task, values, DTYPE_F32, query, first_query(task, tile + 1) - query, page);
+            values_of_page(task, values, widen ? DTYPE_F32 : task->dtype, query, first_query(task, tile + 1) - query,
+                           page);
         }
     }
 }

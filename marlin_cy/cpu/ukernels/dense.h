@@ -1,169 +1,290 @@
 /* Dense products, over the vectors of a vec_*.h. The including file defines KERNEL, TARGET and the tiles:
  *
  *   ONE_ROW_COLS           rows of weights that one row of x is multiplied by at once
- *   TILE_ROWS, TILE_COLS   rows of x by rows of weights of a tile
+ *   TILE_ROWS, TILE_COLS   rows of x, at most 4, by rows of weights
  *
- * A tile keeps PARTS vectors of sums for each of its outputs, its rows of weights in one vector each, and one vector
+ * A tile keeps PARTS vectors of sums for each of its outputs, one vector of each of its rows of weights, and one vector
  * of x.
+ *
+ * FEW ROWS, up to TILE_ROWS: a tile reads the weights as they are, over a chunk of K. Weights stream from memory, so
+ * each of them is prefetched one tile ahead.
+ *
+ * MORE ROWS: weights are widened to float32 once for BLOCK_ROWS rows: BLOCK_COLS rows of them and BLOCK_K values of K
+ * (16 KiB) at a time. They stay in the first-level cache while tiles of rows of x (TILE_ROWS * 2 KiB) pass by. Rows of x
+ * are often a multiple of 4 KiB apart, so they share cache sets: only those of one tile must be in the cache at once.
  */
 #ifndef MARLIN_CY_DENSE_H
 #define MARLIN_CY_DENSE_H
 
 #include "norms.h"
 
-/* A tile's operands, and how far its loops go. */
+enum {
+    BLOCK_ROWS = 64,
+    BLOCK_COLS = 8 / TILE_COLS * TILE_COLS,
+    BLOCK_K = 512,                 /* divides CHUNK_K */
+    WIDENED_STRIDE = BLOCK_K + LANES, /* of widened rows of weights, so that they do not share cache sets */
+};
+
+/* The operands of a tile. */
 typedef struct {
     const float *x;
     ptrdiff_t x_stride;
     const char *w;
     ptrdiff_t w_stride; /* bytes */
-    ptrdiff_t ahead;    /* bytes from a weight to what is prefetched with it; 0: nothing */
-    int64_t k;          /* at most CHUNK_K */
+    ptrdiff_t ahead;    /* bytes from a weight to the one that is prefetched with it */
+    float *sums;        /* [rows][cols][LANES] */
+    ptrdiff_t sums_stride;
 } dense_view;
 
-/* total[r][c] = the sum of a chunk. `rows`, `cols` and `dtype` are constants. */
-KERNEL void dense_chunk(float *total, const dense_view *view, int rows, int cols, int dtype)
+KERNEL int dense_element(int dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
+
+/* Products of LANES values of K from i on. `rows`, `cols` and `dtype` are constants. */
+KERNEL void dense_step(vec *sum, const dense_view *view, int64_t i, int rows, int cols, int dtype)
 {
-    enum { MOST = TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS };
-    const int element = dtype == DTYPE_F32 ? 4 : 2;
-    vec sum[MOST][PARTS];
-    int64_t i = 0;
-#pragma GCC unroll 32
-    for (int o = 0; o < rows * cols; o++)
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++)
-            sum[o][part] = vec_set(0.0f);
-    for (; i + LANES <= view->k; i += LANES) {
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-            vec w[TILE_COLS > ONE_ROW_COLS ? TILE_COLS : ONE_ROW_COLS];
+    for (int part = 0; part < PARTS; part++) {
+        vec w[8];
 #pragma GCC unroll 8
-            for (int c = 0; c < cols; c++)
-                w[c] = vec_load_as(view->w + c * view->w_stride, i + part * VEC_N, dtype);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                const vec x = vec_load(view->x + r * view->x_stride + i + part * VEC_N);
-#pragma GCC unroll 8
-                for (int c = 0; c < cols; c++)
-                    sum[r * cols + c][part] = vec_fma(x, w[c], sum[r * cols + c][part]);
-            }
-        }
-        if (rows == 1)
-#pragma GCC unroll 8
-            for (int c = 0; c < cols; c++)
-                PREFETCH(view->w + c * view->w_stride + i * element + view->ahead, _MM_HINT_T0);
-    }
-    if (i < view->k) {
-        vec x[PARTS], w[PARTS];
+        for (int c = 0; c < cols; c++)
+            w[c] = vec_load_as(view->w + c * view->w_stride, i + part * VEC_N, dtype);
+#pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            load_tail(x, view->x + r * view->x_stride + i, view->k - i, DTYPE_F32);
+            vec x = vec_load(view->x + r * view->x_stride + i + part * VEC_N);
+            KEEP_VEC(x); /* one load for all columns */
+#pragma GCC unroll 8
             for (int c = 0; c < cols; c++) {
-                load_tail(w, view->w + c * view->w_stride + i * element, view->k - i, dtype);
-                for (int part = 0; part < PARTS; part++)
-                    sum[r * cols + c][part] = vec_fma(x[part], w[part], sum[r * cols + c][part]);
+                const int s = (r * cols + c) * PARTS + part;
+                sum[s] = vec_fma(x, w[c], sum[s]);
             }
         }
     }
-#pragma GCC unroll 32
-    for (int o = 0; o < rows * cols; o++)
-        total[o] = lanes_sum(sum[o]);
 }
 
-/* Write a chunk's totals of a tile to the output, or add them to it; the last chunk adds the bias. */
-KERNEL void put_totals(const dense_task *task, const float *total, int64_t row, int64_t col, int rows, int cols,
-                       int first, int last)
+/* Add the products of k values, a multiple of LANES, to the sums. `rows`, `cols`, `dtype` and `prefetch` are constants.
+ */
+KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype, int prefetch)
+{
+    enum { LINE = 64 };
+    const int element = dense_element(dtype), steps_per_line = LINE / (LANES * element);
+    vec sum[PARTS * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int s = 0; s < cols * PARTS; s++)
+            sum[r * cols * PARTS + s] = vec_load(view->sums + r * view->sums_stride + s * VEC_N);
+    for (; prefetch && i + steps_per_line * LANES <= k; i += steps_per_line * LANES) {
+#pragma GCC unroll 2
+        for (int step = 0; step < steps_per_line; step++)
+            dense_step(sum, view, i + step * LANES, rows, cols, dtype);
+#pragma GCC unroll 8
+        for (int c = 0; c < cols; c++)
+            PREFETCH(view->w + c * view->w_stride + view->ahead + i * element, _MM_HINT_T0);
+    }
+    for (; i < k; i += LANES)
+        dense_step(sum, view, i, rows, cols, dtype);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int s = 0; s < cols * PARTS; s++)
+            vec_store(view->sums + r * view->sums_stride + s * VEC_N, sum[r * cols * PARTS + s]);
+}
+
+/* The same for a number of rows and columns that is not a constant: TILE_COLS or 1, or ONE_ROW_COLS with one row. */
+KERNEL void dense_tile_of(const dense_view *view, int64_t k, int rows, int cols, int dtype, int prefetch)
+{
+    if (rows == 1 && cols == ONE_ROW_COLS)
+        dense_tile(view, k, 1, ONE_ROW_COLS, dtype, prefetch);
+    else if (rows == 1 && cols == TILE_COLS)
+        dense_tile(view, k, 1, TILE_COLS, dtype, prefetch);
+    else if (rows == 1)
+        dense_tile(view, k, 1, 1, dtype, prefetch);
+    else if (rows == 2 && cols == TILE_COLS)
+        dense_tile(view, k, 2, TILE_COLS, dtype, prefetch);
+    else if (rows == 2)
+        dense_tile(view, k, 2, 1, dtype, prefetch);
+    else if (TILE_ROWS >= 3 && rows == 3 && cols == TILE_COLS)
+        dense_tile(view, k, 3, TILE_COLS, dtype, prefetch);
+    else if (TILE_ROWS >= 3 && rows == 3)
+        dense_tile(view, k, 3, 1, dtype, prefetch);
+    else if (TILE_ROWS >= 4 && cols == TILE_COLS)
+        dense_tile(view, k, 4, TILE_COLS, dtype, prefetch);
+    else if (TILE_ROWS >= 4)
+        dense_tile(view, k, 4, 1, dtype, prefetch);
+}
+
+TARGET static void dense_tile_from_memory(const dense_view *view, int64_t k, int rows, int cols, int dtype)
+{
+    switch (dtype) {
+    case DTYPE_F32: dense_tile_of(view, k, rows, cols, DTYPE_F32, 1); break;
+    case DTYPE_F16: dense_tile_of(view, k, rows, cols, DTYPE_F16, 1); break;
+    case DTYPE_BF16: dense_tile_of(view, k, rows, cols, DTYPE_BF16, 1); break;
+    }
+}
+
+TARGET static void dense_tile_from_cache(const dense_view *view, int64_t k, int rows, int cols)
+{
+    dense_tile_of(view, k, rows, cols, DTYPE_F32, 0);
+}
+
+/* Add the products of the last `count` values of K, fewer than LANES: x and w point to them. */
+TARGET static void dense_tail(const dense_view *view, int rows, int cols, int dtype, int count)
+{
+    for (int r = 0; r < rows; r++) {
+        vec x[PARTS], w[PARTS];
+        load_tail(x, view->x + r * view->x_stride, count, DTYPE_F32);
+        for (int c = 0; c < cols; c++) {
+            float *const sums = view->sums + r * view->sums_stride + c * LANES;
+            load_tail(w, view->w + c * view->w_stride, count, dtype);
+            for (int part = 0; part < PARTS; part++)
+                vec_store(sums + part * VEC_N, vec_fma(x[part], w[part], vec_load(sums + part * VEC_N)));
+        }
+    }
+}
+
+/* Write the sums of a chunk to the output, or add them to it. The last chunk adds the bias. */
+TARGET static void put_sums(const dense_task *task, const dense_view *view, int64_t row, int64_t col, int rows,
+                            int cols, int first, int last)
 {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++) {
             float *const out = task->out + (row + r) * task->out_stride + col + c;
-            const float sum = first ? total[r * cols + c] : *out + total[r * cols + c];
-            *out = last && task->bias ? sum + task->bias[col + c] : sum;
+            vec sums[PARTS];
+            for (int part = 0; part < PARTS; part++)
+                sums[part] = vec_load(view->sums + r * view->sums_stride + c * LANES + part * VEC_N);
+            const float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
+            *out = last && task->bias ? total + task->bias[col + c] : total;
         }
 }
 
-/* `cols` outputs of one row, over all of K. */
-KERNEL void dense_row(const dense_task *task, int64_t row, int64_t col, int cols, int dtype)
+/* Few rows: `cols` outputs of each. */
+TARGET static void dense_few(const dense_task *task, int64_t col, int cols)
 {
-    const int element = dtype == DTYPE_F32 ? 4 : 2;
-    float total[ONE_ROW_COLS];
+    const int rows = (int)task->m, element = dense_element(task->dtype);
+    float sums[LANES * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
     dense_view view = {
-        .x = task->x + row * task->x_stride,
+        .x = task->x,
+        .x_stride = task->x_stride,
         .w = (const char *)task->w + col * task->w_stride * element,
         .w_stride = task->w_stride * element,
-        .ahead = ONE_ROW_COLS * task->w_stride * element,
+        .ahead = cols * task->w_stride * element,
+        .sums = sums,
+        .sums_stride = cols * LANES,
     };
     for (int64_t k = 0; k < task->k; k += CHUNK_K) {
-        view.k = task->k - k < CHUNK_K ? task->k - k : CHUNK_K;
-        dense_chunk(total, &view, 1, cols, dtype);
-        put_totals(task, total, row, col, 1, cols, k == 0, k + CHUNK_K >= task->k);
-        view.x += CHUNK_K;
-        view.w += CHUNK_K * element;
+        const int last = k + CHUNK_K >= task->k;
+        const int64_t size = last ? task->k - k : CHUNK_K, whole = size / LANES * LANES;
+        memset(sums, 0, (size_t)(rows * cols) * LANES * sizeof *sums);
+        dense_tile_from_memory(&view, whole, rows, cols, task->dtype);
+        view.x += whole;
+        view.w += whole * element;
+        if (whole < size)
+            dense_tail(&view, rows, cols, task->dtype, (int)(size - whole));
+        put_sums(task, &view, 0, col, rows, cols, k == 0, last);
     }
 }
 
-/* All rows by `cols` rows of weights, which are widened to float32 chunk by chunk. */
-KERNEL void dense_panel(const dense_task *task, int64_t col, int cols, int dtype)
+/* Widen n weights; prefetch those that are `ahead` bytes after them. `dtype` is a constant. */
+KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype, ptrdiff_t ahead)
 {
-    const int element = dtype == DTYPE_F32 ? 4 : 2;
-    float widened[TILE_COLS * CHUNK_K], total[TILE_ROWS * TILE_COLS];
-    for (int64_t k = 0; k < task->k; k += CHUNK_K) {
-        const int first = k == 0, last = k + CHUNK_K >= task->k;
-        const int64_t size = last ? task->k - k : CHUNK_K;
-        dense_view view = {.x = task->x + k, .x_stride = task->x_stride, .k = size};
-        view.w = (const char *)task->w + (col * task->w_stride + k) * element;
-        view.w_stride = task->w_stride * element;
-        if (dtype != DTYPE_F32) {
-            for (int c = 0; c < cols; c++) {
-                const char *const from = view.w + c * view.w_stride;
-                int64_t i = 0;
-                for (; i + LANES <= size; i += LANES)
-                    for (int part = 0; part < PARTS; part++)
-                        vec_store(widened + c * CHUNK_K + i + part * VEC_N, vec_load_as(from, i + part * VEC_N, dtype));
-                if (i < size) {
-                    vec tail[PARTS];
-                    load_tail(tail, from + i * element, size - i, dtype);
-                    for (int part = 0; part < PARTS; part++)
-                        vec_store(widened + c * CHUNK_K + i + part * VEC_N, tail[part]);
-                }
-            }
-            view.w = (const char *)widened;
-            view.w_stride = CHUNK_K * sizeof(float);
-        }
-        int64_t row = 0;
-        for (; row + TILE_ROWS <= task->m; row += TILE_ROWS, view.x += TILE_ROWS * task->x_stride) {
-            dense_chunk(total, &view, TILE_ROWS, cols, DTYPE_F32);
-            put_totals(task, total, row, col, TILE_ROWS, cols, first, last);
-        }
-        for (; row < task->m; row++, view.x += task->x_stride) {
-            dense_chunk(total, &view, 1, cols, DTYPE_F32);
-            put_totals(task, total, row, col, 1, cols, first, last);
-        }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        PREFETCH(from + i * dense_element(dtype) + ahead, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++)
+            vec_store(to + i + part * VEC_N, vec_load_as(from, i + part * VEC_N, dtype));
+    }
+    if (i < n) {
+        vec tail[PARTS];
+        load_tail(tail, from + i * dense_element(dtype), n - i, dtype);
+        for (int part = 0; part < PARTS; part++)
+            vec_store(to + i + part * VEC_N, tail[part]);
     }
 }
 
-KERNEL void dense_by(const dense_task *task, int dtype)
+/* Let a view read `size` values of `cols` rows of weights, from `k` on, as float32: in `widened` if they are not float32
+ * already. */
+TARGET static void view_weights(dense_view *view, const dense_task *task, float *widened, int64_t col, int cols,
+                                int64_t k, int size)
 {
-    int64_t col = 0;
-    if (task->m == 1) {
-        for (; col + ONE_ROW_COLS <= task->n; col += ONE_ROW_COLS)
-            dense_row(task, 0, col, ONE_ROW_COLS, dtype);
-        for (; col < task->n; col++)
-            dense_row(task, 0, col, 1, dtype);
+    const int element = dense_element(task->dtype);
+    const ptrdiff_t stride = task->w_stride * element, ahead = BLOCK_COLS * stride;
+    const char *const w = (const char *)task->w + col * stride + k * element;
+    if (task->dtype == DTYPE_F32) {
+        view->w = w;
+        view->w_stride = stride;
         return;
     }
-    for (; col + TILE_COLS <= task->n; col += TILE_COLS)
-        dense_panel(task, col, TILE_COLS, dtype);
-    for (; col < task->n; col++)
-        dense_panel(task, col, 1, dtype);
+    view->w = (const char *)widened;
+    view->w_stride = WIDENED_STRIDE * sizeof *widened;
+    for (int c = 0; c < cols; c++)
+        if (task->dtype == DTYPE_F16)
+            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_F16, ahead);
+        else
+            widen_weights(widened + c * WIDENED_STRIDE, w + c * stride, size, DTYPE_BF16, ahead);
+}
+
+/* Add `size` products to the sums of `m` rows by `cols` columns. */
+TARGET static void dense_block(const dense_view *block, int m, int cols, int size)
+{
+    const int tiles = (m + TILE_ROWS - 1) / TILE_ROWS, whole = size / LANES * LANES;
+    for (int tile = 0; tile < tiles; tile++) {
+        const int row = m * tile / tiles, rows = m * (tile + 1) / tiles - row; /* tiles of nearly equal size */
+        dense_view view = *block;
+        view.x += row * view.x_stride;
+        view.sums += row * view.sums_stride;
+        for (int c = 0; c + TILE_COLS <= cols; c += TILE_COLS) {
+            dense_tile_from_cache(&view, whole, rows, TILE_COLS);
+            view.w += TILE_COLS * view.w_stride;
+            view.sums += TILE_COLS * LANES;
+        }
+        for (int c = 0; c < cols % TILE_COLS; c++) {
+            dense_tile_from_cache(&view, whole, rows, 1);
+            view.w += view.w_stride;
+            view.sums += LANES;
+        }
+    }
+    if (whole < size) {
+        dense_view tail = *block;
+        tail.x += whole;
+        tail.w += whole * sizeof(float);
+        dense_tail(&tail, m, cols, DTYPE_F32, size - whole);
+    }
+}
+
+/* More rows: `cols` outputs, at most BLOCK_COLS, of `rows` rows, at most BLOCK_ROWS. */
+TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, int rows, int cols)
+{
+    float sums[BLOCK_ROWS * BLOCK_COLS * LANES], widened[BLOCK_COLS * WIDENED_STRIDE];
+    dense_view view = {.x_stride = task->x_stride, .sums = sums, .sums_stride = BLOCK_COLS * LANES};
+    for (int64_t k = 0; k < task->k; k += BLOCK_K) {
+        const int size = task->k - k < BLOCK_K ? (int)(task->k - k) : BLOCK_K;
+        const int last = k + size == task->k;
+        if (k % CHUNK_K == 0)
+            memset(sums, 0, (size_t)rows * BLOCK_COLS * LANES * sizeof *sums);
+        view_weights(&view, task, widened, col, cols, k, size);
+        view.x = task->x + row * task->x_stride + k;
+        dense_block(&view, rows, cols, size);
+        if (last || (k + size) % CHUNK_K == 0)
+            put_sums(task, &view, row, col, rows, cols, k < CHUNK_K, last);
+    }
 }
 
 TARGET static void dense(const dense_task *task)
 {
-    switch (task->dtype) {
-    case DTYPE_F32: dense_by(task, DTYPE_F32); break;
-    case DTYPE_F16: dense_by(task, DTYPE_F16); break;
-    case DTYPE_BF16: dense_by(task, DTYPE_BF16); break;
+    int64_t col = 0;
+    if (task->m > TILE_ROWS) {
+        for (; col < task->n; col += BLOCK_COLS)
+            for (int64_t row = 0; row < task->m; row += BLOCK_ROWS)
+                dense_many(task, row, col, task->m - row < BLOCK_ROWS ? (int)(task->m - row) : BLOCK_ROWS,
+                           task->n - col < BLOCK_COLS ? (int)(task->n - col) : BLOCK_COLS);
+        return;
     }
+    const int cols = task->m == 1 ? ONE_ROW_COLS : TILE_COLS;
+    for (; col + cols <= task->n; col += cols)
+        dense_few(task, col, cols);
+    for (; col < task->n; col++)
+        dense_few(task, col, 1);
 }
 
 #define DENSE_KERNELS .dense = dense

@@ -92,4 +92,7 @@ static inline float lanes_sum(const vec parts[PARTS])
 
 #define PREFETCH(address, level) ((void)(address))
 
+/* Keep a vector in a register: what follows does not load it again. */
+#define KEEP_VEC(v) ((void)(v))
+
 #endif

@@ -47,4 +47,7 @@ YMM float lanes_sum(const vec parts[PARTS])
 
 #define PREFETCH(address, level) _mm_prefetch((const char *)(address), level)
 
+/* Keep a vector in a register: what follows does not load it again. */
+#define KEEP_VEC(v) KEEP(v)
+
 #endif
