@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.resources import files
 
 import pytest
+from slow_text import slow_command
 
 from marlin_cy import cli
 from marlin_cy.commands import decoder_model
@@ -80,13 +82,25 @@ def test_json(run):
 
 def test_text_comes_as_it_is_produced():
     """The first words are there before the last ones."""
-    command = [sys.executable, "-u", "-m", "marlin_cy", "generate", "--prompt", PROMPT, "--threads", "1"]
+    command = slow_command("generate", "--prompt", PROMPT, "--threads", "1")
     with subprocess.Popen(
         [*command, "--max-new-tokens", "900"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout.readline().startswith("_")
         assert child.poll() is None
         child.kill()
+
+
+def test_ctrl_c():
+    """The text so far stays, and the exit code is that of an interrupted program."""
+    command = slow_command("generate", "--prompt", PROMPT, "--threads", "1")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*command, "--max-new-tokens", "900"], text=True, **pipes) as child:
+        assert child.stdout.read(1) == "_"
+        child.send_signal(signal.SIGINT)
+        text, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (130, "marlin-cy: interrupted\n")
+    assert len(text) < 900
 
 
 def test_text_and_figures(run):
