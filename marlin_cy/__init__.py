@@ -34,6 +34,7 @@ from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack
 
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import open_checkpoint
+    from marlin_cy.decoder.model import load_model
     from marlin_cy.moe import MoeLayer, Routing, SharedExpert, moe_align_block_size
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _LAZY = {
     "Routing": "marlin_cy.moe",
     "SharedExpert": "marlin_cy.moe",
     "moe_align_block_size": "marlin_cy.moe",
+    "load_model": "marlin_cy.decoder.model",
     "open_checkpoint": "marlin_cy.checkpoints.checkpoint",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedError",
     "available_backends",
     "get_backend",
+    "load_model",
     "moe_align_block_size",
     "open_checkpoint",
 ]

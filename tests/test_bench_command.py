@@ -100,8 +100,8 @@ def test_table(run):
     code, out, err = run("--prompt-tokens", 16, "--new-tokens", 4, "--repeat", 1)
     assert (code, err) == (0, "")
     assert re.search(r"tiny-qwen3-moe-gptq-int4 on cpu \(.*\), cache in float16, 1 sequences, depth 0", out)
-    assert re.search(r"^prefill +16 +[\d.]+", out, re.MULTILINE)
-    assert re.search(r"^decode +4 +[\d.]+", out, re.MULTILINE)
+    assert re.search(r"^prefill +16 +[\d.,]+", out, re.MULTILINE)
+    assert re.search(r"^decode +4 +[\d.,]+", out, re.MULTILINE)
     assert re.search(r"Weights: 3\.\d MB packed, 0\.\d MB others\. Cache: ", out)
 
 

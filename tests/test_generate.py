@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.resources import files
 
 import pytest
+from slow_text import slow_command
 
 from marlin_cy import cli
 from marlin_cy.commands import decoder_model
@@ -80,7 +82,7 @@ def test_json(run):
 
 def test_text_comes_as_it_is_produced():
     """The first words are there before the last ones."""
-    command = [sys.executable, "-u", "-m", "marlin_cy", "generate", "--prompt", PROMPT, "--threads", "1"]
+    command = slow_command("generate", "--prompt", PROMPT, "--threads", "1")
     with subprocess.Popen(
         [*command, "--max-new-tokens", "900"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
@@ -89,14 +91,26 @@ def test_text_comes_as_it_is_produced():
         child.kill()
 
 
+def test_ctrl_c():
+    """The text so far stays, and the exit code is that of an interrupted program."""
+    command = slow_command("generate", "--prompt", PROMPT, "--threads", "1")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*command, "--max-new-tokens", "900"], text=True, **pipes) as child:
+        assert child.stdout.read(1) == "_"
+        child.send_signal(signal.SIGINT)
+        text, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (130, "marlin-cy: interrupted\n")
+    assert len(text) < 900
+
+
 def test_text_and_figures(run):
     code, out, err = run("--prompt", PROMPT, "--max-new-tokens", 30)
     assert code == 0
     text = report_of(run("--prompt", PROMPT, "--max-new-tokens", 30, "--json"))["text"]
     assert out == f"{text}\n"
     assert re.search(r"tiny-qwen3-moe-gptq-int4 on cpu \(.*\), decoder, activations in float32", err)
-    assert re.search(rf"^prompt +{len(PROMPT)} +[\d.]+", err, re.MULTILINE)
-    assert re.search(r"^generated +30 +[\d.]+ +stopped: --max-new-tokens", err, re.MULTILINE)
+    assert re.search(rf"^prompt +{len(PROMPT)} +[\d.,]+", err, re.MULTILINE)
+    assert re.search(r"^generated +30 +[\d.,]+ +stopped: --max-new-tokens", err, re.MULTILINE)
     assert re.search(r"Weights: 3\.\d MB packed, 0\.\d MB others", err)
 
 

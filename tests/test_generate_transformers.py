@@ -63,8 +63,8 @@ def test_text_and_figures(run):
     text = report_of(run("--prompt", PROMPT, "--max-new-tokens", 30, "--json"))["text"]
     assert out == f"{text}\n"
     assert re.search(r"tiny-qwen3-moe-gptq-int4 on cpu \(.*\), transformers, activations in bfloat16", err)
-    assert re.search(rf"^prompt +{len(PROMPT)} +[\d.]+", err, re.MULTILINE)
-    assert re.search(r"^generated +30 +[\d.]+ +stopped: --max-new-tokens", err, re.MULTILINE)
+    assert re.search(rf"^prompt +{len(PROMPT)} +[\d.,]+", err, re.MULTILINE)
+    assert re.search(r"^generated +30 +[\d.,]+ +stopped: --max-new-tokens", err, re.MULTILINE)
     assert re.search(r"Weights: 3\.\d MB packed, 0\.\d MB others", err)
 
 

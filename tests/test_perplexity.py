@@ -1,41 +1,23 @@
-"""``marlin-cy perplexity``: packed layers predict a text as well as the same weights dense."""
+"""``marlin-cy perplexity`` on the decoder: the number, its windows, its refusals."""
 
 import json
 import math
-import re
 from importlib.resources import files
 
 import numpy as np
 import pytest
+from fake_model import FakeModel
 
 from marlin_cy import cli
 from marlin_cy.commands.run import BUILT_IN
+from marlin_cy.decoder import perplexity as scoring
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
-
-from marlin_cy.commands import language_model  # noqa: E402
-from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
-from marlin_cy.integrations.transformers import load  # noqa: E402
+pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 FOLDER = files("marlin_cy") / BUILT_IN
 KEYS = {"version", "checkpoint", "text", "tokens", "window", "windows", "scored_tokens", "skipped", "results"}
-# Of dequantised float64, on all of the held-out text; recorded when the checkpoint was made.
+# Of dequantised float64, on all of the held-out text; recorded when the checkpoint was made, to 5 digits.
 RECORDED = 2.6256
-FEW_WINDOWS = 2  # for OpenCL on CPUs, which is slow
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    text = np.frombuffer((FOLDER / "validation.txt").read_bytes(), np.uint8)
-    return torch.from_numpy(text.astype(np.int64))[None]
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return dequantized_model(FOLDER)
 
 
 @pytest.fixture
@@ -49,62 +31,47 @@ def run(capsys):
     return command
 
 
-def score(model, tokens, windows=32, window=512):
-    return language_model.perplexity(model, tokens, window, windows, lambda *progress: None)
-
-
-@pytest.fixture(scope="module")
-def reference(dense, tokens):
-    """Of dequantised float32, on all of the held-out text."""
-    return score(dense, tokens)
-
-
-def test_dense_is_as_recorded(reference):
-    assert reference == pytest.approx(RECORDED, abs=5e-5)
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(("compute_dtype", "bound"), [("int16", 2e-4), ("int8", 5e-3)])
-def test_on_the_cpu(reference, tokens, compute_dtype, bound):
-    packed = load(FOLDER, dtype="float32", num_threads=1, compute_dtype=compute_dtype)
-    assert score(packed, tokens) == pytest.approx(reference, rel=bound)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_on_opencl(dense, tokens, device_alone, dtype):
-    packed = load(FOLDER, device_alone, dtype=dtype)
-    assert score(packed, tokens, FEW_WINDOWS) == pytest.approx(score(dense, tokens, FEW_WINDOWS), rel=1e-3)
-
-
-def test_it_is_what_its_definition_says(dense, tokens):
-    """``exp(-mean(log p(token | earlier tokens of its window)))``, in float64."""
-    window, windows, total = 96, 3, 0.0
-    for begin in range(0, window * windows, window):
-        seen = tokens[:, begin : begin + window]
-        with torch.no_grad():
-            logits = dense(seen).logits[0].double().numpy()
-        for position in range(1, window):
-            row = logits[position - 1]
-            total -= row[seen[0, position]] - np.log(np.exp(row - row.max()).sum()) - row.max()
-    expected = math.exp(total / (windows * (window - 1)))
-    assert score(dense, tokens, windows, window) == pytest.approx(expected, rel=1e-6)
-
-
-def test_not_a_number_is_no_perplexity(dense, tokens):
-    class Broken:
-        def __call__(self, seen, **options):
-            output = dense(seen, **options)
-            output.logits[0, 3] = math.nan
-            return output
-
-    assert score(Broken(), tokens, 1) == math.inf
-
-
 def report_of(done):
     code, out, err = done
     assert (code, err) == (0, "")
     return json.loads(out)
+
+
+@pytest.mark.parametrize("logits_at_once", [264, 5000, 1 << 24])
+def test_it_is_what_its_definition_says(monkeypatch, logits_at_once):
+    """``exp(-mean(log p(token | those before it in its window)))``, in float64, whatever runs in a call."""
+    monkeypatch.setattr(scoring, "LOGITS", logits_at_once)
+    model, window, windows, total = FakeModel(FOLDER), 24, 3, 0.0
+    tokens = np.random.default_rng(0).integers(0, 264, 80).tolist()
+    for begin in range(0, window * windows, window):
+        for position in range(begin + 1, begin + window):
+            row = model.logits(tokens[begin:position]).astype(np.float64)
+            total -= row[tokens[position]] - np.log(np.exp(row).sum())
+    expected = math.exp(total / (windows * (window - 1)))
+    told = []
+    value = scoring.perplexity(model, tokens, window, windows, lambda *state: told.append(state))
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert told == [(1, 3, "window 1"), (2, 3, "window 2"), (3, 3, "window 3")]
+    assert model.open == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_a_number_is_no_perplexity(value):
+    model = FakeModel(FOLDER)
+    model.logits = lambda tokens: np.full(264, value if len(tokens) == 3 else 0, np.float32)
+    assert scoring.perplexity(model, list(range(20)), 10, 2) == math.inf
+
+
+def test_int8(run):
+    (result,) = report_of(run("--compute-dtype", "int8", "--json"))["results"]
+    assert result["name"] == "cpu, int8"
+    assert result["perplexity"] == pytest.approx(RECORDED, rel=5e-3)
+
+
+def test_cache_dtypes(run):
+    found = [report_of(run("--window", 64, "--cache-dtype", name, "--json")) for name in ("float32", "float16")]
+    first, second = (report["results"][0]["perplexity"] for report in found)
+    assert 0 < abs(first / second - 1) < 2**-11  # half a unit in the last place of float16
 
 
 def test_json(run):
@@ -113,37 +80,11 @@ def test_json(run):
     assert (report["tokens"], report["window"], report["windows"]) == (16384, 512, 32)
     assert (report["scored_tokens"], report["skipped"]) == (32 * 511, {})
     (result,) = report["results"]
-    assert (result["name"], result["dtype"], result["relative_difference"]) == ("cpu, int16", "bfloat16", 0.0)
-    assert result["perplexity"] == pytest.approx(RECORDED, rel=1e-3)
+    assert (result["name"], result["engine"], result["dtype"]) == ("cpu, int16", "decoder", "float32")
+    assert result["relative_difference"] == 0.0
+    assert result["perplexity"] == pytest.approx(RECORDED, rel=2e-4 + 2e-5)
+    assert result["device"].endswith("1 threads, int16")
     assert result["seconds"] > 0
-
-
-@pytest.mark.sweep
-def test_compare(run, monkeypatch):
-    """All in one run; without OpenCL it says so."""
-
-    monkeypatch.setattr("marlin_cy.opencl.availability", lambda: "no abacus")
-    code, out, err = run("--compare", "--window", 16)
-    assert (code, err) == (0, "")
-    assert "32 windows of 16 tokens of validation.txt (16384 tokens), 480 scored" in out
-    rows = re.findall(r"^(\S.*?) {2,}(float32|bfloat16) +(\d+\.\d{5}) +(—|[-+]\S+%) +\d", out, re.MULTILINE)
-    assert [row[:2] for row in rows] == [
-        ("dequantised, float32", "float32"),
-        ("dequantised, bfloat16", "bfloat16"),
-        ("cpu, int16", "float32"),
-        ("cpu, int8", "float32"),
-    ]
-    assert [row[3] for row in rows][0] == "—"
-    assert "Skipped: opencl, float16 (backend 'opencl': no abacus)" in out
-    report = report_of(run("--compare", "--window", 128, "--json"))
-    assert report["skipped"] == {"opencl, float16": "backend 'opencl': no abacus"}
-    bounds = {"dequantised, bfloat16": 5e-3, "cpu, int16": 2e-4, "cpu, int8": 5e-3}
-    first, *others = report["results"]
-    assert [result["name"] for result in others] == list(bounds)
-    for result in others:
-        expected = result["perplexity"] / first["perplexity"] - 1
-        assert result["relative_difference"] == pytest.approx(expected)
-        assert 0 < abs(expected) < bounds[result["name"]]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +93,8 @@ def test_compare(run, monkeypatch):
 )
 def test_windows(run, tmp_path, monkeypatch, options, windows, window):
     asked = []
-    monkeypatch.setattr(language_model, "perplexity", lambda model, tokens, *sizes: asked.append(sizes[:2]) or 2.5)
+    score = "marlin_cy.decoder.perplexity.perplexity"
+    monkeypatch.setattr(score, lambda model, tokens, *sizes: asked.append(sizes[:2]) or 2.5)
     text = (FOLDER / "validation.txt").read_text()
     (tmp_path / "text").write_text((text + text)[: 35 * 512 + 7])
     report = report_of(run("--text", tmp_path / "text", "--json", *options))
@@ -186,7 +128,7 @@ def test_refuses(run, tmp_path, text, options, words):
 
 
 def test_refuses_an_output_that_is_not_finite(run, monkeypatch):
-    monkeypatch.setattr(language_model, "perplexity", lambda *arguments: math.inf)
+    monkeypatch.setattr("marlin_cy.decoder.perplexity.perplexity", lambda *arguments: math.inf)
     code, out, err = run()
     assert (code, out) == (1, "")
     assert "cpu, int16: the model's output has NaN or infinity" in err
@@ -212,6 +154,8 @@ def test_refuses_a_backend_that_is_missing(run, monkeypatch):
         ["--window", "many"],
         ["--compare", "--compute-dtype", "int8"],
         ["--compare", "--dtype", "float32"],
+        ["--engine", "decoder", "--dtype", "float32"],
+        ["--engine", "transformers", "--cache-dtype", "float32"],
         ["--backend", "opencl", "--threads", "1"],
         ["--tier", "portable"],
     ],

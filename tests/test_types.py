@@ -32,6 +32,7 @@ from marlin_cy import (
     UnsupportedError,
     available_backends,
     get_backend,
+    load_model,
     moe_align_block_size,
     open_checkpoint,
 )
@@ -78,6 +79,17 @@ def run(layer: MoeLayer, ctx: Context, tokens: npt.NDArray[np.float32], logits: 
     return layer(ctx, tokens, logits, out=np.empty_like(tokens))
 
 
+def texts_of(folder: Path) -> list[str]:
+    model = load_model(folder, context_length=512, num_threads=2)
+    for piece in model.generate("def f(", max_new_tokens=20, temperature=0.7, stop=["end"]):
+        print(piece.text, piece.tokens[0], piece.finish_reason)
+    answer = model.chat([{"role": "user", "content": "Hello"}], top_p=0.9, template_options={"enable_thinking": False})
+    print("".join(piece.text for piece in answer))
+    answer.close()
+    logits: npt.NDArray[np.float32] = model.forward([1, 2, 3])
+    return model.generate_batch(["a", [1, 2]], seed=int(logits.argmax()))
+
+
 backend, ctx = backend_and_context("cpu")
 layer = layer_of(Path("folder"), backend)
 stack = layer.gate_up
@@ -105,6 +117,10 @@ WRONG = [
     ("open_checkpoint(3)", "arg-type"),
     ('open_checkpoint("folder", backend=3)', "arg-type"),
     ('open_checkpoint("folder").moe_layer("0")', "arg-type"),
+    ('load_model("folder").generate(3)', "arg-type"),
+    ('load_model("folder").generate("a", temperatur=1.0)', "call-arg"),
+    ('load_model("folder").generate("a", temperature="warm")', "arg-type"),
+    ('load_model("folder").chat("Hello")', "arg-type"),
     ("get_backend(3)", "arg-type"),
     ('available_backends()["cpu"].upper()', "union-attr"),
     ("backend.empty(3, np.float32)", "arg-type"),

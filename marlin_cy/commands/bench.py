@@ -28,7 +28,7 @@ from marlin_cy.commands.options import (
     checkpoint_folder,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, print_json, table
+from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, print_json, rate, table
 from marlin_cy.commands.sampling_options import add_cache_option, count_argument
 from marlin_cy.errors import MarlinError
 
@@ -182,7 +182,7 @@ def _print_table(report: dict[str, Any]) -> None:
             rates = [
                 report["sequences"] * length / each for each in (statistics.median(seconds), max(seconds), min(seconds))
             ]
-            rows.add_row(name, str(length), *(f"{rate:#.4g}" for rate in rates))
+            rows.add_row(name, str(length), *map(rate, rates))
     screen.print(rows)
     resident = report["resident_bytes"]
     screen.print(

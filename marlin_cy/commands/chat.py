@@ -20,7 +20,7 @@ from marlin_cy.commands.options import (
     checkpoint_folder,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, megabytes, note
+from marlin_cy.commands.output import LoadProgress, megabytes, note, rate
 from marlin_cy.commands.sampling_options import add_cache_option, add_sampling_options, sampling_of
 from marlin_cy.errors import MarlinError
 
@@ -144,15 +144,15 @@ class _Talk:
             sys.stdout.flush()
             seconds = time.perf_counter() - first
             self._tokens, self._seconds = self._tokens + tokens - 1, self._seconds + seconds
-            rate = f", {(tokens - 1) / seconds:#.3g} tokens/s" if tokens > 1 else ""
-            note(f"{tokens} tokens{rate}, the first after {first - start:.2f} s{end}")
+            speed = f", {rate((tokens - 1) / seconds)} tokens/s" if tokens > 1 else ""
+            note(f"{tokens} tokens{speed}, the first after {first - start:.2f} s{end}")
             self._messages = [*messages, {"role": "assistant", "content": answer}]
         return good
 
     def _print_figures(self) -> None:
-        rate = f"{self._tokens / self._seconds:#.3g} tokens/s. " if self._seconds else ""
+        speed = f"{rate(self._tokens / self._seconds)} tokens/s. " if self._seconds else ""
         resident = resident_bytes()
-        note(rate + ("" if resident is None else f"Memory: {megabytes(resident)} resident."))
+        note(speed + ("" if resident is None else f"Memory: {megabytes(resident)} resident."))
 
 
 ENDS = {

@@ -35,7 +35,7 @@ from marlin_cy.commands.options import (
     open_backend,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, note, print_json, table
+from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, note, print_json, rate, table
 from marlin_cy.commands.sampling_options import add_engine_options, add_sampling_options, engine_of, sampling_of
 from marlin_cy.errors import MarlinError, UnsupportedError
 from marlin_cy.integrations import needs_extra
@@ -236,13 +236,13 @@ def _print_figures(report: dict[str, Any]) -> None:
         f"[bold]{escape(Path(report['checkpoint']).name)}[/bold] on {report['backend']} ({escape(report['device'])}), "
         f"{report['engine']}, activations in {report['dtype']}"
     )
-    rate = report["generated_tokens_per_second"]
+    generated = report["generated_tokens_per_second"]
     rows = table("", ">tokens", ">tokens/s", "")
-    rows.add_row("prompt", str(report["prompt_tokens"]), f"{report['prompt_tokens_per_second']:#.3g}")
+    rows.add_row("prompt", str(report["prompt_tokens"]), rate(report["prompt_tokens_per_second"]))
     rows.add_row(
         "generated",
         str(report["generated_tokens"]),
-        "—" if rate is None else f"{rate:#.3g}",
+        "—" if generated is None else rate(generated),
         f"stopped: {STOPPED[report['stopped']]}",
     )
     screen.print(rows)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
-__all__ = ["LoadProgress", "console", "escape", "gigabytes", "mark", "megabytes", "note", "print_json", "table"]
+__all__ = ["LoadProgress", "console", "escape", "gigabytes", "mark", "megabytes", "note", "print_json", "rate", "table"]
 
 # A pipe has no width. This one is wide enough that tables are not cut.
 PIPE_WIDTH = 200
@@ -66,6 +66,11 @@ def mark(good: bool) -> str:
 def gigabytes(bytes_per_second: float) -> str:
     """``"30.5 GB/s"``: three digits; a GB is 10^9 bytes."""
     return f"{bytes_per_second / 1e9:#.3g} GB/s"
+
+
+def rate(per_second: float) -> str:
+    """A number of tokens a second: ``"1,234"`` or ``"12.3"``."""
+    return f"{per_second:,.0f}" if per_second >= 999.5 else f"{per_second:#.3g}"
 
 
 def megabytes(count: int) -> str:

@@ -112,7 +112,7 @@ def pieces_of(
 
 
 def prefill(model: DecoderModel, sequence: Any, tokens: Sequence[int], progress: Progress | None = None) -> Logits:
-    """Append a prompt to a sequence, in parts; gives the logits of its last token.
+    """Append a prompt to a sequence, in parts; returns the logits of its last token.
 
     Parts become larger while they take less than half a second. If a part fails or is interrupted, the sequence gets
     the length back that it had.
@@ -165,9 +165,9 @@ def generate_batch(
     progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> list[str]:
-    """Continue several prompts at once; gives the texts in the order of the prompts.
+    """Continue several prompts at once; returns the texts in the order of the prompts.
 
-    Each text is the same as :func:`generate` gives. As many prompts run at once as the model's cache has room for;
+    Each text is the same as that of :func:`generate`. As many prompts run at once as the model's cache has room for;
     others begin when a text ends. The other parameters are those of :func:`generate`. ``progress`` is called when a
     text ends.
     """
@@ -258,7 +258,7 @@ def _whole_pages(tokens: int) -> int:
 
 
 def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, Logits]]:
-    """Run one token of each text, and parts of prompts; gives the logits of those whose pending tokens are all run."""
+    """Run one token of each text, and parts of prompts; returns the logits of jobs without pending tokens."""
     room = FIRST_PART
     taking_part = []
     for job in running:
@@ -290,7 +290,7 @@ def tokenizer_of(model: DecoderModel) -> Tokenizer:
 
 
 def keep_tokenizer(model: DecoderModel, tokenizer: Tokenizer) -> Tokenizer:
-    """Use a tokenizer that was already read; gives it."""
+    """Use a tokenizer that was already read; returns it."""
     _TOKENIZERS[model] = tokenizer
     return tokenizer
 

@@ -18,6 +18,7 @@ from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
 from marlin_cy.decoder.config import DecoderConfig
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
 from marlin_cy.decoder.program import CACHE_DTYPES, PAGE_TOKENS, Batch
+from marlin_cy.decoder.text_methods import TextMethods
 from marlin_cy.errors import ContextInUse, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend, Context
@@ -83,7 +84,7 @@ def load_model(
     return Model(checkpoint, config, plan, ctx, cache_tokens, cache_dtype)
 
 
-class Model:
+class Model(TextMethods):
     """A model on a backend, with the cache of its sequences. Made by :func:`load_model`.
 
     One thread may call a model at a time; a second one gets :class:`~marlin_cy.errors.ContextInUse`. A call that

@@ -54,7 +54,7 @@ class DecoderModel(Protocol):
         """Forget a sequence."""
 
     def forward(self, tokens: Sequence[int], *, sequence: Any = None, all_logits: bool = False) -> Logits:
-        """Append tokens to a sequence; gives the logits ``[vocab_size]`` of the last one, or those of all."""
+        """Append tokens to a sequence; returns the logits ``[vocab_size]`` of the last one, or those of all."""
 
     def forward_batch(self, pairs: Sequence[tuple[Any, Sequence[int]]]) -> list[Logits]:
-        """Append tokens to several sequences; gives the logits of each one's last token."""
+        """Append tokens to several sequences; returns the logits of each one's last token."""
