@@ -55,6 +55,8 @@ cdef struct attention_job:
     float *output               # [rows, num_heads, value_dim]
     # The cut into units, which begin_attention sets.
     const batch *rows
+    const int32_t *needed       # [num_needed] the rows whose output is needed, ascending; NULL: all rows
+    int64_t num_needed
     bint split                  # a unit is one chunk of one row; merge_row joins the results of a row's chunks
     int64_t heads_a_unit        # query heads, all of one head of the pool
     int64_t num_tiles
@@ -71,6 +73,7 @@ cdef struct attention_job:
 
 cdef int64_t chunks_of(int64_t tokens) noexcept nogil
 cdef void carve_attention(arena *memory, attention_job *job, int64_t max_rows, int64_t max_chunks) noexcept nogil
-cdef void begin_attention(attention_job *job, const batch *rows) noexcept nogil
+cdef void begin_attention(attention_job *job, const batch *rows, const int32_t *needed,
+                          int64_t num_needed) noexcept nogil
 cdef void run_attention(attention_job *job, member *m) noexcept nogil
-cdef void finish_row(const attention_job *job, int64_t row) noexcept nogil
+cdef void finish_row(const attention_job *job, int64_t index) noexcept nogil

@@ -55,37 +55,50 @@ cdef inline int64_t buffer_floats(const attention_job *job) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # The cut into units
 
-cdef void begin_attention(attention_job *job, const batch *rows) noexcept nogil:
-    """Cut a batch into units. One thread calls this, before any thread calls :func:`run_attention`."""
+cdef void begin_attention(attention_job *job, const batch *rows, const int32_t *needed,
+                          int64_t num_needed) noexcept nogil:
+    """Cut a batch into units. One thread calls this, before any thread calls :func:`run_attention`.
+
+    ``needed`` has the ``num_needed`` rows whose output is needed, ascending; NULL for all rows.
+    """
     cdef int64_t wanted = UNITS_PER_THREAD * job.num_threads, heads = heads_a_pool_head(job)
     job.rows, job.units.next = rows, 0
+    job.needed, job.num_needed = needed, num_needed
     job.heads_a_unit = min(heads, <int64_t>MAX_QUERIES)
     cut_into_tiles(job, MAX_QUERIES // job.heads_a_unit, False)
-    if job.num_units < wanted and rows.rows <= MAX_SPLIT_ROWS:
+    if job.num_units < wanted and num_needed <= MAX_SPLIT_ROWS:
         cut_into_tiles(job, 1, True)
     while job.num_units < wanted and job.heads_a_unit > 1:
         job.heads_a_unit = (job.heads_a_unit + 1) // 2
         cut_into_tiles(job, 1 if job.split else MAX_QUERIES // min(heads, <int64_t>MAX_QUERIES), job.split)
 
 
-cdef void cut_into_tiles(attention_job *job, int64_t rows_a_tile, bint split) noexcept nogil:
-    cdef int64_t s, row, partials = 0
+cdef void cut_into_tiles(attention_job *job, int64_t max_rows, bint split) noexcept nogil:
+    """Cut the needed rows into tiles of consecutive rows of one segment."""
+    cdef int64_t index = 0, row, position, count, partials = 0
     cdef const segment *part
     cdef attention_tile *tile
     job.split, job.num_tiles = split, 0
-    for s in range(job.rows.num_segments):
-        part = job.rows.segments + s
-        row = 0
-        while row < part.count:
-            tile = job.tiles + job.num_tiles
-            job.num_tiles += 1
-            tile.segment, tile.row, tile.count = s, part.row + row, min(rows_a_tile, part.count - row)
-            tile.first_chunk = first_visible(job, part.position + row) // ATTENTION_CHUNK
-            tile.end_chunk = chunks_of(part.position + row + tile.count)
-            tile.first_partial = partials
-            partials += tile.end_chunk - tile.first_chunk
-            row += tile.count
+    while index < job.num_needed:
+        row = needed_row(job, index)
+        part = job.rows.segments + job.rows.segment_of[row]
+        position, count = part.position + row - part.row, 1
+        while (count < max_rows and index + count < job.num_needed and row + count < part.row + part.count
+                and needed_row(job, index + count) == row + count):
+            count += 1
+        tile = job.tiles + job.num_tiles
+        job.num_tiles += 1
+        tile.segment, tile.row, tile.count = job.rows.segment_of[row], row, count
+        tile.first_chunk, tile.end_chunk = first_visible(job, position) // ATTENTION_CHUNK, chunks_of(position + count)
+        tile.first_partial = partials
+        partials += tile.end_chunk - tile.first_chunk
+        index += count
     job.num_units = (partials if split else job.num_tiles) * units_a_tile(job)
+
+
+cdef inline int64_t needed_row(const attention_job *job, int64_t index) noexcept nogil:
+    """The needed row with this number."""
+    return index if job.needed is NULL else job.needed[index]
 
 
 cdef inline int64_t heads_a_pool_head(const attention_job *job) noexcept nogil:
@@ -225,16 +238,16 @@ cdef inline const float *sink_of(const attention_job *job, int64_t head) noexcep
     return job.sinks + head
 
 
-cdef void finish_row(const attention_job *job, int64_t row) noexcept nogil:
-    """Merge the chunks of a row, if the work was split. The row's output is complete afterwards."""
-    cdef const attention_tile *tile = job.tiles + row
+cdef void finish_row(const attention_job *job, int64_t index) noexcept nogil:
+    """Merge the chunks of needed row ``index``, if the work was split. The row's output is complete afterwards."""
+    cdef const attention_tile *tile = job.tiles + index
     cdef int64_t head, number, partial
     cdef float largest = 0, total = 0
     cdef float *out
     if not job.split:
         return
     for head in range(job.num_heads):
-        out = job.output + (row * job.num_heads + head) * job.value_dim
+        out = job.output + (tile.row * job.num_heads + head) * job.value_dim
         for number in range(tile.end_chunk - tile.first_chunk):
             partial = (tile.first_partial + number) * job.num_heads + head
             merge_chunk(job, &largest, &total, out, job.partial_max[partial], job.partial_sum[partial],

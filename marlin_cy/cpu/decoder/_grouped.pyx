@@ -100,7 +100,7 @@ cdef void begin_grouped(grouped_job *job, const batch *rows, int64_t out_rows) n
 cdef void run_grouped(grouped_job *job, member *m) noexcept nogil:
     run_group(&job.qkv, m)
     if m.thread == 0:
-        begin_attention(&job.attend, job.rows)
+        begin_attention(&job.attend, job.rows, job.out_rows, job.out.num_rows)
     barrier(m)
     run_rows(&job.head_items, job.rows.rows * job.attend.num_kv_heads, place_heads, job, m)
     barrier(m)
@@ -144,7 +144,7 @@ cdef void finish_grouped(void *grouped, int64_t out_row, int thread) noexcept no
     cdef int64_t row = out_row if job.out_rows is NULL else job.out_rows[out_row], width = job.out.k, h
     cdef int64_t d = job.attend.head_dim
     cdef float *values = job.out.input + out_row * width
-    finish_row(&job.attend, row)
+    finish_row(&job.attend, out_row)
     memcpy(values, job.attend.output + row * width, width * sizeof(float))
     if job.gated:
         for h in range(job.attend.num_heads):

@@ -119,7 +119,7 @@ cdef void run_latent(latent_job *job, member *m) noexcept nogil:
     cdef int64_t rows = job.rows.rows, out_rows = job.out.num_rows
     run_group(&job.first, m)
     if m.thread == 0:
-        begin_attention(&job.attend, job.rows)
+        begin_attention(&job.attend, job.rows, job.out_rows, job.out.num_rows)
     barrier(m)
     run_rows(&job.latent_rows, rows, place_latent, job, m)
     if job.has_second:
@@ -194,7 +194,7 @@ cdef void merge(void *latent, int64_t out_row, int thread) noexcept nogil:
     cdef latent_job *job = <latent_job *>latent
     cdef int64_t row = out_row if job.out_rows is NULL else job.out_rows[out_row]
     cdef int64_t width = job.attend.num_heads * job.latent_dim
-    finish_row(&job.attend, row)
+    finish_row(&job.attend, out_row)
     memcpy(job.merged + out_row * width, job.attend.output + row * width, width * sizeof(float))
 
 
