@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from marlin_cy.commands.options import argument_errors, open_backend
 from marlin_cy.commands.output import LoadProgress
 from marlin_cy.errors import MarlinError
+from marlin_cy.formats.json_fields import optional, read_json
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
@@ -60,7 +61,13 @@ def load_decoder(
     opened = open_backend(backend or arguments.backend, arguments)
     start = time.perf_counter()
     try:
-        with argument_errors(), LoadProgress() as progress:
+        with argument_errors(), LoadProgress() as bar:
+            bar.parts = _declared(folder, "num_hidden_layers") or 1
+
+            def progress(done: int, total: int, description: str) -> None:
+                bar(done, total, description)
+                bar.finished += done == total  # of the layers
+
             model = load_model(
                 folder,
                 opened,
@@ -77,13 +84,15 @@ def load_decoder(
 
 def declared_context(folder: Path) -> int | None:
     """The context that ``config.json`` declares, in tokens; None where it does not."""
-    from marlin_cy.formats.json_fields import optional, read_json
+    return _declared(folder, "max_position_embeddings")
 
+
+def _declared(folder: Path, name: str) -> int | None:
+    """A number in ``config.json`` or its ``text_config``; None where there is none."""
     file = folder / "config.json"
     config = read_json(file)
     inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-    return optional(text, ["max_position_embeddings"], int, file)
+    return optional(inner if isinstance(inner, dict) else config, [name], int, file)
 
 
 def weight_bytes(plan: object) -> tuple[int, int]:
