@@ -74,12 +74,16 @@ def load_decoder(
                 context_length=context_length,
                 cache_tokens=cache_tokens,
                 cache_dtype=arguments.cache_dtype or CACHE_DTYPE,
+                lm_head=arguments.lm_head,
                 progress=progress,
                 **{**opened.context_from_arguments(arguments), **options},
             )
     except MemoryError as error:
         raise MarlinError(str(error) or "too little memory for the model") from error
-    return Loaded(model, opened.describe(model.context), time.perf_counter() - start)
+    device = opened.describe(model.context)
+    if arguments.lm_head is not None:
+        device += f", head in {arguments.lm_head}"
+    return Loaded(model, device, time.perf_counter() - start)
 
 
 def declared_context(folder: Path) -> int | None:

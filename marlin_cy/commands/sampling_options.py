@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "CACHE_DTYPES",
     "DTYPES",
+    "LM_HEADS",
     "add_cache_option",
     "add_engine_options",
     "add_sampling_options",
@@ -20,6 +21,7 @@ __all__ = [
 
 ENGINES = ("auto", "decoder", "transformers")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
+LM_HEADS = ("int8",)
 DTYPES = ("bfloat16", "float16", "float32")
 DRAWING = ("top_k", "top_p", "min_p", "seed")
 """Options that only matter where tokens are drawn."""
@@ -28,7 +30,7 @@ NAMES = ("temperature", *DRAWING, "repetition_penalty", "presence_penalty")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--engine``, ``--dtype`` and ``--cache-dtype``."""
+    """Declare ``--engine``, ``--dtype``, ``--cache-dtype`` and ``--lm-head``."""
     parser.add_argument(
         "--engine",
         choices=ENGINES,
@@ -43,21 +45,26 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--cache-dtype``."""
+    """Declare ``--cache-dtype`` and ``--lm-head``."""
     parser.add_argument(
         "--cache-dtype", choices=CACHE_DTYPES, help="decoder: of keys and values in the cache; default: float16"
+    )
+    parser.add_argument(
+        "--lm-head", choices=LM_HEADS, help="decoder: round the head to 8 bits; default: as it is in the file"
     )
 
 
 def engine_of(arguments: argparse.Namespace) -> str:
     """The engine that the options ask for: ``"auto"``, ``"decoder"`` or ``"transformers"``.
 
-    ``--dtype`` asks for transformers, ``--cache-dtype`` for the decoder. A contradiction is a usage error.
+    ``--dtype`` asks for transformers, ``--cache-dtype`` and ``--lm-head`` for the decoder. A contradiction is a usage
+    error.
     """
     engine: str = arguments.engine
     for option, value, owner in (
         ("--dtype", arguments.dtype, "transformers"),
         ("--cache-dtype", arguments.cache_dtype, "decoder"),
+        ("--lm-head", arguments.lm_head, "decoder"),
     ):
         if value is not None:
             if engine not in ("auto", owner):

@@ -25,6 +25,7 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F32
         DTYPE_F16
         DTYPE_BF16
+        DTYPE_I8
         CODES_COUNT
         ACTIVATION_SILU
         ACTIVATION_GELU
@@ -103,6 +104,7 @@ cdef extern from "ukernel.h" nogil:
         ptrdiff_t w_stride
         int64_t n
         int64_t k
+        const float *scales
         const float *bias
         float *out
         ptrdiff_t out_stride

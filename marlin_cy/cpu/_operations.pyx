@@ -210,7 +210,7 @@ def dense(Workspace workspace, x, weight, bias, out):
     to = checked(out, "out", (rows.rows, weights.rows), True)
     refuse_overlap(to, rows, "out")
     refuse_overlap(to, weights, "out")
-    task.bias = NULL
+    task.scales = task.bias = NULL
     if bias is not None:
         biases = checked(bias, "bias", (weights.rows,), False)
         refuse_overlap(to, biases, "out")

@@ -16,6 +16,7 @@ from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from marlin_cy.decoder.build import build_plan, read_config
 from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
 from marlin_cy.decoder.config import DecoderConfig
+from marlin_cy.decoder.head import with_head
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
 from marlin_cy.decoder.program import CACHE_DTYPES, PAGE_TOKENS, Batch
 from marlin_cy.decoder.text_methods import TextMethods
@@ -42,6 +43,7 @@ def load_model(
     context_length: int | None = None,
     cache_tokens: int | None = None,
     cache_dtype: str = "float16",
+    lm_head: str | None = None,
     progress: Callable[[int, int, str], object] | None = None,
     **context_options: Any,
 ) -> Model:
@@ -58,6 +60,9 @@ def load_model(
         Positions of all sequences together; by default ``context_length``.
     cache_dtype : {"float16", "bfloat16", "float32"}
         What keys and values are kept in.
+    lm_head : {"int8"}, optional
+        Round the head to 8 bits when loading: half the bytes of bfloat16, and logits within a percent. By default the
+        head is used as it is in the file.
     progress : callable, optional
         As in :func:`~marlin_cy.open_checkpoint`.
     **context_options
@@ -80,7 +85,7 @@ def load_model(
     if cache_tokens < 1:
         raise ValueError(f"cache_tokens: got {cache_tokens}, expected at least 1")
     ctx = checkpoint.backend.new_context(**context_options)
-    plan = build_plan(checkpoint, config, context_length)
+    plan = with_head(build_plan(checkpoint, config, context_length), lm_head)
     return Model(checkpoint, config, plan, ctx, cache_tokens, cache_dtype)
 
 

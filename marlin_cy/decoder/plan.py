@@ -46,17 +46,20 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class DenseLinear:
-    """A linear layer with weights of 16 or 32 bits: ``out = x @ weight.T + bias``.
+    """A linear layer with weights of 8, 16 or 32 bits: ``out = (x @ weight.T) * scales + bias``.
 
     Attributes
     ----------
-    weight : float32, float16 or bfloat16 ``[out_features, in_features]``
+    weight : float32, float16, bfloat16 or int8 ``[out_features, in_features]``
         C-contiguous. It may be a read-only view of a mapped file.
     bias : float32 ``[out_features]`` or None
+    scales : float32 ``[out_features]`` or None
+        Of int8 weights; None for the others.
     """
 
     weight: npt.NDArray[Any]
     bias: Vector | None = None
+    scales: Vector | None = None
 
     @property
     def in_features(self) -> int:

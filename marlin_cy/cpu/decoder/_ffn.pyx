@@ -80,7 +80,7 @@ cdef int set_moe(moe_job *job, Workspace workspace, plan, list owners) except -1
             raise TypeError(f"plan: got a {type(stack).__name__} for a layer's {name}, expected a CpuMarlinExpertStack")
     owners.append(plan)
     memset(job, 0, sizeof(moe_job))
-    set_dense(&job.router, workspace, plan.router.weight, plan.router.bias, owners)
+    set_dense(&job.router, workspace, plan.router, owners)
     memset(&logits, 0, sizeof(matrix))
     logits.dtype, logits.width = DTYPE_F32, layer.num_experts
     set_routing(&job.layer.router, workspace, &logits, layer.routing)

@@ -16,7 +16,7 @@ cdef enum:
 # Prepares input row `row`, before it is quantised.
 ctypedef void row_fn(void *job, int64_t row, int thread) noexcept nogil
 
-# A product by weights of 16 or 32 bits. Threads take blocks of rows and outputs.
+# A product by weights of 8, 16 or 32 bits. Threads take blocks of rows and outputs.
 cdef struct dense_job:
     const ukernel_table *table
     int num_threads
@@ -61,6 +61,6 @@ cdef void begin_group(projection_group *group, int64_t num_rows) noexcept nogil
 cdef void run_group(projection_group *group, member *m) noexcept nogil
 cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, member *m) noexcept nogil
 
-cdef int set_dense(dense_job *job, Workspace workspace, weight, bias, list owners) except -1
+cdef int set_dense(dense_job *job, Workspace workspace, layer, list owners) except -1
 cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil
 cdef void do_dense(dense_job *job, const member *m) noexcept nogil

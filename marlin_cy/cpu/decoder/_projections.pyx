@@ -13,12 +13,12 @@ Outputs are complete after the caller's next barrier.
 
 import numpy as np
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcmp, memset
 
 from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, dense_task
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8, dense_task
 from marlin_cy.cpu._gemm cimport (
     begin_items, carve_gemm, do_items, set_columns, set_gemm_job, set_quantize_job,
 )
@@ -57,7 +57,7 @@ cdef int set_group(projection_group *group, Workspace workspace, list projection
         if isinstance(layer, CpuLinear):
             set_quantised(group, p, workspace, layer, owners)
         elif isinstance(layer, DenseLinear):
-            set_dense(&p.dense, workspace, layer.weight, layer.bias, owners)
+            set_dense(&p.dense, workspace, layer, owners)
         else:
             raise TypeError(f"plan: got a projection of type {type(layer).__name__}, expected a CpuLinear or DenseLinear")
     return 0
@@ -104,17 +104,26 @@ cdef int find_quantised(projection_group *group, const quantize_job *job) noexce
     return group.num_quantised - 1
 
 
-cdef int set_dense(dense_job *job, Workspace workspace, weight, bias, list owners) except -1:
-    """Set the members that weights ``[n, k]`` determine."""
-    cdef matrix w = float_matrix(weight, "plan: weight", weight.shape[1], False)
-    cdef const float[::1] bias_view = bias
-    owners.append((weight, bias))
+cdef int set_dense(dense_job *job, Workspace workspace, layer, list owners) except -1:
+    """Set the members that a ``DenseLinear`` determines."""
+    cdef const float[::1] bias = layer.bias
+    cdef const float[::1] scales = layer.scales
+    cdef const int8_t[:, ::1] int8_weight
+    cdef matrix w
+    owners.append(layer)
     memset(job, 0, sizeof(dense_job))
     job.table, job.num_threads = workspace.table, workspace.num_threads
-    job.task.w, job.task.dtype, job.task.n, job.task.k, job.task.w_stride = w.data, w.dtype, w.rows, w.width, w.width
-    job.task.x_stride, job.task.out_stride = w.width, w.rows
+    if scales is None:
+        w = float_matrix(layer.weight, "plan: weight", layer.in_features, False)
+        job.task.w, job.task.dtype = w.data, w.dtype
+    else:
+        int8_weight = layer.weight
+        job.task.w, job.task.dtype, job.task.scales = &int8_weight[0, 0], DTYPE_I8, &scales[0]
+    job.task.n, job.task.k = layer.out_features, layer.in_features
+    job.task.w_stride = job.task.x_stride = job.task.k
+    job.task.out_stride = job.task.n
     if bias is not None:
-        job.task.bias = &bias_view[0]
+        job.task.bias = &bias[0]
     return 0
 
 
@@ -236,11 +245,13 @@ cdef void do_dense(dense_job *job, const member *m) noexcept nogil:
 
 cdef void dense_item(const dense_job *job, int64_t row, int64_t column) noexcept nogil:
     cdef dense_task task = job.task
-    cdef int64_t element = 4 if task.dtype == DTYPE_F32 else 2
+    cdef int64_t element = 4 if task.dtype == DTYPE_F32 else 1 if task.dtype == DTYPE_I8 else 2
     task.m, task.n = min(job.row_block, task.m - row), min(job.column_block, task.n - column)
     task.x += row * task.x_stride
     task.w = <const char *>task.w + column * task.w_stride * element
     task.out += row * task.out_stride + column
+    if task.scales is not NULL:
+        task.scales += column
     if task.bias is not NULL:
         task.bias += column
     job.table.dense(&task)

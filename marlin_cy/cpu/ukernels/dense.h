@@ -38,8 +38,6 @@ typedef struct {
     ptrdiff_t sums_stride;
 } dense_view;
 
-KERNEL int dense_element(int dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
-
 /* Products of LANES values of K from i on. `rows`, `cols` and `dtype` are constants. */
 KERNEL void dense_step(vec *sum, const dense_view *view, int64_t i, int rows, int cols, int dtype)
 {
@@ -109,6 +107,7 @@ TARGET static void add_dense_tile(const dense_view *view, int64_t k, int rows, i
     case DTYPE_F32: dense_tile_of(view, k, rows, cols, DTYPE_F32); break;
     case DTYPE_F16: dense_tile_of(view, k, rows, cols, DTYPE_F16); break;
     case DTYPE_BF16: dense_tile_of(view, k, rows, cols, DTYPE_BF16); break;
+    case DTYPE_I8: dense_tile_of(view, k, rows, cols, DTYPE_I8); break;
     }
 }
 
@@ -127,8 +126,8 @@ TARGET static void dense_tail(const dense_view *view, int rows, int cols, int dt
     }
 }
 
-/* Write the sums of a chunk to the output, or add them to it. The last chunk adds the bias. Columns are `apart` columns
- * of the output apart. */
+/* Write the sums of a chunk to the output, or add them to it. The last chunk multiplies by the scale and adds the bias.
+ * Columns are `apart` columns of the output apart. */
 TARGET static void put_sums(const dense_task *task, const dense_view *view, int64_t row, int64_t col, int64_t apart,
                             int rows, int cols, int first, int last)
 {
@@ -138,7 +137,9 @@ TARGET static void put_sums(const dense_task *task, const dense_view *view, int6
             vec sums[PARTS];
             for (int part = 0; part < PARTS; part++)
                 sums[part] = vec_load(view->sums + r * view->sums_stride + c * LANES + part * VEC_N);
-            const float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
+            float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
+            if (last && task->scales)
+                total = total * task->scales[col + c * apart];
             *out = last && task->bias ? total + task->bias[col + c * apart] : total;
         }
 }
@@ -146,7 +147,7 @@ TARGET static void put_sums(const dense_task *task, const dense_view *view, int6
 /* Few rows: `cols` outputs of each, `apart` columns apart. */
 TARGET static void dense_few(const dense_task *task, int64_t col, int64_t apart, int cols)
 {
-    const int rows = (int)task->m, element = dense_element(task->dtype);
+    const int rows = (int)task->m, element = element_size(task->dtype);
     float sums[LANES * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
     dense_view view = {
         .x = task->x,
@@ -179,7 +180,7 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
             vec_store(to + i + part * VEC_N, vec_load_as(from, i + part * VEC_N, dtype));
     if (i < n) {
         vec tail[PARTS];
-        load_tail(tail, from + i * dense_element(dtype), n - i, dtype);
+        load_tail(tail, from + i * element_size(dtype), n - i, dtype);
         for (int part = 0; part < PARTS; part++)
             vec_store(to + i + part * VEC_N, tail[part]);
     }
@@ -188,13 +189,14 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
 /* Widen `size` values of `cols` rows of weights, from `k` on. */
 TARGET static void widen_rows(float *widened, const dense_task *task, int64_t col, int cols, int64_t k, int size)
 {
-    const int element = dense_element(task->dtype);
+    const int element = element_size(task->dtype);
     const char *w = (const char *)task->w + (col * task->w_stride + k) * element;
     for (int c = 0; c < cols; c++, w += task->w_stride * element, widened += WIDENED_STRIDE)
         switch (task->dtype) {
         case DTYPE_F32: memcpy(widened, w, (size_t)size * sizeof *widened); break;
         case DTYPE_F16: widen_weights(widened, w, size, DTYPE_F16); break;
         case DTYPE_BF16: widen_weights(widened, w, size, DTYPE_BF16); break;
+        case DTYPE_I8: widen_weights(widened, w, size, DTYPE_I8); break;
         }
 }
 

@@ -4,11 +4,14 @@
 
 #include "activate.h"
 
+/* Bytes of an element. */
+KERNEL int element_size(int dtype) { return dtype == DTYPE_F32 ? 4 : dtype == DTYPE_I8 ? 1 : 2; }
+
 /* Load the lanes of a row's last values: `count` of them, continued with zeros. */
 KERNEL void load_tail(vec parts[PARTS], const void *from, int64_t count, int dtype)
 {
     float values[LANES] = {0};
-    memcpy(values, from, (size_t)count * (dtype == DTYPE_F32 ? sizeof(float) : sizeof(uint16_t)));
+    memcpy(values, from, (size_t)(count * element_size(dtype)));
     for (int part = 0; part < PARTS; part++)
         parts[part] = vec_load_as(values, part * VEC_N, dtype);
 }

@@ -59,7 +59,7 @@ typedef void glu_rows_fn(float *dst, const float *gate, const float *up, int64_t
  *   total = 0
  *   for chunk in chunks of CHUNK_K values of k:                       (in ascending order; the first has no addition)
  *       total = total + (sum of x[r][i] * w[c][i] over the chunk, by lanes)
- *   out[r][c] = total + bias[c]                                       (bias may be NULL: nothing is added)
+ *   out[r][c] = total * scales[c] + bias[c]          (two roundings; without the factor, or the addend, that is NULL)
  *
  * m, n, k >= 1. out overlaps no input. */
 typedef struct {
@@ -67,10 +67,11 @@ typedef struct {
     ptrdiff_t x_stride;
     int64_t m;
     const void *w;
-    int dtype; /* of w: DTYPE_F32, DTYPE_F16 or DTYPE_BF16 */
+    int dtype; /* of w: DTYPE_F32, DTYPE_F16, DTYPE_BF16 or DTYPE_I8 */
     ptrdiff_t w_stride;
     int64_t n, k;
-    const float *bias; /* [n] */
+    const float *scales; /* [n] */
+    const float *bias;   /* [n] */
     float *out;
     ptrdiff_t out_stride;
 } dense_task;

@@ -35,6 +35,11 @@ static inline vec vec_load_as(const void *from, int64_t index, int dtype)
     vec v;
     if (dtype == DTYPE_F32)
         return vec_load((const float *)from + index);
+    if (dtype == DTYPE_I8) {
+        for (int l = 0; l < VEC_N; l++)
+            v.lane[l] = (float)((const int8_t *)from)[index + l];
+        return v;
+    }
     for (int l = 0; l < VEC_N; l++) {
         const uint16_t bits = ((const uint16_t *)from)[index + l];
         v.lane[l] = dtype == DTYPE_BF16 ? bits_float((uint32_t)bits << 16) : half_to_float(bits);

@@ -17,6 +17,9 @@ YMM vec vec_load_as(const void *from, int64_t index, int dtype)
 {
     if (dtype == DTYPE_F32)
         return _mm256_loadu_ps((const float *)from + index);
+    if (dtype == DTYPE_I8)
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const int8_t *)from + index))));
     const __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + index));
     if (dtype == DTYPE_BF16)
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -17,6 +17,9 @@ ZMM vec vec_load_as(const void *from, int64_t index, int dtype)
 {
     if (dtype == DTYPE_F32)
         return _mm512_loadu_ps((const float *)from + index);
+    if (dtype == DTYPE_I8)
+        return _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)from + index))));
     const __m256i bits = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + index));
     if (dtype == DTYPE_BF16)
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
