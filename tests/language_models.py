@@ -93,8 +93,11 @@ NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_(a|b
 transformers.utils.logging.disable_progress_bar()
 
 
-def new_model(model_type, seed=0, **changes):
-    """A random model in float32; every parameter matters."""
+def new_model(model_type, seed=0, gain=2.0, **changes):
+    """A random model in float32; every parameter matters.
+
+    ``gain`` is the ratio of the norms of a linear layer's outputs and inputs, about.
+    """
     torch.manual_seed(seed)
     text_type = "qwen3_5_moe_text" if model_type == "qwen3_5_moe" else model_type
     config = transformers.AutoConfig.for_model(text_type, **{**COMMON, **CONFIGS[model_type], **changes})
@@ -107,7 +110,7 @@ def new_model(model_type, seed=0, **changes):
             if tensor.ndim == 1:
                 tensor += 0.2 * torch.randn_like(tensor)
             else:
-                torch.nn.init.normal_(tensor, std=0.02 if "embed" in name else 2 * tensor.shape[-1] ** -0.5)
+                torch.nn.init.normal_(tensor, std=0.02 if "embed" in name else gain * tensor.shape[-1] ** -0.5)
     return model
 
 
@@ -141,13 +144,14 @@ def write_large(folder, *, layers, experts):
     return (folder / "model.safetensors").stat().st_size
 
 
-def write_model(folder, model_type, *, dtype=torch.float32, seed=0, kept=(), **changes):
+def write_model(folder, model_type, *, dtype=torch.float32, seed=0, gain=2.0, kept=(), **changes):
     """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both.
 
-    Tensors whose names contain an entry of ``kept`` are not quantised.
+    Tensors whose names contain an entry of ``kept`` are not quantised. ``seed`` and ``gain`` are those of
+    :func:`new_model`.
     """
     dense, quantised = folder / "dense", folder / "quantised"
-    new_model(model_type, seed, **changes).to(dtype).save_pretrained(dense)
+    new_model(model_type, seed, gain, **changes).to(dtype).save_pretrained(dense)
     config = json.loads((dense / "config.json").read_text())
     tensors, packed = {}, {}
     for name, tensor in load_file(dense / "model.safetensors").items():

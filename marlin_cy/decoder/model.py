@@ -93,7 +93,8 @@ class Model(TextMethods):
     """A model on a backend, with the cache of its sequences. Made by :func:`load_model`.
 
     One thread may call a model at a time; a second one gets :class:`~marlin_cy.errors.ContextInUse`. A call that
-    raises has changed no sequence.
+    raises has changed no sequence, with one exception: a sequence of a model with recurrent state may have all tokens of
+    a call that a KeyboardInterrupt has ended. :attr:`Sequence.length` includes them.
 
     Attributes
     ----------
@@ -183,6 +184,7 @@ class Model(TextMethods):
         """
         with self._exclusive():
             self._check_sequence("sequence", sequence)
+            self._check_state("sequence", sequence)
             fork = sequence.fork(self._take_state())
             if fork.state >= 0:
                 self._program.copy_state(sequence.state, fork.state)
@@ -205,14 +207,12 @@ class Model(TextMethods):
             length = integer("length", length)
             if not 0 <= length <= sequence.length:
                 raise ValueError(f"length: got {length}, expected 0 to {sequence.length}, the sequence's length")
-            if length == sequence.length:
-                return
-            if self._recurrent:
-                if length:
-                    raise UnsupportedError(
-                        f"truncate: {self.config.model_type} has recurrent state, which cannot go back to {length} "
-                        "tokens; fork the sequence before it grows"
-                    )
+            if self._recurrent and 0 < length < sequence.length:
+                raise UnsupportedError(
+                    f"truncate: {self.config.model_type} has recurrent state, which cannot go back to {length} tokens; "
+                    "fork the sequence before it grows"
+                )
+            if self._recurrent and length == 0:
                 self._program.clear_state(sequence.state)
             sequence.shrink(length)
 
@@ -290,16 +290,16 @@ class Model(TextMethods):
         with self._exclusive():
             work = self._checked(pairs)
             lengths = [sequence.length for sequence, _ in work]
-            # A single step changes the state last of all.
+            # The state before a single step is not kept: it is large, and its step does not stop halfway.
             saves = self._recurrent and sum(len(tokens) for _, tokens in work) > MAX_ROWS
             states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
             try:
                 return self._run(work, bool(all_logits))
             except BaseException:
-                for (sequence, _), length in zip(work, lengths, strict=True):
-                    sequence.shrink(length)
                 for (sequence, _), state in zip(work, states, strict=False):
                     self._program.restore_state(sequence.state, state)
+                for (sequence, _), length in zip(work, lengths, strict=True):
+                    sequence.shrink(self._program.state_length(sequence.state) if self._recurrent else length)
                 raise
 
     def _run(
@@ -360,6 +360,7 @@ class Model(TextMethods):
         needed = 0
         for number, (sequence, tokens) in enumerate(pairs):
             self._check_sequence(f"pairs[{number}]", sequence)
+            self._check_state(f"pairs[{number}]", sequence)
             if any(sequence is other for other, _ in work):
                 raise ValueError(f"pairs[{number}]: got a sequence a second time, expected each sequence once")
             ids = self._token_ids(tokens)
@@ -395,6 +396,13 @@ class Model(TextMethods):
             raise ValueError(f"{name}: the sequence was freed")
         if sequence not in self._sequences:
             raise ValueError(f"{name}: the sequence belongs to another model")
+
+    def _check_state(self, name: str, sequence: Sequence) -> None:
+        if self._recurrent and self._program.state_length(sequence.state) != sequence.length:
+            raise ValueError(
+                f"{name}: KeyboardInterrupt has ended a call that was changing its recurrent state; truncate the "
+                "sequence to 0 tokens, or free it"
+            )
 
     def _take_state(self) -> int:
         if not self._recurrent:

@@ -61,6 +61,14 @@ class DecoderProgram(ABC):
         """Copy the keys and values of one page to another, in all layers."""
 
     @abstractmethod
+    def state_length(self, slot: int) -> int:
+        """Number of tokens that a slot of recurrent state has seen; -1 if a change of the slot was interrupted.
+
+        An exception such as KeyboardInterrupt may come after a step has ended and before :meth:`step` returns. This
+        number says which of the two is true for a slot.
+        """
+
+    @abstractmethod
     def clear_state(self, slot: int) -> None:
         """Reset a slot of recurrent state to that of an empty sequence."""
 

@@ -6,6 +6,7 @@ Attention takes the keys and values of one sequence as arrays, from position 0; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -29,6 +30,7 @@ from marlin_cy.decoder.plan import (
 )
 from marlin_cy.interface import MarlinExpertStack, MoePlan
 from marlin_cy.moe.layer import MoeLayer
+from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import sigmoid
 from marlin_cy.stacks.base import PackedLinear
 
@@ -324,12 +326,19 @@ def moe(x: npt.ArrayLike, router_logits: npt.ArrayLike, layer: MoeLayer | MoePla
 # A whole model: the tokens of one sequence, from position 0
 
 
-def reference_logits(plan: DecoderPlan, tokens: npt.ArrayLike) -> Floats:
-    """The logits after each token of a sequence, float64 ``[tokens, vocab_size]``."""
+RouterObserver: TypeAlias = Callable[[Routing, Floats], object]
+"""Takes the routing of a layer, and its router's logits, ``[tokens, num_experts]``."""
+
+
+def reference_logits(plan: DecoderPlan, tokens: npt.ArrayLike, observe: RouterObserver | None = None) -> Floats:
+    """The logits after each token of a sequence, float64 ``[tokens, vocab_size]``.
+
+    ``observe`` is called for each Mixture-of-Experts layer, in order.
+    """
     x = plan.embedding[np.asarray(tokens)].astype(np.float64)
     for layer in plan.layers:
         x = x + mixer(rms_norm(x, layer.mixer_norm, plan.norm_eps), layer.mixer, plan.norm_eps)
-        x = x + ffn(rms_norm(x, layer.ffn_norm, plan.norm_eps), layer.ffn)
+        x = x + ffn(rms_norm(x, layer.ffn_norm, plan.norm_eps), layer.ffn, observe)
     return projection(rms_norm(x, plan.final_norm, plan.norm_eps), plan.head)
 
 
@@ -340,11 +349,14 @@ def mixer(x: Floats, plan: MixerPlan, norm_eps: float) -> Floats:
     return latent_attention(x, plan) if isinstance(plan, LatentAttentionPlan) else delta_net(x, plan)
 
 
-def ffn(x: Floats, plan: FfnPlan) -> Floats:
+def ffn(x: Floats, plan: FfnPlan, observe: RouterObserver | None = None) -> Floats:
     """The output of a feed-forward network."""
     if isinstance(plan, MlpPlan):
         return mlp(x, plan)
-    out = moe(x, projection(x, plan.router), plan.layer)
+    router_logits = projection(x, plan.router)
+    if observe is not None:
+        observe(plan.layer.plan.routing, router_logits)
+    out = moe(x, router_logits, plan.layer)
     return out if plan.shared is None else out + dense_shared_expert(x, plan, plan.shared)
 
 

@@ -6,7 +6,9 @@ from marlin_cy.cpu.decoder._cache import KvPool, StatePool
 from marlin_cy.decoder.plan import DecoderPlan
 
 class CpuStep:
-    def __init__(self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool | StatePool]) -> None: ...
+    def __init__(
+        self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool | StatePool], state_lengths: npt.NDArray[np.int64]
+    ) -> None: ...
     def run(
         self,
         tokens: npt.NDArray[np.int32],

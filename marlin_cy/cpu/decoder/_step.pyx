@@ -105,15 +105,19 @@ cdef class CpuStep:
     plan : DecoderPlan
     pools : list of KvPool or StatePool
         The memory of each layer.
+    state_lengths : int64 ``[slots]``
+        Number of tokens that each slot of recurrent state has seen: a step sets it.
     """
 
     cdef step_job job
     cdef Workspace workspace
     cdef list owners
     cdef int64_t vocab_size
+    cdef int64_t[::1] state_lengths
     cdef void *carved           # the memory that the jobs point into
 
-    def __cinit__(self, Workspace workspace, plan, list pools):
+    def __cinit__(self, Workspace workspace, plan, list pools, int64_t[::1] state_lengths):
+        self.state_lengths = state_lengths
         self.workspace, self.owners = workspace, [plan, pools]
         self.vocab_size = plan.vocab_size
         memset(&self.job, 0, sizeof(step_job))
@@ -226,6 +230,10 @@ cdef class CpuStep:
             with nogil:
                 begin_step(&self.job)
                 run_team(self.workspace.num_threads, run_step, &self.job)
+                # Python raises a KeyboardInterrupt after this call at the earliest.
+                for s in range(num_segments):
+                    if part[s].state >= 0:
+                        self.state_lengths[part[s].state] = part[s].position + part[s].count
         finally:
             self.workspace.leave()
         return logits

@@ -18,6 +18,9 @@ from marlin_cy.memory import available_memory
 
 __all__ = ["CpuDecoder"]
 
+INCOMPLETE = -1
+"""The length of a recurrent state while its layers are changed one after another."""
+
 
 class CpuDecoder(DecoderProgram):
     """A plan whose step is one call without the GIL. The parameters are those of ``Backend.new_decoder``."""
@@ -34,7 +37,8 @@ class CpuDecoder(DecoderProgram):
             self._pools = [new_pool(layer.mixer, num_pages, num_states, cache_dtype) for layer in plan.layers]
         except MemoryError:
             raise MemoryError(does_not_fit(num_pages, per_page, None)) from None
-        self._step = CpuStep(workspace, plan, self._pools)
+        self._state_lengths = np.zeros(num_states, np.int64)
+        self._step = CpuStep(workspace, plan, self._pools, self._state_lengths)
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
         return fork.run(self._step.run, batch.tokens, batch.segments, batch.pages, batch.wanted)
@@ -44,20 +48,30 @@ class CpuDecoder(DecoderProgram):
             if isinstance(pool, KvPool):
                 pool.copy_page(source, target)
 
+    def state_length(self, slot: int) -> int:
+        return int(self._state_lengths[slot])
+
     def clear_state(self, slot: int) -> None:
+        self._state_lengths[slot] = INCOMPLETE
         for pool in self._states():
             pool.clear(slot)
+        self._state_lengths[slot] = 0
 
     def copy_state(self, source: int, target: int) -> None:
+        self._state_lengths[target] = INCOMPLETE
         for pool in self._states():
             pool.copy(source, target)
+        self._state_lengths[target] = self._state_lengths[source]
 
     def save_state(self, slot: int) -> Any:
-        return [pool.save(slot) for pool in self._states()]
+        return self.state_length(slot), [pool.save(slot) for pool in self._states()]
 
     def restore_state(self, slot: int, saved: Any) -> None:
-        for pool, values in zip(self._states(), saved, strict=True):
+        length, states = saved
+        self._state_lengths[slot] = INCOMPLETE
+        for pool, values in zip(self._states(), states, strict=True):
             pool.restore(slot, values)
+        self._state_lengths[slot] = length
 
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
