@@ -31,6 +31,8 @@ COMMANDS = {
     "before-after": Command("bench.cpu.before_after", "time two builds of this library against each other"),
     "cost": Command("bench.cpu.cost", "predict the time of layers from what the machine can do, and measure it"),
     "models": Command("bench.models.measure", "measure whole models: loading, memory, speed in transformers"),
+    "decoder": Command("bench.models.decoder", "measure the decoder beside llama.cpp and transformers"),
+    "gguf": Command("bench.models.synthetic_gguf", "write a model with random weights for llama.cpp"),
     "opencl products": Command("bench.opencl.sweep", "time products on an OpenCL device", {"kinds": ("products",)}),
     "opencl layers": Command("bench.opencl.sweep", "time whole layers on an OpenCL device", {"kinds": ("layers",)}),
     "opencl sweep": Command(

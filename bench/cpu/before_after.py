@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from bench.common.options import (
     restrict_cpus,
     values,
 )
+from bench.common.processes import Child
 from bench.common.results import counted, verdict
 from bench.common.shapes import MODELS, TINY, ModelShape, packed_bytes_estimate, routings
 from bench.common.timing import CallTimer, Spread, alternate, median_interval, spread
@@ -198,63 +198,29 @@ class Side(CallTimer):
     """
 
     def __init__(self, name: str, python: str, folder: str | None = None) -> None:
-        self._name = name
         command = [python, "-I", str(WORKER), *([str(Path(folder).resolve())] if folder else [])]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            raise ValueError(f"--{name}: got {python!r}: {error.strerror}") from error
+        self._child = Child(f"--{name}", command)
+        self.described = self._child.described
         self._reset()
-        try:
-            self.described = self._reply()
-        except ValueError:
-            self.close()
-            raise
 
     def make(self, case: Case, min_seconds: float) -> str:
         """Make a case, whose calls are timed from then on; returns the SHA-256 of its output."""
         self._reset(min_seconds)
-        return str(self._ask({"do": "make", "case": case})["digest"])
+        return str(self._child.ask({"do": "make", "case": case})["digest"])
 
     def block(self, min_seconds: float) -> list[float]:
         """Seconds of each of some calls that take at least ``min_seconds`` together; at least one call."""
-        seconds: list[float] = self._ask({"do": "block", "first": self._index, "min_seconds": min_seconds})["seconds"]
+        reply = self._child.ask({"do": "block", "first": self._index, "min_seconds": min_seconds})
+        seconds: list[float] = reply["seconds"]
         self._index += len(seconds)
         return seconds
 
     def close(self) -> None:
         """End the process."""
-        if self._process.stdin:
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
+        self._child.close()
 
     def _reset(self, min_seconds: float = 0.0) -> None:
         super().__init__(lambda i: None, min_seconds)
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise ValueError(f"--{self._name}: its process ended") from error
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ValueError(f"--{self._name}: its process ended without a reply")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise ValueError(f"--{self._name}: {reply['error']}")
-        return reply
 
 
 def _measure_case(

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from bench.common.results import verdict
 from bench.common.shapes import (
     MODELS,
     TINY,
@@ -29,9 +27,9 @@ from bench.common.shapes import (
 from bench.common.timing import Call, CallTimer, Spread, alternate, exact, pause_check, ratios, spread
 from bench.cpu.calls import experts_beyond_cache, gemm_call, gemm_flop, layer_call, layer_flop, read_side
 from bench.peers.torch_calls import TorchPeers
+from bench.report.show_lines import measured_line, show_table, skipped_line
 from marlin_cy import CheckpointError, MoeLayer, UnsupportedError, open_checkpoint
 from marlin_cy.commands.activations import RecordedActivations
-from marlin_cy.commands.output import table
 from marlin_cy.commands.run import ACTIVATIONS_FILE, BUILT_IN
 from marlin_cy.cpu import CpuBackend, CpuContext, dispatch_report
 
@@ -74,7 +72,7 @@ def run_show(backend: CpuBackend, torch_peers: TorchPeers, settings: Settings, s
         start = time.perf_counter()
         measure()
         show.seconds[measure.__name__] = time.perf_counter() - start
-    screen.print(_table(show.lines))
+    screen.print(show_table(show.lines))
     check = show.pause_check
     if check:
         screen.print(
@@ -261,33 +259,10 @@ class _Show:
         return ratios(figures[numerator], figures[denominator])
 
     def _line(self, number: str, what: str, comparison: str | None, bar: float | None, measured: Spread) -> None:
-        passed = None
-        if bar is not None:
-            passed = measured.median >= bar if comparison == ">=" else measured.median <= bar
-        self.lines.append(
-            {
-                "line": number,
-                "what": what,
-                "comparison": comparison,
-                "bar": bar,
-                "measured": measured._asdict(),
-                "passed": passed,
-                "skipped": None,
-            }
-        )
+        self.lines.append(measured_line(number, what, comparison, bar, measured))
 
     def _skip(self, number: str, what: str, comparison: str, bar: float, reason: str) -> None:
-        self.lines.append(
-            {
-                "line": number,
-                "what": what,
-                "comparison": comparison,
-                "bar": bar,
-                "measured": None,
-                "passed": None,
-                "skipped": reason,
-            }
-        )
+        self.lines.append(skipped_line(number, what, comparison, bar, reason))
 
 
 def _layer_error(checkpoint: Any, index: int, recorded: RecordedActivations, context: CpuContext) -> float:
@@ -298,19 +273,3 @@ def _layer_error(checkpoint: Any, index: int, recorded: RecordedActivations, con
     layer(context, fed.hidden_states, fed.router_logits, out=out)
     expected = fed.moe_output.astype(np.float64)
     return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
-
-
-def _table(lines: list[dict[str, Any]]) -> Table:
-    result = table("line", "what", ">bar", ">measured", ">p10–p90", "verdict")
-    for line in sorted(lines, key=lambda line: (int(line["line"].rstrip("ab")), line["line"])):
-        measured = line["measured"]
-        if measured is None:
-            outcome, figure, middle = f"skipped: {line['skipped']}", "—", "—"
-        else:
-            figure = f"{measured['median']:#.3g}"
-            varies = measured["p10"] != measured["p90"]
-            middle = f"{measured['p10']:#.3g}–{measured['p90']:#.3g}" if varies else "exact"
-            outcome = verdict(line["passed"])
-        bar = "" if line["bar"] is None else f"{'≥' if line['comparison'] == '>=' else '≤'} {line['bar']:g}"
-        result.add_row(line["line"], line["what"], bar, figure, middle, outcome)
-    return result

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.common.timing import ratios
 
-__all__ = ["Steps", "packing_speed", "speed"]
+__all__ = ["Steps", "fastest_experts", "packing_speed", "speed"]
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # implementations of experts in transformers that run on a CPU
 CONTEXT = 64  # tokens in the cache while decoding
@@ -52,7 +53,9 @@ def speed(folder: Path, layers: int, prefill: int, rounds: int) -> dict[str, Any
     dense = dequantized_model(folder, torch.bfloat16)
     prompt = torch.randint(2, 1000, (1, prefill), generator=torch.Generator().manual_seed(0))
     steps = {"ours": Steps(load(folder), prompt), "bfloat16": Steps(dense, prompt)}
-    fastest = {phase: _fastest_experts(dense, steps["bfloat16"], phase) for phase in ("prefill", "decode")}
+    fastest = {
+        phase: fastest_experts(dense, getattr(steps["bfloat16"], phase), phase) for phase in ("prefill", "decode")
+    }
     figures: dict[str, Any] = {}
     for phase in ("decode", "prefill"):
         dense.set_experts_implementation(fastest[phase])
@@ -68,14 +71,24 @@ def speed(folder: Path, layers: int, prefill: int, rounds: int) -> dict[str, Any
     return figures
 
 
-def _fastest_experts(dense: Any, steps: Steps, phase: str) -> str:
-    """The experts implementation that is fastest in a phase."""
+def fastest_experts(model: Any, run: Callable[[], float], phase: str) -> str:
+    """The implementation of experts that makes ``run`` of a model of transformers fastest.
+
+    Parameters
+    ----------
+    model : a model of transformers
+        Its implementation is left at any of them.
+    run : callable
+        Runs the model; returns seconds.
+    phase : str
+        What ``run`` is, for messages.
+    """
     seconds: dict[str, float] = {}
     for name in EXPERTS:
-        dense.set_experts_implementation(name)
+        model.set_experts_implementation(name)
         try:
-            getattr(steps, phase)()
-            seconds[name] = min(getattr(steps, phase)() for _ in range(2))
+            run()
+            seconds[name] = min(run() for _ in range(2))
         except RuntimeError as error:  # batched_mm copies the experts of each token: 26 GB for 512 tokens
             print(f"{name} cannot do the {phase}: {str(error).splitlines()[0][-90:]}", file=sys.stderr)
     return min(seconds, key=lambda name: seconds[name])

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-__all__ = ["QWEN3_30B_A3B", "write_qwen3_moe"]
+__all__ = ["QWEN3_30B_A3B", "TINY", "VOCAB_SIZE", "num_weights", "write_qwen3_moe"]
 
 QWEN3_30B_A3B = {
     "hidden_size": 2048,
@@ -24,6 +24,19 @@ QWEN3_30B_A3B = {
 }
 """Sizes of a layer, by the names of ``config.json``, which is the source."""
 
+TINY = {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+"""Sizes that only show whether a benchmark runs."""
+
+VOCAB_SIZE = 1024
+CONTEXT_LENGTH = 4096
 GROUP_SIZE = 128
 
 
@@ -32,7 +45,8 @@ def write_qwen3_moe(
     num_layers: int,
     sizes: Mapping[str, int] = QWEN3_30B_A3B,
     *,
-    vocab_size: int = 1024,
+    vocab_size: int = VOCAB_SIZE,
+    max_position_embeddings: int = CONTEXT_LENGTH,
     seed: int = 0,
 ) -> int:
     """Write a Qwen3-MoE checkpoint in GPTQ form, one file per layer: random codes, symmetric, group size 128.
@@ -46,6 +60,8 @@ def write_qwen3_moe(
         Sizes of a layer, by the names of ``config.json``.
     vocab_size : int
         Small by default, so that the layers dominate the measurements, not the embedding.
+    max_position_embeddings : int
+        The model's context.
     seed : int
 
     Returns
@@ -131,7 +147,7 @@ def write_qwen3_moe(
         "intermediate_size": 6144,
         "norm_topk_prob": True,
         "hidden_act": "silu",
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": False,
@@ -146,6 +162,14 @@ def write_qwen3_moe(
     }
     _write_json(folder / "config.json", config)
     return total
+
+
+def num_weights(config: Mapping[str, Any]) -> int:
+    """Number of weights of the matrices of such a model."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    experts = config["num_experts"] * (3 * config["moe_intermediate_size"] + 1)
+    return int(hidden * (config["num_hidden_layers"] * (heads * head_dim + experts) + 2 * config["vocab_size"]))
 
 
 def _write_json(path: Path, value: Any) -> None:
