@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from marlin_cy.opencl.decoder.arguments import DECODER_KERNELS
+
 __all__ = [
     "KERNELS",
     "Arguments",
@@ -290,6 +292,7 @@ KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
         "pack_words": lambda macros: PACK_WORDS,
         "pack_scales": lambda macros: PACK_SCALES,
         "rescale": lambda macros: RESCALE,
+        **{name: lambda macros, table=table: table for name, table in DECODER_KERNELS.items()},
     }
 )
 """The table of each kernel by its name, from the macros of its program."""

@@ -35,7 +35,9 @@ from marlin_cy.opencl.tuned import Tuned
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
+    from marlin_cy.decoder.plan import DecoderPlan
     from marlin_cy.moe.routing import Routing
+    from marlin_cy.opencl.decoder.program import OpenClDecoder
     from marlin_cy.opencl.layer_measurement import OpenClLayerMeasurement
 
 __all__ = ["OpenClBackend"]
@@ -248,6 +250,13 @@ class OpenClBackend(OpenClCommandLine, Backend):
             if not isinstance(stack, OpenClMarlinExpertStack):
                 raise TypeError(f"ctx: got an OpenCL context, but the layer's {name} is a {type(stack).__name__}")
         forward.forward(opencl_context(ctx), plan, hidden_states, out, router_logits, topk_ids, topk_weights)
+
+    def new_decoder(
+        self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str
+    ) -> OpenClDecoder:
+        from marlin_cy.opencl.decoder.program import OpenClDecoder
+
+        return OpenClDecoder(ctx, plan, num_pages, num_states, cache_dtype)
 
     def describe(self, ctx: Context) -> str:
         return f"{self.runtime.capabilities.name}, tier {self.tier.name}"

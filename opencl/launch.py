@@ -8,9 +8,28 @@ import pyopencl as cl
 
 from marlin_cy.opencl.arguments import Arguments, is_local, is_pointer, numpy_types
 
-__all__ = ["Launch"]
+__all__ = ["Launch", "Recorder", "bound_kernel"]
 
 NOTHING = object()  # equal to no values
+
+
+class Recorder:
+    """Takes the place of a queue where a launch is to be kept for later, not enqueued."""
+
+    def add(
+        self, kernel: cl.Kernel, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: Any
+    ) -> None:
+        """Keep a launch of a kernel object that nothing else uses, and whose arguments are set."""
+        raise NotImplementedError
+
+
+def bound_kernel(kernel: cl.Kernel, table: Arguments, values: Mapping[str, Any]) -> cl.Kernel:
+    """A kernel object with all of its arguments set, by name. Sizes of local memory are numbers of bytes."""
+    kernel.set_arg_types(numpy_types(table))
+    kernel.set_args(
+        *(cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in table.items())
+    )
+    return kernel
 
 
 class Launch:
@@ -41,7 +60,6 @@ class Launch:
         *,
         changing: Collection[str] = (),
     ) -> None:
-        kernel.set_arg_types(numpy_types(arguments))
         self._kernel, self._arguments, self._constants = kernel, arguments, dict(constants or {})
         self._given = [name for name in arguments if name not in self._constants]
         positions = {name: position for position, name in enumerate(arguments)}
@@ -69,7 +87,7 @@ class Launch:
 
         Parameters
         ----------
-        queue : pyopencl.CommandQueue
+        queue : pyopencl.CommandQueue or Recorder
         global_size, local_size : tuple of int
         arguments : tuple
             Every argument but the constants, in the order of the table: a buffer or None for a global pointer, a number
@@ -82,6 +100,8 @@ class Launch:
         TypeError
             The number of arguments is wrong. Checked whenever all arguments are set, as in the first call.
         """
+        if isinstance(queue, Recorder):
+            return self._record(queue, global_size, local_size, arguments)
         kernel = self._kernel
         if self._remembered(arguments) == self._last:
             for position, place in self._set:
@@ -89,6 +109,18 @@ class Launch:
         else:
             self._set_all(arguments)
         return cl.enqueue_nd_range_kernel(queue, kernel, global_size, local_size, None, waits)
+
+    def _record(
+        self,
+        recorder: Recorder,
+        global_size: tuple[int, ...],
+        local_size: tuple[int, ...] | None,
+        arguments: tuple[Any, ...],
+    ) -> Any:
+        """Give the recorder a kernel object of its own, with all arguments set."""
+        values = {**self._constants, **dict(zip(self._given, arguments, strict=True))}
+        kernel = cl.Kernel(self._kernel.program, self._kernel.function_name)
+        recorder.add(bound_kernel(kernel, self._arguments, values), global_size, local_size, list(values.values()))
 
     def _set_all(self, arguments: tuple[Any, ...]) -> None:
         if len(arguments) != len(self._given):
@@ -98,10 +130,7 @@ class Launch:
             )
         values = {**self._constants, **dict(zip(self._given, arguments, strict=True))}
         self._last = NOTHING
-        in_order: list[Any] = [
-            cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in self._arguments.items()
-        ]
-        self._kernel.set_args(*in_order)
+        bound_kernel(self._kernel, self._arguments, values)
         nulls = [place for _, place in self._always if arguments[place] is None]
         self._set = [(position, place) for position, place in self._always if arguments[place] is not None]
         self._remembered = getter([*self._numbers, *nulls])

@@ -1,0 +1,177 @@
+"""The arguments of the decoder's kernels, as :mod:`marlin_cy.opencl.arguments` has those of all others.
+
+CACHE and WEIGHT are the element types that the macros CACHE_TYPE and WEIGHT_TYPE choose.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["DECODER_KERNELS"]
+
+# Rows (decoder_rows.cl) ---------------------------------------------------------------------------
+
+EMBED_ROWS = {"step": "global int*", "table": "global INPUT*", "x": "global float*", "width": "uint"}
+NORM_ROWS = {
+    "x": "global float*",
+    "x_offset": "uint",
+    "x_stride": "uint",
+    "added": "global float*",
+    "weight": "global float*",
+    "output": "global OUTPUT*",
+    "eps": "float",
+    "width": "uint",
+    "picked": "global int*",
+    "picked_offset": "uint",
+    "arrived": "global uint*",
+}
+GLU_ROWS = {"input": "global float*", "output": "global OUTPUT*", "width": "uint"}
+ARGMAX_ROWS = {"logits": "global float*", "tokens": "global int*", "width": "uint"}
+
+# Heads (decoder_heads.cl) -------------------------------------------------------------------------
+
+PLACE_HEADS = {
+    "step": "global int*",
+    "q": "global float*",
+    "q_offset": "uint",
+    "q_row_stride": "uint",
+    "q_head_stride": "uint",
+    "q_width": "uint",
+    "out": "global float*",
+    "out_offset": "uint",
+    "out_row_stride": "uint",
+    "out_head_stride": "uint",
+    "q_norm": "global float*",
+    "kv": "global float*",
+    "k_offset": "uint",
+    "v_offset": "uint",
+    "kv_row_stride": "uint",
+    "k_width": "uint",
+    "v_width": "uint",
+    "k_norm": "global float*",
+    "k_norm_values": "uint",
+    "k_rope_begin": "uint",
+    "eps": "float",
+    "cosine": "global float*",
+    "sine": "global float*",
+    "pairs": "uint",
+    "interleaved": "int",
+    "num_heads": "uint",
+    "num_kv_heads": "uint",
+    "keys": "global CACHE*",
+    "values": "global CACHE*",
+}
+
+# Attention (decoder_attention.cl) -----------------------------------------------------------------
+
+ATTEND = {
+    "step": "global int*",
+    "tiles": "uint",
+    "q": "global float*",
+    "q_row_stride": "uint",
+    "q_head_stride": "uint",
+    "keys": "global CACHE*",
+    "values": "global CACHE*",
+    "num_heads": "uint",
+    "num_kv_heads": "uint",
+    "key_head": "uint",
+    "value_head": "uint",
+    "scale": "float",
+    "soft_cap": "float",
+    "window": "int",
+    "sinks": "global float*",
+    "gate_offset": "uint",
+    "output": "global OUTPUT*",
+    "partial": "global float*",
+    "stats": "global float2*",
+}
+MERGE_SPLITS = {
+    "step": "global int*",
+    "tiles": "uint",
+    "q": "global float*",
+    "q_row_stride": "uint",
+    "q_head_stride": "uint",
+    "num_heads": "uint",
+    "value_dim": "uint",
+    "sinks": "global float*",
+    "gate_offset": "uint",
+    "output": "global OUTPUT*",
+    "partial": "global float*",
+    "stats": "global float2*",
+}
+
+# Dense products (decoder_dense.cl) ----------------------------------------------------------------
+
+DENSE = {
+    "x": "global INPUT*",
+    "x_offset": "uint",
+    "x_stride": "uint",
+    "x_batch": "uint",
+    "weight": "global WEIGHT*",
+    "bias": "global float*",
+    "out": "global float*",
+    "out_offset": "uint",
+    "out_stride": "uint",
+    "out_batch": "uint",
+    "rows": "uint",
+    "n": "uint",
+    "k": "uint",
+}
+
+# Gated DeltaNet (decoder_delta.cl) ----------------------------------------------------------------
+
+SHORT_CONV = {
+    "step": "global int*",
+    "segments": "uint",
+    "input": "global float*",
+    "input_stride": "uint",
+    "weight": "global float*",
+    "states": "global float*",
+    "output": "global float*",
+    "channels": "uint",
+    "conv_width": "uint",
+}
+DELTA_RULE = {
+    "step": "global int*",
+    "segments": "uint",
+    "mixed": "global float*",
+    "raw": "global float*",
+    "raw_stride": "uint",
+    "gates": "global float*",
+    "a_log": "global float*",
+    "dt_bias": "global float*",
+    "output": "global float*",
+    "states": "global float*",
+    "conv_states": "global float*",
+    "num_k_heads": "uint",
+    "num_v_heads": "uint",
+    "conv_width": "uint",
+}
+GATED_NORM_HEADS = {
+    "y": "global float*",
+    "gate": "global float*",
+    "gate_offset": "uint",
+    "gate_stride": "uint",
+    "weight": "global float*",
+    "output": "global OUTPUT*",
+    "heads": "uint",
+    "width": "uint",
+    "eps": "float",
+}
+
+DECODER_KERNELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "embed_rows": EMBED_ROWS,
+        "norm_rows": NORM_ROWS,
+        "glu_rows": GLU_ROWS,
+        "argmax_rows": ARGMAX_ROWS,
+        "place_heads": PLACE_HEADS,
+        "attend": ATTEND,
+        "merge_splits": MERGE_SPLITS,
+        "dense_few": DENSE,
+        "dense_many": DENSE,
+        "short_conv": SHORT_CONV,
+        "delta_rule": DELTA_RULE,
+        "gated_norm_heads": GATED_NORM_HEADS,
+    }
+)
+"""The table of each kernel by its name."""

@@ -1,0 +1,132 @@
+"""The launches of feed-forward networks: dense ones, and Mixture-of-Experts blocks by the layers' own kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pyopencl as cl
+
+from marlin_cy.decoder.plan import MlpPlan, MoeFfnPlan
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.opencl.context import ARRIVED
+from marlin_cy.opencl.decoder.projections import ProjectionGroup
+from marlin_cy.opencl.gemm.prepare import activation_number
+from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.layer.forward import (
+    Shared,
+    enqueue_combine,
+    enqueue_products,
+    enqueue_shared,
+    enqueue_shared_factor,
+    enqueue_weigh,
+)
+from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
+from marlin_cy.opencl.checks.routing import is_fused_routing_correct
+from marlin_cy.opencl.stack import OpenClMarlinExpertStack
+from marlin_cy.opencl.tiers.configuration import FLOAT32
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.buffers import Rows
+    from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.projections import Uploads
+    from marlin_cy.opencl.recording import RecordingContext
+
+__all__ = ["Mlp", "MoeFfn"]
+
+GLU_ITEMS = 64
+
+
+class Mlp:
+    """A dense feed-forward network, or a shared expert.
+
+    Parameters
+    ----------
+    uploads : Uploads
+    plan : MlpPlan
+    """
+
+    def __init__(self, uploads: Uploads, plan: MlpPlan) -> None:
+        self._activation, self._inner = plan.activation, plan.down.in_features
+        self._gate_up = ProjectionGroup(uploads, [plan.gate, plan.up])
+        self._down = ProjectionGroup(uploads, [plan.down])
+
+    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int) -> None:
+        """Record the network: ``out`` is its output."""
+        gate_up = maker.room("gate and up", self._gate_up.width)
+        self._gate_up.record(maker, x, gate_up, "gate, up")
+        if self._down.quantised:  # the product applies the activation
+            self._down.record(maker, gate_up, out, "down", self._activation)
+            return
+        inner = maker.room("inner", self._inner)
+        maker.record(
+            "decoder_rows",
+            "glu_rows",
+            {"ACTIVATION": activation_number(self._activation), "OUTPUT_TYPE": inner.type_code},
+            (-(-self._inner // GLU_ITEMS) * GLU_ITEMS, maker.rows),
+            (GLU_ITEMS, 1),
+            "glu_rows",
+            input=gate_up.data,
+            output=inner.data,
+            width=self._inner,
+        )
+        self._down.record(maker, inner, out, "down")
+
+
+class MoeFfn:
+    """A Mixture-of-Experts block.
+
+    Parameters
+    ----------
+    ctx : RecordingContext
+    uploads : Uploads
+    plan : MoeFfnPlan
+
+    Attributes
+    ----------
+    arrived : pyopencl.Buffer
+        The counter of ``route_align``, which must be 0 before each of its launches.
+    """
+
+    def __init__(self, ctx: RecordingContext, uploads: Uploads, plan: MoeFfnPlan) -> None:
+        self._layer = layer = plan.layer.plan
+        for name, stack in layer.stacks():
+            if not isinstance(stack, OpenClMarlinExpertStack):
+                raise UnsupportedError(f"decoder: the experts' {name} is a {type(stack).__name__}, not of this backend")
+        check_routing(ctx, layer.routing)
+        check_experts(ctx, layer.num_experts)
+        self._router = ProjectionGroup(uploads, [plan.router])
+        self._shared = None if plan.shared is None else Mlp(uploads, plan.shared)
+        self._shared_gate = uploads.optional(plan.shared_gate, "gate of a shared expert")
+        self.arrived: cl.Buffer = ctx.reserve(ARRIVED, 4)
+
+    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int) -> None:
+        """Record the block: ``out`` is its output."""
+        ctx, layer, rows = maker.ctx, self._layer, maker.rows
+        logits = maker.room("router logits", layer.num_experts)
+        self._router.record(maker, x, logits, "router")
+        top_k = layer.top_k
+        ids, weights = (ctx.reserve(f"topk_{name}", 4 * rows * top_k) for name in ("ids", "weights"))
+        chosen = Chosen(ids, 0, weights, 0, top_k)
+        weighed_before = layer.apply_router_weight_on_input
+        gate_up = layer.gate_up
+        assert isinstance(gate_up, OpenClMarlinExpertStack)
+        early = None if weighed_before else x
+        if aligns_as_it_routes(ctx, rows, layer.routing) and is_fused_routing_correct(
+            ctx, layer.routing, logits, gate_up, early
+        ):
+            work, prepared = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, early)
+            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+        else:
+            enqueue_route(ctx, logits, layer.routing, chosen, None)
+            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+            work, prepared = enqueue_align(ctx, chosen, gate_up, routed)
+        products = enqueue_products(ctx, layer, layer.activation, routed, work, FLOAT32, prepared=prepared)
+        shared = None
+        if layer.shared_expert is not None:
+            shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, x, FLOAT32)
+        elif self._shared is not None:
+            added = maker.room("shared expert", out.width)
+            self._shared.record(maker, x, added, row_type)
+            gate = self._shared_gate
+            shared = Shared(added, None if gate is None else enqueue_shared_factor(ctx, gate, x))
+        enqueue_combine(ctx, products, chosen, layer.num_experts, shared, out, weighted=not weighed_before)

@@ -1,0 +1,119 @@
+"""What the parts of a decoder share while their launches are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyopencl as cl
+
+from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.buffers import TYPES, Rows
+from marlin_cy.opencl.decoder.step import StepLayout
+from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.recording import GlobalSize, RecordingContext
+
+__all__ = ["Maker", "ROW_ITEMS", "row_type"]
+
+ROW_ITEMS = 256
+"""Work-items for a row. 2048 values are eight each."""
+
+
+def row_type(ctx: RecordingContext) -> int:
+    """The element type of rows that a quantised product reads.
+
+    float16 where the tier's products read it without a conversion and float32 not: a launch for the conversion costs
+    more than the kernel. All other rows are float32: a row takes far less time than the weights it meets.
+    """
+    direct = ctx.backend.tier.inputs(ctx.backend.runtime.capabilities).direct_types
+    return FLOAT16 if FLOAT16 in direct and FLOAT32 not in direct else FLOAT32
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Records the launches of a step with a number of rows.
+
+    Attributes
+    ----------
+    ctx : RecordingContext
+    step : pyopencl.Buffer
+        The description of the step.
+    layout : StepLayout
+    rows : int
+    """
+
+    ctx: RecordingContext
+    step: cl.Buffer
+    layout: StepLayout
+    rows: int
+
+    @property
+    def items(self) -> int:
+        """Work-items for a row; a CPU runs few, one after the other."""
+        return 16 if self.ctx.backend.runtime.capabilities.is_cpu else ROW_ITEMS
+
+    def room(self, purpose: str, width: int, type_code: int = FLOAT32) -> Rows:
+        """The workspace's rows for a purpose: one for each row of the step."""
+        data = self.ctx.reserve(f"decoder {purpose}", self.rows * width * TYPES[type_code].itemsize)
+        return Rows(data, 0, type_code, self.rows, width)
+
+    def record(
+        self,
+        file: str,
+        name: str,
+        macros: Mapping[str, int],
+        global_size: GlobalSize,
+        local_size: tuple[int, ...] | None,
+        label: str | None = None,
+        **values: Any,
+    ) -> None:
+        """Record a launch of a kernel, with its arguments by name."""
+        table = arguments_of(name, macros)
+        self.ctx.record(file, name, macros, global_size, local_size, table, values, label)
+
+    def norm(
+        self,
+        x: Rows,
+        weight: cl.Buffer,
+        eps: float,
+        output: Rows,
+        *,
+        x_offset: int = 0,
+        added: Rows | None = None,
+        picked: int | None = None,
+        arrived: cl.Buffer | None = None,
+        label: str = "norm_rows",
+    ) -> None:
+        """RMS norm of the first ``output.width`` values of rows, from ``x_offset`` on.
+
+        ``added`` is added to ``x`` before. ``picked``: where the step has the rows to take.
+        """
+        items = self.items
+        macros = {
+            "ROW_ITEMS": items,
+            "OUTPUT_TYPE": output.type_code,
+            "ADDED": int(added is not None),
+            "PICKED": int(picked is not None),
+        }
+        self.record(
+            "decoder_rows",
+            "norm_rows",
+            macros,
+            (output.rows * items,),
+            (items,),
+            label,
+            x=x.data,
+            x_offset=x_offset,
+            x_stride=x.width,
+            added=None if added is None else added.data,
+            weight=weight,
+            output=output.data,
+            eps=eps,
+            width=output.width,
+            picked=None if picked is None else self.step,
+            picked_offset=picked or 0,
+            arrived=arrived,
+        )

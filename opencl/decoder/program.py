@@ -1,0 +1,314 @@
+"""The OpenCL backend's program for a whole model: launches that are recorded once for a number of rows.
+
+A step is one write to the device, the recorded launches, and one read, of the logits that are wanted. The residual
+stream ``x`` is float32; the output of a mixer or a feed-forward network is added to it by the norm that follows::
+
+    embed_rows ── x
+    for each layer:   norm_rows (x += the last network's output) ── mixer ── norm_rows (x += the mixer's output) ── network
+    norm_rows of the rows that are wanted ── head
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyopencl as cl
+
+from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DenseLinear, LatentAttentionPlan, LayerPlan, MlpPlan
+from marlin_cy.decoder.program import Batch, DecoderProgram
+from marlin_cy.interface import Context
+from marlin_cy.opencl.buffers import TYPE_CODES, Rows
+from marlin_cy.opencl.decoder.attention import GroupedAttention
+from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pool
+from marlin_cy.opencl.decoder.delta import DeltaNet
+from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
+from marlin_cy.opencl.decoder.latent import LatentAttention
+from marlin_cy.opencl.decoder.maker import Maker, row_type
+from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
+from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
+from marlin_cy.opencl.memory import zeroed_buffers
+from marlin_cy.opencl.recording import Recording, RecordingContext
+from marlin_cy.opencl.stack import opencl_context
+from marlin_cy.opencl.tiers.configuration import FLOAT32
+
+__all__ = ["OpenClDecoder"]
+
+MAX_RECORDINGS = 24
+"""Recordings that are kept. Each has a kernel object for every launch."""
+HEAD_ROWS = 64
+"""Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
+LEAST_STEP_INTS = 1 << 16
+GROUPS_PER_UNIT = 2
+"""Work-groups for each compute unit into which attention to few rows is split."""
+SPLIT_TOKENS = 128
+"""The fewest positions of a split: a work-group goes through as many at a time."""
+
+
+class OpenClDecoder(DecoderProgram):
+    """A plan on an OpenCL device. The parameters are those of ``Backend.new_decoder``."""
+
+    def __init__(self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str) -> None:
+        self._ctx = opencl_context(ctx)
+        backend = self._ctx.backend
+        runtime = backend.runtime
+        self._recorder = recorder = RecordingContext(backend, self._ctx.queue)
+        mixers = [layer.mixer for layer in plan.layers]
+        check_memory(runtime, mixers, num_pages, num_states, cache_dtype, dense_bytes(plan))
+        self._uploads = uploads = Uploads(runtime)
+        self._pools = [new_pool(runtime, mixer, num_pages, num_states, cache_dtype) for mixer in mixers]
+        self._layers = [
+            Layer(recorder, uploads, layer, pool, plan.norm_eps)
+            for layer, pool in zip(plan.layers, self._pools, strict=True)
+        ]
+        self._plan, self._row_type = plan, row_type(recorder)
+        self._embedding = uploads(plan.embedding, "embedding")
+        self._embedding_type = TYPE_CODES[plan.embedding.dtype]
+        self._final_norm = uploads(plan.final_norm, "norm")
+        self._head = ProjectionGroup(uploads, [plan.head])
+        attentions = [layer.attention for layer in self._layers if layer.attention is not None]
+        self.tile_rows = min(
+            (attention.attend.shape.tile_rows(runtime.capabilities) for attention in attentions), default=1
+        )
+        blocks = min((attention.attend.shape.head_blocks for attention in attentions), default=1)
+        self.most_splits = max(1, GROUPS_PER_UNIT * runtime.capabilities.compute_units // blocks)
+        self.split_tokens = SPLIT_TOKENS
+        (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
+        self._upload: cl.Event | None = None
+        self._recordings: OrderedDict[tuple[str, int], tuple[Recording, cl.Buffer]] = OrderedDict()
+
+    def step(self, batch: Batch) -> npt.NDArray[np.float32]:
+        with self._ctx:
+            layout = self._forward(batch)
+            wanted, vocabulary = batch.wanted, self._plan.vocab_size
+            logits = np.empty((len(wanted), vocabulary), np.float32)
+            for begin in range(0, len(wanted), HEAD_ROWS):
+                rows = wanted[begin : begin + HEAD_ROWS]
+                found = self._logits(layout, rows, described=begin == 0)
+                cl.enqueue_copy(self._ctx.queue, logits[begin : begin + len(rows)], found)
+            return logits
+
+    def greedy_step(self, batch: Batch) -> npt.NDArray[np.int32]:
+        """As :meth:`step`, but returns the first token of the largest logit of each wanted row, int32 ``[wanted]``.
+
+        The logits stay on the device.
+        """
+        with self._ctx:
+            layout = self._forward(batch)
+            tokens = np.empty(len(batch.wanted), np.int32)
+            for begin in range(0, len(tokens), HEAD_ROWS):
+                rows = batch.wanted[begin : begin + HEAD_ROWS]
+                found = self._logits(layout, rows, described=begin == 0, greedy=True)
+                cl.enqueue_copy(self._ctx.queue, tokens[begin : begin + len(rows)], found)
+            return tokens
+
+    def copy_page(self, source: int, target: int) -> None:
+        with self._ctx as ctx:
+            for pool in self._pools:
+                if isinstance(pool, KvPool):
+                    pool.copy_page(ctx.queue, source, target)
+
+    def clear_state(self, slot: int) -> None:
+        with self._ctx as ctx:
+            for pool in self._states():
+                pool.clear(ctx.queue, slot)
+
+    def copy_state(self, source: int, target: int) -> None:
+        with self._ctx as ctx:
+            for pool in self._states():
+                pool.copy(ctx.queue, source, target)
+
+    def save_state(self, slot: int) -> Any:
+        with self._ctx as ctx:
+            return [pool.save(ctx.queue, slot) for pool in self._states()]
+
+    def restore_state(self, slot: int, saved: Any) -> None:
+        with self._ctx as ctx:
+            for pool, values in zip(self._states(), saved, strict=True):
+                pool.restore(ctx.queue, slot, values)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(pool.nbytes for pool in self._pools)
+
+    def launches(self, rows: int) -> list[str]:
+        """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
+        recorded = rows_recorded(rows)
+        recording, _ = self._recorded("rows", recorded, StepLayout(recorded))
+        return list(recording.labels)
+
+    def _states(self) -> list[StatePool]:
+        return [pool for pool in self._pools if isinstance(pool, StatePool)]
+
+    # A step ------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> StepLayout:
+        """Enqueue all layers; returns where the parts of the step lie."""
+        rows = rows_recorded(len(batch.tokens))
+        layout = StepLayout(rows)
+        step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
+        self._reserve_step(len(step))
+        recording, _ = self._recorded("rows", rows, layout)
+        self._write(step, 0)
+        self._enqueue(recording, known)
+        return layout
+
+    def _logits(
+        self, layout: StepLayout, wanted: npt.NDArray[np.int32], *, described: bool, greedy: bool = False
+    ) -> cl.Buffer:
+        """Enqueue the head for some rows. ``described``: the step has these rows as its first wanted ones."""
+        if not described:
+            self._write(wanted, layout.picked)
+        rows = rows_recorded(len(wanted))
+        kind = "greedy" if greedy else "head"
+        recording, result = self._recorded(f"{kind} {layout.rows}", rows, layout)
+        self._enqueue(recording, None)
+        return result
+
+    def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
+        """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
+        # Dropping the event of a write waits for it: so it is kept until the next one.
+        self._upload = cl.enqueue_copy(self._ctx.queue, self._step, ints, dst_offset=4 * place, is_blocking=False)
+
+    def _enqueue(self, recording: Recording, known: Known | None) -> None:
+        for label, event in recording.enqueue(self._ctx.queue, known):
+            self._ctx.log(label, event)
+
+    def _reserve_step(self, ints: int) -> None:
+        """Make room for a step's description. All recordings refer to the buffer, so it grows by doubling."""
+        if 4 * ints > self._step.size:
+            self._ctx.queue.finish()
+            self._recordings.clear()
+            (self._step,) = zeroed_buffers(
+                self._ctx.backend.runtime, [4 << (ints - 1).bit_length()], "description of a step"
+            )
+
+    # Recordings --------------------------------------------------------------------------------
+
+    def _recorded(self, kind: str, rows: int, layout: StepLayout) -> tuple[Recording, cl.Buffer]:
+        """The launches for a number of rows, and the buffer of their result."""
+        key = kind, rows
+        found = self._recordings.get(key)
+        if found is not None:
+            self._recordings.move_to_end(key)
+            return found
+        recorder = self._recorder
+        while True:
+            recorder.begin()
+            maker = Maker(recorder, self._step, layout, rows)
+            result = self._record_layers(maker) if kind == "rows" else self._record_head(maker, kind)
+            if not recorder.grown:
+                break
+            # Older recordings refer to buffers that have been replaced, and so may the beginning of this one.
+            self._ctx.queue.finish()
+            self._recordings.clear()
+        while len(self._recordings) >= MAX_RECORDINGS:
+            self._ctx.queue.finish()
+            self._recordings.popitem(last=False)
+        self._recordings[key] = recorder.recording, result
+        return self._recordings[key]
+
+    def _record_layers(self, maker: Maker) -> cl.Buffer:
+        hidden = self._plan.hidden_size
+        x, added = maker.room("x", hidden), maker.room("added", hidden)
+        normed = maker.room("normed", hidden, self._row_type)
+        maker.record(
+            "decoder_rows",
+            "embed_rows",
+            {"INPUT_TYPE": self._embedding_type, "ROW_ITEMS": maker.items},
+            (maker.rows * maker.items,),
+            (maker.items,),
+            "embed_rows",
+            step=maker.step,
+            table=self._embedding,
+            x=x.data,
+            width=hidden,
+        )
+        for number, layer in enumerate(self._layers):
+            maker.norm(x, layer.mixer_norm, self._plan.norm_eps, normed, added=added if number else None)
+            if isinstance(layer.mixer, DeltaNet):
+                layer.mixer.record(maker, normed, added, self._row_type)
+            else:
+                layer.mixer.record(maker, normed, added, self._row_type, self.tile_rows, self.most_splits)
+            arrived = layer.ffn.arrived if isinstance(layer.ffn, MoeFfn) else None
+            maker.norm(x, layer.ffn_norm, self._plan.norm_eps, normed, added=added, arrived=arrived)
+            layer.ffn.record(maker, normed, added, self._row_type)
+        assert x.data is not None
+        return x.data
+
+    def _record_head(self, maker: Maker, kind: str) -> cl.Buffer:
+        ctx, plan = maker.ctx, self._plan
+        x, added = (
+            Rows(ctx.reserve(f"decoder {name}", 4 * plan.hidden_size), 0, FLOAT32, maker.rows, plan.hidden_size)
+            for name in ("x", "added")
+        )
+        type_code = self._row_type if self._head.quantised else FLOAT32
+        normed = maker.room("normed", plan.hidden_size, type_code)
+        maker.norm(x, self._final_norm, plan.norm_eps, normed, added=added, picked=maker.layout.picked)
+        logits = maker.room("logits", plan.vocab_size)
+        self._head.record(maker, normed, logits, "head")
+        assert logits.data is not None
+        if not kind.startswith("greedy"):
+            return logits.data
+        tokens = ctx.reserve("decoder tokens", 4 * maker.rows)
+        maker.record(
+            "decoder_rows",
+            "argmax_rows",
+            {"ROW_ITEMS": maker.items},
+            (maker.rows * maker.items,),
+            (maker.items,),
+            "argmax_rows",
+            logits=logits.data,
+            tokens=tokens,
+            width=plan.vocab_size,
+        )
+        return tokens
+
+
+class Layer:
+    """A layer of a decoder on the device.
+
+    Attributes
+    ----------
+    mixer_norm, ffn_norm : pyopencl.Buffer
+    mixer : GroupedAttention, LatentAttention or DeltaNet
+    attention : GroupedAttention, LatentAttention or None
+        The mixer, if it is attention.
+    ffn : MoeFfn or Mlp
+    """
+
+    def __init__(
+        self,
+        recorder: RecordingContext,
+        uploads: Uploads,
+        plan: LayerPlan,
+        pool: KvPool | StatePool,
+        norm_eps: float,
+    ) -> None:
+        self.mixer_norm, self.ffn_norm = (uploads(norm, "norm") for norm in (plan.mixer_norm, plan.ffn_norm))
+        self.attention: GroupedAttention | LatentAttention | None = None
+        self.mixer: GroupedAttention | LatentAttention | DeltaNet
+        if isinstance(pool, StatePool):
+            assert not isinstance(plan.mixer, AttentionPlan | LatentAttentionPlan)
+            self.mixer = DeltaNet(uploads, plan.mixer, pool)
+        else:
+            if isinstance(plan.mixer, AttentionPlan):
+                self.attention = GroupedAttention(uploads, plan.mixer, pool, norm_eps)
+            else:
+                assert isinstance(plan.mixer, LatentAttentionPlan)
+                self.attention = LatentAttention(uploads, plan.mixer, pool)
+            self.mixer = self.attention
+        self.ffn = Mlp(uploads, plan.ffn) if isinstance(plan.ffn, MlpPlan) else MoeFfn(recorder, uploads, plan.ffn)
+
+
+def dense_bytes(plan: DecoderPlan) -> int:
+    """Bytes of the embedding, and of a head that is not quantised and not the embedding itself.
+
+    Other weights that are not quantised are small beside these.
+    """
+    nbytes = plan.embedding.nbytes
+    if isinstance(plan.head, DenseLinear) and plan.head.weight is not plan.embedding:
+        nbytes += plan.head.weight.nbytes
+    return nbytes

@@ -1,0 +1,249 @@
+"""Linear layers of a decoder on the device: quantised ones by the products of layers, dense ones by ``decoder_dense.cl``.
+
+Layers that read the same rows form a group. Their outputs lie side by side in one row, in the order given, and dense
+layers that follow each other are one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyopencl as cl
+
+from marlin_cy.decoder.plan import DenseLinear, Projection
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes
+from marlin_cy.opencl.gemm.multiply import NO_BIAS, OUTPUT_BIAS, multiply
+from marlin_cy.opencl.gemm.work import TileList
+from marlin_cy.opencl.memory import uploaded
+from marlin_cy.opencl.stack import OpenClLinear, expert_columns
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.stack import Runtime
+    from marlin_cy.opencl.store import OpenClGptqStore
+
+__all__ = ["DenseMatrix", "ProjectionGroup", "Uploads"]
+
+TILED_ROWS = 16
+"""From this number of rows on a product is computed in tiles: the rows of several work-groups would read the weights
+as often as tiles do, and tiles share the rows, too."""
+TEAM, TEAMS = 32, 4
+CPU_TEAM = 8
+COLUMNS = 2  # of decoder_dense.cl
+TILE = 64  # of decoder_dense.cl
+
+
+class Uploads:
+    """Constant arrays on the device. Arrays of a plan are there once: layers share tables of RoPE, and a head may be the
+    embedding.
+
+    Attributes
+    ----------
+    nbytes : int
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.nbytes = 0
+        # The arrays are kept, as the number of an object is not its own once it is gone.
+        self._held: dict[int, tuple[npt.NDArray[Any], cl.Buffer]] = {}
+
+    def __call__(self, array: npt.NDArray[Any], what: str) -> cl.Buffer:
+        """A buffer with an array of a plan."""
+        found = self._held.get(id(array))
+        if found is None:
+            found = self._held[id(array)] = array, self.new(array, what)
+        return found[1]
+
+    def new(self, array: npt.NDArray[Any], what: str) -> cl.Buffer:
+        """A buffer with an array that nothing else uses."""
+        self.nbytes += array.nbytes
+        return uploaded(self.runtime, as_bytes(np.ascontiguousarray(array)), what)
+
+    def optional(self, array: npt.NDArray[Any] | None, what: str) -> cl.Buffer | None:
+        """As above; None for None."""
+        return None if array is None else self(array, what)
+
+
+class DenseMatrix:
+    """A matrix ``[n, k]`` on the device, or ``batch`` of them, of 16 or 32 bits.
+
+    Parameters
+    ----------
+    uploads : Uploads
+    weight : float array ``[n, k]`` or ``[batch, n, k]``
+    bias : float32 ``[n]`` or None
+    of_plan : bool
+        Whether the arrays are the plan's own.
+    """
+
+    def __init__(
+        self,
+        uploads: Uploads,
+        weight: npt.NDArray[Any],
+        bias: npt.NDArray[np.float32] | None = None,
+        *,
+        of_plan: bool = True,
+    ) -> None:
+        self.n, self.k = weight.shape[-2:]
+        self.batch = 1 if weight.ndim == 2 else weight.shape[0]
+        self.type_code = TYPE_CODES[weight.dtype]
+        upload = uploads if of_plan else uploads.new
+        self.buffer = upload(weight, "weights that are not quantised")
+        self.bias = None if bias is None else upload(bias, "bias")
+
+    def record(
+        self,
+        maker: Maker,
+        x: Rows,
+        out: Rows,
+        *,
+        x_offset: int = 0,
+        x_batch: int = 0,
+        out_offset: int = 0,
+        out_batch: int = 0,
+        label: str = "dense",
+    ) -> None:
+        """Record ``out[r, out_offset + c] = x[r, x_offset:] @ weight.T + bias``, for each matrix of the batch."""
+        aligned = all(number % 8 == 0 for number in (self.k, x.width, x_offset, x_batch))
+        macros = {"INPUT_TYPE": x.type_code, "WEIGHT_TYPE": self.type_code, "ALIGNED": int(aligned)}
+        values = {
+            "x": x.data,
+            "x_offset": x_offset,
+            "x_stride": x.width,
+            "x_batch": x_batch,
+            "weight": self.buffer,
+            "bias": self.bias,
+            "out": out.data,
+            "out_offset": out_offset,
+            "out_stride": out.width,
+            "out_batch": out_batch,
+            "rows": out.rows,
+            "n": self.n,
+            "k": self.k,
+        }
+        if out.rows >= TILED_ROWS:
+            size = -(-self.n // TILE) * 256, -(-out.rows // TILE), self.batch
+            maker.record("decoder_dense", "dense_many", macros, size, (256, 1, 1), label, **values)
+            return
+        cpu = maker.ctx.backend.runtime.capabilities.is_cpu
+        team = CPU_TEAM if cpu else TEAM
+        rows = next(number for number in (1, 2, 4) if number >= out.rows or number == 4)
+        macros |= {"DENSE_ROWS": rows, "TEAM": team, "TEAMS": TEAMS}
+        groups = -(-self.n // (TEAMS * COLUMNS))
+        size = groups * team * TEAMS, -(-out.rows // rows), self.batch
+        maker.record("decoder_dense", "dense_few", macros, size, (team * TEAMS, 1, 1), label, **values)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedColumns:
+    """A quantised layer whose outputs begin at a column of a row.
+
+    Attributes
+    ----------
+    store, bias_kind, bias_buffer
+        Those of :class:`~marlin_cy.opencl.gemm.multiply.Weights`; the bias has a value for each column of the row.
+    columns : int32 ``[experts, 4]``
+        As of :func:`~marlin_cy.opencl.stack.expert_columns`.
+    """
+
+    store: OpenClGptqStore
+    bias_kind: int
+    bias_buffer: cl.Buffer | None
+    columns: npt.NDArray[np.int32]
+
+    def record(self, maker: Maker, x: Rows, out: Rows, activation: str | None, label: str) -> None:
+        """Record the product."""
+        runs = np.zeros((len(self.columns), 7), np.int32)
+        runs[:, :4] = self.columns
+        runs[:, 6] = out.rows
+        multiply(maker.ctx, self, x, out, TileList(runs, one_order=True), activation=activation, label=label)
+
+
+class ProjectionGroup:
+    """Linear layers that read the same rows.
+
+    Parameters
+    ----------
+    uploads : Uploads
+    layers : sequence of Projection
+
+    Attributes
+    ----------
+    width : int
+        Of the outputs together.
+    quantised : bool
+        Whether any layer is quantised.
+    """
+
+    def __init__(self, uploads: Uploads, layers: Sequence[Projection]) -> None:
+        self.width = sum(layer.out_features for layer in layers)
+        self.quantised = not all(isinstance(layer, DenseLinear) for layer in layers)
+        self._parts: list[PackedColumns | tuple[DenseMatrix, int]] = []
+        column = 0
+        for run in runs_of(layers):
+            if isinstance(run[0], DenseLinear):
+                self._parts.append((dense_matrix(uploads, run), column))
+            else:
+                self._parts.append(packed_columns(uploads, run[0], column, self.width))
+            column += sum(layer.out_features for layer in run)
+
+    def record(self, maker: Maker, x: Rows, out: Rows, label: str, activation: str | None = None) -> None:
+        """Record the products; ``out`` is ``width`` wide. ``activation``: of quantised layers, as in ``multiply``."""
+        for part in self._parts:
+            if isinstance(part, PackedColumns):
+                part.record(maker, x, out, activation, label)
+            else:
+                matrix, column = part
+                matrix.record(maker, x, out, out_offset=column, label=label)
+
+
+def runs_of(layers: Sequence[Projection]) -> list[list[Any]]:
+    """The layers in order: dense ones of one dtype that follow each other together, all others alone."""
+    runs: list[list[Any]] = []
+    for layer in layers:
+        before = runs[-1][0] if runs else None
+        if (
+            isinstance(layer, DenseLinear)
+            and isinstance(before, DenseLinear)
+            and layer.weight.dtype == before.weight.dtype
+        ):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def dense_matrix(uploads: Uploads, layers: Sequence[DenseLinear]) -> DenseMatrix:
+    """Dense layers as one matrix."""
+    if len(layers) == 1:
+        return DenseMatrix(uploads, layers[0].weight, layers[0].bias)
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        bias = np.concatenate(
+            [np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias for layer in layers]
+        )
+    return DenseMatrix(uploads, np.concatenate([layer.weight for layer in layers]), bias, of_plan=False)
+
+
+def packed_columns(uploads: Uploads, layer: Any, column: int, width: int) -> PackedColumns:
+    """A quantised layer whose outputs begin at ``column`` of rows of ``width``."""
+    if not isinstance(layer, OpenClLinear):
+        raise UnsupportedError(f"decoder: got a {type(layer).__name__}, expected linear layers of this backend")
+    store = layer.store
+    columns = expert_columns(store.n, layer.offset, layer.out_features)
+    columns[:, 3] += column
+    if layer.bias_buffer is None:
+        return PackedColumns(store, NO_BIAS, None, columns)
+    bias = np.zeros(width, np.float32)
+    runtime = uploads.runtime
+    with runtime.loading_lock:
+        cl.enqueue_copy(
+            runtime.loading_queue, bias[column : column + layer.out_features], layer.bias_buffer, is_blocking=True
+        )
+    return PackedColumns(store, OUTPUT_BIAS, uploads.new(bias, "bias"), columns)

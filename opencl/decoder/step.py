@@ -1,0 +1,144 @@
+"""The buffer in which the host describes a step to the device: one write a step. ``kernels/decoder.cl`` draws it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.decoder.program import Batch
+
+__all__ = ["Known", "StepLayout", "describe_step", "rows_recorded"]
+
+Ints = npt.NDArray[np.int32]
+
+HEADER = 16
+EXACT_ROWS = 16
+FEW_ROWS = 4
+"""Segments of fewer rows are attended to row by row: see ``attend``."""
+
+
+def rows_recorded(rows: int) -> int:
+    """Rows of the recording that runs ``rows`` rows: as many, or the next of four numbers for each power of two.
+
+    The additional rows repeat the last one. They take time, but need no experts of their own.
+    """
+    if rows <= EXACT_ROWS:
+        return rows
+    unit = 1 << max((rows - 1).bit_length() - 3, 0)
+    return -(-rows // unit) * unit
+
+
+class StepLayout(NamedTuple):
+    """Where the parts of a step begin, in ints, for a recording of ``rows`` rows."""
+
+    rows: int
+
+    @property
+    def few_tiles(self) -> int:
+        """Tiles of one row each."""
+        return HEADER + 4 * self.rows
+
+    @property
+    def many_tiles(self) -> int:
+        """Tiles of several rows."""
+        return HEADER + 8 * self.rows
+
+    @property
+    def segments(self) -> int:
+        return HEADER + 12 * self.rows
+
+    @property
+    def picked(self) -> int:
+        """Rows whose logits are wanted."""
+        return HEADER + 16 * self.rows
+
+    @property
+    def tables(self) -> int:
+        return HEADER + 17 * self.rows
+
+
+class Known(NamedTuple):
+    """What decides how many work-groups a step's launches have.
+
+    Attributes
+    ----------
+    few_tiles, many_tiles : int
+        Tiles of one row, and of several.
+    splits : int
+        Runs of positions into which tiles of one row are cut.
+    segments : int
+    """
+
+    few_tiles: int
+    many_tiles: int
+    splits: int
+    segments: int
+
+
+def describe_step(
+    batch: Batch, layout: StepLayout, tile_rows: int, most_splits: int, split_tokens: int
+) -> tuple[Ints, Known]:
+    """A batch as the device reads it.
+
+    Parameters
+    ----------
+    batch : Batch
+    layout : StepLayout
+    tile_rows : int
+        Rows of a tile of several rows.
+    most_splits : int
+        Work-groups that the device should have for attention to few rows.
+    split_tokens : int
+        The fewest positions of a split.
+    """
+    first, counts, positions, slots = (column.astype(np.int64) for column in batch.segments.T)
+    rows, pages = len(batch.tokens), batch.pages.shape[1]
+    used = (int((positions + counts).max()) + 15) // 16
+    used = min(used, pages)
+    number = len(counts)
+    step = np.zeros(layout.tables + number * used, np.int32)
+    records = step[HEADER : HEADER + 4 * layout.rows].reshape(-1, 4)
+    segment = np.repeat(np.arange(number), counts)
+    records[:rows, 0] = batch.tokens
+    records[:rows, 1] = positions[segment] + np.arange(rows) - first[segment]
+    records[:rows, 2] = layout.tables + segment * used
+    records[:rows, 3] = segment
+    if rows < layout.rows:
+        records[rows:, :3] = records[rows - 1, :3]
+        records[rows:, 3] = -1
+    described = step[layout.segments : layout.segments + 4 * number].reshape(-1, 4)
+    described[:, 0], described[:, 1], described[:, 2] = first, counts, slots
+    few, many = tiles(first, counts, rows, layout.rows, tile_rows)
+    for begin, found in ((layout.few_tiles, few), (layout.many_tiles, many)):
+        step[begin : begin + 4 * len(found)] = found.reshape(-1)
+    picked = batch.wanted[: layout.rows]
+    step[layout.picked : layout.picked + len(picked)] = picked
+    step[layout.tables :] = batch.pages[:, :used].reshape(-1)
+    splits = 1
+    if len(few):
+        longest = int(records[few[:, 0], 1].max()) + 1
+        splits = max(1, min(most_splits // len(few), longest // split_tokens))
+    step[0] = splits
+    return step, Known(len(few), len(many), splits, number)
+
+
+def tiles(
+    first: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: int, all_rows: int, tile_rows: int
+) -> tuple[Ints, Ints]:
+    """``(few, many)``, int32 ``[tiles, 4]`` each: tiles of one row, and of up to ``tile_rows`` rows of one segment.
+
+    The rows from ``rows`` on, up to ``all_rows``, repeat the last one.
+    """
+    few, many = [], []
+    ends = first + counts
+    if len(ends):
+        ends[-1] += all_rows - rows
+    for begin, end in zip(first.tolist(), ends.tolist(), strict=True):
+        if end - begin < FEW_ROWS:
+            few += [(row, 1, 0, 0) for row in range(begin, end)]
+        else:
+            many += [(row, min(tile_rows, end - row), 0, 0) for row in range(begin, end, tile_rows)]
+    shape = -1, 4
+    return np.array(few, np.int32).reshape(shape), np.array(many, np.int32).reshape(shape)

@@ -1,0 +1,54 @@
+// Shared by the decoder's kernels: the buffer in which the host describes a step, and pages of the cache.
+//
+// The step, in ints. R is the number of rows that the launches were made for; the host may have fewer, and then repeats
+// the last row with a segment of -1.
+//
+//   0                         splits of the positions of tiles of few rows
+//   16              [R][4]    of each row: token, position, first int of its page table, segment
+//   tiles           [R][4]    of each tile of attention: first row, rows, 0, 0. There are two such lists
+//   segments        [R][4]    of each segment: first row, rows, slot of recurrent state, 0
+//   picked          [R]       rows whose logits are wanted
+//   tables                    the page tables of the segments
+//
+// A page of one head, for keys and for values alike. Positions are neighbours, so that a row of work-items that has a
+// position each reads whole lines, and so does a row of work-items that has eight values each:
+//
+//   [width / 8][16 positions][8]        value c of position p is at (c / 8 * 16 + p % 16) * 8 + c % 8
+//
+//              position  0        1              15
+//   values  0 ..  7      01234567 01234567 ...   01234567
+//   values  8 .. 15      01234567 01234567 ...   01234567
+//
+// Build options
+//   CACHE_TYPE   element type of the cache, as INPUT_TYPE of common.cl
+
+#ifndef CACHE_TYPE
+#define CACHE_TYPE 0
+#endif
+#define CACHE JOIN(TYPE_, CACHE_TYPE)
+#define load8_cache JOIN(load8_, CACHE_TYPE)
+#define store_cache JOIN(store_, CACHE_TYPE)
+
+#define PAGE_TOKENS 16
+#define CHUNK 8 // values of a position that lie together
+#define CHUNK_STRIDE (PAGE_TOKENS * CHUNK)
+
+#define STEP_SPLITS 0
+#define STEP_ROWS 16
+#define STEP_ROW(step, row) vload4(row, (step) + STEP_ROWS)
+
+// Adds `value` over the work-items of a group whose size is a power of two. `sums` holds that many floats. It is always
+// inlined for PoCL: see align.cl.
+__attribute__((always_inline)) static inline float group_sum(float value, __local float *sums)
+{
+    const uint item = get_local_id(0);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    sums[item] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint half_size = get_local_size(0) / 2; half_size > 0; half_size /= 2) {
+        if (item < half_size)
+            sums[item] += sums[item + half_size];
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    return sums[0];
+}

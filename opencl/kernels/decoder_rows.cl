@@ -1,0 +1,110 @@
+#include "decoder.cl"
+#include "activation.cl"
+
+// Whole rows of a decoder: embedding, RMS norm with the residual added, and the product of a gate.
+//
+// Build options
+//   ROW_ITEMS        work-items of a work-group: a power of two
+//   ADDED, PICKED    of `norm_rows`, below
+//   ACTIVATION       of activation.cl, for `glu_rows`
+
+#ifndef ROW_ITEMS
+#define ROW_ITEMS 256
+#endif
+#ifndef ADDED
+#define ADDED 0
+#endif
+#ifndef PICKED
+#define PICKED 0
+#endif
+
+// x[row] = table[token of row]. A work-group for each row.
+//   table   INPUT [vocabulary][width]
+__kernel void embed_rows(__global const int *restrict step, __global const INPUT *restrict table,
+                         __global float *restrict x, const uint width)
+{
+    const ulong row = get_group_id(0), token = (uint)STEP_ROW(step, row).x;
+    for (uint i = get_local_id(0); i < width; i += get_local_size(0))
+        x[row * width + i] = load_input(table, token * width + i);
+}
+
+// x += added;  output = x / sqrt(mean(x * x) + eps) * weight. A work-group for each row of the output.
+//   x         float [rows][x_stride], from element x_offset on: written with ADDED only
+//   added     float [rows][width] (ADDED)
+//   output    OUTPUT [rows][width]
+//   picked    row i of the output is that of row picked[picked_offset + i] (PICKED), else of row i
+//   arrived   uint [1] or NULL: set to 0, for the launch that routes
+__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void
+norm_rows(__global float *restrict x, const uint x_offset, const uint x_stride, __global const float *restrict added,
+          __global const float *restrict weight, __global OUTPUT *restrict output, const float eps, const uint width,
+          __global const int *restrict picked, const uint picked_offset, __global uint *restrict arrived)
+{
+    __local float sums[ROW_ITEMS];
+    const uint item = get_local_id(0);
+#if PICKED
+    const ulong row = (uint)picked[picked_offset + get_group_id(0)];
+#else
+    const ulong row = get_group_id(0);
+#endif
+    if (arrived && get_global_id(0) == 0)
+        *arrived = 0;
+    x += x_offset + row * x_stride;
+    float sum = 0;
+    for (uint i = item; i < width; i += ROW_ITEMS) {
+        float value = x[i];
+#if ADDED
+        value += added[row * width + i];
+        x[i] = value;
+#endif
+        sum = fma(value, value, sum);
+    }
+    const float factor = 1 / sqrt(group_sum(sum, sums) / width + eps);
+    for (uint i = item; i < width; i += ROW_ITEMS)
+        store_output(x[i] * factor * weight[i], output, get_group_id(0) * (ulong)width + i);
+}
+
+// output = act(gate) * up, of rows [gate (width), up (width)]. A work-item for each value.
+#if ACTIVATION
+__kernel void glu_rows(__global const float *restrict input, __global OUTPUT *restrict output, const uint width)
+{
+    const ulong row = get_global_id(1);
+    const uint i = get_global_id(0);
+    if (i < width) {
+        __global const float *from = input + row * 2 * width;
+        store_output(activated(from[i], from[width + i]), output, row * width + i);
+    }
+}
+#endif
+
+// The row with the largest logit: tokens[row] = the first column of the largest value. A work-group for each row.
+__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void
+argmax_rows(__global const float *restrict logits, __global int *restrict tokens, const uint width)
+{
+    __local float values[ROW_ITEMS];
+    __local uint places[ROW_ITEMS];
+    const uint item = get_local_id(0);
+    logits += get_group_id(0) * (ulong)width;
+    float best = -INFINITY;
+    uint place = width;
+    for (uint i = item; i < width; i += ROW_ITEMS)
+        if (logits[i] > best || place == width) {
+            best = logits[i];
+            place = i;
+        }
+    values[item] = best;
+    places[item] = place;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint half_size = ROW_ITEMS / 2; half_size > 0; half_size /= 2) {
+        if (item < half_size) {
+            const float other = values[item + half_size];
+            const uint there = places[item + half_size];
+            if (other > values[item] || (other == values[item] && there < places[item])) {
+                values[item] = other;
+                places[item] = there;
+            }
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (item == 0)
+        tokens[get_group_id(0)] = (int)places[0];
+}
