@@ -5,22 +5,22 @@ import numpy.typing as npt
 
 from marlin_cy.cpu._workspace import Workspace
 
-Array = npt.NDArray[Any]
-Indices = npt.NDArray[np.int32]
+_Array = npt.NDArray[Any]
+_Indices = npt.NDArray[np.int32]
 
 def append_to_cache(
-    workspace: Workspace, keys: Array, values: Array, k: Array, v: Array, page_table: Indices, start: int
+    workspace: Workspace, keys: _Array, values: _Array, k: _Array, v: _Array, page_table: _Indices, start: int
 ) -> None: ...
 def attention(
     workspace: Workspace,
-    q: Array,
-    keys: Array,
-    values: Array,
-    page_table: Indices,
+    q: _Array,
+    keys: _Array,
+    values: _Array,
+    page_table: _Indices,
     start: int,
-    out: Array,
+    out: _Array,
     scale: float,
     window: int | None,
-    sinks: Array | None,
+    sinks: _Array | None,
     soft_cap: float | None,
 ) -> None: ...

@@ -228,9 +228,11 @@ TARGET static void dense_block(const dense_view *block, int m, int cols, int siz
     }
 }
 
-/* More rows: `cols` outputs, at most BLOCK_COLS, of `rows` rows, at most BLOCK_ROWS. */
-TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, int rows, int cols)
+/* More rows: one chunk of K, from `chunk` on, for `cols` outputs, at most BLOCK_COLS, of `rows` rows, at most BLOCK_ROWS.
+ */
+TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, int rows, int cols, int64_t chunk)
 {
+    const int64_t end = task->k - chunk < CHUNK_K ? task->k : chunk + CHUNK_K;
     float sums[BLOCK_ROWS * BLOCK_COLS * LANES], widened[BLOCK_COLS * WIDENED_STRIDE];
     dense_view view = {
         .x_stride = task->x_stride,
@@ -239,27 +241,30 @@ TARGET static void dense_many(const dense_task *task, int64_t row, int64_t col, 
         .sums = sums,
         .sums_stride = BLOCK_COLS * LANES,
     };
-    for (int64_t k = 0; k < task->k; k += BLOCK_K) {
-        const int size = task->k - k < BLOCK_K ? (int)(task->k - k) : BLOCK_K;
-        const int last = k + size == task->k;
-        if (k % CHUNK_K == 0)
-            memset(sums, 0, (size_t)rows * BLOCK_COLS * LANES * sizeof *sums);
+    memset(sums, 0, (size_t)rows * BLOCK_COLS * LANES * sizeof *sums);
+    for (int64_t k = chunk; k < end; k += BLOCK_K) {
+        const int size = end - k < BLOCK_K ? (int)(end - k) : BLOCK_K;
         widen_rows(widened, task, col, cols, k, size);
         view.x = task->x + row * task->x_stride + k;
         dense_block(&view, rows, cols, size);
-        if (last || (k + size) % CHUNK_K == 0)
-            put_sums(task, &view, row, col, 1, rows, cols, k < CHUNK_K, last);
     }
+    put_sums(task, &view, row, col, 1, rows, cols, chunk == 0, end == task->k);
+}
+
+/* A chunk of BLOCK_ROWS rows of x (256 KiB) stays in the second-level cache for all columns. */
+TARGET static void dense_rows(const dense_task *task, int64_t row, int rows)
+{
+    for (int64_t chunk = 0; chunk < task->k; chunk += CHUNK_K)
+        for (int64_t col = 0; col < task->n; col += BLOCK_COLS)
+            dense_many(task, row, col, rows, task->n - col < BLOCK_COLS ? (int)(task->n - col) : BLOCK_COLS, chunk);
 }
 
 TARGET static void dense(const dense_task *task)
 {
     int64_t col = 0;
     if (task->m > TILE_ROWS) {
-        for (; col < task->n; col += BLOCK_COLS)
-            for (int64_t row = 0; row < task->m; row += BLOCK_ROWS)
-                dense_many(task, row, col, task->m - row < BLOCK_ROWS ? (int)(task->m - row) : BLOCK_ROWS,
-                           task->n - col < BLOCK_COLS ? (int)(task->n - col) : BLOCK_COLS);
+        for (int64_t row = 0; row < task->m; row += BLOCK_ROWS)
+            dense_rows(task, row, task->m - row < BLOCK_ROWS ? (int)(task->m - row) : BLOCK_ROWS);
         return;
     }
     const int cols = task->m == 1 ? ONE_ROW_COLS : TILE_COLS;
