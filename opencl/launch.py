@@ -26,9 +26,7 @@ class Recorder:
 def bound_kernel(kernel: cl.Kernel, table: Arguments, values: Mapping[str, Any]) -> cl.Kernel:
     """A kernel object with all of its arguments set, by name. Sizes of local memory are numbers of bytes."""
     kernel.set_arg_types(numpy_types(table))
-    kernel.set_args(
-        *(cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in table.items())
-    )
+    kernel.set_args(*(cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in table.items()))
     return kernel
 
 

@@ -299,7 +299,7 @@ class Model(TextMethods):
                 for (sequence, _), state in zip(work, states, strict=False):
                     self._program.restore_state(sequence.state, state)
                 for (sequence, _), length in zip(work, lengths, strict=True):
-                    sequence.shrink(self._program.state_length(sequence.state) if self._recurrent else length)
+                    sequence.shrink(max(0, self._program.state_length(sequence.state)) if self._recurrent else length)
                 raise
 
     def _run(

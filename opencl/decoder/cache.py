@@ -35,7 +35,9 @@ class KvPool:
         CACHE_TYPE of ``decoder.cl``.
     """
 
-    def __init__(self, runtime: Runtime, mixer: AttentionPlan | LatentAttentionPlan, num_pages: int, dtype: str) -> None:
+    def __init__(
+        self, runtime: Runtime, mixer: AttentionPlan | LatentAttentionPlan, num_pages: int, dtype: str
+    ) -> None:
         self.type_code = CACHE_TYPES[dtype]
         self._page_bytes = [PAGE_TOKENS * width * itemsize(dtype) for width in widths(mixer)]
         buffers = zeroed_buffers(runtime, [num_pages * nbytes for nbytes in self._page_bytes], "cache")
@@ -154,8 +156,12 @@ def check_memory(
     ``dense_bytes``: weights that are not quantised, and are still on the host.
     """
     found = runtime.capabilities
-    pages = [PAGE_TOKENS * width * itemsize(dtype) for mixer in mixers if not isinstance(mixer, DeltaNetPlan)
-             for width in widths(mixer)]
+    pages = [
+        PAGE_TOKENS * width * itemsize(dtype)
+        for mixer in mixers
+        if not isinstance(mixer, DeltaNetPlan)
+        for width in widths(mixer)
+    ]
     states = sum(sum(slot_bytes(mixer)) for mixer in mixers if isinstance(mixer, DeltaNetPlan)) * num_states
     weights = dense_bytes + live_stores.nbytes(runtime.device)
     left = max(0, found.global_memory - weights - states)

@@ -37,9 +37,7 @@ class LatentAttention:
 
     def __init__(self, uploads: Uploads, plan: LatentAttentionPlan, pool: KvPool) -> None:
         self._plan = plan
-        self._first = ProjectionGroup(
-            uploads, [plan.kv_a, plan.q_b] if plan.q_a is None else [plan.kv_a, plan.q_a]
-        )
+        self._first = ProjectionGroup(uploads, [plan.kv_a, plan.q_b] if plan.q_a is None else [plan.kv_a, plan.q_a])
         self._q_b = None if plan.q_a is None else ProjectionGroup(uploads, [plan.q_b])
         self._q_a_norm = uploads.optional(plan.q_a_norm, "norm of latent queries")
         self._kv_a_norm = uploads(plan.kv_a_norm, "norm of latents")
@@ -93,7 +91,5 @@ class LatentAttention:
         latents = maker.room("attended latents", plan.num_heads * plan.latent_dim)
         self.attend.record(maker, queries, key_width, latents, tile_rows, most_splits)
         values = maker.room("attention", plan.num_heads * plan.v_head_dim)
-        self._v_up.record(
-            maker, latents, values, x_batch=plan.latent_dim, out_batch=plan.v_head_dim, label="v_up"
-        )
+        self._v_up.record(maker, latents, values, x_batch=plan.latent_dim, out_batch=plan.v_head_dim, label="v_up")
         self.output.record(maker, values, out, "o")

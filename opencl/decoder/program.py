@@ -46,6 +46,9 @@ GROUPS_PER_UNIT = 2
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
 
+INCOMPLETE = -1
+"""The length of a slot of recurrent state whose change was interrupted."""
+
 
 class OpenClDecoder(DecoderProgram):
     """A plan on an OpenCL device. The parameters are those of ``Backend.new_decoder``."""
@@ -77,6 +80,7 @@ class OpenClDecoder(DecoderProgram):
         self.split_tokens = SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._upload: cl.Event | None = None
+        self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], tuple[Recording, cl.Buffer]] = OrderedDict()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -110,24 +114,34 @@ class OpenClDecoder(DecoderProgram):
                 if isinstance(pool, KvPool):
                     pool.copy_page(ctx.queue, source, target)
 
+    def state_length(self, slot: int) -> int:
+        return int(self._state_lengths[slot])
+
     def clear_state(self, slot: int) -> None:
         with self._ctx as ctx:
+            self._state_lengths[slot] = INCOMPLETE
             for pool in self._states():
                 pool.clear(ctx.queue, slot)
+            self._state_lengths[slot] = 0
 
     def copy_state(self, source: int, target: int) -> None:
         with self._ctx as ctx:
+            self._state_lengths[target] = INCOMPLETE
             for pool in self._states():
                 pool.copy(ctx.queue, source, target)
+            self._state_lengths[target] = self._state_lengths[source]
 
     def save_state(self, slot: int) -> Any:
         with self._ctx as ctx:
-            return [pool.save(ctx.queue, slot) for pool in self._states()]
+            return self.state_length(slot), [pool.save(ctx.queue, slot) for pool in self._states()]
 
     def restore_state(self, slot: int, saved: Any) -> None:
+        length, states = saved
         with self._ctx as ctx:
-            for pool, values in zip(self._states(), saved, strict=True):
+            self._state_lengths[slot] = INCOMPLETE
+            for pool, values in zip(self._states(), states, strict=True):
                 pool.restore(ctx.queue, slot, values)
+            self._state_lengths[slot] = length
 
     @property
     def cache_bytes(self) -> int:
@@ -151,8 +165,14 @@ class OpenClDecoder(DecoderProgram):
         step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
         self._reserve_step(len(step))
         recording, _ = self._recorded("rows", rows, layout)
+        slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
+        recurrent = len(self._state_lengths) > 0
+        if recurrent:
+            self._state_lengths[slots] = INCOMPLETE
         self._write(step, 0)
         self._enqueue(recording, known)
+        if recurrent:
+            self._state_lengths[slots] = lengths
         return layout
 
     def _logits(
