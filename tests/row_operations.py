@@ -43,6 +43,7 @@ class DenseTask(ctypes.Structure):
         ("w_stride", STRIDE),
         ("n", LONG),
         ("k", LONG),
+        ("scales", POINTER),
         ("bias", POINTER),
         ("out", POINTER),
         ("out_stride", STRIDE),

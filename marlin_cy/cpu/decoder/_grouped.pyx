@@ -102,7 +102,7 @@ cdef void run_grouped(grouped_job *job, member *m) noexcept nogil:
     if m.thread == 0:
         begin_attention(&job.attend, job.rows, job.out_rows, job.out.num_rows)
     barrier(m)
-    run_rows(&job.head_items, job.rows.rows * job.attend.num_kv_heads, place_heads, job, m)
+    run_rows(&job.head_items, row_blocks(job) * job.attend.num_kv_heads, place_heads, job, m)
     barrier(m)
     if job.out.num_rows == 0:  # nobody reads the output: only the cache was wanted
         return
@@ -111,11 +111,30 @@ cdef void run_grouped(grouped_job *job, member *m) noexcept nogil:
     run_group(&job.out, m)
 
 
+cdef inline int64_t block_rows(const grouped_job *job) noexcept nogil:
+    """Rows of an item of the phase *place*: those of a page, so that threads write to different cache lines.
+
+    With few rows, an item has one row, so that there is an item for each thread.
+    """
+    return KV_BLOCK if job.rows.rows * job.attend.num_kv_heads >= 4 * KV_BLOCK * job.attend.num_threads else 1
+
+
+cdef inline int64_t row_blocks(const grouped_job *job) noexcept nogil:
+    return (job.rows.rows + block_rows(job) - 1) // block_rows(job)
+
+
 cdef void place_heads(void *grouped, int64_t item, int thread) noexcept nogil:
-    """Write a key and a value of one row to the cache; normalise and rotate the queries that read this head."""
+    """Place one head of the cache, for a block of rows."""
     cdef grouped_job *job = <grouped_job *>grouped
+    cdef int64_t first = item // job.attend.num_kv_heads * block_rows(job), row
+    for row in range(first, min(first + block_rows(job), job.rows.rows)):
+        place_row(job, row, item % job.attend.num_kv_heads)
+
+
+cdef void place_row(const grouped_job *job, int64_t row, int64_t kv_head) noexcept nogil:
+    """Write a key and a value of one row to the cache; normalise and rotate the queries that read this head."""
     cdef int64_t kv_heads = job.attend.num_kv_heads, heads = job.attend.num_heads // kv_heads
-    cdef int64_t row = item // kv_heads, kv_head = item % kv_heads, d = job.attend.head_dim, h
+    cdef int64_t d = job.attend.head_dim, h
     cdef const segment *part = job.rows.segments + job.rows.segment_of[row]
     cdef int64_t position = part.position + row - part.row
     cdef int64_t page = part.pages[position // KV_BLOCK] + kv_head * job.attend.pool.num_pages

@@ -9,14 +9,17 @@
  * more pages or more columns, so that enough independent sums hide the latency of a multiply-add.
  *
  * With more than WIDE_TILES tiles of queries, each page is widened to float32 once, in the scratch memory. With fewer,
- * each tile widens it in registers.
+ * or where a tile of scores has several pages, each tile widens it in registers.
  */
 #ifndef MARLIN_CY_ATTEND_H
 #define MARLIN_CY_ATTEND_H
 
 #include "activate.h"
 
-enum { WIDE_TILES = 2 };
+enum {
+    WIDE_TILES = 2,
+    TILE_PAGES = TILE_SUMS / (QUERY_TILE * PARTS), /* pages of a tile of scores, with several tiles of queries */
+};
 
 /* Vectors of one query in a tile. */
 KERNEL int vecs_per_query(int queries)
@@ -217,6 +220,11 @@ KERNEL void score_pages(int queries, int dtype, const attention_task *task, cons
 TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page){
     BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)}
 
+/* Scores of whole groups of TILE_PAGES pages. */
+TARGET
+    static void add_scores_of_pages(const attention_task *task, const char *const *keys, int query, int end, int page){
+        BY_QUERIES_AND_DTYPE(end - query, task -> dtype, score_tile, task, keys + page, query, page, TILE_PAGES)}
+
 /* Scores of all queries. Pages that no query sees lie between others at most if the queries see different parts of the
  * chunk. They get the scores of another page, which are not used. */
 TARGET static void score_queries(const attention_task *task, const seen_pages *seen)
@@ -230,6 +238,9 @@ TARGET static void score_queries(const attention_task *task, const seen_pages *s
     }
     if (tiles == 1)
         BY_QUERIES_AND_DTYPE(task->m, task->dtype, score_pages, task, keys, &page, seen->end)
+    for (; TILE_PAGES > 1 && page + TILE_PAGES <= seen->end; page += TILE_PAGES)
+        for (int tile = 0; tile < tiles; tile++)
+            add_scores_of_pages(task, keys, first_query(task, tile), first_query(task, tile + 1), page);
     for (; page < seen->end; page++) {
         const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK) : keys[page];
         for (int tile = 0; tile < tiles; tile++)
