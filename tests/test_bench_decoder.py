@@ -324,16 +324,7 @@ def test_a_command_that_fails_before_its_first_token(tmp_path):
 
 
 def test_a_longer_context(tmp_path):
-    nbytes = write_qwen3_moe(tmp_path, 1, TINY, max_position_embeddings=9000)
-    assert nbytes == sum(
-        json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])[name]["data_offsets"][1]
-        - json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])[name]["data_offsets"][
-            0
-        ]
-        for path in tmp_path.glob("*.safetensors")
-        for name in json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
-        if name != "__metadata__"
-    )
+    write_qwen3_moe(tmp_path, 1, TINY, max_position_embeddings=9000)
     assert load_model(tmp_path, cache_tokens=16, num_threads=1).context_length == 9000
 
 

@@ -31,7 +31,7 @@ def card_style() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise ValueError(f"matplotlib cannot be imported ({error}): pip install matplotlib") from error
-    style = {
+    style: Any = {
         "font.size": 9,
         "axes.edgecolor": FAINT,
         "axes.labelcolor": INK,

@@ -1,7 +1,7 @@
 """``python -m bench pictures``: pictures of a saved comparison, each as PNG and SVG. Needs matplotlib.
 
-``decoder_pictures.py`` draws what ``python -m bench decoder`` saved. Colours are those of Okabe and Ito, one per library.
-The dash pattern shows the type in which activations are computed. Names are at the ends of lines.
+``decoder_pictures.py`` draws what ``python -m bench decoder`` saved. Colours are those of Okabe and Ito, one per
+library. The dash pattern shows the type in which activations are computed. Names are at the ends of lines.
 """
 
 from __future__ import annotations
