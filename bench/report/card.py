@@ -51,13 +51,24 @@ def card_style() -> Iterator[None]:
 
 
 def card(
-    title: str, caption: str, height: float, *, left: float, right: float, wspace: float, top: float
+    title: str,
+    caption: str,
+    height: float,
+    *,
+    left: float,
+    right: float,
+    wspace: float,
+    top: float,
+    sharey: bool = True,
 ) -> tuple[Any, Any]:
-    """A card with a title, a caption and two panels: the figure and its axes. The last four place the panels."""
+    """A card with a title, a caption and two panels: the figure and its axes.
+
+    ``left``, ``right``, ``wspace`` and ``top`` place the panels, which share the vertical axis if ``sharey``.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
 
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, height), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, height), sharey=sharey)
     figure.patch.set_alpha(0)
     inset = 0.02
     background = FancyBboxPatch(

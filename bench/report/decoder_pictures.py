@@ -18,7 +18,6 @@ NAMES = {
     "transformers": "transformers bfloat16",
 }
 MARKERS = {"int8": "o", "int16": "o", "llama.cpp": "s", "transformers": "D"}
-LINE_LABELS = 0.15  # of the card's width, for names at the ends of lines
 
 Case = Mapping[str, Any]
 
@@ -88,46 +87,39 @@ def decode_and_prefill(document: Mapping[str, Any]) -> Any:
     return figure
 
 
-def depth_and_sequences(document: Mapping[str, Any]) -> Any:
-    """Tokens per second of decoding: of one sequence over the tokens in its cache, and of several together."""
-    decoded = [case for case in document["cases"] if case["part"] == "decode"]
-    by_depth = {int(case["depth"]): case for case in decoded if case["sequences"] == 1}
-    by_sequences = {int(case["sequences"]): case for case in decoded if case["sequences"] > 1}
-    if 0 in by_depth:
-        by_sequences[1] = by_depth[0]
-    return _lines(
-        document,
-        "Decode: tokens per second",
-        {
-            "one sequence, over tokens in the cache": ("tokens in the cache", by_depth, "symlog"),
-            "sequences together": ("sequences", by_sequences, "log"),
-        },
-    )
-
-
-def prompt_length(document: Mapping[str, Any]) -> Any:
-    """Tokens per second of a prefill, and its time, over the length of the prompt."""
-    cases = {int(case["tokens"]): case for case in document["cases"] if case["part"] == "prefill"}
-    if len(cases) < 2:
+def depth_and_prompt(document: Mapping[str, Any]) -> Any:
+    """Tokens per second of one sequence: of decoding over the tokens in its cache, and of prompts over their length."""
+    alone = [case for case in document["cases"] if case["sequences"] == 1]
+    depths = {int(case["depth"]): case for case in alone if case["part"] == "decode"}
+    prompts = {int(case["tokens"]): case for case in alone if case["part"] == "prefill"}
+    if len(depths) < 2 and len(prompts) < 2:
         return None
-    figure, axes = card("Prefill", _caption(document), 4.7, left=0.075, right=1 - LINE_LABELS, wspace=0.55, top=0.75)
-    # The panels of a card share the vertical axis; times need one of their own.
-    axes[1].remove()
-    axes = axes[0], figure.add_subplot(1, 2, 2)
-    for panel, quantity, words in zip(
-        axes, ("tokens_per_second", "us_a_layer"), ("tokens/s", "µs a layer and token; lower is faster"), strict=True
-    ):
-        panel.set(xscale="log", xlabel="tokens of the prompt")
-        panel.set_title(words, loc="left", weight="bold", pad=8)
-        _draw_lines(panel, cases, quantity)
+    figure, (left, right) = _line_card(document, "One sequence: tokens per second")
+    if depths:
+        # A logarithmic axis that has a place for 0: linear up to the smallest other number.
+        left.set_xscale("symlog", linthresh=min([depth for depth in depths if depth], default=1))
+    right.set_xscale("log")
+    _draw_lines(left, "decode: tokens/s", "tokens in the cache", depths, "tokens_per_second")
+    _draw_lines(right, "prefill: tokens/s", "tokens of the prompt", prompts, "tokens_per_second")
     return figure
 
 
-PICTURES = {
-    "decoder": decode_and_prefill,
-    "decoder-depth": depth_and_sequences,
-    "decoder-prompt": prompt_length,
-}
+def sequences(document: Mapping[str, Any]) -> Any:
+    """Decoding of several sequences together: tokens per second, and the time of a step."""
+    decoded = [case for case in document["cases"] if case["part"] == "decode"]
+    cases = {int(case["sequences"]): case for case in decoded if case["sequences"] > 1}
+    if not cases:
+        return None
+    cases |= {1: case for case in decoded if (case["sequences"], case["depth"]) == (1, 0)}
+    figure, (left, right) = _line_card(document, "Decode of several sequences together")
+    for panel in (left, right):
+        panel.set_xscale("log")
+    _draw_lines(left, "tokens/s of all sequences", "sequences", cases, "tokens_per_second")
+    _draw_lines(right, "µs a layer and step; lower is faster", "sequences", cases, "us_a_layer")
+    return figure
+
+
+PICTURES = {"decoder": decode_and_prefill, "decoder-depth": depth_and_prompt, "decoder-sequences": sequences}
 """By file name: the function that draws the picture, or returns None if the document has too few cases."""
 
 
@@ -135,25 +127,15 @@ PICTURES = {
 # Parts of pictures
 
 
-def _lines(document: Mapping[str, Any], title: str, panels: Mapping[str, tuple[str, Mapping[int, Case], str]]) -> Any:
-    """A card whose panels have lines of tokens per second; a panel is its x label, its cases by x, and its scale."""
-    if all(len(cases) < 2 for _, cases, _ in panels.values()):
-        return None
-    figure, axes = card(title, _caption(document), 4.7, left=0.075, right=1 - LINE_LABELS, wspace=0.5, top=0.75)
-    for panel, (words, (label, cases, scale)) in zip(axes, panels.items(), strict=True):
-        panel.set_title(words, loc="left", weight="bold", pad=8)
-        panel.set(xlabel=label)
-        if cases:
-            # A logarithmic axis that has a place for 0: linear up to the smallest other number.
-            linear = {"linthresh": min([x for x in cases if x], default=1)} if scale == "symlog" else {}
-            panel.set_xscale(scale, **linear)
-            _draw_lines(panel, cases, "tokens_per_second")
-    axes[0].set_ylabel("tokens/s, of all sequences together")
-    return figure
+def _line_card(document: Mapping[str, Any], title: str) -> tuple[Any, Any]:
+    """A card whose two panels have axes of their own, and room for names at the ends of lines."""
+    return card(title, _caption(document), 4.7, left=0.075, right=0.85, wspace=0.62, top=0.75, sharey=False)
 
 
-def _draw_lines(panel: Any, cases: Mapping[int, Case], quantity: str) -> None:
+def _draw_lines(panel: Any, title: str, label: str, cases: Mapping[int, Case], quantity: str) -> None:
     """Draw a line for each side, with its name at the end."""
+    panel.set_title(title, loc="left", weight="bold", pad=8)
+    panel.set_xlabel(label)
     labels: list[tuple[float, float, str, str, bool]] = []
     for name in NAMES:
         points = [(x, case[quantity][name]["median"]) for x, case in sorted(cases.items()) if name in case[quantity]]
