@@ -110,7 +110,9 @@ def sequences(document: Mapping[str, Any]) -> Any:
     cases = {int(case["sequences"]): case for case in decoded if case["sequences"] > 1}
     if not cases:
         return None
-    cases |= {1: case for case in decoded if (case["sequences"], case["depth"]) == (1, 0)}
+    for case in decoded:
+        if (case["sequences"], case["depth"]) == (1, 0):
+            cases[1] = case
     figure, (left, right) = _line_card(document, "Decode of several sequences together")
     for panel in (left, right):
         panel.set_xscale("log")
