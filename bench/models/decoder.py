@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     context = CpuBackend().new_context(num_threads=arguments.threads)
     screen = console()
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "mode": "decoder",
         "command": sys.argv[1:],

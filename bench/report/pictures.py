@@ -1,7 +1,7 @@
 """``python -m bench pictures``: pictures of a saved comparison, each as PNG and SVG. Needs matplotlib.
 
-Each picture is drawn on a light card, so that it can be read on light and on dark pages. Colours are those of Okabe and
-Ito, one per library. The dash pattern shows the type in which activations are computed. Names are at the ends of lines.
+``decoder_pictures.py`` draws what ``python -m bench decoder`` saved. Colours are those of Okabe and Ito, one per
+library. The dash pattern shows the type in which activations are computed. Names are at the ends of lines.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import decoder_pictures
 from bench.report.bars import RIVALS, SAME_ERROR, fastest
+from bench.report.card import FAINT, INK, LABEL_POINTS, card, card_style, count_axis, label_ends, save_figure
 from bench.report.tables import read_document
 
 __all__ = ["PICTURES", "add_options", "draw", "run"]
 
-CARD, EDGE, INK, FAINT = "#fcfcfa", "#c9d1d9", "#24292f", "#8b949e"
 OURS = {"int8": "#d55e00", "int16": "#0072b2"}
 LIBRARIES = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#8c6d31", "#6a3d9a")
 MARKERS = "osD^vPX<>*hd"
@@ -27,19 +28,21 @@ DASHES = {"int8": "-", "bf16": (0, (5, 2)), "float32": (0, (1, 1.6)), "int16": "
 PANELS = {"int8": "8-bit activations", "int16": "16-bit activations and wider"}
 PARTS = {"projection": "one projection", "routed": "routed product", "layer": "whole layer"}
 BAR_CASES = (1, 4, 16, 64, 256, 1024)
-LABEL_POINTS = 8.5
-DOTS_PER_INCH = 150
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("document", type=Path, metavar="FILE", help="a saved comparison")
+    parser.add_argument(
+        "document", type=Path, metavar="FILE", help="a saved comparison, of libraries or of whole models"
+    )
     parser.add_argument("--into", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw all pictures; returns the exit code."""
-    for path in draw(read_document(arguments.document), arguments.into):
+    document = read_document(arguments.document, ("compare", "decoder"))
+    make = decoder_pictures.draw if document["mode"] == "decoder" else draw
+    for path in make(document, arguments.into):
         print(path)
     return 0
 
@@ -52,44 +55,13 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
     ValueError
         matplotlib is not installed, or there is nothing to draw.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(f"matplotlib cannot be imported ({error}): pip install matplotlib") from error
     if not document["cases"]:
         raise ValueError("the document has no cases: nothing was measured")
-    folder.mkdir(parents=True, exist_ok=True)
-    style = {
-        "font.size": 9,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "axes.facecolor": CARD,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titlecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "text.color": INK,
-        "grid.color": "#e4e7eb",
-        "svg.hashsalt": "bench",  # equal pictures become equal files
-    }
     paths: list[Path] = []
-    with matplotlib.rc_context(style):
+    with card_style():
         for name, (part, make) in PICTURES.items():
             if part is None or any(case["part"] == part for case in document["cases"]):
-                paths += _save(make(document), folder, name)
-    return paths
-
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    import matplotlib.pyplot as plt
-
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
-    plt.close(figure)
+                paths += save_figure(make(document), folder, name)
     return paths
 
 
@@ -139,7 +111,7 @@ def rows(document: Mapping[str, Any]) -> Any:
             for name, points in _lines(document, "projection", ours).items()
         }
         axes.set(xscale="log", xlabel="rows")
-        _count_axis(axes, lines)
+        count_axis(axes, [m for points in lines.values() for m, _ in points])
         _draw_lines(axes, document, "projection", lines, ours)
     panels["int8"].set_ylabel("GOP/s: 2 · rows · K · N ÷ time")
     return figure
@@ -156,7 +128,7 @@ def layer(document: Mapping[str, Any]) -> Any:
             for name, points in _lines(document, "layer", ours).items()
         }
         axes.set(xscale="log", yscale="log", xlabel="tokens")
-        _count_axis(axes, lines)
+        count_axis(axes, [m for points in lines.values() for m, _ in points])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _draw_lines(axes, document, "layer", lines, ours)
     panels["int8"].set_ylabel("ms per layer; lower is faster")
@@ -230,27 +202,7 @@ def _panels(
     top: float = 0.75,
 ) -> tuple[Any, dict[str, Any]]:
     """A card with a title, a caption and two panels, by compute dtype of this library."""
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import FancyBboxPatch
-
-    width = 10.5
-    figure, axes = plt.subplots(1, 2, figsize=(width, height), sharey=True)
-    figure.patch.set_alpha(0)
-    inset = 0.02
-    card = FancyBboxPatch(
-        (inset, inset),
-        width - 2 * inset,
-        height - 2 * inset,
-        boxstyle="round,pad=0,rounding_size=0.12",
-        facecolor=CARD,
-        edgecolor=EDGE,
-        transform=figure.dpi_scale_trans,
-        zorder=-1,
-    )
-    figure.add_artist(card)
-    figure.text(0.3 / width, 1 - 0.3 / height, title, fontsize=12, weight="bold", va="center")
-    figure.text(0.3 / width, 0.28 / height, _caption(document), fontsize=7.5, color="#57606a", va="center")
-    figure.subplots_adjust(left=left, right=right, wspace=wspace, top=1 - top / height, bottom=1.0 / height)
+    figure, axes = card(title, _caption(document), height, left=left, right=right, wspace=wspace, top=top)
     panels = dict(zip(PANELS, axes, strict=True))
     for ours, panel in panels.items():
         panel.set_title(PANELS[ours], loc="left", color=OURS[ours], weight="bold", pad=8)
@@ -309,41 +261,4 @@ def _draw_lines(
     axes.grid(which="major", zorder=0)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
-    _label_ends(axes, labels)
-
-
-def _label_ends(axes: Any, labels: Sequence[tuple[float, float, str, str, bool]]) -> None:
-    """Write names beside the ends of lines, moved up and down until they do not overlap."""
-    if not labels:
-        return
-    axes.figure.canvas.draw()  # sets the limits of the axes
-    height = axes.get_window_extent().height / axes.figure.dpi * 72  # in points, the unit of the labels
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = sorted((height * to_axes.transform((x, y))[1], *rest) for x, y, *rest in labels)
-    places, apart = [end[0] for end in ends], 1.25 * LABEL_POINTS
-    for _ in range(200):
-        for i in range(len(places) - 1):
-            short = apart - (places[i + 1] - places[i])
-            if short > 0.01:
-                places[i] -= short / 2
-                places[i + 1] += short / 2
-    for (at, text, colour, own), place in zip(ends, places, strict=True):
-        axes.annotate(
-            text,
-            xy=(1, at / height),
-            xycoords="axes fraction",
-            xytext=(6, place - at),
-            textcoords="offset points",
-            color=colour,
-            fontsize=LABEL_POINTS,
-            weight="bold" if own else "normal",
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def _count_axis(axes: Any, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Set up an axis of rows or tokens, with a tick at each number that was measured."""
-    counts = sorted({m for points in lines.values() for m, _ in points})
-    axes.set_xticks(counts, [str(m) for m in counts])
-    axes.minorticks_off()
+    label_ends(axes, labels)

@@ -43,20 +43,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """A saved comparison.
+def read_document(path: Path, modes: Sequence[str] = ("compare",)) -> dict[str, Any]:
+    """A document that one of the commands ``modes`` saved.
 
     Raises
     ------
     ValueError
-        The file cannot be read, or is not a saved comparison.
+        The file cannot be read, or is not such a document.
     """
     try:
         document = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(document, dict) or document.get("mode") != "compare":
-        raise ValueError(f"{path}: expected a file that python -m bench compare saved")
+    if not isinstance(document, dict) or document.get("mode") not in modes:
+        raise ValueError(f"{path}: expected a file that python -m bench {' or '.join(modes)} saved")
     return document
 
 
