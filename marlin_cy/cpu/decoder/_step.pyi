@@ -7,7 +7,11 @@ from marlin_cy.decoder.plan import DecoderPlan
 
 class CpuStep:
     def __init__(
-        self, workspace: Workspace, plan: DecoderPlan, pools: list[KvPool | StatePool], state_lengths: npt.NDArray[np.int64]
+        self,
+        workspace: Workspace,
+        plan: DecoderPlan,
+        pools: list[KvPool | StatePool],
+        state_lengths: npt.NDArray[np.int64],
     ) -> None: ...
     def run(
         self,
