@@ -107,7 +107,9 @@ def new_model(model_type, seed=0, gain=2.0, **changes):
             name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
         }
         for name, tensor in tensors.items():
-            if tensor.ndim == 1:
+            if name.endswith("A_log"):
+                torch.nn.init.normal_(tensor, mean=-3.0)  # a state that keeps some 0.3 to 0.99 of its values
+            elif tensor.ndim == 1:
                 tensor += 0.2 * torch.randn_like(tensor)
             else:
                 torch.nn.init.normal_(tensor, std=0.02 if "embed" in name else gain * tensor.shape[-1] ** -0.5)

@@ -131,6 +131,11 @@ class TestBadInput:
             ([True], TypeError, "tokens"),
             (np.zeros((2, 2), int), TypeError, "tokens: got shape \\(2, 2\\)"),
             ("text", TypeError, "tokens"),
+            (None, TypeError, "tokens: got NoneType, expected a row of integers"),
+            (7, TypeError, "tokens: got int, expected a row of integers"),
+            ([[1], [2, 3]], TypeError, "tokens: got list, expected a row of integers"),
+            ([1, None], TypeError, "tokens: got shape .* of object"),
+            ([2**70], TypeError, "tokens: got shape .* of object"),
             (np.zeros(1025, int), ValueError, "tokens: got 1025, expected at most 1024"),
         ],
     )
@@ -160,6 +165,18 @@ class TestBadInput:
                 use(other.new_sequence())
             with pytest.raises(TypeError, match="got int, expected a Sequence"):
                 use(3)
+
+    def test_pairs(self, model, sequence):
+        for wrong in (sequence, None, (sequence,), (sequence, [1], [2]), [sequence, [1]]):
+            with pytest.raises(TypeError, match=r"pairs\[1\]: got .*, expected a tuple \(sequence, tokens\)"):
+                model.forward_batch([(sequence, [1]), wrong])
+        assert sequence.length == 0
+        assert model.forward_batch([]) == []
+
+    def test_all_logits(self, model, sequence):
+        with pytest.raises(TypeError, match="all_logits: got 1, expected a bool"):
+            model.forward([1], sequence=sequence, all_logits=1)
+        assert sequence.length == 0
 
     def test_a_sequence_twice(self, model, sequence):
         with pytest.raises(ValueError, match=r"pairs\[1\]: got a sequence a second time"):

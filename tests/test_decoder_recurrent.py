@@ -86,7 +86,9 @@ class TestSequences:
 
     def test_truncate(self, model, sequence, logits):
         for length in (1, 39):
-            with pytest.raises(UnsupportedError, match=f"qwen3_next has recurrent state, .* go back to {length} tokens"):
+            with pytest.raises(
+                UnsupportedError, match=f"qwen3_next has recurrent state, .* go back to {length} tokens"
+            ):
                 model.truncate(sequence, length)
         model.truncate(sequence, 40)
         assert_continues(model, sequence, logits, 40)

@@ -100,3 +100,95 @@ thread.join()
 assert not in_use(busy)
 """,
     )
+
+
+def test_ctrl_c_in_a_child(rng):
+    """The exception comes after the call has ended: it writes nothing to memory that its caller has taken back."""
+    run(
+        rng,
+        """
+import signal
+
+def check():
+    ended = []
+
+    def call():
+        for _ in range(2):
+            time.sleep(0.2)
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)
+        ended.append(None)
+
+    try:
+        fork.run(call)
+    except KeyboardInterrupt:
+        assert ended == [None]
+    else:
+        raise AssertionError("not interrupted")
+
+in_child(check)
+""",
+    )
+
+
+def test_whole_models(rng):
+    """A model of the parent gives the same logits in a child, and both go on alone.
+
+    If another thread of the parent is calling the model at the fork, the model stays in use in the child.
+    """
+    run(
+        rng,
+        """
+from importlib.resources import files
+from marlin_cy.decoder.model import load_model
+
+folder = files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"
+tokens = rng.integers(0, 256, 40)
+
+def load():
+    return load_model(folder, context_length=64, cache_tokens=256, num_threads=2)
+
+model = load()
+expected = model.forward(tokens, sequence=model.new_sequence(), all_logits=True)
+sequence = model.new_sequence()
+model.forward(tokens[:20], sequence=sequence)
+
+def check():
+    fork_of_it = model.fork(sequence)
+    for grown in (sequence, fork_of_it):
+        np.testing.assert_array_equal(model.forward(tokens[20:], sequence=grown, all_logits=True), expected[20:])
+    np.testing.assert_array_equal(load().forward(tokens, all_logits=True), expected)
+
+in_child(check)
+np.testing.assert_array_equal(model.forward(tokens[20:], sequence=sequence, all_logits=True), expected[20:])
+
+entered, leave = threading.Event(), threading.Event()
+step = model._program.step
+
+def slow_step(batch):
+    entered.set()
+    assert leave.wait(60)
+    return step(batch)
+
+model._program.step = slow_step
+other = model.new_sequence()
+thread = threading.Thread(target=lambda: model.forward(tokens, sequence=other))
+thread.start()
+assert entered.wait(60)
+
+def check_in_use():
+    for use in (model.new_sequence, lambda: model.forward(tokens), lambda: model.free(sequence)):
+        try:
+            use()
+        except ContextInUse as error:
+            assert "model: in use by another thread" in str(error)
+        else:
+            raise AssertionError("not refused")
+    np.testing.assert_array_equal(load().forward(tokens, all_logits=True), expected)
+
+in_child(check_in_use)
+leave.set()
+thread.join()
+assert other.length == 40
+""",
+    )

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 from test_perplexity import KEYS, RECORDED, report_of  # noqa: E402
 
 from marlin_cy.commands import language_model  # noqa: E402
+from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.perplexity import perplexity  # noqa: E402
 from marlin_cy.errors import UnsupportedError  # noqa: E402
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
 from marlin_cy.integrations.transformers import load  # noqa: E402
@@ -68,6 +70,16 @@ def test_dense_is_as_recorded(reference):
 def test_on_the_cpu(reference, tokens, compute_dtype, bound):
     packed = load(FOLDER, dtype="float32", num_threads=1, compute_dtype=compute_dtype)
     assert score(packed, tokens) == pytest.approx(reference, rel=bound)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(("compute_dtype", "bound"), [("int16", 2e-4), ("int8", 5e-3)])
+def test_by_the_decoder(reference, tokens, compute_dtype, bound):
+    """With the defaults: a cache of float16."""
+    model = load_model(FOLDER, num_threads=1, compute_dtype=compute_dtype)
+    actual = perplexity(model, tokens[0].tolist(), 512, 32)
+    print(f"{compute_dtype}: {actual:.5f}, {100 * (actual / reference - 1):+.4f}%")
+    assert actual == pytest.approx(reference, rel=bound)
 
 
 @pytest.mark.sweep

@@ -220,7 +220,9 @@ cdef void attend(const attention_job *job, attention_rows *rows, int64_t kv_head
         attend_chunk(job, rows, kv_head, <int>m, chunk)
     for r in range(m):
         row = (first + r) // group * job.heads + kv_head * group + (first + r) % group
-        sink = NULL if job.sinks is NULL else job.sinks + kv_head * group + (first + r) % group
+        sink = NULL
+        if job.sinks is not NULL:
+            sink = job.sinks + kv_head * group + (first + r) % group
         job.table.attention_finish(rows.out + r * dv, rows.max[r], rows.sum[r], sink, dv)
         memcpy(job.out + row * dv, rows.out + r * dv, dv * sizeof(float))
 

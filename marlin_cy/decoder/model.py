@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.arguments import integer
+from marlin_cy.arguments import flag, integer
 from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from marlin_cy.decoder.build import build_plan, read_config
 from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
@@ -93,8 +93,8 @@ class Model(TextMethods):
     """A model on a backend, with the cache of its sequences. Made by :func:`load_model`.
 
     One thread may call a model at a time; a second one gets :class:`~marlin_cy.errors.ContextInUse`. A call that
-    raises has changed no sequence, with one exception: a sequence of a model with recurrent state may have all tokens of
-    a call that a KeyboardInterrupt has ended. :attr:`Sequence.length` includes them.
+    raises has changed no sequence, with one exception: if a KeyboardInterrupt ends a call, sequences of a model with
+    recurrent state may have all of its tokens. :attr:`Sequence.length` then includes them.
 
     Attributes
     ----------
@@ -288,13 +288,14 @@ class Model(TextMethods):
             As :meth:`forward`. No sequence has changed.
         """
         with self._exclusive():
+            all_logits = flag("all_logits", all_logits)
             work = self._checked(pairs)
             lengths = [sequence.length for sequence, _ in work]
             # The state before a single step is not kept: it is large, and its step does not stop halfway.
             saves = self._recurrent and sum(len(tokens) for _, tokens in work) > MAX_ROWS
             states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
             try:
-                return self._run(work, bool(all_logits))
+                return self._run(work, all_logits)
             except BaseException:
                 for (sequence, _), state in zip(work, states, strict=False):
                     self._program.restore_state(sequence.state, state)
@@ -358,7 +359,10 @@ class Model(TextMethods):
         """Pairs with copies of their tokens, after all checks."""
         work: list[tuple[Sequence, npt.NDArray[np.int32]]] = []
         needed = 0
-        for number, (sequence, tokens) in enumerate(pairs):
+        for number, pair in enumerate(pairs):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise TypeError(f"pairs[{number}]: got {pair!r}, expected a tuple (sequence, tokens)")
+            sequence, tokens = pair
             self._check_sequence(f"pairs[{number}]", sequence)
             self._check_state(f"pairs[{number}]", sequence)
             if any(sequence is other for other, _ in work):
@@ -379,7 +383,10 @@ class Model(TextMethods):
         return work
 
     def _token_ids(self, tokens: Tokens) -> npt.NDArray[np.int32]:
-        array = np.array(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        try:
+            array = np.array(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"tokens: got {type(tokens).__name__}, expected a row of integers ({error})") from None
         if array.size == 0:
             raise ValueError("tokens: got none, expected at least one")
         if array.ndim != 1 or array.dtype.kind not in "iu":
