@@ -72,18 +72,18 @@ class DeltaNet:
         )
         y = maker.room("recalled", values)
         macros = self._macros(maker, FLOAT32)
-        items = macros["STATE_COLUMNS"] * macros["KEY_PARTS"]
+        state_items = macros["STATE_COLUMNS"] * macros["KEY_PARTS"]
         blocks = -(-plan.value_dim // macros["STATE_COLUMNS"])
 
         def size(known: Known) -> tuple[int, ...]:
-            return blocks * items, plan.num_v_heads, known.segments
+            return blocks * state_items, plan.num_v_heads, known.segments
 
         maker.record(
             "decoder_delta",
             "delta_rule",
             macros,
             size,
-            (items, 1, 1),
+            (state_items, 1, 1),
             "delta_rule",
             step=maker.step,
             segments=layout.segments,
