@@ -18,6 +18,7 @@ from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes  # noqa: E402
 from marlin_cy.opencl.decoder.attention import Attend, Rotation, Shape, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.cache import KvPool  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
+from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
 from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded  # noqa: E402
 from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
@@ -380,7 +381,7 @@ def test_delta_net(bench, rng, key_heads, value_heads, key_dim, value_dim, taps)
         *(key_heads, value_heads, key_dim, value_dim, taps, 1e-6),
     )
     pool = StatePool(bench.recorder.backend.runtime, plan, 3)
-    net = DeltaNet(bench.uploads, plan, pool)
+    net = DeltaNet(bench.uploads, Merger(bench.recorder.backend.runtime), plan, pool)
     inputs = {slot: rng.standard_normal((30, hidden), np.float32) for slot in (0, 2)}
     found = {0: [], 2: []}
     for counts in ([(0, 2), (2, 20)], [(0, 1), (2, 1)], [(2, 3), (0, 2)]):

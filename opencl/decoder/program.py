@@ -27,6 +27,7 @@ from marlin_cy.opencl.decoder.delta import DeltaNet
 from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
 from marlin_cy.opencl.decoder.maker import Maker, row_type
+from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
@@ -59,8 +60,9 @@ class OpenClDecoder(DecoderProgram):
         check_memory(runtime, mixers, num_pages, num_states, cache_dtype, dense_bytes(plan))
         self._uploads = uploads = Uploads(runtime)
         self._pools = [new_pool(runtime, mixer, num_pages, num_states, cache_dtype) for mixer in mixers]
+        merger = Merger(runtime)
         self._layers = [
-            Layer(recorder, uploads, layer, pool, plan.norm_eps)
+            Layer(recorder, uploads, merger, layer, pool, plan.norm_eps)
             for layer, pool in zip(plan.layers, self._pools, strict=True)
         ]
         self._plan, self._row_type = plan, row_type(recorder)
@@ -283,6 +285,7 @@ class Layer:
         self,
         recorder: RecordingContext,
         uploads: Uploads,
+        merger: Merger,
         plan: LayerPlan,
         pool: KvPool | StatePool,
         norm_eps: float,
@@ -292,13 +295,13 @@ class Layer:
         self.mixer: GroupedAttention | LatentAttention | DeltaNet
         if isinstance(pool, StatePool):
             assert not isinstance(plan.mixer, AttentionPlan | LatentAttentionPlan)
-            self.mixer = DeltaNet(uploads, plan.mixer, pool)
+            self.mixer = DeltaNet(uploads, merger, plan.mixer, pool)
         else:
             if isinstance(plan.mixer, AttentionPlan):
-                self.attention = GroupedAttention(uploads, plan.mixer, pool, norm_eps)
+                self.attention = GroupedAttention(uploads, merger, plan.mixer, pool, norm_eps)
             else:
                 assert isinstance(plan.mixer, LatentAttentionPlan)
-                self.attention = LatentAttention(uploads, plan.mixer, pool)
+                self.attention = LatentAttention(uploads, merger, plan.mixer, pool)
             self.mixer = self.attention
         self.ffn = Mlp(uploads, plan.ffn) if isinstance(plan.ffn, MlpPlan) else MoeFfn(recorder, uploads, plan.ffn)
 
