@@ -117,8 +117,9 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
     "decoder_rows": [
         {"INPUT_TYPE": 2, "ADDED": 1, "OUTPUT_TYPE": 1, "ACTIVATION": 1},
         {"INPUT_TYPE": 1, "PICKED": 1, "ROW_ITEMS": 16, "ACTIVATION": 4},
-        {"ADDED": 1, "ACTIVATION": 3},
+        {"ADDED": 2, "ACTIVATION": 3},
     ],
+    "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
     "decoder_heads": [{}, {"CACHE_TYPE": 1}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, "ALIGNED": 1},
