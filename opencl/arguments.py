@@ -292,7 +292,7 @@ KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
         "pack_words": lambda macros: PACK_WORDS,
         "pack_scales": lambda macros: PACK_SCALES,
         "rescale": lambda macros: RESCALE,
-        **{name: lambda macros, table=table: table for name, table in DECODER_KERNELS.items()},
+        **DECODER_KERNELS,
     }
 )
 """The table of each kernel by its name, from the macros of its program."""

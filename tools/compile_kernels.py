@@ -49,6 +49,8 @@ MMA = [
     {**HALVES, **ROUTED, **GROUPS_32, "BIAS": 2, "ROWS": 8},
     {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
 ]
+LATENT_TILES = {"HEAD_DIM": 576, "VALUE_DIM": 512, "QUERIES": 16, "HEADS": 8, "QUERY_SETS": 2, "KEY_SETS": 1, "KEYS": 64}
+GROUPED_TILES = {"HEAD_DIM": 128, "VALUE_DIM": 128, "QUERIES": 32, "HEADS": 8, "QUERY_SETS": 8, "KEY_SETS": 1, "KEYS": 32}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
 VARIANTS: dict[str, list[dict[str, int]]] = {
@@ -112,6 +114,24 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
     ],
     "pack": [{}],
+    "decoder_rows": [
+        {"INPUT_TYPE": 2, "ADDED": 1, "OUTPUT_TYPE": 1, "ACTIVATION": 1},
+        {"INPUT_TYPE": 1, "PICKED": 1, "ROW_ITEMS": 16, "ACTIVATION": 4},
+        {"ADDED": 2, "ACTIVATION": 3},
+    ],
+    "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
+    "decoder_heads": [{}, {"CACHE_TYPE": 1}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
+    "decoder_attention": [
+        {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, "ALIGNED": 1},
+        {"CACHE_TYPE": 2, **LATENT_TILES},
+        {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
+    ],
+    "decoder_dense": [
+        {"INPUT_TYPE": 1, "WEIGHT_TYPE": 2, "ALIGNED": 1},
+        {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
+        {"WEIGHT_TYPE": 2, "DENSE_ROWS": 4, "ALIGNED": 1, "TEAM": 8},
+    ],
+    "decoder_delta": [{"OUTPUT_TYPE": 1}, {"KEY_DIM": 16, "VALUE_DIM": 48, "STATE_COLUMNS": 32, "KEY_PARTS": 1}],
 }
 
 

@@ -3,7 +3,7 @@
 CACHE and WEIGHT are the element types that the macros CACHE_TYPE and WEIGHT_TYPE choose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 __all__ = ["DECODER_KERNELS"]
@@ -15,13 +15,34 @@ NORM_ROWS = {
     "x": "global float*",
     "x_offset": "uint",
     "x_stride": "uint",
-    "added": "global float*",
     "weight": "global float*",
     "output": "global OUTPUT*",
     "eps": "float",
     "width": "uint",
     "picked": "global int*",
     "picked_offset": "uint",
+    "arrived": "global uint*",
+    "added": "global float*",
+}
+ADDED_EXPERTS = {
+    "ids": "global int*",
+    "weights": "global float*",
+    "num_experts": "uint",
+    "top_k": "uint",
+    "shared": "global float*",
+    "factors": "global float*",
+}
+NORM_ROUTER = {
+    "x": "global float*",
+    "added": "global float*",
+    "y": "global float*",
+    "weight": "global float*",
+    "output": "global OUTPUT*",
+    "eps": "float",
+    "router": "global WEIGHT*",
+    "bias": "global float*",
+    "logits": "global float*",
+    "n": "uint",
     "arrived": "global uint*",
 }
 GLU_ROWS = {"input": "global float*", "output": "global OUTPUT*", "width": "uint"}
@@ -158,20 +179,32 @@ GATED_NORM_HEADS = {
     "eps": "float",
 }
 
-DECODER_KERNELS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+
+def norm_rows(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``norm_rows``."""
+    return {**NORM_ROWS, **(ADDED_EXPERTS if macros.get("ADDED") == 2 else {})}
+
+
+def always(table: Mapping[str, str]) -> Callable[[Mapping[str, int]], Mapping[str, str]]:
+    """The same table for all macros."""
+    return lambda macros: table
+
+
+DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] = MappingProxyType(
     {
-        "embed_rows": EMBED_ROWS,
-        "norm_rows": NORM_ROWS,
-        "glu_rows": GLU_ROWS,
-        "argmax_rows": ARGMAX_ROWS,
-        "place_heads": PLACE_HEADS,
-        "attend": ATTEND,
-        "merge_splits": MERGE_SPLITS,
-        "dense_few": DENSE,
-        "dense_many": DENSE,
-        "short_conv": SHORT_CONV,
-        "delta_rule": DELTA_RULE,
-        "gated_norm_heads": GATED_NORM_HEADS,
+        "norm_rows": norm_rows,
+        "embed_rows": always(EMBED_ROWS),
+        "glu_rows": always(GLU_ROWS),
+        "argmax_rows": always(ARGMAX_ROWS),
+        "norm_router": always(NORM_ROUTER),
+        "place_heads": always(PLACE_HEADS),
+        "attend": always(ATTEND),
+        "merge_splits": always(MERGE_SPLITS),
+        "dense_few": always(DENSE),
+        "dense_many": always(DENSE),
+        "short_conv": always(SHORT_CONV),
+        "delta_rule": always(DELTA_RULE),
+        "gated_norm_heads": always(GATED_NORM_HEADS),
     }
 )
-"""The table of each kernel by its name."""
+"""The table of each kernel by its name, from the macros of its program."""

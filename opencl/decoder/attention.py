@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.capabilities import Capabilities
     from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.decoder.step import Known
 
@@ -289,15 +290,16 @@ class GroupedAttention:
     Parameters
     ----------
     uploads : Uploads
+    merger : Merger
     plan : AttentionPlan
     pool : KvPool
     norm_eps : float
         Epsilon of the norms of heads.
     """
 
-    def __init__(self, uploads: Uploads, plan: AttentionPlan, pool: KvPool, norm_eps: float) -> None:
+    def __init__(self, uploads: Uploads, merger: Merger, plan: AttentionPlan, pool: KvPool, norm_eps: float) -> None:
         self._plan, self._norm_eps = plan, norm_eps
-        self.inputs = ProjectionGroup(uploads, [plan.q, plan.k, plan.v])
+        self.inputs = ProjectionGroup(uploads, [plan.q, plan.k, plan.v], merger)
         self.output = ProjectionGroup(uploads, [plan.o])
         self._rotation = Rotation.of(uploads, plan.rope)
         self._q_norm = uploads.optional(plan.q_norm, "norms of heads")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.buffers import Rows
     from marlin_cy.opencl.decoder.cache import StatePool
     from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.decoder.step import Known
 
@@ -31,13 +32,14 @@ class DeltaNet:
     Parameters
     ----------
     uploads : Uploads
+    merger : Merger
     plan : DeltaNetPlan
     pool : StatePool
     """
 
-    def __init__(self, uploads: Uploads, plan: DeltaNetPlan, pool: StatePool) -> None:
+    def __init__(self, uploads: Uploads, merger: Merger, plan: DeltaNetPlan, pool: StatePool) -> None:
         self._plan, self._pool = plan, pool
-        self._inputs = ProjectionGroup(uploads, [plan.qkv, plan.z])
+        self._inputs = ProjectionGroup(uploads, [plan.qkv, plan.z], merger)
         self._gates = ProjectionGroup(uploads, [plan.b, plan.a])
         self._output = ProjectionGroup(uploads, [plan.o])
         self._conv = uploads(plan.conv, "weights of a convolution")
@@ -72,18 +74,18 @@ class DeltaNet:
         )
         y = maker.room("recalled", values)
         macros = self._macros(maker, FLOAT32)
-        items = macros["STATE_COLUMNS"] * macros["KEY_PARTS"]
+        state_items = macros["STATE_COLUMNS"] * macros["KEY_PARTS"]
         blocks = -(-plan.value_dim // macros["STATE_COLUMNS"])
 
         def size(known: Known) -> tuple[int, ...]:
-            return blocks * items, plan.num_v_heads, known.segments
+            return blocks * state_items, plan.num_v_heads, known.segments
 
         maker.record(
             "decoder_delta",
             "delta_rule",
             macros,
             size,
-            (items, 1, 1),
+            (state_items, 1, 1),
             "delta_rule",
             step=maker.step,
             segments=layout.segments,

@@ -8,13 +8,14 @@ import pyopencl as cl
 
 from marlin_cy.decoder.plan import MlpPlan, MoeFfnPlan
 from marlin_cy.errors import UnsupportedError
+from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.context import ARRIVED
-from marlin_cy.opencl.decoder.projections import ProjectionGroup
+from marlin_cy.opencl.decoder.maker import Combination
+from marlin_cy.opencl.decoder.projections import CPU_TEAM, TEAM, DenseMatrix, ProjectionGroup
 from marlin_cy.opencl.gemm.prepare import activation_number
 from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
 from marlin_cy.opencl.layer.forward import (
     Shared,
-    enqueue_combine,
     enqueue_products,
     enqueue_shared,
     enqueue_shared_factor,
@@ -26,14 +27,16 @@ from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
 if TYPE_CHECKING:
-    from marlin_cy.opencl.buffers import Rows
-    from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.maker import Maker, Residual
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.recording import RecordingContext
 
 __all__ = ["Mlp", "MoeFfn"]
 
 GLU_ITEMS = 64
+FUSED_ITEMS, CPU_FUSED_ITEMS = 256, 16
+MOST_FUSED_ROWS = 4
+"""Rows up to which the norm and the router's product are one launch: each row reads the router's weights."""
 
 
 class Mlp:
@@ -50,7 +53,7 @@ class Mlp:
         self._gate_up = ProjectionGroup(uploads, [plan.gate, plan.up])
         self._down = ProjectionGroup(uploads, [plan.down])
 
-    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int) -> None:
+    def record(self, maker: Maker, x: Rows, out: Rows) -> None:
         """Record the network: ``out`` is its output."""
         gate_up = maker.room("gate and up", self._gate_up.width)
         self._gate_up.record(maker, x, gate_up, "gate, up")
@@ -80,11 +83,6 @@ class MoeFfn:
     ctx : RecordingContext
     uploads : Uploads
     plan : MoeFfnPlan
-
-    Attributes
-    ----------
-    arrived : pyopencl.Buffer
-        The counter of ``route_align``, which must be 0 before each of its launches.
     """
 
     def __init__(self, ctx: RecordingContext, uploads: Uploads, plan: MoeFfnPlan) -> None:
@@ -94,16 +92,23 @@ class MoeFfn:
                 raise UnsupportedError(f"decoder: the experts' {name} is a {type(stack).__name__}, not of this backend")
         check_routing(ctx, layer.routing)
         check_experts(ctx, layer.num_experts)
-        self._router = ProjectionGroup(uploads, [plan.router])
+        self._router = DenseMatrix(uploads, plan.router.weight, plan.router.bias)
         self._shared = None if plan.shared is None else Mlp(uploads, plan.shared)
         self._shared_gate = uploads.optional(plan.shared_gate, "gate of a shared expert")
-        self.arrived: cl.Buffer = ctx.reserve(ARRIVED, 4)
+        # The counter of `route_align`, which must be 0 before each of its launches.
+        self._arrived = ctx.reserve(ARRIVED, 4)
 
-    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int) -> None:
-        """Record the block: ``out`` is its output."""
+    def record(
+        self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows
+    ) -> Combination:
+        """Record the norm and the block; returns what is to be added. ``x``: rows for the norm's output."""
         ctx, layer, rows = maker.ctx, self._layer, maker.rows
         logits = maker.room("router logits", layer.num_experts)
-        self._router.record(maker, x, logits, "router")
+        if self._fuses(maker, residual, x):
+            self._record_norm_router(maker, residual, norm, eps, x, logits)
+        else:
+            residual.norm(maker, norm, eps, x, arrived=self._arrived)
+            self._router.record(maker, x, logits, label="router")
         top_k = layer.top_k
         ids, weights = (ctx.reserve(f"topk_{name}", 4 * rows * top_k) for name in ("ids", "weights"))
         chosen = Chosen(ids, 0, weights, 0, top_k)
@@ -125,8 +130,54 @@ class MoeFfn:
         if layer.shared_expert is not None:
             shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, x, FLOAT32)
         elif self._shared is not None:
-            added = maker.room("shared expert", out.width)
-            self._shared.record(maker, x, added, row_type)
+            added = maker.room("shared expert", x.width)
+            self._shared.record(maker, x, added)
             gate = self._shared_gate
             shared = Shared(added, None if gate is None else enqueue_shared_factor(ctx, gate, x))
-        enqueue_combine(ctx, products, chosen, layer.num_experts, shared, out, weighted=not weighed_before)
+        return Combination(products, chosen, layer.num_experts, not weighed_before, shared)
+
+    def _fuses(self, maker: Maker, residual: Residual, x: Rows) -> bool:
+        """Whether the norm and the router's product are one launch."""
+        local_memory = maker.ctx.backend.runtime.capabilities.local_memory
+        fits = x.width % 8 == 0 and 4 * (x.width + FUSED_ITEMS) <= local_memory
+        return fits and maker.rows <= MOST_FUSED_ROWS and isinstance(residual.pending, Rows)
+
+    def _record_norm_router(
+        self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows, logits: Rows
+    ) -> None:
+        """Record the norm and the router's product as one launch."""
+        assert isinstance(residual.pending, Rows)
+        # Two buffers take turns, because a work-group may still read x when another writes y.
+        before = residual.x
+        names = ("x", "y") if before.data is maker.room("y", x.width).data else ("y", "x")
+        after = maker.room(names[0], x.width)
+        items = CPU_FUSED_ITEMS if maker.is_cpu else FUSED_ITEMS
+        team = CPU_TEAM if maker.is_cpu else TEAM
+        teams = items // team
+        maker.record(
+            "decoder_router",
+            "norm_router",
+            {
+                "WIDTH": x.width,
+                "WEIGHT_TYPE": self._router.type_code,
+                "OUTPUT_TYPE": x.type_code,
+                "TEAM": team,
+                "TEAMS": teams,
+                "ALIGNED": 1,
+            },
+            (-(-logits.width // teams) * items, maker.rows),
+            (items, 1),
+            "norm_router",
+            x=before.data,
+            added=residual.pending.data,
+            y=after.data,
+            weight=norm,
+            output=x.data,
+            eps=eps,
+            router=self._router.buffer,
+            bias=self._router.bias,
+            logits=logits.data,
+            n=logits.width,
+            arrived=self._arrived,
+        )
+        residual.x, residual.pending = after, None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.buffers import Rows
     from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.decoder.projections import Uploads
 
 __all__ = ["LatentAttention"]
@@ -31,13 +32,15 @@ class LatentAttention:
     Parameters
     ----------
     uploads : Uploads
+    merger : Merger
     plan : LatentAttentionPlan
     pool : KvPool
     """
 
-    def __init__(self, uploads: Uploads, plan: LatentAttentionPlan, pool: KvPool) -> None:
+    def __init__(self, uploads: Uploads, merger: Merger, plan: LatentAttentionPlan, pool: KvPool) -> None:
         self._plan = plan
-        self._first = ProjectionGroup(uploads, [plan.kv_a, plan.q_b] if plan.q_a is None else [plan.kv_a, plan.q_a])
+        second = plan.q_b if plan.q_a is None else plan.q_a
+        self._first = ProjectionGroup(uploads, [plan.kv_a, second], merger)
         self._q_b = None if plan.q_a is None else ProjectionGroup(uploads, [plan.q_b])
         self._q_a_norm = uploads.optional(plan.q_a_norm, "norm of latent queries")
         self._kv_a_norm = uploads(plan.kv_a_norm, "norm of latents")

@@ -14,12 +14,16 @@ from marlin_cy.opencl.decoder.step import StepLayout
 from marlin_cy.opencl.tiers.configuration import FLOAT16, FLOAT32
 
 if TYPE_CHECKING:
+    from marlin_cy.opencl.layer.forward import Shared
+    from marlin_cy.opencl.layer.routing import Chosen
     from marlin_cy.opencl.recording import GlobalSize, RecordingContext
 
-__all__ = ["Maker", "ROW_ITEMS", "row_type"]
+__all__ = ["Combination", "Maker", "Residual", "row_type"]
 
 ROW_ITEMS = 256
 """Work-items for a row. 2048 values are eight each."""
+CPU_ROW_ITEMS = 16
+ADDED_NONE, ADDED_ROWS, ADDED_EXPERTS = range(3)  # ADDED of decoder_rows.cl
 
 
 def row_type(ctx: RecordingContext) -> int:
@@ -51,9 +55,14 @@ class Maker:
     rows: int
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether the device is a CPU."""
+        return self.ctx.backend.runtime.capabilities.is_cpu
+
+    @property
     def items(self) -> int:
         """Work-items for a row; a CPU runs few, one after the other."""
-        return 16 if self.ctx.backend.runtime.capabilities.is_cpu else ROW_ITEMS
+        return CPU_ROW_ITEMS if self.is_cpu else ROW_ITEMS
 
     def room(self, purpose: str, width: int, type_code: int = FLOAT32) -> Rows:
         """The workspace's rows for a purpose: one for each row of the step."""
@@ -82,10 +91,9 @@ class Maker:
         output: Rows,
         *,
         x_offset: int = 0,
-        added: Rows | None = None,
+        added: Rows | Combination | None = None,
         picked: int | None = None,
         arrived: cl.Buffer | None = None,
-        label: str = "norm_rows",
     ) -> None:
         """RMS norm of the first ``output.width`` values of rows, from ``x_offset`` on.
 
@@ -95,20 +103,23 @@ class Maker:
         macros = {
             "ROW_ITEMS": items,
             "OUTPUT_TYPE": output.type_code,
-            "ADDED": int(added is not None),
+            "ADDED": ADDED_NONE if added is None else ADDED_ROWS if isinstance(added, Rows) else ADDED_EXPERTS,
             "PICKED": int(picked is not None),
         }
+        if isinstance(added, Combination):
+            more = added.arguments()
+        else:
+            more = {"added": None if added is None else added.data}
         self.record(
             "decoder_rows",
             "norm_rows",
             macros,
             (output.rows * items,),
             (items,),
-            label,
+            "norm_rows",
             x=x.data,
             x_offset=x_offset,
             x_stride=x.width,
-            added=None if added is None else added.data,
             weight=weight,
             output=output.data,
             eps=eps,
@@ -116,4 +127,70 @@ class Maker:
             picked=None if picked is None else self.step,
             picked_offset=picked or 0,
             arrived=arrived,
+            **more,
         )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The output of a Mixture-of-Experts block before its rows are added up: the norm that follows does that.
+
+    Attributes
+    ----------
+    products : Rows
+        float32, ``top_k`` rows of each token.
+    chosen : Chosen
+    num_experts : int
+    weighted : bool
+        Whether rows are multiplied by the tokens' weights.
+    shared : Shared or None
+    """
+
+    products: Rows
+    chosen: Chosen
+    num_experts: int
+    weighted: bool
+    shared: Shared | None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``norm_rows``."""
+        shared = self.shared
+        return {
+            "added": self.products.data,
+            "ids": self.chosen.ids,
+            "weights": self.chosen.weights if self.weighted else None,
+            "num_experts": self.num_experts,
+            "top_k": self.chosen.top_k,
+            "shared": None if shared is None else shared.rows.data,
+            "factors": None if shared is None else shared.factors,
+        }
+
+
+@dataclass
+class Residual:
+    """The residual stream while a step is recorded.
+
+    Attributes
+    ----------
+    x : Rows
+        float32.
+    pending : Rows, Combination or None
+        What the next norm adds to ``x`` first.
+    """
+
+    x: Rows
+    pending: Rows | Combination | None = None
+
+    def norm(
+        self,
+        maker: Maker,
+        weight: cl.Buffer,
+        eps: float,
+        output: Rows,
+        *,
+        picked: int | None = None,
+        arrived: cl.Buffer | None = None,
+    ) -> None:
+        """Add what is pending, and record the norm."""
+        maker.norm(self.x, weight, eps, output, added=self.pending, picked=picked, arrived=arrived)
+        self.pending = None

@@ -1,17 +1,21 @@
 """The OpenCL backend's program for a whole model: launches that are recorded once for a number of rows.
 
 A step is one write to the device, the recorded launches, and one read, of the logits that are wanted. The residual
-stream ``x`` is float32; the output of a mixer or a feed-forward network is added to it by the norm that follows::
+stream ``x`` is float32. What a mixer or a feed-forward network gives is added to it by the norm that follows, which also
+adds up the rows of a token's experts::
 
     embed_rows ── x
-    for each layer:   norm_rows (x += the last network's output) ── mixer ── norm_rows (x += the mixer's output) ── network
+    for each layer:    norm_rows ── mixer         x += what the last network gave
+                       norm_rows ── network       x += what the mixer gave
     norm_rows of the rows that are wanted ── head
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +24,14 @@ import pyopencl as cl
 from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DenseLinear, LatentAttentionPlan, LayerPlan, MlpPlan
 from marlin_cy.decoder.program import Batch, DecoderProgram
 from marlin_cy.interface import Context
-from marlin_cy.opencl.buffers import TYPE_CODES, Rows
+from marlin_cy.opencl.buffers import TYPE_CODES
 from marlin_cy.opencl.decoder.attention import GroupedAttention
 from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pool
 from marlin_cy.opencl.decoder.delta import DeltaNet
 from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
-from marlin_cy.opencl.decoder.maker import Maker, row_type
+from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
+from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
@@ -62,8 +67,9 @@ class OpenClDecoder(DecoderProgram):
         check_memory(runtime, mixers, num_pages, num_states, cache_dtype, dense_bytes(plan))
         self._uploads = uploads = Uploads(runtime)
         self._pools = [new_pool(runtime, mixer, num_pages, num_states, cache_dtype) for mixer in mixers]
+        merger = Merger(runtime)
         self._layers = [
-            Layer(recorder, uploads, layer, pool, plan.norm_eps)
+            Layer(recorder, uploads, merger, layer, pool, plan.norm_eps)
             for layer, pool in zip(plan.layers, self._pools, strict=True)
         ]
         self._plan, self._row_type = plan, row_type(recorder)
@@ -81,32 +87,17 @@ class OpenClDecoder(DecoderProgram):
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
-        self._recordings: OrderedDict[tuple[str, int], tuple[Recording, cl.Buffer]] = OrderedDict()
+        self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
-        with self._ctx:
-            layout = self._forward(batch)
-            wanted, vocabulary = batch.wanted, self._plan.vocab_size
-            logits = np.empty((len(wanted), vocabulary), np.float32)
-            for begin in range(0, len(wanted), HEAD_ROWS):
-                rows = wanted[begin : begin + HEAD_ROWS]
-                found = self._logits(layout, rows, described=begin == 0)
-                cl.enqueue_copy(self._ctx.queue, logits[begin : begin + len(rows)], found)
-            return logits
+        return self._run(batch, "head", (self._plan.vocab_size,), np.float32)
 
     def greedy_step(self, batch: Batch) -> npt.NDArray[np.int32]:
         """As :meth:`step`, but returns the first token of the largest logit of each wanted row, int32 ``[wanted]``.
 
         The logits stay on the device.
         """
-        with self._ctx:
-            layout = self._forward(batch)
-            tokens = np.empty(len(batch.wanted), np.int32)
-            for begin in range(0, len(tokens), HEAD_ROWS):
-                rows = batch.wanted[begin : begin + HEAD_ROWS]
-                found = self._logits(layout, rows, described=begin == 0, greedy=True)
-                cl.enqueue_copy(self._ctx.queue, tokens[begin : begin + len(rows)], found)
-            return tokens
+        return self._run(batch, "greedy", (), np.int32)
 
     def copy_page(self, source: int, target: int) -> None:
         with self._ctx as ctx:
@@ -149,51 +140,50 @@ class OpenClDecoder(DecoderProgram):
 
     def launches(self, rows: int) -> list[str]:
         """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
-        recorded = rows_recorded(rows)
-        recording, _ = self._recorded("rows", recorded, StepLayout(recorded))
-        return list(recording.labels)
+        return list(self._recorded("layers", rows_recorded(rows), self._record_layers).recording.labels)
 
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
 
     # A step ------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Batch) -> StepLayout:
-        """Enqueue all layers; returns where the parts of the step lie."""
-        rows = rows_recorded(len(batch.tokens))
-        layout = StepLayout(rows)
-        step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
-        self._reserve_step(len(step))
-        recording, _ = self._recorded("rows", rows, layout)
-        slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
-        recurrent = len(self._state_lengths) > 0
-        if recurrent:
-            self._state_lengths[slots] = INCOMPLETE
-        self._write(step, 0)
-        self._enqueue(recording, known)
-        if recurrent:
-            self._state_lengths[slots] = lengths
-        return layout
-
-    def _logits(
-        self, layout: StepLayout, wanted: npt.NDArray[np.int32], *, described: bool, greedy: bool = False
-    ) -> cl.Buffer:
-        """Enqueue the head for some rows. ``described``: the step has these rows as its first wanted ones."""
-        if not described:
-            self._write(wanted, layout.picked)
-        rows = rows_recorded(len(wanted))
-        kind = "greedy" if greedy else "head"
-        recording, result = self._recorded(f"{kind} {layout.rows}", rows, layout)
-        self._enqueue(recording, None)
-        return result
+    def _run(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
+        with self._ctx as ctx:
+            layout = StepLayout(rows_recorded(len(batch.tokens)))
+            step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
+            self._reserve_step(len(step))
+            layers = self._recorded("layers", layout.rows, self._record_layers)
+            slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
+            recurrent = len(self._state_lengths) > 0
+            if recurrent:
+                self._state_lengths[slots] = INCOMPLETE
+            self._write(step, 0)
+            self._enqueue(layers, known)
+            if recurrent:
+                self._state_lengths[slots] = lengths
+            wanted = batch.wanted
+            results = np.empty((len(wanted), *shape), dtype)
+            for begin in range(0, len(wanted), HEAD_ROWS):
+                rows = wanted[begin : begin + HEAD_ROWS]
+                if begin:  # the step has the first ones
+                    self._write(rows, layout.picked)
+                found = self._recorded(
+                    f"{head} {layout.rows}",
+                    rows_recorded(len(rows)),
+                    lambda maker: self._record_head(replace(maker, layout=layout), layers.result, head == "greedy"),
+                )
+                self._enqueue(found, None)
+                cl.enqueue_copy(ctx.queue, results[begin : begin + len(rows)], found.result)
+            return results
 
     def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
         """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
         # Dropping the event of a write waits for it: so it is kept until the next one.
         self._upload = cl.enqueue_copy(self._ctx.queue, self._step, ints, dst_offset=4 * place, is_blocking=False)
 
-    def _enqueue(self, recording: Recording, known: Known | None) -> None:
-        for label, event in recording.enqueue(self._ctx.queue, known):
+    def _enqueue(self, recorded: Recorded, known: Known | None) -> None:
+        for label, event in recorded.recording.enqueue(self._ctx.queue, known):
             self._ctx.log(label, event)
 
     def _reserve_step(self, ints: int) -> None:
@@ -207,8 +197,8 @@ class OpenClDecoder(DecoderProgram):
 
     # Recordings --------------------------------------------------------------------------------
 
-    def _recorded(self, kind: str, rows: int, layout: StepLayout) -> tuple[Recording, cl.Buffer]:
-        """The launches for a number of rows, and the buffer of their result."""
+    def _recorded(self, kind: str, rows: int, record: Callable[[Maker], Any]) -> Recorded:
+        """The launches of a kind for a number of rows; ``record`` records them, and returns their result."""
         key = kind, rows
         found = self._recordings.get(key)
         if found is not None:
@@ -217,8 +207,7 @@ class OpenClDecoder(DecoderProgram):
         recorder = self._recorder
         while True:
             recorder.begin()
-            maker = Maker(recorder, self._step, layout, rows)
-            result = self._record_layers(maker) if kind == "rows" else self._record_head(maker, kind)
+            result = record(Maker(recorder, self._step, StepLayout(rows), rows))
             if not recorder.grown:
                 break
             # Older recordings refer to buffers that have been replaced, and so may the beginning of this one.
@@ -227,12 +216,14 @@ class OpenClDecoder(DecoderProgram):
         while len(self._recordings) >= MAX_RECORDINGS:
             self._ctx.queue.finish()
             self._recordings.popitem(last=False)
-        self._recordings[key] = recorder.recording, result
+        self._recordings[key] = Recorded(recorder.recording, result)
         return self._recordings[key]
 
-    def _record_layers(self, maker: Maker) -> cl.Buffer:
-        hidden = self._plan.hidden_size
-        x, added = maker.room("x", hidden), maker.room("added", hidden)
+    def _record_layers(self, maker: Maker) -> Residual:
+        """Record the embedding and all layers."""
+        plan = self._plan
+        hidden, eps = plan.hidden_size, plan.norm_eps
+        residual, added = Residual(maker.room("x", hidden)), maker.room("added", hidden)
         normed = maker.room("normed", hidden, self._row_type)
         maker.record(
             "decoder_rows",
@@ -243,36 +234,36 @@ class OpenClDecoder(DecoderProgram):
             "embed_rows",
             step=maker.step,
             table=self._embedding,
-            x=x.data,
+            x=residual.x.data,
             width=hidden,
         )
-        for number, layer in enumerate(self._layers):
-            maker.norm(x, layer.mixer_norm, self._plan.norm_eps, normed, added=added if number else None)
+        for layer in self._layers:
+            residual.norm(maker, layer.mixer_norm, eps, normed)
             if isinstance(layer.mixer, DeltaNet):
                 layer.mixer.record(maker, normed, added, self._row_type)
             else:
                 layer.mixer.record(maker, normed, added, self._row_type, self.tile_rows, self.most_splits)
-            arrived = layer.ffn.arrived if isinstance(layer.ffn, MoeFfn) else None
-            maker.norm(x, layer.ffn_norm, self._plan.norm_eps, normed, added=added, arrived=arrived)
-            layer.ffn.record(maker, normed, added, self._row_type)
-        assert x.data is not None
-        return x.data
+            residual.pending = added
+            if isinstance(layer.ffn, MoeFfn):
+                residual.pending = layer.ffn.record(maker, residual, layer.ffn_norm, eps, normed)
+            else:
+                residual.norm(maker, layer.ffn_norm, eps, normed)
+                layer.ffn.record(maker, normed, added)
+                residual.pending = added
+        return residual
 
-    def _record_head(self, maker: Maker, kind: str) -> cl.Buffer:
-        ctx, plan = maker.ctx, self._plan
-        x, added = (
-            Rows(ctx.reserve(f"decoder {name}", 4 * plan.hidden_size), 0, FLOAT32, maker.rows, plan.hidden_size)
-            for name in ("x", "added")
-        )
+    def _record_head(self, maker: Maker, residual: Residual, greedy: bool) -> cl.Buffer:
+        """Record the final norm of the wanted rows, and the head."""
+        plan = self._plan
         type_code = self._row_type if self._head.quantised else FLOAT32
         normed = maker.room("normed", plan.hidden_size, type_code)
-        maker.norm(x, self._final_norm, plan.norm_eps, normed, added=added, picked=maker.layout.picked)
+        replace(residual).norm(maker, self._final_norm, plan.norm_eps, normed, picked=maker.layout.picked)
         logits = maker.room("logits", plan.vocab_size)
         self._head.record(maker, normed, logits, "head")
         assert logits.data is not None
-        if not kind.startswith("greedy"):
+        if not greedy:
             return logits.data
-        tokens = ctx.reserve("decoder tokens", 4 * maker.rows)
+        tokens = maker.ctx.reserve("decoder tokens", 4 * maker.rows)
         maker.record(
             "decoder_rows",
             "argmax_rows",
@@ -285,6 +276,13 @@ class OpenClDecoder(DecoderProgram):
             width=plan.vocab_size,
         )
         return tokens
+
+
+class Recorded(NamedTuple):
+    """A recording, and what it leaves behind: the residual stream, or the buffer to read."""
+
+    recording: Recording
+    result: Any
 
 
 class Layer:
@@ -303,6 +301,7 @@ class Layer:
         self,
         recorder: RecordingContext,
         uploads: Uploads,
+        merger: Merger,
         plan: LayerPlan,
         pool: KvPool | StatePool,
         norm_eps: float,
@@ -312,13 +311,13 @@ class Layer:
         self.mixer: GroupedAttention | LatentAttention | DeltaNet
         if isinstance(pool, StatePool):
             assert not isinstance(plan.mixer, AttentionPlan | LatentAttentionPlan)
-            self.mixer = DeltaNet(uploads, plan.mixer, pool)
+            self.mixer = DeltaNet(uploads, merger, plan.mixer, pool)
         else:
             if isinstance(plan.mixer, AttentionPlan):
-                self.attention = GroupedAttention(uploads, plan.mixer, pool, norm_eps)
+                self.attention = GroupedAttention(uploads, merger, plan.mixer, pool, norm_eps)
             else:
                 assert isinstance(plan.mixer, LatentAttentionPlan)
-                self.attention = LatentAttention(uploads, plan.mixer, pool)
+                self.attention = LatentAttention(uploads, merger, plan.mixer, pool)
             self.mixer = self.attention
         self.ffn = Mlp(uploads, plan.ffn) if isinstance(plan.ffn, MlpPlan) else MoeFfn(recorder, uploads, plan.ffn)
 

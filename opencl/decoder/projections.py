@@ -24,6 +24,7 @@ from marlin_cy.opencl.stack import OpenClLinear, expert_columns
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.maker import Maker
+    from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
 
@@ -172,6 +173,8 @@ class ProjectionGroup:
     ----------
     uploads : Uploads
     layers : sequence of Projection
+    merger : Merger, optional
+        Quantised layers that follow each other are merged if it can.
 
     Attributes
     ----------
@@ -181,7 +184,7 @@ class ProjectionGroup:
         Whether any layer is quantised.
     """
 
-    def __init__(self, uploads: Uploads, layers: Sequence[Projection]) -> None:
+    def __init__(self, uploads: Uploads, layers: Sequence[Projection], merger: Merger | None = None) -> None:
         self.width = sum(layer.out_features for layer in layers)
         self.quantised = not all(isinstance(layer, DenseLinear) for layer in layers)
         self._parts: list[PackedColumns | tuple[DenseMatrix, int]] = []
@@ -190,7 +193,7 @@ class ProjectionGroup:
             if isinstance(run[0], DenseLinear):
                 self._parts.append((dense_matrix(uploads, run), column))
             else:
-                self._parts.append(packed_columns(uploads, run[0], column, self.width))
+                self._parts += packed_columns(uploads, run, column, self.width, merger)
             column += sum(layer.out_features for layer in run)
 
     def record(self, maker: Maker, x: Rows, out: Rows, label: str, activation: str | None = None) -> None:
@@ -204,19 +207,19 @@ class ProjectionGroup:
 
 
 def runs_of(layers: Sequence[Projection]) -> list[list[Any]]:
-    """The layers in order: dense ones of one dtype that follow each other together, all others alone."""
+    """The layers in order: those that follow each other together if they are dense ones of one dtype, or quantised."""
     runs: list[list[Any]] = []
     for layer in layers:
-        before = runs[-1][0] if runs else None
-        if (
-            isinstance(layer, DenseLinear)
-            and isinstance(before, DenseLinear)
-            and layer.weight.dtype == before.weight.dtype
-        ):
+        if runs and kind_of(runs[-1][0]) == kind_of(layer):
             runs[-1].append(layer)
         else:
             runs.append([layer])
     return runs
+
+
+def kind_of(layer: Projection) -> object:
+    """The dtype of a dense layer; None for a quantised one."""
+    return layer.weight.dtype if isinstance(layer, DenseLinear) else None
 
 
 def dense_matrix(uploads: Uploads, layers: Sequence[DenseLinear]) -> DenseMatrix:
@@ -231,19 +234,36 @@ def dense_matrix(uploads: Uploads, layers: Sequence[DenseLinear]) -> DenseMatrix
     return DenseMatrix(uploads, np.concatenate([layer.weight for layer in layers]), bias, of_plan=False)
 
 
-def packed_columns(uploads: Uploads, layer: Any, column: int, width: int) -> PackedColumns:
-    """A quantised layer whose outputs begin at ``column`` of rows of ``width``."""
-    if not isinstance(layer, OpenClLinear):
-        raise UnsupportedError(f"decoder: got a {type(layer).__name__}, expected linear layers of this backend")
-    store = layer.store
-    columns = expert_columns(store.n, layer.offset, layer.out_features)
-    columns[:, 3] += column
-    if layer.bias_buffer is None:
-        return PackedColumns(store, NO_BIAS, None, columns)
-    bias = np.zeros(width, np.float32)
-    runtime = uploads.runtime
-    with runtime.loading_lock:
-        cl.enqueue_copy(
-            runtime.loading_queue, bias[column : column + layer.out_features], layer.bias_buffer, is_blocking=True
-        )
-    return PackedColumns(store, OUTPUT_BIAS, uploads.new(bias, "bias"), columns)
+def packed_columns(
+    uploads: Uploads, layers: Sequence[Any], column: int, width: int, merger: Merger | None
+) -> list[PackedColumns]:
+    """Quantised layers whose outputs begin at ``column`` of rows of ``width``: merged, or one by one."""
+    for layer in layers:
+        if not isinstance(layer, OpenClLinear):
+            raise UnsupportedError(f"decoder: got a {type(layer).__name__}, expected linear layers of this backend")
+    bias = output_bias(uploads, layers, column, width)
+    kind = NO_BIAS if bias is None else OUTPUT_BIAS
+    merged = None if merger is None else merger(layers)
+    if merged is not None:
+        return [PackedColumns(merged, kind, bias, np.array([[0, 0, merged.n, column]], np.int32))]
+    parts = []
+    for layer in layers:
+        columns = expert_columns(layer.store.n, layer.offset, layer.out_features)
+        columns[:, 3] += column
+        column += layer.out_features
+        parts.append(PackedColumns(layer.store, kind, bias, columns))
+    return parts
+
+
+def output_bias(uploads: Uploads, layers: Sequence[OpenClLinear], column: int, width: int) -> cl.Buffer | None:
+    """The biases of layers by the columns of rows of ``width``, 0 in all other columns; None if there are none."""
+    if all(layer.bias_buffer is None for layer in layers):
+        return None
+    bias, runtime = np.zeros(width, np.float32), uploads.runtime
+    for layer in layers:
+        end = column + layer.out_features
+        if layer.bias_buffer is not None:
+            with runtime.loading_lock:
+                cl.enqueue_copy(runtime.loading_queue, bias[column:end], layer.bias_buffer, is_blocking=True)
+        column = end
+    return uploads.new(bias, "bias")

@@ -1,0 +1,244 @@
+"""Whole models by OpenCL launches, against the CPU's decoder: every family, sequences, and what does not fit."""
+
+import threading
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+
+from asserts import relative_error  # noqa: E402
+
+from marlin_cy import ContextInUse  # noqa: E402
+from marlin_cy.decoder.cache import CacheFull  # noqa: E402
+from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.program import Batch  # noqa: E402
+
+FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
+TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
+BOUND = 2e-3
+"""Relative, Frobenius: products in float16 on some devices, and in int16 planes on the CPU, differ by some 1e-4 each."""
+CACHE_BOUNDS = {"float32": BOUND, "float16": BOUND, "bfloat16": 8e-3}
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The CPU's logits after each token of TEXT."""
+    model = load_model(FOLDER, cache_dtype="float32", context_length=512, num_threads=2)
+    return model.forward(TEXT, all_logits=True)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
+@pytest.fixture
+def model(device_alone, models):
+    """One model for each device: its launches are compiled once."""
+    if id(device_alone) not in models:
+        models[id(device_alone)] = load_model(
+            FOLDER, device_alone, cache_dtype="float32", context_length=512, cache_tokens=2048
+        )
+    return models[id(device_alone)]
+
+
+@pytest.fixture
+def sequence(model):
+    sequence = model.new_sequence()
+    yield sequence
+    if not sequence.freed:
+        model.free(sequence)
+
+
+def assert_near(logits, expected, bound=BOUND):
+    assert logits.shape == expected.shape
+    assert relative_error(logits, expected) < bound
+
+
+class TestLogits:
+    def test_prompt_then_tokens(self, model, sequence, expected):
+        assert_near(model.forward(TEXT[:20], sequence=sequence, all_logits=True), expected[:20])
+        for place in range(20, 40):
+            logits = model.forward(TEXT[place : place + 1], sequence=sequence)
+            assert (logits.shape, logits.dtype) == ((model.vocab_size,), np.float32)
+            assert_near(logits, expected[place])
+
+    def test_long_prompt(self, model, sequence, expected):
+        """More rows whose logits are wanted than the head takes at once."""
+        assert_near(model.forward(TEXT, sequence=sequence, all_logits=True), expected)
+
+    def test_prompt_in_pieces(self, model, sequence, expected):
+        begin = 0
+        for count in (1, 2, 3, 4, 17, 33, 100):
+            logits = model.forward(TEXT[begin : begin + count], sequence=sequence, all_logits=True)
+            assert_near(logits, expected[begin : begin + count])
+            begin += count
+
+    @pytest.mark.sampled(1)
+    @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+    def test_cache_dtype(self, device_alone, expected, cache_dtype):
+        model = load_model(FOLDER, device_alone, cache_dtype=cache_dtype, context_length=64)
+        assert_near(model.forward(TEXT[:20], all_logits=True), expected[:20], CACHE_BOUNDS[cache_dtype])
+
+    def test_tokens_that_the_device_chooses(self, model, sequence):
+        """The argmax on the device is that of the logits; more rows are wanted than the head takes at once."""
+        logits = model.forward(TEXT[:100], sequence=sequence, all_logits=True)
+        other = model.new_sequence()
+        other.grow(100, model._program.copy_page)
+        segments = np.array([[0, 100, 0, -1]])
+        batch = Batch(TEXT[:100], segments, other.page_table[None], np.arange(100, dtype=np.int32))
+        np.testing.assert_array_equal(model._program.greedy_step(batch), logits.argmax(axis=1))
+        model.free(other)
+
+    def test_prompts_longer_than_a_step(self, model, sequence, expected, monkeypatch):
+        monkeypatch.setattr("marlin_cy.decoder.model.MAX_ROWS", 16)
+        assert_near(model.forward(TEXT[:60], sequence=sequence, all_logits=True), expected[:60])
+
+    def test_splits(self, model, sequence, expected, monkeypatch):
+        """Positions of few rows are cut into runs, on devices with more compute units than this one may have."""
+        monkeypatch.setattr(model._program, "most_splits", 8)
+        monkeypatch.setattr(model._program, "split_tokens", 16)
+        model._program._recordings.clear()
+        model.forward(TEXT[:100], sequence=sequence)
+        assert_near(model.forward(TEXT[100:102], sequence=sequence, all_logits=True), expected[100:102])
+        assert_near(model.forward(TEXT[102:103], sequence=sequence), expected[102])
+        model._program._recordings.clear()
+
+
+class TestSequences:
+    def test_several_at_once(self, model, expected):
+        """Prompts and single tokens in one step."""
+        sequences = [model.new_sequence() for _ in range(4)]
+        lengths = 3, 40, 7, 20
+        for one, length in zip(sequences, lengths, strict=True):
+            model.forward(TEXT[:length], sequence=one)
+        more = 1, 9, 2, 1
+        pairs = [
+            (one, TEXT[length : length + count]) for one, length, count in zip(sequences, lengths, more, strict=True)
+        ]
+        results = model.forward_batch(pairs, all_logits=True)
+        for length, count, logits in zip(lengths, more, results, strict=True):
+            assert_near(logits, expected[length : length + count])
+        last = model.forward_batch([(one, TEXT[:1]) for one in sequences])
+        assert len(last) == 4
+        for one in sequences:
+            model.free(one)
+
+    def test_fork_and_truncate(self, model, sequence, expected):
+        model.forward(TEXT[:40], sequence=sequence)
+        fork = model.fork(sequence)
+        model.forward([7, 8, 9], sequence=fork)
+        assert_near(model.forward(TEXT[40:50], sequence=sequence), expected[49])
+        model.truncate(fork, 35)
+        assert_near(model.forward(TEXT[35:45], sequence=fork), expected[44])
+        model.free(fork)
+
+    def test_more_sequences_than_cache(self, device_alone):
+        model = load_model(FOLDER, device_alone, context_length=64, cache_tokens=100)
+        first = model.new_sequence()
+        model.forward(TEXT[:60], sequence=first)
+        with pytest.raises(CacheFull, match="cache: got 4 pages of 16 tokens to add, 3 are free"):
+            model.forward(TEXT[:60])
+        assert first.length == 60
+
+    def test_nan_stays_in_its_sequence(self, model, expected):
+        damaged, healthy = model.new_sequence(), model.new_sequence()
+        model.forward(TEXT[:20], sequence=damaged)
+        pool, page = model._program._pools[0], int(damaged.page_table[0])
+        nbytes = pool._page_bytes[1]
+        queue = model.context.queue
+        cl.enqueue_fill_buffer(queue, pool.values, b"\xff" * 4, page * nbytes, nbytes)
+        results = model.forward_batch([(damaged, TEXT[20:23]), (healthy, TEXT[:23])], all_logits=True)
+        assert np.isnan(results[0]).all()
+        assert_near(results[1], expected[:23])
+        cl.enqueue_fill_buffer(queue, pool.values, b"\0" * 4, page * nbytes, nbytes)
+        model.free(damaged)
+        model.free(healthy)
+
+
+class TestProgram:
+    def test_launches_are_few(self, model):
+        """Of a layer at one token; a launch that only some depths need is counted."""
+        labels = model._program.launches(1)
+        layers = len(model.plan.layers)
+        assert labels[0] == "embed_rows"
+        assert (len(labels) - 1) / layers <= MOST_LAUNCHES
+
+    def test_a_step_allocates_nothing(self, model, sequence, monkeypatch):
+        """After the first step of a kind, a step makes no buffer and sets no argument."""
+        for place in range(2):
+            model.forward(TEXT[place : place + 1], sequence=sequence)
+
+        def refused(*arguments, **options):
+            raise AssertionError("a buffer, a kernel or an argument in a step")
+
+        monkeypatch.setattr(cl, "Buffer", refused)
+        monkeypatch.setattr(cl.Kernel, "set_arg", refused)
+        monkeypatch.setattr(cl.Kernel, "set_args", refused)
+        model.forward(TEXT[2:3], sequence=sequence)
+
+    def test_recordings_are_limited(self, model, sequence, expected, monkeypatch):
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.MAX_RECORDINGS", 2)
+        model.forward(TEXT[:2], sequence=sequence)
+        model.forward(TEXT[2:3], sequence=sequence)
+        assert_near(model.forward(TEXT[3:5], sequence=sequence), expected[4])
+        assert len(model._program._recordings) <= 2
+
+    def test_memory(self, model):
+        """The cache is as large as was asked for, and nothing grows with the steps."""
+        plan = model.plan.layers[0].mixer
+        positions = 2048 * len(model.plan.layers)
+        assert model.cache_bytes == positions * plan.num_kv_heads * 2 * plan.head_dim * 4
+
+    def test_profile(self, model, sequence):
+        """A context that profiles has the label of each launch."""
+        with model.context.profile() as events:
+            model.forward(TEXT[:1], sequence=sequence)
+        labels = [label for label, _ in events]
+        assert labels[0] == "embed_rows"
+        assert labels[-1] == "head"
+        assert "attend" in labels
+        assert "merge_splits" not in labels  # one split
+
+    def test_two_threads(self, model, sequence):
+        with model.context:  # as if another thread were in a call
+            failures = []
+            thread = threading.Thread(target=lambda: failures.append(raised(model, sequence)))
+            thread.start()
+            thread.join()
+        assert isinstance(failures[0], ContextInUse)
+
+
+MOST_LAUNCHES = 11  # ten, and the one that only cut positions need
+
+
+def raised(model, sequence):
+    try:
+        model.forward([1], sequence=sequence)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("cache_tokens", [2**36, 2**44])
+def test_a_cache_that_does_not_fit(device_alone, cache_tokens):
+    with pytest.raises(MemoryError, match=r"cache: \d+ tokens need \d+ bytes.* there is room for \d+ tokens"):
+        load_model(FOLDER, device_alone, cache_tokens=cache_tokens)
+
+
+def test_generate(device_alone):
+    """The text that the CPU gives, where its choice is not close."""
+    from marlin_cy.decoder.generate import generate, keep_tokenizer
+    from marlin_cy.decoder.text import Tokenizer
+
+    texts = []
+    for backend in ("cpu", device_alone):
+        model = load_model(FOLDER, backend, context_length=128)
+        keep_tokenizer(model, Tokenizer(FOLDER))
+        texts.append("".join(piece.text for piece in generate(model, "The ", max_new_tokens=20)))
+    assert texts[0] == texts[1]
