@@ -1,4 +1,4 @@
-"""Whole models against transformers in float32 with the same weights dequantised: logits, and greedy text.
+"""Whole models against transformers in float32 with the same weights dequantised: logits, greedy text, perplexity.
 
 A router decides between experts, so an arbitrarily small error may change a choice, and then the token's logits. A
 token at which float64's router would choose otherwise within the bound is left out. There are few such tokens. All
@@ -13,6 +13,7 @@ import pytest
 from asserts import relative_error
 
 from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.perplexity import perplexity
 from marlin_cy.decoder.reference import reference_logits
 from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import route
@@ -32,7 +33,21 @@ LEFT_OUT = 0.02
 """The largest share of tokens that may be left out."""
 LENGTH = 300
 
+WINDOW = 512
+"""Tokens of a window of text whose perplexity is measured."""
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return np.frombuffer((FOLDER / "validation.txt").read_bytes(), np.uint8).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The built-in model with dense weights, by transformers."""
+    return dequantized_model(FOLDER)
 
 
 def logits_of(model, tokens):
@@ -112,12 +127,10 @@ def test_a_margin_is_two_errors():
     assert decided(Routing(2, 2), logits, 10.0).all()
 
 
-def test_greedy_text():
+def test_greedy_text(text, reference):
     """The text of the decoder is that of transformers: each token has the largest logit after those before it."""
-    text = np.frombuffer((FOLDER / "validation.txt").read_bytes(), np.uint8).astype(np.int64)
     prompts = [text[begin : begin + 20 + begin // 100] for begin in range(0, 10_000, 1000)]
     texts = greedy_texts(load_model(FOLDER, cache_tokens=4096), prompts, 200)
-    reference = dequantized_model(FOLDER)
     gaps = {}
     for number, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True)):
         logits = logits_of(reference, np.concatenate([prompt, tokens[:-1]]))[len(prompt) - 1 :]
@@ -138,3 +151,19 @@ def greedy_texts(model, prompts, count):
         texts[:, step] = parts = np.argmax(logits, axis=1)
         parts = parts[:, None]
     return texts
+
+
+@pytest.mark.parametrize("windows", [2, pytest.param(32, marks=pytest.mark.sweep)])
+def test_perplexity(text, reference, windows):
+    """With a cache of float16, the default; 32 windows are the whole text."""
+    total = 0.0
+    for begin in range(0, windows * WINDOW, WINDOW):
+        tokens = text[begin : begin + WINDOW]
+        logits = logits_of(reference, tokens)[:-1]
+        total += (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(WINDOW - 1), tokens[1:]]).sum()
+    expected = np.exp(total / (windows * (WINDOW - 1)))
+    for compute_dtype, bound in (("int16", 2e-4), ("int8", 5e-3)):
+        model = load_model(FOLDER, num_threads=1, compute_dtype=compute_dtype)
+        actual = perplexity(model, text.tolist(), WINDOW, windows)
+        print(f"{compute_dtype}: {actual:.5f}, {100 * (actual / expected - 1):+.4f}% of {expected:.5f}")
+        assert actual == pytest.approx(expected, rel=bound)
