@@ -19,7 +19,7 @@ from marlin_cy.decoder.program import Batch  # noqa: E402
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
 BOUND = 2e-3
-"""Relative, Frobenius: products in float16 on some devices, and in int16 planes on the CPU, differ by some 1e-4 each."""
+"""Relative, Frobenius: products in float16 on some devices, in int16 planes on the CPU, are off by some 1e-4 each."""
 CACHE_BOUNDS = {"float32": BOUND, "float16": BOUND, "bfloat16": 8e-3}
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")

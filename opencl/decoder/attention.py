@@ -119,9 +119,7 @@ class Attend:
     sinks: cl.Buffer | None = None
     gate_offset: int = 0
 
-    def record(
-        self, maker: Maker, q: Rows, q_head_stride: int, output: Rows, tile_rows: int, most_splits: int
-    ) -> None:
+    def record(self, maker: Maker, q: Rows, q_head_stride: int, output: Rows, tile_rows: int, most_splits: int) -> None:
         """Record the launches for tiles of one row, and for tiles of ``tile_rows`` rows.
 
         ``most_splits``: splits of all tiles of one row together, at most, unless they have one split each.

@@ -35,7 +35,9 @@ class KvPool:
         CACHE_TYPE of ``decoder.cl``.
     """
 
-    def __init__(self, runtime: Runtime, mixer: AttentionPlan | LatentAttentionPlan, num_pages: int, dtype: str) -> None:
+    def __init__(
+        self, runtime: Runtime, mixer: AttentionPlan | LatentAttentionPlan, num_pages: int, dtype: str
+    ) -> None:
         self.type_code = CACHE_TYPES[dtype]
         self._page_bytes = [PAGE_TOKENS * width * itemsize(dtype) for width in widths(mixer)]
         buffers = zeroed_buffers(runtime, [num_pages * nbytes for nbytes in self._page_bytes], "cache")
@@ -154,8 +156,12 @@ def check_memory(
     ``dense_bytes``: weights that are not quantised, and are still on the host.
     """
     found = runtime.capabilities
-    pages = [PAGE_TOKENS * width * itemsize(dtype) for mixer in mixers if not isinstance(mixer, DeltaNetPlan)
-             for width in widths(mixer)]
+    pages = [
+        PAGE_TOKENS * width * itemsize(dtype)
+        for mixer in mixers
+        if not isinstance(mixer, DeltaNetPlan)
+        for width in widths(mixer)
+    ]
     states = sum(sum(slot_bytes(mixer)) for mixer in mixers if isinstance(mixer, DeltaNetPlan)) * num_states
     weights = dense_bytes + live_stores.nbytes(runtime.device)
     left = max(0, found.global_memory - weights - states)
@@ -166,8 +172,8 @@ def check_memory(
     if num_pages <= most and states <= found.global_memory - weights:
         return
     raise MemoryError(
-        f"cache: {num_pages * PAGE_TOKENS} tokens need {num_pages * per_page + states} bytes, which do not fit into the "
-        f"memory of {found.name}: it has {found.global_memory} bytes, in buffers of at most {runtime.max_alloc_bytes}, "
-        f"and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; pass fewer cache_tokens, or a "
+        f"cache: {num_pages * PAGE_TOKENS} tokens need {num_pages * per_page + states} bytes, which do not fit into "
+        f"the memory of {found.name}: it has {found.global_memory} bytes, in buffers of at most "
+        f"{runtime.max_alloc_bytes}, and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; pass fewer cache_tokens, or a "
         "shorter context_length"
     )

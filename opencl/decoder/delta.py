@@ -129,8 +129,9 @@ class DeltaNet:
         """The macros of the program, which are those of all three kernels."""
         plan = self._plan
         parts = next(
-            parts for parts in (1, 2, 4, 8, 16, plan.key_dim) if plan.key_dim % parts == 0
-            and plan.key_dim // parts <= PART_KEYS
+            parts
+            for parts in (1, 2, 4, 8, 16, plan.key_dim)
+            if plan.key_dim % parts == 0 and plan.key_dim // parts <= PART_KEYS
         )
         cpu = maker.ctx.backend.runtime.capabilities.is_cpu
         return {

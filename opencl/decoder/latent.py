@@ -94,7 +94,5 @@ class LatentAttention:
         latents = maker.room("attended latents", plan.num_heads * plan.latent_dim)
         self.attend.record(maker, queries, key_width, latents, tile_rows, most_splits)
         values = maker.room("attention", plan.num_heads * plan.v_head_dim)
-        self._v_up.record(
-            maker, latents, values, x_batch=plan.latent_dim, out_batch=plan.v_head_dim, label="v_up"
-        )
+        self._v_up.record(maker, latents, values, x_batch=plan.latent_dim, out_batch=plan.v_head_dim, label="v_up")
         self.output.record(maker, values, out, "o")

@@ -1,8 +1,8 @@
 """The OpenCL backend's program for a whole model: launches that are recorded once for a number of rows.
 
 A step is one write to the device, the recorded launches, and one read, of the logits that are wanted. The residual
-stream ``x`` is float32. What a mixer or a feed-forward network gives is added to it by the norm that follows, which also
-adds up the rows of a token's experts::
+stream ``x`` is float32. What a mixer or a feed-forward network gives is added to it by the norm that follows, which
+also adds up the rows of a token's experts::
 
     embed_rows ── x
     for each layer:    norm_rows ── mixer         x += what the last network gave

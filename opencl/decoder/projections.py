@@ -1,4 +1,4 @@
-"""Linear layers of a decoder on the device: quantised ones by the products of layers, dense ones by ``decoder_dense.cl``.
+"""Linear layers of a decoder on the device: quantised ones by the layers' products, dense ones by ``decoder_dense.cl``.
 
 Layers that read the same rows form a group. Their outputs lie side by side in one row, in the order given, and dense
 layers that follow each other are one product.
@@ -40,8 +40,8 @@ TILE = 64  # of decoder_dense.cl
 
 
 class Uploads:
-    """Constant arrays on the device. Arrays of a plan are there once: layers share tables of RoPE, and a head may be the
-    embedding.
+    """Constant arrays on the device. Arrays of a plan are there once: layers share tables of RoPE, and a head may be
+    the embedding.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class DenseMatrix:
         maker.record("decoder_dense", "dense_few", macros, size, (team * TEAMS, 1, 1), label, **values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PackedColumns:
     """A quantised layer whose outputs begin at a column of a row.
 

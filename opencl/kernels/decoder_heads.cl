@@ -25,15 +25,14 @@
 #endif
 #define MAX_HEAD_DIM 640
 
-__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void
-place_heads(__global const int *restrict step, __global float *q, const uint q_offset, const uint q_row_stride,
-            const uint q_head_stride, const uint q_width, __global float *out, const uint out_offset,
-            const uint out_row_stride, const uint out_head_stride, __global const float *restrict q_norm,
-            __global float *kv, const uint k_offset, const uint v_offset, const uint kv_row_stride, const uint k_width,
-            const uint v_width, __global const float *restrict k_norm, const uint k_norm_values,
-            const uint k_rope_begin, const float eps, __global const float *restrict cosine,
-            __global const float *restrict sine, const uint pairs, const int interleaved, const uint num_heads,
-            const uint num_kv_heads, __global CACHE *restrict keys, __global CACHE *restrict values)
+__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void place_heads(
+    __global const int *restrict step, __global float *q, const uint q_offset, const uint q_row_stride,
+    const uint q_head_stride, const uint q_width, __global float *out, const uint out_offset, const uint out_row_stride,
+    const uint out_head_stride, __global const float *restrict q_norm, __global float *kv, const uint k_offset,
+    const uint v_offset, const uint kv_row_stride, const uint k_width, const uint v_width,
+    __global const float *restrict k_norm, const uint k_norm_values, const uint k_rope_begin, const float eps,
+    __global const float *restrict cosine, __global const float *restrict sine, const uint pairs, const int interleaved,
+    const uint num_heads, const uint num_kv_heads, __global CACHE *restrict keys, __global CACHE *restrict values)
 {
     __local float head[MAX_HEAD_DIM];
     __local float sums[HEAD_ITEMS];
