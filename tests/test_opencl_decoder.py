@@ -79,6 +79,14 @@ class TestLogits:
             assert_near(logits, expected[begin : begin + count])
             begin += count
 
+    def test_rows_of_float16(self, device_alone, expected, monkeypatch):
+        """As on devices whose products read float16 rows alone."""
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.row_type", lambda ctx: 1)
+        model = load_model(FOLDER, device_alone, cache_dtype="float32", context_length=64)
+        logits = model.forward(TEXT[:20], all_logits=True)
+        assert 1e-4 < relative_error(logits, expected[:20]) < BOUND
+        assert_near(model.forward(TEXT[20:21]), expected[20])
+
     @pytest.mark.sampled(1)
     @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
     def test_cache_dtype(self, device_alone, expected, cache_dtype):

@@ -174,6 +174,6 @@ def check_memory(
     raise MemoryError(
         f"cache: {num_pages * PAGE_TOKENS} tokens need {num_pages * per_page + states} bytes, which do not fit into "
         f"the memory of {found.name}: it has {found.global_memory} bytes, in buffers of at most "
-        f"{runtime.max_alloc_bytes}, and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; pass fewer cache_tokens, or a "
-        "shorter context_length"
+        f"{runtime.max_alloc_bytes}, and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; "
+        "pass fewer cache_tokens, or a shorter context_length"
     )

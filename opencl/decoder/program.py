@@ -46,7 +46,7 @@ MAX_RECORDINGS = 24
 HEAD_ROWS = 64
 """Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
 LEAST_STEP_INTS = 1 << 16
-GROUPS_PER_UNIT = 2
+GROUPS_PER_UNIT = 4
 """Work-groups for each compute unit into which attention to few rows is split."""
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["DenseMatrix", "ProjectionGroup", "Uploads"]
 
 TILED_ROWS = 16
-"""From this number of rows on a product is computed in tiles: the rows of several work-groups would read the weights
-as often as tiles do, and tiles share the rows, too."""
+"""Products of fewer rows are never computed in tiles, which would be mostly padding. Products of more are not if there
+would be fewer tiles than compute units: a router has one or two columns of tiles, and all of K takes long."""
 TEAM, TEAMS = 32, 4
 CPU_TEAM = 8
 COLUMNS = 2  # of decoder_dense.cl
@@ -128,12 +128,13 @@ class DenseMatrix:
             "n": self.n,
             "k": self.k,
         }
-        if out.rows >= TILED_ROWS:
-            size = -(-self.n // TILE) * 256, -(-out.rows // TILE), self.batch
+        device = maker.ctx.backend.runtime.capabilities
+        tiles = -(-self.n // TILE), -(-out.rows // TILE)
+        if out.rows >= TILED_ROWS and tiles[0] * tiles[1] * self.batch >= device.compute_units:
+            size = tiles[0] * 256, tiles[1], self.batch
             maker.record("decoder_dense", "dense_many", macros, size, (256, 1, 1), label, **values)
             return
-        cpu = maker.ctx.backend.runtime.capabilities.is_cpu
-        team = CPU_TEAM if cpu else TEAM
+        team = CPU_TEAM if device.is_cpu else TEAM
         rows = next(number for number in (1, 2, 4) if number >= out.rows or number == 4)
         macros |= {"DENSE_ROWS": rows, "TEAM": team, "TEAMS": TEAMS}
         groups = -(-self.n // (TEAMS * COLUMNS))
