@@ -95,6 +95,7 @@ setup(
         "marlin_cy.moe",
         "marlin_cy.opencl",
         "marlin_cy.opencl.checks",
+        "marlin_cy.opencl.decoder",
         "marlin_cy.opencl.gemm",
         "marlin_cy.opencl.layer",
         "marlin_cy.opencl.tiers",

@@ -212,7 +212,7 @@ class OpenClDecoder(DecoderProgram):
             (maker.rows * maker.items,),
             (maker.items,),
             "embed_rows",
-            step=maker.step,
+            batch=maker.step,
             table=self._embedding,
             x=residual.x.data,
             width=hidden,

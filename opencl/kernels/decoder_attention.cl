@@ -79,7 +79,7 @@ static inline float finished(float value, float high, float total, float sink, _
 //   partial, stats               float [tiles][num_heads][splits][VALUE_DIM], float2 [tiles][num_heads][splits] (maximum and
 //                                sum of the weights), if there is more than one split. Tiles then have one row
 __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
-    __global const int *restrict step, const uint tiles, __global const float *restrict q, const uint q_row_stride,
+    __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
     const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
     const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
     const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
@@ -94,7 +94,7 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     const uint heads_per_kv = num_heads / num_kv_heads, blocks = heads_per_kv / HEADS;
     const uint kv_head = get_group_id(1) / blocks;
     const uint first_head = kv_head * heads_per_kv + get_group_id(1) % blocks * HEADS;
-    const int4 tile = vload4(get_group_id(0), step + tiles);
+    const int4 tile = vload4(get_group_id(0), batch + tiles);
     const uint first_row = tile.x, rows = tile.y;
 
     for (uint i = item; i < QUERIES * HEAD_DIM; i += ATTEND_ITEMS) {
@@ -103,10 +103,10 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
                   q[(ulong)(first_row + row) * q_row_stride + (first_head + m % HEADS) * q_head_stride + i % HEAD_DIM];
     }
     for (uint row = item; row < TILE_ROWS; row += ATTEND_ITEMS)
-        last[row] = STEP_ROW(step, first_row + min(row, rows - 1)).y;
+        last[row] = STEP_ROW(batch, first_row + min(row, rows - 1)).y;
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    __global const int *table = step + STEP_ROW(step, first_row).z;
+    __global const int *table = batch + STEP_ROW(batch, first_row).z;
     const int seen = window ? window : INT_MAX;
     const int lowest = last[0] >= seen ? last[0] - seen + 1 : 0, end = last[TILE_ROWS - 1] + 1;
     const int run = ((end - lowest + (int)splits - 1) / (int)splits + PAGE_TOKENS - 1) / PAGE_TOKENS * PAGE_TOKENS;
@@ -231,14 +231,14 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
 }
 
 // Joins the splits of each head of a row. A work-group for each head of a row that is in a tile; any local size.
-__kernel void merge_splits(__global const int *restrict step, const uint tiles, __global const float *restrict q,
+__kernel void merge_splits(__global const int *restrict batch, const uint tiles, __global const float *restrict q,
                            const uint q_row_stride, const uint q_head_stride, const uint num_heads,
                            const uint value_dim, __global const float *restrict sinks, const uint gate_offset,
                            __global OUTPUT *restrict output, __global const float *restrict partial,
                            __global const float2 *restrict stats)
 {
-    const uint head = get_group_id(1), splits = (uint)step[STEP_SPLITS];
-    const ulong row = (uint)step[tiles + 4 * get_group_id(0)];
+    const uint head = get_group_id(1), splits = (uint)batch[STEP_SPLITS];
+    const ulong row = (uint)batch[tiles + 4 * get_group_id(0)];
     stats += (get_group_id(0) * (ulong)num_heads + head) * splits;
     partial += (get_group_id(0) * (ulong)num_heads + head) * splits * value_dim;
     float high = -INFINITY, total = 0;

@@ -29,17 +29,17 @@
 //   input, output   float [rows][input_stride], [rows][channels]
 //   weight          float [channels][conv_width]
 //   states          float [slots][conv_width - 1][channels], the oldest first
-__kernel void short_conv(__global const int *restrict step, const uint segments, __global const float *restrict input,
+__kernel void short_conv(__global const int *restrict batch, const uint segments, __global const float *restrict input,
                          const uint input_stride, __global const float *restrict weight,
                          __global const float *restrict states, __global float *restrict output, const uint channels,
                          const uint conv_width)
 {
     const uint c = get_global_id(0);
     const ulong row = get_global_id(1);
-    const int number = STEP_ROW(step, row).w;
+    const int number = STEP_ROW(batch, row).w;
     if (c >= channels || number < 0)
         return;
-    const int4 segment = vload4(number, step + segments);
+    const int4 segment = vload4(number, batch + segments);
     float sum = 0;
     for (uint j = 0; j < conv_width; j++) {
         const int from = (int)(row + j) - (int)(conv_width - 1), before = from - segment.x;
@@ -71,7 +71,7 @@ __attribute__((always_inline)) static inline float column_sum(float value, __loc
 //   output         float [rows][num_v_heads * VALUE_DIM]
 //   states         float [slots][num_v_heads][KEY_DIM][VALUE_DIM]
 __attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void delta_rule(
-    __global const int *restrict step, const uint segments, __global const float *restrict mixed,
+    __global const int *restrict batch, const uint segments, __global const float *restrict mixed,
     __global const float *restrict raw, const uint raw_stride, __global const float *restrict gates,
     __global const float *restrict a_log, __global const float *restrict dt_bias, __global float *restrict output,
     __global float *restrict states, __global float *restrict conv_states, const uint num_k_heads,
@@ -84,7 +84,7 @@ __attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void delta_rul
     const uint column = get_group_id(0) * STATE_COLUMNS + item % STATE_COLUMNS;
     const uint k_head = head / (num_v_heads / num_k_heads),
                channels = 2 * num_k_heads * KEY_DIM + num_v_heads * VALUE_DIM;
-    const int4 segment = vload4(get_group_id(2), step + segments);
+    const int4 segment = vload4(get_group_id(2), batch + segments);
     __global float *state = states + ((ulong)segment.z * num_v_heads + head) * KEY_DIM * VALUE_DIM;
     const float rate = -exp(a_log[head]);
 

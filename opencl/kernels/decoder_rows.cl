@@ -25,10 +25,10 @@
 
 // x[row] = table[token of row]. A work-group for each row.
 //   table   INPUT [vocabulary][width]
-__kernel void embed_rows(__global const int *restrict step, __global const INPUT *restrict table,
+__kernel void embed_rows(__global const int *restrict batch, __global const INPUT *restrict table,
                          __global float *restrict x, const uint width)
 {
-    const ulong row = get_group_id(0), token = (uint)STEP_ROW(step, row).x;
+    const ulong row = get_group_id(0), token = (uint)STEP_ROW(batch, row).x;
     for (uint i = get_local_id(0); i < width; i += get_local_size(0))
         x[row * width + i] = load_input(table, token * width + i);
 }
