@@ -10,6 +10,7 @@ In the order in which a call goes through the files::
     tiers/        which kernels suit a device: wave_tiled.py (any vendor), mma.py (NVIDIA)
     gemm/         one product: kernels, grid, and the rows of each expert
     layer/        a MoE layer: routing, grouping of tokens by expert, both products, combination
+    decoder/      a whole model, by launches that recording.py keeps: program.py is the way of a step
     kernels/      the device's code                       launch.py   launches with little overhead
     program.py    compiles programs and keeps them        tuning.py   measures the fastest configurations
     selfcheck.py  checks a tier's kernels against NumPy   timing.py   times from events

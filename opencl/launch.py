@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import pyopencl as cl
 
@@ -26,7 +26,10 @@ class Recorder:
 def bound_kernel(kernel: cl.Kernel, table: Arguments, values: Mapping[str, Any]) -> cl.Kernel:
     """A kernel object with all of its arguments set, by name. Sizes of local memory are numbers of bytes."""
     kernel.set_arg_types(numpy_types(table))
-    kernel.set_args(*(cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in table.items()))
+    in_order: list[Any] = [
+        cl.LocalMemory(values[name]) if is_local(kind) else values[name] for name, kind in table.items()
+    ]
+    kernel.set_args(*in_order)
     return kernel
 
 
@@ -99,7 +102,8 @@ class Launch:
             The number of arguments is wrong. Checked whenever all arguments are set, as in the first call.
         """
         if isinstance(queue, Recorder):
-            return self._record(queue, global_size, local_size, arguments)
+            self._record(queue, global_size, local_size, arguments)
+            return cast("cl.Event", None)  # there is no event yet
         kernel = self._kernel
         if self._remembered(arguments) == self._last:
             for position, place in self._set:
@@ -114,7 +118,7 @@ class Launch:
         global_size: tuple[int, ...],
         local_size: tuple[int, ...] | None,
         arguments: tuple[Any, ...],
-    ) -> Any:
+    ) -> None:
         """Give the recorder a kernel object of its own, with all arguments set."""
         values = {**self._constants, **dict(zip(self._given, arguments, strict=True))}
         kernel = cl.Kernel(self._kernel.program, self._kernel.function_name)

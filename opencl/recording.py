@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
 import numpy.typing as npt
 import pyopencl as cl
 
-from marlin_cy.opencl.arguments import Arguments, is_local, numpy_types
+from marlin_cy.opencl.arguments import Arguments
 from marlin_cy.opencl.context import ARRIVED, OpenClContext
 from marlin_cy.opencl.launch import Recorder, bound_kernel
 from marlin_cy.opencl.memory import uploaded
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["GlobalSize", "Recording", "RecordingContext"]
 
 GlobalSize: TypeAlias = tuple[int, ...] | Callable[[Any], "tuple[int, ...] | None"]
-"""A launch's number of work-items; or a function from what is known at the time of the call, which returns None to leave
-the launch out."""
+"""A launch's number of work-items; or a function from what is known at the time of the call, which returns None to
+leave the launch out."""
 
 
 class Recording(Recorder):

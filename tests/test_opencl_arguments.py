@@ -24,7 +24,14 @@ if not DEVICES:
 pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
-ELEMENTS = {"INPUT": "INPUT_TYPE", "OUTPUT": "OUTPUT_TYPE", "LOGIT": "LOGITS_TYPE", "PREPARED": "PREPARED_TYPE"}
+ELEMENTS = {
+    "INPUT": "INPUT_TYPE",
+    "OUTPUT": "OUTPUT_TYPE",
+    "LOGIT": "LOGITS_TYPE",
+    "PREPARED": "PREPARED_TYPE",
+    "CACHE": "CACHE_TYPE",
+    "WEIGHT": "WEIGHT_TYPE",
+}
 ELEMENT_TYPES = "float", "half", "ushort"
 ADDRESS_SPACES = {
     cl.kernel_arg_address_qualifier.GLOBAL: "global ",
@@ -47,7 +54,7 @@ def signature_variants(file):
     """
     found = {}
     for macros in compile_kernels().variants_of(file):
-        key = tuple(macros.get(name) for name in (*ELEMENTS.values(), "PARTS", "ROUTED", "GATHER", "PREPARES"))
+        key = tuple(macros.get(name) for name in (*ELEMENTS.values(), "PARTS", "ROUTED", "GATHER", "PREPARES", "ADDED"))
         found.setdefault(key, macros)
     return list(found.values())
 

@@ -14,6 +14,7 @@ from asserts import relative_error  # noqa: E402
 from marlin_cy.decoder import reference  # noqa: E402
 from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, RopeTable  # noqa: E402
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch  # noqa: E402
+from marlin_cy.formats import gptq  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes  # noqa: E402
 from marlin_cy.opencl.decoder.attention import Attend, Rotation, Shape, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.cache import KvPool  # noqa: E402
@@ -21,6 +22,7 @@ from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
 from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded  # noqa: E402
+from marlin_cy.opencl.layout import unpack_expert  # noqa: E402
 from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -131,7 +133,10 @@ def test_embedding(bench, rng, dtype):
     macros, table_rows = {"INPUT_TYPE": TYPE_CODES[table.dtype]}, bench.rows(table)
     maker.record(
         *("decoder_rows", "embed_rows", macros, (3 * 8,), (8,)),
-        **{"step": maker.step, "table": table_rows.data, "x": x.data, "width": 24},
+        step=maker.step,
+        table=table_rows.data,
+        x=x.data,
+        width=24,
     )
     bench.run()
     np.testing.assert_array_equal(bench.read(x), table[batch.tokens].astype(np.float32))
@@ -146,7 +151,9 @@ def test_argmax(bench, rng):
     maker, tokens = bench.maker(np.zeros(80), 4), bench.rows(np.zeros((1, 4), np.float32))
     maker.record(
         *("decoder_rows", "argmax_rows", {"ROW_ITEMS": 16}, (4 * 16,), (16,)),
-        **{"logits": bench.rows(logits).data, "tokens": tokens.data, "width": 300},
+        logits=bench.rows(logits).data,
+        tokens=tokens.data,
+        width=300,
     )
     bench.run()
     found = bench.read(tokens).view(np.int32)[0]
@@ -260,9 +267,18 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1, p
         maker, projected = bench.maker(step, rows), bench.rows(values)
         place_heads(
             *(maker, pool, rotation, heads, kv_heads),
-            **{"q": projected, "q_head_stride": q_stride, "q_width": dim, "q_norm": norms[0], "kv": projected},
-            **{"k_offset": heads * q_stride, "v_offset": heads * q_stride + kv_heads * dim, "k_width": dim},
-            **{"v_width": dim, "k_norm": norms[1], "k_norm_values": dim, "eps": 1e-6},
+            q=projected,
+            q_head_stride=q_stride,
+            q_width=dim,
+            q_norm=norms[0],
+            kv=projected,
+            k_offset=heads * q_stride,
+            v_offset=heads * q_stride + kv_heads * dim,
+            k_width=dim,
+            v_width=dim,
+            k_norm=norms[1],
+            k_norm_values=dim,
+            eps=1e-6,
         )
         out = bench.empty(rows, heads * dim)
         attend.record(maker, projected, q_stride, out, tile_rows, most_splits)
@@ -289,7 +305,10 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1, p
             queries = reference.rope(queries, plan.rope, positions[position:])
             found = reference.attention(
                 *(queries, all_k, all_v, positions[position:]),
-                **{"scale": plan.scale, "window": plan.window, "sinks": plan.sinks, "soft_cap": plan.soft_cap},
+                scale=plan.scale,
+                window=plan.window,
+                sinks=plan.sinks,
+                soft_cap=plan.soft_cap,
             )
             expected[rows_here] = found * reference.sigmoid(q[rows_here, :, dim:]) if plan.gated else found
     del layout, last
@@ -434,3 +453,50 @@ def test_tiles_fit_local_memory():
                 assert macros["QUERIES"] % macros["QUERY_SETS"] == 0
                 assert shape.value_dim // 8 * macros["QUERY_SETS"] * macros["KEY_SETS"] <= macros["ATTEND_ITEMS"]
                 assert shape.local_bytes(number) <= local_memory
+
+
+# Merged layers ----------------------------------------------------------------------------------
+
+
+def linear(backend, rng, k, n, factor=1.0, group=32):
+    q = rng.integers(0, 16, (k, n)).astype(np.uint8)
+    scale = (factor * rng.uniform(0.5, 1.5, (k // group, n))).astype(np.float16)
+    zero = rng.integers(1, 17, scale.shape)
+    return backend.load_gptq(*gptq.pack_gptq(q, scale, zero), bits=4, group_size=group, k=k, n=n)
+
+
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1, 16, 0.25)])
+def test_merged_layers(device_alone, rng, factors):
+    """The merged store holds what the layers' stores hold, with scales by one power of two."""
+    layers = [linear(device_alone, rng, 96, n, factor) for n, factor in zip((48, 16, 32), factors, strict=True)]
+    merger = Merger(device_alone.runtime)
+    merged = merger(layers)
+    assert merger.nbytes == merged.nbytes
+    found = contents(device_alone, merged)
+    expected = [contents(device_alone, layer.store) for layer in layers]
+    for part, parts in zip(found, zip(*expected, strict=True), strict=True):
+        np.testing.assert_array_equal(part, np.concatenate(parts, axis=1))
+
+
+def contents(backend, store):
+    q, scale, zero = unpack_expert(
+        store.read(backend.runtime.loading_queue, 0), store.group_orders[0], store.layout, store.k
+    )
+    return q, scale.astype(np.float64) * store.weight_factor, zero
+
+
+def test_layers_that_are_not_merged(device_alone, rng):
+    """Other sizes of K or groups, scales too far apart, half a strip, one layer, or too many bytes."""
+    merger = Merger(device_alone.runtime)
+    layer = linear(device_alone, rng, 64, 32)
+    others = [
+        linear(device_alone, rng, 96, 32),
+        linear(device_alone, rng, 64, 32, group=64),
+        linear(device_alone, rng, 64, 32, factor=2.0**-10),
+        linear(device_alone, rng, 64, 24),
+    ]
+    for layers in ([layer], *([layer, other] for other in others)):
+        assert merger(layers) is None
+    assert merger([layer, layer]) is not None
+    merger._limit = merger.nbytes
+    assert merger([layer, layer]) is None

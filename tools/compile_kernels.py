@@ -49,8 +49,25 @@ MMA = [
     {**HALVES, **ROUTED, **GROUPS_32, "BIAS": 2, "ROWS": 8},
     {"INPUT_TYPE": 1, "ROUTED": 1, "BIAS": 1, "ROWS": 8, "DEPTH": 4, "WAVES": 4},
 ]
-LATENT_TILES = {"HEAD_DIM": 576, "VALUE_DIM": 512, "QUERIES": 16, "HEADS": 8, "QUERY_SETS": 2, "KEY_SETS": 1, "KEYS": 64}
-GROUPED_TILES = {"HEAD_DIM": 128, "VALUE_DIM": 128, "QUERIES": 32, "HEADS": 8, "QUERY_SETS": 8, "KEY_SETS": 1, "KEYS": 32}
+DIMS_OF_LATENTS, DIMS_OF_HEADS = {"HEAD_DIM": 576, "VALUE_DIM": 512}, {"HEAD_DIM": 128, "VALUE_DIM": 128}
+LATENT_TILES = {
+    "HEAD_DIM": 576,
+    "VALUE_DIM": 512,
+    "QUERIES": 16,
+    "HEADS": 8,
+    "QUERY_SETS": 2,
+    "KEY_SETS": 1,
+    "KEYS": 64,
+}
+GROUPED_TILES = {
+    "HEAD_DIM": 128,
+    "VALUE_DIM": 128,
+    "QUERIES": 32,
+    "HEADS": 8,
+    "QUERY_SETS": 8,
+    "KEY_SETS": 1,
+    "KEYS": 32,
+}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
 VARIANTS: dict[str, list[dict[str, int]]] = {

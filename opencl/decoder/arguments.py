@@ -10,7 +10,7 @@ __all__ = ["DECODER_KERNELS"]
 
 # Rows (decoder_rows.cl) ---------------------------------------------------------------------------
 
-EMBED_ROWS = {"step": "global int*", "table": "global INPUT*", "x": "global float*", "width": "uint"}
+EMBED_ROWS = {"batch": "global int*", "table": "global INPUT*", "x": "global float*", "width": "uint"}
 NORM_ROWS = {
     "x": "global float*",
     "x_offset": "uint",
@@ -51,7 +51,7 @@ ARGMAX_ROWS = {"logits": "global float*", "tokens": "global int*", "width": "uin
 # Heads (decoder_heads.cl) -------------------------------------------------------------------------
 
 PLACE_HEADS = {
-    "step": "global int*",
+    "batch": "global int*",
     "q": "global float*",
     "q_offset": "uint",
     "q_row_stride": "uint",
@@ -85,7 +85,7 @@ PLACE_HEADS = {
 # Attention (decoder_attention.cl) -----------------------------------------------------------------
 
 ATTEND = {
-    "step": "global int*",
+    "batch": "global int*",
     "tiles": "uint",
     "q": "global float*",
     "q_row_stride": "uint",
@@ -106,7 +106,7 @@ ATTEND = {
     "stats": "global float2*",
 }
 MERGE_SPLITS = {
-    "step": "global int*",
+    "batch": "global int*",
     "tiles": "uint",
     "q": "global float*",
     "q_row_stride": "uint",
@@ -141,7 +141,7 @@ DENSE = {
 # Gated DeltaNet (decoder_delta.cl) ----------------------------------------------------------------
 
 SHORT_CONV = {
-    "step": "global int*",
+    "batch": "global int*",
     "segments": "uint",
     "input": "global float*",
     "input_stride": "uint",
@@ -152,7 +152,7 @@ SHORT_CONV = {
     "conv_width": "uint",
 }
 DELTA_RULE = {
-    "step": "global int*",
+    "batch": "global int*",
     "segments": "uint",
     "mixed": "global float*",
     "raw": "global float*",

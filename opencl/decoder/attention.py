@@ -130,7 +130,7 @@ class Attend:
         stats = maker.ctx.reserve("decoder statistics of splits", 8 * room)
         blocks = shape.head_blocks
         own = {
-            "step": maker.step,
+            "batch": maker.step,
             "q": q.data,
             "q_row_stride": q.width,
             "q_head_stride": q_head_stride,
@@ -252,7 +252,7 @@ def place_heads(
         (maker.rows * items, groups),
         (items, 1),
         "place_heads",
-        step=maker.step,
+        batch=maker.step,
         q=q.data,
         q_offset=q_offset,
         q_row_stride=q.width,

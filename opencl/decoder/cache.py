@@ -172,8 +172,8 @@ def check_memory(
     if num_pages <= most and states <= found.global_memory - weights:
         return
     raise MemoryError(
-        f"cache: {num_pages * PAGE_TOKENS} tokens need {num_pages * per_page + states} bytes, which do not fit into the "
-        f"memory of {found.name}: it has {found.global_memory} bytes, in buffers of at most {runtime.max_alloc_bytes}, "
-        f"and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; pass fewer cache_tokens, or a "
-        "shorter context_length"
+        f"cache: {num_pages * PAGE_TOKENS} tokens need {num_pages * per_page + states} bytes, which do not fit into "
+        f"the memory of {found.name}: it has {found.global_memory} bytes, in buffers of at most "
+        f"{runtime.max_alloc_bytes}, and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; "
+        "pass fewer cache_tokens, or a shorter context_length"
     )

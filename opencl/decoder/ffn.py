@@ -9,6 +9,7 @@ import pyopencl as cl
 from marlin_cy.decoder.plan import MlpPlan, MoeFfnPlan
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.checks.routing import is_fused_routing_correct
 from marlin_cy.opencl.context import ARRIVED
 from marlin_cy.opencl.decoder.maker import Combination
 from marlin_cy.opencl.decoder.projections import CPU_TEAM, TEAM, DenseMatrix, ProjectionGroup
@@ -22,7 +23,6 @@ from marlin_cy.opencl.layer.forward import (
     enqueue_weigh,
 )
 from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
-from marlin_cy.opencl.checks.routing import is_fused_routing_correct
 from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
@@ -98,9 +98,7 @@ class MoeFfn:
         # The counter of `route_align`, which must be 0 before each of its launches.
         self._arrived = ctx.reserve(ARRIVED, 4)
 
-    def record(
-        self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows
-    ) -> Combination:
+    def record(self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows) -> Combination:
         """Record the norm and the block; returns what is to be added. ``x``: rows for the norm's output."""
         ctx, layer, rows = maker.ctx, self._layer, maker.rows
         logits = maker.room("router logits", layer.num_experts)

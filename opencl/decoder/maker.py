@@ -106,10 +106,9 @@ class Maker:
             "ADDED": ADDED_NONE if added is None else ADDED_ROWS if isinstance(added, Rows) else ADDED_EXPERTS,
             "PICKED": int(picked is not None),
         }
+        more: dict[str, Any] = {"added": added.data} if isinstance(added, Rows) else {"added": None}
         if isinstance(added, Combination):
             more = added.arguments()
-        else:
-            more = {"added": None if added is None else added.data}
         self.record(
             "decoder_rows",
             "norm_rows",

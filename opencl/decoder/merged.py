@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyopencl as cl
 
 from marlin_cy.opencl.arguments import rescale_values
@@ -59,7 +58,12 @@ class Merger:
         merged = OpenClGptqStore(
             self._runtime,
             StackSizes(
-                1, first.k, sum(store.n for store in stores), first.weight_group_size, [None], first.codes, np.dtype("f2")
+                num_experts=1,
+                k=first.k,
+                n_per_expert=sum(store.n for store in stores),
+                group_size=first.weight_group_size,
+                g_idx=[None],
+                codes=first.codes,
             ),
         )
         merged.symmetric = all(store.symmetric for store in stores)

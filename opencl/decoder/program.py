@@ -1,8 +1,8 @@
 """The OpenCL backend's program for a whole model: launches that are recorded once for a number of rows.
 
 A step is one write to the device, the recorded launches, and one read, of the logits that are wanted. The residual
-stream ``x`` is float32. What a mixer or a feed-forward network gives is added to it by the norm that follows, which also
-adds up the rows of a token's experts::
+stream ``x`` is float32. What a mixer or a feed-forward network gives is added to it by the norm that follows, which
+also adds up the rows of a token's experts::
 
     embed_rows ── x
     for each layer:    norm_rows ── mixer         x += what the last network gave
@@ -46,7 +46,7 @@ MAX_RECORDINGS = 24
 HEAD_ROWS = 64
 """Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
 LEAST_STEP_INTS = 1 << 16
-GROUPS_PER_UNIT = 2
+GROUPS_PER_UNIT = 4
 """Work-groups for each compute unit into which attention to few rows is split."""
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
@@ -232,7 +232,7 @@ class OpenClDecoder(DecoderProgram):
             (maker.rows * maker.items,),
             (maker.items,),
             "embed_rows",
-            step=maker.step,
+            batch=maker.step,
             table=self._embedding,
             x=residual.x.data,
             width=hidden,

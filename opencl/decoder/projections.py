@@ -1,4 +1,4 @@
-"""Linear layers of a decoder on the device: quantised ones by the products of layers, dense ones by ``decoder_dense.cl``.
+"""Linear layers of a decoder on the device: quantised ones by the layers' products, dense ones by ``decoder_dense.cl``.
 
 Layers that read the same rows form a group. Their outputs lie side by side in one row, in the order given, and dense
 layers that follow each other are one product.
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["DenseMatrix", "ProjectionGroup", "Uploads"]
 
 TILED_ROWS = 16
-"""From this number of rows on a product is computed in tiles: the rows of several work-groups would read the weights
-as often as tiles do, and tiles share the rows, too."""
+"""Products of fewer rows are never computed in tiles, which would be mostly padding. Products of more are not if there
+would be fewer tiles than compute units: a router has one or two columns of tiles, and all of K takes long."""
 TEAM, TEAMS = 32, 4
 CPU_TEAM = 8
 COLUMNS = 2  # of decoder_dense.cl
@@ -40,8 +40,8 @@ TILE = 64  # of decoder_dense.cl
 
 
 class Uploads:
-    """Constant arrays on the device. Arrays of a plan are there once: layers share tables of RoPE, and a head may be the
-    embedding.
+    """Constant arrays on the device. Arrays of a plan are there once: layers share tables of RoPE, and a head may be
+    the embedding.
 
     Attributes
     ----------
@@ -128,12 +128,13 @@ class DenseMatrix:
             "n": self.n,
             "k": self.k,
         }
-        if out.rows >= TILED_ROWS:
-            size = -(-self.n // TILE) * 256, -(-out.rows // TILE), self.batch
+        device = maker.ctx.backend.runtime.capabilities
+        tiles = -(-self.n // TILE), -(-out.rows // TILE)
+        if out.rows >= TILED_ROWS and tiles[0] * tiles[1] * self.batch >= device.compute_units:
+            size = tiles[0] * 256, tiles[1], self.batch
             maker.record("decoder_dense", "dense_many", macros, size, (256, 1, 1), label, **values)
             return
-        cpu = maker.ctx.backend.runtime.capabilities.is_cpu
-        team = CPU_TEAM if cpu else TEAM
+        team = CPU_TEAM if device.is_cpu else TEAM
         rows = next(number for number in (1, 2, 4) if number >= out.rows or number == 4)
         macros |= {"DENSE_ROWS": rows, "TEAM": team, "TEAMS": TEAMS}
         groups = -(-self.n // (TEAMS * COLUMNS))
@@ -141,7 +142,7 @@ class DenseMatrix:
         maker.record("decoder_dense", "dense_few", macros, size, (team * TEAMS, 1, 1), label, **values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PackedColumns:
     """A quantised layer whose outputs begin at a column of a row.
 

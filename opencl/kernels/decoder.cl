@@ -1,7 +1,7 @@
 // Shared by the decoder's kernels: the buffer in which the host describes a step, and pages of the cache.
 //
-// The step, in ints. R is the number of rows that the launches were made for; the host may have fewer, and then repeats
-// the last row with a segment of -1.
+// Kernels call the buffer `batch`, as `step` is a function of OpenCL C. R is the number of rows that the launches were made
+// for. The host may have fewer rows, and then repeats the last one with a segment of -1. The buffer in ints:
 //
 //   0                         splits of the positions of tiles of few rows
 //   16              [R][4]    of each row: token, position, first int of its page table, segment
@@ -35,7 +35,7 @@
 
 #define STEP_SPLITS 0
 #define STEP_ROWS 16
-#define STEP_ROW(step, row) vload4(row, (step) + STEP_ROWS)
+#define STEP_ROW(batch, row) vload4(row, (batch) + STEP_ROWS)
 
 // Adds `value` over the work-items of a group whose size is a power of two. `sums` holds that many floats. It is always
 // inlined for PoCL: see align.cl.

@@ -78,12 +78,12 @@ static inline float finished(float value, float high, float total, float sink, _
 //   output                       OUTPUT [rows][num_heads][VALUE_DIM]
 //   partial, stats               float [tiles][num_heads][splits][VALUE_DIM], float2 [tiles][num_heads][splits] (maximum and
 //                                sum of the weights), if there is more than one split. Tiles then have one row
-__attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void
-attend(__global const int *restrict step, const uint tiles, __global const float *restrict q, const uint q_row_stride,
-       const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
-       const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
-       const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
-       __global OUTPUT *restrict output, __global float *restrict partial, __global float2 *restrict stats)
+__attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
+    __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
+    const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
+    const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
+    const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
+    __global OUTPUT *restrict output, __global float *restrict partial, __global float2 *restrict stats)
 {
     __local float room[ROOM];
     __local float scores[QUERIES * KEYS];
@@ -94,19 +94,19 @@ attend(__global const int *restrict step, const uint tiles, __global const float
     const uint heads_per_kv = num_heads / num_kv_heads, blocks = heads_per_kv / HEADS;
     const uint kv_head = get_group_id(1) / blocks;
     const uint first_head = kv_head * heads_per_kv + get_group_id(1) % blocks * HEADS;
-    const int4 tile = vload4(get_group_id(0), step + tiles);
+    const int4 tile = vload4(get_group_id(0), batch + tiles);
     const uint first_row = tile.x, rows = tile.y;
 
     for (uint i = item; i < QUERIES * HEAD_DIM; i += ATTEND_ITEMS) {
         const uint m = i / HEAD_DIM, row = min(m / HEADS, rows - 1);
-        room[i] = scale * q[(ulong)(first_row + row) * q_row_stride + (first_head + m % HEADS) * q_head_stride +
-                            i % HEAD_DIM];
+        room[i] = scale *
+                  q[(ulong)(first_row + row) * q_row_stride + (first_head + m % HEADS) * q_head_stride + i % HEAD_DIM];
     }
     for (uint row = item; row < TILE_ROWS; row += ATTEND_ITEMS)
-        last[row] = STEP_ROW(step, first_row + min(row, rows - 1)).y;
+        last[row] = STEP_ROW(batch, first_row + min(row, rows - 1)).y;
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    __global const int *table = step + STEP_ROW(step, first_row).z;
+    __global const int *table = batch + STEP_ROW(batch, first_row).z;
     const int seen = window ? window : INT_MAX;
     const int lowest = last[0] >= seen ? last[0] - seen + 1 : 0, end = last[TILE_ROWS - 1] + 1;
     const int run = ((end - lowest + (int)splits - 1) / (int)splits + PAGE_TOKENS - 1) / PAGE_TOKENS * PAGE_TOKENS;
@@ -148,8 +148,7 @@ attend(__global const int *restrict step, const uint tiles, __global const float
                     const uint m = score_set * SET_QUERIES + i;
                     const int newest = last[m / HEADS];
                     const float score = soft_cap > 0 ? soft_cap * tanh(dots[i] / soft_cap) : dots[i];
-                    scores[m * KEYS + n] =
-                        n < (uint)count && p <= newest && newest - p < seen ? score : -INFINITY;
+                    scores[m * KEYS + n] = n < (uint)count && p <= newest && newest - p < seen ? score : -INFINITY;
                 }
             }
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -232,13 +231,14 @@ attend(__global const int *restrict step, const uint tiles, __global const float
 }
 
 // Joins the splits of each head of a row. A work-group for each head of a row that is in a tile; any local size.
-__kernel void merge_splits(__global const int *restrict step, const uint tiles, __global const float *restrict q,
+__kernel void merge_splits(__global const int *restrict batch, const uint tiles, __global const float *restrict q,
                            const uint q_row_stride, const uint q_head_stride, const uint num_heads,
-                           const uint value_dim, __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output,
-                           __global const float *restrict partial, __global const float2 *restrict stats)
+                           const uint value_dim, __global const float *restrict sinks, const uint gate_offset,
+                           __global OUTPUT *restrict output, __global const float *restrict partial,
+                           __global const float2 *restrict stats)
 {
-    const uint head = get_group_id(1), splits = (uint)step[STEP_SPLITS];
-    const ulong row = (uint)step[tiles + 4 * get_group_id(0)];
+    const uint head = get_group_id(1), splits = (uint)batch[STEP_SPLITS];
+    const ulong row = (uint)batch[tiles + 4 * get_group_id(0)];
     stats += (get_group_id(0) * (ulong)num_heads + head) * splits;
     partial += (get_group_id(0) * (ulong)num_heads + head) * splits * value_dim;
     float high = -INFINITY, total = 0;

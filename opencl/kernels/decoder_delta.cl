@@ -29,24 +29,23 @@
 //   input, output   float [rows][input_stride], [rows][channels]
 //   weight          float [channels][conv_width]
 //   states          float [slots][conv_width - 1][channels], the oldest first
-__kernel void short_conv(__global const int *restrict step, const uint segments, __global const float *restrict input,
+__kernel void short_conv(__global const int *restrict batch, const uint segments, __global const float *restrict input,
                          const uint input_stride, __global const float *restrict weight,
                          __global const float *restrict states, __global float *restrict output, const uint channels,
                          const uint conv_width)
 {
     const uint c = get_global_id(0);
     const ulong row = get_global_id(1);
-    const int number = STEP_ROW(step, row).w;
+    const int number = STEP_ROW(batch, row).w;
     if (c >= channels || number < 0)
         return;
-    const int4 segment = vload4(number, step + segments);
+    const int4 segment = vload4(number, batch + segments);
     float sum = 0;
     for (uint j = 0; j < conv_width; j++) {
         const int from = (int)(row + j) - (int)(conv_width - 1), before = from - segment.x;
         const float value =
-            before >= 0
-                ? input[(ulong)from * input_stride + c]
-                : states[((ulong)segment.z * (conv_width - 1) + (conv_width - 1 + before)) * channels + c];
+            before >= 0 ? input[(ulong)from * input_stride + c]
+                        : states[((ulong)segment.z * (conv_width - 1) + (conv_width - 1 + before)) * channels + c];
         sum = fma(weight[(ulong)c * conv_width + j], value, sum);
     }
     output[row * channels + c] = sum / (1 + exp(-sum));
@@ -71,20 +70,21 @@ __attribute__((always_inline)) static inline float column_sum(float value, __loc
 //   gates          float [rows][2 * num_v_heads]: b, then a
 //   output         float [rows][num_v_heads * VALUE_DIM]
 //   states         float [slots][num_v_heads][KEY_DIM][VALUE_DIM]
-__attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void
-delta_rule(__global const int *restrict step, const uint segments, __global const float *restrict mixed,
-           __global const float *restrict raw, const uint raw_stride, __global const float *restrict gates,
-           __global const float *restrict a_log, __global const float *restrict dt_bias, __global float *restrict output,
-           __global float *restrict states, __global float *restrict conv_states, const uint num_k_heads,
-           const uint num_v_heads, const uint conv_width)
+__attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void delta_rule(
+    __global const int *restrict batch, const uint segments, __global const float *restrict mixed,
+    __global const float *restrict raw, const uint raw_stride, __global const float *restrict gates,
+    __global const float *restrict a_log, __global const float *restrict dt_bias, __global float *restrict output,
+    __global float *restrict states, __global float *restrict conv_states, const uint num_k_heads,
+    const uint num_v_heads, const uint conv_width)
 {
     __local float query[KEY_DIM], key[KEY_DIM];
     __local float sums[STATE_ITEMS];
     __local float lengths[2];
     const uint item = get_local_id(0), head = get_group_id(1), part = item / STATE_COLUMNS;
     const uint column = get_group_id(0) * STATE_COLUMNS + item % STATE_COLUMNS;
-    const uint k_head = head / (num_v_heads / num_k_heads), channels = 2 * num_k_heads * KEY_DIM + num_v_heads * VALUE_DIM;
-    const int4 segment = vload4(get_group_id(2), step + segments);
+    const uint k_head = head / (num_v_heads / num_k_heads),
+               channels = 2 * num_k_heads * KEY_DIM + num_v_heads * VALUE_DIM;
+    const int4 segment = vload4(get_group_id(2), batch + segments);
     __global float *state = states + ((ulong)segment.z * num_v_heads + head) * KEY_DIM * VALUE_DIM;
     const float rate = -exp(a_log[head]);
 
@@ -140,18 +140,17 @@ delta_rule(__global const int *restrict step, const uint segments, __global cons
     for (uint c = share * STATE_ITEMS + item; c < channels; c += shares * STATE_ITEMS)
         for (int j = 0; j < (int)conv_width - 1; j++) { // the oldest first: what is read lies behind what is written
             const int from = segment.y + j - ((int)conv_width - 1);
-            conv[(ulong)j * channels + c] =
-                from >= 0 ? raw[(ulong)(segment.x + from) * raw_stride + c] : conv[(ulong)(j + segment.y) * channels + c];
+            conv[(ulong)j * channels + c] = from >= 0 ? raw[(ulong)(segment.x + from) * raw_stride + c]
+                                                      : conv[(ulong)(j + segment.y) * channels + c];
         }
 }
 
 // output = rms_norm(y, weight) * silu(gate), for each head of each row. Groups: rows, heads.
 //   y, gate   float [rows][heads * width], [rows][gate_stride] from gate_offset on
-__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void
-gated_norm_heads(__global const float *restrict y, __global const float *restrict gate, const uint gate_offset,
-                 const uint gate_stride,
-                 __global const float *restrict weight, __global OUTPUT *restrict output, const uint heads,
-                 const uint width, const float eps)
+__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void gated_norm_heads(
+    __global const float *restrict y, __global const float *restrict gate, const uint gate_offset,
+    const uint gate_stride, __global const float *restrict weight, __global OUTPUT *restrict output, const uint heads,
+    const uint width, const float eps)
 {
     __local float sums[HEAD_ITEMS];
     const ulong row = get_group_id(0);

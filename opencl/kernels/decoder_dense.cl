@@ -34,10 +34,11 @@
 #endif
 #define COLUMNS 2 // of a team, so that the loads of one hide the latency of the other's
 
-#define DENSE_ARGS                                                                                                   \
-    __global const INPUT *restrict x, const uint x_offset, const uint x_stride, const uint x_batch,                  \
-        __global const WEIGHT *restrict weight, __global const float *restrict bias, __global float *restrict out,   \
-        const uint out_offset, const uint out_stride, const uint out_batch, const uint rows, const uint n, const uint k
+#define DENSE_ARGS                                                                                                 \
+    __global const INPUT *restrict x, const uint x_offset, const uint x_stride, const uint x_batch,                \
+        __global const WEIGHT *restrict weight, __global const float *restrict bias, __global float *restrict out, \
+        const uint out_offset, const uint out_stride, const uint out_batch, const uint rows, const uint n,         \
+        const uint k
 
 static inline float sum8(float8 value)
 {
@@ -46,7 +47,7 @@ static inline float sum8(float8 value)
 }
 
 // For few rows: weights are read once, at the speed of memory. Groups: columns, rows, batch.
-__attribute__((reqd_work_group_size(TEAM *TEAMS, 1, 1))) __kernel void dense_few(DENSE_ARGS)
+__attribute__((reqd_work_group_size(TEAM * TEAMS, 1, 1))) __kernel void dense_few(DENSE_ARGS)
 {
     __local float sums[TEAM * TEAMS];
     const uint item = get_local_id(0), lane = item % TEAM, team = item / TEAM;
@@ -129,7 +130,8 @@ __attribute__((reqd_work_group_size(256, 1, 1))) __kernel void dense_many(DENSE_
             a[tx][place] = inside && first_row + place < rows
                                ? load_input(x, (ulong)(first_row + place) * x_stride + base + tx)
                                : 0;
-            b[tx][place] = inside && first + place < n ? load_weight(weight, (ulong)(first + place) * k + base + tx) : 0;
+            b[tx][place] =
+                inside && first + place < n ? load_weight(weight, (ulong)(first + place) * k + base + tx) : 0;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
 #pragma unroll

@@ -25,21 +25,20 @@
 #endif
 #define MAX_HEAD_DIM 640
 
-__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void
-place_heads(__global const int *restrict step, __global float *q, const uint q_offset, const uint q_row_stride,
-            const uint q_head_stride, const uint q_width, __global float *out, const uint out_offset,
-            const uint out_row_stride, const uint out_head_stride, __global const float *restrict q_norm,
-            __global float *kv, const uint k_offset, const uint v_offset, const uint kv_row_stride, const uint k_width,
-            const uint v_width, __global const float *restrict k_norm, const uint k_norm_values,
-            const uint k_rope_begin, const float eps, __global const float *restrict cosine,
-            __global const float *restrict sine, const uint pairs, const int interleaved, const uint num_heads,
-            const uint num_kv_heads, __global CACHE *restrict keys, __global CACHE *restrict values)
+__attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void place_heads(
+    __global const int *restrict batch, __global float *q, const uint q_offset, const uint q_row_stride,
+    const uint q_head_stride, const uint q_width, __global float *out, const uint out_offset, const uint out_row_stride,
+    const uint out_head_stride, __global const float *restrict q_norm, __global float *kv, const uint k_offset,
+    const uint v_offset, const uint kv_row_stride, const uint k_width, const uint v_width,
+    __global const float *restrict k_norm, const uint k_norm_values, const uint k_rope_begin, const float eps,
+    __global const float *restrict cosine, __global const float *restrict sine, const uint pairs, const int interleaved,
+    const uint num_heads, const uint num_kv_heads, __global CACHE *restrict keys, __global CACHE *restrict values)
 {
     __local float head[MAX_HEAD_DIM];
     __local float sums[HEAD_ITEMS];
     const uint item = get_local_id(0), number = get_group_id(1);
     const ulong row = get_group_id(0);
-    const int4 record = STEP_ROW(step, row);
+    const int4 record = STEP_ROW(batch, row);
     const uint kind = number < num_heads ? 0 : number < num_heads + num_kv_heads ? 1 : 2;
     const uint kv_head = (number - num_heads) % num_kv_heads;
     const uint width = kind == 0 ? q_width : kind == 1 ? k_width : v_width;
@@ -73,7 +72,7 @@ place_heads(__global const int *restrict step, __global float *q, const uint q_o
         for (uint i = item; i < width; i += HEAD_ITEMS)
             to[i] = head[i];
     } else if (record.w >= 0) {
-        const ulong page = (uint)step[record.z + record.y / PAGE_TOKENS];
+        const ulong page = (uint)batch[record.z + record.y / PAGE_TOKENS];
         const ulong base = (page * num_kv_heads + kv_head) * width * PAGE_TOKENS + record.y % PAGE_TOKENS * CHUNK;
         for (uint i = item; i < width; i += HEAD_ITEMS)
             store_cache(head[i], kind == 1 ? keys : values, base + i / CHUNK * CHUNK_STRIDE + i % CHUNK);

@@ -35,11 +35,11 @@
 #endif
 #define ITEMS (TEAM * TEAMS)
 
-__attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void
-norm_router(__global const float *restrict x, __global const float *restrict added, __global float *restrict y,
-            __global const float *restrict weight, __global OUTPUT *restrict output, const float eps,
-            __global const WEIGHT *restrict router, __global const float *restrict bias,
-            __global float *restrict logits, const uint n, __global uint *restrict arrived)
+__attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void norm_router(
+    __global const float *restrict x, __global const float *restrict added, __global float *restrict y,
+    __global const float *restrict weight, __global OUTPUT *restrict output, const float eps,
+    __global const WEIGHT *restrict router, __global const float *restrict bias, __global float *restrict logits,
+    const uint n, __global uint *restrict arrived)
 {
     __local float normed[WIDTH];
     __local float sums[ITEMS];

@@ -25,19 +25,19 @@
 
 // x[row] = table[token of row]. A work-group for each row.
 //   table   INPUT [vocabulary][width]
-__kernel void embed_rows(__global const int *restrict step, __global const INPUT *restrict table,
+__kernel void embed_rows(__global const int *restrict batch, __global const INPUT *restrict table,
                          __global float *restrict x, const uint width)
 {
-    const ulong row = get_group_id(0), token = (uint)STEP_ROW(step, row).x;
+    const ulong row = get_group_id(0), token = (uint)STEP_ROW(batch, row).x;
     for (uint i = get_local_id(0); i < width; i += get_local_size(0))
         x[row * width + i] = load_input(table, token * width + i);
 }
 
 // What is added to value i of a row of x: row `row` of `added`, or the weighted sum of its experts' rows.
 #if ADDED == ADDED_EXPERTS
-#define ADDED_ARGS                                                                                               \
+#define ADDED_ARGS                                                                                                  \
     __global const float *restrict added, __global const int *restrict ids, __global const float *restrict weights, \
-        const uint num_experts, const uint top_k, __global const float *restrict shared,                         \
+        const uint num_experts, const uint top_k, __global const float *restrict shared,                            \
         __global const float *restrict factors
 #define ADDED_NAMES added, ids, weights, num_experts, top_k, shared, factors
 // Four rows at a time, so that four loads are in flight; rows that are left out are loaded, too.
@@ -79,10 +79,10 @@ static inline float addend(ulong row, uint i, uint width, ADDED_ARGS)
 //                  `combine` of moe.cl:
 //   ids, weights   int and float [rows][top_k]; weights NULL: all are 1
 //   shared         float [rows][width], the rows of a shared expert, or NULL; factors float [rows], or NULL: all are 1
-__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void
-norm_rows(__global float *restrict x, const uint x_offset, const uint x_stride, __global const float *restrict weight,
-          __global OUTPUT *restrict output, const float eps, const uint width, __global const int *restrict picked,
-          const uint picked_offset, __global uint *restrict arrived, ADDED_ARGS)
+__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void norm_rows(
+    __global float *restrict x, const uint x_offset, const uint x_stride, __global const float *restrict weight,
+    __global OUTPUT *restrict output, const float eps, const uint width, __global const int *restrict picked,
+    const uint picked_offset, __global uint *restrict arrived, ADDED_ARGS)
 {
     __local float sums[ROW_ITEMS];
     const uint item = get_local_id(0);
@@ -127,8 +127,9 @@ __kernel void glu_rows(__global const float *restrict input, __global OUTPUT *re
 #endif
 
 // The row with the largest logit: tokens[row] = the first column of the largest value. A work-group for each row.
-__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void
-argmax_rows(__global const float *restrict logits, __global int *restrict tokens, const uint width)
+__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void argmax_rows(__global const float *restrict logits,
+                                                                                 __global int *restrict tokens,
+                                                                                 const uint width)
 {
     __local float values[ROW_ITEMS];
     __local uint places[ROW_ITEMS];
