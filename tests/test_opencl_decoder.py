@@ -84,7 +84,8 @@ class TestLogits:
         monkeypatch.setattr("marlin_cy.opencl.decoder.program.row_type", lambda ctx: 1)
         model = load_model(FOLDER, device_alone, cache_dtype="float32", context_length=64)
         logits = model.forward(TEXT[:20], all_logits=True)
-        assert 1e-4 < relative_error(logits, expected[:20]) < BOUND
+        # float16 keeps 11 bits; with float32 rows the error is half as large.
+        assert 3e-5 < relative_error(logits, expected[:20]) < BOUND
         assert_near(model.forward(TEXT[20:21]), expected[20])
 
     @pytest.mark.sampled(1)

@@ -133,7 +133,7 @@ def test_embedding(bench, rng, dtype):
     macros, table_rows = {"INPUT_TYPE": TYPE_CODES[table.dtype]}, bench.rows(table)
     maker.record(
         *("decoder_rows", "embed_rows", macros, (3 * 8,), (8,)),
-        step=maker.step,
+        batch=maker.step,
         table=table_rows.data,
         x=x.data,
         width=24,
@@ -218,16 +218,15 @@ def attention_plan(heads, kv_heads, dim, rng, **changes):
     return dataclasses.replace(plan, **changes)
 
 
-def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1, poison=True):
-    """Fill a cache by `place_heads`, then attend; returns the output and the expected output.
+def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
+    """Append to a cache by `place_heads`, then attend, in two steps: the rows before each sequence's position, then the
+    sequences' own. Returns the output of the second step, and the expected output.
 
-    The cache is NaN wherever the step's sequences have no position.
+    The cache is NaN wherever no position was written.
     """
     heads, kv_heads, dim = plan.num_heads, plan.num_kv_heads, plan.head_dim
     batch = batch_of(rng, sequences)
     count = len(batch.tokens)
-    recorded = rows_recorded(count)
-    layout = StepLayout(recorded)
     backend = bench.recorder.backend
     pool = KvPool(backend.runtime, plan, int(batch.pages.max()) + 1, dtype)
     for buffer in (pool.keys, pool.values):
@@ -246,16 +245,12 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1, p
     width = heads * q_stride + 2 * kv_heads * dim
     norms = [bench.uploads(norm, "norm") for norm in (plan.q_norm, plan.k_norm)]
     rotation = Rotation.of(bench.uploads, plan.rope)
-    expected = np.zeros((recorded, heads, dim))
-    last = np.zeros((recorded, width), np.float32)
-    results = None
-    # The rows before each sequence's position come in a step of their own.
+    results, expected, keys_before = None, np.zeros((count, heads, dim)), {}
     for part in ("before", "now"):
         lengths = batch.segments[:, 2] if part == "before" else batch.segments[:, 1]
         starts = np.zeros_like(lengths) if part == "before" else batch.segments[:, 2]
         used = lengths > 0
         if not used.any():
-            keys_before = {}
             continue
         first = np.cumsum(lengths[used]) - lengths[used]
         segments = np.stack([first, lengths[used], starts[used], np.zeros_like(first)], axis=1)
@@ -311,8 +306,7 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1, p
                 soft_cap=plan.soft_cap,
             )
             expected[rows_here] = found * reference.sigmoid(q[rows_here, :, dim:]) if plan.gated else found
-    del layout, last
-    return results, expected[:count]
+    return results, expected
 
 
 MIXED = [(0, 1), (37, 2), (5, 9), (200, 1), (16, 21)]

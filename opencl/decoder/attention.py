@@ -210,7 +210,7 @@ class Rotation:
     @classmethod
     def of(cls, uploads: Uploads, table: RopeTable | None) -> Rotation:
         """The table of a layer."""
-        if table is None:
+        if table is None or not table.pairs:
             return cls(None, None, 0, False)
         return cls(uploads(table.cos, "RoPE"), uploads(table.sin, "RoPE"), table.pairs, table.interleaved)
 

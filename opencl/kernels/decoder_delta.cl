@@ -23,6 +23,7 @@
 #define STATE_ITEMS (STATE_COLUMNS * KEY_PARTS)
 #define PART_KEYS (KEY_DIM / KEY_PARTS)
 #define L2_EPS 1e-6f
+#define LENGTH_LANES 16 // partial sums of the squares of a query, and of a key
 
 // output[row][c] = silu(sum over j of weight[c][j] * input[row - (width - 1) + j][c]); rows before the segment's first
 // come from the state. A work-item for each (channel, row).
@@ -79,7 +80,7 @@ __attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void delta_rul
 {
     __local float query[KEY_DIM], key[KEY_DIM];
     __local float sums[STATE_ITEMS];
-    __local float lengths[2];
+    __local float squares[2 * LENGTH_LANES];
     const uint item = get_local_id(0), head = get_group_id(1), part = item / STATE_COLUMNS;
     const uint column = get_group_id(0) * STATE_COLUMNS + item % STATE_COLUMNS;
     const uint k_head = head / (num_v_heads / num_k_heads),
@@ -100,16 +101,20 @@ __attribute__((reqd_work_group_size(STATE_ITEMS, 1, 1))) __kernel void delta_rul
             key[i] = from[(num_k_heads + k_head) * KEY_DIM + i];
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (item < 2) {
+        for (uint place = item; place < 2 * LENGTH_LANES; place += STATE_ITEMS) {
+            __local const float *from_head = place < LENGTH_LANES ? query : key;
             float sum = 0;
-            for (uint i = 0; i < KEY_DIM; i++) {
-                const float value = item ? key[i] : query[i];
-                sum = fma(value, value, sum);
-            }
-            lengths[item] = 1 / sqrt(sum + L2_EPS);
+            for (uint i = place % LENGTH_LANES; i < KEY_DIM; i += LENGTH_LANES)
+                sum = fma(from_head[i], from_head[i], sum);
+            squares[place] = sum;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        const float query_factor = lengths[0] / sqrt((float)KEY_DIM), key_factor = lengths[1];
+        float query_square = L2_EPS, key_square = L2_EPS;
+        for (uint lane = 0; lane < LENGTH_LANES; lane++) {
+            query_square += squares[lane];
+            key_square += squares[LENGTH_LANES + lane];
+        }
+        const float query_factor = 1 / sqrt(query_square * KEY_DIM), key_factor = 1 / sqrt(key_square);
         const float b = gates[row * 2 * num_v_heads + head];
         const float a = gates[(row * 2 + 1) * num_v_heads + head] + dt_bias[head];
         const float softplus = fmax(a, 0.0f) + log1p(exp(-fabs(a)));
