@@ -9,7 +9,7 @@
  * more pages or more columns, so that enough independent sums hide the latency of a multiply-add.
  *
  * With more than WIDE_TILES tiles of queries, each page is widened to float32 once, in the scratch memory. With fewer,
- * or where a tile of scores has several pages, each tile widens it in registers.
+ * each tile widens it in registers.
  */
 #ifndef MARLIN_CY_ATTEND_H
 #define MARLIN_CY_ATTEND_H
@@ -188,15 +188,16 @@ KERNEL void widen_page(float *to, const char *page, int dtype, int n)
         vec_store(to + i, vec_load_as(page, i, dtype));
 }
 
-/* A page of n values, a multiple of LANES, as float32: in the scratch memory if it is not float32 already. */
-TARGET static const char *page_as_float(const attention_task *task, const char *page, int n)
+/* A page of n values, a multiple of LANES, as float32: at `place` of the scratch memory if it is not float32 already. */
+TARGET static const char *page_as_float(const attention_task *task, const char *page, int n, int place)
 {
+    float *const widened = task->scratch->page + place * n;
     switch (task->dtype) {
     case DTYPE_F32: return page;
-    case DTYPE_F16: widen_page(task->scratch->page, page, DTYPE_F16, n); break;
-    case DTYPE_BF16: widen_page(task->scratch->page, page, DTYPE_BF16, n); break;
+    case DTYPE_F16: widen_page(widened, page, DTYPE_F16, n); break;
+    case DTYPE_BF16: widen_page(widened, page, DTYPE_BF16, n); break;
     }
-    return (const char *)task->scratch->page;
+    return (const char *)widened;
 }
 
 /* Pages of the chunk that a query sees: all of them are among begin to end - 1. */
@@ -217,13 +218,17 @@ KERNEL void score_pages(int queries, int dtype, const attention_task *task, cons
         score_tile(queries, dtype, task, keys + *page, 0, *page, pages);
 }
 
-TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page){
-    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1)}
+TARGET static void add_scores(const attention_task *task, const char *key, int dtype, int query, int end, int page)
+{
+    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, &key, query, page, 1);
+}
 
-/* Scores of whole groups of TILE_PAGES pages. */
-TARGET
-    static void add_scores_of_pages(const attention_task *task, const char *const *keys, int query, int end, int page){
-        BY_QUERIES_AND_DTYPE(end - query, task -> dtype, score_tile, task, keys + page, query, page, TILE_PAGES)}
+/* Scores of TILE_PAGES pages from `page` on. */
+TARGET static void add_scores_of_pages(const attention_task *task, const char *const *keys, int dtype, int query,
+                                       int end, int page)
+{
+    BY_QUERIES_AND_DTYPE(end - query, dtype, score_tile, task, keys, query, page, TILE_PAGES);
+}
 
 /* Scores of all queries. Pages that no query sees lie between others at most if the queries see different parts of the
  * chunk. They get the scores of another page, which are not used. */
@@ -238,11 +243,17 @@ TARGET static void score_queries(const attention_task *task, const seen_pages *s
     }
     if (tiles == 1)
         BY_QUERIES_AND_DTYPE(task->m, task->dtype, score_pages, task, keys, &page, seen->end)
-    for (; TILE_PAGES > 1 && page + TILE_PAGES <= seen->end; page += TILE_PAGES)
+    const int grouped = TILE_PAGES > 1 && TILE_PAGES * task->d <= MAX_HEAD_DIM; /* they fit the scratch memory */
+    for (; grouped && page + TILE_PAGES <= seen->end; page += TILE_PAGES) {
+        const char *group[TILE_PAGES];
+        for (int g = 0; g < TILE_PAGES; g++)
+            group[g] = widen ? page_as_float(task, keys[page + g], task->d * KV_BLOCK, g) : keys[page + g];
         for (int tile = 0; tile < tiles; tile++)
-            add_scores_of_pages(task, keys, first_query(task, tile), first_query(task, tile + 1), page);
+            add_scores_of_pages(task, group, widen ? DTYPE_F32 : task->dtype, first_query(task, tile),
+                                first_query(task, tile + 1), page);
+    }
     for (; page < seen->end; page++) {
-        const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK) : keys[page];
+        const char *const key = widen ? page_as_float(task, keys[page], task->d * KV_BLOCK, 0) : keys[page];
         for (int tile = 0; tile < tiles; tile++)
             add_scores(task, key, widen ? DTYPE_F32 : task->dtype, first_query(task, tile), first_query(task, tile + 1),
                        page);
@@ -303,7 +314,7 @@ TARGET static void add_all_values(const attention_task *task, const seen_pages *
             continue;
         const char *values = task->values + task->pages[page] * task->value_stride;
         if (widen)
-            values = page_as_float(task, values, task->dv * KV_BLOCK);
+            values = page_as_float(task, values, task->dv * KV_BLOCK, 0);
         for (int tile = 0; tile < tiles; tile++) {
             const int query = first_query(task, tile);
             values_of_page(task, values, widen ? DTYPE_F32 : task->dtype, query, first_query(task, tile + 1) - query,
