@@ -118,7 +118,7 @@ class Chat:
             yield piece
 
     def _reuse(self, tokens: Sequence[int]) -> int:
-        """Cut the sequence to what it has in common with these tokens; returns its length. The last one is run again."""
+        """Cut the sequence to what it shares with these tokens; returns its length. The last token is run again."""
         if self._sequence is None:
             self._sequence = self._model.new_sequence()
         held = self._tokens[: self._sequence.length]
