@@ -12,13 +12,13 @@ ends at a barrier:
 6. *output*: the output projection, which the caller's barrier ends.
 """
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, KV_BLOCK, dense_task
-from marlin_cy.cpu._team cimport barrier, member, take_item
+from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, kv_pool, run_attention
 from marlin_cy.cpu.decoder._batch cimport batch, segment
