@@ -118,11 +118,7 @@ class Chat:
             yield piece
 
     def _reuse(self, tokens: Sequence[int]) -> int:
-<<<<<<< HEAD
         """Cut the sequence to what it shares with these tokens, except the last of them; returns its length."""
-=======
-        """Cut the sequence to what it shares with these tokens; returns its length. The last token is run again."""
->>>>>>> text
         if self._sequence is None:
             self._sequence = self._model.new_sequence()
         held = self._tokens[: self._sequence.length]

@@ -11,7 +11,6 @@ projection, or gate and up. :func:`run_group` is one phase, which all threads of
 Outputs are complete after the caller's next barrier.
 """
 
-
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcmp, memset
 
