@@ -26,6 +26,7 @@ def test_ci_has_pytorch_and_transformers():
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 @pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["perplexity"]], ids=lambda words: words[0])
 def test_command_says_what_to_install(missing, command):
+    command = [*command, "--engine", "transformers"]
     done = python(WITHOUT.format(missing=missing) + f"from marlin_cy import cli; sys.exit(cli.main({command}))")
     assert done.returncode == 1
     assert done.stdout == ""

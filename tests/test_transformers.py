@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 
 import language_models  # noqa: E402
 from language_models import load_reference, write_large, write_model  # noqa: E402
+from transformers.initialization import no_init_weights  # noqa: E402
 
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
 from marlin_cy.integrations.modules import MarlinLinear, array_of  # noqa: E402
@@ -240,7 +241,7 @@ def test_no_weight_is_where_it_should_not_be(built_in):
     assert not any(parameter.requires_grad for parameter in built_in.parameters())
     assert not any(tensor.is_meta for tensor in [*built_in.parameters(), *built_in.buffers()])
     assert not built_in.training
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         fresh = type(built_in)(built_in.config)
     assert torch.equal(built_in.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
 
