@@ -1,3 +1,5 @@
+from typing import final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -5,14 +7,15 @@ from marlin_cy.cpu._workspace import Workspace
 from marlin_cy.cpu.decoder._cache import KvPool, StatePool
 from marlin_cy.decoder.plan import DecoderPlan
 
+@final
 class CpuStep:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         workspace: Workspace,
         plan: DecoderPlan,
         pools: list[KvPool | StatePool],
         state_lengths: npt.NDArray[np.int64],
-    ) -> None: ...
+    ) -> CpuStep: ...
     def run(
         self,
         tokens: npt.NDArray[np.int32],

@@ -246,6 +246,7 @@ cdef class CpuStep:
             return 0
         job.max_rows, job.max_wanted = rows, wanted
         job.max_chunks = (chunks + CHUNK_STEP - 1) // CHUNK_STEP * CHUNK_STEP
+        self.carved = NULL  # a carving that fails has no addresses
         carve(self.workspace, &self.workspace.scratch, carve_step, job)
         self.carved = self.workspace.scratch.data
         return 0
