@@ -130,6 +130,7 @@ setup(
             extension("_products"),
             extension("_routing"),
             extension("_combine"),
+            extension("_dense"),
             extension("_operations"),
             extension("_attention"),
             extension("_layer"),

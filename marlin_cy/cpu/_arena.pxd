@@ -24,5 +24,8 @@ cdef inline void *take(arena *memory, int64_t nbytes) noexcept nogil:
     memory.used += round_up(nbytes, CACHE_LINE)
     return begin
 
+cdef inline float *take_floats(arena *memory, int64_t count) noexcept nogil:
+    return <float *>take(memory, count * <int64_t>sizeof(float))
+
 cdef int64_t measure(carve_fn *layout, void *job) noexcept nogil
 cdef int carve(Workspace workspace, buffer *which, carve_fn *layout, void *job) except -1

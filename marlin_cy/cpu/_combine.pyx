@@ -3,8 +3,8 @@
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from marlin_cy.cpu._arena cimport arena, take
-from marlin_cy.cpu._dispatch cimport DTYPE_F32
+from marlin_cy.cpu._arena cimport arena, take_floats
+from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._team cimport member
 
 cdef enum:
@@ -14,7 +14,7 @@ cdef enum:
 
 cdef void carve_combination(arena *memory, combination *c) noexcept nogil:
     """The layout of the threads' scratch memory."""
-    c.sums = <float *>take(memory, c.width * c.num_threads * <int64_t>sizeof(float))
+    c.sums = take_floats(memory, c.width * c.num_threads)
 
 
 cdef void combine_tokens(const combination *c, int64_t tokens, const member *m) noexcept nogil:
@@ -26,7 +26,7 @@ cdef void combine_tokens(const combination *c, int64_t tokens, const member *m) 
 
 cdef void combine_token(const combination *c, int64_t token, int thread) noexcept nogil:
     """``output[token] = gate * shared + sum_j weight * product``, by fused multiply-adds from zero, j ascending."""
-    cdef int64_t element = 4 if c.dtype == DTYPE_F32 else 2, j, pair
+    cdef int64_t element = element_bytes(c.dtype), j, pair
     cdef float *sums = c.sums + thread * c.width
     memset(sums, 0, c.width * sizeof(float))
     if c.shared is not NULL:
@@ -40,7 +40,7 @@ cdef void combine_token(const combination *c, int64_t token, int thread) noexcep
 
 cdef float shared_gate(const combination *c, int64_t token) noexcept nogil:
     """``sigmoid(x . gate_weight)``. Products of two float32 are exact in double; their order of summation is fixed."""
-    cdef int64_t element = 4 if c.input_dtype == DTYPE_F32 else 2, step, i, lane
+    cdef int64_t element = element_bytes(c.input_dtype), step, i, lane
     cdef const float *weight
     cdef float[GATE_STEP] x
     cdef double[GATE_SUMS] sums

@@ -17,10 +17,11 @@ bits do not depend on the number of threads.
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
-from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._arena cimport arena, take, take_floats
 from marlin_cy.cpu._atomic cimport fetch_add, load
+from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, CHUNK_K, DTYPE_F32, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
+    BLOCK_BYTES, CHUNK_K, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
 )
 from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, quantize_rows
 from marlin_cy.cpu._team cimport member, run_team
@@ -89,7 +90,7 @@ cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil:
     cdef int64_t max_items = MIN_ITEMS_PER_THREAD * job.num_threads
     job.areas = <thread_area *>take(memory, job.num_threads * <int64_t>sizeof(thread_area))
     if num_chunks(job) > 1 and job.panels < max_items:
-        job.slots = <float *>take(memory, max_items * num_chunks(job) * slot_floats(job) * <int64_t>sizeof(float))
+        job.slots = take_floats(memory, max_items * num_chunks(job) * slot_floats(job))
         job.arrivals = <int64_t *>take(memory, max_items * <int64_t>sizeof(int64_t))
 
 
@@ -300,7 +301,7 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noex
     cdef const int64_t *rows = job.out_rows + block.begin
     cdef const float *bias = NULL
     cdef const float *up_bias = NULL
-    cdef int64_t tile_column, begin, end, out_column, element = 4 if job.out_dtype == DTYPE_F32 else 2
+    cdef int64_t tile_column, begin, end, out_column, element = element_bytes(job.out_dtype)
     if job.bias is not NULL:
         bias = job.bias + block.expert * job.bias_stride
     if job.inner:

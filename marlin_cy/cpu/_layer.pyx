@@ -18,8 +18,8 @@ Phases 2 and 3 run in one parallel region; a barrier separates each phase from t
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
-from marlin_cy.cpu._arena cimport arena, carve, take
-from marlin_cy.cpu._buffers cimport float_matrix, matrix, refuse_overlap
+from marlin_cy.cpu._arena cimport arena, carve, take, take_floats
+from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix, refuse_overlap
 from marlin_cy.cpu._combine cimport carve_combination, combine_tokens
 from marlin_cy.cpu._dispatch cimport DTYPE_F32
 from marlin_cy.cpu._gemm cimport (
@@ -147,7 +147,7 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
     cdef int64_t row_bytes = job.combine.width * <int64_t>sizeof(float), begin, end
     if job.routes:
         job.router.ids = <int32_t *>take(memory, job.routed_pairs * <int64_t>sizeof(int32_t))
-        job.router.weights = <float *>take(memory, job.routed_pairs * <int64_t>sizeof(float))
+        job.router.weights = take_floats(memory, job.routed_pairs)
         job.ids, job.weights = job.router.ids, job.router.weights
     job.routed.down.output = <char *>take(memory, job.slice_tokens * job.combine.top_k * row_bytes)
     job.combine.products = <const float *>job.routed.down.output
@@ -219,9 +219,9 @@ cdef void begin_slice(layer_job *job, int64_t begin, int64_t tokens) noexcept no
     """Plan both passes for ``tokens`` tokens from ``begin`` on."""
     cdef const int32_t *ids = job.ids + begin * job.combine.top_k
     cdef const float *weights = job.weights + begin * job.combine.top_k
-    cdef const char *input = job.input + begin * job.combine.k * (4 if job.input_dtype == DTYPE_F32 else 2)
+    cdef const char *input = job.input + begin * job.combine.k * element_bytes(job.input_dtype)
     job.combine.input = input
-    job.combine.output = job.output + begin * job.combine.width * (4 if job.combine.dtype == DTYPE_F32 else 2)
+    job.combine.output = job.output + begin * job.combine.width * element_bytes(job.combine.dtype)
     job.combine.ids, job.combine.weights = ids, weights
     if job.weigh_input:
         job.combine.weights = NULL

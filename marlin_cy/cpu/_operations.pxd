@@ -3,10 +3,6 @@
 from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._buffers cimport matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32
-
-cdef inline int element_bytes(int dtype) noexcept nogil:
-    return 4 if dtype == DTYPE_F32 else 2
 
 cdef int check_shape(object array, str name, tuple shape) except -1
 cdef matrix checked(object array, str name, tuple shape, bint writeable, bint any_dtype=*) except *

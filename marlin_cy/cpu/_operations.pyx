@@ -9,7 +9,8 @@ import numpy as np
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t
 
-from marlin_cy.cpu._buffers cimport float_matrix, int32_copy, matrix, refuse_overlap
+from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, int32_copy, matrix, refuse_overlap
+from marlin_cy.cpu._dense cimport dense_job, run_dense
 from marlin_cy.cpu._dispatch cimport (
     LANES,
     delta_task,
@@ -20,10 +21,6 @@ from marlin_cy.cpu._workspace cimport Workspace
 
 from marlin_cy.arguments import number
 from marlin_cy.errors import UnsupportedError
-
-cdef enum:
-    DENSE_COLUMNS = 64      # outputs of a task of dense products
-
 
 # ---------------------------------------------------------------------------------------------
 # Checks
@@ -206,7 +203,8 @@ def rope(Workspace workspace, x, cos, sin, positions, bint interleaved):
 def dense(Workspace workspace, x, weight, bias, out):
     cdef matrix rows = checked(x, "x", (None, None), False), to, biases
     cdef matrix weights = checked(weight, "weight", (None, rows.width), False, any_dtype=True)
-    cdef dense_task task
+    cdef dense_job job
+    cdef dense_task *task = &job.task
     to = checked(out, "out", (rows.rows, weights.rows), True)
     refuse_overlap(to, rows, "out")
     refuse_overlap(to, weights, "out")
@@ -215,30 +213,16 @@ def dense(Workspace workspace, x, weight, bias, out):
         biases = checked(bias, "bias", (weights.rows,), False)
         refuse_overlap(to, biases, "out")
         task.bias = <const float *>biases.data
-    task.x, task.x_stride, task.m, task.k = <const float *>rows.data, rows.width, rows.rows, rows.width
+    task.x, task.x_stride, task.k = <const float *>rows.data, rows.width, rows.width
     task.w, task.dtype, task.w_stride, task.n = weights.data, weights.dtype, weights.width, weights.rows
     task.out, task.out_stride = <float *>to.data, to.width
-    cdef int64_t part, parts = (task.n + DENSE_COLUMNS - 1) // DENSE_COLUMNS
-    cdef const ukernel_table *table = workspace.table
-    cdef int num_threads = workspace.num_threads
+    job.table, job.num_threads = workspace.table, workspace.num_threads
     workspace.enter()
     try:
         with nogil:
-            for part in prange(parts, num_threads=num_threads, schedule="static"):
-                dense_columns(table, &task, part * DENSE_COLUMNS)
+            run_dense(&job, rows.rows)
     finally:
         workspace.leave()
-
-
-cdef void dense_columns(const ukernel_table *table, const dense_task *whole, int64_t column) noexcept nogil:
-    """The outputs of a task from ``column`` on, DENSE_COLUMNS of them at most."""
-    cdef dense_task task = whole[0]
-    task.w = <const char *>whole.w + column * whole.w_stride * element_bytes(whole.dtype)
-    task.n = min(whole.n - column, <int64_t>DENSE_COLUMNS)
-    task.out = whole.out + column
-    if task.bias is not NULL:
-        task.bias = whole.bias + column
-    table.dense(&task)
 
 
 # ---------------------------------------------------------------------------------------------

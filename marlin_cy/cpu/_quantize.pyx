@@ -8,8 +8,9 @@ quantised once and copied to the others; ``_rows.pyx`` draws the places.
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 
-from marlin_cy.cpu._arena cimport CACHE_LINE, arena, round_up, take
+from marlin_cy.cpu._arena cimport CACHE_LINE, arena, round_up, take, take_floats
 from marlin_cy.cpu._atomic cimport fetch_add, load, wait_until
+from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 
 cdef enum:
@@ -23,8 +24,7 @@ cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) no
     """The layout of the memory to quantise any number of rows up to ``max_rows``."""
     cdef quantize_job largest = job[0]
     cdef arena sizes
-    job.row_buffers = <float *>take(
-        memory, row_buffer_floats(job.k, job.packed_k) * job.num_threads * <int64_t>sizeof(float))
+    job.row_buffers = take_floats(memory, row_buffer_floats(job.k, job.packed_k) * job.num_threads)
     largest.num_rows = max_rows
     sizes.base, sizes.used = NULL, 0
     carve_result(&sizes, &largest)
@@ -95,7 +95,7 @@ cdef void quantize_with_copies(const quantize_job *job, int64_t index, int threa
 
 cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil:
     cdef int64_t source = row if job.input_rows is NULL else job.input_rows[row]
-    cdef int64_t element = 4 if job.dtype == DTYPE_F32 else 2, i
+    cdef int64_t element = element_bytes(job.dtype), i
     cdef const char *values = job.input + source * job.k * element
     cdef const float *x = <const float *>values
     cdef float *widened = job.row_buffers + thread * row_buffer_floats(job.k, job.packed_k)

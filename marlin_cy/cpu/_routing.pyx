@@ -5,9 +5,8 @@ import numpy as np
 from libc.math cimport INFINITY, NAN, isfinite, isnan
 from libc.stdint cimport int32_t, int64_t
 
-from marlin_cy.cpu._arena cimport arena, carve, take
-from marlin_cy.cpu._buffers cimport float_matrix, matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32
+from marlin_cy.cpu._arena cimport arena, carve, take_floats
+from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
 from marlin_cy.cpu._team cimport member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 
@@ -54,7 +53,7 @@ cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind
 cdef void carve_routing(arena *memory, void *job) noexcept nogil:
     """The layout of a :class:`routing`'s scratch memory; ``ids`` and ``weights`` are the caller's."""
     cdef routing *r = <routing *>job
-    r.buffers = <float *>take(memory, buffer_floats(r) * r.num_threads * <int64_t>sizeof(float))
+    r.buffers = take_floats(memory, buffer_floats(r) * r.num_threads)
 
 
 cdef inline int64_t buffer_floats(const routing *r) noexcept nogil:
@@ -84,7 +83,7 @@ cdef void route_tokens(const routing *r, int64_t tokens, const member *m) noexce
 
 
 cdef void route_token(const routing *r, int64_t token, float *scores) noexcept nogil:
-    cdef int64_t element = 4 if r.dtype == DTYPE_F32 else 2, num_experts = r.num_experts, j, e
+    cdef int64_t element = element_bytes(r.dtype), num_experts = r.num_experts, j, e
     cdef int32_t *ids = r.ids + token * r.top_k
     cdef float *weights = r.weights + token * r.top_k
     cdef float *choice = scores + num_experts

@@ -7,13 +7,14 @@ from marlin_cy.cpu._dispatch cimport MAX_QUERIES, attention_scratch, ukernel_tab
 from marlin_cy.cpu._team cimport member, queue
 from marlin_cy.cpu.decoder._batch cimport batch
 
-# A layer's keys and values. Page p of head h is at keys + (h * num_pages + p) * key_bytes.
+# Keys and values in pages. The keys of page p of head h are at keys + h * key_head + p * key_page; strides are in bytes.
 cdef struct kv_pool:
-    char *keys                  # [heads][num_pages][head_dim][KV_BLOCK]
-    char *values                # [heads][num_pages][KV_BLOCK][value_dim]
-    int64_t num_pages
-    int64_t key_bytes           # of a page of one head
-    int64_t value_bytes
+    char *keys                  # of a page and a head: [head_dim][KV_BLOCK]
+    char *values                # of a page and a head: [KV_BLOCK][value_dim]
+    int64_t key_head
+    int64_t key_page
+    int64_t value_head
+    int64_t value_page
     int dtype
 
 # Consecutive rows of one segment, and the chunks of the cache that any of the rows sees.
@@ -30,9 +31,8 @@ cdef struct attention_area:
     attention_scratch scratch
     int32_t[MAX_QUERIES] begin  # the positions of the chunk that each query sees
     int32_t[MAX_QUERIES] end
-    bint[MAX_QUERIES] started   # whether a query has seen any chunk
     float[MAX_QUERIES] max      # over the chunks so far
-    float[MAX_QUERIES] sum
+    float[MAX_QUERIES] sum      # 0: the query has seen no chunk yet
     float[MAX_QUERIES] chunk_max
     float[MAX_QUERIES] chunk_sum
 
@@ -71,6 +71,9 @@ cdef struct attention_job:
     float *partial_sum
     float *partial_out          # [max_partials][num_heads][value_dim]
 
+cdef void store_position(const kv_pool *pool, const ukernel_table *table, const int32_t *pages, int64_t position,
+                         int64_t head, const float *k, int64_t head_dim, const float *v, int64_t value_dim) noexcept nogil
+cdef int64_t first_visible(const attention_job *job, int64_t position) noexcept nogil
 cdef int64_t chunks_of(int64_t tokens) noexcept nogil
 cdef void carve_attention(arena *memory, attention_job *job, int64_t max_rows, int64_t max_chunks) noexcept nogil
 cdef void begin_attention(attention_job *job, const batch *rows, const int32_t *needed,

@@ -15,8 +15,9 @@ A tile's queries are its rows by its heads: query ``r * heads + h``.
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy
 
-from marlin_cy.cpu._arena cimport arena, take
-from marlin_cy.cpu._dispatch cimport ATTENTION_CHUNK, CHUNK_PAGES, MAX_QUERIES, attention_task
+from marlin_cy.cpu._arena cimport arena, take, take_floats
+from marlin_cy.cpu._buffers cimport element_bytes
+from marlin_cy.cpu._dispatch cimport ATTENTION_CHUNK, CHUNK_PAGES, KV_BLOCK, MAX_QUERIES, attention_task, ukernel_table
 from marlin_cy.cpu._team cimport member, take_item
 from marlin_cy.cpu.decoder._batch cimport batch, segment
 
@@ -25,6 +26,16 @@ cdef enum:
     MAX_SPLIT_ROWS = 16
     # Units of a thread, so that a slow thread does not delay the others.
     UNITS_PER_THREAD = 4
+
+
+cdef void store_position(const kv_pool *pool, const ukernel_table *table, const int32_t *pages, int64_t position,
+                         int64_t head, const float *k, int64_t head_dim, const float *v, int64_t value_dim) noexcept nogil:
+    """Write the key and the value of one position to a head of the cache; ``pages`` are the sequence's."""
+    cdef int64_t page = pages[position // KV_BLOCK], place = position % KV_BLOCK
+    cdef int64_t value_row = value_dim * element_bytes(pool.dtype)
+    table.store_keys(pool.keys + head * pool.key_head + page * pool.key_page, k, <int>place, pool.dtype, <int>head_dim)
+    table.narrow(pool.values + head * pool.value_head + page * pool.value_page + place * value_row, v, pool.dtype,
+                 value_dim)
 
 
 cdef int64_t chunks_of(int64_t tokens) noexcept nogil:
@@ -40,11 +51,10 @@ cdef void carve_attention(arena *memory, attention_job *job, int64_t max_rows, i
     job.max_partials = min(max_rows, <int64_t>MAX_SPLIT_ROWS) * max_chunks
     job.tiles = <attention_tile *>take(memory, max_rows * <int64_t>sizeof(attention_tile))
     job.areas = <attention_area *>take(memory, job.num_threads * <int64_t>sizeof(attention_area))
-    job.buffers = <float *>take(memory, job.num_threads * buffer_floats(job) * <int64_t>sizeof(float))
-    job.partial_max = <float *>take(memory, job.max_partials * job.num_heads * <int64_t>sizeof(float))
-    job.partial_sum = <float *>take(memory, job.max_partials * job.num_heads * <int64_t>sizeof(float))
-    job.partial_out = <float *>take(
-        memory, job.max_partials * job.num_heads * job.value_dim * <int64_t>sizeof(float))
+    job.buffers = take_floats(memory, job.num_threads * buffer_floats(job))
+    job.partial_max = take_floats(memory, job.max_partials * job.num_heads)
+    job.partial_sum = take_floats(memory, job.max_partials * job.num_heads)
+    job.partial_out = take_floats(memory, job.max_partials * job.num_heads * job.value_dim)
 
 
 cdef inline int64_t buffer_floats(const attention_job *job) noexcept nogil:
@@ -109,7 +119,7 @@ cdef inline int64_t units_a_tile(const attention_job *job) noexcept nogil:
     return job.num_kv_heads * ((heads_a_pool_head(job) + job.heads_a_unit - 1) // job.heads_a_unit)
 
 
-cdef inline int64_t first_visible(const attention_job *job, int64_t position) noexcept nogil:
+cdef int64_t first_visible(const attention_job *job, int64_t position) noexcept nogil:
     """The first position that a row sees."""
     return max(<int64_t>0, position - job.window + 1) if job.window else 0
 
@@ -178,18 +188,15 @@ cdef void attend_tile(const attention_job *job, const attention_tile *tile, int6
     for i in range(queries):
         memcpy(q + i * job.head_dim, job.q + (tile.row + i // h.count) * job.q_row + (h.first + i % h.count) * job.q_head,
                job.head_dim * sizeof(float))
-        area.started[i] = False
+        area.sum[i] = 0
     task.q, task.q_stride = q, job.head_dim
     task.max, task.sum, task.out, task.out_stride = area.chunk_max, area.chunk_sum, values, job.value_dim
     for chunk in range(tile.first_chunk, tile.end_chunk):
         set_chunk(job, &task, tile, &h, chunk, area)
         job.table.attention(&task)
         for i in range(queries):
-            if area.begin[i] >= area.end[i]:
-                continue
-            merge_chunk(job, area.max + i, area.sum + i, merged + i * job.value_dim, area.chunk_max[i],
-                        area.chunk_sum[i], values + i * job.value_dim, not area.started[i])
-            area.started[i] = True
+            job.table.attention_merge(area.max + i, area.sum + i, merged + i * job.value_dim, area.chunk_max[i],
+                                      area.chunk_sum[i], values + i * job.value_dim, job.value_dim)
     for i in range(queries):
         out = job.output + ((tile.row + i // h.count) * job.num_heads + h.first + i % h.count) * job.value_dim
         memcpy(out, merged + i * job.value_dim, job.value_dim * sizeof(float))
@@ -200,9 +207,9 @@ cdef void set_task(const attention_job *job, attention_task *task, const attenti
                    attention_area *area) noexcept nogil:
     """Set the members that all chunks share."""
     task.m, task.d, task.dv = <int>(tile.count * h.count), <int>job.head_dim, <int>job.value_dim
-    task.keys = job.pool.keys + h.pool_head * job.pool.num_pages * job.pool.key_bytes
-    task.values = job.pool.values + h.pool_head * job.pool.num_pages * job.pool.value_bytes
-    task.key_stride, task.value_stride, task.dtype = job.pool.key_bytes, job.pool.value_bytes, job.pool.dtype
+    task.keys = job.pool.keys + h.pool_head * job.pool.key_head
+    task.values = job.pool.values + h.pool_head * job.pool.value_head
+    task.key_stride, task.value_stride, task.dtype = job.pool.key_page, job.pool.value_page, job.pool.dtype
     task.scale, task.soft_cap = job.scale, job.soft_cap
     task.begin, task.end, task.scratch = area.begin, area.end, &area.scratch
 
@@ -222,16 +229,6 @@ cdef void set_chunk(const attention_job *job, attention_task *task, const attent
             area.end[row * h.count + head] = <int32_t>end
 
 
-cdef inline void merge_chunk(const attention_job *job, float *largest, float *total, float *out, float chunk_max,
-                             float chunk_sum, const float *values, bint first) noexcept nogil:
-    """Add a chunk to a query's result. The first chunk that the query sees is copied."""
-    if first:
-        largest[0], total[0] = chunk_max, chunk_sum
-        memcpy(out, values, job.value_dim * sizeof(float))
-    else:
-        job.table.attention_merge(largest, total, out, chunk_max, chunk_sum, values, job.value_dim)
-
-
 cdef inline const float *sink_of(const attention_job *job, int64_t head) noexcept nogil:
     if job.sinks is NULL:
         return NULL
@@ -242,14 +239,15 @@ cdef void finish_row(const attention_job *job, int64_t index) noexcept nogil:
     """Merge the chunks of needed row ``index``, if the work was split. The row's output is complete afterwards."""
     cdef const attention_tile *tile = job.tiles + index
     cdef int64_t head, number, partial
-    cdef float largest = 0, total = 0
+    cdef float largest = 0, total
     cdef float *out
     if not job.split:
         return
     for head in range(job.num_heads):
         out = job.output + (tile.row * job.num_heads + head) * job.value_dim
+        total = 0
         for number in range(tile.end_chunk - tile.first_chunk):
             partial = (tile.first_partial + number) * job.num_heads + head
-            merge_chunk(job, &largest, &total, out, job.partial_max[partial], job.partial_sum[partial],
-                        job.partial_out + partial * job.value_dim, number == 0)
+            job.table.attention_merge(&largest, &total, out, job.partial_max[partial], job.partial_sum[partial],
+                                      job.partial_out + partial * job.value_dim, job.value_dim)
         job.table.attention_finish(out, largest, total, sink_of(job, head), job.value_dim)

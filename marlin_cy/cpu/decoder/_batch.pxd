@@ -2,8 +2,6 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from marlin_cy.cpu._dispatch cimport ukernel_table
-
 # Rows of the batch that follow each other in one sequence.
 cdef struct segment:
     int64_t row                 # the first
@@ -13,8 +11,6 @@ cdef struct segment:
     int64_t state               # the sequence's slot of recurrent state, or -1
 
 cdef struct batch:
-    const ukernel_table *table
-    int num_threads
     int64_t rows
     int64_t num_segments
     const segment *segments     # [num_segments]

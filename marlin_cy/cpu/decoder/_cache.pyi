@@ -5,7 +5,6 @@ import numpy as np
 import numpy.typing as npt
 
 DTYPES: Final[Mapping[str, int]]
-PAGE_TOKENS: Final[int]
 
 def page_bytes(heads: int, head_dim: int, value_dim: int, dtype: str) -> int: ...
 

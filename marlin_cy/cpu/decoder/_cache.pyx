@@ -16,7 +16,6 @@ from libc.stdint cimport uint8_t
 from marlin_cy.cpu._dispatch cimport DTYPE_BF16, DTYPE_F16, DTYPE_F32, KV_BLOCK
 
 DTYPES = {"float32": DTYPE_F32, "float16": DTYPE_F16, "bfloat16": DTYPE_BF16}
-PAGE_TOKENS = KV_BLOCK
 
 
 def page_bytes(heads, head_dim, value_dim, dtype):
@@ -44,8 +43,9 @@ cdef class KvPool:
         self.values = np.empty((heads, num_pages, value_dim * KV_BLOCK * element), np.uint8)
         keys, values = self.keys, self.values
         self.pool.keys, self.pool.values = <char *>&keys[0, 0, 0], <char *>&values[0, 0, 0]
-        self.pool.num_pages, self.pool.dtype = num_pages, DTYPES[dtype]
-        self.pool.key_bytes, self.pool.value_bytes = keys.shape[2], values.shape[2]
+        self.pool.dtype = DTYPES[dtype]
+        self.pool.key_head, self.pool.key_page = keys.strides[0], keys.strides[1]
+        self.pool.value_head, self.pool.value_page = values.strides[0], values.strides[1]
 
     def copy_page(self, source, target):
         """Copy the keys and values of one page to another."""

@@ -16,7 +16,7 @@ from libc.math cimport sqrt
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._arena cimport arena, take_floats
 from marlin_cy.cpu._dispatch cimport delta_task
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
@@ -63,18 +63,14 @@ cdef void set_delta_rows(delta_job *job, plain_rows *rows, plain_rows *out_rows)
 cdef void carve_delta(arena *memory, delta_job *job, int64_t max_rows, int64_t max_out_rows) noexcept nogil:
     """The layout of a layer's memory; the caller owns the projections' input and the output of ``out``."""
     cdef int64_t values = job.num_v_heads * job.value_dim
-    job.qkv = job.projections.projections[0].output = take_rows(memory, max_rows, job.channels)
-    job.z = job.projections.projections[1].output = take_rows(memory, max_rows, values)
-    job.b = job.projections.projections[2].output = take_rows(memory, max_rows, job.num_v_heads)
-    job.a = job.projections.projections[3].output = take_rows(memory, max_rows, job.num_v_heads)
-    job.y = take_rows(memory, max_rows, values)
-    job.out.input = take_rows(memory, max_out_rows, values)
+    job.qkv = job.projections.projections[0].output = take_floats(memory, max_rows * job.channels)
+    job.z = job.projections.projections[1].output = take_floats(memory, max_rows * values)
+    job.b = job.projections.projections[2].output = take_floats(memory, max_rows * job.num_v_heads)
+    job.a = job.projections.projections[3].output = take_floats(memory, max_rows * job.num_v_heads)
+    job.y = take_floats(memory, max_rows * values)
+    job.out.input = take_floats(memory, max_out_rows * values)
     carve_group(memory, &job.projections, max_rows)
     carve_group(memory, &job.out, max_out_rows)
-
-
-cdef inline float *take_rows(arena *memory, int64_t rows, int64_t width) noexcept nogil:
-    return <float *>take(memory, rows * width * <int64_t>sizeof(float))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from libc.stdint cimport int64_t
 
 from marlin_cy.cpu._arena cimport arena
+from marlin_cy.cpu._dense cimport dense_job
 from marlin_cy.cpu._layer cimport layer_job
 from marlin_cy.cpu._team cimport member, queue
 from marlin_cy.cpu._workspace cimport Workspace
-from marlin_cy.cpu.decoder._projections cimport dense_job, plain_rows, projection_group, row_fn
+from marlin_cy.cpu.decoder._projections cimport plain_rows, projection_group, row_fn
 
 cdef struct mlp_job:
     projection_group gate_up

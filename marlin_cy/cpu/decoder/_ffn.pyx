@@ -7,15 +7,16 @@ the caller's next one.
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._arena cimport arena, take, take_floats
 from marlin_cy.cpu._buffers cimport matrix
+from marlin_cy.cpu._dense cimport begin_dense, do_dense
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, dense_task
 from marlin_cy.cpu._layer cimport carve_layer, forward, set_layer, set_max_tokens
 from marlin_cy.cpu._routing cimport set_routing
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._projections cimport (
-    begin_dense, begin_group, carve_group, do_dense, plain_rows, run_group, run_rows, set_dense, set_group,
+    begin_group, carve_group, plain_rows, run_group, run_rows, set_dense, set_group,
 )
 
 from marlin_cy.activations import ACTIVATIONS
@@ -97,13 +98,12 @@ cdef int set_moe(moe_job *job, Workspace workspace, plan, list owners) except -1
 
 cdef void carve_moe(arena *memory, moe_job *job, int64_t max_rows) noexcept nogil:
     """The layout; the caller owns input and output."""
-    job.logits = <float *>take(memory, max_rows * job.router.task.n * <int64_t>sizeof(float))
+    job.logits = take_floats(memory, max_rows * job.router.task.n)
     set_max_tokens(&job.layer, max_rows)
     carve_layer(memory, &job.layer)
     if job.has_shared:
         job.shared.gate_up.input = job.input
-        job.shared.down.projections[0].output = <float *>take(
-            memory, max_rows * job.hidden * <int64_t>sizeof(float))
+        job.shared.down.projections[0].output = take_floats(memory, max_rows * job.hidden)
         carve_mlp(memory, &job.shared, max_rows)
 
 

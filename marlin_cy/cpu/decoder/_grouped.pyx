@@ -13,11 +13,11 @@ The caller's barrier ends the last phase.
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from marlin_cy.cpu._arena cimport arena, take
+from marlin_cy.cpu._arena cimport arena, take_floats
 from marlin_cy.cpu._dispatch cimport KV_BLOCK
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
-from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, kv_pool, run_attention
+from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, run_attention, store_position
 from marlin_cy.cpu.decoder._batch cimport batch, segment
 from marlin_cy.cpu.decoder._cache cimport KvPool
 from marlin_cy.cpu.decoder._projections cimport begin_group, carve_group, run_group, run_rows, set_group
@@ -72,19 +72,15 @@ cdef void carve_grouped(arena *memory, grouped_job *job, int64_t max_rows, int64
                         int64_t max_chunks) noexcept nogil:
     """The layout of a layer's memory; the caller owns the input of ``qkv`` and the output of ``out``."""
     cdef int64_t values = job.attend.num_heads * job.attend.value_dim
-    job.q = job.qkv.projections[0].output = take_rows(memory, max_rows, job.qkv.projections[0].n)
-    job.k = job.qkv.projections[1].output = take_rows(memory, max_rows, job.qkv.projections[1].n)
-    job.v = job.qkv.projections[2].output = take_rows(memory, max_rows, job.qkv.projections[2].n)
+    job.q = job.qkv.projections[0].output = take_floats(memory, max_rows * job.qkv.projections[0].n)
+    job.k = job.qkv.projections[1].output = take_floats(memory, max_rows * job.qkv.projections[1].n)
+    job.v = job.qkv.projections[2].output = take_floats(memory, max_rows * job.qkv.projections[2].n)
     job.attend.q = job.q
-    job.attend.output = take_rows(memory, max_rows, values)
-    job.out.input = take_rows(memory, max_out_rows, values)
+    job.attend.output = take_floats(memory, max_rows * values)
+    job.out.input = take_floats(memory, max_out_rows * values)
     carve_group(memory, &job.qkv, max_rows)
     carve_attention(memory, &job.attend, max_rows, max_chunks)
     carve_group(memory, &job.out, max_out_rows)
-
-
-cdef inline float *take_rows(arena *memory, int64_t rows, int64_t width) noexcept nogil:
-    return <float *>take(memory, rows * width * <int64_t>sizeof(float))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,14 +133,10 @@ cdef void place_row(const grouped_job *job, int64_t row, int64_t kv_head) noexce
     cdef int64_t d = job.attend.head_dim, h
     cdef const segment *part = job.rows.segments + job.rows.segment_of[row]
     cdef int64_t position = part.position + row - part.row
-    cdef int64_t page = part.pages[position // KV_BLOCK] + kv_head * job.attend.pool.num_pages
     cdef float *k = job.k + (row * kv_heads + kv_head) * d
-    cdef const float *v = job.v + (row * kv_heads + kv_head) * d
-    cdef const kv_pool *pool = &job.attend.pool
     place_head(job, k, job.k_norm, position)
-    job.attend.table.store_keys(pool.keys + page * pool.key_bytes, k, <int>(position % KV_BLOCK), pool.dtype, <int>d)
-    job.attend.table.narrow(
-        pool.values + page * pool.value_bytes + position % KV_BLOCK * (pool.value_bytes // KV_BLOCK), v, pool.dtype, d)
+    store_position(&job.attend.pool, job.attend.table, part.pages, position, kv_head, k, d,
+                   job.v + (row * kv_heads + kv_head) * d, d)
     for h in range(kv_head * heads, (kv_head + 1) * heads):
         place_head(job, job.q + row * job.attend.q_row + h * job.attend.q_head, job.q_norm, position)
 

@@ -15,12 +15,12 @@ ends at a barrier:
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from marlin_cy.cpu._arena cimport arena, take
-from marlin_cy.cpu._buffers cimport float_matrix, matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, KV_BLOCK, dense_task
+from marlin_cy.cpu._arena cimport arena, take_floats
+from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
+from marlin_cy.cpu._dispatch cimport dense_task
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
-from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, kv_pool, run_attention
+from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, run_attention, store_position
 from marlin_cy.cpu.decoder._batch cimport batch, segment
 from marlin_cy.cpu.decoder._cache cimport KvPool
 from marlin_cy.cpu.decoder._grouped cimport set_rope
@@ -81,25 +81,21 @@ cdef void carve_latent(arena *memory, latent_job *job, int64_t max_rows, int64_t
                        int64_t max_chunks) noexcept nogil:
     """The layout of a layer's memory; the caller owns the input of ``first`` and the output of ``out``."""
     cdef int64_t num_heads = job.attend.num_heads
-    job.first.projections[0].output = take_rows(memory, max_rows, job.first.projections[0].n)
-    job.kv = job.first.projections[1].output = take_rows(memory, max_rows, job.first.projections[1].n)
+    job.first.projections[0].output = take_floats(memory, max_rows * job.first.projections[0].n)
+    job.kv = job.first.projections[1].output = take_floats(memory, max_rows * job.first.projections[1].n)
     job.q = job.first.projections[0].output
     if job.has_second:
         job.second.input = job.first.projections[0].output
-        job.q = job.second.projections[0].output = take_rows(memory, max_rows, job.second.projections[0].n)
+        job.q = job.second.projections[0].output = take_floats(memory, max_rows * job.second.projections[0].n)
         carve_group(memory, &job.second, max_rows)
-    job.query = take_rows(memory, max_rows, job.attend.q_row)
+    job.query = take_floats(memory, max_rows * job.attend.q_row)
     job.attend.q = job.query
-    job.attend.output = take_rows(memory, max_rows, num_heads * job.latent_dim)
-    job.merged = take_rows(memory, max_out_rows, num_heads * job.latent_dim)
-    job.out.input = take_rows(memory, max_out_rows, job.out.k)
+    job.attend.output = take_floats(memory, max_rows * num_heads * job.latent_dim)
+    job.merged = take_floats(memory, max_out_rows * num_heads * job.latent_dim)
+    job.out.input = take_floats(memory, max_out_rows * job.out.k)
     carve_group(memory, &job.first, max_rows)
     carve_attention(memory, &job.attend, max_rows, max_chunks)
     carve_group(memory, &job.out, max_out_rows)
-
-
-cdef inline float *take_rows(arena *memory, int64_t rows, int64_t width) noexcept nogil:
-    return <float *>take(memory, rows * width * <int64_t>sizeof(float))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,16 +145,12 @@ cdef void place_latent(void *latent, int64_t row, int thread) noexcept nogil:
     """Write a row's key and value to the cache."""
     cdef latent_job *job = <latent_job *>latent
     cdef const segment *part = job.rows.segments + job.rows.segment_of[row]
-    cdef int64_t position = part.position + row - part.row, page = part.pages[position // KV_BLOCK]
+    cdef int64_t position = part.position + row - part.row
     cdef float *c = job.kv + row * (job.latent_dim + job.rope_dim)
-    cdef const kv_pool *pool = &job.attend.pool
     job.attend.table.rms_norm(c, c, job.kv_norm, job.norm_eps, job.latent_dim)
     rotate(job, c + job.latent_dim, position)
-    job.attend.table.store_keys(pool.keys + page * pool.key_bytes, c, <int>(position % KV_BLOCK), pool.dtype,
-                                <int>(job.latent_dim + job.rope_dim))
-    job.attend.table.narrow(
-        pool.values + page * pool.value_bytes + position % KV_BLOCK * (pool.value_bytes // KV_BLOCK), c, pool.dtype,
-        job.latent_dim)
+    store_position(&job.attend.pool, job.attend.table, part.pages, position, 0, c, job.latent_dim + job.rope_dim, c,
+                   job.latent_dim)
 
 
 cdef inline void rotate(const latent_job *job, float *x, int64_t position) noexcept nogil:
@@ -212,6 +204,6 @@ cdef void multiply_head(const latent_job *job, const head_matrices *heads, int64
     cdef dense_task task
     memset(&task, 0, sizeof(task))
     task.x, task.x_stride, task.m, task.out, task.out_stride = x, x_stride, rows, out, out_stride
-    task.w = heads.weights + head * heads.n * heads.k * (4 if heads.dtype == DTYPE_F32 else 2)
+    task.w = heads.weights + head * heads.n * heads.k * element_bytes(heads.dtype)
     task.dtype, task.w_stride, task.n, task.k = heads.dtype, heads.k, heads.n, heads.k
     job.attend.table.dense(&task)

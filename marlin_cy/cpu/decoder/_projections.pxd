@@ -3,7 +3,8 @@
 from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
-from marlin_cy.cpu._dispatch cimport dense_task, ukernel_table
+from marlin_cy.cpu._dense cimport dense_job
+from marlin_cy.cpu._dispatch cimport ukernel_table
 from marlin_cy.cpu._gemm cimport gemm_job
 from marlin_cy.cpu._quantize cimport quantize_job
 from marlin_cy.cpu._rows cimport row_plan
@@ -15,15 +16,6 @@ cdef enum:
 
 # Prepares input row `row`, before it is quantised.
 ctypedef void row_fn(void *job, int64_t row, int thread) noexcept nogil
-
-# A product by weights of 8, 16 or 32 bits. Threads take blocks of rows and outputs.
-cdef struct dense_job:
-    const ukernel_table *table
-    int num_threads
-    dense_task task             # of all rows and outputs
-    int64_t row_block
-    int64_t column_block
-    queue items
 
 cdef struct projection:
     bint quantised
@@ -40,7 +32,6 @@ cdef struct plain_rows:
 
 cdef struct projection_group:
     const ukernel_table *table
-    int num_threads
     int num_projections
     projection[MAX_PROJECTIONS] projections
     int num_quantised
@@ -62,5 +53,3 @@ cdef void run_group(projection_group *group, member *m) noexcept nogil
 cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, member *m) noexcept nogil
 
 cdef int set_dense(dense_job *job, Workspace workspace, layer, list owners) except -1
-cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil
-cdef void do_dense(dense_job *job, const member *m) noexcept nogil

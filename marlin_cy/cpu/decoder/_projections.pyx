@@ -16,7 +16,8 @@ from libc.string cimport memcmp, memset
 
 from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8, dense_task
+from marlin_cy.cpu._dense cimport begin_dense, do_dense
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8
 from marlin_cy.cpu._gemm cimport (
     begin_items, carve_gemm, do_items, set_columns, set_gemm_job, set_quantize_job,
 )
@@ -30,13 +31,6 @@ from marlin_cy.cpu.stack import CpuLinear
 from marlin_cy.decoder.plan import DenseLinear
 from marlin_cy.errors import UnsupportedError
 
-cdef enum:
-    DENSE_ROWS = 32             # rows of a dense item, at most
-    DENSE_COLUMNS = 256         # outputs of a dense item, at most: 1 MB of bfloat16 weights with K of 2048
-    DENSE_STEP = 8              # outputs of a dense item are a multiple of this
-    ITEMS_PER_THREAD = 4
-
-
 # ---------------------------------------------------------------------------------------------
 # Setting up
 
@@ -45,7 +39,7 @@ cdef int set_group(projection_group *group, Workspace workspace, list projection
     cdef projection *p
     cdef int index
     memset(group, 0, sizeof(projection_group))
-    group.table, group.num_threads = workspace.table, workspace.num_threads
+    group.table = workspace.table
     group.num_projections, group.k = len(projections), projections[0].in_features
     for index in range(group.num_projections):
         p = &group.projections[index]
@@ -215,41 +209,3 @@ cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, membe
     while row < rows:
         prepare(job, row, m.thread)
         row = take_item(items, rows, m)
-
-
-# ---------------------------------------------------------------------------------------------
-# Dense products
-
-cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil:
-    """Cut ``rows`` rows into items: enough to keep the threads busy, each as large as possible."""
-    cdef int64_t wanted = ITEMS_PER_THREAD * job.num_threads, row_blocks, columns
-    job.task.m = rows
-    job.row_block = min(<int64_t>DENSE_ROWS, max(<int64_t>1, rows))
-    row_blocks = (rows + job.row_block - 1) // job.row_block
-    columns = max(<int64_t>DENSE_STEP, job.task.n * max(<int64_t>1, row_blocks) // wanted)
-    job.column_block = min(<int64_t>DENSE_COLUMNS, (columns + DENSE_STEP - 1) // DENSE_STEP * DENSE_STEP)
-    job.items.next = 0
-
-
-cdef void do_dense(dense_job *job, const member *m) noexcept nogil:
-    """Do a thread's part of a dense product."""
-    cdef int64_t row_blocks = (job.task.m + job.row_block - 1) // job.row_block
-    cdef int64_t column_blocks = (job.task.n + job.column_block - 1) // job.column_block
-    cdef int64_t count = row_blocks * column_blocks, item = take_item(&job.items, count, m)
-    while item < count:
-        dense_item(job, item % row_blocks * job.row_block, item // row_blocks * job.column_block)
-        item = take_item(&job.items, count, m)
-
-
-cdef void dense_item(const dense_job *job, int64_t row, int64_t column) noexcept nogil:
-    cdef dense_task task = job.task
-    cdef int64_t element = 4 if task.dtype == DTYPE_F32 else 1 if task.dtype == DTYPE_I8 else 2
-    task.m, task.n = min(job.row_block, task.m - row), min(job.column_block, task.n - column)
-    task.x += row * task.x_stride
-    task.w = <const char *>task.w + column * task.w_stride * element
-    task.out += row * task.out_stride + column
-    if task.scales is not NULL:
-        task.scales += column
-    if task.bias is not NULL:
-        task.bias += column
-    job.table.dense(&task)

@@ -22,8 +22,8 @@ from libc.string cimport memcpy, memset
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 
 from marlin_cy.cpu._arena cimport arena, carve, take
-from marlin_cy.cpu._buffers cimport float_matrix, matrix
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, ukernel_table
+from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
+from marlin_cy.cpu._dispatch cimport ukernel_table
 from marlin_cy.cpu._team cimport barrier, member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport chunks_of
@@ -218,7 +218,6 @@ cdef class CpuStep:
             chunks = max(chunks, chunks_of(part[s].position + part[s].count))
             for row in range(part[s].row, part[s].row + part[s].count):
                 owner[row] = <int32_t>s
-        self.job.rows.table, self.job.rows.num_threads = self.workspace.table, self.workspace.num_threads
         self.job.rows.rows, self.job.rows.num_segments, self.job.rows.segments = rows, num_segments, part
         self.job.rows.segment_of, self.job.rows.tokens = &owner[0], &tokens[0]
         self.job.num_wanted = wanted.shape[0]
@@ -381,7 +380,7 @@ cdef void norm_row(void *norm, int64_t row, int thread) noexcept nogil:
     cdef float *x = job.x + row * job.width
     cdef int64_t element
     if job.embedded is not NULL:
-        element = 4 if job.embedding_dtype == DTYPE_F32 else 2
+        element = element_bytes(job.embedding_dtype)
         job.table.widen(x, job.embedding + job.embedded.tokens[row] * job.width * element, job.embedding_dtype,
                         job.width)
     elif job.gathered is not NULL:
