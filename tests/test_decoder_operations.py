@@ -11,8 +11,9 @@ from conftest import ISAS
 from marlin_cy import UnsupportedError
 from marlin_cy.cpu._dispatch import CONSTANTS
 from marlin_cy.decoder import reference
-from marlin_cy.decoder.operations import PAGE_POSITIONS, DecoderOperations
+from marlin_cy.decoder.operations import DecoderOperations
 from marlin_cy.decoder.plan import RopeTable
+from marlin_cy.decoder.program import PAGE_TOKENS
 
 U = unit_roundoff(np.float32)
 AVAILABLE = [name for name, isa in ISAS.items() if isa["available"]]
@@ -46,7 +47,7 @@ def unset(*shape):
 
 
 def test_pages():
-    assert CONSTANTS["KV_BLOCK"] == PAGE_POSITIONS
+    assert CONSTANTS["KV_BLOCK"] == PAGE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
@@ -108,10 +109,10 @@ class Cache:
     """A cache with pages in random order, and what one sequence has written to it."""
 
     def __init__(self, rng, length, kv_heads, head_dim, value_dim, dtype):
-        pages = -(-length // PAGE_POSITIONS)
+        pages = -(-length // PAGE_TOKENS)
         self.page_table = rng.permutation(pages + 4)[:pages].astype(np.int32)
-        self.keys = np.full((pages + 4, kv_heads, head_dim, PAGE_POSITIONS), np.nan, dtype)
-        self.values = np.full((pages + 4, kv_heads, PAGE_POSITIONS, value_dim), np.nan, dtype)
+        self.keys = np.full((pages + 4, kv_heads, head_dim, PAGE_TOKENS), np.nan, dtype)
+        self.values = np.full((pages + 4, kv_heads, PAGE_TOKENS, value_dim), np.nan, dtype)
         self.k, self.v = floats(rng, length, kv_heads, head_dim), floats(rng, length, kv_heads, value_dim)
 
     def append(self, run, parts):
@@ -135,7 +136,7 @@ def test_append_to_cache(run, rng, dtype):
     cache = Cache(rng, 40, 2, 6, 16, dtype)
     cache.append(run, [1, 20, 16])
     for position, head in itertools.product(range(40), range(2)):
-        page, place = cache.page_table[position // PAGE_POSITIONS], position % PAGE_POSITIONS
+        page, place = cache.page_table[position // PAGE_TOKENS], position % PAGE_TOKENS
         key, value = cache.keys[page, head, :, place].copy(), cache.values[page, head, place].copy()
         if position < 37:
             assert_same_bits(key, cache.k[position, head].astype(dtype))
@@ -160,7 +161,7 @@ def test_attention(run, rng, heads, kv_heads, window, sinks, soft_cap, dtype):
     q, logits = floats(rng, tokens, heads, d), floats(rng, heads) if sinks else None
     start, options = length - tokens, {"scale": d**-0.5, "window": window, "soft_cap": soft_cap}
     if window is not None:  # pages that no token sees may be gone
-        cache.page_table[: (start - window + 1) // PAGE_POSITIONS] = -1
+        cache.page_table[: (start - window + 1) // PAGE_TOKENS] = -1
 
     def attend(now):
         return run(

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlin_cy import memory
+
 if TYPE_CHECKING:
     from marlin_cy.cpu import CpuContext
 
@@ -95,15 +97,11 @@ def last_level_cache_bytes() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping, limited by the machine and by this process's control group."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
-    if available:
-        sizes.append(int(available[1]) << 10)
-    limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdecimal() and used.isdecimal():
-        sizes.append(int(limit) - int(used))
-    return min(sizes)
+    """:func:`marlin_cy.memory.available_memory`, on a system that says it."""
+    found = memory.available_memory()
+    if found is None:
+        raise OSError("this system does not say how much memory is available; pass a number of bytes")
+    return found
 
 
 def _text(path: str | Path) -> str:

@@ -18,14 +18,13 @@ import numpy as np
 from bench.common.processes import serve
 from bench.cpu.calls import read_side
 from bench.models.head import HeadStep
+from marlin_cy.decoder.options import CACHE_DTYPE
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.cache import Sequence
     from marlin_cy.decoder.model import Model
 
 __all__ = ["DecoderWorker"]
-
-CACHE_DTYPE = "float16"
 
 
 class DecoderWorker:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy import __version__
-from marlin_cy.commands.decoder_model import CACHE_DTYPE, load_decoder, resident_bytes, weight_bytes
+from marlin_cy.commands.decoder_model import load_decoder, memory_line, resident_bytes, weight_bytes
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
@@ -30,6 +30,7 @@ from marlin_cy.commands.options import (
 )
 from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, print_json, rate, table
 from marlin_cy.commands.sampling_options import add_cache_option, count_argument
+from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError
 
 if TYPE_CHECKING:
@@ -184,9 +185,6 @@ def _print_table(report: dict[str, Any]) -> None:
             ]
             rows.add_row(name, str(length), *map(rate, rates))
     screen.print(rows)
-    resident = report["resident_bytes"]
     screen.print(
-        ("" if resident is None else f"Memory: {megabytes(resident)} resident. ")
-        + f"Weights: {megabytes(report['packed_bytes'])} packed, {megabytes(report['other_weight_bytes'])} others. "
-        f"Cache: {megabytes(report['cache_bytes'])}. Loaded in {report['load_seconds']:.2f} s."
+        f"{memory_line(report)} Cache: {megabytes(report['cache_bytes'])}. Loaded in {report['load_seconds']:.2f} s."
     )

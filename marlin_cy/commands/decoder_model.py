@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from marlin_cy.commands.options import argument_errors, open_backend
-from marlin_cy.commands.output import LoadProgress
+from marlin_cy.commands.output import LoadProgress, megabytes
+from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError
 from marlin_cy.formats.json_fields import optional, read_json
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
 
-__all__ = ["CACHE_DTYPE", "Loaded", "declared_context", "load_decoder", "resident_bytes", "weight_bytes"]
-
-CACHE_DTYPE = "float16"
+__all__ = ["Loaded", "declared_context", "load_decoder", "memory_line", "resident_bytes", "weight_bytes"]
 
 
 class Loaded(NamedTuple):
@@ -139,3 +139,11 @@ def resident_bytes() -> int | None:
         return None
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
+
+
+def memory_line(report: Mapping[str, Any]) -> str:
+    """What a model takes, in words, from a report's ``resident_bytes``, ``packed_bytes`` and ``other_weight_bytes``."""
+    resident = report["resident_bytes"]
+    return (
+        "" if resident is None else f"Memory: {megabytes(resident)} resident. "
+    ) + f"Weights: {megabytes(report['packed_bytes'])} packed, {megabytes(report['other_weight_bytes'])} others."

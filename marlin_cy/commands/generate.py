@@ -21,9 +21,9 @@ from typing import Any
 
 from marlin_cy import __version__
 from marlin_cy.commands.decoder_model import (
-    CACHE_DTYPE,
     declared_context,
     load_decoder,
+    memory_line,
     resident_bytes,
     weight_bytes,
 )
@@ -35,8 +35,9 @@ from marlin_cy.commands.options import (
     open_backend,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, console, escape, megabytes, note, print_json, rate, table
+from marlin_cy.commands.output import LoadProgress, console, escape, note, print_json, rate, table
 from marlin_cy.commands.sampling_options import add_engine_options, add_sampling_options, engine_of, sampling_of
+from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError, UnsupportedError
 from marlin_cy.integrations import needs_extra
 
@@ -246,12 +247,7 @@ def _print_figures(report: dict[str, Any]) -> None:
         f"stopped: {STOPPED[report['stopped']]}",
     )
     screen.print(rows)
-    resident = report["resident_bytes"]
-    screen.print(
-        ("" if resident is None else f"Memory: {megabytes(resident)} resident. ")
-        + f"Weights: {megabytes(report['packed_bytes'])} packed, {megabytes(report['other_weight_bytes'])} others. "
-        f"Loaded in {report['load_seconds']:.2f} s."
-    )
+    screen.print(f"{memory_line(report)} Loaded in {report['load_seconds']:.2f} s.")
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

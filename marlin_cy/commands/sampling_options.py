@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from marlin_cy.decoder.options import CACHE_DTYPE, CACHE_DTYPES, LM_HEADS
+
 __all__ = [
-    "CACHE_DTYPES",
     "DTYPES",
-    "LM_HEADS",
     "add_cache_option",
     "add_engine_options",
     "add_sampling_options",
@@ -20,8 +20,6 @@ __all__ = [
 ]
 
 ENGINES = ("auto", "decoder", "transformers")
-CACHE_DTYPES = ("float16", "bfloat16", "float32")
-LM_HEADS = ("int8",)
 DTYPES = ("bfloat16", "float16", "float32")
 DRAWING = ("top_k", "top_p", "min_p", "seed")
 """Options that only matter where tokens are drawn."""
@@ -47,7 +45,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
     """Declare ``--cache-dtype`` and ``--lm-head``."""
     parser.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES, help="decoder: of keys and values in the cache; default: float16"
+        "--cache-dtype", choices=CACHE_DTYPES, help="decoder: of keys and values in the cache; default: " + CACHE_DTYPE
     )
     parser.add_argument(
         "--lm-head", choices=LM_HEADS, help="decoder: round the head to 8 bits; default: as it is in the file"

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from marlin_cy.arguments import integer
-from marlin_cy.decoder.program import PAGE_TOKENS as PAGE
+from marlin_cy.decoder.cache import pages_of
+from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.decoder.protocol import DecoderModel, Logits, Progress
 from marlin_cy.decoder.sampling import SamplingOptions, SamplingParams
 from marlin_cy.decoder.text import Tokenizer
@@ -254,7 +255,7 @@ def _begin(model: DecoderModel, running: Sequence[_Job], job: _Job) -> bool:
 
 def _whole_pages(tokens: int) -> int:
     """Positions of the pages that hold this many tokens."""
-    return -(-tokens // PAGE) * PAGE
+    return pages_of(tokens) * PAGE_TOKENS
 
 
 def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, Logits]]:

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from marlin_cy.decoder.options import LM_HEADS
 from marlin_cy.decoder.plan import DecoderPlan, DenseLinear
 from marlin_cy.errors import UnsupportedError
 
-__all__ = ["LM_HEADS", "rounded_head", "with_head"]
-
-LM_HEADS = ("int8",)
-"""What a head may be rounded to when it is loaded."""
+__all__ = ["rounded_head", "with_head"]
 
 ROWS = 4096  # that are rounded at once, so that the float32 copy stays small
 

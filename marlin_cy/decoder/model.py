@@ -17,8 +17,9 @@ from marlin_cy.decoder.build import build_plan, read_config
 from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
 from marlin_cy.decoder.config import DecoderConfig
 from marlin_cy.decoder.head import with_head
+from marlin_cy.decoder.options import CACHE_DTYPE, CACHE_DTYPES
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
-from marlin_cy.decoder.program import CACHE_DTYPES, PAGE_TOKENS, Batch
+from marlin_cy.decoder.program import PAGE_TOKENS, Batch
 from marlin_cy.decoder.text_methods import TextMethods
 from marlin_cy.errors import ContextInUse, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
@@ -42,7 +43,7 @@ def load_model(
     *,
     context_length: int | None = None,
     cache_tokens: int | None = None,
-    cache_dtype: str = "float16",
+    cache_dtype: str = CACHE_DTYPE,
     lm_head: str | None = None,
     progress: Callable[[int, int, str], object] | None = None,
     **context_options: Any,
@@ -308,22 +309,18 @@ class Model(TextMethods):
     ) -> list[npt.NDArray[np.float32]]:
         for sequence, tokens in work:
             sequence.grow(len(tokens), self._program.copy_page)
-        results = [np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32) for _, tokens in work]
+        pieces: list[list[npt.NDArray[np.float32]]] = [[] for _ in work]
         for parts in cut_into_steps([len(tokens) for _, tokens in work], MAX_ROWS):
             wanted: list[int] = []
-            places: list[tuple[int, int]] = []
+            counts: list[int] = []  # of wanted rows, for each part
             segments = np.empty((len(parts), 4), np.int64)
             rows = 0
             for number, (index, begin, end) in enumerate(parts):
                 sequence, tokens = work[index]
                 segments[number] = rows, end - begin, sequence.length, sequence.state
-                if all_logits:
-                    wanted += range(rows, rows + end - begin)
-                    places += [(index, place) for place in range(begin, end)]
-                elif end == len(tokens):
-                    wanted.append(rows + end - begin - 1)
-                    places.append((index, 0))
                 rows += end - begin
+                counts.append(end - begin if all_logits else int(end == len(tokens)))
+                wanted += range(rows - counts[-1], rows)
             logits = self._program.step(
                 Batch(
                     np.concatenate([work[index][1][begin:end] for index, begin, end in parts]),
@@ -332,10 +329,13 @@ class Model(TextMethods):
                     np.array(wanted, np.int32),
                 )
             )
-            for (index, place), row in zip(places, logits, strict=True):
-                results[index][place] = row
-            for index, begin, end in parts:
+            row = 0
+            for (index, begin, end), count in zip(parts, counts, strict=True):
                 work[index][0].length += end - begin
+                if count:
+                    pieces[index].append(logits[row : row + count])
+                    row += count
+        results = [found[0] if len(found) == 1 else np.concatenate(found) for found in pieces]
         return results if all_logits else [result[0] for result in results]
 
     @staticmethod

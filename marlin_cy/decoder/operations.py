@@ -16,10 +16,7 @@ from marlin_cy.errors import UnsupportedError
 if TYPE_CHECKING:
     from marlin_cy.interface import Context
 
-__all__ = ["PAGE_POSITIONS", "DecoderOperations"]
-
-PAGE_POSITIONS = 16
-"""Positions of a page of a cache."""
+__all__ = ["DecoderOperations"]
 
 
 class DecoderOperations:
@@ -28,13 +25,14 @@ class DecoderOperations:
     A buffer is C-contiguous. Where a parameter's dtype is not named, it is float32. An output does not overlap an
     input, unless the method says that they may be the same buffer. Every method checks its arguments before it writes.
 
-    A *cache* is two buffers of float32, float16 or bfloat16, in pages of :data:`PAGE_POSITIONS` positions::
+    A *cache* is two buffers of float32, float16 or bfloat16, in pages of
+    :data:`~marlin_cy.decoder.program.PAGE_TOKENS` positions::
 
-        keys    [num_pages, num_kv_heads, head_dim, PAGE_POSITIONS]
-        values  [num_pages, num_kv_heads, PAGE_POSITIONS, value_dim]
+        keys    [num_pages, num_kv_heads, head_dim, PAGE_TOKENS]
+        values  [num_pages, num_kv_heads, PAGE_TOKENS, value_dim]
 
-    A sequence's *page table* is a vector of int32: position ``p`` is in page ``page_table[p // PAGE_POSITIONS]``, at
-    ``p % PAGE_POSITIONS``.
+    A sequence's *page table* is a vector of int32: position ``p`` is in page ``page_table[p // PAGE_TOKENS]``, at
+    ``p % PAGE_TOKENS``.
 
     Raises
     ------

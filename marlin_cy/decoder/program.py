@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CACHE_DTYPES", "PAGE_TOKENS", "Batch", "DecoderProgram"]
-
-CACHE_DTYPES = ("float16", "bfloat16", "float32")
-"""What a cache may hold keys and values in."""
+__all__ = ["PAGE_TOKENS", "Batch", "DecoderProgram"]
 
 PAGE_TOKENS = 16
 """Positions of a page of the cache."""

@@ -7,14 +7,15 @@ to the extra ``text``; neither PyTorch nor transformers is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from marlin_cy.decoder.detokenize import TextStream, read_decoding
-from marlin_cy.errors import BackendUnavailable, CheckpointError, UnsupportedError
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.extras import needs
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, read_json
 
 __all__ = ["Tokenizer", "needs_text", "read_optional_json"]
@@ -173,21 +174,9 @@ class _BytesOfTokens(dict[int, bytes]):
         return value
 
 
-@contextmanager
-def needs_text() -> Iterator[None]:
-    """Context for imports of the extra ``text``. An import error becomes an error that says how to install it.
-
-    Raises
-    ------
-    BackendUnavailable
-        An import inside the context failed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"tokenizers and jinja2 are needed ({error}); pip install 'marlin-cy[text]'"
-        ) from error
+def needs_text() -> AbstractContextManager[None]:
+    """Context for imports of the extra ``text``: :func:`marlin_cy.extras.needs`."""
+    return needs("tokenizers and jinja2", "text")
 
 
 def read_optional_json(path: Path) -> JsonObject:

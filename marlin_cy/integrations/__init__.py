@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from marlin_cy.errors import BackendUnavailable
+from marlin_cy.extras import needs
 
 __all__ = ["needs_extra"]
 
 
-@contextmanager
-def needs_extra() -> Iterator[None]:
-    """Context for imports of PyTorch and transformers. An import error becomes an error that says how to install them.
-
-    Raises
-    ------
-    BackendUnavailable
-        An import inside the context failed.
-    """
-    try:
-        yield
-    except BackendUnavailable:
-        raise
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"PyTorch and transformers 5.8 or later are needed ({error}); pip install 'marlin-cy[transformers]'"
-        ) from error
+def needs_extra() -> AbstractContextManager[None]:
+    """Context for imports of PyTorch and transformers: :func:`marlin_cy.extras.needs`."""
+    return needs("PyTorch and transformers 5.8 or later", "transformers")
