@@ -35,6 +35,7 @@ FLAGS = [
     "-Werror=implicit-function-declaration",
     "-Werror=incompatible-pointer-types",
 ]
+PTX_FILES = "gemm_mma", "decoder_step"
 PROBE = "__kernel void probe(__global float2 *to, __global const half *from) { *to = vload_half2(0, from); }\n"
 GROUPS_32, GROUPS_128 = {"GROUP_32": 1}, {"GROUP_32": 0}
 ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
@@ -67,6 +68,37 @@ GROUPED_TILES = {
     "QUERY_SETS": 8,
     "KEY_SETS": 1,
     "KEYS": 32,
+}
+STEP = {
+    "TOKENS": 1,
+    "STEP_WAVES": 16,
+    "LAYERS": 48,
+    "HIDDEN": 2048,
+    "HEADS": 32,
+    "KV_HEADS": 4,
+    "HEAD_DIM": 128,
+    "HEADS_TOGETHER": 8,
+    "INNER": 768,
+    "EXPERTS": 128,
+    "TOP_K": 8,
+    "PAIRS_ROTATED": 64,
+    "INTERLEAVED": 0,
+    "QKV_TEAM": 4,
+    "GATE_TEAM": 4,
+    **{name: 7 for name in ("QKV_SHIFT", "O_SHIFT", "GATE_SHIFT", "DOWN_SHIFT")},
+    "GATE_WORDS": 417792,
+    "DOWN_WORDS": 208896,
+    "EXPERTS_PER_PART": 128,
+    "EMBEDDING_TYPE": 2,
+    "ROUTER_TYPE": 2,
+    "CACHE_TYPE": 1,
+    "ACTIVATION": 1,
+    "NORMALISE": 1,
+    "NUM_GROUPS": 1,
+    "TOPK_GROUPS": 1,
+    "GROUP_32": 0,
+    "LAYER_BYTES": 344,
+    "ALIGNED": 1,
 }
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
@@ -148,6 +180,11 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
         {"WEIGHT_TYPE": 2, "DENSE_ROWS": 4, "ALIGNED": 1, "TEAM": 8},
     ],
+    "decoder_step": [
+        {**STEP, "MMA": 0, "RESIDENT": 0, "TOKENS": 4, "INTERLEAVED": 1, "SCORING": 2, "CORRECTED": 1},
+        {**STEP, "MMA": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
+        {**STEP, "MMA": 1, "RESIDENT": 1, "PTX": 1},
+    ],
     "decoder_delta": [{"OUTPUT_TYPE": 1}, {"KEY_DIM": 16, "VALUE_DIM": 48, "STATE_COLUMNS": 32, "KEY_PARTS": 1}],
 }
 
@@ -155,7 +192,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
 def variants_of(file: str) -> list[dict[str, int]]:
     """All macro sets of a file."""
     variants = VARIANTS.get(file, [{}])
-    if not file.startswith("gemm"):
+    if not file.startswith(("gemm", "decoder_step")):
         return variants
     return [
         {**variant, **code_macros(name, bool(variant.get("SYMMETRIC")))}
@@ -187,7 +224,7 @@ class Target(NamedTuple):
     commands: Commands
     missing: Callable[[], str | None]
     newest: str = "CL2.0"
-    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
+    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith(PTX_FILES) else {}
     skip: Callable[[str, dict[str, int]], object] = lambda file, macros: False
 
 
@@ -273,7 +310,7 @@ def nvidia(name: str) -> Target:
         commands,
         new_enough(name, commands),
         macros=lambda file: {},
-        skip=lambda file, macros: not (file.startswith("gemm_mma") or "PTX" in macros),
+        skip=lambda file, macros: not (file.startswith(PTX_FILES) or "PTX" in macros),
     )
 
 

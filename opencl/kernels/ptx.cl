@@ -56,6 +56,7 @@ static inline uint4 load_once(__global const uint4 *p) { return *p; }
 static inline uint4 load_early(__global const uint4 *p) { return *p; }
 static inline uint load_early_word(__global const uint *p) { return *p; }
 static inline void issue_loads(void) {}
+static inline void prefetch_line(__global const void *p) {}
 
 typedef size_t LocalAddress;
 static inline LocalAddress local_address(__local const void *p) { return (size_t)p; }
@@ -111,6 +112,13 @@ static inline float2 half2_to_float2(uint pair)
     return (float2)(low, high);
 }
 
+static inline uint float2_to_half2(float2 pair)
+{
+    uint d = 0;
+    ASM("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(pair.y), "f"(pair.x));
+    return d;
+}
+
 // A lane's sums: columns g and g + 8 (a's rows) of tokens 2t and 2t + 1 (b's columns), as x, y and z, w.
 static inline float4 mma(uint4 a, uint b0, uint b1, float4 c)
 {
@@ -152,6 +160,21 @@ static inline uint load_early_word(__global const uint *p)
     return v;
 }
 static inline void issue_loads(void) { ORDERED_ASM("bar.warp.sync 0xffffffff;" : : : "memory"); }
+// Brings a line of 128 bytes to the second-level cache.
+static inline void prefetch_line(__global const void *p) { ORDERED_ASM("prefetch.global.L2 [%0];" : : "l"(p)); }
+
+// Between work-groups of a launch, all of which are resident. After a work-item has read a count, it can read what the
+// work-groups that were counted had written, and so can its work-group after a barrier.
+static inline void add_release(__global uint *count)
+{
+    ORDERED_ASM("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(count) : "memory");
+}
+static inline uint load_acquire(__global const uint *count)
+{
+    uint v = 0;
+    ORDERED_ASM("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+    return v;
+}
 
 // Copies of 16 or 4 bytes to local memory that bypass registers. The copies between two commits are a group.
 // AWAIT_COPIES waits until at most `left` groups of the work-item are in flight.
