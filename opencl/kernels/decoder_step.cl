@@ -192,7 +192,35 @@ static inline float group_total(__local const float *sums, uint count, uint stri
     return sum;
 }
 
+// Weights for a later phase are brought to the second-level cache while work-groups wait for each other.
+#if RESIDENT
+static inline void prefetch_bytes(ulong from, uint bytes)
+{
+    EACH(i, (bytes + 127) / 128)
+        prefetch_line((__global const uchar *)from + 128 * i);
+}
+
+// Codes and scales of a strip.
+static inline void prefetch_strip(ulong matrix, uint strips, uint blocks, uint groups, uint strip)
+{
+    if (strip < strips) {
+        prefetch_bytes(matrix + strip * blocks * (4ul * BLOCK_WORDS), blocks * 4 * BLOCK_WORDS);
+        prefetch_bytes(matrix + strips * blocks * (4ul * BLOCK_WORDS) + strip * groups * 32ul, groups * 32);
+    }
+}
+#endif
+
 // Phases -------------------------------------------------------------------------------------------
+
+// Of the projections side by side: which one a strip belongs to, 0 query, 1 key, 2 value, and its first strip.
+static inline uint part_of_strip(uint strip)
+{
+    return strip < ATTENDED / STRIP_N ? 0 : strip < (ATTENDED + KV_HEADS * HEAD_DIM) / STRIP_N ? 1 : 2;
+}
+static inline uint first_strip_of(uint part)
+{
+    return part == 0 ? 0 : (ATTENDED + (part - 1) * KV_HEADS * HEAD_DIM) / STRIP_N;
+}
 
 __attribute__((always_inline)) static inline void project_heads(__global const Layer *layer, bool first, uint rows,
                                                                 __global const int *batch, ulong table,
@@ -203,6 +231,9 @@ __attribute__((always_inline)) static inline void project_heads(__global const L
     const uint teams = STEP_WAVES / QKV_TEAM, team = wave / QKV_TEAM, member = wave % QKV_TEAM;
     const uint run = (HIDDEN_BLOCKS + QKV_TEAM - 1) / QKV_TEAM;
     const uint begin = min(member * run, (uint)HIDDEN_BLOCKS), end = min(begin + run, (uint)HIDDEN_BLOCKS);
+#if RESIDENT
+    prefetch_strip(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT), get_group_id(0));
+#endif
     {
         float4 normed[TOKENS][FOURS];
         norm_x(normed, rows, x, batch, first ? table : 0, layer->mixer_norm, layer->norm_eps, scratch);
@@ -213,13 +244,10 @@ __attribute__((always_inline)) static inline void project_heads(__global const L
         const uint base = turn * get_num_groups(0) * teams, strip = base + team * get_num_groups(0) + get_group_id(0);
         Total total[TOTALS] = {0};
         if (strip < strips) {
-            const uint part = strip < ATTENDED / STRIP_N                        ? 0
-                              : strip < (ATTENDED + KV_HEADS * HEAD_DIM) / STRIP_N ? 1
-                                                                                   : 2;
-            const uint before = part == 0 ? 0 : (ATTENDED + (part - 1) * KV_HEADS * HEAD_DIM) / STRIP_N;
+            const uint part = part_of_strip(strip);
             const Sections m = sections_of(layer->qkv[part], layer->qkv_strips[part], HIDDEN_BLOCKS,
                                            GROUPS_OF(HIDDEN, QKV_SHIFT));
-            product_of_local(total, m, layer->qkv_first[part] + strip - before, 0, HIDDEN_BLOCKS,
+            product_of_local(total, m, layer->qkv_first[part] + strip - first_strip_of(part), 0, HIDDEN_BLOCKS,
                              GROUPS_OF(HIDDEN, QKV_SHIFT), QKV_SHIFT, HIDDEN, begin, end, lane, kept);
             EACH_SUM(total, layer->qkv_factor[part], scratch + wave * (QUADS * TOKENS * 16), TOKENS * 16, 16, TOKENS,
                      lane, PUT_SET)
@@ -251,6 +279,10 @@ __attribute__((always_inline)) static inline void project_output(__global const 
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     const uint run = (ATTENDED_BLOCKS + STEP_WAVES - 1) / STEP_WAVES;
     const uint begin = min(wave * run, (uint)ATTENDED_BLOCKS), end = min(begin + run, (uint)ATTENDED_BLOCKS);
+#if RESIDENT
+    if (get_group_id(0) < EXPERTS)
+        prefetch_bytes(layer->router + get_group_id(0) * (ulong)(HIDDEN * sizeof(ROUTER)), HIDDEN * sizeof(ROUTER));
+#endif
     const Sections m =
         sections_of(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT));
     for (uint strip = get_group_id(0); strip < HIDDEN / STRIP_N; strip += get_num_groups(0)) {
@@ -339,6 +371,13 @@ __attribute__((always_inline)) static inline void project_inner(
             ids[i] = chosen[i];
             weights[i] = weighed[i];
         }
+#if RESIDENT
+    for (uint pair = 0; pair < rows * TOP_K; pair++) {
+        const uint expert = (uint)chosen[pair];
+        prefetch_strip(layer->down[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * DOWN_WORDS),
+                       HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), get_group_id(0));
+    }
+#endif
     const uint teams = STEP_WAVES / GATE_TEAM, team = wave / GATE_TEAM, member = wave % GATE_TEAM;
     const uint run = (HIDDEN_BLOCKS + GATE_TEAM - 1) / GATE_TEAM;
     const uint begin = min(member * run, (uint)HIDDEN_BLOCKS), end = min(begin + run, (uint)HIDDEN_BLOCKS);
@@ -386,13 +425,21 @@ __attribute__((always_inline)) static inline void project_inner(
 // A strip of all (token, choice) pairs is a work-group's. PARTS_OF_PAIR waves share a pair.
 #define ALL_PAIRS (TOKENS * TOP_K)
 #define PARTS_OF_PAIR (ALL_PAIRS < STEP_WAVES ? STEP_WAVES / ALL_PAIRS : 1)
-__attribute__((always_inline)) static inline void project_down(__global const Layer *layer, uint rows,
+__attribute__((always_inline)) static inline void project_down(__global const Layer *layer, bool is_last, uint rows,
                                                                __global float *x, __global const int *ids,
                                                                __global const float *weights,
                                                                __global const float *inner,
                                                                __global const uint *inner_most, __local float *scratch)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+#if RESIDENT
+    if (!is_last)
+        for (uint strip = get_group_id(0); strip < QKV / STRIP_N; strip += get_num_groups(0)) {
+            const uint part = part_of_strip(strip);
+            prefetch_strip(layer[1].qkv[part], layer[1].qkv_strips[part], HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, QKV_SHIFT),
+                           layer[1].qkv_first[part] + strip - first_strip_of(part));
+        }
+#endif
     const uint at_once = STEP_WAVES / PARTS_OF_PAIR, part = wave % PARTS_OF_PAIR;
     const uint run = (INNER_BLOCKS + PARTS_OF_PAIR - 1) / PARTS_OF_PAIR;
     const uint begin = min(part * run, (uint)INNER_BLOCKS), end = min(begin + run, (uint)INNER_BLOCKS);
@@ -495,7 +542,7 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
             project_inner(layer, rows, phase > first, batch, x, logits, ids, weights, inner, inner_most, scratch, kept,
                           chosen, weighed, most);
         else
-            project_down(layer, rows, x, ids, weights, inner, inner_most, scratch);
+            project_down(layer, number + 1 == LAYERS, rows, x, ids, weights, inner, inner_most, scratch);
 #if RESIDENT
         if (phase + 1 < last) {
             if (!all_arrive(state, arrived, patience, &failed))
