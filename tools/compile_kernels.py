@@ -68,6 +68,7 @@ GROUPED_TILES = {
     "KEY_SETS": 1,
     "KEYS": 32,
 }
+TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
 VARIANTS: dict[str, list[dict[str, int]]] = {
@@ -143,6 +144,10 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"CACHE_TYPE": 2, **LATENT_TILES},
         {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
     ],
+    "decoder_attention_mma": [
+        {"CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, "WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0},
+        {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, **TILES, "HEADS": 8},
+    ],
     "decoder_dense": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 2, "ALIGNED": 1},
         {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
@@ -187,7 +192,7 @@ class Target(NamedTuple):
     commands: Commands
     missing: Callable[[], str | None]
     newest: str = "CL2.0"
-    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith("gemm_mma") else {}
+    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if "mma" in file else {}
     skip: Callable[[str, dict[str, int]], object] = lambda file, macros: False
 
 
@@ -273,7 +278,7 @@ def nvidia(name: str) -> Target:
         commands,
         new_enough(name, commands),
         macros=lambda file: {},
-        skip=lambda file, macros: not (file.startswith("gemm_mma") or "PTX" in macros),
+        skip=lambda file, macros: not ("mma" in file or "PTX" in macros),
     )
 
 

@@ -82,7 +82,7 @@ PLACE_HEADS = {
     "values": "global CACHE*",
 }
 
-# Attention (decoder_attention.cl) -----------------------------------------------------------------
+# Attention (decoder_attention.cl, decoder_attention_mma.cl) ---------------------------------------
 
 ATTEND = {
     "batch": "global int*",
@@ -105,6 +105,7 @@ ATTEND = {
     "partial": "global float*",
     "stats": "global float2*",
 }
+ATTEND_TILES = {name: kind for name, kind in ATTEND.items() if name not in ("partial", "stats")}
 MERGE_SPLITS = {
     "batch": "global int*",
     "tiles": "uint",
@@ -199,6 +200,7 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "norm_router": always(NORM_ROUTER),
         "place_heads": always(PLACE_HEADS),
         "attend": always(ATTEND),
+        "attend_tiles": always(ATTEND_TILES),
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import pyopencl as cl
 
 from marlin_cy.decoder.plan import AttentionPlan, RopeTable
+from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.decoder.attention_mma import TilesKernel, tiles_kernel
 from marlin_cy.opencl.decoder.projections import ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
 if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
     from marlin_cy.opencl.capabilities import Capabilities
     from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.maker import Maker
@@ -119,10 +122,29 @@ class Attend:
     sinks: cl.Buffer | None = None
     gate_offset: int = 0
 
-    def record(self, maker: Maker, q: Rows, q_head_stride: int, output: Rows, tile_rows: int, most_splits: int) -> None:
+    def tiles_kernel(self, backend: OpenClBackend, output_type: int) -> TilesKernel | None:
+        """The tensor-core kernel for tiles of several rows; None if the portable one is used."""
+        return tiles_kernel(self.shape, self.pool.type_code, output_type, backend)
+
+    def tile_rows(self, backend: OpenClBackend, output_type: int) -> int:
+        """Rows of a tile of several rows, at most."""
+        kernel = self.tiles_kernel(backend, output_type)
+        return self.shape.tile_rows(backend.runtime.capabilities) if kernel is None else kernel.rows
+
+    def record(
+        self,
+        maker: Maker,
+        q: Rows,
+        q_head_stride: int,
+        output: Rows,
+        tile_rows: int,
+        most_splits: int,
+        tiles: TilesKernel | None = None,
+    ) -> None:
         """Record the launches for tiles of one row, and for tiles of ``tile_rows`` rows.
 
-        ``most_splits``: splits of all tiles of one row together, at most, unless they have one split each.
+        ``most_splits``: splits of all tiles of one row together, at most, unless they have one split each. ``tiles``:
+        the tensor-core kernel for tiles of several rows; the one that :meth:`tiles_kernel` gives unless given.
         """
         shape, layout = self.shape, maker.layout
         room = most_splits * shape.num_heads
@@ -138,29 +160,25 @@ class Attend:
             "sinks": self.sinks,
             "gate_offset": self.gate_offset,
             "output": output.data,
-            "partial": partial,
-            "stats": stats,
+        }
+        splits = {"partial": partial, "stats": stats}
+        cache = {
+            "keys": self.pool.keys,
+            "values": self.pool.values,
+            "num_kv_heads": shape.num_kv_heads,
+            "key_head": PAGE_TOKENS * shape.head_dim,
+            "value_head": PAGE_TOKENS * (shape.head_dim if self.pool.values is self.pool.keys else shape.value_dim),
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "window": self.window,
         }
         types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output.type_code, "ALIGNED": 1}
 
         def attend(rows: int, tiles: int, size: Callable[[Known], tuple[int, ...] | None]) -> None:
+            macros = {**types, **shape.macros(rows)}
+            local = ATTEND_ITEMS, 1, 1
             maker.record(
-                "decoder_attention",
-                "attend",
-                {**types, **shape.macros(rows)},
-                size,
-                (ATTEND_ITEMS, 1, 1),
-                "attend",
-                **own,
-                tiles=tiles,
-                keys=self.pool.keys,
-                values=self.pool.values,
-                num_kv_heads=shape.num_kv_heads,
-                key_head=16 * shape.head_dim,
-                value_head=16 * (shape.value_dim if self.pool.values is not self.pool.keys else shape.head_dim),
-                scale=self.scale,
-                soft_cap=self.soft_cap,
-                window=self.window,
+                "decoder_attention", "attend", macros, size, local, "attend", **own, **cache, **splits, tiles=tiles
             )
 
         def few(known: Known) -> tuple[int, ...] | None:
@@ -183,11 +201,24 @@ class Attend:
             (items, 1),
             "merge_splits",
             **own,
+            **splits,
             tiles=layout.few_tiles,
             value_dim=shape.value_dim,
         )
         if maker.rows > 1:
-            attend(tile_rows, layout.many_tiles, many)
+            kernel = tiles or self.tiles_kernel(maker.ctx.backend, output.type_code)
+            if kernel is None:
+                attend(tile_rows, layout.many_tiles, many)
+            else:
+                groups = shape.num_heads // kernel.heads
+                kernel.record(
+                    maker.ctx,
+                    output.type_code,
+                    lambda known: (groups, known.many_tiles) if known.many_tiles else None,
+                    **own,
+                    **cache,
+                    tiles=layout.many_tiles,
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,6 +345,10 @@ class GroupedAttention:
             plan.head_dim if plan.gated else 0,
         )
 
+    def attended_type(self, row_type: int) -> int:
+        """The element type of attention's output, where quantised products read rows of ``row_type``."""
+        return row_type if self.output.quantised else FLOAT32
+
     def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
         """Record the layer: ``out`` is its output."""
         plan, width = self._plan, self._plan.head_dim
@@ -340,7 +375,6 @@ class GroupedAttention:
             k_norm_values=width,
             eps=self._norm_eps,
         )
-        type_code = row_type if self.output.quantised else FLOAT32
-        attended = maker.room("attention", plan.num_heads * width, type_code)
+        attended = maker.room("attention", plan.num_heads * width, self.attended_type(row_type))
         self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits)
         self.output.record(maker, attended, out, "o")

@@ -52,6 +52,10 @@ class LatentAttention:
             Shape(plan.num_heads, 1, plan.latent_dim + plan.rope_dim, plan.latent_dim), pool, plan.scale
         )
 
+    def attended_type(self, row_type: int) -> int:
+        """The element type of attention's output, whatever the type of the rows that quantised products read."""
+        return FLOAT32
+
     def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
         """Record the layer: ``out`` is its output."""
         plan = self._plan

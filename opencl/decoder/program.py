@@ -79,7 +79,8 @@ class OpenClDecoder(DecoderProgram):
         self._head = ProjectionGroup(uploads, [plan.head])
         attentions = [layer.attention for layer in self._layers if layer.attention is not None]
         self.tile_rows = min(
-            (attention.attend.shape.tile_rows(runtime.capabilities) for attention in attentions), default=1
+            (attention.attend.tile_rows(backend, attention.attended_type(self._row_type)) for attention in attentions),
+            default=1,
         )
         blocks = min((attention.attend.shape.head_blocks for attention in attentions), default=1)
         self.most_splits = max(1, GROUPS_PER_UNIT * runtime.capabilities.compute_units // blocks)
