@@ -144,7 +144,11 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"CACHE_TYPE": 2, **LATENT_TILES},
         {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
     ],
-    "decoder_attention_mma": [
+    "decoder_attention_rows_mma": [
+        {"CACHE_TYPE": 2, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
+        {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, "HEADS": 12, "WAVES": 4},
+    ],
+    "decoder_attention_tiles_mma": [
         {"CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, "WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0},
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, **TILES, "HEADS": 8},
     ],

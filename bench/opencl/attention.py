@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bench.common.options import add_output, add_quick, positive
+from bench.common.options import add_output, add_quick, positive, values
 from bench.common.results import save
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
-    from marlin_cy.opencl.decoder.attention import Attend, Shape
-    from marlin_cy.opencl.decoder.attention_mma import TilesKernel
+    from marlin_cy.opencl.decoder.attention import Attend, Kernels, Shape
 
 __all__ = ["add_options", "run"]
 
 WARM_STEPS = 2
-SPLIT_GROUPS, SPLIT_TOKENS = 4, 128
 PEAKS = {"H200": (989.0, 4800.0), "H100": (989.0, 3350.0), "A100": (312.0, 2039.0)}
 """TFLOP/s of dense float16 products, and GB/s of memory, by a part of the device's name."""
+OUTPUT_TYPE = 1  # float16
 BYTES = 2  # of a value of the cache
 
 
@@ -77,6 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--builds", type=builds, default=[None], metavar="4:2:32:1,...", help="WAVES:STRIPS:KEYS:QUERIES_LOCAL of tiles"
     )
+    parser.add_argument("--splits", type=values(positive), default=[None], metavar="33,66", help="of single rows")
     add_output(parser)
     add_quick(parser)
 
@@ -113,13 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     name = backend.runtime.capabilities.name
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     document["us"] = results = {}
-    for build in arguments.builds:
-        bench = AttentionBench(backend, shape, layers, max(case.positions for case in wanted), build)
-        screen.print(f"{shape}, tiles by {bench.tiles or 'the portable kernel'}; µs:")
+    longest = max(case.positions for case in wanted)
+    for build, splits in itertools.product(arguments.builds, arguments.splits):
+        bench = AttentionBench(backend, shape, layers, longest, build, splits)
+        screen.print(f"{shape}, splits at most {splits}, {bench.kernels}; µs:")
         for case in wanted:
             times = bench.time(case, repeat)
             total = sum(times.values())
-            results[f"{build}: {case}"] = times
+            results[f"{build} {splits}: {case}"] = times
             flops = 4 * case.pairs * shape.num_heads * shape.head_dim / total / 1e6  # TFLOP/s
             read = 2 * case.positions * shape.num_kv_heads * shape.head_dim * BYTES / total / 1e3  # GB/s
             share = "" if peaks is None else f" {flops / peaks[0]:6.1%} {read / peaks[1]:6.1%} of peak"
@@ -140,23 +142,30 @@ class AttentionBench:
     positions : int
         Of the cache.
     build : tuple of int or None
-        Of the tensor-core kernel; None for the one that the decoder takes.
+        Of the tensor-core kernel for tiles; None for the one that the decoder takes.
+    splits : int or None
+        Of single rows, at most; None for the decoder's number.
 
     Attributes
     ----------
-    tiles : TilesKernel or None
-        The tensor-core kernel for tiles.
+    kernels : Kernels
     """
 
     def __init__(
-        self, backend: OpenClBackend, shape: Shape, layers: int, positions: int, build: tuple[int, ...] | None
+        self,
+        backend: OpenClBackend,
+        shape: Shape,
+        layers: int,
+        positions: int,
+        build: tuple[int, ...] | None = None,
+        splits: int | None = None,
     ) -> None:
         from marlin_cy.decoder.cache import pages_of
         from marlin_cy.opencl.context import OpenClContext
         from marlin_cy.opencl.decoder.attention import Attend
         from marlin_cy.opencl.recording import RecordingContext
 
-        self._backend, self._shape = backend, shape
+        self._backend, self._shape, self._splits = backend, shape, splits
         self._ctx = OpenClContext(backend, profiling=True)
         self._recorder = RecordingContext(backend, self._ctx.queue)
         rng = np.random.default_rng(0)
@@ -165,19 +174,20 @@ class AttentionBench:
         self._attends: list[Attend] = [
             Attend(shape, cache_of(backend, shape, pages, sample), shape.head_dim**-0.5) for _ in range(layers)
         ]
-        self.tiles: TilesKernel | None = self._attends[0].tiles_kernel(backend, 1)
+        self.kernels: Kernels = self._attends[0].kernels(backend, OUTPUT_TYPE)
         if build is not None:
-            assert self.tiles is not None, "the device has no tensor-core kernel for this shape"
+            tiles = self.kernels.tiles
+            assert tiles is not None, "the device has no tensor-core kernel for this shape"
             waves, strips, keys, local = build
-            self.tiles = dataclasses.replace(
-                self.tiles, waves=waves, wave_strips=strips, keys=keys, queries_local=bool(local)
-            )
+            tiles = dataclasses.replace(tiles, waves=waves, wave_strips=strips, keys=keys, queries_local=bool(local))
+            self.kernels = self.kernels._replace(tiles=tiles)
 
     def time(self, case: Case, repeat: int) -> dict[str, float]:
         """The median µs of each kernel of a case."""
         from marlin_cy.decoder.program import Batch
         from marlin_cy.opencl.buffers import Rows
         from marlin_cy.opencl.decoder.maker import Maker
+        from marlin_cy.opencl.decoder.program import SPLIT_TOKENS
         from marlin_cy.opencl.decoder.step import StepLayout, describe_step
         from marlin_cy.opencl.memory import uploaded
 
@@ -190,8 +200,9 @@ class AttentionBench:
         numbers = np.arange(case.sequences * pages, dtype=np.int32).reshape(case.sequences, pages)
         batch = Batch(np.zeros(rows, np.int32), segments.astype(np.int64), numbers, np.zeros(0, np.int32))
         layout = StepLayout(rows)
-        tile_rows = shape.tile_rows(runtime.capabilities) if self.tiles is None else self.tiles.rows
-        most_splits = max(1, SPLIT_GROUPS * runtime.capabilities.compute_units // shape.head_blocks)
+        one, device = self._attends[0], runtime.capabilities
+        tile_rows = one.tile_rows(device, self.kernels)
+        most_splits = self._splits or one.most_splits(device, self.kernels)
         step, known = describe_step(batch, layout, tile_rows, most_splits, SPLIT_TOKENS)
         rng = np.random.default_rng(0)
         width = shape.num_heads * shape.head_dim
@@ -200,8 +211,8 @@ class AttentionBench:
         for attend in self._attends:
             self._recorder.begin()
             maker = Maker(self._recorder, uploaded(runtime, step, "step"), layout, rows)
-            output = maker.room("attention", width, 1)
-            attend.record(maker, q, shape.head_dim, output, tile_rows, most_splits, tiles=self.tiles)
+            output = maker.room("attention", width, OUTPUT_TYPE)
+            attend.record(maker, q, shape.head_dim, output, tile_rows, most_splits, self.kernels)
             recordings.append(self._recorder.recording)
         times: dict[str, list[float]] = defaultdict(list)
         for number in range(WARM_STEPS + repeat):

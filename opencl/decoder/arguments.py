@@ -82,7 +82,7 @@ PLACE_HEADS = {
     "values": "global CACHE*",
 }
 
-# Attention (decoder_attention.cl, decoder_attention_mma.cl) ---------------------------------------
+# Attention (decoder_attention.cl, decoder_attention_*_mma.cl) -------------------------------------
 
 ATTEND = {
     "batch": "global int*",
@@ -106,6 +106,7 @@ ATTEND = {
     "stats": "global float2*",
 }
 ATTEND_TILES = {name: kind for name, kind in ATTEND.items() if name not in ("partial", "stats")}
+ATTEND_ROWS = {**ATTEND, "arrived": "global uint*"}
 MERGE_SPLITS = {
     "batch": "global int*",
     "tiles": "uint",
@@ -201,6 +202,7 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "place_heads": always(PLACE_HEADS),
         "attend": always(ATTEND),
         "attend_tiles": always(ATTEND_TILES),
+        "attend_rows": always(ATTEND_ROWS),
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),

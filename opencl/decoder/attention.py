@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
 
 from marlin_cy.decoder.plan import AttentionPlan, RopeTable
 from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.buffers import Rows
-from marlin_cy.opencl.decoder.attention_mma import TilesKernel, tiles_kernel
+from marlin_cy.opencl.decoder.attention_mma import (
+    MOST_SPLITS,
+    RowsKernel,
+    TilesKernel,
+    chosen,
+    rows_kernels,
+    tiles_kernels,
+)
 from marlin_cy.opencl.decoder.projections import ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.decoder.step import Known
 
-__all__ = ["Attend", "GroupedAttention", "Rotation", "Shape", "place_heads"]
+__all__ = ["Attend", "GroupedAttention", "Kernels", "Rotation", "Shape", "place_heads"]
 
 ATTEND_ITEMS = 128
 HEAD_ITEMS, CPU_HEAD_ITEMS = 64, 8
@@ -34,6 +41,25 @@ TILE_QUERIES = 32
 """Queries of a tile of several rows: each value that is read meets as many as fit into local memory and registers."""
 MOST_SET_QUERIES = 8
 CHUNK = 8  # of decoder.cl
+GROUPS_PER_UNIT = 4
+"""Work-groups for each compute unit into which attention to single rows is split."""
+MMA_GROUPS_PER_UNIT = 1
+"""The same for tensor cores: a work-group has more loads in flight, and the last one joins the splits."""
+
+
+class Kernels(NamedTuple):
+    """Tensor-core kernels; None where the portable kernel is used.
+
+    Attributes
+    ----------
+    rows : RowsKernel or None
+        For single rows.
+    tiles : TilesKernel or None
+        For tiles of several rows.
+    """
+
+    rows: RowsKernel | None
+    tiles: TilesKernel | None
 
 
 @dataclass(frozen=True)
@@ -122,14 +148,24 @@ class Attend:
     sinks: cl.Buffer | None = None
     gate_offset: int = 0
 
-    def tiles_kernel(self, backend: OpenClBackend, output_type: int) -> TilesKernel | None:
-        """The tensor-core kernel for tiles of several rows; None if the portable one is used."""
-        return tiles_kernel(self.shape, self.pool.type_code, output_type, backend)
+    def kernels(self, backend: OpenClBackend, output_type: int) -> Kernels:
+        """The tensor-core kernels that the backend's device runs."""
+        shape, cache_type = self.shape, self.pool.type_code
+        return Kernels(
+            chosen(rows_kernels(shape, cache_type), output_type, backend),
+            chosen(tiles_kernels(shape, cache_type), output_type, backend),
+        )
 
-    def tile_rows(self, backend: OpenClBackend, output_type: int) -> int:
+    def tile_rows(self, device: Capabilities, kernels: Kernels) -> int:
         """Rows of a tile of several rows, at most."""
-        kernel = self.tiles_kernel(backend, output_type)
-        return self.shape.tile_rows(backend.runtime.capabilities) if kernel is None else kernel.rows
+        return self.shape.tile_rows(device) if kernels.tiles is None else kernels.tiles.rows
+
+    def most_splits(self, device: Capabilities, kernels: Kernels) -> int:
+        """Splits of all single rows together, at most, unless they have one split each."""
+        if kernels.rows is None:
+            return max(1, GROUPS_PER_UNIT * device.compute_units // self.shape.head_blocks)
+        blocks = self.shape.num_heads // kernels.rows.heads
+        return min(MOST_SPLITS, max(1, MMA_GROUPS_PER_UNIT * device.compute_units // blocks))
 
     def record(
         self,
@@ -139,18 +175,20 @@ class Attend:
         output: Rows,
         tile_rows: int,
         most_splits: int,
-        tiles: TilesKernel | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Record the launches for tiles of one row, and for tiles of ``tile_rows`` rows.
+        """Record the launches for single rows, and for tiles of ``tile_rows`` rows.
 
-        ``most_splits``: splits of all tiles of one row together, at most, unless they have one split each. ``tiles``:
-        the tensor-core kernel for tiles of several rows; the one that :meth:`tiles_kernel` gives unless given.
+        ``most_splits``: splits of all single rows together, at most, unless they have one split each. ``kernels``:
+        those of :meth:`kernels` unless given.
         """
-        shape, layout = self.shape, maker.layout
+        shape, layout, ctx = self.shape, maker.layout, maker.ctx
+        found = kernels or self.kernels(ctx.backend, output.type_code)
         room = most_splits * shape.num_heads
-        partial = maker.ctx.reserve("decoder splits", 4 * room * shape.value_dim)
-        stats = maker.ctx.reserve("decoder statistics of splits", 8 * room)
-        blocks = shape.head_blocks
+        splits = {
+            "partial": ctx.reserve("decoder splits", 4 * room * shape.value_dim),
+            "stats": ctx.reserve("decoder statistics of splits", 8 * room),
+        }
         own = {
             "batch": maker.step,
             "q": q.data,
@@ -161,7 +199,6 @@ class Attend:
             "gate_offset": self.gate_offset,
             "output": output.data,
         }
-        splits = {"partial": partial, "stats": stats}
         cache = {
             "keys": self.pool.keys,
             "values": self.pool.values,
@@ -172,53 +209,86 @@ class Attend:
             "soft_cap": self.soft_cap,
             "window": self.window,
         }
-        types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output.type_code, "ALIGNED": 1}
-
-        def attend(rows: int, tiles: int, size: Callable[[Known], tuple[int, ...] | None]) -> None:
-            macros = {**types, **shape.macros(rows)}
-            local = ATTEND_ITEMS, 1, 1
-            maker.record(
-                "decoder_attention", "attend", macros, size, local, "attend", **own, **cache, **splits, tiles=tiles
+        rows, tiles = {**own, "tiles": layout.few_tiles}, {**own, **cache, "tiles": layout.many_tiles}
+        if found.rows is None:
+            self._record_rows(maker, output.type_code, rows, cache, splits)
+        else:
+            groups = shape.num_heads // found.rows.heads
+            counters = {"arrived": ctx.reserve("decoder counters of splits", 4 * groups * maker.rows)}
+            found.rows.record(
+                ctx,
+                output.type_code,
+                lambda known: (groups, known.few_tiles, known.splits) if known.few_tiles else None,
+                {**rows, **cache, **splits, **counters},
+            )
+        if maker.rows == 1:
+            return
+        if found.tiles is None:
+            self._record_attend(
+                maker,
+                output.type_code,
+                tile_rows,
+                lambda known: (known.many_tiles, shape.head_blocks, 1) if known.many_tiles else None,
+                {**tiles, **splits},
+            )
+        else:
+            blocks = shape.num_heads // found.tiles.heads
+            found.tiles.record(
+                ctx,
+                output.type_code,
+                lambda known: (blocks, known.many_tiles, 1) if known.many_tiles else None,
+                tiles,
             )
 
-        def few(known: Known) -> tuple[int, ...] | None:
-            return (known.few_tiles * ATTEND_ITEMS, blocks, known.splits) if known.few_tiles else None
-
-        def many(known: Known) -> tuple[int, ...] | None:
-            return (known.many_tiles * ATTEND_ITEMS, blocks, 1) if known.many_tiles else None
+    def _record_rows(
+        self, maker: Maker, output_type: int, rows: dict[str, Any], cache: dict[str, Any], splits: dict[str, Any]
+    ) -> None:
+        """Record the portable launches for single rows: attention, and the sum of the splits."""
+        shape = self.shape
+        self._record_attend(
+            maker,
+            output_type,
+            1,
+            lambda known: (known.few_tiles, shape.head_blocks, known.splits) if known.few_tiles else None,
+            {**rows, **cache, **splits},
+        )
+        items = 8 if maker.is_cpu else min(256, max(32, shape.value_dim))
 
         def merge(known: Known) -> tuple[int, ...] | None:
             return (known.few_tiles * items, shape.num_heads) if known.few_tiles and known.splits > 1 else None
 
-        attend(1, layout.few_tiles, few)
-        items = 8 if maker.ctx.backend.runtime.capabilities.is_cpu else min(256, max(32, shape.value_dim))
         maker.record(
             "decoder_attention",
             "merge_splits",
-            # The macros of `attend`, so that the program is the same.
-            {**types, **shape.macros(1)},
+            self._macros(output_type, 1),  # those of `attend`, so that the program is the same
             merge,
             (items, 1),
             "merge_splits",
-            **own,
+            **rows,
             **splits,
-            tiles=layout.few_tiles,
             value_dim=shape.value_dim,
         )
-        if maker.rows > 1:
-            kernel = tiles or self.tiles_kernel(maker.ctx.backend, output.type_code)
-            if kernel is None:
-                attend(tile_rows, layout.many_tiles, many)
-            else:
-                groups = shape.num_heads // kernel.heads
-                kernel.record(
-                    maker.ctx,
-                    output.type_code,
-                    lambda known: (groups, known.many_tiles) if known.many_tiles else None,
-                    **own,
-                    **cache,
-                    tiles=layout.many_tiles,
-                )
+
+    def _record_attend(
+        self,
+        maker: Maker,
+        output_type: int,
+        tile_rows: int,
+        groups: Callable[[Known], tuple[int, int, int] | None],
+        values: dict[str, Any],
+    ) -> None:
+        """Record the portable kernel for tiles of a number of rows."""
+
+        def size(known: Known) -> tuple[int, ...] | None:
+            found = groups(known)
+            return None if found is None else (found[0] * ATTEND_ITEMS, *found[1:])
+
+        macros, local = self._macros(output_type, tile_rows), (ATTEND_ITEMS, 1, 1)
+        maker.record("decoder_attention", "attend", macros, size, local, "attend", **values)
+
+    def _macros(self, output_type: int, tile_rows: int) -> dict[str, int]:
+        types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output_type, "ALIGNED": 1}
+        return {**types, **self.shape.macros(tile_rows)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,8 +415,11 @@ class GroupedAttention:
             plan.head_dim if plan.gated else 0,
         )
 
-    def attended_type(self, row_type: int) -> int:
-        """The element type of attention's output, where quantised products read rows of ``row_type``."""
+    def kernels(self, backend: OpenClBackend, row_type: int) -> Kernels:
+        """The tensor-core kernels that the backend's device runs; ``row_type`` as for :meth:`record`."""
+        return self.attend.kernels(backend, self._attended_type(row_type))
+
+    def _attended_type(self, row_type: int) -> int:
         return row_type if self.output.quantised else FLOAT32
 
     def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
@@ -375,6 +448,6 @@ class GroupedAttention:
             k_norm_values=width,
             eps=self._norm_eps,
         )
-        attended = maker.room("attention", plan.num_heads * width, self.attended_type(row_type))
+        attended = maker.room("attention", plan.num_heads * width, self._attended_type(row_type))
         self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits)
         self.output.record(maker, attended, out, "o")

@@ -46,8 +46,6 @@ MAX_RECORDINGS = 24
 HEAD_ROWS = 64
 """Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
 LEAST_STEP_INTS = 1 << 16
-GROUPS_PER_UNIT = 4
-"""Work-groups for each compute unit into which attention to few rows is split."""
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
 
@@ -77,13 +75,14 @@ class OpenClDecoder(DecoderProgram):
         self._embedding_type = TYPE_CODES[plan.embedding.dtype]
         self._final_norm = uploads(plan.final_norm, "norm")
         self._head = ProjectionGroup(uploads, [plan.head])
-        attentions = [layer.attention for layer in self._layers if layer.attention is not None]
-        self.tile_rows = min(
-            (attention.attend.tile_rows(backend, attention.attended_type(self._row_type)) for attention in attentions),
-            default=1,
-        )
-        blocks = min((attention.attend.shape.head_blocks for attention in attentions), default=1)
-        self.most_splits = max(1, GROUPS_PER_UNIT * runtime.capabilities.compute_units // blocks)
+        device = runtime.capabilities
+        found = [
+            (layer.attention.attend, layer.attention.kernels(backend, self._row_type))
+            for layer in self._layers
+            if layer.attention is not None
+        ]
+        self.tile_rows = min((attend.tile_rows(device, kernels) for attend, kernels in found), default=1)
+        self.most_splits = max((attend.most_splits(device, kernels) for attend, kernels in found), default=1)
         self.split_tokens = SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._upload: cl.Event | None = None

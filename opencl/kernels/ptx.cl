@@ -69,6 +69,12 @@ static inline uint4 load_early(__global const uint4 *p) { return *p; }
 static inline uint load_early_word(__global const uint *p) { return *p; }
 static inline void issue_loads(void) {}
 
+static inline uint arrive(__global uint *arrived)
+{
+    return atomic_fetch_add_explicit((volatile __global atomic_uint *)arrived, 1u, memory_order_acq_rel,
+                                     memory_scope_device);
+}
+
 typedef size_t LocalAddress;
 static inline LocalAddress local_address(__local const void *p) { return (size_t)p; }
 static inline void copy_async(LocalAddress to, __global const void *from)
@@ -220,6 +226,15 @@ static inline uint load_early_word(__global const uint *p)
     return v;
 }
 static inline void issue_loads(void) { ORDERED_ASM("bar.warp.sync 0xffffffff;" : : : "memory"); }
+
+// Adds 1 to the count of work-groups, and returns the previous count. After the call, this work-item can read all writes
+// of the work-groups that were counted before.
+static inline uint arrive(__global uint *arrived)
+{
+    uint before = 0;
+    ORDERED_ASM("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    return before;
+}
 
 // Copies of 16 or 4 bytes to local memory that bypass registers. The copies between two commits are a group.
 // AWAIT_COPIES waits until at most `left` groups of the work-item are in flight.
