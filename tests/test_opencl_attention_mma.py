@@ -1,6 +1,7 @@
 """Attention by tensor cores on devices without them, with its PTX emulated; see ``test_opencl_mma.py``."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from opencl_devices import EMULATING, emulating_backend  # noqa: E402
 
 from marlin_cy.opencl.checks import attention  # noqa: E402
 from marlin_cy.opencl.checks.attention import SETTINGS, Setting  # noqa: E402
-from marlin_cy.opencl.decoder.attention import Shape  # noqa: E402
+from marlin_cy.opencl.decoder.attention import Attend, Kernels, Shape  # noqa: E402
 from marlin_cy.opencl.decoder.attention_mma import (  # noqa: E402
     MOST_SPLITS,
     RowsKernel,
@@ -89,3 +90,17 @@ def test_other_tiers_have_no_kernel(device_alone):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(tiles_kernels(Shape(8, 2, 64, 64), FLOAT16), FLOAT32, device_alone) is None
+
+
+@pytest.mark.parametrize(("rows", "strips"), [(16, 1), (512, 1), (1024, 2)])
+def test_tiles_by_rows(rows, strips):
+    """Larger tiles where there are enough of them for 132 compute units."""
+    shape = Shape(32, 4, 128, 128)
+    attend, kernels = Attend(shape, None, 1.0), Kernels(None, tiles_kernels(shape, FLOAT16))
+    device = SimpleNamespace(compute_units=132, local_memory=48 << 10)
+    kernel = attend.tiles_kernel(device, kernels, rows)
+    assert kernel.wave_strips == strips
+    assert attend.tile_rows(device, kernels, rows) == kernel.rows
+    portable = Kernels(None, [])
+    assert attend.tiles_kernel(device, portable, rows) is None
+    assert attend.tile_rows(device, portable, rows) == shape.tile_rows(device)

@@ -176,11 +176,12 @@ class AttentionBench:
         ]
         self.kernels: Kernels = self._attends[0].kernels(backend, OUTPUT_TYPE)
         if build is not None:
-            tiles = self.kernels.tiles
-            assert tiles is not None, "the device has no tensor-core kernel for this shape"
+            assert self.kernels.tiles, "the device has no tensor-core kernel for this shape"
             waves, strips, keys, local = build
-            tiles = dataclasses.replace(tiles, waves=waves, wave_strips=strips, keys=keys, queries_local=bool(local))
-            self.kernels = self.kernels._replace(tiles=tiles)
+            tiles = dataclasses.replace(
+                self.kernels.tiles[0], waves=waves, wave_strips=strips, keys=keys, queries_local=bool(local)
+            )
+            self.kernels = self.kernels._replace(tiles=[tiles])
 
     def time(self, case: Case, repeat: int) -> dict[str, float]:
         """The median µs of each kernel of a case."""
@@ -201,7 +202,7 @@ class AttentionBench:
         batch = Batch(np.zeros(rows, np.int32), segments.astype(np.int64), numbers, np.zeros(0, np.int32))
         layout = StepLayout(rows)
         one, device = self._attends[0], runtime.capabilities
-        tile_rows = one.tile_rows(device, self.kernels)
+        tile_rows = one.tile_rows(device, self.kernels, rows)
         most_splits = self._splits or one.most_splits(device, self.kernels)
         step, known = describe_step(batch, layout, tile_rows, most_splits, SPLIT_TOKENS)
         rng = np.random.default_rng(0)

@@ -122,7 +122,7 @@ MERGE_SPLITS = {
     "stats": "global float2*",
 }
 
-# Dense products (decoder_dense.cl) ----------------------------------------------------------------
+# Dense products (decoder_dense.cl, decoder_dense_mma.cl) ------------------------------------------
 
 DENSE = {
     "x": "global INPUT*",
@@ -206,6 +206,7 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),
+        "dense_tiles": always(DENSE),
         "short_conv": always(SHORT_CONV),
         "delta_rule": always(DELTA_RULE),
         "gated_norm_heads": always(GATED_NORM_HEADS),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
 
-from marlin_cy.decoder.plan import AttentionPlan, RopeTable
+from marlin_cy.decoder.plan import AttentionPlan
 from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.decoder.attention_mma import (
@@ -19,6 +19,7 @@ from marlin_cy.opencl.decoder.attention_mma import (
     rows_kernels,
     tiles_kernels,
 )
+from marlin_cy.opencl.decoder.heads import Rotation, place_heads
 from marlin_cy.opencl.decoder.projections import ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.decoder.step import Known
 
-__all__ = ["Attend", "GroupedAttention", "Kernels", "Rotation", "Shape", "place_heads"]
+__all__ = ["Attend", "GroupedAttention", "Kernels", "Shape"]
 
 ATTEND_ITEMS = 128
-HEAD_ITEMS, CPU_HEAD_ITEMS = 64, 8
 MOST_HEADS = 8
 """Heads of a tile, at most: a work-item keeps a sum of eight columns for each in registers."""
 TILE_QUERIES = 32
@@ -43,23 +43,25 @@ MOST_SET_QUERIES = 8
 CHUNK = 8  # of decoder.cl
 GROUPS_PER_UNIT = 4
 """Work-groups for each compute unit into which attention to single rows is split."""
+FILLED = 1.5
+"""Tiles by tensor cores for each compute unit, of which two are resident, that make larger tiles worth it."""
 MMA_GROUPS_PER_UNIT = 1
 """The same for tensor cores: a work-group has more loads in flight, and the last one joins the splits."""
 
 
 class Kernels(NamedTuple):
-    """Tensor-core kernels; None where the portable kernel is used.
+    """Tensor-core kernels; none where the portable kernel is used.
 
     Attributes
     ----------
     rows : RowsKernel or None
         For single rows.
-    tiles : TilesKernel or None
-        For tiles of several rows.
+    tiles : list of TilesKernel
+        For tiles of several rows, the largest first.
     """
 
     rows: RowsKernel | None
-    tiles: TilesKernel | None
+    tiles: list[TilesKernel]
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,27 @@ class Attend:
     def kernels(self, backend: OpenClBackend, output_type: int) -> Kernels:
         """The tensor-core kernels that the backend's device runs."""
         shape, cache_type = self.shape, self.pool.type_code
+        tiles = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(shape, cache_type)]
         return Kernels(
             chosen(rows_kernels(shape, cache_type), output_type, backend),
-            chosen(tiles_kernels(shape, cache_type), output_type, backend),
+            [kernel for kernel in tiles if kernel is not None],
         )
 
-    def tile_rows(self, device: Capabilities, kernels: Kernels) -> int:
-        """Rows of a tile of several rows, at most."""
-        return self.shape.tile_rows(device) if kernels.tiles is None else kernels.tiles.rows
+    def tiles_kernel(self, device: Capabilities, kernels: Kernels, rows: int) -> TilesKernel | None:
+        """The tensor-core kernel for tiles of a step of ``rows`` rows.
+
+        The one with the largest tiles of which there are enough for the device; None where the portable one is used.
+        """
+        wanted = FILLED * device.compute_units
+        for kernel in kernels.tiles[:-1]:
+            if -(-rows // kernel.rows) * (self.shape.num_heads // kernel.heads) >= wanted:
+                return kernel
+        return kernels.tiles[-1] if kernels.tiles else None
+
+    def tile_rows(self, device: Capabilities, kernels: Kernels, rows: int) -> int:
+        """Rows of a tile of several rows, at most, of a step of ``rows`` rows."""
+        kernel = self.tiles_kernel(device, kernels, rows)
+        return self.shape.tile_rows(device) if kernel is None else kernel.rows
 
     def most_splits(self, device: Capabilities, kernels: Kernels) -> int:
         """Splits of all single rows together, at most, unless they have one split each."""
@@ -223,7 +238,8 @@ class Attend:
             )
         if maker.rows == 1:
             return
-        if found.tiles is None:
+        kernel = self.tiles_kernel(ctx.backend.runtime.capabilities, found, maker.rows)
+        if kernel is None:
             self._record_attend(
                 maker,
                 output.type_code,
@@ -232,8 +248,8 @@ class Attend:
                 {**tiles, **splits},
             )
         else:
-            blocks = shape.num_heads // found.tiles.heads
-            found.tiles.record(
+            blocks = shape.num_heads // kernel.heads
+            kernel.record(
                 ctx,
                 output.type_code,
                 lambda known: (blocks, known.many_tiles, 1) if known.many_tiles else None,
@@ -289,100 +305,6 @@ class Attend:
     def _macros(self, output_type: int, tile_rows: int) -> dict[str, int]:
         types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output_type, "ALIGNED": 1}
         return {**types, **self.shape.macros(tile_rows)}
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """A table of RoPE on the device.
-
-    Attributes
-    ----------
-    cosine, sine : pyopencl.Buffer or None
-    pairs : int
-        0 without rotation.
-    interleaved : bool
-    """
-
-    cosine: cl.Buffer | None
-    sine: cl.Buffer | None
-    pairs: int
-    interleaved: bool
-
-    @classmethod
-    def of(cls, uploads: Uploads, table: RopeTable | None) -> Rotation:
-        """The table of a layer."""
-        if table is None or not table.pairs:
-            return cls(None, None, 0, False)
-        return cls(uploads(table.cos, "RoPE"), uploads(table.sin, "RoPE"), table.pairs, table.interleaved)
-
-
-def place_heads(
-    maker: Maker,
-    pool: KvPool,
-    rotation: Rotation,
-    num_heads: int,
-    num_kv_heads: int,
-    *,
-    q: Rows,
-    q_head_stride: int,
-    q_width: int,
-    kv: Rows,
-    k_width: int,
-    v_width: int,
-    eps: float,
-    q_offset: int = 0,
-    q_norm: cl.Buffer | None = None,
-    out: Rows | None = None,
-    out_offset: int = 0,
-    out_head_stride: int = 0,
-    k_offset: int = 0,
-    v_offset: int = 0,
-    k_norm: cl.Buffer | None = None,
-    k_norm_values: int = 0,
-    k_rope_begin: int = 0,
-) -> None:
-    """Record ``place_heads``, which documents the arguments. ``out`` None: queries stay where they are."""
-    items = CPU_HEAD_ITEMS if maker.ctx.backend.runtime.capabilities.is_cpu else HEAD_ITEMS
-    if out is None:
-        out, out_offset, out_head_stride = q, q_offset, q_head_stride
-    groups = num_heads + num_kv_heads * (2 if v_width else 1)
-    maker.record(
-        "decoder_heads",
-        "place_heads",
-        {"CACHE_TYPE": pool.type_code, "HEAD_ITEMS": items},
-        (maker.rows * items, groups),
-        (items, 1),
-        "place_heads",
-        batch=maker.step,
-        q=q.data,
-        q_offset=q_offset,
-        q_row_stride=q.width,
-        q_head_stride=q_head_stride,
-        q_width=q_width,
-        out=out.data,
-        out_offset=out_offset,
-        out_row_stride=out.width,
-        out_head_stride=out_head_stride,
-        q_norm=q_norm,
-        kv=kv.data,
-        k_offset=k_offset,
-        v_offset=v_offset,
-        kv_row_stride=kv.width,
-        k_width=k_width,
-        v_width=v_width,
-        k_norm=k_norm,
-        k_norm_values=k_norm_values,
-        k_rope_begin=k_rope_begin,
-        eps=eps,
-        cosine=rotation.cosine,
-        sine=rotation.sine,
-        pairs=rotation.pairs,
-        interleaved=int(rotation.interleaved),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        keys=pool.keys,
-        values=pool.values,
-    )
 
 
 class GroupedAttention:

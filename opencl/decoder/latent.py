@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from marlin_cy.decoder.plan import LatentAttentionPlan
-from marlin_cy.opencl.decoder.attention import Attend, Kernels, Rotation, Shape, place_heads
+from marlin_cy.opencl.decoder.attention import Attend, Kernels, Shape
+from marlin_cy.opencl.decoder.heads import Rotation, place_heads
 from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 

@@ -76,13 +76,12 @@ class OpenClDecoder(DecoderProgram):
         self._final_norm = uploads(plan.final_norm, "norm")
         self._head = ProjectionGroup(uploads, [plan.head])
         device = runtime.capabilities
-        found = [
+        self._attentions = [
             (layer.attention.attend, layer.attention.kernels(backend, self._row_type))
             for layer in self._layers
             if layer.attention is not None
         ]
-        self.tile_rows = min((attend.tile_rows(device, kernels) for attend, kernels in found), default=1)
-        self.most_splits = max((attend.most_splits(device, kernels) for attend, kernels in found), default=1)
+        self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
         self.split_tokens = SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._upload: cl.Event | None = None
@@ -142,6 +141,11 @@ class OpenClDecoder(DecoderProgram):
         """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
         return list(self._recorded("layers", rows_recorded(rows), self._record_layers).recording.labels)
 
+    def _tile_rows(self, rows: int) -> int:
+        """Rows of a tile of attention, at most, of a step of ``rows`` rows."""
+        device = self._ctx.backend.runtime.capabilities
+        return min((attend.tile_rows(device, found, rows) for attend, found in self._attentions), default=1)
+
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
 
@@ -151,7 +155,9 @@ class OpenClDecoder(DecoderProgram):
         """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
         with self._ctx as ctx:
             layout = StepLayout(rows_recorded(len(batch.tokens)))
-            step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
+            step, known = describe_step(
+                batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens
+            )
             self._reserve_step(len(step))
             layers = self._recorded("layers", layout.rows, self._record_layers)
             slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
@@ -225,6 +231,7 @@ class OpenClDecoder(DecoderProgram):
         hidden, eps = plan.hidden_size, plan.norm_eps
         residual, added = Residual(maker.room("x", hidden)), maker.room("added", hidden)
         normed = maker.room("normed", hidden, self._row_type)
+        tile_rows = self._tile_rows(maker.rows)
         maker.record(
             "decoder_rows",
             "embed_rows",
@@ -242,7 +249,7 @@ class OpenClDecoder(DecoderProgram):
             if isinstance(layer.mixer, DeltaNet):
                 layer.mixer.record(maker, normed, added, self._row_type)
             else:
-                layer.mixer.record(maker, normed, added, self._row_type, self.tile_rows, self.most_splits)
+                layer.mixer.record(maker, normed, added, self._row_type, tile_rows, self.most_splits)
             residual.pending = added
             if isinstance(layer.ffn, MoeFfn):
                 residual.pending = layer.ffn.record(maker, residual, layer.ffn_norm, eps, normed)

@@ -5,6 +5,8 @@
 // With -DEMULATE_PTX the functions are OpenCL C with sub-groups of 32, so that the kernels can be tested without such a
 // GPU, on Intel's CPU runtime. With -DNO_PTX the functions are empty, so that other compilers can check the kernels.
 
+static inline float2 bfloat2_to_float2(uint pair) { return as_float2((uint2)(pair << 16, pair & 0xffff0000u)); }
+
 #ifdef EMULATE_PTX
 
 #pragma OPENCL EXTENSION cl_khr_subgroup_shuffle : enable
@@ -32,7 +34,6 @@ static inline uint half2_fma(uint a, uint b, uint c)
     return float2_to_half2(fma(half2_to_float2(a), half2_to_float2(b), half2_to_float2(c)));
 }
 
-static inline float2 bfloat2_to_float2(uint pair) { return as_float2((uint2)(pair << 16, pair & 0xffff0000u)); }
 static inline uint float2_to_bfloat2(float2 pair)
 {
     return float_to_bfloat16(pair.x) | (uint)float_to_bfloat16(pair.y) << 16;
