@@ -39,6 +39,7 @@ COMMANDS = {
         "bench.opencl.sweep", "time both products and layers on an OpenCL device", {"kinds": ("products", "layers")}
     ),
     "opencl decoder": Command("bench.opencl.decoder", "time whole models on an OpenCL device, in µs a layer"),
+    "opencl attention": Command("bench.opencl.attention", "time attention alone on an OpenCL device, in µs"),
     "opencl show": Command("bench.opencl.show", "measure the claims about OpenCL, each beside its bar"),
     "list": Command("bench.report.listing", "list commands, models and peers, and why a peer cannot run here"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy.typing as npt
@@ -125,6 +125,7 @@ class RecordingContext(OpenClContext):
         table: Arguments,
         values: Mapping[str, Any],
         label: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         """Record a launch of a kernel.
 
@@ -140,10 +141,12 @@ class RecordingContext(OpenClContext):
         values : mapping of str to object
             The value of each.
         label : str, optional
+        options : sequence of str, optional
+            Of the compiler.
         """
         if values.keys() != table.keys():
             raise TypeError(f"arguments of {name}: got {sorted(values)}, expected {sorted(table)}")
-        program = self.backend.runtime.programs.program(file, macros)
+        program = self.backend.runtime.programs.program(file, macros, options)
         kernel = bound_kernel(cl.Kernel(program, name), table, values)
         self.recording.add(kernel, global_size, local_size, list(values.values()))
         if label is not None:

@@ -1,6 +1,7 @@
 """The OpenCL devices to test on, and the least that loading weights needs of one."""
 
 import copy
+import dataclasses
 import threading
 from contextlib import contextmanager
 from functools import cache
@@ -9,6 +10,9 @@ import pyopencl as cl
 import pytest
 
 from marlin_cy.errors import DeviceError
+from marlin_cy.opencl import tiers
+from marlin_cy.opencl.backend import OpenClBackend
+from marlin_cy.opencl.capabilities import capabilities
 from marlin_cy.opencl.device import list_devices, reason_unusable
 from marlin_cy.opencl.program import ProgramCache
 
@@ -18,6 +22,19 @@ KNOWN_WRONG = {"rusticl"}
 DEVICES = [device for device in list_devices() if reason_unusable(device) is None]
 
 each_device = pytest.mark.parametrize("device", DEVICES, ids=[device.platform.name.strip() for device in DEVICES])
+
+
+# Devices that emulate the tensor-core kernels: see kernels/ptx.cl.
+EMULATION_NEEDS = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
+EMULATING = [device for device in DEVICES if capabilities(device).extensions >= EMULATION_NEEDS]
+
+
+def emulating_backend(**changes):
+    """A backend of tier "mma", with other attributes of the tier where given, on a device that emulates it."""
+    backend = OpenClBackend(device=EMULATING[0], tier="portable")
+    options = ("-cl-std=CL3.0", "-DEMULATE_PTX")
+    backend._tier = dataclasses.replace(tiers.tier_named("mma"), options=lambda device: options, **changes)
+    return backend
 
 
 class Runtime:

@@ -106,7 +106,7 @@ def test_tables_are_what_the_compiler_reports(device, file):
     if not variants:
         pytest.skip(f"{file}.cl is for other devices; test_products_share_their_arguments reads it")
     for macros in variants:
-        if file.startswith("gemm_mma"):
+        if "mma" in file:
             macros = {**macros, "NO_PTX": 1}
         for kernel in built(device, file, macros):
             table = arguments_of(kernel.function_name, macros)

@@ -16,8 +16,9 @@ from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, RopeTable  # noq
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch  # noqa: E402
 from marlin_cy.formats import gptq  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes  # noqa: E402
-from marlin_cy.opencl.decoder.attention import Attend, Rotation, Shape, place_heads  # noqa: E402
+from marlin_cy.opencl.decoder.attention import Attend, Shape  # noqa: E402
 from marlin_cy.opencl.decoder.cache import KvPool  # noqa: E402
+from marlin_cy.opencl.decoder.heads import Rotation, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
 from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402

@@ -19,13 +19,11 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
     pytest.skip("no OpenCL device", allow_module_level=True)
 
-from marlin_cy.opencl import device as devices  # noqa: E402
-from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
-from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
+from opencl_devices import EMULATING, emulating_backend  # noqa: E402
+
+from marlin_cy.opencl import selfcheck  # noqa: E402
 from marlin_cy.opencl.tiers import mma  # noqa: E402
 
-NEEDED = {"cl_intel_required_subgroup_size", "cl_khr_subgroup_shuffle", "cl_khr_subgroup_ballot"}
-EMULATING = [device for device in devices.list_devices() if devices.capabilities(device).extensions >= NEEDED]
 CONFIGURATIONS = {
     "direct": mma.direct(8, 1, 2, 2),
     "direct, K split": dataclasses.replace(mma.direct(8, 2, 2, 1), splits=2),
@@ -41,18 +39,12 @@ KINDS = {
 
 def emulating(configuration):
     """A backend whose products use one configuration of the tier."""
-    backend = OpenClBackend(device=EMULATING[0], tier="portable")
 
     def configurations(problem):
         group_32 = ("GROUP_32", int(problem.group_rows == 32))
         return [dataclasses.replace(configuration, macros=(*configuration.macros, group_32))]
 
-    backend._tier = dataclasses.replace(
-        tiers.tier_named("mma"),
-        configurations=configurations,
-        options=lambda device: ("-cl-std=CL3.0", "-DEMULATE_PTX"),
-    )
-    return backend
+    return emulating_backend(configurations=configurations)
 
 
 @pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")

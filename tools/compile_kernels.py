@@ -35,7 +35,6 @@ FLAGS = [
     "-Werror=implicit-function-declaration",
     "-Werror=incompatible-pointer-types",
 ]
-PTX_FILES = "gemm_mma", "decoder_step"
 PROBE = "__kernel void probe(__global float2 *to, __global const half *from) { *to = vload_half2(0, from); }\n"
 GROUPS_32, GROUPS_128 = {"GROUP_32": 1}, {"GROUP_32": 0}
 ROUTED = {"ROUTED": 1, "SYMMETRIC": 1, "ALIGNED": 1}
@@ -85,7 +84,7 @@ STEP = {
     "INTERLEAVED": 0,
     "QKV_TEAM": 4,
     "GATE_TEAM": 4,
-    **{name: 7 for name in ("QKV_SHIFT", "O_SHIFT", "GATE_SHIFT", "DOWN_SHIFT")},
+    **dict.fromkeys(("QKV_SHIFT", "O_SHIFT", "GATE_SHIFT", "DOWN_SHIFT"), 7),
     "GATE_WORDS": 417792,
     "DOWN_WORDS": 208896,
     "EXPERTS_PER_PART": 128,
@@ -100,6 +99,7 @@ STEP = {
     "LAYER_BYTES": 344,
     "ALIGNED": 1,
 }
+TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
 VARIANTS: dict[str, list[dict[str, int]]] = {
@@ -175,6 +175,14 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"CACHE_TYPE": 2, **LATENT_TILES},
         {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
     ],
+    "decoder_attention_rows_mma": [
+        {"CACHE_TYPE": 2, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
+        {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, "HEADS": 12, "WAVES": 4},
+    ],
+    "decoder_attention_tiles_mma": [
+        {"CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, "WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0},
+        {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, **TILES, "HEADS": 8},
+    ],
     "decoder_dense": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 2, "ALIGNED": 1},
         {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
@@ -184,6 +192,10 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {**STEP, "MMA": 0, "RESIDENT": 0, "TOKENS": 4, "INTERLEAVED": 1, "SCORING": 2, "CORRECTED": 1},
         {**STEP, "MMA": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
         {**STEP, "MMA": 1, "RESIDENT": 1, "PTX": 1},
+    ],
+    "decoder_dense_mma": [
+        {"INPUT_TYPE": 1, "WEIGHT_TYPE": 1, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1},
+        {"INPUT_TYPE": 0, "WEIGHT_TYPE": 2, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 4, "K_WAVES": 4},
     ],
     "decoder_delta": [{"OUTPUT_TYPE": 1}, {"KEY_DIM": 16, "VALUE_DIM": 48, "STATE_COLUMNS": 32, "KEY_PARTS": 1}],
 }
@@ -199,6 +211,11 @@ def variants_of(file: str) -> list[dict[str, int]]:
         for name in reversed(list(CODE_TYPES))
         for variant in variants
     ]
+
+
+def has_ptx(file: str) -> bool:
+    """Whether a file has inline PTX."""
+    return "mma" in file or file == "decoder_step"
 
 
 Commands: TypeAlias = Callable[[list[str], str], list[list[str]]]
@@ -224,7 +241,7 @@ class Target(NamedTuple):
     commands: Commands
     missing: Callable[[], str | None]
     newest: str = "CL2.0"
-    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if file.startswith(PTX_FILES) else {}
+    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if has_ptx(file) else {}
     skip: Callable[[str, dict[str, int]], object] = lambda file, macros: False
 
 
@@ -310,7 +327,7 @@ def nvidia(name: str) -> Target:
         commands,
         new_enough(name, commands),
         macros=lambda file: {},
-        skip=lambda file, macros: not (file.startswith(PTX_FILES) or "PTX" in macros),
+        skip=lambda file, macros: not (has_ptx(file) or "PTX" in macros),
     )
 
 

@@ -82,7 +82,7 @@ PLACE_HEADS = {
     "values": "global CACHE*",
 }
 
-# Attention (decoder_attention.cl) -----------------------------------------------------------------
+# Attention (decoder_attention.cl, decoder_attention_*_mma.cl) -------------------------------------
 
 ATTEND = {
     "batch": "global int*",
@@ -105,6 +105,8 @@ ATTEND = {
     "partial": "global float*",
     "stats": "global float2*",
 }
+ATTEND_TILES = {name: kind for name, kind in ATTEND.items() if name not in ("partial", "stats")}
+ATTEND_ROWS = {**ATTEND, "arrived": "global uint*"}
 MERGE_SPLITS = {
     "batch": "global int*",
     "tiles": "uint",
@@ -120,7 +122,7 @@ MERGE_SPLITS = {
     "stats": "global float2*",
 }
 
-# Dense products (decoder_dense.cl) ----------------------------------------------------------------
+# Dense products (decoder_dense.cl, decoder_dense_mma.cl) ------------------------------------------
 
 DENSE = {
     "x": "global INPUT*",
@@ -225,11 +227,14 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "norm_router": always(NORM_ROUTER),
         "place_heads": always(PLACE_HEADS),
         "attend": always(ATTEND),
+        "attend_tiles": always(ATTEND_TILES),
+        "attend_rows": always(ATTEND_ROWS),
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),
         "decoder_step": always(DECODER_STEP),
         "address_of": always(ADDRESS_OF),
+        "dense_tiles": always(DENSE),
         "short_conv": always(SHORT_CONV),
         "delta_rule": always(DELTA_RULE),
         "gated_norm_heads": always(GATED_NORM_HEADS),

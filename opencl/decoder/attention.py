@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
 
-from marlin_cy.decoder.plan import AttentionPlan, RopeTable
+from marlin_cy.decoder.plan import AttentionPlan
+from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.buffers import Rows
+from marlin_cy.opencl.decoder.attention_mma import (
+    MOST_SPLITS,
+    RowsKernel,
+    TilesKernel,
+    chosen,
+    rows_kernels,
+    tiles_kernels,
+)
+from marlin_cy.opencl.decoder.heads import Rotation, place_heads
 from marlin_cy.opencl.decoder.projections import ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
 if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
     from marlin_cy.opencl.capabilities import Capabilities
     from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.maker import Maker
@@ -21,16 +32,36 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.projections import Uploads
     from marlin_cy.opencl.decoder.step import Known
 
-__all__ = ["Attend", "GroupedAttention", "Rotation", "Shape", "place_heads"]
+__all__ = ["Attend", "GroupedAttention", "Kernels", "Shape"]
 
 ATTEND_ITEMS = 128
-HEAD_ITEMS, CPU_HEAD_ITEMS = 64, 8
 MOST_HEADS = 8
 """Heads of a tile, at most: a work-item keeps a sum of eight columns for each in registers."""
 TILE_QUERIES = 32
 """Queries of a tile of several rows: each value that is read meets as many as fit into local memory and registers."""
 MOST_SET_QUERIES = 8
 CHUNK = 8  # of decoder.cl
+GROUPS_PER_UNIT = 4
+"""Work-groups for each compute unit into which attention to single rows is split."""
+FILLED = 1.5
+"""Tiles by tensor cores for each compute unit, of which two are resident, that make larger tiles worth it."""
+MMA_GROUPS_PER_UNIT = 1
+"""The same for tensor cores: a work-group has more loads in flight, and the last one joins the splits."""
+
+
+class Kernels(NamedTuple):
+    """Tensor-core kernels; none where the portable kernel is used.
+
+    Attributes
+    ----------
+    rows : RowsKernel or None
+        For single rows.
+    tiles : list of TilesKernel
+        For tiles of several rows, the largest first.
+    """
+
+    rows: RowsKernel | None
+    tiles: list[TilesKernel]
 
 
 @dataclass(frozen=True)
@@ -119,16 +150,60 @@ class Attend:
     sinks: cl.Buffer | None = None
     gate_offset: int = 0
 
-    def record(self, maker: Maker, q: Rows, q_head_stride: int, output: Rows, tile_rows: int, most_splits: int) -> None:
-        """Record the launches for tiles of one row, and for tiles of ``tile_rows`` rows.
+    def kernels(self, backend: OpenClBackend, output_type: int) -> Kernels:
+        """The tensor-core kernels that the backend's device runs."""
+        shape, cache_type = self.shape, self.pool.type_code
+        tiles = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(shape, cache_type)]
+        return Kernels(
+            chosen(rows_kernels(shape, cache_type), output_type, backend),
+            [kernel for kernel in tiles if kernel is not None],
+        )
 
-        ``most_splits``: splits of all tiles of one row together, at most, unless they have one split each.
+    def tiles_kernel(self, device: Capabilities, kernels: Kernels, rows: int) -> TilesKernel | None:
+        """The tensor-core kernel for tiles of a step of ``rows`` rows.
+
+        The one with the largest tiles of which there are enough for the device; None where the portable one is used.
         """
-        shape, layout = self.shape, maker.layout
+        wanted = FILLED * device.compute_units
+        for kernel in kernels.tiles[:-1]:
+            if -(-rows // kernel.rows) * (self.shape.num_heads // kernel.heads) >= wanted:
+                return kernel
+        return kernels.tiles[-1] if kernels.tiles else None
+
+    def tile_rows(self, device: Capabilities, kernels: Kernels, rows: int) -> int:
+        """Rows of a tile of several rows, at most, of a step of ``rows`` rows."""
+        kernel = self.tiles_kernel(device, kernels, rows)
+        return self.shape.tile_rows(device) if kernel is None else kernel.rows
+
+    def most_splits(self, device: Capabilities, kernels: Kernels) -> int:
+        """Splits of all single rows together, at most, unless they have one split each."""
+        if kernels.rows is None:
+            return max(1, GROUPS_PER_UNIT * device.compute_units // self.shape.head_blocks)
+        blocks = self.shape.num_heads // kernels.rows.heads
+        return min(MOST_SPLITS, max(1, MMA_GROUPS_PER_UNIT * device.compute_units // blocks))
+
+    def record(
+        self,
+        maker: Maker,
+        q: Rows,
+        q_head_stride: int,
+        output: Rows,
+        tile_rows: int,
+        most_splits: int,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Record the launches for single rows, and for tiles of ``tile_rows`` rows.
+
+        ``most_splits``: splits of all single rows together, at most, unless they have one split each. ``kernels``:
+        those of :meth:`kernels` unless given.
+        """
+        shape, layout, ctx = self.shape, maker.layout, maker.ctx
+        found = kernels or self.kernels(ctx.backend, output.type_code)
         room = most_splits * shape.num_heads
-        partial = maker.ctx.reserve("decoder splits", 4 * room * shape.value_dim)
-        stats = maker.ctx.reserve("decoder statistics of splits", 8 * room)
-        blocks = shape.head_blocks
+        splits = {
+            "partial": ctx.reserve("decoder splits", 4 * room * shape.value_dim),
+            "stats": ctx.reserve("decoder statistics of splits", 8 * room),
+        }
         own = {
             "batch": maker.step,
             "q": q.data,
@@ -138,150 +213,98 @@ class Attend:
             "sinks": self.sinks,
             "gate_offset": self.gate_offset,
             "output": output.data,
-            "partial": partial,
-            "stats": stats,
         }
-        types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output.type_code, "ALIGNED": 1}
-
-        def attend(rows: int, tiles: int, size: Callable[[Known], tuple[int, ...] | None]) -> None:
-            maker.record(
-                "decoder_attention",
-                "attend",
-                {**types, **shape.macros(rows)},
-                size,
-                (ATTEND_ITEMS, 1, 1),
-                "attend",
-                **own,
-                tiles=tiles,
-                keys=self.pool.keys,
-                values=self.pool.values,
-                num_kv_heads=shape.num_kv_heads,
-                key_head=16 * shape.head_dim,
-                value_head=16 * (shape.value_dim if self.pool.values is not self.pool.keys else shape.head_dim),
-                scale=self.scale,
-                soft_cap=self.soft_cap,
-                window=self.window,
+        cache = {
+            "keys": self.pool.keys,
+            "values": self.pool.values,
+            "num_kv_heads": shape.num_kv_heads,
+            "key_head": PAGE_TOKENS * shape.head_dim,
+            "value_head": PAGE_TOKENS * (shape.head_dim if self.pool.values is self.pool.keys else shape.value_dim),
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "window": self.window,
+        }
+        rows, tiles = {**own, "tiles": layout.few_tiles}, {**own, **cache, "tiles": layout.many_tiles}
+        if found.rows is None:
+            self._record_rows(maker, output.type_code, rows, cache, splits)
+        else:
+            groups = shape.num_heads // found.rows.heads
+            counters = {"arrived": ctx.reserve("decoder counters of splits", 4 * groups * maker.rows)}
+            found.rows.record(
+                ctx,
+                output.type_code,
+                lambda known: (groups, known.few_tiles, known.splits) if known.few_tiles else None,
+                {**rows, **cache, **splits, **counters},
+            )
+        if maker.rows == 1:
+            return
+        kernel = self.tiles_kernel(ctx.backend.runtime.capabilities, found, maker.rows)
+        if kernel is None:
+            self._record_attend(
+                maker,
+                output.type_code,
+                tile_rows,
+                lambda known: (known.many_tiles, shape.head_blocks, 1) if known.many_tiles else None,
+                {**tiles, **splits},
+            )
+        else:
+            blocks = shape.num_heads // kernel.heads
+            kernel.record(
+                ctx,
+                output.type_code,
+                lambda known: (blocks, known.many_tiles, 1) if known.many_tiles else None,
+                tiles,
             )
 
-        def few(known: Known) -> tuple[int, ...] | None:
-            return (known.few_tiles * ATTEND_ITEMS, blocks, known.splits) if known.few_tiles else None
-
-        def many(known: Known) -> tuple[int, ...] | None:
-            return (known.many_tiles * ATTEND_ITEMS, blocks, 1) if known.many_tiles else None
+    def _record_rows(
+        self, maker: Maker, output_type: int, rows: dict[str, Any], cache: dict[str, Any], splits: dict[str, Any]
+    ) -> None:
+        """Record the portable launches for single rows: attention, and the sum of the splits."""
+        shape = self.shape
+        self._record_attend(
+            maker,
+            output_type,
+            1,
+            lambda known: (known.few_tiles, shape.head_blocks, known.splits) if known.few_tiles else None,
+            {**rows, **cache, **splits},
+        )
+        items = 8 if maker.is_cpu else min(256, max(32, shape.value_dim))
 
         def merge(known: Known) -> tuple[int, ...] | None:
             return (known.few_tiles * items, shape.num_heads) if known.few_tiles and known.splits > 1 else None
 
-        attend(1, layout.few_tiles, few)
-        items = 8 if maker.ctx.backend.runtime.capabilities.is_cpu else min(256, max(32, shape.value_dim))
         maker.record(
             "decoder_attention",
             "merge_splits",
-            # The macros of `attend`, so that the program is the same.
-            {**types, **shape.macros(1)},
+            self._macros(output_type, 1),  # those of `attend`, so that the program is the same
             merge,
             (items, 1),
             "merge_splits",
-            **own,
-            tiles=layout.few_tiles,
+            **rows,
+            **splits,
             value_dim=shape.value_dim,
         )
-        if maker.rows > 1:
-            attend(tile_rows, layout.many_tiles, many)
 
+    def _record_attend(
+        self,
+        maker: Maker,
+        output_type: int,
+        tile_rows: int,
+        groups: Callable[[Known], tuple[int, int, int] | None],
+        values: dict[str, Any],
+    ) -> None:
+        """Record the portable kernel for tiles of a number of rows."""
 
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """A table of RoPE on the device.
+        def size(known: Known) -> tuple[int, ...] | None:
+            found = groups(known)
+            return None if found is None else (found[0] * ATTEND_ITEMS, *found[1:])
 
-    Attributes
-    ----------
-    cosine, sine : pyopencl.Buffer or None
-    pairs : int
-        0 without rotation.
-    interleaved : bool
-    """
+        macros, local = self._macros(output_type, tile_rows), (ATTEND_ITEMS, 1, 1)
+        maker.record("decoder_attention", "attend", macros, size, local, "attend", **values)
 
-    cosine: cl.Buffer | None
-    sine: cl.Buffer | None
-    pairs: int
-    interleaved: bool
-
-    @classmethod
-    def of(cls, uploads: Uploads, table: RopeTable | None) -> Rotation:
-        """The table of a layer."""
-        if table is None or not table.pairs:
-            return cls(None, None, 0, False)
-        return cls(uploads(table.cos, "RoPE"), uploads(table.sin, "RoPE"), table.pairs, table.interleaved)
-
-
-def place_heads(
-    maker: Maker,
-    pool: KvPool,
-    rotation: Rotation,
-    num_heads: int,
-    num_kv_heads: int,
-    *,
-    q: Rows,
-    q_head_stride: int,
-    q_width: int,
-    kv: Rows,
-    k_width: int,
-    v_width: int,
-    eps: float,
-    q_offset: int = 0,
-    q_norm: cl.Buffer | None = None,
-    out: Rows | None = None,
-    out_offset: int = 0,
-    out_head_stride: int = 0,
-    k_offset: int = 0,
-    v_offset: int = 0,
-    k_norm: cl.Buffer | None = None,
-    k_norm_values: int = 0,
-    k_rope_begin: int = 0,
-) -> None:
-    """Record ``place_heads``, which documents the arguments. ``out`` None: queries stay where they are."""
-    items = CPU_HEAD_ITEMS if maker.ctx.backend.runtime.capabilities.is_cpu else HEAD_ITEMS
-    if out is None:
-        out, out_offset, out_head_stride = q, q_offset, q_head_stride
-    groups = num_heads + num_kv_heads * (2 if v_width else 1)
-    maker.record(
-        "decoder_heads",
-        "place_heads",
-        {"CACHE_TYPE": pool.type_code, "HEAD_ITEMS": items},
-        (maker.rows * items, groups),
-        (items, 1),
-        "place_heads",
-        batch=maker.step,
-        q=q.data,
-        q_offset=q_offset,
-        q_row_stride=q.width,
-        q_head_stride=q_head_stride,
-        q_width=q_width,
-        out=out.data,
-        out_offset=out_offset,
-        out_row_stride=out.width,
-        out_head_stride=out_head_stride,
-        q_norm=q_norm,
-        kv=kv.data,
-        k_offset=k_offset,
-        v_offset=v_offset,
-        kv_row_stride=kv.width,
-        k_width=k_width,
-        v_width=v_width,
-        k_norm=k_norm,
-        k_norm_values=k_norm_values,
-        k_rope_begin=k_rope_begin,
-        eps=eps,
-        cosine=rotation.cosine,
-        sine=rotation.sine,
-        pairs=rotation.pairs,
-        interleaved=int(rotation.interleaved),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        keys=pool.keys,
-        values=pool.values,
-    )
+    def _macros(self, output_type: int, tile_rows: int) -> dict[str, int]:
+        types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output_type, "ALIGNED": 1}
+        return {**types, **self.shape.macros(tile_rows)}
 
 
 class GroupedAttention:
@@ -314,6 +337,13 @@ class GroupedAttention:
             plan.head_dim if plan.gated else 0,
         )
 
+    def kernels(self, backend: OpenClBackend, row_type: int) -> Kernels:
+        """The tensor-core kernels that the backend's device runs; ``row_type`` as for :meth:`record`."""
+        return self.attend.kernels(backend, self._attended_type(row_type))
+
+    def _attended_type(self, row_type: int) -> int:
+        return row_type if self.output.quantised else FLOAT32
+
     def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
         """Record the layer: ``out`` is its output."""
         plan, width = self._plan, self._plan.head_dim
@@ -340,7 +370,6 @@ class GroupedAttention:
             k_norm_values=width,
             eps=self._norm_eps,
         )
-        type_code = row_type if self.output.quantised else FLOAT32
-        attended = maker.room("attention", plan.num_heads * width, type_code)
+        attended = maker.room("attention", plan.num_heads * width, self._attended_type(row_type))
         self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits)
         self.output.record(maker, attended, out, "o")

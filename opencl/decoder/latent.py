@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from marlin_cy.decoder.plan import LatentAttentionPlan
-from marlin_cy.opencl.decoder.attention import Attend, Rotation, Shape, place_heads
+from marlin_cy.opencl.decoder.attention import Attend, Kernels, Shape
+from marlin_cy.opencl.decoder.heads import Rotation, place_heads
 from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
 if TYPE_CHECKING:
+    from marlin_cy.opencl.backend import OpenClBackend
     from marlin_cy.opencl.buffers import Rows
     from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.maker import Maker
@@ -51,6 +53,10 @@ class LatentAttention:
         self.attend = Attend(
             Shape(plan.num_heads, 1, plan.latent_dim + plan.rope_dim, plan.latent_dim), pool, plan.scale
         )
+
+    def kernels(self, backend: OpenClBackend, row_type: int) -> Kernels:
+        """The tensor-core kernels that the backend's device runs; ``row_type`` as for :meth:`record`."""
+        return self.attend.kernels(backend, FLOAT32)
 
     def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
         """Record the layer: ``out`` is its output."""

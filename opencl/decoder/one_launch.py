@@ -39,6 +39,7 @@ JOINS = 2  # the phase that is left out if there is one run
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
 
+
 def new_one_launch(
     ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], embedding: cl.Buffer, embedding_type: int
 ) -> OneLaunch | None:

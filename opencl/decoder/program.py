@@ -48,8 +48,6 @@ MAX_RECORDINGS = 24
 HEAD_ROWS = 64
 """Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
 LEAST_STEP_INTS = 1 << 16
-GROUPS_PER_UNIT = 4
-"""Work-groups for each compute unit into which attention to few rows is split."""
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
 
@@ -82,12 +80,13 @@ class OpenClDecoder(DecoderProgram):
         self._embedding_type = TYPE_CODES[plan.embedding.dtype]
         self._final_norm = uploads(plan.final_norm, "norm")
         self._head = ProjectionGroup(uploads, [plan.head])
-        attentions = [layer.attention for layer in self._layers if layer.attention is not None]
-        self.tile_rows = min(
-            (attention.attend.shape.tile_rows(runtime.capabilities) for attention in attentions), default=1
-        )
-        blocks = min((attention.attend.shape.head_blocks for attention in attentions), default=1)
-        self.most_splits = max(1, GROUPS_PER_UNIT * runtime.capabilities.compute_units // blocks)
+        device = runtime.capabilities
+        self._attentions = [
+            (layer.attention.attend, layer.attention.kernels(backend, self._row_type))
+            for layer in self._layers
+            if layer.attention is not None
+        ]
+        self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
         self.split_tokens = SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._upload: cl.Event | None = None
@@ -149,6 +148,11 @@ class OpenClDecoder(DecoderProgram):
         """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
         return list(self._recorded("layers", rows_recorded(rows), self._record_layers).recording.labels)
 
+    def _tile_rows(self, rows: int) -> int:
+        """Rows of a tile of attention, at most, of a step of ``rows`` rows."""
+        device = self._ctx.backend.runtime.capabilities
+        return min((attend.tile_rows(device, found, rows) for attend, found in self._attentions), default=1)
+
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
 
@@ -171,7 +175,7 @@ class OpenClDecoder(DecoderProgram):
         """As ``_run``: by one launch, or by launches if ``one`` is None."""
         queue = self._ctx.queue
         layout = StepLayout(rows_recorded(len(batch.tokens)))
-        step, known = describe_step(batch, layout, self.tile_rows, self.most_splits, self.split_tokens)
+        step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)
         self._reserve_step(len(step))
         slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
         recurrent = len(self._state_lengths) > 0
@@ -299,6 +303,7 @@ class OpenClDecoder(DecoderProgram):
         hidden, eps = plan.hidden_size, plan.norm_eps
         residual, added = Residual(maker.room("x", hidden)), maker.room("added", hidden)
         normed = maker.room("normed", hidden, self._row_type)
+        tile_rows = self._tile_rows(maker.rows)
         maker.record(
             "decoder_rows",
             "embed_rows",
@@ -316,7 +321,7 @@ class OpenClDecoder(DecoderProgram):
             if isinstance(layer.mixer, DeltaNet):
                 layer.mixer.record(maker, normed, added, self._row_type)
             else:
-                layer.mixer.record(maker, normed, added, self._row_type, self.tile_rows, self.most_splits)
+                layer.mixer.record(maker, normed, added, self._row_type, tile_rows, self.most_splits)
             residual.pending = added
             if isinstance(layer.ffn, MoeFfn):
                 residual.pending = layer.ffn.record(maker, residual, layer.ffn_norm, eps, normed)

@@ -17,6 +17,7 @@ import pyopencl as cl
 from marlin_cy.decoder.plan import DenseLinear, Projection
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes
+from marlin_cy.opencl.decoder.dense_mma import dense_kernel
 from marlin_cy.opencl.gemm.multiply import NO_BIAS, OUTPUT_BIAS, multiply
 from marlin_cy.opencl.gemm.work import TileList
 from marlin_cy.opencl.memory import uploaded
@@ -33,6 +34,8 @@ __all__ = ["DenseMatrix", "PackedColumns", "ProjectionGroup", "Uploads"]
 TILED_ROWS = 16
 """Products of fewer rows are never computed in tiles, which would be mostly padding. Products of more are not if there
 would be fewer tiles than compute units: a router has one or two columns of tiles, and all of K takes long."""
+MMA_ROWS = 5
+"""Products of fewer rows read the weights once without tensor cores, too: `dense_few` has four rows at a time."""
 TEAM, TEAMS = 32, 4
 CPU_TEAM = 8
 COLUMNS = 2  # of decoder_dense.cl
@@ -128,6 +131,11 @@ class DenseMatrix:
             "n": self.n,
             "k": self.k,
         }
+        if aligned and out.rows >= MMA_ROWS:
+            kernel = dense_kernel(maker.ctx.backend, x.type_code, self.type_code, out.rows, self.n, self.batch)
+            if kernel is not None:
+                kernel.record(maker.ctx, self.batch, label, values)
+                return
         device = maker.ctx.backend.runtime.capabilities
         tiles = -(-self.n // TILE), -(-out.rows // TILE)
         if out.rows >= TILED_ROWS and tiles[0] * tiles[1] * self.batch >= device.compute_units:

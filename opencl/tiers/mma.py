@@ -22,7 +22,7 @@ from marlin_cy.opencl.tiers.configuration import (
 if TYPE_CHECKING:
     from marlin_cy.opencl.capabilities import Capabilities
 
-__all__ = ["MMA", "direct", "tiled"]
+__all__ = ["MMA", "direct", "local_limit", "tiled"]
 
 KIB = 1 << 10
 MMA_LOCAL_BYTES = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB}
@@ -71,6 +71,11 @@ def mma_missing(device: Capabilities) -> str | None:
     return None
 
 
+def local_limit(device: Capabilities) -> int:
+    """Bytes of local memory that a work-group may use."""
+    return MMA_LOCAL_BYTES.get(device.compute_capability or (0, 0), MMA_OTHER_LOCAL_BYTES)
+
+
 def mma_inputs(device: Capabilities) -> Inputs:
     return Inputs(frozenset((FLOAT16,)), FLOAT16_ROWS, aligned=True)
 
@@ -82,7 +87,7 @@ def mma_block_size(average_rows: float) -> int:
 
 def mma_configurations(problem: Problem) -> list[Configuration]:
     device = problem.device
-    limit = MMA_LOCAL_BYTES.get(device.compute_capability or (0, 0), MMA_OTHER_LOCAL_BYTES)
+    limit = local_limit(device)
     group_32 = ("GROUP_32", int(problem.group_rows == 32))
     return [
         with_splits(problem, replace(candidate, macros=(*candidate.macros, group_32)), device.compute_units // 2)
