@@ -33,7 +33,7 @@ __attribute__((always_inline)) static inline float wave_sum(float value, __local
 // Norms and rotates the heads of a row: HEADS of queries, one of keys, one of values, to `queries`. Appends those of keys and
 // values to the cache if `appends`.
 //   sums   float [ITEMS]
-__attribute__((always_inline)) static inline void place_row(__global const Layer *layer, uint row, uint first_head,
+__attribute__((always_inline)) static inline void place_row(__constant Layer *layer, uint row, uint first_head,
                                                             uint kv_head, uint position, bool appends,
                                                             __global const int *pages, __global const float *heads,
                                                             __local float *queries, __local float *sums)
@@ -97,7 +97,7 @@ __attribute__((always_inline)) static inline void place_row(__global const Layer
 #if !TENSOR_ATTENTION
 // Attention to positions begin to end - 1 by multiply-adds; `memory` holds what follows the queries in ATTEND_FLOATS.
 __attribute__((always_inline)) static inline void attend_positions(
-    __global const Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
+    __constant Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
     uint split, uint splits, __global const int *pages, __global half *attended, __global float *partial,
     __global float2 *stats, __local const float *queries, __local float *memory)
 {
@@ -227,7 +227,7 @@ __attribute__((always_inline)) static inline void attend_positions(
 }
 #endif
 
-__attribute__((always_inline)) static inline void attend_step(__global const Layer *layer, uint rows, uint splits,
+__attribute__((always_inline)) static inline void attend_step(__constant Layer *layer, uint rows, uint splits,
                                                               __global const int *batch, __global const float *heads,
                                                               __global half *attended, __global float *partial,
                                                               __global float2 *stats, __local float *memory)
