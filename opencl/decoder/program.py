@@ -93,7 +93,7 @@ class OpenClDecoder(DecoderProgram):
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
         self._phased = new_phased_step(self._ctx, plan, self._layers, self._ends(), True)
-        self._phased_checked: set[str] = set()
+        self._phased_checked: set[tuple[bool, int]] = set()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
         return self._run(batch, "head", (self._plan.vocab_size,), np.float32)
@@ -259,11 +259,12 @@ class OpenClDecoder(DecoderProgram):
         """The way by phases, if it is for this batch and gives correct results on this device."""
         while self._phased is not None and self._phased.takes(batch):
             steps = self._phased
-            if steps.kind(len(batch.tokens)) in self._phased_checked:
+            key = steps.resident, steps.capacity(len(batch.tokens))
+            if key in self._phased_checked:
                 return steps
             wrong = self._phased_reason_wrong(steps, batch)
             if wrong is None:
-                self._phased_checked.add(steps.kind(len(batch.tokens)))
+                self._phased_checked.add(key)
                 return steps
             self._leave(steps, wrong)
         return None

@@ -104,7 +104,6 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __local float4 memory[(LOCAL_FLOATS + 3) / 4];
     __local int chosen[TOKENS * TOP_K];
     __local float weighed[TOKENS * TOP_K];
-    __local uint most[WAVES];
     __local uint failed;
     __local float *scratch = (__local float *)memory;
     __local uint4 *kept = (__local uint4 *)(scratch + (SCRATCH + 3) / 4 * 4);
@@ -126,7 +125,7 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
             score_experts(layer, rows, batch, x, logits, inner_most, scratch, kept);
         else if (kind == 5)
             project_inner(layer, rows, phase > first, batch, x, logits, ids, weights, inner, inner_most, scratch, kept,
-                          chosen, weighed, most);
+                          chosen, weighed);
         else if (kind == 6)
             project_down(layer, number + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most, scratch,
                          chosen, weighed);

@@ -45,8 +45,7 @@ __attribute__((always_inline)) static inline void score_experts(__constant Layer
 __attribute__((always_inline)) static inline void project_inner(
     __constant Layer *layer, uint rows, bool normed_is_kept, __global const int *batch, __global float *x,
     __global const float *logits, __global int *ids, __global float *weights, __global float *inner,
-    __global uint *inner_most, __local float *scratch, __local uint4 *kept, __local int *chosen, __local float *weighed,
-    __local uint *most)
+    __global uint *inner_most, __local float *scratch, __local uint4 *kept, __local int *chosen, __local float *weighed)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     if (!normed_is_kept) {
@@ -76,8 +75,6 @@ __attribute__((always_inline)) static inline void project_inner(
     for (uint base = 0; base < tasks; base += all) {
         const uint task = base + team * get_num_groups(0) + get_group_id(0), pair = task / strips;
         Total totals[2 * TOTALS] = {0};
-        EACH(i, teams)
-            most[i] = 0;
         if (task < tasks) {
             const uint expert = (uint)chosen[pair];
             const ulong weights_at =
@@ -93,21 +90,24 @@ __attribute__((always_inline)) static inline void project_inner(
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, teams * 16)
         {
-            const uint its_team = i / 16, its_task = base + its_team * get_num_groups(0) + get_group_id(0);
+            const uint its_task = base + i / 16 * get_num_groups(0) + get_group_id(0);
+            uint magnitude = 0;
             if (its_task < tasks) {
-                __local const float *sums = scratch + its_team * (GATE_TEAM * K_LANES * 32) + i % 16;
+                __local const float *sums = scratch + i / 16 * (GATE_TEAM * K_LANES * 32) + i % 16;
                 const float value = activated(group_total(sums, GATE_TEAM * K_LANES, 32),
                                               group_total(sums + 16, GATE_TEAM * K_LANES, 32));
                 inner[its_task / strips * (ulong)INNER + its_task % strips * STRIP_N + i % 16] = value;
-                atomic_max(most + its_team, as_uint(value) & 0x7fffffffu);
+                magnitude = as_uint(value) & 0x7fffffffu;
             }
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-        EACH(i, teams)
-        {
-            const uint its_task = base + i * get_num_groups(0) + get_group_id(0);
+#if TENSOR // the sixteen columns are lanes of one wave
+            UNROLLED for (uint mask = 1; mask < 16; mask *= 2) magnitude =
+                max(magnitude, as_uint(exchange(as_float(magnitude), mask)));
+            if (i % 16 == 0 && its_task < tasks)
+                atomic_max(inner_most + its_task / strips, magnitude);
+#else
             if (its_task < tasks)
-                atomic_max(inner_most + its_task / strips, most[i]);
+                atomic_max(inner_most + its_task / strips, magnitude);
+#endif
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
