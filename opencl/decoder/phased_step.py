@@ -43,6 +43,7 @@ JOINS = 2  # the phase that is left out if there is one run
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
 LEAST_STEP_INTS = 1 << 14
+TABLES = np.arange(MOST_TOKENS, dtype=np.int32)
 
 
 class Ends(NamedTuple):
@@ -310,9 +311,6 @@ def describe_rows(batch: Batch) -> tuple[npt.NDArray[np.int32], int]:
     pages = int(positions.max()) // PAGE_TOKENS + 1
     tables = HEADER + 4 * rows
     step = np.empty(tables + rows * pages, np.int32)
-    records = step[HEADER:tables].reshape(rows, 4)
-    records[:, 0], records[:, 1] = batch.tokens, positions
-    records[:, 2] = range(tables, tables + rows * pages, pages)
-    records[:, 3] = range(rows)
+    step[HEADER:tables].reshape(rows, 4).T[:] = batch.tokens, positions, TABLES[:rows] * pages + tables, TABLES[:rows]
     step[tables:].reshape(rows, pages)[:] = batch.pages[:, :pages]
     return step, pages
