@@ -1,5 +1,9 @@
 """Models and requests for the tests of serving."""
 
+import json
+import threading
+import time
+from http.client import HTTPConnection
 from importlib.resources import files
 
 from fake_model import FakeModel
@@ -9,6 +13,8 @@ from marlin_cy.decoder.cache import CacheFull, pages_of
 from marlin_cy.decoder.generate import new_writer, tokenizer_of
 from marlin_cy.decoder.sampling import SamplingParams
 from marlin_cy.serve.request import Request
+from marlin_cy.serve.server import Server, listen, open_socket
+from marlin_cy.serve.service import Service
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -31,8 +37,6 @@ def built_in():
 
 def chat_folder(path):
     """The built-in model with a chat template, in a new folder."""
-    import json
-
     path.mkdir()
     for file in built_in().iterdir():
         if file.name != "tokenizer_config.json":
@@ -65,7 +69,7 @@ def run(scheduler, arrivals=(), *, limit=10000):
     for step in range(limit):
         if step in arrivals:
             scheduler.submit(arrivals.pop(step))
-        if scheduler.idle and not arrivals:
+        if not scheduler.open and not arrivals:
             return outputs
         for output in scheduler.step():
             outputs.setdefault(output.request, []).append(output)
@@ -77,3 +81,83 @@ def text_of(outputs):
     pieces = [output.piece for output in outputs]
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     return "".join(piece.text for piece in pieces), [t for piece in pieces for t in piece.tokens], pieces[-1][2]
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP
+
+
+class Serving:
+    """A server in a thread of this process; use it as a context manager.
+
+    Parameters
+    ----------
+    model : object
+    api_key : str, optional
+    **limits
+        ``max_sequences`` and ``max_waiting``.
+    """
+
+    def __init__(self, model, api_key=None, *, name="tiny", **limits):
+        self.service = Service(model, name, **{"max_sequences": 4, "max_waiting": 8, **limits})
+        self._bound = open_socket("127.0.0.1", 0)
+        self.port = self._bound.getsockname()[1]
+        self.server = Server(self.service, api_key)
+        self._thread = threading.Thread(target=self.server.serve_on, args=(self._bound,))
+
+    def __enter__(self):
+        listen(self._bound)
+        self._thread.start()
+        while not self.server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.server.force_exit = error[0] is not None
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._bound.close()
+
+    @property
+    def counts(self):
+        return self.service.engine.scheduler.counts()
+
+    def connect(self):
+        return HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(self, path, body=None, *, method=None, headers=None):
+        """``(status, headers, contents)`` of the answer to a body, which is sent as JSON unless it is bytes."""
+        connection = self.connect()
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {**({} if data is None else {"Content-Type": "application/json"}), **(headers or {})}
+        try:
+            connection.request(method or ("GET" if data is None else "POST"), path, data, headers)
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        kind = response.getheader("content-type", "")
+        return response.status, response.headers, json.loads(text) if kind.startswith("application/json") else text
+
+    def document(self, path, body=None, **options):
+        """The JSON of a request that succeeds."""
+        status, _, document = self.ask(path, body, **options)
+        assert status == 200, document
+        return document
+
+    def stream(self, path, body):
+        """The events of a stream, up to the last."""
+        _, _, text = self.ask(path, {**body, "stream": True})
+        *events, end = text.decode().split("\n\n")
+        assert end == ""
+        assert events[-1] == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+
+    def wait(self, condition, seconds=30):
+        """Wait until a condition of the counts holds."""
+        deadline = time.monotonic() + seconds
+        while not condition(self.counts):
+            assert time.monotonic() < deadline, self.counts
+            time.sleep(0.005)

@@ -147,7 +147,7 @@ def test_a_request_that_is_put_back_is_the_latest(folder):
     requests = [request_for(model, letter * 10, 40) for letter in "abc"]
     lengths = {request: [] for request in requests}
     scheduler.submit(requests)
-    while not scheduler.idle:
+    while scheduler.open:
         for output in scheduler.step():
             lengths[output.request].append(scheduler.counts().put_back)
     assert scheduler.counts().put_back > 0
@@ -355,7 +355,7 @@ def test_all_requests_are_aborted(folder):
     scheduler.step()
     outputs = scheduler.abort(MarlinError("the end"))
     assert [(output.request, str(output.error)) for output in outputs] == [(one, "the end") for one in requests]
-    assert scheduler.idle
+    assert scheduler.open == 0
     assert model.open == []
 
 

@@ -353,7 +353,9 @@ def new_writer(
     max_new_tokens: int | None,
     *,
     continues: bool,
+    stops: bool = True,
 ) -> Writer:
+    """A writer of the text after a prompt. Without ``stops``, the tokens with which the model ends a text do not."""
     if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
     return Writer(
@@ -361,7 +363,7 @@ def new_writer(
         model.vocab_size,
         tokens,
         tokenizer.stream(continues=continues),
-        tokenizer.stop_ids,
+        tokenizer.stop_ids if stops else frozenset(),
         max_new_tokens,
         model.context_length - len(tokens),
     )

@@ -48,8 +48,8 @@ class Request:
     def __init__(
         self, prompt: Sequence[int], writer: Writer, *, top_scores: int | None = None, owner: Any = None, index: int = 0
     ) -> None:
+        self.prompt = prompt
         self.tokens = array("i", prompt)
-        self.prompt_length = len(prompt)
         self.writer = writer
         self.top_scores = top_scores
         self.owner = owner

@@ -136,9 +136,9 @@ class Scheduler:
         request.cancelled = True
 
     @property
-    def idle(self) -> bool:
-        """Whether all requests have ended."""
-        return self._open == 0
+    def open(self) -> int:
+        """Number of requests that have not ended."""
+        return self._open
 
     # Called by one thread ----------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class Scheduler:
                         raise
                     return False
                 source, common = None, 0
-        request.known = max(request.known, min(request.sequence.length, request.prompt_length))
+        request.known = max(request.known, min(request.sequence.length, len(request.prompt)))
         return True
 
     @staticmethod
