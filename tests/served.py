@@ -1,6 +1,9 @@
 """Models and requests for the tests of serving."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from http.client import HTTPConnection
@@ -161,3 +164,41 @@ class Serving:
         while not condition(self.counts):
             assert time.monotonic() < deadline, self.counts
             time.sleep(0.005)
+
+
+class Process:
+    """The command in a process of its own, on a free port."""
+
+    def __init__(self, *arguments, **environment):
+        command = [sys.executable, "-m", "marlin_cy", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            if "serving at" in line:
+                self.port = int(line.split(";")[0].rsplit(":", 1)[1])
+                break
+
+    def send(self, path, body=None, **headers):
+        """A connection on which a request was sent."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+        return connection
+
+    def ask(self, path, body=None, **headers):
+        """A connection, and the response to a request."""
+        connection = self.send(path, body, **headers)
+        return connection, connection.getresponse()
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        """The exit code, and what was said on stderr."""
+        try:
+            _, rest = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
+        return self.process.returncode, "".join(self.said) + rest

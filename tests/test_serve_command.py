@@ -2,10 +2,8 @@
 
 import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 for name in ("tokenizers", "jinja2", "uvicorn", "starlette", "pydantic", "prometheus_client"):
     pytest.importorskip(name, reason=f"{name} is not installed")
 
-from served import chat_folder  # noqa: E402
+from served import Process, chat_folder  # noqa: E402
 
 from marlin_cy.cli import main  # noqa: E402
 from marlin_cy.commands import serve  # noqa: E402
@@ -21,39 +19,6 @@ from marlin_cy.errors import MarlinError  # noqa: E402
 from marlin_cy.serve import server  # noqa: E402
 
 LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
-
-
-class Process:
-    """The command in a process of its own, on a free port."""
-
-    def __init__(self, *arguments, **environment):
-        command = [sys.executable, "-m", "marlin_cy", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.said = []
-        for line in self._process.stderr:
-            self.said.append(line)
-            if "serving at" in line:
-                self.port = int(line.split(";")[0].rsplit(":", 1)[1])
-                break
-
-    def ask(self, path, body=None, **headers):
-        """A connection, and the response to a request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Content-Type": "application/json", **headers}
-        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
-        return connection, connection.getresponse()
-
-    def signal(self, number):
-        self._process.send_signal(number)
-
-    def end(self):
-        """The exit code, and what was said on stderr."""
-        try:
-            _, rest = self._process.communicate(timeout=60)
-        finally:
-            self._process.kill()
-        return self._process.returncode, "".join(self.said) + rest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
