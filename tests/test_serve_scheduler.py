@@ -76,37 +76,51 @@ def test_running_answers_go_on_while_a_prompt_is_read(folder):
     assert model.calls == [[1], [1], [1, 256], [1, 512], [1, 1024], [1, 208], [1, 1], [1]]
 
 
-def test_parts_of_prompts_fit_into_the_time(folder):
-    """Steps that take long have smaller parts; the first request's prompt is read first."""
-    model, now = FullModel(folder, context_length=4096, cache_tokens=1 << 14), [0.0]
-    forward = model.forward_batch
+def timed(model, seconds_a_token):
+    """A clock that the calls of the model move."""
+    now, forward = [0.0], model.forward_batch
 
-    def timed(pairs):
+    def move(pairs):
         pairs = list(pairs)
-        now[0] += sum(len(tokens) for _, tokens in pairs) * 0.01
+        now[0] += sum(len(tokens) for _, tokens in pairs) * seconds_a_token
         return forward(pairs)
 
-    model.forward_batch = timed
-    scheduler = Scheduler(model, clock=lambda: now[0], step_seconds=0.5)
-    run(scheduler, {0: [request_for(model, "a" * 600, 1), request_for(model, "b" * 100, 1)]})
-    assert model.calls[:4] == [[256], [128], [64], [32]]
-    assert all(sum(call) == LEAST for call in model.calls[3:-1])
-    assert [24, 8] in model.calls, "the end of a prompt, and the start of the next"
+    model.forward_batch = move
+    return lambda: now[0]
+
+
+def test_parts_of_prompts_fit_into_the_time(folder):
+    """Steps beside a text that take long have smaller parts; the first request's prompt is read first."""
+    model = FullModel(folder, context_length=4096, cache_tokens=1 << 14)
+    scheduler = Scheduler(model, clock=timed(model, 0.01), step_seconds=0.5)
+    prompts = [request_for(model, letter * 600, 1) for letter in "bc"]
+    run(scheduler, {0: [request_for(model, "a", 60, stop_token_ids=[])], 1: prompts})
+    assert model.calls[:5] == [[1], [1, 256], [1, LEAST], [1, LEAST], [1, 88, 40]]
+    assert all(sum(call) <= LEAST + 1 for call in model.calls[2:])
+
+
+def test_prompts_alone_have_large_parts(folder):
+    """No text waits for them, however long they take."""
+    model = FullModel(folder, context_length=4096, cache_tokens=1 << 14)
+    scheduler = Scheduler(model, clock=timed(model, 1.0), step_seconds=0.5)
+    run(scheduler, {0: [request_for(model, letter * 1500, 1) for letter in "ab"]})
+    assert model.calls == [[1024], [476, 548], [952]]
 
 
 def test_pace():
     pace = Pace(0.5)
-    assert pace.tokens == FIRST
+    assert pace.most(beside_texts=False) == MOST
+    assert pace.most(beside_texts=True) == FIRST
     pace.record(100, 0.01)
-    assert pace.tokens == FIRST, "a step with fewer tokens says nothing about more"
+    assert pace.most(beside_texts=True) == FIRST, "a step with fewer tokens says nothing about more"
     for _ in range(5):
-        pace.record(pace.tokens, 0.2)
-    assert pace.tokens == MOST
+        pace.record(pace.most(beside_texts=True), 0.2)
+    assert pace.most(beside_texts=True) == MOST
     pace.record(MOST, 0.4)
-    assert pace.tokens == MOST
+    assert pace.most(beside_texts=True) == MOST
     for _ in range(10):
-        pace.record(pace.tokens, 0.6)
-    assert pace.tokens == LEAST
+        pace.record(MOST, 0.6)
+    assert pace.most(beside_texts=True) == LEAST
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,14 +232,13 @@ def test_requests_that_begin_alike_wait_for_the_first(folder):
 def test_the_first_of_requests_that_begin_alike_is_cancelled(folder):
     model = FullModel(folder, context_length=2048, cache_tokens=1 << 14)
     scheduler = scheduler_of(model)
-    requests = [request_for(model, "s" * 700, 3) for _ in range(3)]
+    requests = [request_for(model, "s" * 1500, 3) for _ in range(3)]
     scheduler.submit(requests)
-    scheduler.step()
     scheduler.step()
     scheduler.cancel(requests[0])
     outputs = run(scheduler)
-    assert [text_of(outputs[request]) for request in requests[1:]] == [alone(model, "s" * 700, 3)] * 2
-    assert requests[1].known > 0, "what the first has computed"
+    assert [text_of(outputs[request]) for request in requests[1:]] == [alone(model, "s" * 1500, 3)] * 2
+    assert requests[1].known == 1024, "what the first has computed"
 
 
 def test_kept_sequences_make_room(folder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class Form(ABC):
         self._tokenizer = tokenizer
         self._scored = scored
         self._common = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}-{random.getrandbits(128):032x}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": FINGERPRINT,

@@ -81,7 +81,7 @@ class Scheduler:
     max_waiting : int
         Requests that wait beside those, at most.
     step_seconds : float
-        Steps take about this time at most, if parts of prompts make them long.
+        Parts of prompts beside texts are as large as a step of this time allows.
     clock : callable
         The time in seconds.
     """
@@ -155,9 +155,11 @@ class Scheduler:
             work, rows = self._forward(work)
         except Exception as error:  # of any type: a driver may fail. No request can go on; the next ones may.
             return self._fail_all(error)
-        prompt_tokens = sum(len(part) for _, part in work if len(part) > 1)
-        self._pace.record(prompt_tokens, self._clock() - start)
-        self._computed += sum(len(part) for _, part in work)
+        lengths = [len(part) for _, part in work]
+        prompts = [length for length in lengths if length > 1]
+        if 0 < len(prompts) < len(lengths):
+            self._pace.record(sum(prompts), self._clock() - start)
+        self._computed += sum(lengths)
         return [self._output(request, row) for (request, _), row in zip(work, rows, strict=True) if not request.pending]
 
     def abort(self, error: MarlinError) -> list[Output]:
@@ -279,7 +281,7 @@ class Scheduler:
 
     def _parts(self) -> list[tuple[Request, Any]]:
         """The tokens of a step: the last token of each text, and as much of prompts as the pace allows."""
-        room = self._pace.tokens
+        room = self._pace.most(beside_texts=not all(request.reads_prompt for request in self._running))
         work = []
         for request in self._running:
             begin = request.sequence.length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -178,7 +178,7 @@ class Service:
     def _params(self, body: Body) -> SamplingParams:
         """What the request says about sampling; else what the folder says. A seed is drawn if none is given."""
         try:
-            seed = secrets.randbits(63) if body.seed is None else body.seed
+            seed = random.getrandbits(63) if body.seed is None else body.seed
             return replace(self._sampling, **body.sampling(), seed=seed)
         except (TypeError, ValueError) as error:
             name = str(error).partition(":")[0]
