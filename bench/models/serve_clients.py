@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
-from http.client import HTTPConnection
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 __all__ = ["first_token_seconds", "run_clients", "whole_seconds"]
@@ -29,9 +30,8 @@ def first_token_seconds(port: int, prompts: Sequence[Sequence[int]]) -> list[flo
 def whole_seconds(port: int, prompt: Sequence[int], tokens: int) -> float:
     """Seconds of a single request, from its connection to its whole answer."""
     start = time.perf_counter()
-    connection, response = _ask(port, prompt, tokens, stream=False)
-    document = json.loads(response.read())
-    connection.close()
+    with _asking(port, prompt, tokens, stream=False) as response:
+        document = json.loads(response.read())
     _check(document["usage"]["completion_tokens"], tokens)
     return time.perf_counter() - start
 
@@ -63,29 +63,33 @@ def _together(port: int, prompts: Sequence[Sequence[int]], tokens: int) -> tuple
 
 def _stream(port: int, prompt: Sequence[int], tokens: int) -> float:
     """Read a stream to its end; the time of its first token."""
-    connection, response = _ask(port, prompt, tokens, stream=True)
     first, written = 0.0, 0
-    for line in response:
-        if line.startswith(b"data: {"):
-            first = first or time.perf_counter()
+    with _asking(port, prompt, tokens, stream=True) as response:
+        for line in response:
             if line.startswith(b'data: {"error"'):
                 raise ValueError(line.decode())
-            written = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", written)
-    connection.close()
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter()
+                written = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", written)
     _check(written, tokens)
     return first
 
 
-def _ask(port: int, prompt: Sequence[int], tokens: int, *, stream: bool) -> tuple[HTTPConnection, Any]:
+@contextmanager
+def _asking(port: int, prompt: Sequence[int], tokens: int, *, stream: bool) -> Iterator[HTTPResponse]:
+    """The response to a request, on a connection of its own."""
     body: dict[str, Any] = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise ValueError(f"the server answers {response.status}: {response.read().decode()}")
-    return connection, response
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ValueError(f"the server answers {response.status}: {response.read().decode()}")
+        yield response
+    finally:
+        connection.close()
 
 
 def _check(written: int, tokens: int) -> None:
