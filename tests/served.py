@@ -167,7 +167,7 @@ class Serving:
 
 
 class Process:
-    """The command in a process of its own, on a free port."""
+    """The command in a process of its own, on a free port; use it as a context manager."""
 
     def __init__(self, *arguments, **environment):
         command = [sys.executable, "-m", "marlin_cy", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
@@ -179,6 +179,14 @@ class Process:
             if "serving at" in line:
                 self.port = int(line.split(";")[0].rsplit(":", 1)[1])
                 break
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
 
     def send(self, path, body=None, **headers):
         """A connection on which a request was sent."""
@@ -197,8 +205,5 @@ class Process:
 
     def end(self):
         """The exit code, and what was said on stderr."""
-        try:
-            _, rest = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
+        _, rest = self.process.communicate(timeout=60)
         return self.process.returncode, "".join(self.said) + rest

@@ -431,6 +431,7 @@ def test_a_key(folder):
                 status, answer, document = serving.ask(path, body, headers=headers)
                 assert (status, document["error"]["code"]) == (401, "invalid_api_key")
                 assert answer["www-authenticate"] == "Bearer"
+        assert serving.ask("/v1/models", headers={"Authorization": "Bearer secret ü".encode()})[0] == 200
         assert serving.document("/health") == {"status": "ok"}
         assert serving.ask("/")[0] == 200
     with Serving(load_model(folder, num_threads=1), api_key="secret") as serving:

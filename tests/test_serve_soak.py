@@ -155,11 +155,11 @@ def memory_of(process):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, for memory")
 def test_many_clients():
-    process = Process("--context-length", 512, "--cache-tokens", 1024, "--max-sequences", 6, "--max-waiting", 100)
     seed = int(os.environ.get("MARLIN_CY_TEST_SEED", "1"))
     print(f"MARLIN_CY_TEST_SEED={seed}")
     texts, faults, done, samples = expected_texts(), [], collections.Counter(), []
-    try:
+    options = ["--context-length", 512, "--cache-tokens", 1024, "--max-sequences", 6, "--max-waiting", 100]
+    with Process(*options) as process:
         for part in range(SAMPLES):
             numbers = queue.SimpleQueue()
             for number in range(REQUESTS * part // SAMPLES, REQUESTS * (part + 1) // SAMPLES):
@@ -172,16 +172,15 @@ def test_many_clients():
                 thread.join()
             wait_until_idle(process)
             samples.append(memory_of(process.process))
-        print("requests:", dict(done))
-        print("memory, MB, and files:", [(round(size / 1e6, 1), files) for size, files in samples])
-        assert not faults, (len(faults), faults[:5])
-        assert sum(done.values()) == REQUESTS
-        half = samples[SAMPLES // 2 :]
-        assert half[-1][0] - half[0][0] < MOST_GROWTH
-        assert half[-1][1] <= half[0][1] + 2
-    finally:
         process.signal(signal.SIGTERM)
         code, said = process.end()
+    print("requests:", dict(done))
+    print("memory, MB, and files:", [(round(size / 1e6, 1), files) for size, files in samples])
+    assert not faults, (len(faults), faults[:5])
+    assert sum(done.values()) == REQUESTS
+    half = samples[SAMPLES // 2 :]
+    assert half[-1][0] - half[0][0] < MOST_GROWTH
+    assert half[-1][1] <= half[0][1] + 2
     assert code == 0
     assert "Traceback" not in said, said
 

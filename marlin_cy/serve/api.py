@@ -34,7 +34,11 @@ MOST_BODY_BYTES = 1 << 24
 BODY_SECONDS = 60.0
 """The longest time in which a client may send a body."""
 
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # a proxy must not wait for more
+}
 
 
 def new_app(service: Service, api_key: str | None = None) -> Starlette:
@@ -81,7 +85,7 @@ class _App:
         async def checked(request: HttpRequest) -> Response:
             if self._key is not None:
                 kind, _, given = request.headers.get("authorization", "").partition(" ")
-                if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):
+                if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
                     raise ApiError(
                         401,
                         "the key: " + ("wrong" if given else "missing") + ", expected Authorization: Bearer KEY",
