@@ -9,6 +9,7 @@ import time
 from http.client import HTTPConnection
 from importlib.resources import files
 
+import numpy as np
 from fake_model import FakeModel
 
 from marlin_cy.commands.options import BUILT_IN
@@ -84,6 +85,18 @@ def text_of(outputs):
     pieces = [output.piece for output in outputs]
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     return "".join(piece.text for piece in pieces), [t for piece in pieces for t in piece.tokens], pieces[-1][2]
+
+
+def watched(request):
+    """Keep the logits that a request's writer gets, as ``request.rows``."""
+    request.rows, write = [], request.writer.write
+
+    def keep(logits, position):
+        request.rows.append(logits.view(np.int32).copy())
+        return write(logits, position)
+
+    request.writer.write = keep
+    return request
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 from fake_model import FakeModel, write_tokenizer  # noqa: E402
-from served import FullModel, built_in, request_for, run, text_of  # noqa: E402
+from served import FullModel, built_in, request_for, run, text_of, watched  # noqa: E402
 
 from marlin_cy.decoder.generate import generate  # noqa: E402
 from marlin_cy.decoder.model import load_model  # noqa: E402
@@ -432,18 +432,6 @@ def test_the_same_bits_whatever_else_is_served(rng, cache_tokens):
     assert (scheduler.counts().put_back > 0) == (cache_tokens == 256)
     scheduler.close()
     assert model.free_tokens == cache_tokens
-
-
-def watched(request):
-    """Keep the logits that a request's writer gets, as ``request.rows``."""
-    request.rows, write = [], request.writer.write
-
-    def keep(logits, position):
-        request.rows.append(logits.view(np.int32).copy())
-        return write(logits, position)
-
-    request.writer.write = keep
-    return request
 
 
 def test_requests_are_what_they_were(folder):

@@ -8,8 +8,8 @@
                               cache is full      │               │
                                                  └───────────────┴── pages are shared with requests that begin alike
 
-A request that is put back loses its part of the cache, and computes its tokens again when it runs the next time. The
-results of a model do not depend on what runs together nor on how a prompt is cut, so none of this changes a text.
+A request that is put back loses its part of the cache, and computes its tokens again when it runs the next time. On
+the CPU, a model's results do not depend on what runs together nor on how a prompt is cut: none of this changes a text.
 
 Sources of ideas: continuous batching, Yu et al., "Orca" (2022); pages that sequences share, and putting sequences
 back, Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023); prompts
