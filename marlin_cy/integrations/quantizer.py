@@ -206,8 +206,10 @@ class _Packing:
         """Remove the quantised weights from a model on the meta device, and let the loader pass over them."""
         self._modules.replace(model)
         model.set_experts_implementation(NAME)
-        passed_over = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = passed_over | name_patterns(_quantised(self._checkpoint))
+        passed_over = model._keys_to_ignore_on_load_unexpected  # None, a list or a set, by the version of transformers
+        kind = list if passed_over is None else type(passed_over)
+        patterns = name_patterns(_quantised(self._checkpoint))
+        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *patterns])
 
     def fill(self, model: Any) -> None:
         """Pack the layers."""
