@@ -13,6 +13,7 @@ from served import FullModel, built_in, request_for, run, text_of, watched  # no
 
 from marlin_cy.decoder.generate import generate  # noqa: E402
 from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.program import PAGE_TOKENS  # noqa: E402
 from marlin_cy.errors import DeviceError, MarlinError  # noqa: E402
 from marlin_cy.serve.pace import FIRST, LEAST, MOST, Pace  # noqa: E402
 from marlin_cy.serve.prefixes import MOST_KEPT, PrefixStore, common_length  # noqa: E402
@@ -269,27 +270,37 @@ def test_a_model_with_recurrent_state(folder):
     assert model.open == []
 
 
+def tokens_of(start, *more):
+    """A page of the number, and more tokens."""
+    return array("i", [start] * PAGE_TOKENS + list(more))
+
+
 def test_the_store_of_prefixes():
     freed = []
     store = PrefixStore(freed.append)
     for number in range(MOST_KEPT + 1):
-        store.keep(array("i", [number, 7, 7]), number)
+        store.keep(tokens_of(number, 7, 7), number)
     assert (freed, len(store)) == ([0], MOST_KEPT)
-    prefix, common = store.find(array("i", [5, 7, 8]), whole=False)
-    assert (prefix.sequence, common) == (5, 2)
-    assert store.find(array("i", [5, 7, 8]), whole=True) == (None, 0)
-    assert store.find(array("i", [5, 7, 7, 8]), whole=True)[1] == 3
-    store.touch(store.find(array("i", [1]), whole=False)[0])
+    prefix, common = store.find(tokens_of(5, 7, 8), whole=False)
+    assert (prefix.sequence, common) == (5, PAGE_TOKENS + 1)
+    assert store.find(tokens_of(5, 7, 8), whole=True) == (None, 0)
+    assert store.find(tokens_of(5, 7, 7, 8), whole=True)[1] == PAGE_TOKENS + 2
+    assert store.find(tokens_of(5)[:-1], whole=False) == (None, 0), "less than a page"
+    store.touch(store.find(tokens_of(1), whole=False)[0])
     assert store.evict()
     assert freed == [0, 2]
-    spared = store.find(array("i", [3]), whole=False)[0]
+    spared = store.find(tokens_of(3), whole=False)[0]
     assert store.evict(spared)
     assert freed == [0, 2, 4]
     assert store.take(spared) == 3
-    store.keep(array("i", [5, 7, 7, 9]), "longer")
+    store.keep(tokens_of(5, 7, 7, 9), "longer")
     assert freed == [0, 2, 4, 5]
+    store.keep(tokens_of(5, 7, 7, 8), "beside")
+    assert freed == [0, 2, 4, 5]
+    assert store.find(tokens_of(5, 7, 7, 9, 9), whole=True)[0].sequence == "longer"
     store.clear()
-    assert (len(store), len(freed)) == (0, MOST_KEPT + 1)
+    assert (len(store), len(freed)) == (0, MOST_KEPT + 2)
+    assert store.find(tokens_of(5, 7, 7, 9), whole=False) == (None, 0)
 
 
 def test_common_length(rng):

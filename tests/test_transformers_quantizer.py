@@ -100,6 +100,23 @@ def test_assisted_generation(model, expected):
     assert torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False, assistant_model=model), plain)
 
 
+@pytest.mark.sweep  # its threads wait for each other
+def test_continuous_batching():
+    """Transformers' own, with its paged attention: each prompt has the tokens that it has alone."""
+    options = {"config": MarlinCyConfig.for_folder(FOLDER, num_threads=1), "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, **options)
+    ends = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 256, "pad_token_id": 256}
+    blocks = {"num_blocks": 64, "block_size": 16, "max_batch_tokens": 64}
+    prompts = [list(b"def f("), list(b"import numpy as")]
+    batch = model.generate_batch(
+        inputs=prompts, generation_config=transformers.GenerationConfig(**ends, **blocks), progress_bar=False
+    )
+    written = [list(one.generated_tokens) for one in batch.values()]
+    alone = transformers.GenerationConfig(**ends)
+    expected = [model.generate(torch.tensor([one]), generation_config=alone)[0, len(one) :].tolist() for one in prompts]
+    assert written == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path, family):
     folder = write_model(tmp_path / family, family)[0]

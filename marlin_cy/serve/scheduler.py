@@ -221,9 +221,9 @@ class Scheduler:
         source, common = self._prefixes.find(tokens, whole=not self._can_cut)
         for other in self._running if self._can_cut else ():
             shared = min(common_length(tokens, other.tokens), other.sequence.length)
-            if shared > common:
+            if shared >= max(common + 1, PAGE_TOKENS):
                 source, common = other, shared
-        return (source, common) if common >= PAGE_TOKENS else (None, 0)
+        return source, common
 
     def _leader(self, request: Request, known: int) -> Request | None:
         """A running request that is about to compute more of the same tokens than are known; None if there is none."""
