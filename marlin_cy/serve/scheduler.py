@@ -201,12 +201,11 @@ class Scheduler:
         position = 0
         while position < len(self._waiting) and len(self._running) < self._max_sequences:
             request = self._waiting[position]
-            if request.follows is not None and request.follows.reads_prompt:
-                position += 1
-                continue
-            source, common = self._known_start(request)
-            request.follows = self._leader(request, common)
+            if request.follows is None or not request.follows.reads_prompt:
+                source, common = self._known_start(request)
+                request.follows = self._leader(request, common)
             if request.follows is not None:
+                position += 1  # others need not wait for it
                 continue
             if not self._begin(request, source, common):
                 break
