@@ -1,6 +1,7 @@
 """The chat page in a browser: ``tests/browser.sh`` runs this."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -27,8 +28,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def browser():
-    with Chromium(os.environ.get("CHROMIUM", "chromium")) as program:
-        yield program
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if program is None:
+        pytest.skip("Chromium is not installed")
+    with Chromium(program) as found:
+        yield found
 
 
 def start(browser, serving):
