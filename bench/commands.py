@@ -32,6 +32,7 @@ COMMANDS = {
     "cost": Command("bench.cpu.cost", "predict the time of layers from what the machine can do, and measure it"),
     "models": Command("bench.models.measure", "measure whole models: loading, memory, speed in transformers"),
     "decoder": Command("bench.models.decoder", "measure the decoder beside llama.cpp and transformers"),
+    "serve": Command("bench.models.serve", "measure what the server adds to the model that it serves"),
     "gguf": Command("bench.models.synthetic_gguf", "write a model with random weights for llama.cpp"),
     "opencl products": Command("bench.opencl.sweep", "time products on an OpenCL device", {"kinds": ("products",)}),
     "opencl layers": Command("bench.opencl.sweep", "time whole layers on an OpenCL device", {"kinds": ("layers",)}),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_cy.backends import available_backends, get_backend
 from marlin_cy.errors import (
     BackendUnavailable,
+    BatchError,
     BuildError,
     CheckpointError,
     ContextInUse,
@@ -52,6 +53,7 @@ _LAZY = {
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "BatchError",
     "BuildError",
     "CheckpointError",
     "Context",

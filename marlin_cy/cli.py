@@ -31,7 +31,7 @@ class Command(Protocol):
         """Run the command; returns the exit code. ``arguments.refuse(message)`` ends it with a usage error."""
 
 
-COMMANDS = ("run", "generate", "chat", "perplexity", "bench", "inspect", "pack", "doctor", "tune")
+COMMANDS = ("run", "generate", "chat", "serve", "perplexity", "bench", "inspect", "pack", "doctor", "tune")
 """The names of the commands, which are those of their modules."""
 
 

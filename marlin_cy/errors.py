@@ -8,11 +8,12 @@ failures.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
     "BackendUnavailable",
+    "BatchError",
     "BuildError",
     "CheckpointError",
     "ContextInUse",
@@ -37,6 +38,29 @@ class BackendUnavailable(MarlinError, ImportError):
 
 class ContextInUse(MarlinError, RuntimeError):
     """A :class:`~marlin_cy.interface.Context` was entered by two threads at once."""
+
+
+class BatchError(MarlinError):
+    """Some prompts of a batch failed. All others were continued to their end.
+
+    Parameters
+    ----------
+    errors : mapping of int to MarlinError
+        By the index of the prompt, at least one.
+
+    Attributes
+    ----------
+    texts : list of str
+        From ``generate_batch``: the text of every prompt. That of a prompt that failed ends before the failure.
+    """
+
+    def __init__(self, errors: Mapping[int, MarlinError]) -> None:
+        self.errors = dict(errors)
+        self.texts: list[str] = []
+        super().__init__("; ".join(f"prompts[{index}]: {error}" for index, error in sorted(self.errors.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errors,), {"texts": self.texts}
 
 
 class BuildError(MarlinError, RuntimeError):

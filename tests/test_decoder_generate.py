@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from marlin_cy.decoder import generate as generation  # noqa: E402
 from marlin_cy.decoder.chat import Chat, chat  # noqa: E402
 from marlin_cy.decoder.generate import generate, generate_batch, prefill, stream_batch  # noqa: E402
 from marlin_cy.decoder.stop import StopStrings  # noqa: E402
-from marlin_cy.errors import CheckpointError, MarlinError  # noqa: E402
+from marlin_cy.errors import BatchError, CheckpointError, MarlinError  # noqa: E402
 
 EOS = 256
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
@@ -256,8 +257,32 @@ def test_a_model_whose_logits_are_not_numbers(folder):
     with pytest.raises(MarlinError, match="position 3: the model's logits have nan"):
         next(pieces)
     assert model.open == []
-    with pytest.raises(MarlinError, match=r"prompts\[0\]: position 3: the model's logits have nan"):
+    with pytest.raises(BatchError, match=r"prompts\[0\]: position 3: .* nan .*; prompts\[1\]: position 3: ") as raised:
         generate_batch(model, ["?", "?"])
+    assert raised.value.texts == ["ab", "ab"]
+    assert model.open == []
+
+
+def test_a_prompt_without_numbers_ends_alone(folder):
+    """The other prompts of the batch end as if they ran alone, those that begin later included."""
+    model = FakeModel(folder, cache_tokens=128)
+    expected = generate_batch(model, PROMPTS, max_new_tokens=20)
+    logits = model.logits
+    model.logits = lambda tokens: (
+        logits(tokens) if tokens[0] != ord("b") or len(tokens) < 43 else np.full(264, math.nan, np.float32)
+    )
+    told = []
+    with pytest.raises(BatchError, match=r"^prompts\[1\]: position 43: the model's logits have nan") as raised:
+        generate_batch(model, PROMPTS, max_new_tokens=20, progress=lambda *state: told.append(state))
+    texts = raised.value.texts
+    assert expected[1].startswith(texts.pop(1)[:2])
+    assert texts == [text for index, text in enumerate(expected) if index != 1]
+    assert [done for done, _, _ in told] == [1, 2, 3, 4, 5]
+    assert {index: str(error)[:12] for index, error in raised.value.errors.items()} == {1: "position 43:"}
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copy), copy.texts) == (str(raised.value), raised.value.texts)
+    with pytest.raises(BatchError):
+        list(stream_batch(model, PROMPTS, max_new_tokens=20))
     assert model.open == []
 
 

@@ -69,6 +69,13 @@ def test_kernels_are_in_both(distributions):
     assert {path.name for path in packed if path.match("*/opencl/kernels/*.cl")} == kernels
 
 
+def test_the_chat_page_is_in_both(distributions):
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        assert "marlin_cy/serve/page.html" in wheel.namelist()
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert any(name.endswith("/marlin_cy/serve/page.html") for name in sdist.getnames())
+
+
 def test_version_is_that_of_the_package(distributions):
     assert distributions["wheel"].name.startswith(f"marlin_cy-{marlin_cy.__version__}-")
     assert distributions["sdist"].name == f"marlin_cy-{marlin_cy.__version__}.tar.gz"

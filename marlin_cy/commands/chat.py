@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_cy.commands.decoder_model import declared_context, load_decoder, resident_bytes
+from marlin_cy.commands.decoder_model import add_context_option, context_of, load_decoder, resident_bytes
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
@@ -31,8 +31,6 @@ __all__ = ["HELP", "add_arguments", "execute"]
 
 HELP = "talk with a checkpoint's model"
 PROMPT = "> "
-CONTEXT = 16384
-"""The default context: that of some models is so long that its cache does not fit into memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -42,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_argument, metavar="N", help="of an answer; default: until the model ends it"
     )
-    parser.add_argument(
-        "--context-length",
-        type=positive_argument,
-        metavar="N",
-        help=f"tokens of the whole conversation; default: those of the model, at most {CONTEXT}",
-    )
+    add_context_option(parser, "tokens of the whole conversation")
     add_cache_option(parser)
     add_backend_options(parser, argv)
     add_sampling_options(parser, "By default as the folder's generation_config.json says.")
@@ -72,8 +65,7 @@ class _Talk:
         tokenizer = Tokenizer(folder)
         tokenizer.check_chat()
         read_sampling(folder, **sampling)
-        length = arguments.context_length or min(declared_context(folder) or CONTEXT, CONTEXT)
-        loaded = load_decoder(folder, arguments, context_length=length)
+        loaded = load_decoder(folder, arguments, context_length=context_of(folder, arguments))
         keep_tokenizer(loaded.model, tokenizer)
         self._chat = Chat(loaded.model)
         self._options = {**sampling, "max_new_tokens": arguments.max_new_tokens}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from marlin_cy.commands.options import argument_errors, open_backend
+from marlin_cy.commands.options import argument_errors, open_backend, positive_argument
 from marlin_cy.commands.output import LoadProgress, megabytes
 from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError
@@ -18,7 +18,19 @@ from marlin_cy.formats.json_fields import optional, read_json
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
 
-__all__ = ["Loaded", "declared_context", "load_decoder", "memory_line", "resident_bytes", "weight_bytes"]
+__all__ = [
+    "Loaded",
+    "add_context_option",
+    "context_of",
+    "declared_context",
+    "load_decoder",
+    "memory_line",
+    "resident_bytes",
+    "weight_bytes",
+]
+
+CONTEXT = 16384
+"""The default context of conversations: that of some models is so long that its cache does not fit into memory."""
 
 
 class Loaded(NamedTuple):
@@ -84,6 +96,22 @@ def load_decoder(
     if arguments.lm_head is not None:
         device += f", head in {arguments.lm_head}"
     return Loaded(model, device, time.perf_counter() - start)
+
+
+def add_context_option(parser: argparse.ArgumentParser, words: str) -> None:
+    """Declare ``--context-length``; ``words`` say what it is the length of."""
+    parser.add_argument(
+        "--context-length",
+        type=positive_argument,
+        metavar="N",
+        help=f"{words}; default: that of the model, at most {CONTEXT}",
+    )
+
+
+def context_of(folder: Path, arguments: argparse.Namespace) -> int:
+    """The value of ``--context-length``, or its default for a folder."""
+    given: int | None = arguments.context_length
+    return given or min(declared_context(folder) or CONTEXT, CONTEXT)
 
 
 def declared_context(folder: Path) -> int | None:

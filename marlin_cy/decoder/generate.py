@@ -23,7 +23,7 @@ from marlin_cy.decoder.protocol import DecoderModel, Logits, Progress
 from marlin_cy.decoder.sampling import SamplingOptions, SamplingParams
 from marlin_cy.decoder.text import Tokenizer
 from marlin_cy.decoder.writer import Piece, Writer
-from marlin_cy.errors import MarlinError, UnsupportedError
+from marlin_cy.errors import BatchError, MarlinError, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -171,15 +171,24 @@ def generate_batch(
     Each text is the same as that of :func:`generate`. As many prompts run at once as the model's cache has room for;
     others begin when a text ends. The other parameters are those of :func:`generate`. ``progress`` is called when a
     text ends.
+
+    Raises
+    ------
+    BatchError
+        The logits of some prompts were not finite. The error has the texts of all others.
     """
     texts: list[list[str]] = [[] for _ in prompts]
     done = 0
-    for index, piece in stream_batch(model, prompts, max_new_tokens=max_new_tokens, **sampling):
-        texts[index].append(piece.text)
-        if piece.finish_reason is not None:
-            done += 1
-            if progress is not None:
-                progress(done, len(texts), "prompts")
+    try:
+        for index, piece in stream_batch(model, prompts, max_new_tokens=max_new_tokens, **sampling):
+            texts[index].append(piece.text)
+            if piece.finish_reason is not None:
+                done += 1
+                if progress is not None:
+                    progress(done, len(texts), "prompts")
+    except BatchError as error:
+        error.texts = ["".join(pieces) for pieces in texts]
+        raise
     return ["".join(pieces) for pieces in texts]
 
 
@@ -190,7 +199,10 @@ def stream_batch(
     max_new_tokens: int | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Generator[tuple[int, Piece], None, None]:
-    """As :func:`generate_batch`, piece by piece: ``(index of the prompt, piece)``, in the order in which they come."""
+    """As :func:`generate_batch`, piece by piece: ``(index of the prompt, piece)``, in the order in which they come.
+
+    A :class:`~marlin_cy.errors.BatchError` is raised after the last piece of all other prompts.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__}, expected a sequence of texts or tokens")
     tokenizer = tokenizer_of(model)
@@ -220,6 +232,12 @@ class _Job:
 
 def _run(model: DecoderModel, waiting: deque[_Job]) -> Generator[tuple[int, Piece], None, None]:
     running: list[_Job] = []
+    errors: dict[int, MarlinError] = {}
+
+    def end(job: _Job) -> None:
+        running.remove(job)
+        model.free(job.sequence)
+
     try:
         while waiting or running:
             while waiting and _begin(model, running, waiting[0]):
@@ -227,16 +245,19 @@ def _run(model: DecoderModel, waiting: deque[_Job]) -> Generator[tuple[int, Piec
             for job, logits in _step(model, running):
                 try:
                     piece = job.writer.write(logits, job.sequence.length)
-                except MarlinError as error:
-                    raise MarlinError(f"prompts[{job.index}]: {error}") from error
+                except MarlinError as error:  # of these logits alone: the other prompts continue
+                    errors[job.index] = error
+                    end(job)
+                    continue
                 job.pending = piece.tokens
                 if piece.finish_reason is not None:
-                    running.remove(job)
-                    model.free(job.sequence)
+                    end(job)
                 yield job.index, piece
     finally:
         for job in running:
             model.free(job.sequence)
+    if errors:
+        raise BatchError(errors)
 
 
 def _begin(model: DecoderModel, running: Sequence[_Job], job: _Job) -> bool:
@@ -332,7 +353,9 @@ def new_writer(
     max_new_tokens: int | None,
     *,
     continues: bool,
+    stops: bool = True,
 ) -> Writer:
+    """A writer of the text after a prompt. Without ``stops``, the tokens with which the model ends a text do not."""
     if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
     return Writer(
@@ -340,7 +363,7 @@ def new_writer(
         model.vocab_size,
         tokens,
         tokenizer.stream(continues=continues),
-        tokenizer.stop_ids,
+        tokenizer.stop_ids if stops else frozenset(),
         max_new_tokens,
         model.context_length - len(tokens),
     )

@@ -30,7 +30,7 @@ from marlin_cy.formats.json_fields import JsonObject, optional
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Sampler", "SamplingOptions", "SamplingParams", "random_number", "read_sampling"]
+__all__ = ["Sampler", "SamplingOptions", "SamplingParams", "exp", "largest_of", "random_number", "read_sampling"]
 
 Logits = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -244,7 +244,7 @@ class Sampler:
         largest = float(scores.max())
         tokens: Indices | None = None  # of the weights; None: all
         if params.top_k and params.top_k < len(scores):
-            tokens = _largest(scores, params.top_k)
+            tokens = largest_of(scores, params.top_k)
         elif params.min_p:
             # A conservative limit, so that few weights are computed; the exact one is applied to weights.
             tokens = np.flatnonzero(scores >= largest + (math.log(params.min_p) - 1e-3) * params.temperature)
@@ -263,7 +263,7 @@ class Sampler:
         return drawn if tokens is None else int(tokens[drawn])
 
 
-def _largest(scores: npt.NDArray[Any], count: int) -> Indices:
+def largest_of(scores: npt.NDArray[Any], count: int) -> Indices:
     """Indices of the ``count`` largest scores, ascending. Of equal scores the first are taken."""
     least = np.partition(scores, len(scores) - count)[len(scores) - count]
     found = np.flatnonzero(scores >= least)

@@ -95,6 +95,10 @@ class Tokenizer:
         stream = self.stream()
         return "".join([*map(stream.put, tokens), stream.finish()])
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; those of its name for a special token."""
+        return self._bytes[token] or (self._tokenizer.id_to_token(token) or "").encode()
+
     def stream(self, *, continues: bool = False) -> TextStream:
         """A stream from tokens to text, without special tokens.
 

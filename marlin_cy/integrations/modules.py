@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations import compiled, needs_extra
 
 with needs_extra():
     import torch
     from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from marlin_cy.interface import Backend, Context, Linear
     from marlin_cy.moe.layer import MoeLayer
@@ -85,10 +85,20 @@ class Runner(Generic[Layer]):
     ----------
     layer : Linear or MoeLayer
     contexts : Contexts
+
+    Attributes
+    ----------
+    number : int
+        Of the operators in :mod:`marlin_cy.integrations.compiled`.
     """
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's output."""
+        raise NotImplementedError
 
     def __init__(self, layer: Layer, contexts: Contexts) -> None:
         self.layer, self.contexts = layer, contexts
+        self.number = compiled.number_of(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner[Layer]:
         return self
@@ -186,13 +196,11 @@ class MarlinLinear(nn.Module):
     Parameters
     ----------
     in_features, out_features : int
-    packed : callable, optional
+    packed : LinearRunner, optional
         The result of :func:`linear_runner`. It must be set before the module is called.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, packed: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, packed: LinearRunner | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.packed = in_features, out_features, packed
 
@@ -202,6 +210,9 @@ class MarlinLinear(nn.Module):
         The output has the dtype of the input.
         """
         assert self.packed is not None, "packed weights were not set"
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = compiled.linear(input, self.packed.number, self.out_features)
+            return output
         return self.packed(input)
 
     def extra_repr(self) -> str:

@@ -15,25 +15,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations import compiled, needs_extra
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, tensor_over
 from marlin_cy.integrations.packed_modules import PackedModules, Progress
+from marlin_cy.integrations.quantizer import NAME, MarlinCyConfig, register
 
 with needs_extra():
     import torch
     import transformers
     from torch import nn
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     # Earlier versions refuse experts implementations of other packages.
     if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
@@ -45,10 +42,7 @@ if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
     from marlin_cy.interface import Backend
 
-__all__ = ["load", "weight_bytes"]
-
-NAME = "marlin_cy"
-"""Name of the experts implementation and of the quantisation method in transformers' registries."""
+__all__ = ["MarlinCyConfig", "load", "register", "weight_bytes"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -106,7 +100,7 @@ def load(
             tensors,
             as_dtype(dtype, tensors),
             experts_implementation=NAME,
-            quantization_config=_QuantizationConfig(modules.replace),
+            quantization_config=MarlinCyConfig(replace=modules.replace),
         )
         modules.check_shapes(model)
         modules.fill(contexts, report)
@@ -275,41 +269,15 @@ def _quiet() -> Iterator[None]:
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> torch.Tensor:
-    # For unquantised experts, call the forward of their class, which transformers has wrapped.
-    forward = getattr(module, "packed", None) or partial(type(module).forward.__wrapped__, module)
-    output: torch.Tensor = forward(hidden_states, topk_ids, topk_weights)
+    packed = getattr(module, "packed", None)
+    output: torch.Tensor
+    if packed is None:  # unquantised experts: the forward of their class, which transformers has wrapped
+        output = type(module).forward.__wrapped__(module, hidden_states, topk_ids, topk_weights)
+    elif torch.compiler.is_compiling():
+        output = compiled.experts(hidden_states, topk_ids, topk_weights, packed.number)
+    else:
+        output = packed(hidden_states, topk_ids, topk_weights)
     return output
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
-
-
-@register_quantization_config(NAME)
-class _QuantizationConfig(QuantizationConfigMixin):
-    """Makes transformers' loader call ``replace(model)`` before it loads weights."""
-
-    def __init__(self, replace: Callable[[Any], None]) -> None:
-        self.quant_method = NAME
-        self.replace: Callable[[Any], None] | None = replace
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _QuantizationConfig:
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method}
-
-
-@register_quantizer(NAME)
-class _Quantizer(HfQuantizer):
-    """Replaces modules, and declares that the model can be neither saved nor trained."""
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.quantization_config.replace(model)
-        self.quantization_config.replace = None  # frees the checkpoint, which the function refers to
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
