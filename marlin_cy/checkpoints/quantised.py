@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
@@ -420,6 +421,11 @@ class QuantizedSource:
             name = f"{module}{suffix}"
             if spec.required or name in self._tensors:
                 self._tensors.check(name, (*lead, *spec.shape), spec.dtypes)
+        for name in self._names[module]:
+            if name.removeprefix(module) not in specs and not is_ignored(name):
+                raise self._tensors.error(
+                    name, f"layers of format {scheme.format!r} with these settings have no such tensor"
+                )
         for name in (f"{module}.bias", f"{module}_bias") if experts else (f"{module}.bias",):
             if name in self._tensors:
                 self._tensors.check(name, (*lead, n))
