@@ -13,24 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
-from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.families import count_layers, find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.ignored import is_ignored
+from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
+from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
+from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
-from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.json_fields import StrPath, read_json
+from marlin_cy.formats.json_fields import StrPath, finite, read_json
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
-from marlin_cy.moe.layer import MoeLayer, SharedExpert
+from marlin_cy.moe.layer import MoeLayer
 from marlin_cy.moe.routing import Routing
 from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.int4 import Int4Weight
@@ -39,9 +41,6 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 Progress = Callable[[int, int, str], object]
 """Called as ``progress(done, total, description)``."""
-
-LAYER_PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model.layers")
-"""The prefixes of layers' names: of language models, and of vision-language models."""
 
 
 def open_checkpoint(
@@ -136,8 +135,10 @@ class Checkpoint:
             Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
         self._tensors = SafetensorsFolder(path)
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
-        self.num_layers: int = text["num_hidden_layers"]
-        self.layer_prefix = self._find_prefix()
+        self.num_layers = count_layers(text, self._config_file)
+        self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
+        self.family, self.layer_prefix = self._naming.family, self._naming.prefix
+        self._naming.check_moe_layers(layers)
         self._source: QuantizedSource | PackedSource
         if self.scheme is None:
             self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
@@ -242,6 +243,25 @@ class Checkpoint:
         """
         return self._source.weight(name)
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the files have a quantised output layer. It is used, whatever ``tie_word_embeddings`` says."""
+        return any(name.split(".")[-1] == "lm_head" for name in self.linears)
+
+    def is_passed_over(self, name: str) -> bool:
+        """Whether a tensor or a linear layer is not needed: its name says so, or its layer predicts further tokens."""
+        return is_ignored(name) or self._naming.is_beyond(name)
+
+    def dequantized(self, name: str, n: int | None = None, k: int | None = None) -> npt.NDArray[np.float32]:
+        """The weight of a quantised linear layer, float32 ``[n, k]``: exact, as 16-bit scales times small integers.
+
+        Raises
+        ------
+        CheckpointError, UnsupportedError
+            As :meth:`linear`; also if the layer has another size than ``n`` and ``k``, where they are given.
+        """
+        return dequantized(self._source, name, n, k)
+
     # MoE layers --------------------------------------------------------------------------------
 
     @property
@@ -250,11 +270,15 @@ class Checkpoint:
         return self._source.act_order
 
     def moe_block(self, layer: int) -> str:
-        """The name of a layer's MoE block: ``"model.layers.0.mlp"``."""
-        return f"{self.layer_prefix}.{layer}.{self.family.block}"
+        """The name of a layer's MoE block: ``"model.layers.0.mlp"``; the layer's if the family has no blocks."""
+        return f"{self.layer_prefix}.{layer}.{self.family.block}".removesuffix(".")
 
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
-        """The router of a MoE layer, ``[num_experts, hidden_size]``: a read-only view in the file's dtype.
+        """The router of a MoE layer, ``[num_experts, hidden_size]``.
+
+        Returns
+        -------
+        A read-only view in the file's dtype. float32 if the file has the router quantised.
 
         Raises
         ------
@@ -263,9 +287,7 @@ class Checkpoint:
         CheckpointError
             The tensor is missing, or its shape contradicts ``config.json``.
         """
-        self._check_layer(layer)
-        self._check_router(layer)
-        return self._tensors.tensor(self._router(layer, "weight"))
+        return self._block(layer).router_weight()
 
     def router_bias(self, layer: int) -> npt.NDArray[Any] | None:
         """The bias that is added to a router's logits, ``[num_experts]``, or None. gpt-oss has one.
@@ -275,7 +297,7 @@ class Checkpoint:
         IndexError, CheckpointError
             As :meth:`router_weight`.
         """
-        return self._router_vector(layer, "bias")
+        return self._block(layer).router_bias()
 
     def correction_bias(self, layer: int) -> npt.NDArray[Any] | None:
         """The bias that is added to a router's scores to select experts, ``[num_experts]``, or None.
@@ -285,9 +307,38 @@ class Checkpoint:
         Raises
         ------
         IndexError, CheckpointError
-            As :meth:`router_weight`.
+            As :meth:`router_weight`. Also if the family has such a bias, and the layer does not.
         """
-        return self._router_vector(layer, "e_score_correction_bias")
+        return self._block(layer).correction_bias()
+
+    def expert_scale(self, layer: int) -> npt.NDArray[Any] | None:
+        """The factor of each expert's weight, ``[num_experts]``, or None. Gemma-4 has one.
+
+        Raises
+        ------
+        IndexError, CheckpointError
+            As :meth:`correction_bias`.
+        """
+        return self._block(layer).expert_scale()
+
+    def router_logits(self, layer: int, hidden_states: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """The logits that a MoE layer routes by, float32 ``[tokens, num_experts]``.
+
+        Parameters
+        ----------
+        layer : int
+        hidden_states : float ``[tokens, hidden_size]``
+            What the model's router gets.
+
+        Raises
+        ------
+        IndexError, CheckpointError
+            As :meth:`router_weight`.
+        ValueError
+            ``hidden_states`` has another shape.
+        """
+        eps = finite(text_config(self.config, self._config_file), "rms_norm_eps", self._config_file, 1e-6)
+        return self._block(layer).router_logits(hidden_states, eps)
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of a MoE layer's routed experts in the files.
@@ -336,7 +387,7 @@ class Checkpoint:
         layer : int
             One of :attr:`moe_layers`.
         shared_expert : bool
-            Also load the shared expert, if the family has one. Pass False if the caller computes it.
+            Also load the shared expert, if the model has one. Pass False if the caller computes it.
 
         Returns
         -------
@@ -347,60 +398,39 @@ class Checkpoint:
         IndexError
             ``layer`` is not a MoE layer.
         CheckpointError
-            A scale is not finite, or an entry of ``g_idx`` is out of range.
+            A scale is not finite, an entry of ``g_idx`` is out of range, or the block has a tensor that the layer
+            would not use.
         UnsupportedError
             The gate and up layers of an expert order K differently (``desc_act``), or the shared expert is not
             quantised.
         """
-        self._check_layer(layer)
-        spec, block = self.moe_spec, self.moe_block(layer)
-        routing: dict[str, Any] = {
-            "top_k": spec.top_k,
-            "correction_bias": self.correction_bias(layer),
-            **spec.routing(),
-        }
-        with self._as_correction_bias_error(layer):
-            Routing(spec.num_experts, **routing)
-        shared = None
-        if shared_expert and spec.shared_intermediate_size is not None:
-            shared = self._shared_expert(block, spec.shared_intermediate_size)
-        gate_up, down = self._source.expert_stacks(block, self.backend, f"layer {layer}")
-        return MoeLayer(gate_up, down, activation=spec.activation, shared_expert=shared, **routing)
+        block, spec = self._block(layer), self.moe_spec
+        block.check()
+        routing = block.routing()
+        shared = block.shared_expert(self.backend) if shared_expert and spec.shared_intermediate_size else None
+        gate_up, down = self._source.expert_stacks(block.name, self.backend, f"layer {layer}")
+        return MoeLayer(
+            gate_up,
+            down,
+            activation=spec.activation,
+            apply_router_weight_on_input=spec.weight_on_input,
+            shared_expert=shared,
+            **routing,
+        )
 
-    def _shared_expert(self, block: str, inter: int) -> SharedExpert:
-        """The shared expert of a block, of width ``inter``."""
-        family, spec, source = self.family, self.moe_spec, self._source
-        module = f"{block}.{family.shared_expert}"
-        modules = [f"{module}.{name}" for name in (family.gate, family.up, family.down)]
-        for name in modules:
-            if not source.has_linear(name):
-                raise UnsupportedError(
-                    f"{self.path}: {name} is not quantised; load the layer with shared_expert=False, and add the "
-                    "shared expert's output to the layer's"
-                )
-        gate, up, down = (source.weight(name) for name in modules)
-        hidden = spec.hidden_size
-        for name, weight, sizes in zip(
-            modules, (gate, up, down), 2 * [(hidden, inter)] + [(inter, hidden)], strict=True
-        ):
-            if (weight.k, weight.n) != sizes:
-                raise CheckpointError(
-                    f"{name}: got [{weight.k}, {weight.n}], expected {list(sizes)} by the configuration", file=self.path
-                )
-        builder = new_builder(self.backend, 1, 2 * inter, gate, [gate.g_idx])
-        builder.add(0, 0, gate)
-        builder.add(0, inter, up)
-        below = new_builder(self.backend, 1, hidden, down, [down.g_idx])
-        below.add(0, 0, down)
-        for name in modules:
-            source.release(name)
-        gate_weight = None
-        if family.shared_gate is not None:
-            name = f"{block}.{family.shared_gate}.weight"
-            self._tensors.check(name, (1, hidden))
-            gate_weight = self._tensors.tensor(name)[0]
-        with as_checkpoint_error(self._tensors.source, name):
-            return SharedExpert(builder.finish(), below.finish(), gate_weight)
+    def experts(self, layer: int) -> MoeLayer:
+        """The routed experts of a MoE layer alone, for a caller that routes: use ``forward_routed``.
+
+        The parameter and the exceptions are those of :meth:`moe_layer`. Tensors that only routing needs are not read.
+        """
+        self._check_layer(layer)
+        gate_up, down = self._source.expert_stacks(self.moe_block(layer), self.backend, f"layer {layer}")
+        return MoeLayer(gate_up, down, top_k=self.moe_spec.top_k, activation=self.moe_spec.activation)
+
+    def _block(self, layer: int) -> MoeBlock:
+        self._check_layer(layer)
+        name = self.moe_block(layer)
+        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
         """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""
@@ -415,33 +445,6 @@ class Checkpoint:
             pool.shutdown(cancel_futures=True)
 
     # Checks ------------------------------------------------------------------------------------
-
-    def _find_prefix(self) -> str:
-        names = self._tensors.names
-        for prefix in LAYER_PREFIXES:
-            if any(name.startswith(f"{prefix}.") for name in names):
-                return prefix
-        return LAYER_PREFIXES[0]
-
-    def _router(self, layer: int, part: str) -> str:
-        return f"{self.moe_block(layer)}.{self.family.router}.{part}"
-
-    def _router_vector(self, layer: int, part: str) -> npt.NDArray[Any] | None:
-        self._check_layer(layer)
-        name = self._router(layer, part)
-        if name not in self._tensors:
-            return None
-        self._tensors.check(name, (self.moe_spec.num_experts,))
-        return self._tensors.tensor(name)
-
-    def _as_correction_bias_error(self, layer: int) -> AbstractContextManager[None]:
-        name = self._router(layer, "e_score_correction_bias")
-        return as_checkpoint_error(
-            self._tensors.file_of(name).path if name in self._tensors else self._config_file, name
-        )
-
-    def _check_router(self, layer: int) -> None:
-        self._tensors.check(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.moe_layers:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
@@ -29,7 +30,7 @@ from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.stacks.builder import same_groups
 from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["ExpertPart", "QuantizedSource", "new_builder"]
+__all__ = ["ExpertPart", "QuantizedSource"]
 
 ForEach = Callable[[Callable[[int], None], int, str], None]
 """``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
@@ -145,7 +146,7 @@ class QuantizedSource:
             for part in self._fused_parts(block, 0):
                 self._check_linear(part.module, part.k, part.n, self._spec.num_experts, self._config_file)
             return "fused"
-        separate = f"{block}.experts.0.{family.gate}"
+        separate = f"{block}.experts.0.{family.expert_names[0]}"
         dense = [name for name in (f"{separate}.weight", fused, f"{fused}.weight") if name in self._tensors]
         if not dense:
             # If there are no experts at all, the error names the first tensor that is missing.
@@ -172,16 +173,14 @@ class QuantizedSource:
 
     def _separate_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
-        return [
-            ExpertPart(f"{block}.experts.{expert}.{family.gate}", hidden, inter),
-            ExpertPart(f"{block}.experts.{expert}.{family.up}", hidden, inter),
-            ExpertPart(f"{block}.experts.{expert}.{family.down}", inter, hidden),
-        ]
+        *inner, down = (f"{block}.experts.{expert}.{name}" for name in family.expert_names)
+        return [*(ExpertPart(name, hidden, inter) for name in inner), ExpertPart(down, inter, hidden)]
 
     def _fused_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
+        inner = inter if family.gate is None else 2 * inter
         return [
-            ExpertPart(f"{block}.experts.{family.gate_up}", hidden, 2 * inter, expert),
+            ExpertPart(f"{block}.experts.{family.gate_up}", hidden, inner, expert),
             ExpertPart(f"{block}.experts.{family.down}", inter, hidden, expert),
         ]
 
@@ -203,6 +202,17 @@ class QuantizedSource:
         """Bytes of a block's quantised experts in the files."""
         modules = self._expert_modules(block)
         return sum(self._tensors.info(name).nbytes for module in modules for name in self._names[module])
+
+    def expert_tensors(self, block: str) -> list[str]:
+        """The names of all tensors of a block's quantised experts, biases included."""
+        modules = self._expert_modules(block)
+        biases = [f"{module}{separator}bias" for module in modules for separator in "._"]
+        names = [name for module in modules for name in self._names[module]]
+        return names + [name for name in biases if name in self._tensors]
+
+    def linear_tensors(self, module: str) -> list[str]:
+        """The names of all tensors of a quantised linear layer, its bias included."""
+        return [*self._names[module], *(name for name in (f"{module}.bias",) if name in self._tensors)]
 
     def _expert_modules(self, block: str) -> list[str]:
         """The modules that hold a block's quantised experts."""
@@ -237,10 +247,8 @@ class QuantizedSource:
 
     def quantized_tensors(self) -> list[str]:
         """The names of the quantised layers' tensors. Biases are included for routed experts only."""
-        experts = [module for block in self._kinds for module in self._expert_modules(block)]
-        names = [name for module in [*self.linears, *experts] for name in self._names[module]]
-        biases = [f"{module}{separator}bias" for module in experts for separator in "._"]
-        return names + [name for name in biases if name in self._tensors]
+        names = [name for module in self.linears for name in self._names[module]]
+        return names + [name for block in self._kinds for name in self.expert_tensors(block)]
 
     def expert_stacks(
         self, block: str, backend: Backend, description: str
@@ -266,8 +274,8 @@ class QuantizedSource:
         inner = [part[:-1] for part in parts]
         g_idx = [self._common_g_idx(modules) for modules in inner]
         g_idx_down = [self._g_idx(part[-1]) for part in parts]
-        inter, hidden = self._spec.intermediate_size, self._spec.hidden_size
-        gate_up = self._new_builder(backend, inner, 2 * inter, g_idx)
+        hidden, width = self._spec.hidden_size, self._inner_width
+        gate_up = self._new_builder(backend, inner, width, g_idx)
         down = self._new_builder(backend, [part[-1:] for part in parts], hidden, g_idx_down)
 
         def pack(expert: int) -> None:
@@ -283,12 +291,12 @@ class QuantizedSource:
             self._release(part)
 
         self._for_each(pack, len(parts), description)
-        biases = self._expert_biases(inner, 2 * inter), self._expert_biases([part[-1:] for part in parts], hidden)
+        biases = self._expert_biases(inner, width), self._expert_biases([part[-1:] for part in parts], hidden)
         return gate_up.finish(biases[0]), down.finish(biases[1])
 
     def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
         """A stored weight, cut into gate and up if it interleaves their columns."""
-        if not (self._family.interleaved and weight.n == 2 * self._spec.intermediate_size):
+        if not (self._family.interleaved and weight.n == self._inner_width):
             return [weight]
         return [
             replace(
@@ -299,6 +307,11 @@ class QuantizedSource:
             )
             for first in (0, 1)
         ]
+
+    @property
+    def _inner_width(self) -> int:
+        """Columns of an expert's first product: gate and up, or up alone."""
+        return self._spec.intermediate_size * (len(self._family.expert_names) - 1)
 
     def _new_builder(
         self, backend: Backend, parts: Sequence[Sequence[ExpertPart]], n_per_expert: int, g_idx: Sequence[GIdx | None]
@@ -371,7 +384,7 @@ class QuantizedSource:
             if name not in self._tensors:
                 return None
             bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
-            if self._family.interleaved and n == 2 * self._spec.intermediate_size:
+            if self._family.interleaved and n == self._inner_width:
                 bias = np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)
             return bias
         biases = [[self.bias(part.module) for part in modules] for modules in parts]
@@ -432,18 +445,3 @@ class QuantizedSource:
 
     def _as_tensor_error(self, tensor: str) -> AbstractContextManager[None]:
         return as_checkpoint_error(self._tensors.file_of(tensor).path, tensor)
-
-
-def new_builder(
-    backend: Backend, num_experts: int, n_per_expert: int, weight: Int4Weight, g_idx: Sequence[GIdx | None]
-) -> StackBuilder:
-    """A builder for weights that have the K, group size, code type and scale type of ``weight``."""
-    return backend.new_stack_builder(
-        num_experts,
-        weight.k,
-        n_per_expert,
-        group_size=weight.group_size,
-        g_idx=None if all(entry is None for entry in g_idx) else g_idx,
-        codes=weight.codes,
-        scale_dtype=weight.scale.dtype,
-    )

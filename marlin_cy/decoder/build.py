@@ -132,12 +132,19 @@ class PlanBuilder:
             embedding=embedding,
             layers=[self._layer(layer) for layer in range(len(config.layer_types))],
             final_norm=self._norm(f"{base}.norm", config.hidden_size),
-            head=DenseLinear(embedding) if config.tied else self._head(base),
+            head=self._head(base, embedding),
         )
 
-    def _head(self, base: str) -> Projection:
+    def _head(self, base: str, embedding: npt.NDArray[Any]) -> Projection:
+        """The head; the embedding if they are tied, and the files do not have another head."""
         name = "language_model.lm_head" if base.startswith("language_model.") else "lm_head"
-        return self._loader.projection(name, self._config.hidden_size, self._config.vocab_size)
+        loader = self._loader
+        if self._config.tied and not loader.is_quantised(name):
+            own = loader.matrix(f"{name}.weight", *embedding.shape) if loader.has(f"{name}.weight") else embedding
+            # As transformers does: weights that differ are not tied.
+            if own is embedding or (own.dtype == embedding.dtype and np.array_equal(own, embedding)):
+                return DenseLinear(embedding)
+        return loader.projection(name, self._config.hidden_size, self._config.vocab_size)
 
     def _norm(self, module: str, size: int) -> Vector:
         weight = self._loader.vector(f"{module}.weight", size)
@@ -265,7 +272,7 @@ class PlanBuilder:
         if layer not in checkpoint.moe_layers:
             assert self._config.dense_size is not None  # read_config checks
             return loader.mlp(f"{module}.mlp", DENSE_MLP, hidden, self._config.dense_size, spec.activation)
-        block, names = checkpoint.moe_block(layer), (family.gate, family.up, family.down)
+        block, names = checkpoint.moe_block(layer), family.shared_names
         bias = self._config.architecture.expert_bias
         router = loader.dense(f"{block}.{family.router}", hidden, spec.num_experts, bias)
         shared = f"{block}.{family.shared_expert}"

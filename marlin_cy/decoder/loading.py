@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
-from marlin_cy.checkpoints.quantised import new_builder
 from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Linear
@@ -69,8 +69,11 @@ class Loader:
         return self.checkpoint.tensor(tensor)
 
     def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
-        """A linear layer that must not be quantised; the rest is as for :meth:`projection`."""
-        return DenseLinear(self.matrix(f"{module}.weight", n, k), self._bias(module, n, bias))
+        """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""
+        weight = (
+            self.unpacked(module, k, n, bias) if self.is_quantised(module) else self.matrix(f"{module}.weight", n, k)
+        )
+        return DenseLinear(weight, self._bias(module, n, bias))
 
     def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
         """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
@@ -98,15 +101,12 @@ class Loader:
             activation=activation,
         )
 
-    def unpacked(self, module: str, k: int, n: int) -> npt.NDArray[np.float32]:
-        """The weight of a linear layer without bias, float32 ``[n, k]``, exact: quantised weights fit a float32."""
-        self._bias(module, n, False)
+    def unpacked(self, module: str, k: int, n: int, bias: bool = False) -> npt.NDArray[np.float32]:
+        """The weight of a linear layer, float32 ``[n, k]``, exact: quantised weights fit a float32."""
+        self._bias(module, n, bias)
         if not self.is_quantised(module):
             return self.matrix(f"{module}.weight", n, k).astype(np.float32)
-        weight = self.checkpoint.weight(module)
-        self._check_sizes(module, weight.k, weight.n, k, n)
-        dense: npt.NDArray[np.float32] = dequantize_weight(weight).T.astype(np.float32)
-        return dense
+        return self.checkpoint.dequantized(module, n, k)
 
     def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
         """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
