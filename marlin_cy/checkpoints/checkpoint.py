@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.calls import call_in_parallel, errors_of
 from marlin_cy.checkpoints.families import count_layers, find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.foreign import foreign_layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
+from marlin_cy.errors import MarlinError
 from marlin_cy.formats.json_fields import StrPath, finite, read_json
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
@@ -244,6 +247,23 @@ class Checkpoint:
         return self._source.weight(name)
 
     @property
+    def prediction_layers(self) -> list[int]:
+        """The numbers of layers beyond the last one. They predict further tokens, and are not loaded."""
+        return self._naming.beyond
+
+    def problems(self, *, layers: bool = False) -> list[MarlinError]:
+        """Why loading the whole model would fail, as far as that shows without reading weights.
+
+        :func:`open_checkpoint` itself refuses what concerns the routed experts' tensors. With ``layers``, what
+        :meth:`moe_layer` refuses is included, though transformers may run the model.
+        """
+        checks: list[Callable[[], None]] = [
+            partial(self._source.check_linear, name) for name in self.linears if not self.is_passed_over(name)
+        ]
+        checks += [partial(self._block(layer).check_all, layers) for layer in self.moe_layers]
+        return [*errors_of(checks), *foreign_layers(self._tensors, self.scheme, self.is_passed_over)]
+
+    @property
     def has_own_head(self) -> bool:
         """Whether the files have a quantised output layer. It is used, whatever ``tie_word_embeddings`` says."""
         return any(name.split(".")[-1] == "lm_head" for name in self.linears)
@@ -300,25 +320,17 @@ class Checkpoint:
         return self._block(layer).router_bias()
 
     def correction_bias(self, layer: int) -> npt.NDArray[Any] | None:
-        """The bias that is added to a router's scores to select experts, ``[num_experts]``, or None.
-
-        DeepSeek-V3 has one.
+        """The bias that is added to a router's scores to select experts, ``[num_experts]``; DeepSeek-V3 has one.
 
         Raises
         ------
         IndexError, CheckpointError
-            As :meth:`router_weight`. Also if the family has such a bias, and the layer does not.
+            As :meth:`router_weight`; also if the family has such a bias, and the layer does not.
         """
         return self._block(layer).correction_bias()
 
     def expert_scale(self, layer: int) -> npt.NDArray[Any] | None:
-        """The factor of each expert's weight, ``[num_experts]``, or None. Gemma-4 has one.
-
-        Raises
-        ------
-        IndexError, CheckpointError
-            As :meth:`correction_bias`.
-        """
+        """The factor of each expert's weight, ``[num_experts]``; Gemma-4 has one. As :meth:`correction_bias`."""
         return self._block(layer).expert_scale()
 
     def router_logits(self, layer: int, hidden_states: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -404,19 +416,11 @@ class Checkpoint:
             The gate and up layers of an expert order K differently (``desc_act``), or the shared expert is not
             quantised.
         """
-        block, spec = self._block(layer), self.moe_spec
-        block.check()
-        routing = block.routing()
-        shared = block.shared_expert(self.backend) if shared_expert and spec.shared_intermediate_size else None
-        gate_up, down = self._source.expert_stacks(block.name, self.backend, f"layer {layer}")
-        return MoeLayer(
-            gate_up,
-            down,
-            activation=spec.activation,
-            apply_router_weight_on_input=spec.weight_on_input,
-            shared_expert=shared,
-            **routing,
-        )
+        return self._block(layer).layer(self.backend, f"layer {layer}", shared_expert)
+
+    def has_packed_shared_expert(self, layer: int) -> bool:
+        """Whether :meth:`moe_layer` can load all of a layer: its shared expert is quantised, or there is none."""
+        return not self.moe_spec.shared_intermediate_size or self._block(layer).has_packed_shared_expert()
 
     def experts(self, layer: int) -> MoeLayer:
         """The routed experts of a MoE layer alone, for a caller that routes: use ``forward_routed``.
@@ -433,16 +437,9 @@ class Checkpoint:
         return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
-        """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""
-        pool = ThreadPoolExecutor(self._num_threads)
-        try:
-            pending = [pool.submit(work, index) for index in range(total)]
-            for done, future in enumerate(as_completed(pending), start=1):
-                future.result()
-                if self._progress is not None:
-                    self._progress(done, total, description)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""
+        progress = self._progress or (lambda *_: None)
+        call_in_parallel(work, total, self._num_threads, lambda done: progress(done, total, description))
 
     # Checks ------------------------------------------------------------------------------------
 

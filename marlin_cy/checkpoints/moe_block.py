@@ -18,7 +18,7 @@ from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend
-from marlin_cy.moe.layer import SharedExpert
+from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import dequantize_weight
 
@@ -52,6 +52,21 @@ class MoeBlock:
         self.name, self._tensors, self._source, self._naming, self._spec = name, tensors, source, naming, spec
         self._family, self._config_file = naming.family, config_file
         self._router = f"{name}.{naming.family.router}"
+
+    def layer(self, backend: Backend, description: str, shared_expert: bool) -> MoeLayer:
+        """As :meth:`Checkpoint.moe_layer`; ``description`` is for progress."""
+        self.check()
+        routing, spec = self.routing(), self._spec
+        shared = self.shared_expert(backend) if shared_expert and spec.shared_intermediate_size else None
+        gate_up, down = self._source.expert_stacks(self.name, backend, description)
+        return MoeLayer(
+            gate_up,
+            down,
+            activation=spec.activation,
+            apply_router_weight_on_input=spec.weight_on_input,
+            shared_expert=shared,
+            **routing,
+        )
 
     # Routing -----------------------------------------------------------------------------------
 
@@ -181,6 +196,19 @@ class MoeBlock:
             return SharedExpert(builder.finish(), below.finish(), gate_weight)
 
     # Checks ------------------------------------------------------------------------------------
+
+    def check_all(self, routing: bool) -> None:
+        """Refuse what a model would refuse, but for the values of weights; with ``routing``, what a layer would."""
+        self._source.check_stacks(self.name)
+        if not self._source.has_linear(self._router):
+            self.router_weight()
+        if self._spec.shared_intermediate_size is not None:
+            for module in self.shared_modules():
+                if not self._source.has_linear(module):
+                    self._tensors.info(f"{module}.weight")
+        if routing:
+            self.check()
+            self.routing()
 
     def check(self) -> None:
         """Refuse tensors that a layer would not use: its result would be wrong.

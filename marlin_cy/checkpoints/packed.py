@@ -186,6 +186,12 @@ class PackedSource:
         names = [f"{module}{suffix}" for suffix in (PACKED, G_IDX, BIAS)]
         return [name for name in names if name in self._tensors]
 
+    def check_linear(self, module: str) -> None:
+        """Does nothing: opening the folder checks all stacks."""
+
+    def check_stacks(self, block: str) -> None:
+        """Does nothing: opening the folder checks all stacks."""
+
     def holds_experts(self, block: str) -> bool:
         names = [f"{block}.experts.{part}" for part in EXPERT_PARTS]
         if not any(name in self._stacks for name in names):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
-from marlin_cy.checkpoints.builders import new_builder
+from marlin_cy.checkpoints.builders import new_builder, stacked_biases
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
@@ -191,7 +191,7 @@ class QuantizedSource:
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:
         """Whether all zero points are the symmetric one, by the scheme: ``(in gate and up, in down)``."""
-        parts = [self._parts(block, expert) for expert in range(self._spec.num_experts)]
+        parts = self._all_parts(block)
 
         def symmetric(part: ExpertPart) -> bool:
             return self._scheme.for_module(part.module).symmetric
@@ -269,8 +269,7 @@ class QuantizedSource:
         UnsupportedError
             The gate and up layers of an expert order K differently (``desc_act``).
         """
-        experts = range(self._spec.num_experts)
-        parts = [self._parts(block, expert) for expert in experts]
+        parts = self._all_parts(block)
         inner = [part[:-1] for part in parts]
         g_idx = [self._common_g_idx(modules) for modules in inner]
         g_idx_down = [self._g_idx(part[-1]) for part in parts]
@@ -291,8 +290,19 @@ class QuantizedSource:
             self._release(part)
 
         self._for_each(pack, len(parts), description)
-        biases = self._expert_biases(inner, width), self._expert_biases([part[-1:] for part in parts], hidden)
+        biases = self._biases(inner), self._biases([part[-1:] for part in parts])
         return gate_up.finish(biases[0]), down.finish(biases[1])
+
+    def _biases(self, parts: Sequence[Sequence[ExpertPart]]) -> npt.NDArray[np.float32] | None:
+        """float32 ``[num_experts, n]``, gate before up; None if no expert has a bias, or all biases are 0."""
+        if parts[0][0].index is None:
+            return stacked_biases([[(self.bias(part.module), part.n) for part in row] for row in parts])
+        name = f"{parts[0][0].module}_bias"
+        if name not in self._tensors:
+            return None
+        bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
+        interleaved = self._family.interleaved and bias.shape[1] == self._inner_width
+        return np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1) if interleaved else bias
 
     def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
         """A stored weight, cut into gate and up if it interleaves their columns."""
@@ -317,22 +327,16 @@ class QuantizedSource:
         self, backend: Backend, parts: Sequence[Sequence[ExpertPart]], n_per_expert: int, g_idx: Sequence[GIdx | None]
     ) -> StackBuilder:
         """A builder for a stack of experts; ``parts`` has the parts of each expert."""
+        self._check_alike([part for modules in parts for part in modules])
         first = parts[0][0]
-        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
-        for part in (part for modules in parts for part in modules):
-            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
-                raise UnsupportedError(
-                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
-                )
         return backend.new_stack_builder(
             len(parts),
             first.k,
             n_per_expert,
-            group_size=group_size,
+            group_size=self._group_size(first),
             g_idx=None if all(entry is None for entry in g_idx) else g_idx,
             codes=self._scheme.codes,
-            scale_dtype=scale_dtype,
+            scale_dtype=self._scale_dtype(first),
         )
 
     def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> Int4Weight:
@@ -377,33 +381,30 @@ class QuantizedSource:
                 )
         return first
 
-    def _expert_biases(self, parts: Sequence[Sequence[ExpertPart]], n: int) -> npt.NDArray[np.float32] | None:
-        """float32 ``[num_experts, n]``, gate before up; None if no expert has a bias, or all biases are 0."""
-        if parts[0][0].index is not None:
-            name = f"{parts[0][0].module}_bias"
-            if name not in self._tensors:
-                return None
-            bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
-            if self._family.interleaved and n == self._inner_width:
-                bias = np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)
-            return bias
-        biases = [[self.bias(part.module) for part in modules] for modules in parts]
-        # Older versions of AutoGPTQ write a bias of zeros for linear layers that have no bias.
-        if not any(bias is not None and bias.any() for modules in biases for bias in modules):
-            return None
-        return np.stack(
-            [
-                np.concatenate(
-                    [
-                        np.zeros(part.n, np.float32) if bias is None else bias
-                        for part, bias in zip(row, given, strict=True)
-                    ]
-                )
-                for row, given in zip(parts, biases, strict=True)
-            ]
-        )
-
     # Checks ------------------------------------------------------------------------------------
+
+    def check_linear(self, module: str) -> None:
+        """Refuse a linear layer, by the config or by its tensors' dtypes and shapes."""
+        self._check_linear(module, *self._linear_sizes(module))
+
+    def check_stacks(self, block: str) -> None:
+        """Refuse experts that cannot share a stack."""
+        parts = self._all_parts(block)
+        self._check_alike([part for row in parts for part in row[:-1]])
+        self._check_alike([row[-1] for row in parts])
+
+    def _all_parts(self, block: str) -> list[list[ExpertPart]]:
+        return [self._parts(block, expert) for expert in range(self._spec.num_experts)]
+
+    def _check_alike(self, parts: Sequence[ExpertPart]) -> None:
+        first = parts[0]
+        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
+        for part in parts:
+            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
+                raise UnsupportedError(
+                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
+                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
+                )
 
     def _group_size(self, part: ExpertPart) -> int:
         return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)

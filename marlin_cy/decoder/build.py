@@ -123,7 +123,7 @@ class PlanBuilder:
         config, loader = self._config, self._loader
         # "model", "model.language_model" or "language_model.model".
         base = self._checkpoint.layer_prefix.removesuffix(".layers")
-        embedding = loader.matrix(f"{base}.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        embedding = loader.dense(f"{base}.embed_tokens", config.hidden_size, config.vocab_size).weight
         return DecoderPlan(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,

@@ -103,6 +103,8 @@ def load(
     """
     report = Progress(progress)
     with open_checkpoint(path, backend, progress=report) as checkpoint:
+        for problem in checkpoint.problems():
+            raise problem
         contexts = Contexts(checkpoint.backend, context_options)
         tensors = dense_tensors(checkpoint)
         torch_dtype = as_dtype(dtype, tensors)
