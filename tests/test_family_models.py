@@ -3,17 +3,24 @@
 The references are transformers' own classes with the same rounded weights, dense.
 """
 
+import numpy as np
 import pytest
 from asserts import relative_error
+from checkpoint_files import edit_tensor
 
 from marlin_cy import open_checkpoint
-from marlin_cy.errors import CheckpointError
+from marlin_cy.decoder.architecture import ARCHITECTURES, MISSING
+from marlin_cy.decoder.config import read_decoder_config
+from marlin_cy.decoder.model import load_model
+from marlin_cy.errors import CheckpointError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
+import family_models  # noqa: E402
 from family_models import CONFIGS, class_of, write_family  # noqa: E402
 
+from marlin_cy.integrations.expert_modules import check_experts  # noqa: E402
 from marlin_cy.integrations.transformers import load  # noqa: E402
 
 RELATIVE_ERROR = 5e-4
@@ -90,6 +97,86 @@ def test_each_layer(tmp_path, model_type):
             assert relative_error(found, expected.double().numpy()) < RELATIVE_ERROR
             compared += 1
     assert compared
+
+
+class OverriddenGate(torch.nn.Module):
+    """Experts as transformers' decorator leaves them, with a gate of their own."""
+
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.clamp(max=15)) * up
+
+
+def test_gate_that_a_class_overrides():
+    """Clamps that a family's row does not name are found, although no tensor shows them."""
+    with pytest.raises(UnsupportedError, match="x: OverriddenGate computes another activation than 'silu'"):
+        check_experts("x", OverriddenGate(), "silu")
+    module = OverriddenGate()
+    module._apply_gate = lambda gate_up: torch.nn.functional.silu(gate_up.chunk(2, -1)[0]) * gate_up.chunk(2, -1)[1]
+    check_experts("x", module, "silu")
+    module.has_post_expert_norm = True
+    with pytest.raises(UnsupportedError, match="x: experts with a norm are not supported"):
+        check_experts("x", module, "silu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("minimax_m2", "block_sparse_moe.gate.e_score_correction_bias"),
+        ("olmoe", "mlp.gate.e_score_correction_bias"),
+        ("olmoe", "mlp.shared_expert.up_proj.weight"),
+        ("hy_v3", "mlp.experts.8.up_proj.qweight"),
+    ],
+)
+def test_tensors_that_a_layer_would_not_use(tmp_path, model_type, name):
+    quantised, _ = write_family(tmp_path, model_type)
+    edit_tensor(quantised, f"model.layers.1.{name}", lambda _: np.ones(8, np.float32))
+    with open_checkpoint(quantised) as checkpoint:
+        for shared_expert in (True, False):
+            with pytest.raises(CheckpointError, match=rf"{name}': unknown for .*: the layer would not use it"):
+                checkpoint.moe_layer(1, shared_expert=shared_expert)
+        assert [name in str(problem) for problem in checkpoint.problems(layers=True)] == [True]
+        assert not checkpoint.problems()
+
+
+def test_correction_bias_that_is_missing(tmp_path):
+    quantised, _ = write_family(tmp_path, "minimax_m2")
+    edit_tensor(quantised, "model.layers.0.block_sparse_moe.e_score_correction_bias", lambda _: None)
+    message = r"block_sparse_moe\.e_score_correction_bias': missing"
+    with open_checkpoint(quantised) as checkpoint, pytest.raises(CheckpointError, match=message):
+        checkpoint.moe_layer(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# The decoder
+
+DECODED = [model_type for model_type in CONFIGS if model_type in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("model_type", DECODED)
+def test_by_the_decoder(tmp_path, model_type):
+    quantised, dense = write_family(tmp_path, model_type)
+    expected = reference_of(dense)(TOKENS).logits[0].double().numpy()
+    model = load_model(quantised, num_threads=1, cache_dtype="float32")
+    assert relative_error(model.forward(TOKENS[0].numpy(), all_logits=True), expected) < RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type in CONFIGS if model_type not in ARCHITECTURES])
+def test_what_the_decoder_lacks(tmp_path, model_type):
+    config = family_models.new_config(model_type).to_dict()
+    with pytest.raises(UnsupportedError, match=f"model_type '{model_type}': the decoder lacks {MISSING[model_type]}"):
+        read_decoder_config(config, "config.json")
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_norm.weight", "self_attn.sinks", "post_feedforward_layernorm.weight"])
+def test_tensors_that_the_decoder_would_not_use(tmp_path, name):
+    """A model with further norms is another model."""
+    quantised, _ = write_family(tmp_path, "solar_open")
+    edit_tensor(quantised, f"model.layers.1.{name}", lambda _: np.ones(16, np.float32))
+    with pytest.raises(CheckpointError, match=f"{name}': the decoder would not use it"):
+        load_model(quantised, num_threads=1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class PlanBuilder:
         # "model", "model.language_model" or "language_model.model".
         base = self._checkpoint.layer_prefix.removesuffix(".layers")
         embedding = loader.dense(f"{base}.embed_tokens", config.hidden_size, config.vocab_size).weight
-        return DecoderPlan(
+        plan = DecoderPlan(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             context_length=self._context_length,
@@ -134,6 +134,8 @@ class PlanBuilder:
             final_norm=self._norm(f"{base}.norm", config.hidden_size),
             head=self._head(base, embedding),
         )
+        loader.check_all_used()
+        return plan
 
     def _head(self, base: str, embedding: npt.NDArray[Any]) -> Projection:
         """The head; the embedding if they are tied, and the files do not have another head."""
@@ -290,14 +292,17 @@ class PlanBuilder:
 
     def _experts(self, layer: int, shared_expert: bool) -> MoeLayer:
         """A layer's experts. Biases are optional to a checkpoint, but not to a model."""
-        checkpoint, architecture = self._checkpoint, self._config.architecture
-        block = checkpoint.moe_block(layer)
-        if architecture.correction_bias and checkpoint.correction_bias(layer) is None:
-            name = f"{block}.{checkpoint.family.router}.e_score_correction_bias"
-            raise CheckpointError("missing", file=checkpoint.path, tensor=name)
+        checkpoint = self._checkpoint
         experts = checkpoint.moe_layer(layer, shared_expert=shared_expert)
-        if architecture.expert_bias and (experts.gate_up.bias is None or experts.down.bias is None):
-            raise CheckpointError(f"{block}.experts: the biases are missing", file=checkpoint.path)
+        expected = self._config.architecture.expert_bias
+        if expected and (experts.gate_up.bias is None or experts.down.bias is None):
+            raise CheckpointError(
+                f"{checkpoint.moe_block(layer)}.experts: the biases are missing", file=checkpoint.path
+            )
+        if not expected and experts.has_bias:
+            raise CheckpointError(
+                f"{checkpoint.moe_block(layer)}.experts: the model has no biases", file=checkpoint.path
+            )
         return experts
 
 

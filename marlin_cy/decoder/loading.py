@@ -40,10 +40,27 @@ class Loader:
         self.checkpoint = checkpoint
         self._linears = frozenset(checkpoint.linears)
         self._names = frozenset(checkpoint.tensor_names)
+        self._used: set[str] = set()  # tensors and quantised layers
 
     def is_quantised(self, module: str) -> bool:
         """Whether a module is a quantised linear layer."""
         return module in self._linears
+
+    def check_all_used(self) -> None:
+        """Refuse tensors of layers that the plan does not use: the model would not be the one that was trained.
+
+        Raises
+        ------
+        CheckpointError
+            Naming the first such tensor.
+        """
+        checkpoint = self.checkpoint
+        blocks = tuple(f"{checkpoint.moe_block(layer)}." for layer in checkpoint.moe_layers)  # moe_layer checks these
+        for name in checkpoint.tensor_names:
+            if not name.startswith(f"{checkpoint.layer_prefix}.") or name.startswith(blocks):
+                continue
+            if not self._used & {name, name.rpartition(".")[0]} and not checkpoint.is_passed_over(name):
+                raise CheckpointError("the decoder would not use it", file=checkpoint.path, tensor=name)
 
     def has(self, tensor: str) -> bool:
         """Whether the checkpoint has a tensor."""
@@ -66,6 +83,7 @@ class Loader:
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
+        self._used.add(tensor)
         return self.checkpoint.tensor(tensor)
 
     def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
@@ -87,6 +105,7 @@ class Loader:
         if not self.is_quantised(module):
             return self.dense(module, k, n, bias)
         self._bias(module, n, bias)
+        self._used.add(module)
         linear = self.checkpoint.linear(module)
         self._check_sizes(module, linear.in_features, linear.out_features, k, n)
         return linear
@@ -106,6 +125,7 @@ class Loader:
         self._bias(module, n, bias)
         if not self.is_quantised(module):
             return self.matrix(f"{module}.weight", n, k).astype(np.float32)
+        self._used.add(module)
         return self.checkpoint.dequantized(module, n, k)
 
     def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
@@ -118,6 +138,7 @@ class Loader:
             matrix = self.matrix(f"{module}.weight", n, k)
             return [DenseLinear(matrix[part]) for part in parts]
         weight = self.checkpoint.weight(module)
+        self._used.add(module)
         self._check_sizes(module, weight.k, weight.n, k, n)
         projections: list[Projection] = []
         for part in parts:
