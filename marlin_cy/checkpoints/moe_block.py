@@ -206,6 +206,11 @@ class MoeBlock:
             for module in self.shared_modules():
                 if not self._source.has_linear(module):
                     self._tensors.info(f"{module}.weight")
+        elif self._family.shared_expert is not None:
+            start = f"{self.name}.{self._family.shared_expert}."
+            for name in self._naming.block_tensors(self.name):
+                if name.startswith(start):
+                    raise self._tensors.error(name, "the model has no shared expert by the configuration")
         if routing:
             self.check()
             self.routing()
