@@ -98,6 +98,10 @@ def copy_of(sources, tmp_path):
     return copy
 
 
+def pairs(fields):
+    return [(key, value) for key, values in fields.items() for value in values]
+
+
 FIELDS = {
     # Of models: sizes, which tensors show.
     "hidden_size": [32, 128, 63],
@@ -122,7 +126,7 @@ FIELDS = {
 
 
 @pytest.mark.sampled(12)
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FIELDS.items() for value in values])
+@pytest.mark.parametrize(("key", "value"), pairs(FIELDS))
 def test_a_field_that_tensors_contradict(copy_of, key, value):
     folder, before = copy_of()
     edit_json(folder, "config.json", **{key: value})
@@ -140,9 +144,7 @@ COMPRESSED_FIELDS = {
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in COMPRESSED_FIELDS.items() for value in values]
-)
+@pytest.mark.parametrize(("key", "value"), pairs(COMPRESSED_FIELDS))
 def test_a_field_of_compressed_tensors(copy_of, key, value):
     folder, before = copy_of(method="compressed-tensors")
     config = json.loads((folder / "config.json").read_text())
@@ -234,9 +236,8 @@ def test_one_layer(layer, seed):
     if name == "gptq":
         # A file of one checkpoint format under the name of the other cannot be told, unless it is symmetric.
         stored = "gptq" if symmetric and options["sym"] else options["checkpoint_format"]
-        parts = dict(
-            zip(("qweight", "scales", "qzeros"), gptq.pack_gptq(q, scale, zero, checkpoint_format=stored), strict=True)
-        )
+        tensors = gptq.pack_gptq(q, scale, zero, checkpoint_format=stored)
+        parts = dict(zip(("qweight", "scales", "qzeros"), tensors, strict=True))
         parts["g_idx"] = g_idx
     elif name == "awq":
         parts = dict(zip(("qweight", "scales", "qzeros"), awq.pack_awq(q, scale, zero), strict=True))

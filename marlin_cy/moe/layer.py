@@ -47,8 +47,7 @@ class SharedExpert:
     def __init__(
         self, gate_up: MarlinExpertStack, down: MarlinExpertStack, gate_weight: npt.ArrayLike | None = None
     ) -> None:
-        # Whether there is a gate, the layer's activation decides.
-        check_stacks(gate_up, down, gated=gate_up.n_per_expert != down.k)
+        check_stacks(gate_up, down)
         if gate_up.num_experts != 1:
             raise ValueError(f"gate_up: got {gate_up.num_experts} experts, expected 1")
         self.gate_up, self.down = gate_up, down
@@ -293,8 +292,10 @@ def backend_of(ctx: Context) -> Backend:
     return ctx.backend
 
 
-def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool) -> None:
+def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool | None = None) -> None:
     """Check that two stacks fit as the two products of a layer.
+
+    ``gated``: whether the activation has a gate; None if either will do.
 
     Raises
     ------
@@ -306,6 +307,8 @@ def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: boo
             raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
     if gate_up.num_experts != down.num_experts:
         raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
+    if gated is None:
+        gated = gate_up.n_per_expert != down.k
     if gated and gate_up.n_per_expert != 2 * down.k:
         raise ValueError(
             f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice the k of down: "
