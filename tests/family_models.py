@@ -152,6 +152,18 @@ CONFIGS = {
 }
 """The keys of ``config.json`` in which a family's tiny model differs from :data:`language_models.COMMON`."""
 
+WITHOUT_A_ROW = {
+    "flex_olmo": {"num_experts": 8, "intermediate_size": 32},
+    "minimax": {
+        "num_local_experts": 8,
+        "intermediate_size": 32,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "mellum": SPARSE | {"norm_topk_prob": True},
+}
+"""Families that no row describes; transformers' class and its conversion table do."""
+
+
 MAKERS_TYPES = {"kimi_k2": "deepseek_v3"}
 """The class of transformers for a ``model_type`` that only the model's makers know."""
 
@@ -166,7 +178,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def new_config(model_type, **changes):
-    own = CONFIGS[model_type] | changes
+    own = (CONFIGS | WITHOUT_A_ROW)[model_type] | changes
     if "text_config" in own:
         sizes = {"image_token_id": 90, "image_token_index": 90, "video_token_id": 91, "tie_word_embeddings": False}
         sizes |= {"vision_start_token_id": 92, "vision_end_token_id": 93}

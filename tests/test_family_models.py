@@ -3,6 +3,8 @@
 The references are transformers' own classes with the same rounded weights, dense.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from asserts import relative_error
@@ -21,7 +23,7 @@ import family_models  # noqa: E402
 from family_models import CONFIGS, class_of, write_family  # noqa: E402
 
 from marlin_cy.integrations.expert_modules import check_experts  # noqa: E402
-from marlin_cy.integrations.transformers import load  # noqa: E402
+from marlin_cy.integrations.transformers import described, load  # noqa: E402
 
 RELATIVE_ERROR = 5e-4
 """Products are off by 5e-5 or less (asserts.gemm_bound), and a network of a few layers hands on what it gets."""
@@ -97,6 +99,21 @@ def test_each_layer(tmp_path, model_type):
             assert relative_error(found, expected.double().numpy()) < RELATIVE_ERROR
             compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("model_type", family_models.WITHOUT_A_ROW)
+def test_a_family_without_a_row(tmp_path, model_type):
+    """Transformers' class and its conversion table say what a whole model needs. Only routing is not known."""
+    quantised, dense = write_family(tmp_path, model_type)
+    expected = reference_of(dense)(TOKENS).logits
+    assert error_of(load(quantised, num_threads=1)(TOKENS).logits, expected) < RELATIVE_ERROR
+    with pytest.raises(UnsupportedError, match=f"model_type '{model_type}', supported: qwen2_moe, "):
+        open_checkpoint(quantised)
+    with (
+        open_checkpoint(quantised, describe=partial(described, quantised)) as checkpoint,
+        pytest.raises(UnsupportedError, match=r"the routing of \w+ForCausalLM is not known: use Checkpoint\.experts"),
+    ):
+        checkpoint.moe_layer(1)
 
 
 class OverriddenGate(torch.nn.Module):

@@ -20,9 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.calls import call_in_parallel, errors_of
-from marlin_cy.checkpoints.families import count_layers, find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.families import (
+    Family,
+    MoeSpec,
+    count_layers,
+    find_family,
+    find_moe_layers,
+    has_row,
+    read_moe_spec,
+    text_config,
+)
 from marlin_cy.checkpoints.foreign import foreign_layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
@@ -36,7 +44,6 @@ from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer
-from marlin_cy.moe.routing import Routing
 from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.int4 import Int4Weight
 
@@ -44,6 +51,9 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 Progress = Callable[[int, int, str], object]
 """Called as ``progress(done, total, description)``."""
+
+Describe = Callable[[list[str]], tuple[Family, MoeSpec, list[int]]]
+"""The parameter ``describe`` of :func:`open_checkpoint`."""
 
 
 def open_checkpoint(
@@ -53,6 +63,7 @@ def open_checkpoint(
     progress: Progress | None = None,
     num_threads: int | None = None,
     verify: bool = False,
+    describe: Describe | None = None,
 ) -> Checkpoint:
     """Open a checkpoint folder. Everything except the weights' values is checked. No weight is loaded.
 
@@ -70,6 +81,9 @@ def open_checkpoint(
         Threads that pack, 1 to 4096; by default as for a CPU context.
     verify : bool
         Read all tensors of a packed folder and compare their checksums. Other folders have no checksums.
+    describe : callable, optional
+        Describes a model whose family has no row: ``describe(tensor_names)`` returns the :class:`Family`, the
+        :class:`MoeSpec` and the numbers of the MoE layers. By default, such a model is refused.
 
     Raises
     ------
@@ -86,7 +100,7 @@ def open_checkpoint(
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
-    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify))
+    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify), describe)
 
 
 class Checkpoint:
@@ -121,7 +135,13 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, backend: Backend, progress: Progress | None, num_threads: int, verify: bool = False
+        self,
+        path: Path,
+        backend: Backend,
+        progress: Progress | None,
+        num_threads: int,
+        verify: bool = False,
+        describe: Describe | None = None,
     ) -> None:
         self.path = path
         self.backend = backend
@@ -131,13 +151,15 @@ class Checkpoint:
         self.config = read_json(self._config_file)
         packed = is_packed(self.config)
         self.scheme: Scheme | None = None if packed else read_scheme(path, self.config)
-        self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
-        self.moe_spec = read_moe_spec(text, self.family, self._config_file)
-        with as_checkpoint_error(self._config_file):
-            Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
-        self._tensors = SafetensorsFolder(path)
-        layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
+        if describe is not None and not has_row(self.config, self._config_file):
+            self._tensors = SafetensorsFolder(path)
+            self.family, self.moe_spec, layers = describe(self._tensors.names)
+        else:
+            self.family = find_family(self.config, self._config_file)
+            self.moe_spec = read_moe_spec(text, self.family, self._config_file)
+            self._tensors = SafetensorsFolder(path)
+            layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
         self.num_layers = count_layers(text, self._config_file)
         self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
         self.family, self.layer_prefix = self._naming.family, self._naming.prefix
@@ -282,7 +304,7 @@ class Checkpoint:
         """
         return dequantized(self._source, name, n, k)
 
-    # MoE layers --------------------------------------------------------------------------------
+    # MoE layers: methods that take a layer raise an IndexError if it is not a MoE layer ---------
 
     @property
     def act_order(self) -> bool:
@@ -310,13 +332,7 @@ class Checkpoint:
         return self._block(layer).router_weight()
 
     def router_bias(self, layer: int) -> npt.NDArray[Any] | None:
-        """The bias that is added to a router's logits, ``[num_experts]``, or None. gpt-oss has one.
-
-        Raises
-        ------
-        IndexError, CheckpointError
-            As :meth:`router_weight`.
-        """
+        """The bias that is added to a router's logits, ``[num_experts]``; gpt-oss has one. As :meth:`router_weight`."""
         return self._block(layer).router_bias()
 
     def correction_bias(self, layer: int) -> npt.NDArray[Any] | None:
@@ -353,24 +369,12 @@ class Checkpoint:
         return self._block(layer).router_logits(hidden_states, eps)
 
     def expert_bytes(self, layer: int) -> int:
-        """Bytes of a MoE layer's routed experts in the files.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
-        """
+        """Bytes of a MoE layer's routed experts in the files."""
         self._check_layer(layer)
         return self._source.expert_bytes(self.moe_block(layer))
 
     def expert_group_sizes(self, layer: int) -> tuple[int, int]:
-        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
-        """
+        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``."""
         self._check_layer(layer)
         return self._source.expert_group_sizes(self.moe_block(layer))
 
@@ -378,11 +382,6 @@ class Checkpoint:
         """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.
 
         For a quantiser's folder, the configuration decides. For a packed folder, the zero points are read.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
         """
         self._check_layer(layer)
         return self._source.expert_symmetry(self.moe_block(layer))

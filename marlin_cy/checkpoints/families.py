@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.family_rows import FAMILIES, Family
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject, StrPath, finite, optional, positive
+from marlin_cy.moe.routing import Routing
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +24,7 @@ __all__ = [
     "count_layers",
     "find_family",
     "find_moe_layers",
+    "has_row",
     "read_moe_spec",
     "text_config",
 ]
@@ -121,6 +124,12 @@ def text_config(config: JsonObject, file: StrPath) -> JsonObject:
     return found
 
 
+def has_row(config: JsonObject, file: StrPath) -> bool:
+    """Whether :func:`find_family` finds a row."""
+    types = config.get("model_type"), text_config(config, file).get("model_type")
+    return any(isinstance(name, str) and name in FAMILIES for name in types)
+
+
 def find_family(config: JsonObject, file: StrPath) -> Family:
     """The row of :data:`FAMILIES` for ``model_type``, or for that of ``text_config``.
 
@@ -198,6 +207,8 @@ def read_moe_spec(config: JsonObject, family: Family, file: StrPath) -> MoeSpec:
         raise CheckpointError(
             f"num_experts_per_tok: got {spec.top_k}, expected at most the number of experts, {num_experts}", file=file
         )
+    with as_checkpoint_error(file):
+        Routing(num_experts, spec.top_k, **spec.routing())
     if spec.weight_on_input and spec.top_k != 1:
         raise UnsupportedError(f"{file}: {spec.top_k} experts for each token, {family.name} supports 1")
     return spec

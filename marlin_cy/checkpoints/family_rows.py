@@ -78,6 +78,8 @@ class Family:
         Keys of ``config.json`` with the only value that is supported, which is also the default.
     weight_on_input : bool
         Whether a token's weight multiplies the token, not the expert's output.
+    routes : bool
+        Whether this row describes the routing. Otherwise only the experts can be loaded.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Family:
     limits: tuple[tuple[str, float], ...] = ()
     refused: tuple[tuple[str, object], ...] = ()
     weight_on_input: bool = False
+    routes: bool = True
 
     @property
     def expert_names(self) -> tuple[str, ...]:

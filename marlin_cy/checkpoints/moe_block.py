@@ -224,6 +224,8 @@ class MoeBlock:
             Naming the first such tensor.
         """
         family, source = self._family, self._source
+        if not family.routes:
+            raise UnsupportedError(f"{self.name}: the routing of {family.name} is not known: use Checkpoint.experts")
         used = set(source.expert_tensors(self.name))
         linears = [self._router]
         if self._spec.shared_intermediate_size is not None:

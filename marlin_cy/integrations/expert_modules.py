@@ -19,7 +19,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["WeightedRowsExperts", "check_experts", "experts_modules", "takes_weighted_rows"]
+__all__ = ["WeightedRowsExperts", "check_experts", "experts_modules", "layers_of_experts", "takes_weighted_rows"]
 
 WEIGHTED_ROWS = ("Llama4TextExperts",)
 """Classes of experts that are called with the rows of all experts, each multiplied by its weight, and no routing."""
@@ -39,13 +39,7 @@ def experts_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[int, str]:
     CheckpointError
         The model has experts in other layers than the checkpoint.
     """
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        # Transformers' decorator of experts classes sets these attributes.
-        if (hasattr(module, "is_transposed") and hasattr(module, "has_bias")) or takes_weighted_rows(module):
-            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-            assert layer is not None, path
-            found[int(layer[1])] = path
+    found = layers_of_experts(model)
     layers = sorted(checkpoint.moe_layers + checkpoint.dense_moe_layers)
     if sorted(found) != layers:
         raise CheckpointError(
@@ -53,6 +47,18 @@ def experts_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[int, str]:
             file=checkpoint.path,
         )
     return {layer: found[layer] for layer in checkpoint.moe_layers}
+
+
+def layers_of_experts(model: nn.Module) -> dict[int, str]:
+    """``{layer: path}`` of all modules with routed experts."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        # Transformers' decorator of experts classes sets these attributes.
+        if (hasattr(module, "is_transposed") and hasattr(module, "has_bias")) or takes_weighted_rows(module):
+            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
+            assert layer is not None, path
+            found[int(layer[1])] = path
+    return found
 
 
 def takes_weighted_rows(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import read_json
 from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations.derived_family import derived_family
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, tensor_over
 from marlin_cy.integrations.packed_modules import PackedModules, Progress
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from marlin_cy.checkpoints.checkpoint import Checkpoint
+    from marlin_cy.checkpoints.families import Family, MoeSpec
     from marlin_cy.interface import Backend
 
 __all__ = ["load", "weight_bytes"]
@@ -102,7 +104,7 @@ def load(
         An invalid ``backend``, ``dtype`` or context option.
     """
     report = Progress(progress)
-    with open_checkpoint(path, backend, progress=report) as checkpoint:
+    with open_checkpoint(path, backend, progress=report, describe=partial(described, path)) as checkpoint:
         for problem in checkpoint.problems():
             raise problem
         contexts = Contexts(checkpoint.backend, context_options)
@@ -183,6 +185,13 @@ def model_class_of(config: Any) -> tuple[Any, Any]:
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
     return model_class, config
+
+
+def described(path: str | PathLike[str], tensor_names: list[str]) -> tuple[Family, MoeSpec, list[int]]:
+    """What transformers' class says about a family without a row; the ``describe`` of ``open_checkpoint``."""
+    model_class, config = model_class_of(read_config(Path(path)))
+    with torch.device("meta"):
+        return derived_family(model_class(config), tensor_names)
 
 
 def model_on_meta(checkpoint: Checkpoint) -> Any:
