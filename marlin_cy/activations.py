@@ -29,12 +29,16 @@ class Activation:
         Its number in the kernels: ``ACTIVATION_*`` in ``cpu/ukernels/ukernel.h``; the macro ``ACTIVATION`` of
         ``opencl/kernels`` is one larger, as 0 means no activation there.
     reference : callable
-        ``reference(gate, up)`` for float64 arrays: the definition with which every backend is compared.
+        ``reference(gate, up)`` for float64 arrays: the definition with which every backend is compared. Without a
+        gate, ``reference(up, up)``.
+    gated : bool
+        Whether the first product has a gate half and an up half. Otherwise it has up alone.
     """
 
     name: str
     number: int
     reference: Callable[[FloatArray, FloatArray], FloatArray]
+    gated: bool = True
 
 
 def _silu(gate: FloatArray, up: FloatArray) -> FloatArray:
@@ -62,6 +66,18 @@ def _swigluoai(gate: FloatArray, up: FloatArray) -> FloatArray:
     return result
 
 
+def _silu_clamp10(gate: FloatArray, up: FloatArray) -> FloatArray:
+    """DeepSeek-V4's SiLU: gate at most 10, up between -10 and 10."""
+    return _silu(np.minimum(gate, 10), np.clip(up, -10, 10))
+
+
+def _relu2(gate: FloatArray, up: FloatArray) -> FloatArray:
+    """The square of a rectified value."""
+    del gate
+    result: FloatArray = np.square(np.maximum(up, 0))
+    return result
+
+
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         row.name: row
@@ -70,6 +86,8 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
             Activation("gelu", 1, _gelu),
             Activation("gelu_tanh", 2, _gelu_tanh),
             Activation("swigluoai", 3, _swigluoai),
+            Activation("silu_clamp10", 4, _silu_clamp10),
+            Activation("relu2", 5, _relu2, gated=False),
         )
     }
 )

@@ -74,7 +74,8 @@ class MoePlan:
     Attributes
     ----------
     gate_up : MarlinExpertStack
-        ``[hidden_size, 2 * intermediate_size]`` for each expert: gate columns, then up columns.
+        ``[hidden_size, 2 * intermediate_size]`` for each expert: gate columns, then up columns. Up columns alone if the
+        activation has no gate.
     down : MarlinExpertStack
         ``[intermediate_size, hidden_size]`` for each expert.
     routing : Routing

@@ -257,10 +257,27 @@ def route_token(logits: Floats, routing: Routing) -> tuple[npt.NDArray[np.intp],
         group_of = experts // (routing.num_experts // routing.num_groups)
         experts = experts[np.isin(group_of, largest(group_scores(choice, routing), routing.topk_groups))]
     ids = experts[largest(choice[experts], routing.top_k)]
-    weights = softmax(logits[ids]) if routing.scoring == "softmax_topk" else scores[ids]
-    if routing.norm_topk_prob and routing.scoring != "softmax_topk":
-        weights = weights / (weights.sum() + 1e-20)
-    return ids, weights * routing.routed_scaling_factor
+    if routing.scoring == "softmax_topk":
+        weights = softmax(logits[ids])
+    elif routing.scoring == "sparsemixer":
+        weights = sparsemixer(logits, ids, routing.mixer_jitter)
+    else:
+        weights = scores[ids]
+        if routing.norm_topk_prob:
+            weights = weights / (weights.sum() + 1e-20)
+    weights = weights * routing.routed_scaling_factor
+    return ids, weights if routing.expert_scale is None else weights * routing.expert_scale[ids]
+
+
+def sparsemixer(logits: Floats, ids: npt.NDArray[np.intp], jitter: float) -> Floats:
+    """The weights of the experts ``ids``, largest logit first: each is a softmax over the rest, without far logits."""
+    weights, rest = np.empty(len(ids)), np.ones(len(logits), bool)
+    for place, expert in enumerate(ids):
+        most = logits[expert]
+        near = rest & (most - logits <= 2 * jitter * np.maximum(np.abs(logits), most))
+        weights[place] = 1 / np.exp(logits[near] - most).sum()
+        rest[expert] = False
+    return weights
 
 
 def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
@@ -269,7 +286,13 @@ def routing_scores(logits: Floats, routing: Routing) -> tuple[Floats, Floats]:
     The first gives the routing weights. The second, which includes the correction bias, selects the experts.
     """
     functions: dict[str, Callable[[Floats], Floats]]
-    functions = {"softmax": softmax, "softmax_topk": np.copy, "sigmoid": sigmoid}
+    functions = {
+        "softmax": softmax,
+        "softmax_topk": np.copy,
+        "sigmoid": sigmoid,
+        "sqrt_softplus": lambda x: np.sqrt(np.logaddexp(0, x)),
+        "sparsemixer": np.copy,
+    }
     scores = functions[routing.scoring](logits)
     return scores, scores if routing.correction_bias is None else scores + routing.correction_bias
 
@@ -367,6 +390,7 @@ def expert(
 ) -> Floats:
     """One expert's output for ``x``, ``[H]`` or ``[rows, H]``."""
     sums = x @ gate_up if gate_up_bias is None else x @ gate_up + gate_up_bias
-    inner = ACTIVATIONS[activation].reference(*np.split(sums, 2, axis=-1))
+    row = ACTIVATIONS[activation]
+    inner = row.reference(*(np.split(sums, 2, axis=-1) if row.gated else (sums, sums)))
     out: Floats = inner @ down if down_bias is None else inner @ down + down_bias
     return out

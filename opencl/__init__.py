@@ -14,12 +14,15 @@ In the order in which a call goes through the files::
     kernels/      the device's code                       launch.py   launches with little overhead
     program.py    compiles programs and keeps them        tuning.py   measures the fastest configurations
     selfcheck.py  checks a tier's kernels against NumPy   timing.py   times from events
+    surroundings.py  folders, where the user's cache folder cannot be written
     doctor.py, layer_measurement.py                       what the commands `doctor` and `run` show
 
 PyOpenCL is imported when the backend is made, not before.
 """
 
 from __future__ import annotations
+
+from marlin_cy.opencl.surroundings import provide_folders
 
 __all__ = ["availability"]
 
@@ -42,3 +45,6 @@ def availability() -> str | None:
     except ImportError as error:
         return f"PyOpenCL is installed but cannot be imported ({error}); pip install --force-reinstall pyopencl"
     return reason_unavailable()
+
+
+provide_folders()  # before PyOpenCL is imported

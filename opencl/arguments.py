@@ -174,6 +174,8 @@ ROUTE = {
     "top_k": "uint",
     "normalise": "int",
     "factor": "float",
+    "scale": "global float*",
+    "jitter": "float",
     "bias": "global float*",
     "num_groups": "uint",
     "topk_groups": "uint",

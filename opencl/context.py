@@ -78,7 +78,7 @@ class OpenClContext(Context):
         self._uploads: deque[cl.Event] = deque()
         self._profile: list[tuple[str, cl.Event]] | None = None
         self._plans: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-        self._kept: WeakKeyDictionary[Any, cl.Buffer] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Any, dict[str, cl.Buffer]] = WeakKeyDictionary()
         self._launches: dict[Any, Launch] = {}
         self._arrival_launch = 0
 
@@ -232,11 +232,14 @@ class OpenClContext(Context):
         return self.reserve(ARRIVED, 4), self._arrival_launch << ARRIVAL_BITS
 
     def kept(self, owner: Any, array: npt.NDArray[Any], what: str) -> cl.Buffer:
-        """A buffer with a constant array of ``owner``: made once, and kept while the context and the owner live."""
-        buffer = self._kept.get(owner)
-        if buffer is None:
-            buffer = self._kept[owner] = uploaded(self._backend.runtime, array, what)
-        return buffer
+        """A buffer with a constant array of ``owner``: made once, and kept while the context and the owner live.
+
+        ``what`` tells the arrays of an owner apart.
+        """
+        buffers = self._kept.setdefault(owner, {})
+        if what not in buffers:
+            buffers[what] = uploaded(self._backend.runtime, array, what)
+        return buffers[what]
 
     def log(self, label: str, event: cl.Event) -> cl.Event:
         """Append an event to the list of :meth:`profile`, if one is being filled; returns the event."""

@@ -164,8 +164,8 @@ def write_checkpoint(
         tensors[f"{prefix}.{layer}.self_attn.q_proj.bias"] = rng.standard_normal(32).astype(np.float16)
         block = f"{prefix}.{layer}.{family.block}"
         tensors[f"{block}.gate.weight"] = rng.standard_normal((num_experts, hidden)).astype(np.float32)
-        if family.scoring == "sigmoid":
-            tensors[f"{block}.gate.e_score_correction_bias"] = rng.standard_normal(num_experts).astype(np.float32)
+        if family.correction is not None:
+            tensors[f"{block}.{family.correction}"] = rng.standard_normal(num_experts).astype(np.float32)
         for expert in range(num_experts):
             gate, up, down = (f"{block}.experts.{expert}.{name}" for name in (family.gate, family.up, family.down))
             if layer in dense_layers:

@@ -43,7 +43,8 @@ class Layer:
         gate=False,
     ):
         def pair(count, inner, g_idx):
-            gate_up = random_problem(rng, count, hidden, 2 * inner, group_size, g_idx=g_idx, bias=bias)
+            first = 2 * inner if ACTIVATIONS[activation].gated else inner
+            gate_up = random_problem(rng, count, hidden, first, group_size, g_idx=g_idx, bias=bias)
             return gate_up, random_problem(rng, count, inner, width or hidden, group_size, g_idx=g_idx, bias=bias)
 
         self.gate_up, self.down = pair(experts, inner, g_idx)
@@ -136,20 +137,30 @@ class Layer:
         if gate_up.bias is not None:
             sums = sums + gate_up.bias[expert]
             off = off + FLOAT32 * (np.abs(sums) + off)
-        (gate, up), (off_gate, off_up) = np.split(sums, 2), np.split(off, 2)
-        if self.activation == "swigluoai":
-            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
-            f = ACTIVATIONS["swigluoai"].reference(gate, 0)
+        if self.activation == "relu2":
+            inner, off = np.maximum(sums, 0) ** 2, (2 * np.abs(sums) + off) * off + FLOAT32 * (np.abs(sums) + off) ** 2
         else:
-            f = ACTIVATIONS[self.activation].reference(gate, 1)
-        f, up = np.abs(f), np.abs(up)
-        off = 1.2 * off_gate * (up + off_up) + f * off_up + 8 * FLOAT32 * (np.abs(gate) + off_gate) * (up + off_up)
-        output = (f * up + off) @ np.abs(w2)
-        error = off @ np.abs(w2) + product_bound(backend, (f * up + off)[None], w2, between)[0]
+            inner, off = self.gated_bound(*np.split(sums, 2), *np.split(off, 2))
+        output = (inner + off) @ np.abs(w2)
+        error = off @ np.abs(w2) + product_bound(backend, (inner + off)[None], w2, between)[0]
         if down.bias is not None:
             output = output + np.abs(down.bias[expert])
             error = error + FLOAT32 * (output + error)
         return output, error
+
+    def gated_bound(self, gate, up, off_gate, off_up):
+        """The largest magnitude of ``f(gate) * u``, and its error bound."""
+        if self.activation == "swigluoai":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+            f = ACTIVATIONS["swigluoai"].reference(gate, 0)
+        elif self.activation == "silu_clamp10":
+            gate, up = np.minimum(gate, 10), np.clip(up, -10, 10)
+            f = ACTIVATIONS["silu"].reference(gate, 1)
+        else:
+            f = ACTIVATIONS[self.activation].reference(gate, 1)
+        f, up = np.abs(f), np.abs(up)
+        off = 1.2 * off_gate * (up + off_up) + f * off_up + 8 * FLOAT32 * (np.abs(gate) + off_gate) * (up + off_up)
+        return f * up, off
 
 
 def check(backend, layer, x, ids, weights, result):

@@ -1,7 +1,6 @@
 """Checkpoint folders: the loaded weights, the order of loading, and the memory that it takes."""
 
 import mmap
-import re
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.checkpoints.families import FAMILIES, MoeSpec
+from marlin_cy.errors import CheckpointError
 
 
 def test_a_stack_names_the_expert_that_is_wrong():
@@ -129,21 +129,23 @@ def test_the_shipped_weights_mean_what_was_recorded():
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({}, [0, 1, 2, 3]),
-        ({"decoder_sparse_step": 2}, [1, 3]),
-        ({"mlp_only_layers": [0, 3]}, [1, 2]),
-        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [3]),
-    ],
+    ("keys", "layer"),
+    [({"decoder_sparse_step": 2}, 0), ({"mlp_only_layers": [3]}, 3), ({"first_k_dense_replace": 1}, 0)],
 )
-def test_which_layers_are_moe(tmp_path, keys, expected):
+def test_experts_in_layers_that_have_none_by_the_config(tmp_path, keys, layer):
     write_checkpoint(tmp_path, layers=4)
     edit_json(tmp_path, "config.json", **keys)
+    name = rf"model\.layers\.{layer}\.mlp\.experts\.0\.gate_proj\.\w+"
+    with pytest.raises(CheckpointError, match=rf"{name}': layer {layer} has no experts by the configuration"):
+        open_recording(tmp_path)
+
+
+def test_layer_that_is_none(tmp_path):
+    write_checkpoint(tmp_path, layers=4)
     checkpoint = open_recording(tmp_path)
-    assert checkpoint.moe_layers == expected
-    for call in (checkpoint.moe_layer, checkpoint.router_weight, checkpoint.expert_bytes):
-        with pytest.raises(IndexError, match=re.escape(f"layer: got 4, expected one of the MoE layers: {expected}")):
+    assert checkpoint.moe_layers == [0, 1, 2, 3]
+    for call in (checkpoint.moe_layer, checkpoint.experts, checkpoint.router_weight, checkpoint.expert_bytes):
+        with pytest.raises(IndexError, match=r"layer: got 4, expected one of the MoE layers: \[0, 1, 2, 3\]"):
             call(4)
 
 

@@ -104,12 +104,13 @@ def two_files(folder):
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 32 * b"ab" + b"\nsize 123456\n"
 SHARD = "model-00002-of-00002.safetensors"
 OPENING = [
     # Files.
     (shutil.rmtree, CheckpointError, r"config\.json: No such file"),
     (remove("config.json"), CheckpointError, r"config\.json: No such file"),
-    (content("config.json", b""), CheckpointError, r"config\.json: not JSON"),
+    (content("config.json", b""), CheckpointError, r"config\.json: is empty"),
     (content("config.json", b"{'a': 1}"), CheckpointError, r"config\.json: not JSON"),
     (content("config.json", b"\xff\xfe{}"), CheckpointError, r"config\.json: not JSON"),
     (content("config.json", b"[" * 100_000), CheckpointError, r"config\.json: not JSON"),
@@ -117,7 +118,14 @@ OPENING = [
     (remove("model.safetensors"), CheckpointError, r"got none, expected model\.safetensors, one"),
     (two_files, CheckpointError, r"got a\.safetensors, b\.safetensors, expected"),
     (folder_in_place_of_file, CheckpointError, r"model\.safetensors: "),
-    (cut(0), CheckpointError, r"model\.safetensors: .*header too small"),
+    (cut(0), CheckpointError, r"model\.safetensors: is empty, as after a failed download"),
+    (
+        content("model.safetensors", LFS_POINTER),
+        CheckpointError,
+        r"model\.safetensors: is a Git LFS pointer: .*git lfs",
+    ),
+    (content("model.safetensors", b"\n<!DOCTYPE html>"), CheckpointError, r"model\.safetensors: is a web page"),
+    (content("config.json", LFS_POINTER), CheckpointError, r"config\.json: is a Git LFS pointer"),
     (cut(5), CheckpointError, r"model\.safetensors: .*header too small"),
     (cut(8), CheckpointError, r"model\.safetensors: .*header"),
     (cut(100), CheckpointError, r"model\.safetensors: .*header"),
@@ -158,7 +166,11 @@ OPENING = [
         CheckpointError,
         r"gate_proj.qweight': got I32 \(8, 96\), expected I32 \(8, 64\)",
     ),
-    (config(num_local_experts=None), CheckpointError, "num_experts or num_local_experts or n_routed_experts: missing"),
+    (
+        config(num_local_experts=None),
+        CheckpointError,
+        "num_experts or num_local_experts or n_routed_experts or .*: missing",
+    ),
     (config(num_experts=4), CheckpointError, "num_experts 4 and num_local_experts 3, which contradict each other"),
     (
         config(num_local_experts=4),
@@ -236,6 +248,12 @@ OPENING = [
     (tensor(f"{GATE}.qweight", lambda q: q.ravel()), CheckpointError, r"got I32 \(768,\), expected I32 \(8, 96\)"),
     (tensor(f"{GATE}.scales", lambda s: s.astype(np.float32)), CheckpointError, "got F32 .* expected F16"),
     (tensor(f"{GATE}.g_idx", lambda g: g[:-1]), CheckpointError, r"got I32 \(63,\), expected I32 \(64,\)"),
+    (
+        tensor(f"{GATE}.weight", lambda _: np.ones((96, 64), np.float16)),
+        CheckpointError,
+        rf"tensor '{GATE}.weight': layers of format 'gptq' with these settings have no such tensor",
+    ),
+    (tensor(f"{GATE}.weight_zero_point", lambda _: np.ones(3, np.int32)), CheckpointError, "zero_point': layers of"),
     (tensor(f"{GATE}.bias", lambda _: np.ones(95, np.float16)), CheckpointError, r"bias': got F16 \(95,\)"),
     (
         lambda folder: (quantization(desc_act=True)(folder), edit_tensor(folder, f"{GATE}.g_idx", lambda _: None)),
@@ -283,6 +301,14 @@ def test_refused_when_loading(tmp_path, damage, exception, message):
     with pytest.raises(exception, match=message):
         checkpoint.moe_layer(1)
     checkpoint.moe_layer(0)
+
+
+def test_zero_points_that_contradict_the_config(tmp_path):
+    write_checkpoint(tmp_path)
+    quantization(sym=True)(tmp_path)
+    message = r"qzeros: got zero point [0-9]+ at \[0, [0-9]+\], expected 8, as the config says sym: true"
+    with pytest.raises(CheckpointError, match=message):
+        open_recording(tmp_path).moe_layer(0)
 
 
 def test_gate_and_up_in_different_orders(tmp_path):

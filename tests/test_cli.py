@@ -29,6 +29,7 @@ RUN_KEYS = {
     "compute_dtype",
     "activations",
     "load_seconds",
+    "without_shared_expert",
     "read_bandwidth_bytes_per_second",
     "error_bound",
     "layers",

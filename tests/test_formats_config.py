@@ -70,12 +70,18 @@ READ = [
     (awq, {"zero_point": False, "modules_to_not_convert": []}, AwqScheme(128, False)),
     (awq, {"sym": True, "zero_point": False}, AwqScheme(128, False)),
     (awq, {"sym": True}, AwqScheme(128, False)),
-    (auto_round, {}, GptqScheme(128)),
-    (auto_round, {"packing_format": "auto_round:gptq"}, GptqScheme(128)),
+    (auto_round, {}, GptqScheme(128, sym=True)),
+    (auto_round, {"packing_format": "auto_round:gptq"}, GptqScheme(128, sym=True)),
     (auto_round, {"packing_format": "auto_round", "sym": False}, GptqScheme(128, "gptq_v2", sym=False)),
-    (auto_round, {"packing_format": "auto_round:gptqmodel"}, GptqScheme(128, "gptq_v2")),
+    (auto_round, {"packing_format": "auto_round:gptqmodel"}, GptqScheme(128, "gptq_v2", sym=True)),
     (auto_round, {"packing_format": "auto_round:auto_awq"}, AwqScheme(128, False)),
-    (auto_round, {"packing_format": "auto_round:awq", "sym": False, "act_bits": 16}, AwqScheme(128)),
+    (auto_round, {"packing_format": "auto_round:awq", "sym": False, "act_bits": 16}, AwqScheme(128, True)),
+    # AutoRound's older configs, without packing_format.
+    (auto_round, {"packing_format": None}, GptqScheme(128, sym=True)),
+    (auto_round, {"packing_format": None, "backend": "auto"}, GptqScheme(128, sym=True)),
+    (auto_round, {"packing_format": None, "backend": "auto_round:gptq:exllamav2"}, GptqScheme(128, sym=True)),
+    (auto_round, {"packing_format": None, "backend": "auto_round:awq:gemm"}, AwqScheme(128, False)),
+    (auto_round, {"packing_format": "auto_round", "backend": "auto_round:gptq"}, GptqScheme(128, "gptq_v2", sym=True)),
     (compressed_tensors, {}, CompressedTensorsScheme(32)),
     (compressed_tensors, groups(a=group(strategy="channel", group_size=None)), CompressedTensorsScheme(-1)),
     (compressed_tensors, groups(a=group(strategy="channel", group_size=-1)), CompressedTensorsScheme(-1)),
@@ -83,8 +89,8 @@ READ = [
     (compressed_tensors, groups(a=group(strategy=None)), CompressedTensorsScheme(32)),
     (compressed_tensors, groups(a=group(symmetric=False)), CompressedTensorsScheme(32, False)),
     (compressed_tensors, groups(a=group(actorder="group")), CompressedTensorsScheme(32, True, True)),
-    (compressed_tensors, groups(a=group(actorder="weight")), CompressedTensorsScheme(32)),
-    (compressed_tensors, groups(a=group(actorder=False)), CompressedTensorsScheme(32)),
+    (compressed_tensors, groups(a=group(actorder="weight")), CompressedTensorsScheme(32, actorder=False)),
+    (compressed_tensors, groups(a=group(actorder=False)), CompressedTensorsScheme(32, actorder=False)),
     (compressed_tensors, {"sparsity_config": {}, "transform_config": {}}, CompressedTensorsScheme(32)),
     (compressed_tensors, {"sparsity_config": {"format": "dense"}}, CompressedTensorsScheme(32)),
     (
@@ -183,7 +189,6 @@ DAMAGED = [
     (awq, {"q_group_size": 64}, "got group_size 128 and q_group_size 64, which contradict"),
     (awq, {"zero_point": True, "sym": True}, "got zero_point True and sym True, which contradict each other"),
     (awq, {"version": "gemm", "format": "gemv"}, "got version 'gemm' and format 'gemv', which contradict"),
-    (auto_round, {"packing_format": None}, "packing_format: missing"),
     (auto_round, {"extra_config": {"a": None}}, "extra_config: got None for 'a', expected an object"),
     (auto_round, {"extra_config": {".*(": {}}}, r"extra_config: got '\.\*\(', expected a regular expression"),
     (auto_round, {"extra_config": {"a": {"act_bits": "8"}}}, "act_bits: got '8', expected int"),
@@ -397,10 +402,10 @@ class TestRegistry:
         [
             ({"bits": 4, "group_size": 64}, GptqScheme(64)),
             ({"bits": 4, "group_size": 64, "method": "gptq", "format": "gptq_v2"}, GptqScheme(64, "gptq_v2")),
-            ({"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}, AwqScheme(64)),
+            ({"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}, AwqScheme(64, True)),
             ({"bits": 4, "group_size": 64, "zero_point": False}, AwqScheme(64, False)),
             ({"bits": 4, "group_size": 64, "packing_format": "auto_round"}, GptqScheme(64, "gptq_v2")),
-            (VALID[auto_round] | {"quant_method": "intel/auto-round"}, GptqScheme(128)),
+            (VALID[auto_round] | {"quant_method": "intel/auto-round"}, GptqScheme(128, sym=True)),
             ({"bits": 4, "group_size": 128, "is_marlin_format": True}, MarlinScheme(128)),
             ({"bits": 4, "group_size": 128, "is_marlin_format": False}, GptqScheme(128)),
             ({"bits": 4, "group_size": 128, "quant_method": "gptq", "format": "marlin"}, MarlinScheme(128)),
@@ -422,7 +427,7 @@ class TestRegistry:
     def test_layouts_may_be_named_in_capitals(self, tmp_path):
         one = {"w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}
         other = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-        assert self.read(tmp_path, other, quant_config=one) == AwqScheme(128)
+        assert self.read(tmp_path, other, quant_config=one) == AwqScheme(128, True)
 
     @pytest.mark.parametrize(
         ("config", "file", "exception", "message"),

@@ -1,5 +1,6 @@
 """Tensors of every format to canonical form: round trips of all values that a format can hold, and refusals."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -269,6 +270,31 @@ def test_awq_by_hand():
     assert weight.zero[0].tolist() == [8, 12, 9, 13, 10, 14, 11, 15]
 
 
+class TestZeroPoints:
+    """Zero points that contradict the config's word for them."""
+
+    @pytest.mark.parametrize(
+        ("name", "setting"), [("gptq", {"sym": True}), ("gptq-v2", {"sym": True}), ("awq", {"zero_point": False})]
+    )
+    def test_symmetric(self, name, setting):
+        case = CASES[name]
+        scheme = dataclasses.replace(case.scheme, **setting)
+        arrays, q, scale, _ = made(dataclasses.replace(case, zeros=SYMMETRIC), 1, K, N, F16)
+        assert_means(scheme.to_canonical(arrays, K, N), q, scale, np.full(scale.shape, 8), scheme)
+        zero = np.full(scale.shape, 8)
+        zero[-1, 5] = 9
+        arrays = case.pack(q, scale, zero)
+        with pytest.raises(ValueError, match=rf"^qzeros of expert 2: got zero point 9 at \[{len(zero) - 1}, 5\]"):
+            scheme.to_canonical(arrays, K, N, " of expert 2")
+        case.scheme.to_canonical(arrays, K, N)  # where the config does not say, the tensor decides
+
+    def test_of_the_other_checkpoint_format(self):
+        """The stored zero points of "gptq_v2", read as those of "gptq", are all 9."""
+        arrays, *_ = made(dataclasses.replace(CASES["gptq-v2"], zeros=SYMMETRIC), 1, K, N, F16)
+        with pytest.raises(ValueError, match="qzeros: got zero point 9 at .*sym: true"):
+            gptq.GptqScheme(-1, "gptq", sym=True).to_canonical(arrays, K, N)
+
+
 class TestOrders:
     """``g_idx`` of GPTQ and of compressed-tensors."""
 
@@ -304,6 +330,27 @@ class TestOrders:
                 scheme.g_idx(wrong, K, N)
             with pytest.raises(exception, match=f"^g_idx of expert 3: {message}"):
                 scheme.to_canonical(arrays | {suffix: wrong}, K, N, " of expert 3")
+
+    @pytest.mark.parametrize(("scheme", "name", "suffix"), CASES)
+    def test_contradictions(self, scheme, name, suffix):
+        """A config that says whether rows are permuted, and a tensor that says otherwise."""
+        flag = "desc_act" if name == "gptq" else "actorder"
+        plain, ordered = (dataclasses.replace(scheme, **{flag: value}) for value in (False, True))
+        ordinary = np.arange(K, dtype=np.int32) // 32
+        shuffled, zeros = np.random.default_rng(0).permutation(ordinary), np.zeros(K, np.int32)
+        # Zeros are an order that was never written.
+        assert scheme.g_idx(zeros, K, N) is None
+        assert plain.g_idx(zeros, K, N) is None
+        assert plain.g_idx(ordinary, K, N) is None
+        assert ordered.g_idx(ordinary, K, N) is None
+        np.testing.assert_array_equal(ordered.g_idx(shuffled, K, N), shuffled)
+        for told, array, message in (
+            (plain, shuffled, "got group .* as the config says that rows are not permuted"),
+            (ordered, zeros, "got 256 rows in group 0, expected 32"),
+            (scheme, np.minimum(ordinary, 5), "got 96 rows in group 5, expected 32"),
+        ):
+            with pytest.raises(ValueError, match=f"^{suffix[1:]}: {message}"):
+                told.g_idx(array, K, N)
 
     def test_required_where_the_checkpoint_says_so(self):
         assert gptq.GptqScheme(32, desc_act=True).tensors(K, N)[".g_idx"].required

@@ -30,12 +30,12 @@ EXPERT = "model.layers.0.mlp.experts.1"
 # The expected gate_proj of each fixture, and other modules of EXPERT if they differ.
 SCHEMES = {
     "auto-round-asym": GptqScheme(32, "gptq_v2", sym=False),
-    "auto-round-awq": AwqScheme(32),
+    "auto-round-awq": AwqScheme(32, True),
     "auto-round-gptqmodel": GptqScheme(32, "gptq_v2", sym=False),
-    "auto-round-sym": GptqScheme(32),
-    "auto-round-to-gptq": GptqScheme(32),
-    "awq-autoawq": AwqScheme(64),
-    "awq-gptqmodel-asym": AwqScheme(32),
+    "auto-round-sym": GptqScheme(32, sym=True),
+    "auto-round-to-gptq": GptqScheme(32, desc_act=False, sym=True),
+    "awq-autoawq": AwqScheme(64, True),
+    "awq-gptqmodel-asym": AwqScheme(32, True),
     "awq-gptqmodel-sym": AwqScheme(32, zero_point=False),
     "ct-actorder-bf16": CompressedTensorsScheme(32, actorder=True),
     "ct-asym-channel-bf16": CompressedTensorsScheme(-1, symmetric=False),
@@ -43,10 +43,10 @@ SCHEMES = {
     "ct-channel-bf16": CompressedTensorsScheme(-1),
     "ct-mixed": CompressedMxfp4Scheme(),
     "ct-sym-g32-bf16": CompressedTensorsScheme(32),
-    "gptq-asym-g32": GptqScheme(32, sym=False),
-    "gptq-channel": GptqScheme(-1),
-    "gptq-dynamic": GptqScheme(32),
-    "gptq-sym-g32": GptqScheme(32),
+    "gptq-asym-g32": GptqScheme(32, desc_act=False, sym=False),
+    "gptq-channel": GptqScheme(-1, desc_act=False, sym=True),
+    "gptq-dynamic": GptqScheme(32, desc_act=False, sym=True),
+    "gptq-sym-g32": GptqScheme(32, desc_act=False, sym=True),
     "gptq-v2-asym-desc-act": GptqScheme(32, "gptq_v2", desc_act=True, sym=False),
     "marlin-autoawq-g128": MarlinScheme(128, ".qweight", ".scales"),
     "marlin-autogptq-channel": MarlinScheme(-1),
@@ -55,7 +55,7 @@ SCHEMES = {
 }
 OTHERS = {
     ("ct-mixed", "down_proj"): CompressedTensorsScheme(32),
-    ("gptq-dynamic", "down_proj"): GptqScheme(-1),
+    ("gptq-dynamic", "down_proj"): GptqScheme(-1, desc_act=False, sym=True),
 }
 # Modules that the tool did not quantise, or quantised in another way, and the message about each.
 REFUSED = [

@@ -273,6 +273,10 @@ def activation_bound(name, gates, ups):
     """The bound that rowops.h derives, plus the error where ``gate * sigmoid`` or the result is subnormal."""
     if name == "swigluoai":
         gates, ups = np.minimum(gates, 7), 1 + np.minimum(np.abs(ups), 7)
+    elif name == "silu_clamp10":
+        gates, ups = np.minimum(gates, 10), np.minimum(np.abs(ups), 10)
+    elif name == "relu2":
+        gates = ups = np.maximum(ups, 0)
     return 6 * 2.0**-24 * np.abs(gates * ups) + (1 + np.abs(ups)) * FLOAT32.smallest_subnormal
 
 
@@ -292,6 +296,8 @@ class TestActivations:
         """Inputs whose products float32 can represent."""
         gates = 2.0 ** rng.uniform(-149, 127, 1 << 14) * rng.choice([-1, 1], 1 << 14)
         ups = 2.0 ** rng.uniform(-149, np.minimum(127, 126 - np.log2(np.abs(gates)))) * rng.choice([-1, 1], 1 << 14)
+        if name == "relu2":  # the square of up alone
+            ups = np.clip(ups, -(2.0**63), 2.0**63)
         assert_activated(name, isa, activation_sums(gates, ups))
 
     def test_special_values(self, isa, name):
@@ -302,7 +308,7 @@ class TestActivations:
         values = np.array(SPECIAL + [-value for value in SPECIAL]).astype(np.float32).astype(np.float64)
         pairs = np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)
         with np.errstate(all="ignore"):
-            faint = np.abs(ACTIVATIONS[name].reference(pairs[:, 0], 1)) < 1e-35
+            faint = np.abs(ACTIVATIONS[name].reference(pairs[:, 0], np.ones(len(pairs)))) < 1e-35
             pairs = pairs[~(faint & np.isinf(pairs[:, 1]))]
             gates, ups = (np.resize(part, (50, 16)) for part in pairs.T)
             expected, bound = ACTIVATIONS[name].reference(gates, ups), activation_bound(name, gates, ups)
@@ -318,8 +324,15 @@ class TestActivations:
         gates = np.linspace(8, 1000, 1 << 12)
         ones = np.ones_like(gates)
         high, low = (activate(isa, name, activation_sums(sign * gates, ones)).reshape(-1) for sign in (1, -1))
+        if name == "relu2":
+            assert (high == 1).all()
+            assert (low == 1).all()  # gates do not matter
+            return
         if name == "swigluoai":
             assert (high == high[0]).all()
+        elif name == "silu_clamp10":
+            assert (high[gates >= 10] == high[-1]).all()
+            assert (np.diff(high) >= 0).all()
         else:
             assert (np.abs(high - gates) <= 2 * np.spacing(high) + 1.01 * gates * np.exp(-gates)).all()
         assert (low <= 0).all()

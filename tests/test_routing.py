@@ -24,6 +24,10 @@ class NoWeights:
         self.num_experts, self.k, self.n_per_expert = num_experts, k, n_per_expert
 
 
+SELECTED = tuple(scoring for scoring in SCORINGS if scoring != "sparsemixer")
+"""The scorings that may have a correction bias and groups."""
+
+
 def layer_of(routing):
     """A layer that routes by ``routing``, and can do no more."""
     sizes = {name: value for name, value in vars(routing).items() if name not in ("num_experts", "top_k")}
@@ -51,7 +55,12 @@ def score_error(logits, routing):
     The exponential is good to 4 roundoffs, what is added and divided by to 2 more; a softmax rounds differences
     of logits, which are exponents, and as many sums as there are experts.
     """
-    error = {"softmax": 8 + routing.num_experts + spread(logits), "softmax_topk": 0, "sigmoid": 8}[routing.scoring]
+    error = {
+        "softmax": 8 + routing.num_experts + spread(logits),
+        "softmax_topk": 0,
+        "sigmoid": 8,
+        "sqrt_softplus": 8,
+    }[routing.scoring]
     return np.broadcast_to(FLOAT32 * error, len(logits))
 
 
@@ -112,7 +121,7 @@ def kinds(rng, experts, groups, topk_groups, scoring, group_score):
 
 
 @pytest.mark.sampled(10)
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", SELECTED)
 @pytest.mark.parametrize(
     ("size", "group_score"),
     [(size, score) for size in SIZES for score in GROUP_SCORES if score == "max" or size[0] >= 2 * size[1] > 2],
@@ -126,7 +135,7 @@ def test_matches_the_reference(backend, rng, size, group_score, scoring):
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", SELECTED)
 def test_dtypes(backend, rng, scoring, dtype, normalise):
     for experts in (1, 7, 16, 60):
         logits = (rng.permuted(np.tile(np.arange(experts), (20, 1)), axis=1) / 8 - 2).astype(DTYPES[dtype])
@@ -135,7 +144,7 @@ def test_dtypes(backend, rng, scoring, dtype, normalise):
             check(route(backend, routing, logits), logits, routing)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", SELECTED)
 def test_many_experts_and_tokens(backend, rng, scoring):
     """As DeepSeek-V3 and Qwen3 have them; more tokens than threads or work-groups take at once."""
     logits = (2 * rng.standard_normal((300, 256))).astype(np.float32)
@@ -144,7 +153,7 @@ def test_many_experts_and_tokens(backend, rng, scoring):
         check(route(backend, routing, logits), logits, routing)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", SELECTED)
 @pytest.mark.parametrize("sizes", [(1, 1, "max"), (8, 3, "max"), (8, 3, "top2_sum")])
 def test_of_equal_ones_the_smaller_index(backend, rng, sizes, scoring):
     """Experts and groups, equal before and after a bias."""
@@ -166,6 +175,40 @@ def test_of_equal_ones_the_smaller_index(backend, rng, sizes, scoring):
         if bias is None:
             assert ids[0].tolist() == [0, 1, 2, 3, 4, 5]
             assert (weights[0] == weights[0, 0]).all()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_expert_scale(backend, rng, scoring):
+    """Weights alone are scaled, after everything else."""
+    logits = (2 * rng.standard_normal((30, 16))).astype(np.float32)
+    scale = rng.uniform(-2, 2, 16).astype(np.float32)
+    plain = route(backend, Routing(16, 5, scoring=scoring, routed_scaling_factor=1.5), logits)
+    scaled = Routing(16, 5, scoring=scoring, routed_scaling_factor=1.5, expert_scale=scale)
+    ids, weights = route(backend, scaled, logits)
+    np.testing.assert_array_equal(ids, plain[0])
+    np.testing.assert_array_equal(weights, plain[1] * scale[ids])
+    assert_close(weights, reference.route(logits, scaled)[1], 1e-5)
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.25, 2.0])
+def test_sparsemixer(backend, rng, jitter):
+    """Each weight is a softmax over the experts that were not selected before, and are near."""
+    routing = Routing(24, 3, scoring="sparsemixer", mixer_jitter=jitter, routed_scaling_factor=0.5)
+    # Multiples of 1/8: float32 has the distances exactly, and they are not at the limit.
+    logits = (rng.integers(-16, 17, (60, 24)) / 8).astype(np.float32)
+    ids, weights = route(backend, routing, logits)
+    expected_ids, expected_weights = reference.route(logits, routing)
+    np.testing.assert_array_equal(ids, expected_ids)
+    rows, column = logits.astype(np.float64), 0
+    most = rows.max(axis=1, keepdims=True)
+    limit = 2 * jitter * np.maximum(np.abs(rows), most)
+    clear = (np.abs(most - rows - limit) > 1e-5 * limit).all(axis=1) & (np.diff(np.sort(rows), axis=1)[:, -3:] > 0).all(
+        1
+    )
+    assert clear.sum() > 3
+    assert_close(weights[clear, column], expected_weights[clear, column], 1e-6)
+    far = np.abs(weights - expected_weights).max(axis=1) > 1e-6
+    assert far.mean() < 0.2, "beyond what rounding of the limit explains"
 
 
 class TestByHand:
@@ -208,7 +251,7 @@ class TestByHand:
     def test_scores_below_zero(self, backend):
         """A selected expert is not selected again, even if all other scores are low."""
         bias = -np.arange(1, 6, dtype=np.float32) * 1e30
-        for scoring in SCORINGS:
+        for scoring in SELECTED:
             ids, weights = route(backend, Routing(5, 5, scoring=scoring, correction_bias=bias), np.zeros((3, 5), "f4"))
             assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3
             assert_close(weights, np.full((3, 5), 0.2), 1e-6)
@@ -235,7 +278,7 @@ class TestExtremes:
             assert actual[0].tolist() == ids
             assert_close(actual[1], weights, 1e-6)
 
-    @pytest.mark.parametrize("scoring", SCORINGS)
+    @pytest.mark.parametrize("scoring", SELECTED)
     @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
     def test_some_experts_are_not_there(self, backend, rng, groups, scoring):
         """Logits of minus infinity among others, also so many that some must be selected."""
@@ -248,7 +291,7 @@ class TestExtremes:
         np.testing.assert_array_equal(ids, expected_ids)
         assert_close(weights, expected_weights, 1e-6)
 
-    @pytest.mark.parametrize("scoring", SCORINGS)
+    @pytest.mark.parametrize("scoring", SELECTED)
     @pytest.mark.parametrize("groups", [(1, 1), (3, 2)])
     @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf], [-np.inf] * 6, [-np.inf] * 5 + [np.nan]])
     def test_bad_logits(self, backend, rng, bad, groups, scoring):
@@ -273,7 +316,7 @@ class TestExtremes:
             assert ids.shape == weights.shape == (0, 2)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", SELECTED)
 def test_bits_do_not_depend_on_threads_batch_or_isa(cpu_backend, rng, isa, scoring):
     bias = rng.standard_normal(96).astype(np.float32) / 8
     routing = Routing(

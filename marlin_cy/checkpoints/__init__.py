@@ -18,7 +18,9 @@ The path of a weight::
 ::
 
     checkpoint.py      open_checkpoint and Checkpoint: a folder and its MoE layers
-    families.py        model families: names of modules, and routing
+    family_rows.py     model families: names of modules, and routing
+    families.py        what config.json says about MoE layers       naming.py    names in the files
+    moe_block.py       a block's routing and shared expert           foreign.py   layers of other formats
     quantised.py       QuantizedSource: the layers of a quantiser's folder
     packed.py          PackedSource: the layers of a packed folder
     packed_writer.py   write_packed

@@ -12,26 +12,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
-from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.calls import call_in_parallel, errors_of
+from marlin_cy.checkpoints.families import (
+    Family,
+    MoeSpec,
+    count_layers,
+    find_family,
+    find_moe_layers,
+    has_row,
+    read_moe_spec,
+    text_config,
+)
+from marlin_cy.checkpoints.foreign import foreign_layers
+from marlin_cy.checkpoints.ignored import is_ignored
+from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
+from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
+from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
-from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.json_fields import StrPath, read_json
+from marlin_cy.errors import MarlinError
+from marlin_cy.formats.json_fields import StrPath, finite, read_json
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
-from marlin_cy.moe.layer import MoeLayer, SharedExpert
-from marlin_cy.moe.routing import Routing
+from marlin_cy.moe.layer import MoeLayer
 from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.int4 import Int4Weight
 
@@ -40,8 +52,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 Progress = Callable[[int, int, str], object]
 """Called as ``progress(done, total, description)``."""
 
-LAYER_PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model.layers")
-"""The prefixes of layers' names: of language models, and of vision-language models."""
+Describe = Callable[[list[str]], tuple[Family, MoeSpec, list[int]]]
+"""The parameter ``describe`` of :func:`open_checkpoint`."""
 
 
 def open_checkpoint(
@@ -51,6 +63,7 @@ def open_checkpoint(
     progress: Progress | None = None,
     num_threads: int | None = None,
     verify: bool = False,
+    describe: Describe | None = None,
 ) -> Checkpoint:
     """Open a checkpoint folder. Everything except the weights' values is checked. No weight is loaded.
 
@@ -68,6 +81,9 @@ def open_checkpoint(
         Threads that pack, 1 to 4096; by default as for a CPU context.
     verify : bool
         Read all tensors of a packed folder and compare their checksums. Other folders have no checksums.
+    describe : callable, optional
+        Describes a model whose family has no row: ``describe(tensor_names)`` returns the :class:`Family`, the
+        :class:`MoeSpec` and the numbers of the MoE layers. By default, such a model is refused.
 
     Raises
     ------
@@ -84,7 +100,7 @@ def open_checkpoint(
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
-    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify))
+    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify), describe)
 
 
 class Checkpoint:
@@ -119,7 +135,13 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, backend: Backend, progress: Progress | None, num_threads: int, verify: bool = False
+        self,
+        path: Path,
+        backend: Backend,
+        progress: Progress | None,
+        num_threads: int,
+        verify: bool = False,
+        describe: Describe | None = None,
     ) -> None:
         self.path = path
         self.backend = backend
@@ -129,15 +151,19 @@ class Checkpoint:
         self.config = read_json(self._config_file)
         packed = is_packed(self.config)
         self.scheme: Scheme | None = None if packed else read_scheme(path, self.config)
-        self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
-        self.moe_spec = read_moe_spec(text, self.family, self._config_file)
-        with as_checkpoint_error(self._config_file):
-            Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
-        self._tensors = SafetensorsFolder(path)
-        layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
-        self.num_layers: int = text["num_hidden_layers"]
-        self.layer_prefix = self._find_prefix()
+        if describe is not None and not has_row(self.config, self._config_file):
+            self._tensors = SafetensorsFolder(path)
+            self.family, self.moe_spec, layers = describe(self._tensors.names)
+        else:
+            self.family = find_family(self.config, self._config_file)
+            self.moe_spec = read_moe_spec(text, self.family, self._config_file)
+            self._tensors = SafetensorsFolder(path)
+            layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
+        self.num_layers = count_layers(text, self._config_file)
+        self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
+        self.family, self.layer_prefix = self._naming.family, self._naming.prefix
+        self._naming.check_moe_layers(layers)
         self._source: QuantizedSource | PackedSource
         if self.scheme is None:
             self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
@@ -242,7 +268,43 @@ class Checkpoint:
         """
         return self._source.weight(name)
 
-    # MoE layers --------------------------------------------------------------------------------
+    @property
+    def prediction_layers(self) -> list[int]:
+        """The numbers of layers beyond the last one. They predict further tokens, and are not loaded."""
+        return self._naming.beyond
+
+    def problems(self, *, layers: bool = False) -> list[MarlinError]:
+        """Why loading the whole model would fail, as far as that shows without reading weights.
+
+        :func:`open_checkpoint` itself refuses what concerns the routed experts' tensors. With ``layers``, what
+        :meth:`moe_layer` refuses is included, though transformers may run the model.
+        """
+        checks: list[Callable[[], None]] = [
+            partial(self._source.check_linear, name) for name in self.linears if not self.is_passed_over(name)
+        ]
+        checks += [partial(self._block(layer).check_all, layers) for layer in self.moe_layers]
+        return [*errors_of(checks), *foreign_layers(self._tensors, self.scheme, self.is_passed_over)]
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the files have a quantised output layer. It is used, whatever ``tie_word_embeddings`` says."""
+        return any(name.split(".")[-1] == "lm_head" for name in self.linears)
+
+    def is_passed_over(self, name: str) -> bool:
+        """Whether a tensor or a linear layer is not needed: its name says so, or its layer predicts further tokens."""
+        return is_ignored(name) or self._naming.is_beyond(name)
+
+    def dequantized(self, name: str, n: int | None = None, k: int | None = None) -> npt.NDArray[np.float32]:
+        """The weight of a quantised linear layer, float32 ``[n, k]``: exact, as 16-bit scales times small integers.
+
+        Raises
+        ------
+        CheckpointError, UnsupportedError
+            As :meth:`linear`; also if the layer has another size than ``n`` and ``k``, where they are given.
+        """
+        return dequantized(self._source, name, n, k)
+
+    # MoE layers: methods that take a layer raise an IndexError if it is not a MoE layer ---------
 
     @property
     def act_order(self) -> bool:
@@ -250,11 +312,15 @@ class Checkpoint:
         return self._source.act_order
 
     def moe_block(self, layer: int) -> str:
-        """The name of a layer's MoE block: ``"model.layers.0.mlp"``."""
-        return f"{self.layer_prefix}.{layer}.{self.family.block}"
+        """The name of a layer's MoE block: ``"model.layers.0.mlp"``; the layer's if the family has no blocks."""
+        return f"{self.layer_prefix}.{layer}.{self.family.block}".removesuffix(".")
 
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
-        """The router of a MoE layer, ``[num_experts, hidden_size]``: a read-only view in the file's dtype.
+        """The router of a MoE layer, ``[num_experts, hidden_size]``.
+
+        Returns
+        -------
+        A read-only view in the file's dtype. float32 if the file has the router quantised.
 
         Raises
         ------
@@ -263,51 +329,52 @@ class Checkpoint:
         CheckpointError
             The tensor is missing, or its shape contradicts ``config.json``.
         """
-        self._check_layer(layer)
-        self._check_router(layer)
-        return self._tensors.tensor(self._router(layer, "weight"))
+        return self._block(layer).router_weight()
 
     def router_bias(self, layer: int) -> npt.NDArray[Any] | None:
-        """The bias that is added to a router's logits, ``[num_experts]``, or None. gpt-oss has one.
-
-        Raises
-        ------
-        IndexError, CheckpointError
-            As :meth:`router_weight`.
-        """
-        return self._router_vector(layer, "bias")
+        """The bias that is added to a router's logits, ``[num_experts]``; gpt-oss has one. As :meth:`router_weight`."""
+        return self._block(layer).router_bias()
 
     def correction_bias(self, layer: int) -> npt.NDArray[Any] | None:
-        """The bias that is added to a router's scores to select experts, ``[num_experts]``, or None.
+        """The bias that is added to a router's scores to select experts, ``[num_experts]``; DeepSeek-V3 has one.
 
-        DeepSeek-V3 has one.
+        Raises
+        ------
+        IndexError, CheckpointError
+            As :meth:`router_weight`; also if the family has such a bias, and the layer does not.
+        """
+        return self._block(layer).correction_bias()
+
+    def expert_scale(self, layer: int) -> npt.NDArray[Any] | None:
+        """The factor of each expert's weight, ``[num_experts]``; Gemma-4 has one. As :meth:`correction_bias`."""
+        return self._block(layer).expert_scale()
+
+    def router_logits(self, layer: int, hidden_states: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """The logits that a MoE layer routes by, float32 ``[tokens, num_experts]``.
+
+        Parameters
+        ----------
+        layer : int
+        hidden_states : float ``[tokens, hidden_size]``
+            What the model's router gets.
 
         Raises
         ------
         IndexError, CheckpointError
             As :meth:`router_weight`.
+        ValueError
+            ``hidden_states`` has another shape.
         """
-        return self._router_vector(layer, "e_score_correction_bias")
+        eps = finite(text_config(self.config, self._config_file), "rms_norm_eps", self._config_file, 1e-6)
+        return self._block(layer).router_logits(hidden_states, eps)
 
     def expert_bytes(self, layer: int) -> int:
-        """Bytes of a MoE layer's routed experts in the files.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
-        """
+        """Bytes of a MoE layer's routed experts in the files."""
         self._check_layer(layer)
         return self._source.expert_bytes(self.moe_block(layer))
 
     def expert_group_sizes(self, layer: int) -> tuple[int, int]:
-        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
-        """
+        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``."""
         self._check_layer(layer)
         return self._source.expert_group_sizes(self.moe_block(layer))
 
@@ -315,11 +382,6 @@ class Checkpoint:
         """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.
 
         For a quantiser's folder, the configuration decides. For a packed folder, the zero points are read.
-
-        Raises
-        ------
-        IndexError
-            ``layer`` is not a MoE layer.
         """
         self._check_layer(layer)
         return self._source.expert_symmetry(self.moe_block(layer))
@@ -336,7 +398,7 @@ class Checkpoint:
         layer : int
             One of :attr:`moe_layers`.
         shared_expert : bool
-            Also load the shared expert, if the family has one. Pass False if the caller computes it.
+            Also load the shared expert, if the model has one. Pass False if the caller computes it.
 
         Returns
         -------
@@ -347,101 +409,38 @@ class Checkpoint:
         IndexError
             ``layer`` is not a MoE layer.
         CheckpointError
-            A scale is not finite, or an entry of ``g_idx`` is out of range.
+            A scale is not finite, an entry of ``g_idx`` is out of range, or the block has a tensor that the layer
+            would not use.
         UnsupportedError
             The gate and up layers of an expert order K differently (``desc_act``), or the shared expert is not
             quantised.
         """
-        self._check_layer(layer)
-        spec, block = self.moe_spec, self.moe_block(layer)
-        routing: dict[str, Any] = {
-            "top_k": spec.top_k,
-            "correction_bias": self.correction_bias(layer),
-            **spec.routing(),
-        }
-        with self._as_correction_bias_error(layer):
-            Routing(spec.num_experts, **routing)
-        shared = None
-        if shared_expert and spec.shared_intermediate_size is not None:
-            shared = self._shared_expert(block, spec.shared_intermediate_size)
-        gate_up, down = self._source.expert_stacks(block, self.backend, f"layer {layer}")
-        return MoeLayer(gate_up, down, activation=spec.activation, shared_expert=shared, **routing)
+        return self._block(layer).layer(self.backend, f"layer {layer}", shared_expert)
 
-    def _shared_expert(self, block: str, inter: int) -> SharedExpert:
-        """The shared expert of a block, of width ``inter``."""
-        family, spec, source = self.family, self.moe_spec, self._source
-        module = f"{block}.{family.shared_expert}"
-        modules = [f"{module}.{name}" for name in (family.gate, family.up, family.down)]
-        for name in modules:
-            if not source.has_linear(name):
-                raise UnsupportedError(
-                    f"{self.path}: {name} is not quantised; load the layer with shared_expert=False, and add the "
-                    "shared expert's output to the layer's"
-                )
-        gate, up, down = (source.weight(name) for name in modules)
-        hidden = spec.hidden_size
-        for name, weight, sizes in zip(
-            modules, (gate, up, down), 2 * [(hidden, inter)] + [(inter, hidden)], strict=True
-        ):
-            if (weight.k, weight.n) != sizes:
-                raise CheckpointError(
-                    f"{name}: got [{weight.k}, {weight.n}], expected {list(sizes)} by the configuration", file=self.path
-                )
-        builder = new_builder(self.backend, 1, 2 * inter, gate, [gate.g_idx])
-        builder.add(0, 0, gate)
-        builder.add(0, inter, up)
-        below = new_builder(self.backend, 1, hidden, down, [down.g_idx])
-        below.add(0, 0, down)
-        for name in modules:
-            source.release(name)
-        gate_weight = None
-        if family.shared_gate is not None:
-            name = f"{block}.{family.shared_gate}.weight"
-            self._tensors.check(name, (1, hidden))
-            gate_weight = self._tensors.tensor(name)[0]
-        with as_checkpoint_error(self._tensors.source, name):
-            return SharedExpert(builder.finish(), below.finish(), gate_weight)
+    def has_packed_shared_expert(self, layer: int) -> bool:
+        """Whether :meth:`moe_layer` can load all of a layer: its shared expert is quantised, or there is none."""
+        return not self.moe_spec.shared_intermediate_size or self._block(layer).has_packed_shared_expert()
+
+    def experts(self, layer: int) -> MoeLayer:
+        """The routed experts of a MoE layer alone, for a caller that routes: use ``forward_routed``.
+
+        The parameter and the exceptions are those of :meth:`moe_layer`. Tensors that only routing needs are not read.
+        """
+        self._check_layer(layer)
+        gate_up, down = self._source.expert_stacks(self.moe_block(layer), self.backend, f"layer {layer}")
+        return MoeLayer(gate_up, down, top_k=self.moe_spec.top_k, activation=self.moe_spec.activation)
+
+    def _block(self, layer: int) -> MoeBlock:
+        self._check_layer(layer)
+        name = self.moe_block(layer)
+        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
-        """Call ``work(i)`` for each ``i`` below ``total``, in parallel. The first exception cancels the rest."""
-        pool = ThreadPoolExecutor(self._num_threads)
-        try:
-            pending = [pool.submit(work, index) for index in range(total)]
-            for done, future in enumerate(as_completed(pending), start=1):
-                future.result()
-                if self._progress is not None:
-                    self._progress(done, total, description)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""
+        progress = self._progress or (lambda *_: None)
+        call_in_parallel(work, total, self._num_threads, lambda done: progress(done, total, description))
 
     # Checks ------------------------------------------------------------------------------------
-
-    def _find_prefix(self) -> str:
-        names = self._tensors.names
-        for prefix in LAYER_PREFIXES:
-            if any(name.startswith(f"{prefix}.") for name in names):
-                return prefix
-        return LAYER_PREFIXES[0]
-
-    def _router(self, layer: int, part: str) -> str:
-        return f"{self.moe_block(layer)}.{self.family.router}.{part}"
-
-    def _router_vector(self, layer: int, part: str) -> npt.NDArray[Any] | None:
-        self._check_layer(layer)
-        name = self._router(layer, part)
-        if name not in self._tensors:
-            return None
-        self._tensors.check(name, (self.moe_spec.num_experts,))
-        return self._tensors.tensor(name)
-
-    def _as_correction_bias_error(self, layer: int) -> AbstractContextManager[None]:
-        name = self._router(layer, "e_score_correction_bias")
-        return as_checkpoint_error(
-            self._tensors.file_of(name).path if name in self._tensors else self._config_file, name
-        )
-
-    def _check_router(self, layer: int) -> None:
-        self._tensors.check(self._router(layer, "weight"), (self.moe_spec.num_experts, self.moe_spec.hidden_size))
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.moe_layers:

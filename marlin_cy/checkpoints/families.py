@@ -1,18 +1,33 @@
-"""Model families: the names of a family's modules, and its routing, which its configuration describes.
+"""What ``config.json`` says about a model's MoE layers: their family, sizes and routing, and which layers they are.
 
-A family is a row of :data:`FAMILIES`; ``docs/adding-a-family.md`` says how to add one. The names are the ones
-in checkpoints, which quantisers keep. The classes of transformers may use other names.
+A family is a row of :data:`~marlin_cy.checkpoints.family_rows.FAMILIES`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.family_rows import FAMILIES, Family
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject, StrPath, finite, optional, positive
+from marlin_cy.moe.routing import Routing
 
-__all__ = ["FAMILIES", "Family", "MoeSpec", "find_family", "find_moe_layers", "read_moe_spec", "text_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "MoeSpec",
+    "block_prefix",
+    "count_layers",
+    "find_family",
+    "find_moe_layers",
+    "has_row",
+    "read_moe_spec",
+    "text_config",
+]
 
 ACTIVATION_OF = {
     "silu": "silu",
@@ -20,104 +35,34 @@ ACTIVATION_OF = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 """The activation of each ``hidden_act``."""
 
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""transformers 5 writes num_local_experts for every family."""
+
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
+NORM_KEYS = ("norm_topk_prob", "moe_renormalize")
+GROUP_KEYS = ("n_group", "num_expert_group")
+SCORING_KEYS = ("scoring_func", "score_func", "score_function", "moe_router_activation_func")
+SCORING_OF = {"sqrtsoftplus": "sqrt_softplus"}
+"""The scoring of each value of these keys, where the names differ."""
+
+LAYER_KINDS_KEYS = ("mlp_layer_types", "layers_block_type", "layer_types")
+SPARSE = ("sparse", "moe", "hash_moe")
+"""The entries of these lists that are layers with experts."""
+
 GROUP_SCORE_OF = {"greedy": None, "group_limited_greedy": "max", "noaux_tc": "top2_sum"}
 """How each ``topk_method`` of DeepSeek's configurations scores groups of experts; None if it has no groups."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The names of a model family's modules, and its routing.
-
-    Attributes
-    ----------
-    name : str
-    block : str
-        The name of the MoE block in a layer: ``"mlp"``.
-    gate, up, down : str
-        The names of an expert's linear layers.
-    gate_up : str
-        The name of the tensor that holds gate and up of all experts, in checkpoints that have such a tensor.
-    interleaved : bool
-        Whether columns of gate and up alternate in that tensor. Otherwise all of gate comes before all of up.
-    router : str
-        The name of the router in the block.
-    shared_expert, shared_gate : str or None
-        The names of the shared expert in the block, and of the linear layer with one output that weights it.
-    intermediate_size : str
-        The key of ``config.json`` for an expert's width.
-    scoring : str
-        As in :class:`~marlin_cy.moe.routing.Routing`.
-    norm_topk_prob : bool or None
-        Whether the weights of the selected experts are normalised; None if ``config.json`` decides.
-    norm_default : bool
-        The default for a ``config.json`` that does not decide.
-    topk_method : str or None
-        The default of the key ``topk_method``, a key of :data:`GROUP_SCORE_OF`; None if the family has no such key.
-    activation : str or None
-        The experts' activation; None if ``hidden_act`` of ``config.json`` decides.
-    """
-
-    name: str
-    block: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    gate_up: str = "gate_up_proj"
-    interleaved: bool = False
-    router: str = "gate"
-    shared_expert: str | None = None
-    shared_gate: str | None = None
-    intermediate_size: str = "moe_intermediate_size"
-    scoring: str = "softmax"
-    norm_topk_prob: bool | None = None
-    norm_default: bool = False
-    topk_method: str | None = None
-    activation: str | None = None
-
-
-QWEN3_5 = Family("Qwen3.5-MoE", shared_expert="shared_expert", shared_gate="shared_expert_gate", norm_topk_prob=True)
-
-FAMILIES = {
-    "qwen2_moe": Family("Qwen2-MoE", shared_expert="shared_expert", shared_gate="shared_expert_gate"),
-    "qwen3_moe": Family("Qwen3-MoE"),
-    "qwen3_next": Family(
-        "Qwen3-Next", shared_expert="shared_expert", shared_gate="shared_expert_gate", norm_default=True
-    ),
-    "qwen3_5_moe": QWEN3_5,
-    "qwen3_5_moe_text": QWEN3_5,
-    "mixtral": Family(
-        "Mixtral",
-        block="block_sparse_moe",
-        gate="w1",
-        up="w3",
-        down="w2",
-        intermediate_size="intermediate_size",
-        norm_topk_prob=True,
-    ),
-    "deepseek_v2": Family("DeepSeek-V2", shared_expert="shared_experts", norm_topk_prob=False, topk_method="greedy"),
-    "deepseek_v3": Family(
-        "DeepSeek-V3", shared_expert="shared_experts", scoring="sigmoid", norm_default=True, topk_method="noaux_tc"
-    ),
-    "glm4_moe": Family(
-        "GLM-4.5-MoE", shared_expert="shared_experts", scoring="sigmoid", norm_default=True, topk_method="noaux_tc"
-    ),
-    "gpt_oss": Family(
-        "gpt-oss",
-        interleaved=True,
-        router="router",
-        intermediate_size="intermediate_size",
-        scoring="softmax_topk",
-        norm_topk_prob=True,
-        activation="swigluoai",
-    ),
-}
-"""The supported model families, by ``model_type`` of ``config.json``.
-
-Source: transformers, ``models/*/modeling_*.py`` and ``conversion_mapping.py``.
-"""
 
 
 @dataclass(frozen=True)
@@ -135,8 +80,12 @@ class MoeSpec:
         Whether the weights of the selected experts are scaled to sum to one.
     activation : str
         A key of :data:`~marlin_cy.activations.ACTIVATIONS`.
-    scoring, num_groups, topk_groups, group_score, routed_scaling_factor
+    scoring, num_groups, topk_groups, group_score, routed_scaling_factor, mixer_jitter
         As in :class:`~marlin_cy.moe.routing.Routing`.
+    averaged : bool
+        Whether the layer's output is the mean of routed experts and shared expert, not their sum.
+    weight_on_input : bool
+        Whether a token's weight multiplies the token, not the expert's output.
     """
 
     num_experts: int
@@ -151,6 +100,9 @@ class MoeSpec:
     topk_groups: int = 1
     group_score: str = "max"
     routed_scaling_factor: float = 1.0
+    mixer_jitter: float = 0.0
+    averaged: bool = False
+    weight_on_input: bool = False
 
     def routing(self) -> dict[str, Any]:
         """The keyword arguments of :class:`~marlin_cy.moe.routing.Routing` that all layers share."""
@@ -161,6 +113,7 @@ class MoeSpec:
             "topk_groups",
             "group_score",
             "routed_scaling_factor",
+            "mixer_jitter",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -171,35 +124,48 @@ def text_config(config: JsonObject, file: StrPath) -> JsonObject:
     return found
 
 
+def has_row(config: JsonObject, file: StrPath) -> bool:
+    """Whether :func:`find_family` finds a row."""
+    types = config.get("model_type"), text_config(config, file).get("model_type")
+    return any(isinstance(name, str) and name in FAMILIES for name in types)
+
+
 def find_family(config: JsonObject, file: StrPath) -> Family:
-    """The row of :data:`FAMILIES` for ``model_type``.
+    """The row of :data:`FAMILIES` for ``model_type``, or for that of ``text_config``.
 
     Raises
     ------
     UnsupportedError
         There is no such row.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"{file}: model_type {model_type!r}, supported: {', '.join(FAMILIES)}; they have tensors named "
-            f"{', '.join(tensor_patterns())}"
-        )
-    return FAMILIES[model_type]
+    model_type, inner = config.get("model_type"), text_config(config, file).get("model_type")
+    for name in (model_type, inner):
+        if isinstance(name, str) and name in FAMILIES:
+            return FAMILIES[name]
+    raise UnsupportedError(
+        f"{file}: model_type {model_type!r}, supported: {', '.join(FAMILIES)}; they have tensors named "
+        f"{', '.join(tensor_patterns())}"
+    )
 
 
 def tensor_patterns() -> list[str]:
     """The patterns of experts' names in all families, each once."""
     patterns = dict.fromkeys(
-        f"model.layers.N.{family.block}.experts."
+        f"model.layers.N.{block_prefix(spelling)}experts."
         + (
-            f"{{{family.gate_up},{family.down}}}"
-            if family.interleaved
-            else f"N.{{{family.gate},{family.up},{family.down}}}"
+            f"{{{spelling.gate_up},{spelling.down}}}"
+            if spelling.interleaved
+            else f"N.{{{','.join(spelling.expert_names)}}}"
         )
         for family in FAMILIES.values()
+        for spelling in family.spellings
     )
     return list(patterns)
+
+
+def block_prefix(family: Family) -> str:
+    """The beginning of names in a layer's MoE block: ``"mlp."``, or ``""`` if there is no block."""
+    return f"{family.block}." if family.block else ""
 
 
 def read_moe_spec(config: JsonObject, family: Family, file: StrPath) -> MoeSpec:
@@ -210,40 +176,76 @@ def read_moe_spec(config: JsonObject, family: Family, file: StrPath) -> MoeSpec:
     CheckpointError, UnsupportedError
         A value is missing, invalid or not supported.
     """
-    norm_topk_prob = family.norm_topk_prob
-    if norm_topk_prob is None:
-        norm_topk_prob = optional(config, ("norm_topk_prob",), bool, file, default=family.norm_default)
-    elif (
-        family.topk_method
-        and optional(config, ("norm_topk_prob",), bool, file, default=norm_topk_prob) != norm_topk_prob
-    ):
-        raise UnsupportedError(f"{file}: norm_topk_prob {not norm_topk_prob} is not supported for {family.name}")
-    # transformers 5 writes num_local_experts for every family.
-    num_experts = positive(config, ("num_experts", "num_local_experts", "n_routed_experts"), file)
-    intermediate_size = positive(config, (family.intermediate_size,), file)
-    num_groups, topk_groups, group_score = _groups(config, family, file)
+    for key, supported in family.refused:
+        value = config.get(key)
+        if value is not None and value != supported:
+            raise UnsupportedError(f"{file}: {key} {value!r} is not supported for {family.name}")
+    num_experts = _size(config, NUM_EXPERTS_KEYS, file)
+    intermediate_size = _size(config, (family.intermediate_size,), file)
+    num_groups, topk_groups, group_score = _groups(config, family, num_experts, file)
+    shared_size = _shared_size(config, family, intermediate_size, file)
+    averaged = shared_size is not None and _averaged(config, family, file)
+    factor = 1.0 if family.scaling is None else finite(config, family.scaling, file, family.scaling_default)
     spec = MoeSpec(
         num_experts=num_experts,
-        top_k=positive(config, ("num_experts_per_tok", "experts_per_token"), file),
+        top_k=_size(config, TOP_K_KEYS, file),
         hidden_size=positive(config, ("hidden_size",), file),
         intermediate_size=intermediate_size,
-        shared_intermediate_size=_shared_size(config, family, intermediate_size, file),
-        norm_topk_prob=norm_topk_prob,
+        shared_intermediate_size=shared_size,
+        norm_topk_prob=_norm_topk_prob(config, family, file),
         activation=_activation(config, family, file),
         scoring=_scoring(config, family, file),
         num_groups=num_groups,
         topk_groups=topk_groups,
         group_score=group_score,
-        routed_scaling_factor=finite(config, "routed_scaling_factor", file, 1.0) if family.topk_method else 1.0,
+        routed_scaling_factor=factor / 2 if averaged else factor,
+        mixer_jitter=finite(config, "router_jitter_noise", file, 0.01) if family.scoring == "sparsemixer" else 0.0,
+        averaged=averaged,
+        weight_on_input=family.weight_on_input,
     )
     if spec.top_k > num_experts:
         raise CheckpointError(
             f"num_experts_per_tok: got {spec.top_k}, expected at most the number of experts, {num_experts}", file=file
         )
+    with as_checkpoint_error(file):
+        Routing(num_experts, spec.top_k, **spec.routing())
+    if spec.weight_on_input and spec.top_k != 1:
+        raise UnsupportedError(f"{file}: {spec.top_k} experts for each token, {family.name} supports 1")
     return spec
 
 
-def _groups(config: JsonObject, family: Family, file: StrPath) -> tuple[int, int, str]:
+def _size(config: JsonObject, names: tuple[str, ...], file: StrPath) -> int:
+    """A positive number, which may be written as a list with one entry for each layer if all are equal."""
+    numbers = dict(config)
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, list) and value:
+            if any(entry != value[0] for entry in value):
+                raise UnsupportedError(f"{file}: {name}: got {value}, layers that differ are not supported")
+            numbers[name] = value[0]
+    return positive(numbers, names, file)
+
+
+def _norm_topk_prob(config: JsonObject, family: Family, file: StrPath) -> bool:
+    always = family.norm_topk_prob
+    given = optional(config, NORM_KEYS, bool, file)
+    if always is None:
+        return family.norm_default if given is None else given
+    if family.topk_method and given is not None and given != always:
+        raise UnsupportedError(f"{file}: norm_topk_prob {given} is not supported for {family.name}")
+    return always
+
+
+def _averaged(config: JsonObject, family: Family, file: StrPath) -> bool:
+    if family.average_key is None:
+        return False
+    found = optional(config, (family.average_key,), str, file, default="average")
+    if found not in ("sum", "average"):
+        raise UnsupportedError(f"{file}: {family.average_key} {found!r}, supported: sum, average")
+    return found == "average"
+
+
+def _groups(config: JsonObject, family: Family, experts: int, file: StrPath) -> tuple[int, int, str]:
     """``(num_groups, topk_groups, group_score)``."""
     method = family.topk_method and optional(config, ("topk_method",), str, file, default=family.topk_method)
     if method is None:
@@ -253,9 +255,8 @@ def _groups(config: JsonObject, family: Family, file: StrPath) -> tuple[int, int
     group_score = GROUP_SCORE_OF[method]
     if group_score is None:
         return 1, 1, "max"
-    groups = positive(config, ("n_group",), file, default=1)
+    groups = positive(config, GROUP_KEYS, file, default=1)
     chosen = positive(config, ("topk_group",), file, default=1)
-    experts = positive(config, ("num_experts", "num_local_experts", "n_routed_experts"), file)
     if experts % groups or chosen > groups:
         raise CheckpointError(
             f"n_group, topk_group: got {groups} and {chosen}, expected n_group to divide {experts}, and topk_group "
@@ -266,21 +267,26 @@ def _groups(config: JsonObject, family: Family, file: StrPath) -> tuple[int, int
 
 
 def _scoring(config: JsonObject, family: Family, file: StrPath) -> str:
-    if family.topk_method is None:
-        return family.scoring
-    scoring = optional(config, ("scoring_func",), str, file, default=family.scoring)
-    if scoring != family.scoring:
-        raise UnsupportedError(f"{file}: scoring_func {scoring!r}, {family.name} has {family.scoring!r}")
-    return scoring
+    if family.scoring_key is not None:
+        found = optional(config, (family.scoring_key,), str, file, default=family.scoring)
+        if found not in ("softmax", "sigmoid"):
+            raise UnsupportedError(f"{file}: {family.scoring_key} {found!r}, supported: softmax, sigmoid")
+        return "softmax_topk" if found == "softmax" else found
+    found = optional(config, SCORING_KEYS, str, file, default=family.scoring)
+    if SCORING_OF.get(found, found) != family.scoring:
+        raise UnsupportedError(f"{file}: scoring_func {found!r}, {family.name} has {family.scoring!r}")
+    return family.scoring
 
 
 def _activation(config: JsonObject, family: Family, file: StrPath) -> str:
-    name = optional(config, ("hidden_act",), str, file, default="silu")
+    name = optional(config, ACTIVATION_KEYS, str, file, default="silu")
     if family.activation is None:
-        if name not in ACTIVATION_OF:
-            raise UnsupportedError(f"{file}: hidden_act {name!r}, supported: {', '.join(ACTIVATION_OF)}")
-        return ACTIVATION_OF[name]
-    for key, expected in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+        found = ACTIVATION_OF.get(name)
+        if found is None or ACTIVATIONS[found].gated == (family.gate is None):
+            supported = [name for name, row in ACTIVATION_OF.items() if ACTIVATIONS[row].gated != (family.gate is None)]
+            raise UnsupportedError(f"{file}: hidden_act {name!r}, supported: {', '.join(supported)}")
+        return found
+    for key, expected in family.limits:
         value = finite(config, key, file, expected)
         if value != expected:
             raise UnsupportedError(f"{file}: {key} {value}, only {expected} is supported")
@@ -291,17 +297,17 @@ def _shared_size(config: JsonObject, family: Family, intermediate_size: int, fil
     """Width of the shared expert; None if the model has no shared expert."""
     if family.shared_expert is None:
         return None
-    if family.shared_gate is not None:
-        size = optional(config, ("shared_expert_intermediate_size",), int, file, default=0)
+    if family.shared_width is not None:
+        size = optional(config, (family.shared_width,), int, file, default=0)
     else:
-        size = intermediate_size * optional(config, ("n_shared_experts",), int, file, default=0)
+        size = intermediate_size * optional(config, family.shared_count, int, file, default=0)
     if size < 0:
         raise CheckpointError(f"the shared expert's width: got {size}, expected 0 or more", file=file)
     return size or None
 
 
 def find_moe_layers(config: JsonObject, num_tensors: int, file: StrPath) -> list[int]:
-    """The numbers of the MoE layers, by the keys of Qwen's and DeepSeek's configurations, as transformers reads them.
+    """The numbers of the MoE layers, by the keys of all families, as transformers reads them.
 
     Parameters
     ----------
@@ -311,15 +317,70 @@ def find_moe_layers(config: JsonObject, num_tensors: int, file: StrPath) -> list
     file : path-like
         For messages.
     """
-    num_layers = positive(config, ("num_hidden_layers",), file)
+    num_layers = count_layers(config, file)
     if num_layers > num_tensors:
         raise CheckpointError(f"num_hidden_layers: got {num_layers}, but there are {num_tensors} tensors", file=file)
-    step = positive(config, ("decoder_sparse_step",), file, default=1)
-    frequency = positive(config, ("moe_layer_freq",), file, default=1)
-    first = optional(config, ("first_k_dense_replace",), int, file, default=0)
+    if optional(config, ("enable_moe_block",), bool, file, default=True) is False:
+        return []
+    listed = _listed_layers(config, num_layers, file)
+    return [layer for layer in range(num_layers) if _is_moe(config, layer, file)] if listed is None else listed
+
+
+def count_layers(config: JsonObject, file: StrPath) -> int:
+    """The number of layers; of a list of their kinds if ``num_hidden_layers`` is missing, as in Nemotron-H."""
+    kinds = optional(config, ("layers_block_type",), list, file)
+    pattern = optional(config, ("hybrid_override_pattern",), str, file)
+    default = len(kinds or pattern or ()) or None
+    return positive(config, ("num_hidden_layers",), file, default=default)
+
+
+def _listed_layers(config: JsonObject, num_layers: int, file: StrPath) -> list[int] | None:
+    """The MoE layers by a list in the configuration; None if there is none."""
+    for key in LAYER_KINDS_KEYS:
+        kinds: list[Any] | None = optional(config, (key,), list, file)
+        if kinds is not None and any(kind in SPARSE for kind in kinds):
+            _check_length(key, kinds, num_layers, file)
+            return [layer for layer, kind in enumerate(kinds) if kind in SPARSE]
+    pattern = optional(config, ("hybrid_override_pattern",), str, file)
+    if pattern is not None:  # Nemotron-H's: a letter for each layer
+        _check_length("hybrid_override_pattern", pattern, num_layers, file)
+        return [layer for layer, letter in enumerate(pattern) if letter == "E"]
+    frequencies = config.get("moe_layer_freq")
+    if isinstance(frequencies, list):  # MiMo's: 1 for a layer with experts
+        _check_length("moe_layer_freq", frequencies, num_layers, file)
+        return [layer for layer, sparse in enumerate(frequencies) if sparse]
+    numbers: list[Any] | None = optional(config, ("moe_layers",), list, file)
+    if numbers is not None:
+        if not all(isinstance(number, int) and 0 <= number < num_layers for number in numbers):
+            raise CheckpointError(f"moe_layers: got {numbers}, expected numbers of the {num_layers} layers", file=file)
+        return sorted(numbers)
+    return None
+
+
+def _check_length(key: str, entries: Sequence[Any], num_layers: int, file: StrPath) -> None:
+    if len(entries) != num_layers:
+        raise CheckpointError(f"{key}: got {len(entries)} entries, expected {num_layers}", file=file)
+
+
+def _is_moe(config: Mapping[str, Any], layer: int, file: StrPath) -> bool:
+    """Whether a layer has experts, by the keys of periods and bounds. A missing key excludes no layer."""
     dense: list[Any] = optional(config, ("mlp_only_layers",), list, file, default=[])
-    return [
-        layer
-        for layer in range(num_layers)
-        if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense
+    first = optional(config, ("first_k_dense_replace",), int, file, default=0)
+    first = max(first, optional(config, ("num_dense_layers",), int, file, default=0))
+    first = max(first, optional(config, ("moe_layer_start_index",), int, file, default=0))
+    last = optional(config, ("moe_layer_end_index",), int, file, default=-1)
+    period = positive(config, ("expert_layer_period",), file, default=1)
+    offset = optional(config, ("expert_layer_offset",), int, file, default=0)
+    # The last layer of each run of this many layers.
+    steps = [
+        positive(config, (key,), file, default=1)
+        for key in ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")
     ]
+    return (
+        layer >= first
+        and not 0 <= last < layer
+        and layer % positive(config, ("moe_layer_freq",), file, default=1) == 0
+        and all((layer + 1) % step == 0 for step in steps)
+        and (layer - offset) % period == 0
+        and layer not in dense
+    )

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.checkpoints.families import MoeSpec
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -178,12 +179,26 @@ class PackedSource:
         names += [f"{name}{BIAS}" for name in self._stacks if self._is_experts(name)]
         return [name for name in names if name in self._tensors]
 
+    def expert_tensors(self, block: str) -> list[str]:
+        return [name for part in EXPERT_PARTS for name in self.linear_tensors(f"{block}.experts.{part}")]
+
+    def linear_tensors(self, module: str) -> list[str]:
+        names = [f"{module}{suffix}" for suffix in (PACKED, G_IDX, BIAS)]
+        return [name for name in names if name in self._tensors]
+
+    def check_linear(self, module: str) -> None:
+        """Does nothing: opening the folder checks all stacks."""
+
+    def check_stacks(self, block: str) -> None:
+        """Does nothing: opening the folder checks all stacks."""
+
     def holds_experts(self, block: str) -> bool:
         names = [f"{block}.experts.{part}" for part in EXPERT_PARTS]
         if not any(name in self._stacks for name in names):
             return False
         spec = self._spec
-        sizes = (spec.hidden_size, 2 * spec.intermediate_size), (spec.intermediate_size, spec.hidden_size)
+        inner = spec.intermediate_size * (2 if ACTIVATIONS[spec.activation].gated else 1)
+        sizes = (spec.hidden_size, inner), (spec.intermediate_size, spec.hidden_size)
         for name, (k, n) in zip(names, sizes, strict=True):
             if name not in self._stacks:
                 raise CheckpointError(f"{name}: missing", file=self._file)
@@ -203,12 +218,7 @@ class PackedSource:
         return gate_up, down
 
     def expert_bytes(self, block: str) -> int:
-        return sum(
-            self._tensors.info(f"{block}.experts.{part}{suffix}").nbytes
-            for part in EXPERT_PARTS
-            for suffix in (PACKED, G_IDX, BIAS)
-            if f"{block}.experts.{part}{suffix}" in self._tensors
-        )
+        return sum(self._tensors.info(name).nbytes for name in self.expert_tensors(block))
 
     # Loading -----------------------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ class PackedFolderWriter:
         checkpoint = self._checkpoint
         tensors: Tensors = {}
         if layer is not None:
-            moe = checkpoint.moe_layer(layer, shared_expert=False)
+            moe = checkpoint.experts(layer)
             for kind, stack in (("gate_up", moe.gate_up), ("down", moe.down)):
                 self._add_stack(tensors, f"{checkpoint.moe_block(layer)}.experts.{kind}", stack)
         for module in linears:

@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.builders import new_builder, stacked_biases
 from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
@@ -28,7 +30,7 @@ from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.stacks.builder import same_groups
 from marlin_cy.weights.int4 import Int4Weight
 
-__all__ = ["ExpertPart", "QuantizedSource", "new_builder"]
+__all__ = ["ExpertPart", "QuantizedSource"]
 
 ForEach = Callable[[Callable[[int], None], int, str], None]
 """``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
@@ -144,7 +146,7 @@ class QuantizedSource:
             for part in self._fused_parts(block, 0):
                 self._check_linear(part.module, part.k, part.n, self._spec.num_experts, self._config_file)
             return "fused"
-        separate = f"{block}.experts.0.{family.gate}"
+        separate = f"{block}.experts.0.{family.expert_names[0]}"
         dense = [name for name in (f"{separate}.weight", fused, f"{fused}.weight") if name in self._tensors]
         if not dense:
             # If there are no experts at all, the error names the first tensor that is missing.
@@ -171,16 +173,14 @@ class QuantizedSource:
 
     def _separate_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
-        return [
-            ExpertPart(f"{block}.experts.{expert}.{family.gate}", hidden, inter),
-            ExpertPart(f"{block}.experts.{expert}.{family.up}", hidden, inter),
-            ExpertPart(f"{block}.experts.{expert}.{family.down}", inter, hidden),
-        ]
+        *inner, down = (f"{block}.experts.{expert}.{name}" for name in family.expert_names)
+        return [*(ExpertPart(name, hidden, inter) for name in inner), ExpertPart(down, inter, hidden)]
 
     def _fused_parts(self, block: str, expert: int) -> list[ExpertPart]:
         family, hidden, inter = self._family, self._spec.hidden_size, self._spec.intermediate_size
+        inner = inter if family.gate is None else 2 * inter
         return [
-            ExpertPart(f"{block}.experts.{family.gate_up}", hidden, 2 * inter, expert),
+            ExpertPart(f"{block}.experts.{family.gate_up}", hidden, inner, expert),
             ExpertPart(f"{block}.experts.{family.down}", inter, hidden, expert),
         ]
 
@@ -191,7 +191,7 @@ class QuantizedSource:
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:
         """Whether all zero points are the symmetric one, by the scheme: ``(in gate and up, in down)``."""
-        parts = [self._parts(block, expert) for expert in range(self._spec.num_experts)]
+        parts = self._all_parts(block)
 
         def symmetric(part: ExpertPart) -> bool:
             return self._scheme.for_module(part.module).symmetric
@@ -202,6 +202,17 @@ class QuantizedSource:
         """Bytes of a block's quantised experts in the files."""
         modules = self._expert_modules(block)
         return sum(self._tensors.info(name).nbytes for module in modules for name in self._names[module])
+
+    def expert_tensors(self, block: str) -> list[str]:
+        """The names of all tensors of a block's quantised experts, biases included."""
+        modules = self._expert_modules(block)
+        biases = [f"{module}{separator}bias" for module in modules for separator in "._"]
+        names = [name for module in modules for name in self._names[module]]
+        return names + [name for name in biases if name in self._tensors]
+
+    def linear_tensors(self, module: str) -> list[str]:
+        """The names of all tensors of a quantised linear layer, its bias included."""
+        return [*self._names[module], *(name for name in (f"{module}.bias",) if name in self._tensors)]
 
     def _expert_modules(self, block: str) -> list[str]:
         """The modules that hold a block's quantised experts."""
@@ -236,10 +247,8 @@ class QuantizedSource:
 
     def quantized_tensors(self) -> list[str]:
         """The names of the quantised layers' tensors. Biases are included for routed experts only."""
-        experts = [module for block in self._kinds for module in self._expert_modules(block)]
-        names = [name for module in [*self.linears, *experts] for name in self._names[module]]
-        biases = [f"{module}{separator}bias" for module in experts for separator in "._"]
-        return names + [name for name in biases if name in self._tensors]
+        names = [name for module in self.linears for name in self._names[module]]
+        return names + [name for block in self._kinds for name in self.expert_tensors(block)]
 
     def expert_stacks(
         self, block: str, backend: Backend, description: str
@@ -260,13 +269,12 @@ class QuantizedSource:
         UnsupportedError
             The gate and up layers of an expert order K differently (``desc_act``).
         """
-        experts = range(self._spec.num_experts)
-        parts = [self._parts(block, expert) for expert in experts]
+        parts = self._all_parts(block)
         inner = [part[:-1] for part in parts]
         g_idx = [self._common_g_idx(modules) for modules in inner]
         g_idx_down = [self._g_idx(part[-1]) for part in parts]
-        inter, hidden = self._spec.intermediate_size, self._spec.hidden_size
-        gate_up = self._new_builder(backend, inner, 2 * inter, g_idx)
+        hidden, width = self._spec.hidden_size, self._inner_width
+        gate_up = self._new_builder(backend, inner, width, g_idx)
         down = self._new_builder(backend, [part[-1:] for part in parts], hidden, g_idx_down)
 
         def pack(expert: int) -> None:
@@ -282,12 +290,23 @@ class QuantizedSource:
             self._release(part)
 
         self._for_each(pack, len(parts), description)
-        biases = self._expert_biases(inner, 2 * inter), self._expert_biases([part[-1:] for part in parts], hidden)
+        biases = self._biases(inner), self._biases([part[-1:] for part in parts])
         return gate_up.finish(biases[0]), down.finish(biases[1])
+
+    def _biases(self, parts: Sequence[Sequence[ExpertPart]]) -> npt.NDArray[np.float32] | None:
+        """float32 ``[num_experts, n]``, gate before up; None if no expert has a bias, or all biases are 0."""
+        if parts[0][0].index is None:
+            return stacked_biases([[(self.bias(part.module), part.n) for part in row] for row in parts])
+        name = f"{parts[0][0].module}_bias"
+        if name not in self._tensors:
+            return None
+        bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
+        interleaved = self._family.interleaved and bias.shape[1] == self._inner_width
+        return np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1) if interleaved else bias
 
     def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
         """A stored weight, cut into gate and up if it interleaves their columns."""
-        if not (self._family.interleaved and weight.n == 2 * self._spec.intermediate_size):
+        if not (self._family.interleaved and weight.n == self._inner_width):
             return [weight]
         return [
             replace(
@@ -299,26 +318,25 @@ class QuantizedSource:
             for first in (0, 1)
         ]
 
+    @property
+    def _inner_width(self) -> int:
+        """Columns of an expert's first product: gate and up, or up alone."""
+        return self._spec.intermediate_size * (len(self._family.expert_names) - 1)
+
     def _new_builder(
         self, backend: Backend, parts: Sequence[Sequence[ExpertPart]], n_per_expert: int, g_idx: Sequence[GIdx | None]
     ) -> StackBuilder:
         """A builder for a stack of experts; ``parts`` has the parts of each expert."""
+        self._check_alike([part for modules in parts for part in modules])
         first = parts[0][0]
-        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
-        for part in (part for modules in parts for part in modules):
-            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
-                raise UnsupportedError(
-                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
-                )
         return backend.new_stack_builder(
             len(parts),
             first.k,
             n_per_expert,
-            group_size=group_size,
+            group_size=self._group_size(first),
             g_idx=None if all(entry is None for entry in g_idx) else g_idx,
             codes=self._scheme.codes,
-            scale_dtype=scale_dtype,
+            scale_dtype=self._scale_dtype(first),
         )
 
     def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> Int4Weight:
@@ -363,33 +381,30 @@ class QuantizedSource:
                 )
         return first
 
-    def _expert_biases(self, parts: Sequence[Sequence[ExpertPart]], n: int) -> npt.NDArray[np.float32] | None:
-        """float32 ``[num_experts, n]``, gate before up; None if no expert has a bias, or all biases are 0."""
-        if parts[0][0].index is not None:
-            name = f"{parts[0][0].module}_bias"
-            if name not in self._tensors:
-                return None
-            bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
-            if self._family.interleaved and n == 2 * self._spec.intermediate_size:
-                bias = np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)
-            return bias
-        biases = [[self.bias(part.module) for part in modules] for modules in parts]
-        # Older versions of AutoGPTQ write a bias of zeros for linear layers that have no bias.
-        if not any(bias is not None and bias.any() for modules in biases for bias in modules):
-            return None
-        return np.stack(
-            [
-                np.concatenate(
-                    [
-                        np.zeros(part.n, np.float32) if bias is None else bias
-                        for part, bias in zip(row, given, strict=True)
-                    ]
-                )
-                for row, given in zip(parts, biases, strict=True)
-            ]
-        )
-
     # Checks ------------------------------------------------------------------------------------
+
+    def check_linear(self, module: str) -> None:
+        """Refuse a linear layer, by the config or by its tensors' dtypes and shapes."""
+        self._check_linear(module, *self._linear_sizes(module))
+
+    def check_stacks(self, block: str) -> None:
+        """Refuse experts that cannot share a stack."""
+        parts = self._all_parts(block)
+        self._check_alike([part for row in parts for part in row[:-1]])
+        self._check_alike([row[-1] for row in parts])
+
+    def _all_parts(self, block: str) -> list[list[ExpertPart]]:
+        return [self._parts(block, expert) for expert in range(self._spec.num_experts)]
+
+    def _check_alike(self, parts: Sequence[ExpertPart]) -> None:
+        first = parts[0]
+        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
+        for part in parts:
+            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
+                raise UnsupportedError(
+                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
+                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
+                )
 
     def _group_size(self, part: ExpertPart) -> int:
         return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)
@@ -420,24 +435,14 @@ class QuantizedSource:
             name = f"{module}{suffix}"
             if spec.required or name in self._tensors:
                 self._tensors.check(name, (*lead, *spec.shape), spec.dtypes)
+        for name in self._names[module]:
+            if name.removeprefix(module) not in specs and not is_ignored(name):
+                raise self._tensors.error(
+                    name, f"layers of format {scheme.format!r} with these settings have no such tensor"
+                )
         for name in (f"{module}.bias", f"{module}_bias") if experts else (f"{module}.bias",):
             if name in self._tensors:
                 self._tensors.check(name, (*lead, n))
 
     def _as_tensor_error(self, tensor: str) -> AbstractContextManager[None]:
         return as_checkpoint_error(self._tensors.file_of(tensor).path, tensor)
-
-
-def new_builder(
-    backend: Backend, num_experts: int, n_per_expert: int, weight: Int4Weight, g_idx: Sequence[GIdx | None]
-) -> StackBuilder:
-    """A builder for weights that have the K, group size, code type and scale type of ``weight``."""
-    return backend.new_stack_builder(
-        num_experts,
-        weight.k,
-        n_per_expert,
-        group_size=weight.group_size,
-        g_idx=None if all(entry is None for entry in g_idx) else g_idx,
-        codes=weight.codes,
-        scale_dtype=weight.scale.dtype,
-    )

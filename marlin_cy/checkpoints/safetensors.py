@@ -24,7 +24,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.json_fields import StrPath, read_json
+from marlin_cy.formats.json_fields import StrPath, check_fetched, read_json
 
 __all__ = ["DTYPES", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
 
@@ -55,6 +55,10 @@ Reading a page maps its neighbours too: 64 KiB (Linux's fault_around_bytes), or 
 Measured on Linux 6.18 with tensors of 4 to 64 KB: after releasing 64 KiB on either side, a third of the file stayed
 resident; after 2 MiB, nothing did, and loading took as long.
 """
+
+
+BEGINNING = 64
+"""Bytes that show what a file is, if it is not a safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class SafetensorsFile:
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         try:
+            with open(self.path, "rb") as file:
+                check_fetched(file.read(BEGINNING), self.path)
             # Raises unless the tensors are adjacent and fill the file exactly.
             with safe_open(self.path, framework="np"):
                 pass

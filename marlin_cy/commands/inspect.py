@@ -3,7 +3,9 @@
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
 format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
 ``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``bytes`` (``total``, ``experts``, ``linears``,
-``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
+``others``: of the files' tensors), ``unusual`` (sentences), ``refused`` (why loading the whole model would fail, as far
+as that shows without reading weights), ``decoder`` (why the library's own decoder does not run the model; null if it
+does), ``verified``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from marlin_cy import __version__, open_checkpoint
-from marlin_cy.commands.output import console, print_json, table
+from marlin_cy.commands.output import console, escape, print_json, runs, table
+from marlin_cy.decoder.build import read_config
+from marlin_cy.errors import MarlinError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,7 +77,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "others": sum(size.values()) - max(in_quantized, experts),
         },
         "unusual": unusual(checkpoint),
+        "refused": [str(problem) for problem in checkpoint.problems(layers=True)],
+        "decoder": reason_not_decoded(checkpoint),
     }
+
+
+def reason_not_decoded(checkpoint: Checkpoint) -> str | None:
+    """Why the library's own decoder does not run the model; None if it does."""
+    try:
+        read_config(checkpoint)
+    except MarlinError as error:
+        return str(error)
+    return None
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -95,19 +110,11 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
         found.append(f"MoE layers whose experts are not quantised, and not loaded: {runs(checkpoint.dense_moe_layers)}")
     if not checkpoint.moe_layers:
         found.append("no MoE layer has quantised experts")
-    beyond = sorted(
-        {
-            int(number)
-            for name in checkpoint.tensor_names
-            if name.startswith(f"{checkpoint.layer_prefix}.")
-            and (number := name.removeprefix(f"{checkpoint.layer_prefix}.").split(".")[0]).isdecimal()
-            and int(number) >= checkpoint.num_layers
-        }
-    )
-    if beyond:
-        found.append(
-            f"tensors of layers beyond num_hidden_layers ({checkpoint.num_layers}), not loaded: {runs(beyond)}"
-        )
+    alone = [layer for layer in checkpoint.moe_layers if not checkpoint.has_packed_shared_expert(layer)]
+    if alone:
+        found.append(f"shared experts that are not quantised, which `run` leaves out: layers {runs(alone)}")
+    if beyond := checkpoint.prediction_layers:
+        found.append(f"layers that only predict further tokens, not loaded: {runs(beyond)}")
     if checkpoint.act_order:
         found.append("rows of K are permuted (desc_act): activations are gathered, which costs time")
     stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
@@ -115,19 +122,6 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
     if strange:
         found.append(f"tensors of dtype {', '.join(strange)}")
     return found
-
-
-def runs(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, with ranges: ``"0, 3-7"``."""
-    parts: list[str] = []
-    begin: int | None = None
-    for position, number in enumerate(numbers):
-        if begin is None:
-            begin = number
-        if position + 1 == len(numbers) or numbers[position + 1] != number + 1:
-            parts.append(f"{begin}" if begin == number else f"{begin}-{number}")
-            begin = None
-    return ", ".join(parts)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -155,7 +149,10 @@ def print_report(report: dict[str, Any]) -> None:
     if report["verified"]:
         rows.add_row("checksums", "correct for all tensors")
     for sentence in report["unusual"]:
-        rows.add_row("unusual", sentence)
+        rows.add_row("unusual", escape(sentence))
+    rows.add_row("decoder", "supported" if report["decoder"] is None else escape(report["decoder"]))
+    for sentence in report["refused"]:
+        rows.add_row("[red]refused[/red]", escape(sentence))
     console().print(rows)
 
 

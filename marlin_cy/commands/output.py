@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,7 +17,19 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
-__all__ = ["LoadProgress", "console", "escape", "gigabytes", "mark", "megabytes", "note", "print_json", "rate", "table"]
+__all__ = [
+    "LoadProgress",
+    "console",
+    "escape",
+    "gigabytes",
+    "mark",
+    "megabytes",
+    "note",
+    "print_json",
+    "rate",
+    "runs",
+    "table",
+]
 
 # A pipe has no width. This one is wide enough that tables are not cut.
 PIPE_WIDTH = 200
@@ -143,3 +156,16 @@ class LoadProgress:
         )
         self._bar.start()
         return True
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, with ranges: ``"0, 3-7"``."""
+    parts: list[str] = []
+    begin: int | None = None
+    for position, number in enumerate(numbers):
+        if begin is None:
+            begin = number
+        if position + 1 == len(numbers) or numbers[position + 1] != number + 1:
+            parts.append(f"{begin}" if begin == number else f"{begin}-{number}")
+            begin = None
+    return ", ".join(parts)

@@ -3,7 +3,8 @@
 The object that ``--json`` prints has these keys:
 
 ``version``, ``checkpoint`` (its path), ``backend``, ``activations`` (a description of their source),
-``load_seconds``, ``error_bound``, ``layers``, ``failures`` (sentences), ``ok``. The backend adds more keys:
+``load_seconds``, ``without_shared_expert`` (layers that ran without their shared expert, which is not quantised),
+``error_bound``, ``layers``, ``failures`` (sentences), ``ok``. The backend adds more keys:
 
 on the CPU ``isa``, ``threads``, ``compute_dtype``, ``read_bandwidth_bytes_per_second``; each of ``layers`` has the
 fields of `marlin_cy.cpu.layer_measurement.CpuLayerResult`;
@@ -38,7 +39,7 @@ from marlin_cy.commands.options import (
     open_backend,
     positive_argument,
 )
-from marlin_cy.commands.output import LoadProgress, console, print_json, table
+from marlin_cy.commands.output import LoadProgress, console, print_json, runs, table
 
 __all__ = ["BUILT_IN", "HELP", "add_arguments", "execute"]
 
@@ -90,6 +91,7 @@ def _measure(
     recorded = arguments.activations or folder / ACTIVATIONS_FILE
     results: list[LayerResult] = []
     bounds: list[float] = []
+    alone: list[int] = []
     activations: RecordedActivations | RandomActivations
     load_seconds = 0.0
     backend = measurement.backend
@@ -103,9 +105,14 @@ def _measure(
         for position, index in enumerate(checkpoint.moe_layers):
             progress.finished = position
             start = time.perf_counter()
-            layer = checkpoint.moe_layer(index)
+            whole = checkpoint.has_packed_shared_expert(index)
+            layer = checkpoint.moe_layer(index, shared_expert=whole)
             load_seconds += time.perf_counter() - start
             fed = activations.layer(index, layer.hidden_size, layer.num_experts)
+            if not whole:
+                # The recorded output is that of the whole layer.
+                alone.append(index)
+                fed = fed._replace(moe_output=None)
             results.append(measurement.measure(index, layer, fed, arguments.repeat))
             bounds.append(measurement.error_bound(fed.hidden_states.dtype))
     checked = [result.failure(bound) for result, bound in zip(results, bounds, strict=True)]
@@ -119,6 +126,7 @@ def _measure(
         **measurement.about(),
         "activations": activations.description,
         "load_seconds": load_seconds,
+        "without_shared_expert": alone,
         "error_bound": max(bounds, default=measurement.error_bound(np.dtype(np.float32))),
         "failures": failures,
         "ok": not failures,
@@ -151,6 +159,11 @@ def _print_table(measurement: LayerMeasurement, report: dict[str, Any], results:
         f"Loaded in {report['load_seconds']:.2f} s. Error bound {report['error_bound']:g}: "
         + ("[green]all layers within it.[/green]" if report["ok"] else "[red]exceeded.[/red]")
     )
+    if report["without_shared_expert"]:
+        screen.print(
+            "[yellow]Routed experts only[/yellow], as the shared expert is not quantised: layers "
+            + runs(report["without_shared_expert"])
+        )
     screen.print("Weights: packed bytes of the experts that were hit, divided by the time.")
     for note in measurement.notes():
         screen.print(note)

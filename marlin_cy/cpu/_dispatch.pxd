@@ -31,6 +31,8 @@ cdef extern from "ukernel.h" nogil:
         ACTIVATION_GELU
         ACTIVATION_GELU_TANH
         ACTIVATION_SWIGLUOAI
+        ACTIVATION_SILU_CLAMP10
+        ACTIVATION_RELU2
 
         LANES
         KV_BLOCK

@@ -37,6 +37,7 @@ cdef struct gemm_job:
     int64_t inner               # > 0: columns are inner gates, then inner ups; the output is activation(gate, up)
     int64_t panels              # items that a block's columns are cut into; set_columns has the formula
     # Epilogue.
+    bint rectified              # the output is max(x, 0) squared; float32
     int activation              # with inner: ACTIVATION_SILU (0) or another number of ukernel.h
     char *output                # row 0
     int out_dtype
@@ -60,6 +61,7 @@ cdef void set_quantize_job(quantize_job *job, Workspace workspace, CpuGptqStore 
 cdef void set_gemm_job(gemm_job *job, Workspace workspace, CpuGptqStore store, const float[:, ::1] bias) noexcept
 cdef void set_columns(gemm_job *job, const column_range *ranges, int64_t count) noexcept
 cdef void set_activation(gemm_job *job, int64_t inner, int activation) noexcept
+cdef void set_rectified(gemm_job *job) noexcept
 cdef void set_output(gemm_job *job, const matrix *output) noexcept
 cdef void carve_gemm(arena *memory, gemm_job *job) noexcept nogil
 cdef void multiply(gemm_job *job, quantize_job *rows, const row_plan *plan) noexcept nogil

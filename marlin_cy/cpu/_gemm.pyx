@@ -21,7 +21,7 @@ from marlin_cy.cpu._arena cimport arena, take, take_floats
 from marlin_cy.cpu._atomic cimport fetch_add, load
 from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, CHUNK_K, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
+    BLOCK_BYTES, CHUNK_K, DTYPE_F32, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
 )
 from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, quantize_rows
 from marlin_cy.cpu._team cimport member, run_team
@@ -79,6 +79,11 @@ cdef void set_activation(gemm_job *job, int64_t inner, int activation) noexcept:
     job.inner = job.out_width = inner
     job.panels = (inner + TILE_N - 1) // TILE_N
     job.activation = activation
+
+
+cdef void set_rectified(gemm_job *job) noexcept:
+    """Square and rectify the product: the activation of a layer whose experts have no gates."""
+    job.rectified, job.out_dtype = True, DTYPE_F32
 
 
 cdef void set_output(gemm_job *job, const matrix *output) noexcept:
@@ -319,6 +324,18 @@ cdef void finish_item(const gemm_job *job, int64_t item, const float *sums) noex
     job.table.store_rows(
         job.output + out_column * element, job.out_width * element, rows, <int>block.count,
         sums + begin - tile_column, bias, <int>(end - begin), job.out_dtype)
+    if job.rectified:
+        rectify(<float *>job.output + out_column, job.out_width, rows, block.count, end - begin)
+
+
+cdef void rectify(float *output, int64_t width, const int64_t *rows, int64_t count, int64_t columns) noexcept nogil:
+    """``max(x, 0)`` squared, in place. A NaN stays a NaN."""
+    cdef float *row
+    cdef int64_t i, j
+    for i in range(count):
+        row = output + rows[i] * width
+        for j in range(columns):
+            row[j] = 0 if row[j] < 0 else row[j] * row[j]
 
 
 # ---------------------------------------------------------------------------------------------

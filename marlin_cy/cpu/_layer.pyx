@@ -21,9 +21,9 @@ from libc.string cimport memset
 from marlin_cy.cpu._arena cimport arena, carve, take, take_floats
 from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix, refuse_overlap
 from marlin_cy.cpu._combine cimport carve_combination, combine_tokens
-from marlin_cy.cpu._dispatch cimport DTYPE_F32
+from marlin_cy.cpu._dispatch cimport ACTIVATION_RELU2, DTYPE_F32
 from marlin_cy.cpu._gemm cimport (
-    begin_product, carve_gemm, run_product, set_activation, set_gemm_job, set_quantize_job,
+    begin_product, carve_gemm, run_product, set_activation, set_gemm_job, set_quantize_job, set_rectified,
 )
 from marlin_cy.cpu._quantize cimport carve_quantized
 from marlin_cy.cpu._routing cimport carve_routing, route_tokens, set_routing
@@ -132,10 +132,10 @@ cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
 # Memory
 
 cdef int64_t tokens_a_slice(const layer_job *job) noexcept nogil:
-    cdef int64_t top_k = job.combine.top_k, products = top_k, inner = top_k * job.routed.gate_up.inner, tokens
+    cdef int64_t top_k = job.combine.top_k, products = top_k, inner = top_k * job.routed.gate_up.out_width, tokens
     if job.has_shared:
         products += 1
-        inner = max(inner, job.shared.gate_up.inner)
+        inner = max(inner, job.shared.gate_up.out_width)
     tokens = max(SLICE_BYTES // (4 * (inner + products * job.combine.width)),
                  job.combine.table.mc * job.routed.num_experts // top_k)
     return max(<int64_t>1, min(tokens, MAX_INT32 // top_k))     # pairs of a slice are counted in int32
@@ -175,7 +175,7 @@ cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
     p.down_plan.in_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     p.down_plan.out_rows = <int64_t *>take(memory, pairs * <int64_t>sizeof(int64_t))
     p.down_plan.row_orders = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
-    p.gate_up.output = <char *>take(memory, pairs * p.gate_up.inner * <int64_t>sizeof(float))
+    p.gate_up.output = <char *>take(memory, pairs * p.gate_up.out_width * <int64_t>sizeof(float))
     p.quantize_inner.input = p.gate_up.output
     carve_quantized(memory, &p.quantize_input,
                     tokens if p.gate_up_orders.all_equal and not p.gate_up.table.min_matrix_rows else pairs)
@@ -249,7 +249,10 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     set_quantize_job(&p.quantize_inner, workspace, down_store)
     p.quantize_inner.dtype = DTYPE_F32
     set_gemm_job(&p.gate_up, workspace, gate_up_store, gate_up.bias)
-    set_activation(&p.gate_up, down_store.k, activation)
+    if activation == ACTIVATION_RELU2:
+        set_rectified(&p.gate_up)
+    else:
+        set_activation(&p.gate_up, down_store.k, activation)
     set_gemm_job(&p.down, workspace, down_store, down.bias)
     p.down.out_dtype = DTYPE_F32
     return 0

@@ -12,6 +12,8 @@ cdef enum scoring_kind:
     SOFTMAX
     SOFTMAX_TOPK
     SIGMOID
+    SQRT_SOFTPLUS
+    SPARSEMIXER
 
 cdef struct routing:
     const ukernel_table *table
@@ -27,6 +29,8 @@ cdef struct routing:
     int64_t topk_groups
     bint top2_group_score   # a group's score is the sum of its two largest scores; otherwise its largest
     float factor
+    const float *scale      # [num_experts], or NULL
+    float jitter            # of SPARSEMIXER
     int32_t *ids            # [tokens, top_k]
     float *weights          # [tokens, top_k]
     float *buffers          # the threads' scratch, which carve_routing takes

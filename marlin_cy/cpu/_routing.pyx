@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from libc.math cimport INFINITY, NAN, isfinite, isnan
+from libc.math cimport INFINITY, NAN, exp, fabsf, fmaxf, isfinite, isnan, log1p, sqrt
 from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena, carve, take_floats
@@ -10,7 +10,13 @@ from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
 from marlin_cy.cpu._team cimport member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 
-SCORING_KINDS = {"softmax": SOFTMAX, "softmax_topk": SOFTMAX_TOPK, "sigmoid": SIGMOID}
+SCORING_KINDS = {
+    "softmax": SOFTMAX,
+    "softmax_topk": SOFTMAX_TOPK,
+    "sigmoid": SIGMOID,
+    "sqrt_softplus": SQRT_SOFTPLUS,
+    "sparsemixer": SPARSEMIXER,
+}
 
 
 def route(Workspace workspace, router_logits, kind):
@@ -40,10 +46,14 @@ def route(Workspace workspace, router_logits, kind):
 cdef int set_routing(routing *r, Workspace workspace, const matrix *logits, kind) except -1:
     """Set the members from the settings, the logits and a ``Routing``, which owns the bias."""
     cdef const float[::1] bias = kind.correction_bias
+    cdef const float[::1] scale = kind.expert_scale
     r.table, r.num_threads, r.logits, r.dtype = workspace.table, workspace.num_threads, logits.data, logits.dtype
     r.num_experts, r.top_k = logits.width, kind.top_k
     r.scoring, r.normalise, r.factor = SCORING_KINDS[kind.scoring], kind.norm_topk_prob, kind.routed_scaling_factor
-    r.bias = NULL
+    r.bias = r.scale = NULL
+    r.jitter = kind.mixer_jitter
+    if scale is not None:
+        r.scale = &scale[0]
     if bias is not None:
         r.bias = &bias[0]
     r.num_groups, r.topk_groups, r.top2_group_score = kind.num_groups, kind.topk_groups, kind.group_score == "top2_sum"
@@ -98,6 +108,9 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
         r.table.softmax(scores, num_experts)
     elif r.scoring == SIGMOID:
         r.table.sigmoid(scores, num_experts)
+    elif r.scoring == SQRT_SOFTPLUS:
+        for e in range(num_experts):
+            scores[e] = sqrt_softplus(scores[e])
     for e in range(num_experts):
         choice[e] = scores[e] if r.bias is NULL else scores[e] + r.bias[e]
     if r.num_groups > 1:
@@ -109,12 +122,36 @@ cdef void route_token(const routing *r, int64_t token, float *scores) noexcept n
         total += scores[e]
     if r.scoring == SOFTMAX_TOPK:
         r.table.softmax(weights, r.top_k)
+    elif r.scoring == SPARSEMIXER:
+        mix_sparsely(r, scores, ids, weights)
     elif r.normalise:
         total += <float>1e-20
         for j in range(r.top_k):
             weights[j] /= total
     for j in range(r.top_k):
         weights[j] *= r.factor
+        if r.scale is not NULL:
+            weights[j] *= r.scale[ids[j]]
+
+
+cdef float sqrt_softplus(float logit) noexcept nogil:
+    """In float64, so that the result is rounded once. From 40 on, ``log(1 + exp(x))`` is x in float32."""
+    return <float>sqrt(<double>logit if logit > 40 else log1p(exp(<double>logit)))
+
+
+cdef void mix_sparsely(const routing *r, float *logits, const int32_t *ids, float *weights) noexcept nogil:
+    """The weights of ``SPARSEMIXER``; overwrites the logits of the chosen experts."""
+    cdef int64_t j, e
+    cdef float most, distance
+    cdef double total
+    for j in range(r.top_k):
+        most, total = logits[ids[j]], 0
+        for e in range(r.num_experts):
+            distance = most - logits[e]
+            if distance <= 2 * r.jitter * fmaxf(fabsf(logits[e]), most):
+                total += exp(-<double>distance)
+        weights[j] = <float>(1 / total)
+        logits[ids[j]] = -INFINITY
 
 
 cdef void mask_groups(const routing *r, float *choice, float *group_scores) noexcept nogil:

@@ -123,8 +123,8 @@ class PlanBuilder:
         config, loader = self._config, self._loader
         # "model", "model.language_model" or "language_model.model".
         base = self._checkpoint.layer_prefix.removesuffix(".layers")
-        embedding = loader.matrix(f"{base}.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        return DecoderPlan(
+        embedding = loader.dense(f"{base}.embed_tokens", config.hidden_size, config.vocab_size).weight
+        plan = DecoderPlan(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             context_length=self._context_length,
@@ -132,12 +132,21 @@ class PlanBuilder:
             embedding=embedding,
             layers=[self._layer(layer) for layer in range(len(config.layer_types))],
             final_norm=self._norm(f"{base}.norm", config.hidden_size),
-            head=DenseLinear(embedding) if config.tied else self._head(base),
+            head=self._head(base, embedding),
         )
+        loader.check_all_used()
+        return plan
 
-    def _head(self, base: str) -> Projection:
+    def _head(self, base: str, embedding: npt.NDArray[Any]) -> Projection:
+        """The head; the embedding if they are tied, and the files do not have another head."""
         name = "language_model.lm_head" if base.startswith("language_model.") else "lm_head"
-        return self._loader.projection(name, self._config.hidden_size, self._config.vocab_size)
+        loader = self._loader
+        if self._config.tied and not loader.is_quantised(name):
+            own = loader.matrix(f"{name}.weight", *embedding.shape) if loader.has(f"{name}.weight") else embedding
+            # As transformers does: weights that differ are not tied.
+            if own is embedding or (own.dtype == embedding.dtype and np.array_equal(own, embedding)):
+                return DenseLinear(embedding)
+        return loader.projection(name, self._config.hidden_size, self._config.vocab_size)
 
     def _norm(self, module: str, size: int) -> Vector:
         weight = self._loader.vector(f"{module}.weight", size)
@@ -265,7 +274,7 @@ class PlanBuilder:
         if layer not in checkpoint.moe_layers:
             assert self._config.dense_size is not None  # read_config checks
             return loader.mlp(f"{module}.mlp", DENSE_MLP, hidden, self._config.dense_size, spec.activation)
-        block, names = checkpoint.moe_block(layer), (family.gate, family.up, family.down)
+        block, names = checkpoint.moe_block(layer), family.shared_names
         bias = self._config.architecture.expert_bias
         router = loader.dense(f"{block}.{family.router}", hidden, spec.num_experts, bias)
         shared = f"{block}.{family.shared_expert}"
@@ -283,14 +292,17 @@ class PlanBuilder:
 
     def _experts(self, layer: int, shared_expert: bool) -> MoeLayer:
         """A layer's experts. Biases are optional to a checkpoint, but not to a model."""
-        checkpoint, architecture = self._checkpoint, self._config.architecture
-        block = checkpoint.moe_block(layer)
-        if architecture.correction_bias and checkpoint.correction_bias(layer) is None:
-            name = f"{block}.{checkpoint.family.router}.e_score_correction_bias"
-            raise CheckpointError("missing", file=checkpoint.path, tensor=name)
+        checkpoint = self._checkpoint
         experts = checkpoint.moe_layer(layer, shared_expert=shared_expert)
-        if architecture.expert_bias and (experts.gate_up.bias is None or experts.down.bias is None):
-            raise CheckpointError(f"{block}.experts: the biases are missing", file=checkpoint.path)
+        expected = self._config.architecture.expert_bias
+        if expected and (experts.gate_up.bias is None or experts.down.bias is None):
+            raise CheckpointError(
+                f"{checkpoint.moe_block(layer)}.experts: the biases are missing", file=checkpoint.path
+            )
+        if not expected and experts.has_bias:
+            raise CheckpointError(
+                f"{checkpoint.moe_block(layer)}.experts: the model has no biases", file=checkpoint.path
+            )
         return experts
 
 

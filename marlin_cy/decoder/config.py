@@ -286,6 +286,12 @@ def _alternating(fields: JsonObject, layer: int, file: StrPath) -> str:
     return _sliding_where(layer % 2 == 0)
 
 
+def _late_window(fields: JsonObject, layer: int, file: StrPath) -> str:
+    """The layers from ``max_window_layers`` on, if there is a window."""
+    first = optional(fields, ("max_window_layers",), int, file, default=0)
+    return _sliding_where("sliding_window" in fields and layer >= first)
+
+
 def _interval(fields: JsonObject, layer: int, file: StrPath) -> str:
     interval = positive(fields, ("full_attention_interval",), file, default=4)
     return "linear_attention" if (layer + 1) % interval else "full_attention"
@@ -297,6 +303,7 @@ PATTERNS: Mapping[str, Callable[[JsonObject, int, StrPath], str]] = {
     "qwen3": _qwen3,
     "window": _window,
     "alternating": _alternating,
+    "late_window": _late_window,
     "interval": _interval,
 }
 """``layer_type(fields, layer, file)`` of each :attr:`Architecture.pattern`."""

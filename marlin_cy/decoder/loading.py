@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
-from marlin_cy.checkpoints.quantised import new_builder
 from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Linear
@@ -40,10 +40,27 @@ class Loader:
         self.checkpoint = checkpoint
         self._linears = frozenset(checkpoint.linears)
         self._names = frozenset(checkpoint.tensor_names)
+        self._used: set[str] = set()  # tensors and quantised layers
 
     def is_quantised(self, module: str) -> bool:
         """Whether a module is a quantised linear layer."""
         return module in self._linears
+
+    def check_all_used(self) -> None:
+        """Refuse tensors of layers that the plan does not use: the model would not be the one that was trained.
+
+        Raises
+        ------
+        CheckpointError
+            Naming the first such tensor.
+        """
+        checkpoint = self.checkpoint
+        blocks = tuple(f"{checkpoint.moe_block(layer)}." for layer in checkpoint.moe_layers)  # moe_layer checks these
+        for name in checkpoint.tensor_names:
+            if not name.startswith(f"{checkpoint.layer_prefix}.") or name.startswith(blocks):
+                continue
+            if not self._used & {name, name.rpartition(".")[0]} and not checkpoint.is_passed_over(name):
+                raise CheckpointError("the decoder would not use it", file=checkpoint.path, tensor=name)
 
     def has(self, tensor: str) -> bool:
         """Whether the checkpoint has a tensor."""
@@ -66,11 +83,15 @@ class Loader:
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
+        self._used.add(tensor)
         return self.checkpoint.tensor(tensor)
 
     def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
-        """A linear layer that must not be quantised; the rest is as for :meth:`projection`."""
-        return DenseLinear(self.matrix(f"{module}.weight", n, k), self._bias(module, n, bias))
+        """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""
+        weight = (
+            self.unpacked(module, k, n, bias) if self.is_quantised(module) else self.matrix(f"{module}.weight", n, k)
+        )
+        return DenseLinear(weight, self._bias(module, n, bias))
 
     def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
         """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
@@ -84,6 +105,7 @@ class Loader:
         if not self.is_quantised(module):
             return self.dense(module, k, n, bias)
         self._bias(module, n, bias)
+        self._used.add(module)
         linear = self.checkpoint.linear(module)
         self._check_sizes(module, linear.in_features, linear.out_features, k, n)
         return linear
@@ -98,15 +120,13 @@ class Loader:
             activation=activation,
         )
 
-    def unpacked(self, module: str, k: int, n: int) -> npt.NDArray[np.float32]:
-        """The weight of a linear layer without bias, float32 ``[n, k]``, exact: quantised weights fit a float32."""
-        self._bias(module, n, False)
+    def unpacked(self, module: str, k: int, n: int, bias: bool = False) -> npt.NDArray[np.float32]:
+        """The weight of a linear layer, float32 ``[n, k]``, exact: quantised weights fit a float32."""
+        self._bias(module, n, bias)
         if not self.is_quantised(module):
             return self.matrix(f"{module}.weight", n, k).astype(np.float32)
-        weight = self.checkpoint.weight(module)
-        self._check_sizes(module, weight.k, weight.n, k, n)
-        dense: npt.NDArray[np.float32] = dequantize_weight(weight).T.astype(np.float32)
-        return dense
+        self._used.add(module)
+        return self.checkpoint.dequantized(module, n, k)
 
     def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
         """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
@@ -118,6 +138,7 @@ class Loader:
             matrix = self.matrix(f"{module}.weight", n, k)
             return [DenseLinear(matrix[part]) for part in parts]
         weight = self.checkpoint.weight(module)
+        self._used.add(module)
         self._check_sizes(module, weight.k, weight.n, k, n)
         projections: list[Projection] = []
         for part in parts:

@@ -8,6 +8,8 @@ auto_round, auto_round:gptqmodel            GPTQ's, the zero point itself stored
 auto_round:auto_awq, auto_round:awq         AWQ's
 ==========================================  ================================================================
 
+Older releases write ``backend`` instead, which begins with the same words, or neither.
+
 Source: AutoRound, ``auto_round/export/export_to_autoround/export.py`` and ``auto_round/inference``.
 """
 
@@ -34,6 +36,9 @@ PACKING_FORMATS = {
     "auto_round:auto_awq": "awq",
     "auto_round:awq": "awq",
 }
+DEFAULT_PACKING_FORMAT = "auto_round:auto_gptq"
+"""Without ``packing_format`` and ``backend``. Source: AutoRound, ``auto_round/inference/convert_model.py``."""
+
 UNQUANTISED_BITS = 16
 """Weights, or activations, of this many bits or more are not quantised."""
 
@@ -101,10 +106,7 @@ def parse(config: JsonObject, file: StrPath) -> Scheme:
     UnsupportedError
         Also if activations are quantised: such layers have further tensors.
     """
-    packing_format = required(config, ("packing_format",), str, file)
-    if packing_format not in PACKING_FORMATS:
-        raise UnsupportedError(f"{file}: packing_format {packing_format!r}, supported: {', '.join(PACKING_FORMATS)}")
-    layout = PACKING_FORMATS[packing_format]
+    layout = _layout(config, file)
     read_settings = _read_awq_settings if layout == "awq" else _read_gptq_settings
     refuse_rotation(config, "rotation_config", file)
     check_bits(required(config, ("bits",), int, file), file)
@@ -116,6 +118,20 @@ def parse(config: JsonObject, file: StrPath) -> Scheme:
     if layout == "awq":
         return awq.AwqScheme(overrides=overrides, **settings)
     return gptq.GptqScheme(checkpoint_format=layout, overrides=overrides, **settings)
+
+
+def _layout(config: JsonObject, file: StrPath) -> str:
+    """A value of :data:`PACKING_FORMATS`."""
+    name, found = "packing_format", optional(config, ("packing_format",), str, file)
+    if found is None:
+        name, backend = "backend", optional(config, ("backend",), str, file)
+        # Such as "auto_round:gptq:exllamav2", where the last part is the kernel that the tool would use. Names without
+        # "auto_round" say nothing about the tensors: "auto", "cpu".
+        said = backend is not None and backend.startswith("auto_round")
+        found = ":".join((backend or "").split(":")[:2]) if said else DEFAULT_PACKING_FORMAT
+    if found not in PACKING_FORMATS:
+        raise UnsupportedError(f"{file}: {name} {found!r}, supported: {', '.join(PACKING_FORMATS)}")
+    return PACKING_FORMATS[found]
 
 
 def _read_gptq_settings(config: JsonObject, file: StrPath) -> dict[str, Any]:

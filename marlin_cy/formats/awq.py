@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, check_symmetric, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.overrides import Dynamic, NotConverted, Override, overridden
@@ -43,14 +43,14 @@ class AwqScheme(Scheme):
 
     Attributes
     ----------
-    zero_point : bool
-        False if all zero points are 8. They are stored and read in any case.
+    zero_point : bool or None
+        False if all zero points are 8. They are stored in any case, and decide if the config does not say (None).
     overrides : tuple of Override
         See :mod:`marlin_cy.formats.overrides`.
     """
 
     group_size: int
-    zero_point: bool = True
+    zero_point: bool | None = None
     overrides: tuple[Override, ...] = ()
 
     format = "awq"
@@ -59,7 +59,7 @@ class AwqScheme(Scheme):
 
     @property
     def symmetric(self) -> bool:
-        return not self.zero_point
+        return self.zero_point is False
 
     @property
     def act_order(self) -> bool:
@@ -91,10 +91,13 @@ class AwqScheme(Scheme):
         qzeros = checked_array(f"qzeros{label}", arrays[".qzeros"], WORDS, specs[".qzeros"].shape)
         check_finite(f"scales{label}", scales)
         zero = unpack_nibbles(qzeros).reshape(len(scales), -1, 8)[:, :, NIBBLE_OF_COLUMN]
+        zero = np.ascontiguousarray(zero).reshape(scales.shape)
+        if self.symmetric:
+            check_symmetric(f"qzeros{label}", zero, "zero_point: false, or sym: true")
         return Int4Weight(
             words=words_of_awq(qweight.view(np.uint32)),
             scale=scales,
-            zero=np.ascontiguousarray(zero).reshape(scales.shape),
+            zero=zero,
             group_size=self.checked_group_size(k, n),
         )
 

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, symmetric_zeros, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, checked_order, symmetric_zeros, unpack_nibbles
 from marlin_cy.formats.fields import compiled, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.mxfp4 import GROUP_SIZE as MXFP4_GROUP_SIZE
@@ -38,7 +38,7 @@ from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import WORDS, checked_array
 from marlin_cy.weights.int4 import Int4Weight, pack_words
-from marlin_cy.weights.sizes import BITS, checked_group_size, normalised_g_idx
+from marlin_cy.weights.sizes import BITS, checked_group_size
 
 __all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
 
@@ -106,14 +106,15 @@ class CompressedTensorsScheme(Scheme):
     ----------
     symmetric : bool
         No zero points are stored; all are 8.
-    actorder : bool
-        Rows of K were quantised in another order, and ``weight_g_idx`` is required.
+    actorder : bool or None
+        Rows of K were quantised in another order, and ``weight_g_idx`` is required. None if the config does not say:
+        then ``weight_g_idx`` decides.
     targets : Targets or None
     """
 
     group_size: int
     symmetric: bool = True
-    actorder: bool = False
+    actorder: bool | None = None
     targets: Targets | None = None
 
     format = FORMAT
@@ -123,7 +124,7 @@ class CompressedTensorsScheme(Scheme):
 
     @property
     def act_order(self) -> bool:
-        return self.actorder
+        return bool(self.actorder)
 
     def for_module(self, module: str) -> Scheme:
         return self if self.targets is None else self.targets.scheme(module)
@@ -141,7 +142,7 @@ class CompressedTensorsScheme(Scheme):
         specs = {
             ".weight_packed": TensorSpec((n, k // 8), ("I32",)),
             ".weight_scale": TensorSpec((n, groups), ("F16", "BF16")),
-            ".weight_g_idx": TensorSpec((k,), ("I32",), required=self.actorder),
+            ".weight_g_idx": TensorSpec((k,), ("I32",), required=self.act_order),
             ".weight_shape": TensorSpec((2,), ("I64", "I32"), required=False),
         }
         if not self.symmetric:
@@ -152,7 +153,7 @@ class CompressedTensorsScheme(Scheme):
         # A layer that was not calibrated has the tensor's initial value, -1 for every row.
         if np.ndim(array) == 1 and np.size(array) and np.all(np.equal(array, -1)):
             return None
-        return normalised_g_idx(array, k, self.checked_group_size(k, n), label)
+        return checked_order("weight_g_idx", array, k, self.checked_group_size(k, n), self.actorder, label)
 
     def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
         specs, group_size = self.tensors(k, n), self.checked_group_size(k, n)
@@ -288,7 +289,7 @@ def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme 
     return CompressedTensorsScheme(
         group_size=-1 if strategy == "channel" or group_size is None else group_size,
         symmetric=symmetric,
-        actorder=weights.get("actorder") in ORDERED,
+        actorder=None if weights.get("actorder") is None else weights["actorder"] in ORDERED,
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, unpack_nibbles
+from marlin_cy.formats.arrays import SCALES, check_finite, check_symmetric, checked_order, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.overrides import Dynamic, Override, overridden
@@ -60,18 +60,19 @@ class GptqScheme(Scheme):
     ----------
     checkpoint_format : str
         ``"gptq"`` or ``"gptq_v2"``.
-    desc_act : bool
-        Rows of K were quantised in another order, and ``g_idx`` is required.
-    sym : bool
-        All zero points are 8. They are stored and read in any case.
+    desc_act : bool or None
+        Rows of K were quantised in another order, and ``g_idx`` is required. None if the config does not say: then
+        ``g_idx`` decides.
+    sym : bool or None
+        All zero points are 8. They are stored in any case, and decide if the config does not say (None).
     overrides : tuple of Override
         See :mod:`marlin_cy.formats.overrides`.
     """
 
     group_size: int
     checkpoint_format: str = "gptq"
-    desc_act: bool = False
-    sym: bool = True
+    desc_act: bool | None = None
+    sym: bool | None = None
     overrides: tuple[Override, ...] = ()
 
     format = "gptq"
@@ -81,11 +82,11 @@ class GptqScheme(Scheme):
 
     @property
     def symmetric(self) -> bool:
-        return self.sym
+        return self.sym is not False
 
     @property
     def act_order(self) -> bool:
-        return self.desc_act
+        return bool(self.desc_act)
 
     def for_module(self, module: str) -> GptqScheme:
         return overridden(self, module)
@@ -105,14 +106,14 @@ class GptqScheme(Scheme):
             ".scales": TensorSpec(shapes["scales"], ("F16", "BF16")),
             ".qzeros": TensorSpec(shapes["qzeros"], ("I32",)),
             # Without g_idx, groups are runs of consecutive rows, which contradicts desc_act.
-            ".g_idx": TensorSpec(shapes["g_idx"], ("I32",), required=self.desc_act),
+            ".g_idx": TensorSpec(shapes["g_idx"], ("I32",), required=self.act_order),
         }
 
     def g_idx(self, array: npt.ArrayLike, k: int, n: int) -> npt.NDArray[np.int32] | None:
-        return normalised_g_idx(array, k, self.checked_group_size(k, n))
+        return checked_order("g_idx", array, k, self.checked_group_size(k, n), self.desc_act)
 
     def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
-        return to_canonical(
+        weight = to_canonical(
             arrays[".qweight"],
             arrays[".scales"],
             arrays[".qzeros"],
@@ -124,6 +125,9 @@ class GptqScheme(Scheme):
             checkpoint_format=self.checkpoint_format,
             label=label,
         )
+        if self.sym and weight.zero is not None:
+            check_symmetric(f"qzeros{label}", weight.zero, "sym: true")
+        return weight
 
 
 def parse(config: JsonObject, file: StrPath) -> GptqScheme:

@@ -11,7 +11,19 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 from marlin_cy.errors import CheckpointError
 
-__all__ = ["JsonObject", "StrPath", "finite", "optional", "positive", "read_json", "required"]
+__all__ = [
+    "JsonObject",
+    "StrPath",
+    "check_fetched",
+    "finite",
+    "optional",
+    "positive",
+    "read_json",
+    "required",
+]
+
+LFS_POINTER = b"version https://git-lfs"
+"""The beginning of a Git LFS pointer. Source: the Git LFS specification, ``docs/spec.md``."""
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 JsonObject: TypeAlias = "dict[str, Any]"
@@ -28,14 +40,36 @@ def read_json(path: StrPath) -> JsonObject:
         There is no such file, or it does not hold a JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(error.strerror or str(error), file=path) from error
+    check_fetched(data, path)
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not JSON: {error}", file=path) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"got a JSON {type(value).__name__}, expected an object", file=path)
     return value
+
+
+def check_fetched(beginning: bytes, path: StrPath) -> None:
+    """Refuse a file that stands for another one, by its first bytes: a Git LFS pointer, a web page, an empty file.
+
+    Raises
+    ------
+    CheckpointError
+        The message says what the file is.
+    """
+    found = None
+    if beginning.startswith(LFS_POINTER):
+        found = "is a Git LFS pointer: the file itself was not fetched; run `git lfs pull` in the folder"
+    elif beginning.lstrip()[:1] == b"<":
+        found = "is a web page or XML, as of a failed download"
+    elif not beginning:
+        found = "is empty, as after a failed download"
+    if found is not None:
+        raise CheckpointError(found, file=path)
 
 
 @overload

@@ -26,7 +26,7 @@ METHODS: Mapping[str, Callable[[JsonObject, StrPath], Scheme]] = {
 }
 """The function that reads the quantisation config of each method."""
 
-METHOD_ALIASES = {"intel/auto-round": "auto-round"}
+METHOD_ALIASES = {"intel/auto-round": "auto-round", "compressed_tensors": "compressed-tensors"}
 
 METHOD_HINTS = {
     "packing_format": "auto-round",

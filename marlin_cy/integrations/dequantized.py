@@ -15,7 +15,7 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
-from marlin_cy.integrations.packed_modules import experts_modules
+from marlin_cy.integrations.expert_modules import experts_modules
 from marlin_cy.integrations.transformers import dense_tensors, load_dense, model_on_meta
 from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
@@ -58,13 +58,15 @@ def dequantized_model(path: str | PathLike[str], dtype: torch.dtype = torch.floa
     with open_checkpoint(path, DenseBackend()) as checkpoint:
         tensors = dense_tensors(checkpoint)
         for name in checkpoint.linears:
+            if checkpoint.is_passed_over(name):
+                continue
             linear = cast(DenseLinear, checkpoint.linear(name))
             tensors[f"{name}.weight"] = torch.from_numpy(linear.weight.T).to(dtype)
             if linear.bias is not None and linear.bias.any():
                 tensors[f"{name}.bias"] = torch.from_numpy(linear.bias)
         skeleton = model_on_meta(checkpoint)
         for layer, module in experts_modules(skeleton, checkpoint).items():
-            loaded = checkpoint.moe_layer(layer, shared_expert=False)
+            loaded = checkpoint.experts(layer)
             for name, array in experts_weights(loaded, skeleton.get_submodule(module)).items():
                 tensors[f"{module}.{name}"] = torch.from_numpy(array).to(dtype)
         return load_dense(checkpoint, tensors, dtype, experts_implementation="eager")
@@ -75,7 +77,8 @@ def experts_weights(layer: MoeLayer, module: Any) -> dict[str, Floats]:
     # In versions of transformers without `is_concatenated`, transposed weights have interleaved gate and up columns.
     concatenated = getattr(module, "is_concatenated", not module.is_transposed)
     weights: dict[str, Floats] = {}
-    for name, stack in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down)):
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    for name, stack in ((first, layer.gate_up), ("down_proj", layer.down)):
         dense = cast(DenseStack, stack)  # DenseBackend made it
         weight, bias = dense.weight, np.zeros_like(dense.weight[:, 0]) if dense.bias is None else dense.bias
         if name == "gate_up_proj" and not concatenated:

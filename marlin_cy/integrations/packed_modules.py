@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.errors import CheckpointError
 from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations.expert_modules import (
+    WeightedRowsExperts,
+    check_experts,
+    experts_modules,
+    takes_weighted_rows,
+)
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, experts_runner, linear_runner
 
 with needs_extra():
@@ -19,61 +25,47 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["PackedModules", "Progress", "experts_modules", "linear_modules"]
+__all__ = ["PackedModules", "Progress", "linear_modules"]
 
 
-def experts_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[int, str]:
-    """``{layer: path}`` of the modules with a model's routed experts, for layers whose experts are quantised.
+def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """The quantised linear layers of a checkpoint, as a model has them.
 
-    Raises
-    ------
-    CheckpointError
-        The model has experts in other layers than the checkpoint.
-    """
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        # Transformers' decorator of experts classes sets these attributes.
-        if hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
-            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-            assert layer is not None, path
-            found[int(layer[1])] = path
-    layers = sorted(checkpoint.moe_layers + checkpoint.dense_moe_layers)
-    if sorted(found) != layers:
-        raise CheckpointError(
-            f"got experts in layers {layers}, but transformers' {type(model).__name__} has them in {sorted(found)}",
-            file=checkpoint.path,
-        )
-    return {layer: found[layer] for layer in checkpoint.moe_layers}
+    Layers that transformers ignores, or that only predict further tokens, are left out.
 
-
-def linear_modules(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """``{name: path}``: for each linear layer of a checkpoint, the path of its module in a model.
-
-    Layers that transformers ignores (those of multi-token prediction) are left out.
+    Returns
+    -------
+    linears : dict
+        ``{name: path}`` of the layers that are linear layers of the model too.
+    others : list of str
+        The names of those that the model has in another form: routers, embeddings, and layers that transformers merges.
 
     Raises
     ------
     CheckpointError
-        The model has no such linear layer.
-    UnsupportedError
-        Transformers merges several such layers into one weight.
+        The model has no such weight.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     state, modules = model.state_dict(), dict(model.named_modules())
-    found = {}
-    for name in names:
+    linears, others = {}, []
+    for name in checkpoint.linears:
+        if checkpoint.is_passed_over(name):
+            continue
         weight, converter = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
-        if converter is not None:
-            raise UnsupportedError(f"{name}: transformers' {type(model).__name__} merges it with other layers")
         path = weight.removesuffix(".weight")
-        if type(modules.get(path)) is nn.Linear:
-            found[name] = path
+        # Some renamings, meant for other names, spoil the names of modules.
+        if path not in modules and converter is None and f"{name}.weight" in state:
+            path, weight = name, f"{name}.weight"
+        if converter is None and type(modules.get(path)) is nn.Linear:
+            linears[name] = path
+        elif weight in state or converter is not None:
+            others.append(name)
         elif not any(re.search(pattern, weight) for pattern in ignored):
             raise CheckpointError(f"{name}: transformers' {type(model).__name__} has no such linear layer")
-    return found
+    return linears, others
 
 
 class Progress:
@@ -106,6 +98,14 @@ class Progress:
 class PackedModules:
     """The modules of a model that run packed, by their names in the checkpoint.
 
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    tensors : dict of str to torch.Tensor
+        The tensors that transformers will load. Quantised weights that do not run packed are added to it, dequantised.
+    dtype : torch.dtype
+        Of these weights.
+
     Attributes
     ----------
     linears : dict of str to MarlinLinear
@@ -114,15 +114,18 @@ class PackedModules:
         the function that ``transformers.py`` registers.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self._checkpoint, self._tensors, self._dtype = checkpoint, tensors, dtype
         self.linears: dict[str, MarlinLinear] = {}
         self.experts: dict[int, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
 
     def replace(self, model: Any) -> None:
         """Remove the quantised weights from a model on the meta device, before transformers loads its weights."""
-        for name, path in linear_modules(model, self._checkpoint.linears).items():
+        linears, others = linear_modules(model, self._checkpoint)
+        for name in others:
+            self._tensors |= dequantized_tensors(self._checkpoint, name, self._dtype)
+        for name, path in linears.items():
             parent, _, attribute = path.rpartition(".")
             parent = model.get_submodule(parent)
             linear = getattr(parent, attribute)
@@ -131,8 +134,11 @@ class PackedModules:
             setattr(parent, attribute, self.linears[name])
         for layer, path in experts_modules(model, self._checkpoint).items():
             module = model.get_submodule(path)
-            if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
-                raise UnsupportedError(f"{path}: experts without a gate, or with a norm, are not supported")
+            check_experts(path, module, self._checkpoint.moe_spec.activation)
+            if takes_weighted_rows(module):
+                parent, _, attribute = path.rpartition(".")
+                module = WeightedRowsExperts(self._checkpoint.moe_spec.num_experts)
+                setattr(model.get_submodule(parent), attribute, module)
             for name, _ in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
             module._is_hf_initialized = True  # no parameter is left to initialise
@@ -156,7 +162,11 @@ class PackedModules:
             module.packed = linear_runner(linear, contexts)
             report.finish(name)
         for layer, module in self.experts.items():
-            module.packed = experts_runner(self._checkpoint.moe_layer(layer, shared_expert=False), contexts)
+            experts = self._checkpoint.experts(layer)
+            if not getattr(module, "has_bias", False) and experts.has_bias:
+                block = self._checkpoint.moe_block(layer)
+                raise self._error(f"{block}.experts", "they have biases, and the model's experts have none")
+            module.packed = experts_runner(experts, contexts)
             report.finish(f"layer {layer}")
 
     def _check_bias(self, name: str, module: nn.Linear) -> None:
@@ -170,3 +180,12 @@ class PackedModules:
 
     def _error(self, tensor: str, reason: str) -> CheckpointError:
         return CheckpointError(reason, file=self._checkpoint.path, tensor=tensor)
+
+
+def dequantized_tensors(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A quantised linear layer's dense weight, and its bias unless it is zero, by their names."""
+    weight, bias = checkpoint.dequantized(name), f"{name}.bias"
+    tensors = {f"{name}.weight": torch.from_numpy(weight).to(dtype)}
+    if bias in checkpoint.tensor_names and (values := checkpoint.tensor(bias)).any():
+        tensors[bias] = torch.from_numpy(values.astype("float32")).to(dtype)
+    return tensors

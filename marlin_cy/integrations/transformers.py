@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.formats.json_fields import read_json
 from marlin_cy.integrations import compiled, needs_extra
+from marlin_cy.integrations.derived_family import derived_family
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, tensor_over
 from marlin_cy.integrations.packed_modules import PackedModules, Progress
 from marlin_cy.integrations.quantizer import NAME, MarlinCyConfig, register
@@ -40,9 +42,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from marlin_cy.checkpoints.checkpoint import Checkpoint
+    from marlin_cy.checkpoints.families import Family, MoeSpec
     from marlin_cy.interface import Backend
 
 __all__ = ["MarlinCyConfig", "load", "register", "weight_bytes"]
+
+MODEL_TYPE_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""The ``model_type`` in transformers of models that come with code of their own for the same architecture."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -92,13 +98,17 @@ def load(
         An invalid ``backend``, ``dtype`` or context option.
     """
     report = Progress(progress)
-    with open_checkpoint(path, backend, progress=report) as checkpoint:
+    with open_checkpoint(path, backend, progress=report, describe=partial(described, path)) as checkpoint:
+        for problem in checkpoint.problems():
+            raise problem
         contexts = Contexts(checkpoint.backend, context_options)
-        tensors, modules = dense_tensors(checkpoint), PackedModules(checkpoint)
+        tensors = dense_tensors(checkpoint)
+        torch_dtype = as_dtype(dtype, tensors)
+        modules = PackedModules(checkpoint, tensors, torch_dtype)
         model = load_dense(
             checkpoint,
             tensors,
-            as_dtype(dtype, tensors),
+            torch_dtype,
             experts_implementation=NAME,
             quantization_config=MarlinCyConfig(replace=modules.replace),
         )
@@ -128,7 +138,12 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 def read_config(path: Path) -> Any:
     """The folder's config as transformers reads it, without its quantisation."""
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        stored = read_json(path / "config.json")
+        known = with_known_types(stored)
+        if known == stored:
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        else:
+            config = transformers.AutoConfig.for_model(**known)
     except Exception as error:  # transformers raises many types; all concern the file
         raise CheckpointError(f"transformers {transformers.__version__}: {error}", file=path / "config.json") from error
     # With this entry, transformers would load the model with its own quantiser.
@@ -137,18 +152,40 @@ def read_config(path: Path) -> Any:
     return config
 
 
+def with_known_types(config: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` with the ``model_type`` of transformers where a model's makers have another name for it."""
+    known = {
+        key: with_known_types(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    alias = MODEL_TYPE_ALIASES.get(str(known.get("model_type")))
+    return known if alias is None else {**known, "model_type": alias}
+
+
 def model_class_of(config: Any) -> tuple[Any, Any]:
-    """``(class, config)``: the class for causal language models, and the part of the config that it takes."""
-    try:
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
+    """``(class, config)``: the class for causal language models, and the part of the config that it takes.
+
+    A model of text and images that has no such class gets the class for both.
+    """
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            model_class = mapping[type(config)]
+            break
+    else:
         raise UnsupportedError(
             f"model_type {config.model_type!r}: transformers {transformers.__version__} has no causal language model"
-        ) from None
+        )
     # A multimodal model: use its text config.
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
     return model_class, config
+
+
+def described(path: str | PathLike[str], tensor_names: list[str]) -> tuple[Family, MoeSpec, list[int]]:
+    """What transformers' class says about a family without a row; the ``describe`` of ``open_checkpoint``."""
+    model_class, config = model_class_of(read_config(Path(path)))
+    with torch.device("meta"):
+        return derived_family(model_class(config), tensor_names)
 
 
 def model_on_meta(checkpoint: Checkpoint) -> Any:
@@ -180,6 +217,8 @@ def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtyp
     """
     path = checkpoint.path
     model_class, config = model_class_of(read_config(path))
+    if checkpoint.has_own_head:
+        config.tie_word_embeddings = False
     with _quiet():
         model, found = model_class.from_pretrained(
             None,
@@ -212,7 +251,11 @@ def dense_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         # PyTorch warns about read-only memory, which the docstring of load() mentions.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return {name: _mapped(checkpoint, name) for name in checkpoint.tensor_names if name not in quantised}
+        return {
+            name: _mapped(checkpoint, name)
+            for name in checkpoint.tensor_names
+            if name not in quantised and not checkpoint.is_passed_over(name)
+        }
 
 
 def _mapped(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -70,13 +70,15 @@ class MoeLayer:
     :class:`~marlin_cy.moe.routing.Routing` documents how experts and weights are selected; this class takes its
     parameters. The activations have the names and formulas of transformers and vLLM:
 
-    ===========  ==============================================================================
-    "silu"       ``gate / (1 + exp(-gate)) * up``
-    "gelu"       ``gate * 0.5 * (1 + erf(gate / sqrt(2))) * up``
-    "gelu_tanh"  ``gate * 0.5 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))) * up``
-    "swigluoai"  with ``gate = min(gate, 7)`` and ``up = min(max(up, -7), 7)``:
-                 ``gate / (1 + exp(-1.702 * gate)) * (up + 1)``. Source: gpt-oss.
-    ===========  ==============================================================================
+    ==============  ==============================================================================
+    "silu"          ``gate / (1 + exp(-gate)) * up``
+    "gelu"          ``gate * 0.5 * (1 + erf(gate / sqrt(2))) * up``
+    "gelu_tanh"     ``gate * 0.5 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))) * up``
+    "swigluoai"     with ``gate = min(gate, 7)`` and ``up = min(max(up, -7), 7)``:
+                    ``gate / (1 + exp(-1.702 * gate)) * (up + 1)``. Source: gpt-oss.
+    "silu_clamp10"  "silu" with ``gate = min(gate, 10)`` and ``up = min(max(up, -10), 10)``. Source: DeepSeek-V4.
+    "relu2"         ``max(up, 0) ** 2``. The first product has up columns alone. Source: Nemotron-H.
+    ==============  ==============================================================================
 
     The bias of ``gate_up``, if any, is added before the activation. The bias of ``down`` is added before the
     expert's output is multiplied by its weight.
@@ -84,18 +86,20 @@ class MoeLayer:
     Parameters
     ----------
     gate_up : MarlinExpertStack
-        ``[k, 2 * intermediate]`` for each expert: gate columns first, then up columns.
+        ``[k, 2 * intermediate]`` for each expert: gate columns first, then up columns. ``[k, intermediate]`` if the
+        activation has no gate.
     down : MarlinExpertStack
         ``[intermediate, k]`` for each expert.
     top_k : int
         Number of experts for each token.
-    activation : {"silu", "gelu", "gelu_tanh", "swigluoai"}
+    activation : {"silu", "gelu", "gelu_tanh", "swigluoai", "silu_clamp10", "relu2"}
     apply_router_weight_on_input : bool
         Multiply a token by its weight before the first product instead of after the second. ``top_k`` must
         be 1. Source: vLLM's argument of that name, for Llama 4.
     shared_expert : SharedExpert, optional
         Its output is added. It uses the same backend and the same activation.
-    norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor
+    norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor, expert_scale,
+    mixer_jitter
         As in :class:`~marlin_cy.moe.routing.Routing`.
 
     Raises
@@ -119,7 +123,7 @@ class MoeLayer:
     ) -> None:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        check_stacks(gate_up, down)
+        check_stacks(gate_up, down, ACTIVATIONS[activation].gated)
         selection = Routing(gate_up.num_experts, top_k, **routing)
         on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
         if on_input and selection.top_k != 1:
@@ -128,6 +132,7 @@ class MoeLayer:
             if not isinstance(shared_expert, SharedExpert):
                 raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
             widths = shared_expert.gate_up.k, shared_expert.down.n_per_expert
+            check_stacks(shared_expert.gate_up, shared_expert.down, ACTIVATIONS[activation].gated)
             if widths != (gate_up.k, down.n_per_expert):
                 raise ValueError(
                     f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
@@ -154,6 +159,11 @@ class MoeLayer:
     def down(self) -> MarlinExpertStack:
         """The stack of the second product."""
         return self._plan.down
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether one of the products of routed experts has a bias."""
+        return any(getattr(stack, "bias", None) is not None for stack in (self.gate_up, self.down))
 
     @property
     def routing(self) -> Routing:
@@ -282,8 +292,10 @@ def backend_of(ctx: Context) -> Backend:
     return ctx.backend
 
 
-def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack) -> None:
+def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool | None = None) -> None:
     """Check that two stacks fit as the two products of a layer.
+
+    ``gated``: whether the activation has a gate; None if either will do.
 
     Raises
     ------
@@ -295,8 +307,15 @@ def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack) -> None:
             raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
     if gate_up.num_experts != down.num_experts:
         raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
-    if gate_up.n_per_expert != 2 * down.k:
+    if gated is None:
+        gated = gate_up.n_per_expert != down.k
+    if gated and gate_up.n_per_expert != 2 * down.k:
         raise ValueError(
             f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice the k of down: "
             "gate columns, then up columns"
+        )
+    if not gated and gate_up.n_per_expert != down.k:
+        raise ValueError(
+            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {down.k}, the k of down: up columns, as the "
+            "activation has no gate"
         )

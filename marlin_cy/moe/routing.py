@@ -11,7 +11,7 @@ from marlin_cy.arguments import flag, float_vector, integer, number, one_of
 
 __all__ = ["GROUP_SCORES", "SCORINGS", "Routing", "RoutingOptions"]
 
-SCORINGS = ("softmax", "softmax_topk", "sigmoid")
+SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus", "sparsemixer")
 GROUP_SCORES = ("max", "top2_sum")
 
 
@@ -25,6 +25,8 @@ class RoutingOptions(TypedDict, total=False):
     topk_groups: int
     group_score: str
     routed_scaling_factor: float
+    expert_scale: npt.NDArray[Any] | None
+    mixer_jitter: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +36,21 @@ class Routing:
     For one token with logits ``l[e]``, in float32::
 
         s = softmax(l)              scoring "softmax"
-            l                       scoring "softmax_topk"
+            l                       scoring "softmax_topk", "sparsemixer"
             1 / (1 + exp(-l))       scoring "sigmoid"
+            sqrt(log(1 + exp(l)))   scoring "sqrt_softplus"
         c = s + correction_bias                          the selection scores
         with num_groups > 1: the experts, in order, are divided into num_groups equal groups. The score of a
             group is the largest c in it ("max"), or the sum of its two largest ("top2_sum"). Only experts of
             the topk_groups groups with the largest scores are eligible; ties go to the smaller index
         ids = the top_k eligible experts with the largest c     largest first; ties go to the smaller index
-        w = s[ids]                  "softmax", "sigmoid"
+        w = s[ids]                  "softmax", "sigmoid", "sqrt_softplus"
             softmax(l[ids])         "softmax_topk"
-        with norm_topk_prob ("softmax", "sigmoid"): w = w / (sum(w) + 1e-20)
+            w[j] = 1 / sum of exp(l[e] - m) with m = l[ids[j]], over all e except ids[0] .. ids[j-1] for which
+                m - l[e] <= 2 * mixer_jitter * max(abs(l[e]), m)                    "sparsemixer"
+        with norm_topk_prob, except with "softmax_topk" and "sparsemixer": w = w / (sum(w) + 1e-20)
         w = w * routed_scaling_factor
+        with expert_scale: w = w * expert_scale[ids]
 
     Scores are compared after rounding to float32, so different logits can tie: the sigmoid of every logit above
     17 is 1.
@@ -56,7 +62,8 @@ class Routing:
     Parameters
     ----------
     num_experts, top_k : int
-    scoring : {"softmax", "softmax_topk", "sigmoid"}
+    scoring : {"softmax", "softmax_topk", "sigmoid", "sqrt_softplus", "sparsemixer"}
+        "sparsemixer" has no correction bias and no groups.
     norm_topk_prob : bool
     correction_bias : float array ``[num_experts]``, optional
         Finite; stored as float32.
@@ -66,6 +73,10 @@ class Routing:
         Score of a group. "top2_sum" requires groups of at least two experts.
     routed_scaling_factor : float
         Finite in float32.
+    expert_scale : float array ``[num_experts]``, optional
+        Finite; stored as float32.
+    mixer_jitter : float
+        At least 0.
 
     Raises
     ------
@@ -83,6 +94,9 @@ class Routing:
     DeepSeek-V3, Kimi-K2, GLM-4.5, dots1  sigmoid with a correction bias, group score "top2_sum",
                                           normalised as the configuration says, scaled
     Llama 4                               sigmoid, not normalised; one expert, its weight on the input
+    DeepSeek-V4                           sqrt_softplus with a correction bias, normalised, scaled
+    Gemma-4                               softmax, normalised, a scale for each expert
+    Phi-3.5-MoE                           sparsemixer
     ====================================  ===============================================================
 
     The models' own code differs in two points, which do not change results. Softmax models do not add 1e-20 to
@@ -100,6 +114,8 @@ class Routing:
     topk_groups: int = 1
     group_score: str = "max"
     routed_scaling_factor: float = 1.0
+    expert_scale: npt.NDArray[Any] | None = None
+    mixer_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -129,5 +145,11 @@ class Routing:
             raise ValueError(f"num_groups: got {self.num_groups}, expected groups of at least two experts for top2_sum")
         put("norm_topk_prob", flag("norm_topk_prob", self.norm_topk_prob))
         put("routed_scaling_factor", number("routed_scaling_factor", self.routed_scaling_factor))
-        if self.correction_bias is not None:
-            put("correction_bias", float_vector("correction_bias", self.correction_bias, self.num_experts))
+        for name in ("correction_bias", "expert_scale"):
+            if (vector := getattr(self, name)) is not None:
+                put(name, float_vector(name, vector, self.num_experts))
+        put("mixer_jitter", number("mixer_jitter", self.mixer_jitter))
+        if self.mixer_jitter < 0:
+            raise ValueError(f"mixer_jitter: got {self.mixer_jitter}, expected at least 0")
+        if self.scoring == "sparsemixer" and (self.correction_bias is not None or self.num_groups > 1):
+            raise ValueError("scoring: got 'sparsemixer' with a correction bias or groups, which it does not have")

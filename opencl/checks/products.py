@@ -188,10 +188,11 @@ def relative_error(
 
     backend = ctx.backend
     work, pairs, input_rows = small_work(backend, kind, len(weights), rng)
-    x = rng.standard_normal((input_rows, K if kind.activation is None else 2 * K)).astype(TYPES[kind.input_type])
+    gated = kind.activation is not None and ACTIVATIONS[kind.activation].gated
+    x = rng.standard_normal((input_rows, 2 * K if gated else K)).astype(TYPES[kind.input_type])
     values = x.astype(np.float64)
     if kind.activation is not None:
-        values = ACTIVATIONS[kind.activation].reference(values[:, :K], values[:, K:])
+        values = ACTIVATIONS[kind.activation].reference(values[:, :K], values[:, -K:])
     bias, bias_buffer = None, None
     if kind.bias_kind != NO_BIAS:
         bias = rng.standard_normal(weights.shape[::2]).astype(np.float32)

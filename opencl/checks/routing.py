@@ -126,7 +126,9 @@ def routing_kind(routing: Routing) -> str:
     shape = f"{routing.num_experts} experts, top_k {routing.top_k}, {routing.scoring}"
     grouped = f"{routing.topk_groups} of {routing.num_groups} groups by {routing.group_score}"
     normalised = bool(routing.norm_topk_prob)
-    return f"{shape}, {grouped}, normalised {normalised}, corrected {routing.correction_bias is not None}"
+    corrected, scaled = routing.correction_bias is not None, routing.expert_scale is not None
+    kind = f"{shape}, {grouped}, normalised {normalised}, corrected {corrected}"
+    return kind + (", scaled" if scaled else "") + (f", jitter {routing.mixer_jitter}" if routing.mixer_jitter else "")
 
 
 def preparation_kind(ctx: OpenClContext, store: OpenClGptqStore, rows: Rows | None) -> str:

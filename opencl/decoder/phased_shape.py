@@ -256,6 +256,8 @@ class LayerShape:
         for what, found in (
             ("shared experts", plan.shared is not None or moe.shared_expert is not None),
             ("weights on the experts' input", moe.apply_router_weight_on_input),
+            ("a routing by sparsemixer", moe.routing.scoring == "sparsemixer"),
+            ("a scale for each expert", moe.routing.expert_scale is not None),
             ("biases of experts", gate_up.bias_buffer is not None or down.bias_buffer is not None),
         ):
             if found:

@@ -113,15 +113,15 @@ __attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void norm_rows(
     }
 }
 
-// output = act(gate) * up, of rows [gate (width), up (width)]. A work-item for each value.
+// output = act(gate) * up, of rows [gate (width), up (width)], or of up alone. A work-item for each value.
 #if ACTIVATION
 __kernel void glu_rows(__global const float *restrict input, __global OUTPUT *restrict output, const uint width)
 {
     const ulong row = get_global_id(1);
     const uint i = get_global_id(0);
     if (i < width) {
-        __global const float *from = input + row * 2 * width;
-        store_output(activated(from[i], from[width + i]), output, row * width + i);
+        __global const float *from = input + row * ROW_PARTS * width;
+        store_output(activated(from[i], from[(ROW_PARTS - 1) * width + i]), output, row * width + i);
     }
 }
 #endif

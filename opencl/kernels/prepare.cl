@@ -85,7 +85,7 @@
 static inline float row_value(__global const INPUT *row, uint j, uint k_in)
 {
 #if ACTIVATION
-    return activated(load_input(row, j), load_input(row, (ulong)k_in + j));
+    return activated(load_input(row, j), load_input(row, (ulong)(ROW_PARTS - 1) * k_in + j));
 #else
     return load_input(row, j);
 #endif
@@ -114,7 +114,7 @@ static inline float8 prepared_values(__global const INPUT *row, uint octet, uint
     if (j >= k_in) // a multiple of 32, as k_out is
         return (float8)(0);
 #if ACTIVATION
-    return activated8(load8_input(row, j), load8_input(row, (ulong)k_in + j));
+    return activated8(load8_input(row, j), load8_input(row, (ulong)(ROW_PARTS - 1) * k_in + j));
 #else
     return load8_input(row, j);
 #endif
@@ -141,7 +141,7 @@ __attribute__((always_inline)) static inline void prepare_row(uint i, ulong from
                                                               __local uint *largest, __local int *value_sums)
 {
     const uint item = get_local_id(0), items = get_local_size(0);
-    __global const INPUT *row = input + from * k_in * (ACTIVATION ? 2 : 1);
+    __global const INPUT *row = input + from * k_in * ROW_PARTS;
 #if PREPARED_TYPE == PREPARED_PLANES
     // A work-item takes 8 elements in each turn. The work-items of a group share their maxima and sums.
     const uint octets = k_out / 8, groups = (k_out + (1 << GROUP_SHIFT) - 1) >> GROUP_SHIFT;

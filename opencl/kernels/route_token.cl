@@ -6,14 +6,19 @@
 //   ROUTE_ITEMS   work-items in a work-group
 //   LOGITS_TYPE   element type of logits, as common.cl's INPUT_TYPE (0)
 //   SCORING       one of SCORING_*: an expert's score from its logit. With SCORING_SOFTMAX_TOPK the score is the logit
-//                 itself, and weights are the softmax of the picked logits
+//                 itself, and weights are the softmax of the picked logits. With SCORING_SPARSEMIXER the score is the
+//                 logit itself too, and each weight is a softmax over the logits that were not picked before it, as far
+//                 as they are near: see mixed_weight
 //   CORRECTED     1: experts are picked by score + bias; weights are computed from the score alone
+//   SCALED        1: an expert's weight is multiplied by its scale
 //   GROUPING      one of GROUPING_*: with GROUPING_MAX and GROUPING_TOP2_SUM, experts are picked from the topk_groups
 //                 best groups only. A group's score is its best expert's, or the sum of its two best experts'
 
 #define SCORING_SOFTMAX 0
 #define SCORING_SOFTMAX_TOPK 1
 #define SCORING_SIGMOID 2
+#define SCORING_SQRT_SOFTPLUS 3
+#define SCORING_SPARSEMIXER 4
 #define GROUPING_NONE 0
 #define GROUPING_MAX 1
 #define GROUPING_TOP2_SUM 2
@@ -33,6 +38,10 @@
 #ifndef GROUPING
 #define GROUPING GROUPING_NONE
 #endif
+#ifndef SCALED
+#define SCALED 0
+#endif
+#define SCORE_IS_LOGIT (SCORING == SCORING_SOFTMAX_TOPK || SCORING == SCORING_SPARSEMIXER)
 // Where route_token writes its choices.
 #ifndef CHOSEN_SPACE
 #define CHOSEN_SPACE __global
@@ -55,10 +64,29 @@ static inline float weight_of(float logit, float largest)
 {
 #if SCORING == SCORING_SIGMOID
     return 1 / (1 + exp(-logit));
+#elif SCORING == SCORING_SQRT_SOFTPLUS
+    return sqrt(logit > 40 ? logit : log1p(exp(logit)));
 #else
     return exp(logit - largest);
 #endif
 }
+
+#if SCORING == SCORING_SPARSEMIXER
+// One over the sum of exp(logit - most) over all experts but those before expert `own` in order, and but those with
+// most - logit > 2 * jitter * max(|logit|, most), where `most` is the logit of `own`.
+static inline float mixed_weight(__global const LOGIT *logits, ulong row, uint num_experts, uint own, float jitter)
+{
+    const float most = load_logit(logits, row + own);
+    float total = 0;
+    for (uint e = 0; e < num_experts; e++) {
+        const float logit = load_logit(logits, row + e);
+        const bool before = logit > most || (logit == most && e < own);
+        if (!before && most - logit <= 2 * jitter * fmax(fabs(logit), most))
+            total += exp(logit - most);
+    }
+    return 1 / total;
+}
+#endif
 
 #if GROUPING
 // The two largest of four numbers, the larger first. Each pair has its larger number first.
@@ -110,8 +138,10 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 // sharing the comparisons, which needs barriers for each of the top_k experts.
 //   logits         LOGIT [tokens][num_experts]
 //   top_k          1 to num_experts
-//   normalise      whether a token's weights are divided by their sum; 1 with SCORING_SOFTMAX_TOPK
+//   normalise      whether a token's weights are divided by their sum; 1 with SCORING_SOFTMAX_TOPK, 0 with SCORING_SPARSEMIXER
 //   factor         the weights are multiplied by it at the end
+//   scale          float32 [num_experts] (SCALED), finite
+//   jitter         (SCORING_SPARSEMIXER)
 //   bias           float32 [num_experts] (CORRECTED), finite
 //   num_groups     divides num_experts (GROUPING); topk_groups groups have at least top_k experts
 //   ids, weights   int32 and float32 [tokens][top_k]
@@ -121,21 +151,23 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 // ids is not restrict, as route_align reads ids that other work-groups wrote.
 #define ROUTE_ARGS                                                                                              \
     __global const LOGIT *restrict logits, const ulong logits_offset, const uint num_experts, const uint top_k, \
-        const int normalise, const float factor, __global const float *restrict bias, const uint num_groups,    \
+        const int normalise, const float factor, __global const float *restrict scale, const float jitter,      \
+        __global const float *restrict bias, const uint num_groups,                                             \
         const uint topk_groups, __global int *ids, const ulong ids_offset, __global float *restrict weights,    \
         const ulong weights_offset, __local uint4 *restrict fours, __local uint *restrict groups,               \
         __local float *restrict picked
 // The arguments of ROUTE_ARGS that route_token takes.
 #define ROUTE_NAMES                                                                                                 \
-    logits + logits_offset, num_experts, top_k, normalise, factor, bias, num_groups, topk_groups, ids + ids_offset, \
+    logits + logits_offset, num_experts, top_k, normalise, factor, scale, jitter, bias, num_groups, topk_groups, ids + ids_offset, \
         weights + weights_offset, fours, groups, picked
 
 // Routes one token; called by a whole work-group.
 //   pairs   local uint2 [ROUTE_ITEMS] (GROUPING)
 __attribute__((always_inline)) static inline void route_token(
     ulong token, __global const LOGIT *logits, uint num_experts, uint top_k, int normalise, float factor,
-    __global const float *bias, uint num_groups, uint topk_groups, CHOSEN_SPACE int *ids,
-    CHOSEN_SPACE float *weights, __local uint4 *fours, __local uint *groups, __local float *picked, __local uint2 *pairs)
+    __global const float *scale, float jitter, __global const float *bias, uint num_groups, uint topk_groups,
+    CHOSEN_SPACE int *ids, CHOSEN_SPACE float *weights, __local uint4 *fours, __local uint *groups,
+    __local float *picked, __local uint2 *pairs)
 {
     __local uint *choices = (__local uint *)fours;
     const uint me = get_local_id(0), num_fours = (num_experts + 3) / 4;
@@ -159,7 +191,7 @@ __attribute__((always_inline)) static inline void route_token(
     // sum and comes after all other scores of 0; otherwise it has rank 0.
     for (uint e = me; e < 4 * num_fours; e += ROUTE_ITEMS) {
         const float logit = e < num_experts ? load_logit(logits, row + e) : 0;
-        const uint rank = rank_of(SCORING == SCORING_SOFTMAX_TOPK ? logit : weight_of(logit, largest));
+        const uint rank = rank_of(SCORE_IS_LOGIT ? logit : weight_of(logit, largest));
         choices[e] = e < num_experts ? rank : SCORING == SCORING_SOFTMAX ? rank_of(0) : 0;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -193,7 +225,9 @@ __attribute__((always_inline)) static inline void route_token(
         const uint place = -(minus_before.x + minus_before.y + minus_before.z + minus_before.w);
         if (place < top_k && !bad) {
             ids[place] = e;
-#if SCORING == SCORING_SOFTMAX_TOPK
+#if SCORING == SCORING_SPARSEMIXER
+            picked[place] = mixed_weight(logits, row, num_experts, e, jitter);
+#elif SCORING == SCORING_SOFTMAX_TOPK
             picked[place] = load_logit(logits, row + e);
 #elif CORRECTED
             picked[place] = weight_of(load_logit(logits, row + e), largest) / sum;
@@ -202,7 +236,7 @@ __attribute__((always_inline)) static inline void route_token(
 #endif
         }
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
+    barrier(SCALED ? CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE : CLK_LOCAL_MEM_FENCE); // ids are read again below
     float largest_picked = picked[0], total = 0;
 #if SCORING == SCORING_SOFTMAX_TOPK
     for (uint j = 1; j < top_k; j++)
@@ -217,6 +251,7 @@ __attribute__((always_inline)) static inline void route_token(
     for (uint j = me; j < top_k; j += ROUTE_ITEMS) {
         if (bad)
             ids[j] = j;
-        weights[j] = bad ? NAN : PICKED_WEIGHT(j) / divisor * factor;
+        const float own_scale = SCALED && !bad ? scale[ids[j]] : 1;
+        weights[j] = bad ? NAN : PICKED_WEIGHT(j) / divisor * factor * own_scale;
     }
 }

@@ -36,7 +36,9 @@ __all__ = [
 
 ROUTE_ITEMS = 128  # work-items in a work-group
 ROUTE_LOCAL_BYTES = 8 * ROUTE_ITEMS  # `pairs`; the rest grows with the experts
-SCORING = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2}  # SCORING of routing.cl
+SCORING = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrt_softplus": 3, "sparsemixer": 4}
+"""``SCORING`` of routing.cl."""
+
 GROUPING = {"max": 1, "top2_sum": 2}  # GROUPING of routing.cl, where 0 is no grouping
 
 
@@ -88,9 +90,11 @@ def route_call(
     ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen
 ) -> tuple[dict[str, int], tuple[Any, ...]]:
     """``(macros, arguments)`` of `route`, which fills ``chosen`` from the rows of ``logits``."""
-    bias = None
+    bias = scale = None
     if routing.correction_bias is not None:
         bias = ctx.kept(routing, routing.correction_bias, "correction bias")
+    if routing.expert_scale is not None:
+        scale = ctx.kept(routing, routing.expert_scale, "expert scale")
     fours, groups, picked = kept_words(logits.width, routing.num_groups, chosen.top_k)
     macros = {
         "ROUTE_ITEMS": ROUTE_ITEMS,
@@ -104,6 +108,8 @@ def route_call(
         top_k=chosen.top_k,
         normalise=normalises(routing),
         factor=routing.routed_scaling_factor,
+        scale=scale,
+        jitter=routing.mixer_jitter,
         bias=bias,
         num_groups=routing.num_groups,
         topk_groups=routing.topk_groups,
@@ -122,13 +128,14 @@ def routing_macros(routing: Routing) -> dict[str, int]:
     return {
         "SCORING": SCORING[routing.scoring],
         "CORRECTED": int(routing.correction_bias is not None),
+        "SCALED": int(routing.expert_scale is not None),
         "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
     }
 
 
 def normalises(routing: Routing) -> int:
     """Whether a token's weights are divided by their sum."""
-    return int(routing.norm_topk_prob or routing.scoring == "softmax_topk")
+    return int(routing.scoring == "softmax_topk" or (routing.norm_topk_prob and routing.scoring != "sparsemixer"))
 
 
 def check_routing(ctx: OpenClContext, routing: Routing) -> None:

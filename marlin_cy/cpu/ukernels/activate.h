@@ -44,6 +44,9 @@ ROWOPS float exp_f32(float x)
     return p * bits_float((uint32_t)(half + 127) << 23) * bits_float((uint32_t)(whole - half + 127) << 23);
 }
 
+/* max(x, 0) squared. A NaN stays a NaN. */
+ROWOPS float rectified_square(float x) { return x < 0.0f ? 0.0f : x * x; }
+
 /* Every activation is gate * sigmoid(z) * up, with its own z:
  *
  *   silu       z = gate
@@ -52,8 +55,11 @@ ROWOPS float exp_f32(float x)
  *              smooth. A polynomial approximates it, whose coefficients minimise the largest error of sigmoid(z),
  *              0.49 * 2^-24. Beyond the fitted range (|gate| > 7) z keeps rising with gate, so the result is gate or 0.
  *   swigluoai  z = 1.702 gate, of clamped values
+ *   silu_clamp10  as silu, of clamped values
  *
- * The error, in units of 2^-24 * |gate * up|, is the sum of
+ * relu2 is the exception: the square of max(up, 0).
+ *
+ * The error of the others, in units of 2^-24 * |gate * up|, is the sum of
  *
  *   1 each     for the division, the sum in the denominator, the product with up, and up + 1
  *   at most 1  for exp: its error of 4, times sigmoid * (1 - sigmoid), which is at most 1/4
@@ -61,6 +67,8 @@ ROWOPS float exp_f32(float x)
  *   0.49       for the fit of gelu */
 ROWOPS float activate(float gate, float up, int activation)
 {
+    if (activation == ACTIVATION_RELU2)
+        return rectified_square(up);
     float z = gate;
     if (activation == ACTIVATION_GELU) {
         const float square = gate * gate;

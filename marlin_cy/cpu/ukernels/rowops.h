@@ -7,14 +7,14 @@
 
 #include "activate.h"
 
-/* The clamps of swigluoai. A NaN fails each comparison, so it stays a NaN. The clamps are in a separate loop: within
- * the loop of the activation, the compiler derives branches from the constant 7 and does not vectorise them. */
-ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums)
+/* Gates at most `limit`, ups between -limit and limit. A NaN fails each comparison, so it stays a NaN. The clamps are in a separate loop: within
+ * the loop of the activation, the compiler derives branches from the constant and does not vectorise them. */
+ROWOPS void clamp_sums(float *restrict clamped, const float *restrict sums, float limit)
 {
     for (int i = 0; i < TILE_N; i++) {
         const float gate = sums[i], up = sums[TILE_N + i];
-        clamped[i] = gate > 7.0f ? 7.0f : gate;
-        clamped[TILE_N + i] = fabsf(up) > 7.0f ? copysignf(7.0f, up) : up;
+        clamped[i] = gate > limit ? limit : gate;
+        clamped[TILE_N + i] = fabsf(up) > limit ? copysignf(limit, up) : up;
     }
 }
 
@@ -33,8 +33,8 @@ ROWOPS void glu_epilogue_by(float *dst, ptrdiff_t row_floats, const int64_t *row
             }
             values = biased;
         }
-        if (activation == ACTIVATION_SWIGLUOAI) {
-            clamp_sums(clamped, values);
+        if (activation == ACTIVATION_SWIGLUOAI || activation == ACTIVATION_SILU_CLAMP10) {
+            clamp_sums(clamped, values, activation == ACTIVATION_SWIGLUOAI ? 7.0f : 10.0f);
             values = clamped;
         }
         for (int i = 0; i < TILE_N; i++)
@@ -54,6 +54,10 @@ ROWOPS void glu_epilogue_sums(float *dst, ptrdiff_t row_floats, const int64_t *r
     case ACTIVATION_SWIGLUOAI:
         glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SWIGLUOAI);
         break;
+    case ACTIVATION_SILU_CLAMP10:
+        glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_SILU_CLAMP10);
+        break;
+    case ACTIVATION_RELU2: glu_epilogue_by(dst, row_floats, rows, m, sums, gate_bias, up_bias, ACTIVATION_RELU2); break;
     }
 }
 

@@ -53,7 +53,14 @@ enum { QMAX_INT8 = 127, QMAX_INT16 = 32639 };
 enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2, DTYPE_I8 = 3 };
 
 /* The activations of a MoE layer; their definitions are in marlin_cy/activations.py. */
-enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLUOAI = 3 };
+enum {
+    ACTIVATION_SILU = 0,
+    ACTIVATION_GELU = 1,
+    ACTIVATION_GELU_TANH = 2,
+    ACTIVATION_SWIGLUOAI = 3,
+    ACTIVATION_SILU_CLAMP10 = 4,
+    ACTIVATION_RELU2 = 5, /* of up alone: rectify is what a layer without gates uses */
+};
 
 /* A group whose largest magnitude is below this is quantised to zeros, so that neither qmax / amax nor amax / qmax
  * leaves the range of normal floats. */
@@ -145,7 +152,8 @@ typedef void store_rows_fn(char *dst, ptrdiff_t row_bytes, const int64_t *rows, 
  *   gate = sums[i] + gate_bias[i];  up = sums[TILE_N + i] + up_bias[i]    (both biases may be NULL: nothing is added)
  *   dst[i] = activation(gate, up)
  *
- * The error of an activation is at most 6 * 2^-24 * |gate * up| (swigluoai: |gate| * (1 + |up|), both clamped), which
+ * The error of an activation is at most 6 * 2^-24 * |gate * up| (swigluoai: |gate| * (1 + |up|), both clamped; relu2:
+ * half a unit in the last place), which
  * rowops.h derives, plus (1 + |up|) times the smallest float. A NaN gives NaN; infinities follow the formula. */
 typedef void glu_epilogue_fn(float *dst, ptrdiff_t row_floats, const int64_t *rows, int m, const float *sums,
                              const float *gate_bias, const float *up_bias, int activation);

@@ -1,0 +1,49 @@
+"""Layers of a checkpoint in a format that this library does not read, found by the names of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats.scheme import Scheme
+
+__all__ = ["foreign_layers"]
+
+SUFFIXES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_global_scale",
+    ".weight_packed",
+    ".qweight",
+    ".SCB",
+    ".weight.absmax",
+)
+"""Tensors that quantised layers have, in the formats of all tools. Scales beside ``weight`` are those of 8 bits."""
+
+
+def foreign_layers(
+    tensors: SafetensorsFolder, scheme: Scheme | None, is_passed_over: Callable[[str], bool]
+) -> Iterator[UnsupportedError]:
+    """An error for each quantised layer that the checkpoint's own format does not have."""
+    if scheme is None:
+        return
+    seen = set()
+    for name in tensors.names:
+        suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+        module = name.removesuffix(suffix or "")
+        if suffix is None or module in seen or f"{module}{scheme.marker}" in tensors or is_passed_over(name):
+            continue
+        seen.add(module)
+        yield UnsupportedError(f"{tensors.file_of(name).path}: {reason(tensors, scheme, module, suffix)}")
+
+
+def reason(tensors: SafetensorsFolder, scheme: Scheme, module: str, suffix: str) -> str:
+    """Why a layer is not supported: as the config says, or else by its tensors."""
+    try:
+        scheme.for_module(module)
+    except UnsupportedError as error:
+        return str(error)
+    weight = f"{module}.weight"
+    kind = f"{tensors.info(weight).dtype} weights" if weight in tensors else f"a tensor {suffix[1:]}"
+    return f"{module}: {kind} with {suffix[1:]}, which is not a layer of format {scheme.format!r}"
