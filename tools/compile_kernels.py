@@ -204,7 +204,16 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
             "CORRECTED": 1,
             "HAS_HEAD": 0,
         },
-        {**STEP, "TENSOR": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
+        {
+            **STEP,
+            "TENSOR": 1,
+            "RESIDENT": 0,
+            "TOKENS": 8,
+            "WAVES": 8,
+            "GROUP_32": 1,
+            "CACHE_TYPE": 2,
+            "EXPERTS_PER_PART": 32,
+        },
         {**STEP, "TENSOR": 1, "RESIDENT": 1, "PTX": 1},
     ],
     "decoder_dense_mma": [

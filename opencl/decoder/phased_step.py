@@ -1,4 +1,4 @@
-"""A step of few tokens through all layers by the phases of ``kernels/decoder_step.cl``: in one launch, or in a launch each.
+"""A step of few tokens by the phases of ``kernels/decoder_step.cl``: all in one launch, or each in its own.
 
 In one launch the work-groups wait for each other, so all of them must be resident. That is known of NVIDIA GPUs, in the
 tier "mma". If they do not come all the same, each phase is a launch from then on. Both ways are one kernel.
