@@ -7,6 +7,8 @@
     *.safetensors (+ index) ─── SafetensorsFolder ────────────┴─ QuantizedSource, or PackedSource for a
                                                                  folder that `marlin-cy pack` wrote
              moe_layer(i), linear(name): stacks and layers on a backend
+
+A GGUF model has the same parts: gguf/ reads the configuration and the tensors from its files.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ import numpy.typing as npt
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
+from marlin_cy.checkpoints.gguf.files import find_gguf
+from marlin_cy.checkpoints.gguf.model import open_gguf
+from marlin_cy.checkpoints.gguf.source import GgufSource
+from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
@@ -59,7 +65,8 @@ def open_checkpoint(
     path : path-like
         The folder: ``config.json``, the quantisation config there (``quantization_config``) or in the
         quantiser's own file (``quantize_config.json``, ...), and ``*.safetensors`` with or without an index.
-        Or a folder that ``marlin-cy pack`` wrote.
+        Or a folder that ``marlin-cy pack`` wrote. Or a GGUF file, one of its parts, or a folder that holds one GGUF model
+        and no other.
     backend : str or Backend
         The backend to which weights are loaded.
     progress : callable, optional
@@ -75,6 +82,8 @@ def open_checkpoint(
         The checkpoint is damaged or contradicts itself. The message has file, tensor and reason.
     UnsupportedError
         The model family, activation, quantisation method, width of codes or group size is not supported.
+    BackendUnavailable
+        A GGUF file, and the package ``gguf`` is not installed.
     TypeError, ValueError
         An invalid ``backend``, ``progress`` or ``num_threads``.
     """
@@ -98,15 +107,16 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
+        The folder, or the GGUF file.
     backend : Backend
     config : dict
-        ``config.json``.
+        ``config.json``, or what a GGUF file says in its place.
     format : str
         The format of the weights: ``"gptq"``, ``"awq"``, ``"packed"``, ...
     codes : str
         The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     scheme : Scheme or None
-        The format's settings; None for a packed folder.
+        The format's settings; None for a packed folder, and for GGUF.
     family : Family
     moe_spec : MoeSpec
     moe_layers : list of int
@@ -121,25 +131,29 @@ class Checkpoint:
     def __init__(
         self, path: Path, backend: Backend, progress: Progress | None, num_threads: int, verify: bool = False
     ) -> None:
-        self.path = path
         self.backend = backend
         self._progress = progress
         self._num_threads = num_threads
-        self._config_file = path / "config.json"
-        self.config = read_json(self._config_file)
+        file = find_gguf(path)
+        gguf = None if file is None else open_gguf(file)
+        self.path = path if file is None else file
+        self._config_file = path / "config.json" if gguf is None else gguf.header.files[0]
+        self.config = read_json(self._config_file) if gguf is None else gguf.config
         packed = is_packed(self.config)
-        self.scheme: Scheme | None = None if packed else read_scheme(path, self.config)
+        self.scheme: Scheme | None = None if packed or gguf is not None else read_scheme(path, self.config)
         self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
         self.moe_spec = read_moe_spec(text, self.family, self._config_file)
         with as_checkpoint_error(self._config_file):
             Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
-        self._tensors = SafetensorsFolder(path)
+        self._tensors: SafetensorsFolder | GgufTensors = SafetensorsFolder(path) if gguf is None else gguf.tensors()
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
         self.num_layers: int = text["num_hidden_layers"]
         self.layer_prefix = self._find_prefix()
-        self._source: QuantizedSource | PackedSource
-        if self.scheme is None:
+        self._source: QuantizedSource | PackedSource | GgufSource
+        if not isinstance(self._tensors, SafetensorsFolder):
+            self._source = GgufSource(self._tensors, self.family, self.moe_spec, self._for_each)
+        elif self.scheme is None:
             self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
         else:
             self._source = QuantizedSource(

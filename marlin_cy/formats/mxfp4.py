@@ -30,7 +30,7 @@ from marlin_cy.weights.arrays import checked_array
 from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.sizes import checked_group_size
 
-__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
+__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse", "scales_of_exponents"]
 
 GROUP_SIZE = 32
 """Rows of K that share a scale."""
@@ -94,20 +94,32 @@ class Mxfp4Scheme(Scheme):
         specs, blocks, name = self.tensors(k, n), self.marker.lstrip("._"), self.scales.lstrip("._")
         pairs = checked_array(f"{blocks}{label}", arrays[self.marker], BYTES, specs[self.marker].shape)
         exponents = checked_array(f"{name}{label}", arrays[self.scales], BYTES, specs[self.scales].shape)
-        if exponents.max() == NAN:
-            row, block = np.argwhere(exponents == NAN)[0]
-            raise ValueError(f"{name}{label}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
-        scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
-        scale[scale == 0] = SMALLEST
+        scale = scales_of_exponents(f"{name}{label}", exponents)
         # Four consecutive bytes are a canonical word, but the words of a column are consecutive: transpose them.
         words = np.require(pairs.reshape(n, k // 2).view("<u4"), np.uint32, ("C_CONTIGUOUS", "ALIGNED"))
         return Int4Weight(
             words=transpose(words),
-            scale=scale.view(BFLOAT16),
+            scale=scale,
             zero=None,
             group_size=GROUP_SIZE,
             codes=self.codes,
         )
+
+
+def scales_of_exponents(name: str, exponents: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Canonical scales, bfloat16 ``[K/32, N]``, from exponents, uint8 ``[N, K/32]``.
+
+    Raises
+    ------
+    ValueError
+        An exponent is 255, NaN. The message has ``name``.
+    """
+    if exponents.max() == NAN:
+        row, block = np.argwhere(exponents == NAN)[0]
+        raise ValueError(f"{name}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
+    scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
+    scale[scale == 0] = SMALLEST
+    return scale.view(BFLOAT16)
 
 
 def parse(config: JsonObject, file: StrPath) -> Mxfp4Scheme:

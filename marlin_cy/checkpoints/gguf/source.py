@@ -1,0 +1,200 @@
+"""The quantised linear layers of a GGUF model: checked, and packed for a backend on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
+from marlin_cy.checkpoints.gguf.tensors import GgufTensors
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
+from marlin_cy.weights.int4 import Int4Weight
+
+__all__ = ["GgufSource"]
+
+ForEach = Callable[[Callable[[int], None], int, str], None]
+WEIGHT, BIAS = ".weight", ".bias"
+
+
+class GgufSource:
+    """The quantised linear layers of a GGUF model.
+
+    It has the methods of :class:`~marlin_cy.checkpoints.quantised.QuantizedSource`, which documents them.
+
+    Parameters
+    ----------
+    tensors : GgufTensors
+    family : Family
+    spec : MoeSpec
+    for_each : callable
+        ``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel.
+    """
+
+    format = "gguf"
+    act_order = False
+
+    def __init__(self, tensors: GgufTensors, family: Family, spec: MoeSpec, for_each: ForEach) -> None:
+        self._tensors, self._family, self._spec, self._for_each = tensors, family, spec, for_each
+        self._blocks: set[str] = set()
+
+    # Contents ----------------------------------------------------------------------------------
+
+    @property
+    def codes(self) -> str:
+        """The code type that most bytes of the quantised weights have."""
+        sizes: dict[str, int] = {}
+        for name in self._tensors.quantised_names:
+            info = self._tensors.info(name)
+            codes = BLOCK_TYPES[info.dtype].codes
+            sizes[codes] = sizes.get(codes, 0) + info.nbytes
+        return max(sizes, key=lambda codes: sizes[codes], default="uint4")
+
+    @property
+    def linears(self) -> list[str]:
+        return [name.removesuffix(WEIGHT) for name in self._tensors.quantised_names if ".experts." not in name]
+
+    def has_linear(self, module: str) -> bool:
+        name = f"{module}{WEIGHT}"
+        return name in self._tensors and self._tensors.info(name).dtype in BLOCK_TYPES
+
+    def quantized_tensors(self) -> list[str]:
+        biases = [f"{module}{BIAS}" for block in self._blocks for module in self._modules(block)]
+        return self._tensors.quantised_names + [name for name in biases if name in self._tensors]
+
+    def holds_experts(self, block: str) -> bool:
+        """Whether a block's routed experts are quantised. If they are, all of their tensors were checked."""
+        spec, modules = self._spec, self._modules(block)
+        hidden, inter = spec.hidden_size, spec.intermediate_size
+        for module in modules:
+            k, n = (inter, hidden) if module is modules[-1] else (hidden, 2 * inter if len(modules) == 2 else inter)
+            self._tensors.check(f"{module}{WEIGHT}", (spec.num_experts, n, k))
+            if f"{module}{BIAS}" in self._tensors:
+                self._tensors.check(f"{module}{BIAS}", (spec.num_experts, n))
+        quantised = [self.has_linear(module) for module in modules]
+        if any(quantised) and not all(quantised):
+            dense = next(module for module in modules if not self.has_linear(module))
+            raise UnsupportedError(
+                f"{self._tensors.source}: {dense} has type {self._info(dense).dtype} beside quantised ones; the "
+                "experts of a layer must all be quantised"
+            )
+        if all(quantised):
+            self._blocks.add(block)
+            self._check_equal(modules[:-1])
+        return all(quantised)
+
+    def _check_equal(self, modules: Sequence[str]) -> None:
+        types = [self._info(module).dtype for module in modules]
+        if len(set(types)) > 1:
+            raise UnsupportedError(
+                f"{self._tensors.source}: {modules[0]} has type {types[0]}, {modules[1]} {types[1]}; gate and up of "
+                "a layer must have the same type"
+            )
+
+    def _modules(self, block: str) -> list[str]:
+        """The modules of a block's experts: gate, up and down, or gate_up and down."""
+        family, experts = self._family, f"{block}.experts"
+        fused = f"{experts}.{family.gate_up}"
+        inner = [fused] if f"{fused}{WEIGHT}" in self._tensors else [f"{experts}.{family.gate}", f"{experts}.{family.up}"]
+        return [*inner, f"{experts}.{family.down}"]
+
+    def expert_group_sizes(self, block: str) -> tuple[int, int]:
+        modules = self._modules(block)
+        return self._type(modules[0]).group_size, self._type(modules[-1]).group_size
+
+    def expert_symmetry(self, block: str) -> tuple[bool, bool]:
+        modules = self._modules(block)
+        return self._type(modules[0]).symmetric, self._type(modules[-1]).symmetric
+
+    def expert_bytes(self, block: str) -> int:
+        return sum(self._info(module).nbytes for module in self._modules(block))
+
+    # Loading -----------------------------------------------------------------------------------
+
+    def linear(self, module: str, backend: Backend) -> Linear:
+        weight = self.weight(module)
+        builder = self._builder(backend, 1, weight.k, weight.n, self._type(module))
+        builder.add(0, 0, weight)
+        return backend.linear_of(builder.finish(), self.bias(module))
+
+    def weight(self, module: str) -> Int4Weight:
+        if not self.has_linear(module):
+            raise CheckpointError("missing, or not quantised", file=self._tensors.source, tensor=f"{module}{WEIGHT}")
+        weight = self._decoded(module)
+        columns = self._tensors.view(f"{module}{WEIGHT}").columns
+        return weight if columns is None else rows_of(weight, columns)
+
+    def bias(self, module: str) -> npt.NDArray[np.float32] | None:
+        name = f"{module}{BIAS}"
+        return self._tensors.tensor(name).astype(np.float32) if name in self._tensors else None
+
+    def release(self, module: str, index: int | None = None) -> None:
+        name = f"{module}{WEIGHT}"
+        if name in self._tensors:
+            self._tensors.release(name, index)
+
+    def expert_stacks(
+        self, block: str, backend: Backend, description: str
+    ) -> tuple[MarlinExpertStack, MarlinExpertStack]:
+        spec, modules = self._spec, self._modules(block)
+        hidden, inter, experts = spec.hidden_size, spec.intermediate_size, spec.num_experts
+        *inner, last = modules
+        gate_up = self._builder(backend, experts, hidden, 2 * inter, self._type(inner[0]))
+        down = self._builder(backend, experts, inter, hidden, self._type(last))
+
+        def pack(expert: int) -> None:
+            column = 0
+            for module in inner:
+                weight = self._decoded(module, expert)
+                gate_up.add(expert, column, weight)
+                column += weight.n
+                self.release(module, expert)
+            down.add(expert, 0, self._decoded(last, expert))
+            self.release(last, expert)
+
+        self._for_each(pack, experts, description)
+        biases = [self.bias(module) for module in inner]
+        both = None if any(bias is None for bias in biases) else np.concatenate(biases, axis=1)  # type: ignore[arg-type]
+        return gate_up.finish(both), down.finish(self.bias(last))
+
+    def _decoded(self, module: str, expert: int | None = None) -> Int4Weight:
+        name = f"{module}{WEIGHT}"
+        stored = self._tensors.view(name).stored[0]
+        with as_checkpoint_error(stored.file, stored.name):
+            return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)))
+
+    @staticmethod
+    def _builder(backend: Backend, experts: int, k: int, n: int, kind: BlockType) -> StackBuilder:
+        return backend.new_stack_builder(
+            experts, k, n, group_size=kind.group_size, codes=kind.codes, scale_dtype=kind.scale_dtype
+        )
+
+    def _type(self, module: str) -> BlockType:
+        return BLOCK_TYPES[self._info(module).dtype]
+
+    def _info(self, module: str) -> Any:
+        return self._tensors.info(f"{module}{WEIGHT}")
+
+
+def rows_of(weight: Int4Weight, rows: npt.NDArray[np.int64]) -> Int4Weight:
+    """A weight whose row ``i`` of K is row ``rows[i]``; whole groups, in another order.
+
+    Raises
+    ------
+    UnsupportedError
+        Groups would be cut.
+    """
+    size = weight.group_size
+    groups = rows.reshape(-1, size)
+    if (groups[:, 0] % size).any() or (groups != groups[:, :1] + np.arange(size)).any():
+        raise UnsupportedError(f"rows of K in an order that cuts groups of {size}")
+    order = groups[:, 0] // size
+    words = weight.words.reshape(len(order), size // 8, weight.n)[order].reshape(weight.words.shape)
+    zero = None if weight.zero is None else weight.zero[order]
+    return replace(weight, words=words, scale=weight.scale[order], zero=zero)
