@@ -65,8 +65,7 @@ def open_checkpoint(
     path : path-like
         The folder: ``config.json``, the quantisation config there (``quantization_config``) or in the
         quantiser's own file (``quantize_config.json``, ...), and ``*.safetensors`` with or without an index.
-        Or a folder that ``marlin-cy pack`` wrote. Or a GGUF file, one of its parts, or a folder that holds one GGUF model
-        and no other.
+        Or a folder that ``marlin-cy pack`` wrote. Or a GGUF file, a part of one, or a folder with nothing else.
     backend : str or Backend
         The backend to which weights are loaded.
     progress : callable, optional
@@ -221,6 +220,11 @@ class Checkpoint:
         All other tensors are not quantised.
         """
         return self._source.quantized_tensors()
+
+    @property
+    def skipped_tensors(self) -> list[str]:
+        """Tensors in a GGUF file that are not loaded, under their own names: layers that predict several tokens."""
+        return [] if isinstance(self._tensors, SafetensorsFolder) else list(self._tensors.skipped)
 
     # Linear layers -----------------------------------------------------------------------------
 

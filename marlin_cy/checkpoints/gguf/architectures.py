@@ -34,11 +34,14 @@ class Architecture:
     names : mapping
         What each tensor of a layer is: ``"attn_q"`` for ``blk.N.attn_q.weight`` and ``blk.N.attn_q.bias``, or the whole
         name of a single tensor.
+    one_centred : bool
+        Whether the family stores the factor of the last norm less 1.
     """
 
     model_type: str
     read: Callable[[Metadata], JsonObject]
     names: Mapping[str, Target]
+    one_centred: bool = False
 
 
 ATTENTION: Mapping[str, Target] = {
@@ -105,8 +108,7 @@ LINEAR_ATTENTION: Mapping[str, Target] = {
     "ssm_norm.weight": "linear_attn.norm",
     "ssm_out.weight": views.delta_out,
 }
-"""Of layers with linear attention. ``attn_qkv`` of other layers is :func:`~marlin_cy.checkpoints.gguf.views.delta_qkv`'s
-matter too."""
+"""Of layers with linear attention, but for ``attn_qkv``, which other layers may have too."""
 
 ONE_CENTRED: Mapping[str, Target] = {
     "attn_norm": views.one_centred("input_layernorm"),
@@ -119,6 +121,7 @@ QWEN3_NEXT = Architecture(
     "qwen3_5_moe_text",
     settings.qwen3next,
     {**ATTENTION, **LINEAR_ATTENTION, **ONE_CENTRED, **DENSE_FFN, **EXPERTS, **SHARED_EXPERT, **SHARED_GATE},
+    one_centred=True,
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -106,7 +106,9 @@ def mixtral(fields: Metadata) -> Config:
 def deepseek2(fields: Metadata) -> Config:
     """DeepSeek-V2 and V3, and what else has their layers."""
     config = _common(fields) | _experts(fields)
-    gating = fields.integer("expert_gating_func") or SOFTMAX
+    # Only models with sigmoid scores have a bias that selects experts.
+    biased = _has(fields, "exp_probs_b.bias", config)
+    gating = fields.integer("expert_gating_func") or (SIGMOID if biased else SOFTMAX)
     if gating not in (SOFTMAX, SIGMOID):
         raise UnsupportedError(f"{fields.header.files[0]}: expert_gating_func {gating}, supported: 1 and 2")
     groups = fields.integer("expert_group_count") or 1
@@ -114,7 +116,10 @@ def deepseek2(fields: Metadata) -> Config:
     split = fields.layers_with("attn_k_b.weight", range(config["num_hidden_layers"]))
     suffix = "_mla" if split or fields.get("attention.key_length_mla") is not None else ""
     rope_dim = fields.size("rope.dimension_count")
-    key_length, value_length = fields.size(f"attention.key_length{suffix}"), fields.size(f"attention.value_length{suffix}")
+    key_length, value_length = (
+        fields.size(f"attention.key_length{suffix}"),
+        fields.size(f"attention.value_length{suffix}"),
+    )
     if key_length <= rope_dim:
         raise fields.error(f"attention.key_length{suffix}", key_length, f"more than rope.dimension_count, {rope_dim}")
     compressed = _has(fields, "attn_q_a.weight", config)
@@ -145,7 +150,9 @@ def glm4moe(fields: Metadata) -> Config:
     """GLM-4.5."""
     gating = fields.integer("expert_gating_func") or SIGMOID
     if gating != SIGMOID:
-        raise UnsupportedError(f"{fields.header.files[0]}: expert_gating_func {gating}, GLM-4.5 has {SIGMOID} (sigmoid)")
+        raise UnsupportedError(
+            f"{fields.header.files[0]}: expert_gating_func {gating}, GLM-4.5 has {SIGMOID} (sigmoid)"
+        )
     config = _common(fields) | _experts(fields)
     return config | {
         "attention_bias": _has(fields, "attn_q.bias", config),

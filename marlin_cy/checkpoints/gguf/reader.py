@@ -37,7 +37,19 @@ MAX_DIMENSIONS = 4
 LFS = b"version https://git-lfs"
 """The first bytes of a Git LFS pointer."""
 
-NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 """The dtype of each type of a field that is a number."""
 
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -105,7 +117,7 @@ def read_header(path: Path) -> Header:
         The package ``gguf`` is not installed.
     """
     files = model_files(path)
-    stats = []
+    stats: list[tuple[int, int]] = []
     for file in files:
         try:
             stat = file.stat()
@@ -118,7 +130,7 @@ def read_header(path: Path) -> Header:
 
 @lru_cache(maxsize=2)
 def _read_all(files: tuple[Path, ...], stats: tuple[tuple[int, int], ...]) -> Header:
-    """The header; kept, as commands read it several times. ``stats`` are sizes and times, which tell when it changed."""
+    """The header; kept, as commands read it several times. ``stats``, sizes and times, tell when a file changes."""
     del stats
     parts = [_read_file(file) for file in files]
     fields = parts[0][0]
@@ -131,7 +143,9 @@ def _read_all(files: tuple[Path, ...], stats: tuple[tuple[int, int], ...]) -> He
             tensors[tensor.name] = tensor
     expected = fields.get("split.tensors.count")
     if expected is not None and expected != len(tensors):
-        raise CheckpointError(f"split.tensors.count: got {expected}, but there are {len(tensors)} tensors", file=files[0])
+        raise CheckpointError(
+            f"split.tensors.count: got {expected}, but there are {len(tensors)} tensors", file=files[0]
+        )
     return Header(files, fields, tensors)
 
 

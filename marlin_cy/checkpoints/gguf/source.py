@@ -101,7 +101,9 @@ class GgufSource:
         """The modules of a block's experts: gate, up and down, or gate_up and down."""
         family, experts = self._family, f"{block}.experts"
         fused = f"{experts}.{family.gate_up}"
-        inner = [fused] if f"{fused}{WEIGHT}" in self._tensors else [f"{experts}.{family.gate}", f"{experts}.{family.up}"]
+        inner = (
+            [fused] if f"{fused}{WEIGHT}" in self._tensors else [f"{experts}.{family.gate}", f"{experts}.{family.up}"]
+        )
         return [*inner, f"{experts}.{family.down}"]
 
     def expert_group_sizes(self, block: str) -> tuple[int, int]:
@@ -159,9 +161,12 @@ class GgufSource:
             self.release(last, expert)
 
         self._for_each(pack, experts, description)
-        biases = [self.bias(module) for module in inner]
-        both = None if any(bias is None for bias in biases) else np.concatenate(biases, axis=1)  # type: ignore[arg-type]
-        return gate_up.finish(both), down.finish(self.bias(last))
+        biases = [bias for module in inner if (bias := self.bias(module)) is not None]
+        if 0 < len(biases) < len(inner):
+            raise CheckpointError(
+                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
+            )
+        return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
     def _decoded(self, module: str, expert: int | None = None) -> Int4Weight:
         name = f"{module}{WEIGHT}"

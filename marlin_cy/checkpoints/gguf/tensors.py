@@ -23,7 +23,7 @@ from marlin_cy.checkpoints.gguf.architectures import Architecture
 from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES
 from marlin_cy.checkpoints.gguf.package import dequantised
 from marlin_cy.checkpoints.gguf.reader import Header, StoredTensor
-from marlin_cy.checkpoints.gguf.views import Layer, Target, View, plain
+from marlin_cy.checkpoints.gguf.views import Layer, Target, View, less_one, plain
 from marlin_cy.checkpoints.safetensors import DTYPES, NEIGHBOURHOOD, TensorInfo
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject
@@ -32,7 +32,8 @@ from marlin_cy.weights.sizes import K_STEP, N_TILE
 __all__ = ["LAYERS", "GgufTensors", "Owner"]
 
 LAYERS = "model.layers"
-WHOLE_MODEL = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+FINAL_NORM = "output_norm"
+WHOLE_MODEL = {"token_embd": "model.embed_tokens", "output": "lm_head", FINAL_NORM: "model.norm"}
 """The modules that belong to no layer."""
 
 FLOATS = ("F32", "F16", "BF16")
@@ -87,7 +88,8 @@ class GgufTensors:
     def _views_of(self, tensor: StoredTensor, architecture: Architecture, config: JsonObject) -> Iterable[View]:
         module, dot, end = tensor.name.rpartition(".")
         if module in WHOLE_MODEL and end == "weight":
-            return [plain(f"{WHOLE_MODEL[module]}.{end}", tensor)]
+            of_whole = less_one if architecture.one_centred and module == FINAL_NORM else plain
+            return [of_whole(f"{WHOLE_MODEL[module]}.{end}", tensor)]
         match = LAYER_TENSOR.fullmatch(tensor.name)
         if match is None:
             raise self._unknown(tensor)
@@ -120,9 +122,7 @@ class GgufTensors:
         stored = view.stored[0]
         if self._is_packed(view):
             rows = math.prod(view.shape[:-1])
-            return TensorInfo(
-                stored.type, view.shape, stored.begin, stored.begin + rows * _row_bytes(stored)
-            )
+            return TensorInfo(stored.type, view.shape, stored.begin, stored.begin + rows * _row_bytes(stored))
         dtype = stored.type if stored.type in FLOATS and view.convert is None else "F32"
         nbytes = math.prod(view.shape) * DTYPES[dtype].itemsize
         return TensorInfo(dtype, view.shape, stored.begin, stored.begin + nbytes)

@@ -18,7 +18,7 @@ from marlin_cy.checkpoints.gguf.reader import Header, StoredTensor
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject
 
-__all__ = ["Layer", "Target", "View"]
+__all__ = ["Layer", "Target", "View", "less_one", "plain"]
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -181,9 +181,12 @@ def part_of_key_value_up(layer: Layer, tensor: StoredTensor, end: str) -> Iterab
 
 
 def shared_gate(layer: Layer, tensor: StoredTensor, end: str) -> Iterable[View]:
-    """The gate of a shared expert, which is stored as a vector."""
+    """The gate of a shared expert, which is stored as a vector or as one row."""
+    size = layer.config["hidden_size"]
+    if tensor.shape not in ((size,), (1, size)):
+        check_shape(tensor, size)
     name = f"{layer.module}.{layer.family.block}.{layer.family.shared_gate}{end}"
-    yield View(name, (1, tensor.shape[-1]), (tensor,), convert=lambda values: values.reshape(1, -1))
+    yield View(name, (1, size), (tensor,), convert=lambda values: values.reshape(1, -1))
 
 
 def correction_bias(layer: Layer, tensor: StoredTensor, end: str) -> Iterable[View]:
@@ -197,13 +200,17 @@ def correction_bias(layer: Layer, tensor: StoredTensor, end: str) -> Iterable[Vi
 
 
 def one_centred(module: str) -> Target:
-    """A norm that is stored as its factor, where the family stores the factor less 1."""
+    """A norm of a layer, as :func:`less_one`."""
 
     def views(layer: Layer, tensor: StoredTensor, end: str) -> Iterable[View]:
-        name = f"{layer.module}.{module}{end}"
-        yield View(name, tensor.shape, (tensor,), convert=lambda values: values - np.float32(1))
+        yield less_one(f"{layer.module}.{module}{end}", tensor)
 
     return views
+
+
+def less_one(name: str, tensor: StoredTensor) -> View:
+    """A norm that is stored as its factor, where the family stores the factor less 1."""
+    return View(name, tensor.shape, (tensor,), convert=lambda values: values - np.float32(1))
 
 
 def delta_qkv(layer: Layer, tensor: StoredTensor, end: str) -> Iterable[View]:
@@ -337,4 +344,3 @@ def _value_rows(layer: Layer) -> int:
 
 def _key_rows(layer: Layer) -> int:
     return 2 * int(layer.config["linear_num_key_heads"]) * int(layer.config["linear_key_head_dim"])
-
