@@ -46,7 +46,8 @@ class BlockType:
         Number of values that share a scale.
     scale_dtype : dtype
     decode : callable
-        ``decode(rows)`` is the weight of blocks uint8 ``[N, bytes of a row]``; a ``ValueError`` if a scale is not finite.
+        ``decode(rows)`` is the weight of blocks uint8 ``[N, bytes of a row]``. A scale that is not finite is a
+        ``ValueError``.
     """
 
     name: str

@@ -143,7 +143,6 @@ def generation_config(fields: Metadata) -> JsonObject:
 
 def _byte_level(fields: Metadata, tokens: list[str], kinds: Any) -> JsonObject:
     """Byte-level BPE: each character of a token stands for a byte."""
-    del kinds
     name = fields.text(f"{PREFIX}pre") or "default"
     cutting = find_cutting(name)
     if cutting is None:
@@ -152,7 +151,7 @@ def _byte_level(fields: Metadata, tokens: list[str], kinds: Any) -> JsonObject:
         "normalizer": {"type": "NFC"} if cutting.nfc else None,
         "pre_tokenizer": _pre_tokenizer(cutting),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(tokens, _merges(fields), ignore_merges=cutting.ignore_merges),
+        "model": _bpe(tokens, _merges(fields, tokens, kinds), ignore_merges=cutting.ignore_merges),
     }
 
 
@@ -208,10 +207,12 @@ def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> JsonObj
     } | settings
 
 
-def _merges(fields: Metadata) -> list[list[str]]:
+def _merges(fields: Metadata, tokens: list[str], kinds: Any) -> list[list[str]]:
     """The pairs that are joined, in order. The first of a pair may begin with a space."""
     merges = fields.strings(f"{PREFIX}merges")
     if merges is None:
+        if all(len(tokens[index]) == 1 for index in np.flatnonzero(kinds == NORMAL).tolist()):
+            return []
         raise CheckpointError(f"{PREFIX}merges: missing", file=fields.header.files[0])
     pairs = []
     for merge in merges:
