@@ -160,7 +160,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
         group_size: int,
         g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
         """A builder for a stack whose weights arrive one by one.
 
@@ -173,8 +173,16 @@ class Backend(DecoderOperations, CommandLine, ABC):
             Group of each row of K: one array for all experts, or one for each expert.
         codes : str
             A row of :data:`marlin_cy.weights.code_types.CODE_TYPES`: the values that the codes stand for.
-        scale_dtype : {float16, bfloat16}
-            Dtype of the weights' scales.
+        scales : str or dtype
+            A row of :data:`marlin_cy.weights.scale_records.SCALE_RECORDS`: what a group stores beside its codes. A
+            dtype is the record of scales of this dtype with zero points.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            An argument that no weight can have.
+        UnsupportedError
+            The backend has no kernels for such weights.
         """
 
     @abstractmethod
@@ -357,7 +365,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
             checkpoint_format=checkpoint_format,
         )
         builder = self.new_stack_builder(
-            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scale_dtype=weight.scale.dtype
+            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scales=weight.scales
         )
         builder.add(0, 0, weight)
         return self.linear_of(builder.finish(), bias)
@@ -420,7 +428,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
             n_per_expert,
             group_size=group_size,
             g_idx=g_idx_of,
-            scale_dtype=first.scale.dtype,
+            scales=first.scales,
         )
         builder.add(0, 0, first)
         for expert in range(1, len(qweights)):

@@ -8,8 +8,9 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import scale_record
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")
@@ -90,7 +91,7 @@ class Problem:
             group_size=self.group_size,
             g_idx=self.g_idx,
             codes=self.codes,
-            scale_dtype=self.scale.dtype,
+            scales=self.scale.dtype,
         )
 
     def linear(self, backend, bias=None):
@@ -103,8 +104,8 @@ class Problem:
         return backend.load_gptq(qweights[0], scales[0], qzeros[0], self.g_idx[0], bias, **sizes)
 
     def canonical(self, expert, columns=slice(None)):
-        """An expert, or some of its columns, as ``Int4Weight``."""
-        return Int4Weight(
+        """An expert, or some of its columns, as ``CanonicalWeight``."""
+        return CanonicalWeight(
             pack_words(self.q[expert][:, columns]),
             self.scale[expert][:, columns],
             None if self.zero is None else self.zero[expert][:, columns],
@@ -138,9 +139,9 @@ class Problem:
 
 # The kinds of weights: keyword arguments of random_problem, by name.
 WEIGHT_KINDS = {
-    f"{codes}-{scale.name}": {"codes": codes, "scale_dtype": scale.dtype}
-    for codes in CODE_TYPES
-    for scale in SCALE_TYPES.values()
+    f"{codes}-{scales}": {"codes": codes, "scales": scales}
+    for codes in ("uint4", "e2m1")
+    for scales in ("float16", "bfloat16")
 }
 
 
@@ -155,7 +156,7 @@ def random_problem(
     checkpoint_format="gptq",
     sym=False,
     codes="uint4",
-    scale_dtype=np.float16,
+    scales="float16",
     bias=False,
 ):
     """Weights of every code and every zero point that the format can hold, with scales of either sign.
@@ -180,7 +181,7 @@ def random_problem(
 
     return Problem(
         q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),
-        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(scale_dtype),
+        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(scale_record(scales).scale),
         zero=zeros(),
         group_size=group_size,
         g_idx=random_g_idx(rng, num_experts, k, group, g_idx),

@@ -3,8 +3,6 @@
 Sizes and offsets of C structures need no test: Cython takes them from the headers.
 """
 
-import ml_dtypes
-import numpy as np
 import pytest
 
 from marlin_cy import reference
@@ -14,7 +12,7 @@ from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.formats import arrays
 from marlin_cy.weights import order, sizes
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights.code_types import CODE_TYPES
 
 
 @pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "BLOCK_BYTES", "GROUP_HEADER_BYTES"])
@@ -43,11 +41,11 @@ def test_symmetric_zero():
 
 
 def test_names_of_code_types():
-    assert set(KERNEL_CODE_TYPES) == set(CODE_TYPES)
+    assert set(KERNEL_CODE_TYPES) <= set(CODE_TYPES)
     assert [row["number"] for row in KERNEL_CODE_TYPES.values()] == list(range(CONSTANTS["CODES_COUNT"]))
 
 
-@pytest.mark.parametrize("name", CODE_TYPES)
+@pytest.mark.parametrize("name", KERNEL_CODE_TYPES)
 def test_rows_of_code_types(name):
     row = CODE_TYPES[name]
     multiplicands = row.multiplicands.tolist()
@@ -62,21 +60,13 @@ def test_rows_of_code_types(name):
     }
 
 
-@pytest.mark.parametrize("name", CODE_TYPES)
+@pytest.mark.parametrize("name", KERNEL_CODE_TYPES)
 def test_products_fit_32_bits(name):
     """Sums over the largest group, with the largest activations and any zero point."""
     row = CODE_TYPES[name]
     factor = max(row.multiplicands.max(), row.max_zero, row.symmetric_zero)
     assert CONSTANTS["MAX_GROUP_K"] * int(factor) * CONSTANTS["QMAX_INT16"] < 1 << 31
     assert row.units_per_one & (row.units_per_one - 1) == 0, "scales are divided exactly by powers of two only"
-
-
-def test_scale_types():
-    assert {name: row.number for name, row in SCALE_TYPES.items()} == {
-        "float16": CONSTANTS["DTYPE_F16"],
-        "bfloat16": CONSTANTS["DTYPE_BF16"],
-    }
-    assert [row.dtype for row in SCALE_TYPES.values()] == [np.float16, ml_dtypes.bfloat16]
 
 
 def test_activations():

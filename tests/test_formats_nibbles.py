@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from marlin_cy.formats import marlin
 from marlin_cy.weights._nibbles import group_values_of_tiles, transpose, words_of_awq, words_of_marlin, words_of_tiles
-from marlin_cy.weights.int4 import pack_words
+from marlin_cy.weights.canonical import pack_words
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 SIDES = st.integers(1, 40)

@@ -13,7 +13,7 @@ from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import awq, compressed_tensors, gptq, marlin, mxfp4
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.stacks.builder import check_weight
-from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.canonical import unpack_words
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 

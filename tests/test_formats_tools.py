@@ -22,8 +22,8 @@ from marlin_cy.formats.gptq import GptqScheme
 from marlin_cy.formats.marlin import MarlinScheme
 from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.registry import read_scheme
+from marlin_cy.weights.canonical import unpack_words
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"

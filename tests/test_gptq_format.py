@@ -6,7 +6,7 @@ from checkpoint_files import random_weight
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.canonical import unpack_words
 from marlin_cy.weights.sizes import g_idx_per_expert
 
 K, N, GROUP = 64, 16, 32

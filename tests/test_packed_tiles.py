@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
+from problems import G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.stacks.builder import check_weight
@@ -27,7 +27,7 @@ def tiles_of(problem, backend, bias=None):
         store.weight_group_size,
         [None if groups is None else groups.astype(np.int32) for groups in problem.g_idx],
         store.codes,
-        store.scale_dtype,
+        store.scales,
         bias,
     ), store
 
@@ -96,7 +96,7 @@ def test_symmetric(cpu_backend, rng, g_idx):
     last = problem.g_idx[1].max() if problem.g_idx[1] is not None else 4
     problem.zero[1, last, 39] = 7
     assert not tiles_of(problem, cpu_backend)[0].symmetric
-    floats = random_problem(rng, 2, 64, 16, 32, codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+    floats = random_problem(rng, 2, 64, 16, 32, codes="e2m1", scales="bfloat16")
     assert tiles_of(floats, cpu_backend)[0].symmetric
 
 
@@ -113,7 +113,7 @@ REFUSED = [
     ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries"),
     ({"g_idx": [np.full(64, 2, np.int32), None]}, IndexError, "g_idx of expert 0: got 2 at row 0"),
     ({"codes": "uint3"}, ValueError, "codes: got 'uint3'"),
-    ({"scale_dtype": np.float32}, ValueError, "scale_dtype: got float32"),
+    ({"scales": "float8"}, ValueError, "scales: got 'float8'"),
 ]
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
+from problems import G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
 from marlin_cy.cpu.layout import TileLayout, pack_tiles, unpack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.order import group_order
 from marlin_cy.weights.sizes import StackSizes
 
@@ -23,7 +23,7 @@ def packed(store, expert):
 def unpacked(store, expert):
     """``(w, q)`` of an expert, by plain NumPy."""
     order = store.group_orders[store.order_of[expert]]
-    return unpack_tiles(packed(store, expert), order, store.layout, store.k, store.codes, store.scale_dtype)
+    return unpack_tiles(packed(store, expert), order, store.layout, store.k, store.codes, store.scales)
 
 
 @pytest.mark.sampled(40)
@@ -46,7 +46,7 @@ def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, kind):
 def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
     problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
     store = problem.stack(cpu_backend).store
-    assert {"codes": store.codes, "scale_dtype": store.scale_dtype} == WEIGHT_KINDS[kind]
+    assert {"codes": store.codes, "scales": store.scales} == WEIGHT_KINDS[kind]
     for expert in range(3):
         w, q = unpacked(store, expert)
         np.testing.assert_array_equal(q, problem.q[expert])
@@ -58,19 +58,19 @@ class TestFromPacked:
 
     @pytest.fixture
     def problem(self, rng):
-        return random_problem(rng, 3, 160, 40, 32, g_idx="per_expert", codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+        return random_problem(rng, 3, 160, 40, 32, g_idx="per_expert", codes="e2m1", scales="bfloat16")
 
     @pytest.fixture
     def arguments(self, cpu_backend, problem):
         store = problem.stack(cpu_backend).store
-        return [3, 160, 40, 32, problem.g_idx, "e2m1", DTYPES["bfloat16"], store.data]
+        return [3, 160, 40, 32, problem.g_idx, "e2m1", "bfloat16", store.data]
 
     def test_a_memory_map_is_not_copied(self, cpu_backend, rng, problem, arguments, tmp_path):
         arguments[-1].tofile(tmp_path / "packed")
         data = np.memmap(tmp_path / "packed", np.uint8, "r")
         store = CpuGptqStore.from_packed(*arguments[:-1], data)
         assert store.data is data
-        assert (store.codes, store.scale_dtype, store.nbytes) == ("e2m1", DTYPES["bfloat16"], data.nbytes)
+        assert (store.codes, store.scales, store.nbytes) == ("e2m1", "bfloat16", data.nbytes)
         stack, x = CpuMarlinExpertStack(store, 3, 40, 160), activations(rng, 5, 160)
         del data, store
         out = np.empty((15, 40), np.float32)
@@ -112,8 +112,8 @@ class TestFromPacked:
             (3, 48, UnsupportedError, "group_size: got 48"),
             (4, [np.full(160, 5, np.int32)] * 3, IndexError, "g_idx of expert 0: got 5 at row 0"),
             (4, [None] * 2, ValueError, "g_idx: got 2 entries"),
-            (5, "int4", ValueError, "codes: got 'int4', expected one of uint4, e2m1"),
-            (6, np.float32, ValueError, "scale_dtype: got float32, expected float16 or bfloat16"),
+            (5, "int4", ValueError, "codes: got 'int4', expected one of uint4, e2m1, iq4_nl, uint8"),
+            (6, "float8", ValueError, "scales: got 'float8', expected one of float16, bfloat16, float32"),
         ],
     )
     def test_refuses_sizes(self, arguments, position, value, exception, message):
@@ -274,7 +274,7 @@ class TestMisuse:
     )
     def test_weight(self, builder, problem, changes, exception, message):
         right = problem.canonical(0, slice(16, 32))
-        wrong = Int4Weight(**{**vars(right), **changes})
+        wrong = CanonicalWeight(**{**vars(right), **changes})
         with pytest.raises(exception, match=message):
             builder.add(0, 16, wrong)
 
@@ -282,7 +282,7 @@ class TestMisuse:
         wide = random_problem(rng, 1, 96, 16, 32).canonical(0)
         with pytest.raises(ValueError, match="weight: got k 96 and group_size 32, expected 64 and 32"):
             builder.add(0, 16, wide)
-        with pytest.raises(TypeError, match="weight: got NoneType, expected Int4Weight"):
+        with pytest.raises(TypeError, match="weight: got NoneType, expected CanonicalWeight"):
             builder.add(0, 16, None)
 
     def test_finished_too_early(self, builder):
@@ -293,10 +293,10 @@ class TestMisuse:
         first, second = random_g_idx(rng, 1, 64, 32, "common") + random_g_idx(rng, 1, 64, 32, "common")
         weight = random_problem(rng, 1, 64, 16, 32).canonical(0)
         builder = cpu_backend.new_stack_builder(1, 64, 32, group_size=32, g_idx=[first])
-        builder.add(0, 0, Int4Weight(**{**vars(weight), "g_idx": first}))
+        builder.add(0, 0, CanonicalWeight(**{**vars(weight), "g_idx": first}))
         for g_idx in (second, None):
             with pytest.raises(UnsupportedError, match="the same order of K, or be loaded as two stacks"):
-                builder.add(0, 16, Int4Weight(**{**vars(weight), "g_idx": g_idx}))
+                builder.add(0, 16, CanonicalWeight(**{**vars(weight), "g_idx": g_idx}))
 
 
 @pytest.mark.parametrize(

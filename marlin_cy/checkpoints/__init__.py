@@ -7,9 +7,9 @@ The path of a weight::
         │ safetensors.py: memory map                             │ safetensors.py: memory map
     tensors of a linear layer                                PackedTiles
         │ formats/: Scheme.to_canonical                          ├── Backend.stack_from_packed: a stack over the map,
-    Int4Weight (canonical)                                       │   if the backend uses this layout
+    CanonicalWeight (canonical)                                       │   if the backend uses this layout
         │                                                        │ else PackedTiles.canonical
-        │                                                    Int4Weight (canonical)
+        │                                                    CanonicalWeight (canonical)
         │                                                        │
         └── StackBuilder.add, one weight at a time ──────────────┘
                               │ StackBuilder.finish

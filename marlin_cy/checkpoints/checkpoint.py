@@ -39,7 +39,7 @@ from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 from marlin_cy.threads import checked_num_threads
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -253,7 +253,7 @@ class Checkpoint:
         self._source.release(name)
         return linear
 
-    def weight(self, name: str) -> Int4Weight:
+    def weight(self, name: str) -> CanonicalWeight:
         """One quantised linear layer in canonical form, without its bias.
 
         Its arrays may be views of the files. Parameters and exceptions are those of :meth:`linear`.

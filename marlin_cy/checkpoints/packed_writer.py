@@ -191,7 +191,7 @@ class PackedFolderWriter:
             "n": store.n,
             "group_size": store.weight_group_size,
             "codes": store.codes,
-            "scale_dtype": store.scale_dtype.name,
+            "scale_dtype": store.scales,
         }
         tensors[f"{name}{PACKED}"] = "U8", (experts, store.nbytes // experts), store.data
         if store.act_order:

@@ -26,7 +26,7 @@ from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.stacks.builder import same_groups
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["ExpertPart", "QuantizedSource", "new_builder"]
 
@@ -217,7 +217,7 @@ class QuantizedSource:
         builder.add(0, 0, weight)
         return backend.linear_of(builder.finish(), self.bias(module))
 
-    def weight(self, module: str) -> Int4Weight:
+    def weight(self, module: str) -> CanonicalWeight:
         """A linear layer in canonical form, checked. Its arrays may be views of the files, except for ``g_idx``."""
         k, n = self._linear_sizes(module)
         self._check_linear(module, k, n)
@@ -285,7 +285,7 @@ class QuantizedSource:
         biases = self._expert_biases(inner, 2 * inter), self._expert_biases([part[-1:] for part in parts], hidden)
         return gate_up.finish(biases[0]), down.finish(biases[1])
 
-    def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
+    def _gate_and_up(self, weight: CanonicalWeight) -> list[CanonicalWeight]:
         """A stored weight, cut into gate and up if it interleaves their columns."""
         if not (self._family.interleaved and weight.n == 2 * self._spec.intermediate_size):
             return [weight]
@@ -318,10 +318,10 @@ class QuantizedSource:
             group_size=group_size,
             g_idx=None if all(entry is None for entry in g_idx) else g_idx,
             codes=self._scheme.codes,
-            scale_dtype=scale_dtype,
+            scales=scale_dtype,
         )
 
-    def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> Int4Weight:
+    def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> CanonicalWeight:
         scheme = self._scheme.for_module(part.module)
         arrays = {
             suffix: self._array(part, suffix)
@@ -429,7 +429,7 @@ class QuantizedSource:
 
 
 def new_builder(
-    backend: Backend, num_experts: int, n_per_expert: int, weight: Int4Weight, g_idx: Sequence[GIdx | None]
+    backend: Backend, num_experts: int, n_per_expert: int, weight: CanonicalWeight, g_idx: Sequence[GIdx | None]
 ) -> StackBuilder:
     """A builder for weights that have the K, group size, code type and scale type of ``weight``."""
     return backend.new_stack_builder(
@@ -439,5 +439,5 @@ def new_builder(
         group_size=weight.group_size,
         g_idx=None if all(entry is None for entry in g_idx) else g_idx,
         codes=weight.codes,
-        scale_dtype=weight.scale.dtype,
+        scales=weight.scales,
     )

@@ -23,7 +23,7 @@ cdef class CpuGptqStore:
     cdef readonly int64_t n
     cdef readonly int64_t weight_group_size
     cdef readonly str codes
-    cdef readonly object scale_dtype
+    cdef readonly str scales
     cdef readonly object layout
     cdef readonly int64_t nbytes
     cdef readonly object data

@@ -17,7 +17,7 @@ from marlin_cy.cpu._dispatch cimport (
 from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES
 from marlin_cy.stacks.builder import checked_stack_sizes
 from marlin_cy.cpu.layout import TileLayout
-from marlin_cy.weights.code_types import code_type, scale_type
+from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 
 cdef extern from "pack.h" nogil:
@@ -85,7 +85,7 @@ cdef class CpuGptqStore:
 
     def __init__(self, sizes, data=None):
         self.num_experts, self.k, self.n = sizes.num_experts, sizes.k, sizes.n_per_expert
-        self.weight_group_size, self.codes, self.scale_dtype = sizes.group_size, sizes.codes, sizes.scale_dtype
+        self.weight_group_size, self.codes, self.scales = sizes.group_size, sizes.codes, sizes.scales
         self.group_orders, self.order_of = distinct_orders(sizes.g_idx, self.k, self.weight_group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
         self.layout = TileLayout(packed_k, self.n, packed_group_size(self.weight_group_size))
@@ -106,7 +106,7 @@ cdef class CpuGptqStore:
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
             codes=KERNEL_CODE_TYPES[self.codes]["number"],
-            scale_dtype=scale_type(self.scale_dtype).number,
+            scale_dtype={"float16": 1, "bfloat16": 2}[self.scales],
             orders=NULL,
             order_of=&orders_of_experts[0],
         )
@@ -115,12 +115,12 @@ cdef class CpuGptqStore:
             self.view.orders = &orders[0, 0]
 
     @staticmethod
-    def from_packed(num_experts, k, n, group_size, g_idx, codes, scale_dtype, data):
+    def from_packed(num_experts, k, n, group_size, g_idx, codes, scales, data):
         """A store over the ``data`` of another store. Nothing is copied, and :meth:`pack` raises ``ValueError``.
 
         Parameters
         ----------
-        num_experts, k, n, group_size, g_idx, codes, scale_dtype
+        num_experts, k, n, group_size, g_idx, codes, scales
             The arguments that the other store was made with.
         data : uint8 ``[nbytes]``
             Contiguous, at an address that is a multiple of 64; may be read-only, such as a memory map. It is kept,
@@ -131,7 +131,7 @@ cdef class CpuGptqStore:
         TypeError, ValueError, IndexError, UnsupportedError
             The message names the argument.
         """
-        sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scale_dtype)
+        sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scales)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(data, 'dtype', type(data).__name__)}, expected a uint8 array")
         return CpuGptqStore(sizes, data)
@@ -148,7 +148,7 @@ cdef class CpuGptqStore:
         return self.orders is not None
 
     def pack(self, int64_t expert, int64_t column_offset, weight):
-        """Write an :class:`Int4Weight` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
+        """Write an :class:`CanonicalWeight` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
 
         The caller has checked that it fits. Releases the GIL, and may run in several threads at once
         for different columns.

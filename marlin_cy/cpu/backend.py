@@ -19,7 +19,7 @@ from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.operations import CpuOperations
 from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
 from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
-from marlin_cy.stacks.builder import checked_stack_sizes
+from marlin_cy.stacks.builder import checked_stack_sizes, refuse_unsupported
 
 if TYPE_CHECKING:
     from marlin_cy.cpu.decoder.program import CpuDecoder
@@ -67,9 +67,11 @@ class CpuBackend(CpuOperations, Backend):
         group_size: int,
         g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
-        return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype))
+        sizes = checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales)
+        refuse_unsupported("CPU", sizes, ("uint4", "e2m1"), ("float16", "bfloat16"))
+        return CpuStackBuilder(sizes)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""
@@ -80,7 +82,7 @@ class CpuBackend(CpuOperations, Backend):
             packed.group_size,
             list(packed.g_idx),
             packed.codes,
-            packed.scale_dtype,
+            packed.scales,
             packed.data.reshape(-1),
         )
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, packed.bias)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import GroupOrder
 from marlin_cy.weights.packed_tiles import BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N
+from marlin_cy.weights.scale_records import scale_record
 
 __all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
 
@@ -98,7 +99,7 @@ def unpack_tiles(
     layout: TileLayout,
     k: int,
     codes: str,
-    scale_dtype: npt.DTypeLike,
+    scales: str,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
     """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``.
 
@@ -111,12 +112,13 @@ def unpack_tiles(
         Rows of the weight, without padding.
     codes : str
         Name of the code type.
-    scale_dtype : float16 or bfloat16
+    scales : str
+        Name of the scale record.
     """
     row = code_type(codes)
     tiles = packed.reshape(layout.tiles, layout.tile_stride)
     headers = tiles[:, : layout.num_groups * GROUP_HEADER_BYTES].reshape(layout.tiles, layout.num_groups, -1)
-    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_dtype).astype(np.float64)
+    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_record(scales).scale).astype(np.float64)
     zero = headers[:, :, 2 * TILE_N :].astype(np.float64)
     body = tiles[:, layout.header_bytes :].reshape(layout.tiles, -1, TILE_N, 4)
     nibbles = np.stack([body & 15, body >> 4], axis=2)  # [tile, block, half, lane, t]

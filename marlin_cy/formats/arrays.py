@@ -7,25 +7,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import SCALE_RECORDS
 
 __all__ = ["SCALES", "check_finite", "symmetric_zeros", "unpack_nibbles"]
 
-SCALES: tuple[np.dtype[Any], ...] = tuple(row.dtype for row in SCALE_TYPES.values())
+SCALES: tuple[np.dtype[Any], ...] = tuple(SCALE_RECORDS[name].scale for name in ("float16", "bfloat16"))
 """The dtypes in which float scales may be stored."""
 
-EXPONENT_BITS = {dtype: np.array(np.inf, dtype).view(np.uint16) for dtype in SCALES}
+EXPONENT_BITS = {dtype: np.array(np.inf, dtype).view(f"u{dtype.itemsize}") for dtype in SCALES}
 """The bits of infinity: an exponent of all ones."""
 
 SYMMETRIC_ZERO = CODE_TYPES["uint4"].symmetric_zero
 
 
 def check_finite(name: str, scales: npt.NDArray[Any]) -> None:
-    """Refuse scales, float16 or bfloat16 ``[a, b]``, that are not all finite, with a ``ValueError``."""
+    """Refuse scales, of a dtype of :data:`SCALES` and ``[a, b]``, that are not all finite, with a ``ValueError``."""
     # A number is finite unless its exponent is all ones. This test takes a quarter of the time of np.isfinite.
     exponent = EXPONENT_BITS[scales.dtype]
-    if (scales.view(np.uint16) & exponent).max() == exponent:
-        a, b = np.argwhere((scales.view(np.uint16) & exponent) == exponent)[0]
+    bits = scales.view(exponent.dtype)
+    if (bits & exponent).max() == exponent:
+        a, b = np.argwhere((bits & exponent) == exponent)[0]
         raise ValueError(f"{name}: got {scales[a, b]} at [{a}, {b}], expected finite values")
 
 

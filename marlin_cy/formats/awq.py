@@ -27,7 +27,7 @@ from marlin_cy.formats.overrides import Dynamic, NotConverted, Override, overrid
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import words_of_awq
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight
+from marlin_cy.weights.canonical import NIBBLE_SHIFTS, CanonicalWeight
 from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["AwqScheme", "pack_awq", "parse", "read_settings"]
@@ -84,14 +84,14 @@ class AwqScheme(Scheme):
             ".qzeros": TensorSpec((groups, n // 8), ("I32",)),
         }
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs = self.tensors(k, n)
         qweight = checked_array(f"qweight{label}", arrays[".qweight"], WORDS, specs[".qweight"].shape)
         scales = checked_array(f"scales{label}", arrays[".scales"], SCALES, specs[".scales"].shape)
         qzeros = checked_array(f"qzeros{label}", arrays[".qzeros"], WORDS, specs[".qzeros"].shape)
         check_finite(f"scales{label}", scales)
         zero = unpack_nibbles(qzeros).reshape(len(scales), -1, 8)[:, :, NIBBLE_OF_COLUMN]
-        return Int4Weight(
+        return CanonicalWeight(
             words=words_of_awq(qweight.view(np.uint32)),
             scale=scales,
             zero=np.ascontiguousarray(zero).reshape(scales.shape),

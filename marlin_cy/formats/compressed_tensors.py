@@ -37,7 +37,7 @@ from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 from marlin_cy.weights.sizes import BITS, checked_group_size, normalised_g_idx
 
 __all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
@@ -154,7 +154,7 @@ class CompressedTensorsScheme(Scheme):
             return None
         return normalised_g_idx(array, k, self.checked_group_size(k, n), label)
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs, group_size = self.tensors(k, n), self.checked_group_size(k, n)
 
         def array(suffix: str, dtypes: tuple[np.dtype[Any], ...]) -> npt.NDArray[Any]:
@@ -170,7 +170,7 @@ class CompressedTensorsScheme(Scheme):
             zero = symmetric_zeros(scales.shape[::-1])
         else:
             zero = unpack_nibbles(transpose(array(".weight_zero_point", WORDS).view(np.uint32)))
-        return Int4Weight(
+        return CanonicalWeight(
             words=transpose(packed.view(np.uint32)),
             scale=transpose(scales.view(np.uint16)).view(scales.dtype),
             zero=zero,

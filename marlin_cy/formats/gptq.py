@@ -28,7 +28,7 @@ from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, require
 from marlin_cy.formats.overrides import Dynamic, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 from marlin_cy.weights.sizes import checked_group_size, normalised_g_idx
 
 __all__ = [
@@ -111,7 +111,7 @@ class GptqScheme(Scheme):
     def g_idx(self, array: npt.ArrayLike, k: int, n: int) -> npt.NDArray[np.int32] | None:
         return normalised_g_idx(array, k, self.checked_group_size(k, n))
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         return to_canonical(
             arrays[".qweight"],
             arrays[".scales"],
@@ -178,7 +178,7 @@ def to_canonical(
     n: int,
     checkpoint_format: str = "gptq",
     label: str = "",
-) -> Int4Weight:
+) -> CanonicalWeight:
     """One weight in canonical form. Only ``qzeros`` (unpacked) and ``g_idx`` are copied.
 
     Parameters
@@ -213,7 +213,7 @@ def to_canonical(
     scale = checked_array(f"scales{label}", scales, SCALES, shapes["scales"])
     zero_words = checked_array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
     check_finite(f"scales{label}", scale)
-    return Int4Weight(
+    return CanonicalWeight(
         words=words.view(np.uint32),
         scale=scale,
         zero=unpack_nibbles(zero_words, ZERO_OFFSETS[checkpoint_format]),

@@ -27,7 +27,7 @@ from marlin_cy.formats.overrides import NotConverted, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import checked_array
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse", "scales_of_exponents"]
@@ -90,14 +90,14 @@ class Mxfp4Scheme(Scheme):
     def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
         return BFLOAT16
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs, blocks, name = self.tensors(k, n), self.marker.lstrip("._"), self.scales.lstrip("._")
         pairs = checked_array(f"{blocks}{label}", arrays[self.marker], BYTES, specs[self.marker].shape)
         exponents = checked_array(f"{name}{label}", arrays[self.scales], BYTES, specs[self.scales].shape)
         scale = scales_of_exponents(f"{name}{label}", exponents)
         # Four consecutive bytes are a canonical word, but the words of a column are consecutive: transpose them.
         words = np.require(pairs.reshape(n, k // 2).view("<u4"), np.uint32, ("C_CONTIGUOUS", "ALIGNED"))
-        return Int4Weight(
+        return CanonicalWeight(
             words=transpose(words),
             scale=scale,
             zero=None,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Scheme", "TensorSpec"]
 
@@ -127,7 +127,7 @@ class Scheme(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         """One linear layer in canonical form.
 
         Parameters

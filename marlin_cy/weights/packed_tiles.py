@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.weights._nibbles import group_values_of_tiles, words_of_tiles
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import code_type
-from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
+from marlin_cy.weights.scale_records import scale_record
 from marlin_cy.weights.sizes import checked_stack_sizes
 
 __all__ = ["BLOCK_BYTES", "GROUP_HEADER_BYTES", "LANE_K", "TILE_N", "PackedTiles"]
@@ -62,8 +63,8 @@ class PackedTiles:
         The group of each row of K; None for ``row // group_size``.
     codes : str
         The name of the code type.
-    scale_dtype : dtype
-        float16 or bfloat16.
+    scales : str
+        The name of the scale record.
     bias : float32 ``[num_experts, n]`` or None
         Added to every row of an expert's product.
 
@@ -80,12 +81,12 @@ class PackedTiles:
     group_size: int
     g_idx: Sequence[npt.NDArray[np.int32] | None]
     codes: str
-    scale_dtype: np.dtype[Any]
+    scales: str
     bias: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         sizes = checked_stack_sizes(
-            self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scale_dtype
+            self.num_experts, self.k, self.n, self.group_size, self.g_idx, self.codes, self.scales
         )
         # The order of K is derived from these private copies.
         object.__setattr__(self, "g_idx", tuple(sizes.g_idx))
@@ -106,7 +107,7 @@ class PackedTiles:
             for expert in range(self.num_experts)
         )
 
-    def canonical(self, expert: int) -> Int4Weight:
+    def canonical(self, expert: int) -> CanonicalWeight:
         """The canonical weight of one expert. The GIL is released.
 
         Packed tiles do not store a group that has no rows: its scale and zero point become 0.
@@ -124,7 +125,7 @@ class PackedTiles:
             kept = np.flatnonzero(order.rows >= 0).astype(np.int32)
             positions = np.empty(self.k, np.int32)
             positions[order.rows[kept]] = kept
-        return Int4Weight(
+        return CanonicalWeight(
             words=words_of_tiles(self._expert(expert), self._header_bytes, self.k, self.n, positions),
             scale=self._scale(expert),
             zero=self._zero(expert) if row.has_zero_points else None,
@@ -172,7 +173,7 @@ class PackedTiles:
 
     def _scale(self, expert: int) -> npt.NDArray[Any]:
         """float16 or bfloat16 ``[groups, n]``; 0 for a group that has no rows."""
-        return self._group_values(expert, 0, SCALE_BYTES).view(self.scale_dtype)
+        return self._group_values(expert, 0, SCALE_BYTES).view(scale_record(self.scales).scale)
 
     def _zero(self, expert: int) -> npt.NDArray[np.uint8]:
         """uint8 ``[groups, n]``; 0 for a group that has no rows."""
