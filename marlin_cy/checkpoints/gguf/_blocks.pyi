@@ -1,6 +1,16 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["words_of_nibbles"]
+__all__ = ["BLOCK_KINDS", "decode_blocks"]
 
-def words_of_nibbles(rows: npt.NDArray[np.uint8], block_bytes: int, offset: int) -> npt.NDArray[np.uint32]: ...
+BLOCK_KINDS: tuple[str, ...]
+
+def decode_blocks(
+    number: int,
+    rows: npt.NDArray[np.uint8],
+    words: npt.NDArray[np.uint32],
+    scale: npt.NDArray[np.uint16],
+    minimum: npt.NDArray[np.uint16] | None = None,
+    sub_scale: npt.NDArray[np.uint8] | None = None,
+    sub_minimum: npt.NDArray[np.uint8] | None = None,
+) -> None: ...

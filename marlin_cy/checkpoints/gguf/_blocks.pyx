@@ -1,80 +1,317 @@
-"""Codes of GGUF's blocks as canonical words, at memory speed. The GIL is released.
+"""GGUF's blocks as canonical words and scales, at memory speed. The GIL is released.
 
-``tests/test_gguf_blocks.py`` compares each function with the package ``gguf``. Arguments are C-contiguous and may be
-read-only; results are newly allocated.
+``tests/test_gguf_blocks.py`` compares each type with the package ``gguf``.
+
+A tile is 16 columns, which are 16 stored rows. Of each column, one block is decoded into the tile, whose rows are then
+written as whole cache lines::
+
+    stored rows   [N, blocks]           ┌ tile ─────────────────────┐        words, scales   [K, N]
+    column c:     | block b | ...  ──── │ words[w][c], d[c], sub... │ ────── rows of 16 columns
+                                        └───────────────────────────┘
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 import numpy as np
 
-__all__ = ["words_of_nibbles"]
+__all__ = ["BLOCK_KINDS", "decode_blocks"]
 
 cdef enum:
-    # Columns whose words are written together: a cache line.
-    COLUMNS = 16
-    # Codes of a block, its bytes of codes, and its canonical words.
-    BLOCK = 32
-    NIBBLE_BYTES = BLOCK // 2
-    BLOCK_WORDS = BLOCK // 8
+    COLUMNS = 16  # of a tile: a cache line of words
+    MOST_WORDS = 64  # of a block: 256 codes of 8 bits
+    MOST_GROUPS = 16
+
+ctypedef struct tile_t:
+    uint32_t words[MOST_WORDS][COLUMNS]
+    uint16_t scale[COLUMNS]  # of the block
+    uint16_t minimum[COLUMNS]
+    uint8_t sub_scale[MOST_GROUPS][COLUMNS]  # of its groups
+    uint8_t sub_minimum[MOST_GROUPS][COLUMNS]
+
+ctypedef void (*decoder_t)(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil
+
+cdef enum:
+    # Masks of eight bytes.
+    NEGATIVE = 0x8000  # the sign of a float16
+    MXFP4_SHIFT = 7  # from an exponent to a bfloat16
+    MXFP4_LEAST = 0x0040  # 2**-127, a subnormal bfloat16
+    HIGH_BITS = 256
+
+cdef uint64_t LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
+cdef uint64_t LOW_BITS = 0x0101010101010101
+cdef uint64_t LOW_PAIRS = 0x0303030303030303
+cdef uint64_t SIGNS = 0x8080808080808080
+cdef uint64_t SIXES_OF_16 = 0x6060606060606060  # 96 in each byte
+
+# Eight bytes with the value 16 where a bit is set.
+cdef uint64_t[HIGH_BITS] SIXTEENS
+cdef int _bits, _bit
+for _bits in range(HIGH_BITS):
+    SIXTEENS[_bits] = 0
+    for _bit in range(8):
+        if _bits >> _bit & 1:
+            SIXTEENS[_bits] |= <uint64_t>16 << (8 * _bit)
 
 
-def words_of_nibbles(const uint8_t[:, ::1] rows, Py_ssize_t block_bytes, Py_ssize_t offset):
-    """Canonical words, uint32 ``[K/8, N]``, of blocks of 32 codes of 4 bits.
+cdef struct kind_t:
+    decoder_t decode
+    Py_ssize_t nbytes
+    Py_ssize_t words
+    Py_ssize_t groups  # that have scales of their own; 0 where the block has the only one
+
+
+BLOCK_KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+"""The types, in the order of the numbers that :func:`decode_blocks` takes."""
+
+cdef kind_t[11] KINDS
+KINDS[0] = kind_t(q4_0, 18, 4, 0)
+KINDS[1] = kind_t(q4_1, 20, 4, 0)
+KINDS[2] = kind_t(q5_0, 22, 8, 0)
+KINDS[3] = kind_t(q5_1, 24, 8, 0)
+KINDS[4] = kind_t(q8_0, 34, 8, 0)
+KINDS[5] = kind_t(q4_0, 18, 4, 0)
+KINDS[6] = kind_t(mxfp4, 17, 4, 0)
+KINDS[7] = kind_t(q4_k, 144, 32, 8)
+KINDS[8] = kind_t(q5_k, 176, 64, 8)
+KINDS[9] = kind_t(q6_k, 210, 64, 16)
+KINDS[10] = kind_t(iq4_xs, 136, 32, 8)
+
+
+def decode_blocks(
+    int number, const uint8_t[:, ::1] rows, uint32_t[:, ::1] words, uint16_t[:, ::1] scale,
+    uint16_t[:, ::1] minimum=None, uint8_t[:, ::1] sub_scale=None, uint8_t[:, ::1] sub_minimum=None
+):
+    """Write codes and scales of stored rows into arrays of the canonical form.
 
     Parameters
     ----------
-    rows : uint8 ``[N, K/32 * block_bytes]``
-        The low nibble of byte ``i`` of a block's codes is code ``i``, the high nibble code ``i + 16``.
-    block_bytes, offset : int
-        Size of a block, and the place of its 16 bytes of codes.
+    number : int
+        The type's place in :data:`BLOCK_KINDS`.
+    rows : uint8 ``[N, blocks * bytes of a block]``
+    words : uint32 ``[blocks * words of a block, N]``
+    scale, minimum : uint16 ``[blocks, N]``
+        Of each block: bits of a float16, of MXFP4 those of a bfloat16. ``minimum`` is what is subtracted.
+    sub_scale, sub_minimum : uint8 ``[blocks * groups of a block, N]``
+        Only types with two levels have them.
 
     Raises
     ------
     ValueError
-        A row is not made of whole blocks.
+        The arrays do not fit each other.
     """
-    cdef Py_ssize_t n = rows.shape[0], blocks, tile, begin
-    if block_bytes < 1 or not 0 <= offset <= block_bytes - NIBBLE_BYTES or rows.shape[1] % block_bytes:
-        raise ValueError(f"rows: got {rows.shape[1]} bytes, expected blocks of {block_bytes}, codes at {offset}")
-    blocks = rows.shape[1] // block_bytes
-    out = np.empty((BLOCK_WORDS * blocks, n), np.uint32)
-    cdef uint32_t[:, ::1] words = out
-    if blocks and n:
-        with nogil:
-            for tile in range((n + COLUMNS - 1) // COLUMNS):
-                begin = tile * COLUMNS
-                nibbles_of_columns(
-                    &rows[begin, offset], rows.shape[1], &words[0, begin], n, blocks, block_bytes,
-                    min(<Py_ssize_t>COLUMNS, n - begin),
-                )
-    return out
+    if not 0 <= number < len(BLOCK_KINDS):
+        raise ValueError(f"number: got {number}, expected 0 to {len(BLOCK_KINDS) - 1}")
+    cdef kind_t kind = KINDS[number]
+    cdef Py_ssize_t n = rows.shape[0], blocks = rows.shape[1] // kind.nbytes, tiles = (n + COLUMNS - 1) // COLUMNS, tile
+    check("rows", rows.shape[1], blocks * kind.nbytes, n, n)
+    check("words", words.shape[0], blocks * kind.words, words.shape[1], n)
+    check("scale", scale.shape[0], blocks, scale.shape[1], n)
+    cdef uint16_t *minima = NULL
+    cdef uint8_t *sub_scales = NULL
+    cdef uint8_t *sub_minima = NULL
+    if n == 0 or blocks == 0:
+        return
+    if minimum is not None:
+        check("minimum", minimum.shape[0], blocks, minimum.shape[1], n)
+        minima = &minimum[0, 0]
+    if (sub_scale is None) != (kind.groups == 0):
+        raise ValueError(f"sub_scale: got {sub_scale}, expected it for types with two levels alone")
+    if sub_scale is not None:
+        check("sub_scale", sub_scale.shape[0], blocks * kind.groups, sub_scale.shape[1], n)
+        sub_scales = &sub_scale[0, 0]
+    if sub_minimum is not None:
+        check("sub_minimum", sub_minimum.shape[0], blocks * kind.groups, sub_minimum.shape[1], n)
+        sub_minima = &sub_minimum[0, 0]
+    with nogil:
+        for tile in range(tiles):
+            decode_columns(
+                kind, &rows[tile * COLUMNS, 0], rows.shape[1], blocks, n, tile * COLUMNS, &words[0, 0], &scale[0, 0],
+                minima, sub_scales, sub_minima,
+            )
 
 
-cdef void nibbles_of_columns(
-    const uint8_t *rows, Py_ssize_t row_bytes, uint32_t *words, Py_ssize_t n, Py_ssize_t blocks, Py_ssize_t block_bytes,
-    Py_ssize_t columns
+cdef int check(name, Py_ssize_t got, Py_ssize_t expected, Py_ssize_t columns, Py_ssize_t n) except -1:
+    if got != expected or columns != n:
+        raise ValueError(f"{name}: got [{got}, {columns}], expected [{expected}, {n}]")
+    return 0
+
+
+cdef void decode_columns(
+    kind_t kind, const uint8_t *rows, Py_ssize_t row_bytes, Py_ssize_t blocks, Py_ssize_t n, Py_ssize_t first,
+    uint32_t *words, uint16_t *scale, uint16_t *minimum, uint8_t *sub_scale, uint8_t *sub_minimum
 ) noexcept nogil:
-    """The words of some columns; a column is a stored row."""
-    cdef Py_ssize_t block, column
-    cdef const uint8_t *codes
-    cdef uint64_t first, second
+    """The columns of one tile, from the column ``first`` on."""
+    cdef tile_t tile
+    cdef Py_ssize_t columns = min(<Py_ssize_t>COLUMNS, n - first), block, column, row
     for block in range(blocks):
         for column in range(columns):
-            codes = rows + column * row_bytes + block * block_bytes
-            memcpy(&first, codes, 8)
-            memcpy(&second, codes + 8, 8)
-            words[column] = low_nibbles(first)
-            words[n + column] = low_nibbles(second)
-            words[2 * n + column] = low_nibbles(first >> 4)
-            words[3 * n + column] = low_nibbles(second >> 4)
-        words += BLOCK_WORDS * n
+            kind.decode(rows + column * row_bytes + block * kind.nbytes, &tile, column)
+        for row in range(kind.words):
+            memcpy(words + (block * kind.words + row) * n + first, &tile.words[row][0], 4 * columns)
+        memcpy(scale + block * n + first, &tile.scale[0], 2 * columns)
+        if minimum is not NULL:
+            memcpy(minimum + block * n + first, &tile.minimum[0], 2 * columns)
+        for row in range(kind.groups):
+            memcpy(sub_scale + (block * kind.groups + row) * n + first, &tile.sub_scale[row][0], columns)
+            if sub_minimum is not NULL:
+                memcpy(sub_minimum + (block * kind.groups + row) * n + first, &tile.sub_minimum[row][0], columns)
+
+
+# ---------------------------------------------------------------------------------------------
+# Types. Each function decodes one block into a column of a tile.
+
+
+cdef void q4_0(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    memcpy(&tile.scale[column], block, 2)
+    nibbles_of_16(block + 2, tile, column, 0)
+
+
+cdef void q4_1(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    scale_and_minimum(block, tile, column)
+    nibbles_of_16(block + 4, tile, column, 0)
+
+
+cdef void mxfp4(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    tile.scale[column] = <uint16_t>block[0] << MXFP4_SHIFT if block[0] else MXFP4_LEAST
+    nibbles_of_16(block + 1, tile, column, 0)
+
+
+cdef void q5_0(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    memcpy(&tile.scale[column], block, 2)
+    fives_of_16(block + 2, tile, column)
+
+
+cdef void q5_1(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    scale_and_minimum(block, tile, column)
+    fives_of_16(block + 4, tile, column)
+
+
+cdef void q8_0(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    cdef int i
+    memcpy(&tile.scale[column], block, 2)
+    for i in range(4):
+        put_bytes(tile, column, 2 * i, load(block + 2 + 8 * i) ^ SIGNS)
+
+
+cdef void q4_k(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    cdef int i
+    cdef uint64_t codes
+    sub_scales_of_k(block, tile, column)
+    for i in range(16):
+        # 32 bytes have a group of 32 codes in their low nibbles, and the next one in their high nibbles.
+        codes = load(block + 16 + 8 * i)
+        tile.words[8 * (i // 4) + i % 4][column] = low_nibbles(codes)
+        tile.words[8 * (i // 4) + i % 4 + 4][column] = low_nibbles(codes >> 4)
+
+
+cdef void q5_k(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    cdef int i, part
+    cdef uint64_t codes, high
+    sub_scales_of_k(block, tile, column)
+    for i in range(4):
+        # Bit g of a byte is the high bit of a code of group g.
+        high = load(block + 16 + 8 * i)
+        for part in range(4):
+            codes = load(block + 48 + 32 * part + 8 * i)
+            put_bytes(
+                tile, column, 16 * part + 2 * i, codes & LOW_NIBBLES | (high >> (2 * part) & LOW_BITS) << 4)
+            put_bytes(
+                tile, column, 16 * part + 2 * i + 8,
+                codes >> 4 & LOW_NIBBLES | (high >> (2 * part + 1) & LOW_BITS) << 4)
+
+
+cdef void q6_k(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    cdef int i, half, group
+    cdef uint64_t first, second, high
+    memcpy(&tile.scale[column], block + 208, 2)
+    for group in range(16):
+        tile.sub_scale[group][column] = block[192 + group]
+    for half in range(2):
+        for i in range(4):
+            first, second = load(block + 64 * half + 8 * i), load(block + 64 * half + 32 + 8 * i)
+            high = load(block + 128 + 32 * half + 8 * i)
+            put_sixes(tile, column, 32 * half + 2 * i, first, high)
+            put_sixes(tile, column, 32 * half + 2 * i + 8, second, high >> 2)
+            put_sixes(tile, column, 32 * half + 2 * i + 16, first >> 4, high >> 4)
+            put_sixes(tile, column, 32 * half + 2 * i + 24, second >> 4, high >> 6)
+
+
+cdef void iq4_xs(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    cdef int group
+    cdef uint16_t high
+    memcpy(&tile.scale[column], block, 2)
+    memcpy(&high, block + 2, 2)
+    for group in range(8):
+        tile.sub_scale[group][column] = <uint8_t>(
+            ((block[4 + group // 2] >> (4 * (group % 2)) & 15) | (high >> (2 * group) & 3) << 4) - 32)
+        nibbles_of_16(block + 8 + 16 * group, tile, column, 4 * group)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of blocks
+
+
+cdef inline uint64_t load(const uint8_t *place) noexcept nogil:
+    cdef uint64_t value
+    memcpy(&value, place, 8)
+    return value
+
+
+cdef inline void scale_and_minimum(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    """A scale, and a minimum that is stored as what is added."""
+    memcpy(&tile.scale[column], block, 2)
+    memcpy(&tile.minimum[column], block + 2, 2)
+    tile.minimum[column] ^= NEGATIVE
+
+
+cdef inline void nibbles_of_16(const uint8_t *codes, tile_t *tile, Py_ssize_t column, Py_ssize_t word) noexcept nogil:
+    """32 codes: the low nibbles of 16 bytes, then the high ones."""
+    cdef uint64_t first = load(codes), second = load(codes + 8)
+    tile.words[word][column] = low_nibbles(first)
+    tile.words[word + 1][column] = low_nibbles(second)
+    tile.words[word + 2][column] = low_nibbles(first >> 4)
+    tile.words[word + 3][column] = low_nibbles(second >> 4)
+
+
+cdef inline void fives_of_16(const uint8_t *codes, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    """32 codes of 5 bits: 4 bytes of high bits, then the nibbles of 16 bytes."""
+    cdef uint64_t first = load(codes + 4), second = load(codes + 12)
+    put_bytes(tile, column, 0, first & LOW_NIBBLES | SIXTEENS[codes[0]])
+    put_bytes(tile, column, 2, second & LOW_NIBBLES | SIXTEENS[codes[1]])
+    put_bytes(tile, column, 4, first >> 4 & LOW_NIBBLES | SIXTEENS[codes[2]])
+    put_bytes(tile, column, 6, second >> 4 & LOW_NIBBLES | SIXTEENS[codes[3]])
+
+
+cdef inline void put_sixes(
+    tile_t *tile, Py_ssize_t column, Py_ssize_t word, uint64_t nibbles, uint64_t high
+) noexcept nogil:
+    """Eight codes of 6 bits, plus 96: a zero point of 128 is then one of 32."""
+    put_bytes(tile, column, word, (nibbles & LOW_NIBBLES | (high & LOW_PAIRS) << 4) + SIXES_OF_16)
+
+
+cdef inline void put_bytes(tile_t *tile, Py_ssize_t column, Py_ssize_t word, uint64_t codes) noexcept nogil:
+    """Eight codes of 8 bits."""
+    tile.words[word][column] = <uint32_t>codes
+    tile.words[word + 1][column] = <uint32_t>(codes >> 32)
 
 
 cdef inline uint32_t low_nibbles(uint64_t codes) noexcept nogil:
     """The low nibbles of eight bytes, next to each other."""
-    codes &= <uint64_t>0x0F0F0F0F0F0F0F0F
+    codes &= LOW_NIBBLES
     codes = (codes | codes >> 4) & <uint64_t>0x00FF00FF00FF00FF
     codes = (codes | codes >> 8) & <uint64_t>0x0000FFFF0000FFFF
     return <uint32_t>(codes | codes >> 16)
+
+
+cdef inline void sub_scales_of_k(const uint8_t *block, tile_t *tile, Py_ssize_t column) noexcept nogil:
+    """Scale and minimum of a block of Q4_K or Q5_K, and those of its groups: 6 bits each, in 12 bytes."""
+    cdef const uint8_t *packed = block + 4
+    cdef int group
+    memcpy(&tile.scale[column], block, 2)
+    memcpy(&tile.minimum[column], block + 2, 2)
+    for group in range(4):
+        tile.sub_scale[group][column] = packed[group] & 63
+        tile.sub_minimum[group][column] = packed[group + 4] & 63
+        tile.sub_scale[group + 4][column] = packed[group + 8] & 15 | packed[group] >> 6 << 4
+        tile.sub_minimum[group + 4][column] = packed[group + 8] >> 4 | packed[group + 4] >> 6 << 4

@@ -1,35 +1,47 @@
 """GGUF's quantised types as canonical weights: one row each.
 
-A stored row is a column of the canonical weight. Its values are cut into blocks, each with its own scale::
+A stored row is a column of the canonical weight, and is cut into blocks:
 
-    Q4_0    32 values, 18 bytes: float16 d, 16 bytes of codes                     d * (q - 8)
-    MXFP4   32 values, 17 bytes: exponent e, 16 bytes of codes                    2**(e - 127) * E2M1(q)
+=======  ======  =====  ==============================================================  ==================================
+type     values  bytes  stored                                                          a value
+=======  ======  =====  ==============================================================  ==================================
+Q4_0     32      18     float16 d, 16 bytes of codes                                    ``d * (q - 8)``
+Q4_1     32      20     float16 d, float16 m, 16 bytes of codes                         ``d * q + m``
+Q5_0     32      22     float16 d, 4 bytes of high bits, 16 of codes                    ``d * (q - 16)``
+Q5_1     32      24     float16 d, float16 m, 4 bytes of high bits, 16 of codes         ``d * q + m``
+Q8_0     32      34     float16 d, 32 int8 codes                                        ``d * q``
+IQ4_NL   32      18     as Q4_0                                                         ``d * table[q]``
+MXFP4    32      17     exponent e, 16 bytes of codes                                   ``2**(e - 127) * E2M1(q)``
+Q4_K     256     144    float16 d and dmin, 8 pairs of 6-bit sc and mc, codes           ``(d * sc) * q - (dmin * mc)``
+Q5_K     256     176    as Q4_K, with 32 bytes of high bits before the codes            ``(d * sc) * q - (dmin * mc)``
+Q6_K     256     210    128 bytes of low nibbles, 64 of high bits, 16 int8 sc, d        ``(d * sc) * (q - 32)``
+IQ4_XS   256     136    float16 d, 8 sc of 6 bits, codes                                ``(d * (sc - 32)) * table[q]``
+=======  ======  =====  ==============================================================  ==================================
 
-In both, the low nibble of byte ``i`` is code ``i``, and the high nibble code ``i + 16``. Source: ggml,
-``ggml-common.h``, ``ggml-quants.c``.
+In blocks of 32, the low nibble of byte ``i`` is code ``i``, and the high nibble code ``i + 16``. ``_blocks.pyx`` has the
+order in blocks of 256. Source: ggml, ``ggml-common.h``, ``ggml-quants.c``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.checkpoints.gguf._blocks import words_of_nibbles
-from marlin_cy.formats.arrays import check_finite, symmetric_zeros
-from marlin_cy.formats.mxfp4 import scales_of_exponents
-from marlin_cy.weights._nibbles import transpose
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks
+from marlin_cy.formats.arrays import check_finite
+from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.scale_records import ScaleRecord, scale_record
 
 __all__ = ["BLOCK_TYPES", "BlockType"]
 
-Bytes = npt.NDArray[np.uint8]
-BLOCK = 32
-NIBBLE_BYTES = BLOCK // 2
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -40,60 +52,128 @@ class BlockType:
     ----------
     name : str
         ggml's name.
+    block : int
+        Values of a block.
     codes : str
         The name of the code type.
+    scales : str
+        The name of the scale record.
     group_size : int
         Number of values that share a scale.
-    scale_dtype : dtype
-    decode : callable
-        ``decode(rows)`` is the weight of blocks uint8 ``[N, bytes of a row]``. A scale that is not finite is a
-        ``ValueError``.
+    zero : int or None
+        The zero point of all groups; None if the record has none of its own.
     """
 
     name: str
+    block: int
     codes: str
+    scales: str
     group_size: int
-    scale_dtype: np.dtype[Any]
-    decode: Callable[[Bytes], Int4Weight]
+    zero: int | None = None
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero point is the symmetric one, or there are no zero points."""
-        return True
+        """Whether every zero point is the symmetric one, or there are no zero points and no minima."""
+        return not self.record.has_minimum and self.zero in (None, code_type(self.codes).symmetric_zero)
+
+    @cached_property
+    def record(self) -> ScaleRecord:
+        """The scale record."""
+        return scale_record(self.scales)
+
+    def arrays(self, k: int, n: int) -> dict[str, npt.NDArray[Any]]:
+        """Arrays for a weight ``[k, n]``, to be filled by :meth:`decode`."""
+        groups, record = k // self.group_size, self.record
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "words": np.empty((k // code_type(self.codes).codes_per_word, n), np.uint32),
+            "scale": np.empty((groups, n), record.scale),
+        }
+        if record.has_minimum:
+            arrays["minimum"] = np.empty((groups, n), record.scale)
+        for name, dtype in record.block_parts().items():
+            arrays[name] = np.empty((k // self.block, n), dtype)
+        return arrays
+
+    def decode(self, rows: Bytes, arrays: Arrays) -> CanonicalWeight:
+        """The weight of stored rows.
+
+        Parameters
+        ----------
+        rows : uint8 ``[n, bytes of a row]``
+            C-contiguous.
+        arrays : mapping
+            From :meth:`arrays`. The weight consists of them.
+
+        Raises
+        ------
+        ValueError
+            A scale is not finite.
+        """
+        block_parts = ("block_scale", "block_minimum") if self.record.has_blocks else ("scale", "minimum")
+        words = [arrays[name].view(np.uint16) if name in arrays else None for name in block_parts]
+        scale, minimum = words
+        assert scale is not None
+        subs: list[Bytes | None] = [None, None]
+        if self.record.has_blocks:
+            subs = [arrays[name].view(np.uint8) if name in arrays else None for name in ("scale", "minimum")]
+        decode_blocks(BLOCK_KINDS.index(self.name), rows, arrays["words"], scale, minimum, *subs)
+        for name in block_parts:
+            if name in arrays:
+                check_finite(name, arrays[name])
+        zero = None if self.zero is None else _zeros(arrays["scale"].shape, self.zero, self.codes)
+        return CanonicalWeight(**arrays, zero=zero, group_size=self.group_size, codes=self.codes)
+
+    def in_common(self, other: BlockType) -> BlockType | None:
+        """The form that columns of both types can have in one stack; None if there is none.
+
+        It has the wider code type. Both must have the same scale record and groups.
+        """
+        if (self.scales, self.group_size) != (other.scales, other.group_size):
+            return None
+        wide, narrow = sorted((self, other), key=lambda kind: -code_type(kind.codes).bits)
+        if wide.codes != narrow.codes and (wide.codes, narrow.codes) != (WIDE, NARROW):
+            return None
+        return wide
+
+    def widened(self, weight: CanonicalWeight) -> CanonicalWeight:
+        """A weight with this type's code type; codes of 4 bits become ones of 8 bits."""
+        if weight.codes == self.codes:
+            return weight
+        nibbles = np.stack([weight.words >> np.uint32(shift) & NIBBLES_OF_BYTES for shift in (0, 4)], axis=1)
+        # Bytes of the two arrays alternate: codes 0, 2, 4, 6 and 1, 3, 5, 7 of a word.
+        pairs = nibbles.view(np.uint8).reshape(*nibbles.shape, 4).transpose(0, 3, 1, 2)
+        codes = np.ascontiguousarray(pairs.reshape(-1, 2, 4, weight.n).transpose(0, 1, 3, 2))
+        words = codes.view("<u4")[..., 0].reshape(-1, weight.n).astype(np.uint32, copy=False)
+        zero = None if weight.zero is None else weight.zero.astype(code_type(self.codes).zero_dtype)
+        return replace(weight, words=words, zero=zero, codes=self.codes)
 
 
-def _q4_0(rows: Bytes) -> Int4Weight:
-    scale = transpose(_headers(rows, NIBBLE_BYTES + 2, 2)).view(np.float16)
-    check_finite("scales", scale)
-    return Int4Weight(
-        words=words_of_nibbles(rows, NIBBLE_BYTES + 2, 2),
-        scale=scale,
-        zero=symmetric_zeros(scale.shape),
-        group_size=BLOCK,
-    )
+NARROW, WIDE = "uint4", "uint8"
+NIBBLES_OF_BYTES = np.uint32(0x0F0F0F0F)
 
 
-def _mxfp4(rows: Bytes) -> Int4Weight:
-    return Int4Weight(
-        words=words_of_nibbles(rows, NIBBLE_BYTES + 1, 1),
-        scale=scales_of_exponents("scales", _headers(rows, NIBBLE_BYTES + 1, 1)),
-        zero=None,
-        group_size=BLOCK,
-        codes="e2m1",
-    )
-
-
-def _headers(rows: Bytes, block_bytes: int, size: int) -> Any:
-    """The first bytes of each block: an unsigned integer of ``size`` bytes, ``[N, blocks of a row]``."""
-    first = rows.reshape(rows.shape[0], -1, block_bytes)[..., :size]
-    return np.ascontiguousarray(first).view(f"<u{size}")[..., 0].astype(f"=u{size}", copy=False)
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, int], zero: int, codes: str) -> npt.NDArray[Any]:
+    """Zero points that all weights of a shape share: read-only."""
+    zeros = np.full(shape, zero, code_type(codes).zero_dtype)
+    zeros.flags.writeable = False
+    return zeros
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
     row.name: row
     for row in (
-        BlockType("Q4_0", "uint4", BLOCK, np.dtype(np.float16), _q4_0),
-        BlockType("MXFP4", "e2m1", BLOCK, np.dtype(ml_dtypes.bfloat16), _mxfp4),
+        BlockType("Q4_0", 32, "uint4", "float16", 32, zero=8),
+        BlockType("Q4_1", 32, "uint4", "float16_min", 32),
+        BlockType("Q5_0", 32, "uint8", "float16", 32, zero=16),
+        BlockType("Q5_1", 32, "uint8", "float16_min", 32),
+        BlockType("Q8_0", 32, "uint8", "float16", 32, zero=128),
+        BlockType("IQ4_NL", 32, "iq4_nl", "float16", 32),
+        BlockType("MXFP4", 32, "e2m1", "bfloat16", 32),
+        BlockType("Q4_K", 256, "uint4", "two_level_min", 32),
+        BlockType("Q5_K", 256, "uint8", "two_level_min", 32),
+        BlockType("Q6_K", 256, "uint8", "two_level", 16),
+        BlockType("IQ4_XS", 256, "iq4_nl", "two_level", 32),
     )
 }
 """The types that linear layers and experts may have, by ggml's name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.code_types import code_type
 
 __all__ = ["GgufSource"]
 
@@ -86,16 +88,19 @@ class GgufSource:
             )
         if all(quantised):
             self._blocks.add(block)
-            self._check_equal(modules[:-1])
+            self._common(modules[:-1])
         return all(quantised)
 
-    def _check_equal(self, modules: Sequence[str]) -> None:
-        types = [self._info(module).dtype for module in modules]
-        if len(set(types)) > 1:
+    def _common(self, modules: Sequence[str]) -> BlockType:
+        """The form of gate and up in one stack."""
+        first, last = self._type(modules[0]), self._type(modules[-1])
+        common = first.in_common(last)
+        if common is None:
             raise UnsupportedError(
-                f"{self._tensors.source}: {modules[0]} has type {types[0]}, {modules[1]} {types[1]}; gate and up of "
-                "a layer must have the same type"
+                f"{self._tensors.source}: {modules[0]} has type {first.name}, {modules[-1]} {last.name}, which cannot "
+                "share a stack"
             )
+        return common
 
     def _modules(self, block: str) -> list[str]:
         """The modules of a block's experts: gate, up and down, or gate_up and down."""
@@ -121,16 +126,17 @@ class GgufSource:
 
     def linear(self, module: str, backend: Backend) -> Linear:
         weight = self.weight(module)
-        builder = self._builder(backend, 1, weight.k, weight.n, self._type(module))
+        builder = self._builder(backend, 1, weight)
         builder.add(0, 0, weight)
         return backend.linear_of(builder.finish(), self.bias(module))
 
-    def weight(self, module: str) -> Int4Weight:
+    def weight(self, module: str) -> CanonicalWeight:
         if not self.has_linear(module):
             raise CheckpointError("missing, or not quantised", file=self._tensors.source, tensor=f"{module}{WEIGHT}")
-        weight = self._decoded(module)
-        columns = self._tensors.view(f"{module}{WEIGHT}").columns
-        return weight if columns is None else rows_of(weight, columns)
+        view = self._tensors.view(f"{module}{WEIGHT}")
+        n, k = view.shape
+        weight = self._decoded(module, self._type(module).arrays(k, n))
+        return weight if view.columns is None else rows_of(weight, view.columns)
 
     def bias(self, module: str) -> npt.NDArray[np.float32] | None:
         name = f"{module}{BIAS}"
@@ -147,17 +153,25 @@ class GgufSource:
         spec, modules = self._spec, self._modules(block)
         hidden, inter, experts = spec.hidden_size, spec.intermediate_size, spec.num_experts
         *inner, last = modules
-        gate_up = self._builder(backend, experts, hidden, 2 * inter, self._type(inner[0]))
-        down = self._builder(backend, experts, inter, hidden, self._type(last))
+        common, below = self._common(inner), self._type(last)
+        gate_up = backend.new_stack_builder(
+            experts, hidden, 2 * inter, group_size=common.group_size, codes=common.codes, scales=common.scales
+        )
+        down = backend.new_stack_builder(
+            experts, inter, hidden, group_size=below.group_size, codes=below.codes, scales=below.scales
+        )
+        scratch = _Scratch()
 
         def pack(expert: int) -> None:
             column = 0
             for module in inner:
-                weight = self._decoded(module, expert)
-                gate_up.add(expert, column, weight)
-                column += weight.n
+                n, k = self._info(module).shape[1:]
+                weight = self._decoded(module, scratch.arrays(self._type(module), k, n), expert)
+                gate_up.add(expert, column, common.widened(weight))
+                column += n
                 self.release(module, expert)
-            down.add(expert, 0, self._decoded(last, expert))
+            weight = self._decoded(last, scratch.arrays(below, inter, hidden), expert)
+            down.add(expert, 0, weight)
             self.release(last, expert)
 
         self._for_each(pack, experts, description)
@@ -168,16 +182,18 @@ class GgufSource:
             )
         return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
-    def _decoded(self, module: str, expert: int | None = None) -> Int4Weight:
+    def _decoded(
+        self, module: str, arrays: Mapping[str, npt.NDArray[Any]], expert: int | None = None
+    ) -> CanonicalWeight:
         name = f"{module}{WEIGHT}"
         stored = self._tensors.view(name).stored[0]
         with as_checkpoint_error(stored.file, stored.name):
-            return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)))
+            return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)), arrays)
 
     @staticmethod
-    def _builder(backend: Backend, experts: int, k: int, n: int, kind: BlockType) -> StackBuilder:
+    def _builder(backend: Backend, experts: int, weight: CanonicalWeight) -> StackBuilder:
         return backend.new_stack_builder(
-            experts, k, n, group_size=kind.group_size, codes=kind.codes, scale_dtype=kind.scale_dtype
+            experts, weight.k, weight.n, group_size=weight.group_size, codes=weight.codes, scales=weight.scales
         )
 
     def _type(self, module: str) -> BlockType:
@@ -187,8 +203,22 @@ class GgufSource:
         return self._tensors.info(f"{module}{WEIGHT}")
 
 
-def rows_of(weight: Int4Weight, rows: npt.NDArray[np.int64]) -> Int4Weight:
-    """A weight whose row ``i`` of K is row ``rows[i]``; whole groups, in another order.
+class _Scratch(threading.local):
+    """Arrays that each thread uses again for one expert after another: new ones would be new pages each time."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int, int], dict[str, npt.NDArray[Any]]] = {}
+
+    def arrays(self, kind: BlockType, k: int, n: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a type and a size."""
+        key = kind.name, k, n
+        if key not in self._arrays:
+            self._arrays[key] = kind.arrays(k, n)
+        return self._arrays[key]
+
+
+def rows_of(weight: CanonicalWeight, rows: npt.NDArray[np.int64]) -> CanonicalWeight:
+    """A weight whose row ``i`` of K is row ``rows[i]``: whole groups, in another order.
 
     Raises
     ------
@@ -199,7 +229,31 @@ def rows_of(weight: Int4Weight, rows: npt.NDArray[np.int64]) -> Int4Weight:
     groups = rows.reshape(-1, size)
     if (groups[:, 0] % size).any() or (groups != groups[:, :1] + np.arange(size)).any():
         raise UnsupportedError(f"rows of K in an order that cuts groups of {size}")
-    order = groups[:, 0] // size
-    words = weight.words.reshape(len(order), size // 8, weight.n)[order].reshape(weight.words.shape)
-    zero = None if weight.zero is None else weight.zero[order]
-    return replace(weight, words=words, scale=weight.scale[order], zero=zero)
+    weight, order = one_level(weight), groups[:, 0] // size
+    words = weight.words.reshape(len(order), -1, weight.n)[order].reshape(weight.words.shape)
+    parts = {name: part[order] for name in ("scale", "zero", "minimum") if (part := getattr(weight, name)) is not None}
+    return replace(weight, words=words, **parts)
+
+
+def one_level(weight: CanonicalWeight) -> CanonicalWeight:
+    """A weight with float32 scales and minima in place of two levels; the products are exact."""
+    if weight.block_scale is None:
+        return weight
+    row, groups = code_type(weight.codes), weight.scale.shape[0] // weight.block_scale.shape[0]
+
+    def product(block: npt.NDArray[np.float16], sub: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        return np.repeat(block.astype(np.float32), groups, axis=0) * sub.astype(np.float32)
+
+    minimum = zero = None
+    if weight.block_minimum is not None and weight.minimum is not None:
+        minimum = product(weight.block_minimum, weight.minimum)
+    elif row.has_zero_points:
+        zero = np.full(weight.scale.shape, row.symmetric_zero, row.zero_dtype)
+    return replace(
+        weight,
+        scale=product(weight.block_scale, weight.scale),
+        minimum=minimum,
+        zero=zero,
+        block_scale=None,
+        block_minimum=None,
+    )
