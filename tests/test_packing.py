@@ -3,14 +3,23 @@
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
+from problems import (
+    CPU_KINDS,
+    G_IDX_MODES,
+    TWO_LEVEL_KINDS,
+    activations,
+    add_in_parts,
+    random_g_idx,
+    random_problem,
+)
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
-from marlin_cy.cpu.layout import TileLayout, pack_tiles, unpack_tiles
+from marlin_cy.cpu.layout import pack_tiles, unpack_tiles
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.order import group_order
 from marlin_cy.weights.sizes import StackSizes
+from marlin_cy.weights.tile_layout import TileLayout
 
 CACHE_LINE = 64
 
@@ -23,34 +32,63 @@ def packed(store, expert):
 def unpacked(store, expert):
     """``(w, q)`` of an expert, by plain NumPy."""
     order = store.group_orders[store.order_of[expert]]
-    return unpack_tiles(packed(store, expert), order, store.layout, store.k, store.codes, store.scales)
+    return unpack_tiles(packed(store, expert), order, store.layout, store.k)
 
 
 @pytest.mark.sampled(40)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, kind):
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **CPU_KINDS[kind])
     store = problem.stack(cpu_backend).store
     for expert in range(3):
         order = store.group_orders[store.order_of[expert]]
-        expected = pack_tiles(*problem.parts(expert), order, store.layout, problem.codes)
+        expected = pack_tiles(problem.canonical(expert), order, store.layout)
         np.testing.assert_array_equal(packed(store, expert), expected)
 
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
-    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **CPU_KINDS[kind])
     store = problem.stack(cpu_backend).store
-    assert {"codes": store.codes, "scales": store.scales} == WEIGHT_KINDS[kind]
+    assert {"codes": store.codes, "scales": store.scales} == CPU_KINDS[kind]
     for expert in range(3):
         w, q = unpacked(store, expert)
         np.testing.assert_array_equal(q, problem.q[expert])
         np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("kind", TWO_LEVEL_KINDS)
+def test_two_levels(cpu_backend, rng, kind, group_size):
+    problem = random_problem(rng, 2, 512, 40, group_size, **TWO_LEVEL_KINDS[kind])
+    check_two_levels(cpu_backend, problem)
+
+
+@pytest.mark.parametrize("scales", ["two_level", "two_level_min", "float16"])
+def test_groups_of_16(cpu_backend, rng, scales):
+    check_two_levels(cpu_backend, random_problem(rng, 2, 512, 24, 16, codes="uint8", scales=scales))
+
+
+def check_two_levels(cpu_backend, problem):
+    store = problem.stack(cpu_backend).store
+    for expert in range(problem.num_experts):
+        order = store.group_orders[store.order_of[expert]]
+        np.testing.assert_array_equal(packed(store, expert), pack_tiles(problem.canonical(expert), order, store.layout))
+        w, q = unpacked(store, expert)
+        np.testing.assert_array_equal(q, problem.q[expert])
+        np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+def test_bits_of_a_weight(cpu_backend, rng):
+    """Q4_K and Q6_K."""
+    for codes, scales, group, bits in (("uint4", "two_level_min", 32, 4.625), ("uint8", "two_level", 16, 8.5625)):
+        stack = random_problem(rng, 1, 1024, 64, group, codes=codes, scales=scales).stack(cpu_backend)
+        assert stack.metadata.packed_bytes * 8 / (1024 * 64) == pytest.approx(bits, abs=1e-3)
 
 
 class TestFromPacked:
@@ -255,7 +293,12 @@ class TestMisuse:
             ({"words": [[0] * 16] * 8}, TypeError, "weight.words: got list, expected uint32"),
             ({"scale": np.zeros((1, 16), np.float16)}, ValueError, r"weight.scale: got shape \(1, 16\)"),
             ({"scale": np.zeros((2, 8), np.float16)}, ValueError, r"weight.scale: got shape \(2, 8\)"),
-            ({"scale": np.zeros((2, 16), np.float32)}, TypeError, "weight.scale: got float32, expected float16"),
+            ({"scale": np.zeros((2, 16), np.float64)}, TypeError, "weight.scale: got float64, expected float16"),
+            (
+                {"scale": np.zeros((2, 16), np.float32)},
+                ValueError,
+                "weight: got codes 'uint4' with float32 scales, expected 'uint4' with float16",
+            ),
             ({"scale": np.zeros((2, 16), ">f2")}, TypeError, "weight.scale: got >f2, expected float16"),
             ({"zero": np.zeros((3, 16), np.uint8)}, ValueError, r"weight.zero: got shape \(3, 16\)"),
             ({"zero": np.full((2, 16), 17, np.uint8)}, ValueError, "weight.zero: got 17, expected 0 to 16"),

@@ -4,10 +4,10 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.cpu.layout import TileLayout
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.order import GroupOrder
 from marlin_cy.weights.sizes import StackSizes
+from marlin_cy.weights.tile_layout import TileLayout
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
 def checked_data(data: npt.NDArray[np.uint8], nbytes: int) -> npt.NDArray[np.uint8]: ...

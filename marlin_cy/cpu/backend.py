@@ -19,7 +19,7 @@ from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.operations import CpuOperations
 from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
 from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
-from marlin_cy.stacks.builder import checked_stack_sizes, refuse_unsupported
+from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
     from marlin_cy.cpu.decoder.program import CpuDecoder
@@ -69,9 +69,7 @@ class CpuBackend(CpuOperations, Backend):
         codes: str = "uint4",
         scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
-        sizes = checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales)
-        refuse_unsupported("CPU", sizes, ("uint4", "e2m1"), ("float16", "bfloat16"))
-        return CpuStackBuilder(sizes)
+        return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales))
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""

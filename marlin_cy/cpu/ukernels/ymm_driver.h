@@ -46,7 +46,8 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
-    const ptrdiff_t bytes = task_bytes(task);
+    const ptrdiff_t bytes = task_bytes(task, codes);
+    const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
         const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
@@ -57,14 +58,13 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
             .sums = task->scratch->sums + t * TILE_N,
         };
         for (int g = 0; g < task->num_groups; g++) {
-            const uint8_t *const place = task->header[t] + g * GROUP_HEADER_BYTES;
-            const group_header header = load_header(place, task->scale_dtype, codes);
+            const group_header header = load_header(record_of(task, &layout, t, g), task->scales, codes);
             view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_FAR;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
             view.packed = body;
             rows_of_group(task, &view, &header, planes, codes);
-            body += view.blocks * BLOCK_BYTES;
+            body += view.blocks * block_bytes(codes);
             view.a += task->a_group_stride;
             view.meta += task->meta_group_stride;
         }
