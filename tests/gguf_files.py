@@ -121,13 +121,8 @@ class Entry:
         return Entry(self.values[:, rows], self.kind, None if self.data is None else self.data[:, rows])
 
     def columns_of(self, columns):
-        """Columns in another order: whole blocks if there are blocks."""
-        if self.data is None:
-            return Entry(self.values[:, columns])
-        block, nbytes = gguf.GGML_QUANT_SIZES[Type[self.kind]]
-        order = columns.reshape(-1, block)[:, 0] // block
-        data = self.data.reshape(len(self.data), -1, nbytes)[:, order].reshape(self.data.shape)
-        return Entry(self.values[:, columns], self.kind, data)
+        """Columns in another order. Blocks have it already."""
+        return self if self.data is not None else Entry(self.values[:, columns])
 
 
 def write_gguf_model(folder, model_type, kind="Q4_0", *, kinds=(), seed=0, edit=None, split=False, **changes):
@@ -151,7 +146,11 @@ def write_gguf_model(folder, model_type, kind="Q4_0", *, kinds=(), seed=0, edit=
         chosen = next((other for pattern, other in kinds if re.search(pattern, name)), None)
         if chosen is None and (LINEAR.search(name) or re.search(r"experts\.\w+_proj$", name)):
             chosen = kind
-        entries[name] = entry = rounded(rng, values, chosen, by_inputs=name.endswith("_proj"))
+        entry = rounded(rng, values, chosen, by_inputs=name.endswith("_proj"))
+        if model_type == "qwen3_5_moe_text" and name.endswith("out_proj.weight") and entry.data is not None:
+            # Blocks are of inputs in llama.cpp's order.
+            entry.values = entry.values[:, np.argsort(tiles(config, config["linear_value_head_dim"]))]
+        entries[name] = entry
         tensors[name] = entry.values
         if name.endswith("_proj"):  # gpt-oss stores [experts, inputs, outputs]
             tensors[name] = np.swapaxes(entry.values, 1, 2)

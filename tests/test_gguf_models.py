@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import language_models  # noqa: E402
-from gguf_files import ARCHITECTURES, Entry, write_gguf_model  # noqa: E402
+from gguf_files import ARCHITECTURES, BLOCK_TYPES, Entry, write_gguf_model  # noqa: E402
 from language_models import logits_in_float64  # noqa: E402
 
 from marlin_cy import load_model, open_checkpoint  # noqa: E402
@@ -60,6 +60,60 @@ def test_every_architecture_is_tested():
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_family(tmp_path, model_type):
     assert_same_logits(*written(tmp_path, model_type))
+
+
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_every_type(tmp_path, kind):
+    """By the plan, by the decoder, and from a packed folder with the same bits."""
+    path, dense = written(tmp_path, "qwen3_moe", kind, **WIDE)
+    assert_same_logits(path, dense)
+    with open_checkpoint(path) as checkpoint:
+        write_packed(checkpoint, tmp_path / "packed")
+    found = [decoded(folder) for folder in (path, tmp_path / "packed")]
+    assert relative_error(found[0], logits_in_float64(dense, TOKENS)) < 5e-4
+    assert np.array_equal(*found)
+
+
+def decoded(path):
+    """Logits of the decoder on the CPU."""
+    model = load_model(path, num_threads=1, compute_dtype="int16", cache_dtype="float32")
+    return model.forward(TOKENS, all_logits=True)
+
+
+MIXES = {
+    "Q4_K_M": [("down_proj|v_proj", "Q6_K"), ("embed_tokens|lm_head", "Q6_K")],
+    "gate and up of one family of types": [("up_proj", "Q5_K")],
+    "gate and up of two families": [("up_proj", "Q6_K"), ("q_proj", "F16"), ("k_proj", "Q8_0")],
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixed_types(tmp_path, mix):
+    path, dense = written(tmp_path, "qwen3_moe", "Q4_K", kinds=MIXES[mix], **WIDE)
+    assert_same_logits(path, dense)
+    assert relative_error(decoded(path), logits_in_float64(dense, TOKENS)) < 5e-4
+
+
+@pytest.mark.parametrize("up", ["Q5_0", "Q4_1", "F16"])
+def test_shared_experts_of_mixed_types(tmp_path, up):
+    path, dense = written(
+        tmp_path, "qwen2_moe", kinds=[(r"shared_expert\.up_proj", up), (r"shared_expert\.down", "Q8_0")]
+    )
+    assert_same_logits(path, dense)
+    with open_checkpoint(path) as checkpoint:
+        write_packed(checkpoint, tmp_path / "packed")
+    assert_same_logits(tmp_path / "packed", dense)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_1"])
+def test_reordered_inputs_of_two_levels(tmp_path, kind):
+    """The output projection of Qwen3.5, the heads of whose inputs lie inside of a block of 256."""
+    sizes = {"hidden_size": 256, "linear_num_value_heads": 8, "linear_num_key_heads": 2}
+    path, dense = written(tmp_path, "qwen3_5_moe_text", "Q4_0", kinds=[("out_proj", kind)], **sizes)
+    assert_same_logits(path, dense)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}

@@ -12,12 +12,11 @@ import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.families import Family, MoeSpec
-from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType, one_level
 from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.weights.canonical import CanonicalWeight
-from marlin_cy.weights.code_types import code_type
 
 __all__ = ["GgufSource"]
 
@@ -136,7 +135,18 @@ class GgufSource:
         view = self._tensors.view(f"{module}{WEIGHT}")
         n, k = view.shape
         weight = self._decoded(module, self._type(module).arrays(k, n))
-        return weight if view.columns is None else rows_of(weight, view.columns)
+        weight = weight if view.columns is None else rows_of(weight, view.columns)
+        pair = self._shared_pair(module)
+        return weight if pair is None else self._common(pair).converted(weight)
+
+    def _shared_pair(self, module: str) -> list[str] | None:
+        """Gate and up of the shared expert that a module belongs to: they form one stack."""
+        family = self._family
+        owner, _, part = module.rpartition(".")
+        if family.shared_expert is None or not owner.endswith(f".{family.shared_expert}") or part == family.down:
+            return None
+        pair = [f"{owner}.{name}" for name in (family.gate, family.up)]
+        return pair if all(self.has_linear(name) for name in pair) else None
 
     def bias(self, module: str) -> npt.NDArray[np.float32] | None:
         name = f"{module}{BIAS}"
@@ -167,7 +177,7 @@ class GgufSource:
             for module in inner:
                 n, k = self._info(module).shape[1:]
                 weight = self._decoded(module, scratch.arrays(self._type(module), k, n), expert)
-                gate_up.add(expert, column, common.widened(weight))
+                gate_up.add(expert, column, common.converted(weight))
                 column += n
                 self.release(module, expert)
             weight = self._decoded(last, scratch.arrays(below, inter, hidden), expert)
@@ -233,27 +243,3 @@ def rows_of(weight: CanonicalWeight, rows: npt.NDArray[np.int64]) -> CanonicalWe
     words = weight.words.reshape(len(order), -1, weight.n)[order].reshape(weight.words.shape)
     parts = {name: part[order] for name in ("scale", "zero", "minimum") if (part := getattr(weight, name)) is not None}
     return replace(weight, words=words, **parts)
-
-
-def one_level(weight: CanonicalWeight) -> CanonicalWeight:
-    """A weight with float32 scales and minima in place of two levels; the products are exact."""
-    if weight.block_scale is None:
-        return weight
-    row, groups = code_type(weight.codes), weight.scale.shape[0] // weight.block_scale.shape[0]
-
-    def product(block: npt.NDArray[np.float16], sub: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        return np.repeat(block.astype(np.float32), groups, axis=0) * sub.astype(np.float32)
-
-    minimum = zero = None
-    if weight.block_minimum is not None and weight.minimum is not None:
-        minimum = product(weight.block_minimum, weight.minimum)
-    elif row.has_zero_points:
-        zero = np.full(weight.scale.shape, row.symmetric_zero, row.zero_dtype)
-    return replace(
-        weight,
-        scale=product(weight.block_scale, weight.scale),
-        minimum=minimum,
-        zero=zero,
-        block_scale=None,
-        block_minimum=None,
-    )
