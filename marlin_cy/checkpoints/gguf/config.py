@@ -190,6 +190,8 @@ def _common(fields: Metadata) -> Config:
     """Sizes, attention and RoPE."""
     _refuse_what_is_not_computed(fields)
     blocks, extra = fields.size("block_count"), fields.integer("nextn_predict_layers") or 0
+    if blocks > len(fields.header.tensors):
+        raise fields.error("block_count", blocks, f"at most the number of tensors, {len(fields.header.tensors)}")
     if not 0 <= extra < blocks:
         raise fields.error("nextn_predict_layers", extra, f"less than block_count, {blocks}")
     heads, hidden = fields.size("attention.head_count"), fields.size("embedding_length")
