@@ -31,7 +31,7 @@ HELP = "show a checkpoint's format, layers, sizes, and anything unusual"
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a packed one")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a GGUF file")
     parser.add_argument(
         "--verify", action="store_true", help="compare the checksums of all of a packed folder's tensors"
     )
