@@ -205,7 +205,8 @@ class GgufTensors:
         if view.convert is None:
             return self._ordered(view, self._values(view.stored[0], DTYPES[info.dtype]))
         parts = [self._ordered(view, self._values(part, np.dtype(np.float32))) for part in view.stored]
-        return np.require(view.convert(*parts), np.float32, "C").reshape(view.shape)
+        with np.errstate(all="ignore"):  # a damaged file has any bits
+            return np.require(view.convert(*parts), np.float32, "C").reshape(view.shape)
 
     def blocks(self, name: str, expert: int | None = None) -> npt.NDArray[np.uint8]:
         """The blocks of a quantised linear layer, uint8 ``[n, bytes of a row]``: a view, or a copy in another order.
