@@ -20,9 +20,11 @@ A code type without zero points stores its ``symmetric_zero`` where a record has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.scale_records import BLOCK_ROWS, scale_record
@@ -110,7 +112,7 @@ class TileLayout:
         groups = -(-rows // self.group_size)
         return groups * self.group_bytes + rows // BLOCK_ROWS * self.scale_block_bytes
 
-    def part_places(self, name: str) -> tuple[list[int], np.dtype[Any]]:
+    def part_places(self, name: str) -> tuple[npt.NDArray[np.int64], np.dtype[Any]]:
         """Where a part of the records lies in a tile.
 
         Parameters
@@ -120,19 +122,27 @@ class TileLayout:
 
         Returns
         -------
-        places : list of int
+        places : int64 ``[groups or blocks]``
             The byte at which the 16 values of each packed group, or of each scale block, begin.
         dtype : dtype
         """
-        record = scale_record(self.scales)
-        groups, blocks = record.group_parts(code_type(self.codes)), record.block_parts()
-        step = self.groups_per_scale_block * self.group_bytes + self.scale_block_bytes
-        if name in blocks:
-            begin = offset_in(blocks, name)
-            return [begin + step * block for block in range(self.packed_k // BLOCK_ROWS)], blocks[name]
-        begin = self.scale_block_bytes + offset_in(groups, name)
-        places = [divmod(group, self.groups_per_scale_block) for group in range(self.num_groups)]
-        return [begin + step * block + self.group_bytes * group for block, group in places], groups[name]
+        return _places(self, name)
+
+
+@lru_cache(maxsize=64)  # every weight that is packed asks
+def _places(layout: TileLayout, name: str) -> tuple[npt.NDArray[np.int64], np.dtype[Any]]:
+    """As :meth:`TileLayout.part_places`; the array is read-only."""
+    record = scale_record(layout.scales)
+    groups, blocks = record.group_parts(code_type(layout.codes)), record.block_parts()
+    step = layout.groups_per_scale_block * layout.group_bytes + layout.scale_block_bytes
+    if name in blocks:
+        places, dtype = offset_in(blocks, name) + step * np.arange(layout.packed_k // BLOCK_ROWS), blocks[name]
+    else:
+        block, group = np.divmod(np.arange(layout.num_groups), layout.groups_per_scale_block)
+        places = layout.scale_block_bytes + offset_in(groups, name) + step * block + layout.group_bytes * group
+        dtype = groups[name]
+    places.flags.writeable = False
+    return places, dtype
 
 
 def bytes_of(parts: dict[str, np.dtype[Any]]) -> int:
