@@ -44,7 +44,7 @@ def values_in_float64(weight):
 def test_every_type_is_a_row():
     assert set(BLOCK_TYPES) == set(BLOCK_KINDS) == set(NAMES)
     for name, row in BLOCK_TYPES.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0] == row.block
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (row.block, row.nbytes)
 
 
 @pytest.mark.parametrize("n", [8, 16, 24, 40])
@@ -61,6 +61,7 @@ def test_values_are_those_of_the_package(kind, n):
     )
     # Also for codes of 0, whose sign gguf may give another way.
     np.testing.assert_array_equal(values_in_float32(weight), values_of(rows, kind))
+    np.testing.assert_array_equal(BLOCK_TYPES[kind].values(rows), values_of(rows, kind))
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -77,6 +78,7 @@ def test_extreme_scales(kind):
             np.array([0, -0.0, 6e-8, -6e-8, 1.0, -1.0, 65504, -65504], np.float16), cut.shape[:2]
         )[..., None].view(np.uint8)
     np.testing.assert_array_equal(values_in_float32(decoded(kind, rows, 256)), values_of(rows, kind))
+    np.testing.assert_array_equal(BLOCK_TYPES[kind].values(rows), values_of(rows, kind))
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])

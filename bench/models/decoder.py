@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="a checkpoint of that shape, written if it does not exist (default: a temporary one); or the file of --gguf",
+        help="a checkpoint of that shape, written if it does not exist (default: temporary), or the file of --gguf",
     )
     option("layers", positive, "N", "layers of a checkpoint that is written, 0.34 GB each")
     parser.add_argument("--compute-dtypes", type=names(COMPUTE_DTYPES), default=COMPUTE_DTYPES, metavar="A,B")

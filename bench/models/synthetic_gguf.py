@@ -3,8 +3,8 @@
 The quantised weights are random blocks. ``--types`` names a mix of types as llama.cpp's ``llama-quantize`` makes it:
 
 - ``Q4_0``: all of it Q4_0. Embedding and head are float16, as in the checkpoint of ``synthetic.py``.
-- ``Q4_K_M``: Q4_K; half of ``attn_v`` and ``ffn_down_exps``, and the head, Q6_K. Where rows are no multiple of 256, Q5_0
-  and Q8_0 take their places. Source: llama.cpp, ``llama-quant.cpp``.
+- ``Q4_K_M``: Q4_K; the head, half of ``attn_v`` and half of ``ffn_down_exps`` Q6_K. Where rows are no multiple of
+  256, Q5_0 and Q8_0 take their place. Source: llama.cpp, ``llama-quant.cpp``.
 
 The tokenizer is that of bytes, with a text such as ``<300>`` for each other token. Needs ``pip install gguf``.
 """

@@ -1,7 +1,7 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK_KINDS", "decode_blocks"]
+__all__ = ["BLOCK_KINDS", "decode_blocks", "dequantise_blocks"]
 
 BLOCK_KINDS: tuple[str, ...]
 
@@ -14,3 +14,4 @@ def decode_blocks(
     sub_scale: npt.NDArray[np.uint8] | None = None,
     sub_minimum: npt.NDArray[np.uint8] | None = None,
 ) -> None: ...
+def dequantise_blocks(number: int, rows: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None: ...

@@ -10,12 +10,14 @@ written as whole cache lines::
                                         └───────────────────────────┘
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 import numpy as np
 
-__all__ = ["BLOCK_KINDS", "decode_blocks"]
+from marlin_cy.weights.code_types import code_type
+
+__all__ = ["BLOCK_KINDS", "decode_blocks", "dequantise_blocks"]
 
 cdef enum:
     COLUMNS = 16  # of a tile: a cache line of words
@@ -59,23 +61,42 @@ cdef struct kind_t:
     Py_ssize_t nbytes
     Py_ssize_t words
     Py_ssize_t groups  # that have scales of their own; 0 where the block has the only one
+    Py_ssize_t codes  # of a word
+    bint signed_sub_scales
+    bint has_minimum
+    bint has_bfloat16
+    const float *values  # of each code, the zero point subtracted
 
 
 BLOCK_KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 """The types, in the order of the numbers that :func:`decode_blocks` takes."""
 
+# The integers from -256 to 255, and the tables of code types that have one.
+cdef float[512] INTEGERS
+cdef float[16] IQ4_NL
+cdef float[16] E2M1
+cdef int _index
+for _index in range(512):
+    INTEGERS[_index] = _index - 256
+for _index in range(16):
+    IQ4_NL[_index] = code_type("iq4_nl").values[_index]
+    E2M1[_index] = code_type("e2m1").values[_index]
+
+cdef const float[::1] FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+cdef const float[::1] BFLOAT16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+
 cdef kind_t[11] KINDS
-KINDS[0] = kind_t(q4_0, 18, 4, 0)
-KINDS[1] = kind_t(q4_1, 20, 4, 0)
-KINDS[2] = kind_t(q5_0, 22, 8, 0)
-KINDS[3] = kind_t(q5_1, 24, 8, 0)
-KINDS[4] = kind_t(q8_0, 34, 8, 0)
-KINDS[5] = kind_t(q4_0, 18, 4, 0)
-KINDS[6] = kind_t(mxfp4, 17, 4, 0)
-KINDS[7] = kind_t(q4_k, 144, 32, 8)
-KINDS[8] = kind_t(q5_k, 176, 64, 8)
-KINDS[9] = kind_t(q6_k, 210, 64, 16)
-KINDS[10] = kind_t(iq4_xs, 136, 32, 8)
+KINDS[0] = kind_t(q4_0, 18, 4, 0, 8, 0, 0, 0, &INTEGERS[256 - 8])
+KINDS[1] = kind_t(q4_1, 20, 4, 0, 8, 0, 1, 0, &INTEGERS[256])
+KINDS[2] = kind_t(q5_0, 22, 8, 0, 4, 0, 0, 0, &INTEGERS[256 - 16])
+KINDS[3] = kind_t(q5_1, 24, 8, 0, 4, 0, 1, 0, &INTEGERS[256])
+KINDS[4] = kind_t(q8_0, 34, 8, 0, 4, 0, 0, 0, &INTEGERS[256 - 128])
+KINDS[5] = kind_t(q4_0, 18, 4, 0, 8, 0, 0, 0, &IQ4_NL[0])
+KINDS[6] = kind_t(mxfp4, 17, 4, 0, 8, 0, 0, 1, &E2M1[0])
+KINDS[7] = kind_t(q4_k, 144, 32, 8, 8, 0, 1, 0, &INTEGERS[256])
+KINDS[8] = kind_t(q5_k, 176, 64, 8, 4, 0, 1, 0, &INTEGERS[256])
+KINDS[9] = kind_t(q6_k, 210, 64, 16, 4, 1, 0, 0, &INTEGERS[256 - 128])
+KINDS[10] = kind_t(iq4_xs, 136, 32, 8, 8, 1, 0, 0, &IQ4_NL[0])
 
 
 def decode_blocks(
@@ -129,6 +150,56 @@ def decode_blocks(
                 kind, &rows[tile * COLUMNS, 0], rows.shape[1], blocks, n, tile * COLUMNS, &words[0, 0], &scale[0, 0],
                 minima, sub_scales, sub_minima,
             )
+
+
+def dequantise_blocks(int number, const uint8_t[:, ::1] rows, float[:, ::1] values):
+    """Write the float32 values of stored rows, rounded as the package ``gguf`` rounds them.
+
+    Parameters
+    ----------
+    number : int
+        The type's place in :data:`BLOCK_KINDS`.
+    rows : uint8 ``[N, blocks * bytes of a block]``
+    values : float32 ``[N, blocks * values of a block]``
+
+    Raises
+    ------
+    ValueError
+        The arrays do not fit each other.
+    """
+    if not 0 <= number < len(BLOCK_KINDS):
+        raise ValueError(f"number: got {number}, expected 0 to {len(BLOCK_KINDS) - 1}")
+    cdef kind_t kind = KINDS[number]
+    cdef Py_ssize_t n = rows.shape[0], blocks = rows.shape[1] // kind.nbytes, size = kind.words * kind.codes, row, block
+    cdef const float *floats = &BFLOAT16[0] if kind.has_bfloat16 else &FLOAT16[0]
+    cdef tile_t tile
+    check("rows", rows.shape[1], blocks * kind.nbytes, n, n)
+    check("values", values.shape[1], blocks * size, values.shape[0], n)
+    with nogil:
+        for row in range(n):
+            for block in range(blocks):
+                kind.decode(&rows[row, block * kind.nbytes], &tile, 0)
+                values_of_column(kind, &tile, floats, &values[row, block * size])
+
+
+cdef void values_of_column(kind_t kind, const tile_t *tile, const float *floats, float *out) noexcept nogil:
+    """The values of a tile's first column."""
+    cdef Py_ssize_t groups = max(<Py_ssize_t>1, kind.groups), words = kind.words // groups, group, word, code
+    cdef int bits = 32 // kind.codes
+    cdef uint32_t mask = (<uint32_t>1 << bits) - 1, packed
+    cdef float scale, minimum, d = floats[tile.scale[0]], m = floats[tile.minimum[0]] if kind.has_minimum else 0
+    for group in range(groups):
+        scale, minimum = d, m
+        if kind.groups and kind.signed_sub_scales:
+            scale *= <int8_t>tile.sub_scale[group][0]
+        elif kind.groups:
+            scale *= tile.sub_scale[group][0]
+            minimum *= tile.sub_minimum[group][0]
+        for word in range(words):
+            packed = tile.words[group * words + word][0]
+            for code in range(kind.codes):
+                out[code] = scale * kind.values[packed >> (bits * code) & mask] - minimum
+            out += kind.codes
 
 
 cdef int check(name, Py_ssize_t got, Py_ssize_t expected, Py_ssize_t columns, Py_ssize_t n) except -1:

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks
+from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks, dequantise_blocks
 from marlin_cy.formats.arrays import check_finite
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import code_type
@@ -52,8 +52,8 @@ class BlockType:
     ----------
     name : str
         ggml's name.
-    block : int
-        Values that are stored together.
+    block, nbytes : int
+        Values that are stored together, and their bytes.
     codes : str
         The name of the code type.
     scales : str
@@ -66,6 +66,7 @@ class BlockType:
 
     name: str
     block: int
+    nbytes: int
     codes: str
     scales: str
     group_size: int
@@ -123,6 +124,13 @@ class BlockType:
         zero = None if self.zero is None else _zeros(arrays["scale"].shape, self.zero, self.codes)
         return CanonicalWeight(**arrays, zero=zero, group_size=self.group_size, codes=self.codes)
 
+    def values(self, rows: Bytes) -> npt.NDArray[np.float32]:
+        """The values of stored rows, float32 ``[n, k]``, to the last bit those of the package ``gguf``."""
+        k = rows.shape[1] // self.nbytes * self.block
+        values = np.empty((rows.shape[0], k), np.float32)
+        dequantise_blocks(BLOCK_KINDS.index(self.name), rows, values)
+        return values
+
     def in_common(self, other: BlockType) -> BlockType | None:
         """A form that columns of both types can have in one stack, exactly; None if there is none."""
         if self.forms == other.forms:
@@ -148,7 +156,7 @@ class BlockType:
 NARROW, WIDE = "uint4", "uint8"
 NIBBLES_OF_BYTES = np.uint32(0x0F0F0F0F)
 
-GENERAL = BlockType("", 32, WIDE, "float32_min", 16)
+GENERAL = BlockType("", 16, 0, WIDE, "float32_min", 16)
 """A form for all types whose codes are integers."""
 
 
@@ -220,17 +228,17 @@ def _zeros(shape: tuple[int, int], zero: int, codes: str) -> npt.NDArray[Any]:
 BLOCK_TYPES: Mapping[str, BlockType] = {
     row.name: row
     for row in (
-        BlockType("Q4_0", 32, "uint4", "float16", 32, zero=8),
-        BlockType("Q4_1", 32, "uint4", "float16_min", 32),
-        BlockType("Q5_0", 32, "uint8", "float16", 32, zero=16),
-        BlockType("Q5_1", 32, "uint8", "float16_min", 32),
-        BlockType("Q8_0", 32, "uint8", "float16", 32, zero=128),
-        BlockType("IQ4_NL", 32, "iq4_nl", "float16", 32),
-        BlockType("MXFP4", 32, "e2m1", "bfloat16", 32),
-        BlockType("Q4_K", 256, "uint4", "two_level_min", 32),
-        BlockType("Q5_K", 256, "uint8", "two_level_min", 32),
-        BlockType("Q6_K", 256, "uint8", "two_level", 16),
-        BlockType("IQ4_XS", 256, "iq4_nl", "two_level", 32),
+        BlockType("Q4_0", 32, 18, "uint4", "float16", 32, zero=8),
+        BlockType("Q4_1", 32, 20, "uint4", "float16_min", 32),
+        BlockType("Q5_0", 32, 22, "uint8", "float16", 32, zero=16),
+        BlockType("Q5_1", 32, 24, "uint8", "float16_min", 32),
+        BlockType("Q8_0", 32, 34, "uint8", "float16", 32, zero=128),
+        BlockType("IQ4_NL", 32, 18, "iq4_nl", "float16", 32),
+        BlockType("MXFP4", 32, 17, "e2m1", "bfloat16", 32),
+        BlockType("Q4_K", 256, 144, "uint4", "two_level_min", 32),
+        BlockType("Q5_K", 256, 176, "uint8", "two_level_min", 32),
+        BlockType("Q6_K", 256, 210, "uint8", "two_level", 16),
+        BlockType("IQ4_XS", 256, 136, "iq4_nl", "two_level", 32),
     )
 }
 """The types that linear layers and experts may have, by ggml's name."""

@@ -250,14 +250,17 @@ class GgufTensors:
         """The values of a stored tensor, in its own order."""
         raw = self._raw(stored)
         if stored.type not in FLOATS:
-            return dequantised(raw.reshape(*stored.shape[:-1], _row_bytes(stored)), stored.type)
+            rows = raw.reshape(-1, _row_bytes(stored))
+            kind = BLOCK_TYPES.get(stored.type)
+            values = dequantised(rows, stored.type) if kind is None else kind.values(rows)
+            return values.reshape(stored.shape)
         own = DTYPES[stored.type]
         if raw.ctypes.data % own.itemsize:
             raw = raw.copy()
-        values = raw.view(own).reshape(stored.shape)
+        floats: npt.NDArray[Any] = raw.view(own).reshape(stored.shape)
         if sys.byteorder == "big":
-            values = values.byteswap()
-        return values if own == dtype else values.astype(dtype)
+            floats = floats.byteswap()
+        return floats if own == dtype else floats.astype(dtype)
 
     @staticmethod
     def _ordered(view: View, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
