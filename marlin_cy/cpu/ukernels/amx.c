@@ -130,7 +130,7 @@ KERNEL unpacking begin_unpacking(const gemm_task *task, const header_layout *lay
     terms->has_minimum = scale_records[task->scales].has_minimum;
     terms->has_rest = 0;
     for (int t = 0; t < tiles; t++) {
-        const group_record record = record_of(task, layout, t, g);
+        const group_record record = record_of(task->header[t], layout, g);
         __m512i zeros = load_zeros(record, task->scales, codes);
         terms->scale[t] = load_scales(record, task->scales, codes);
         if (terms->has_minimum)
@@ -205,9 +205,12 @@ KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes
             if (leaves_zeros(codes) && terms->has_rest)
                 total = _mm512_add_epi32(total, zero_term(terms->rest[t], pending->meta + r, codes));
             add_group(pending->sums + r * PAIR_N + t * TILE_N, total, scale[t], row_scale);
-            if (terms->has_minimum)
-                add_minimum(pending->sums + r * PAIR_N + t * TILE_N, terms->minimum[t], pending->meta + r);
         }
+    }
+    if (terms->has_minimum && begin < pending->rows) {
+        const int count = (end < pending->rows ? end : pending->rows) - begin;
+        for (int t = 0; t < 2; t++)
+            add_minima(pending->sums + begin * PAIR_N + t * TILE_N, terms->minimum[t], pending->meta + begin, NULL, count);
     }
 }
 

@@ -79,8 +79,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header, half,
-                      view->meta + task->rows[row + r]);
+            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header->scale[half],
+                      view->meta[task->rows[row + r]].scale);
 }
 
 #include "ymm_driver.h"

@@ -89,8 +89,8 @@ KERNEL void wide_micro_kernel(const gemm_task *task, const group_view *view, con
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header, half,
-                      view->meta + task->rows[row + r]);
+            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header->scale[half],
+                      view->meta[task->rows[row + r]].scale);
 }
 
 KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, const group_header *header, int codes)
@@ -124,6 +124,7 @@ KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task, codes);
+    const int has_minimum = scale_records[task->scales].has_minimum;
     const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     group_view view = {.unpacked = task->scratch->weights, .a = task->a, .meta = task->meta};
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
@@ -132,11 +133,14 @@ KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         join_rows(task, &view, planes);
         for (int t = 0; t < num_tiles; t++) {
-            const group_header header = load_header(record_of(task, &layout, t, g), task->scales, codes);
+            const group_record record = record_of(task->header[t], &layout, g);
+            const group_header header = load_header(record, task->scales, codes, 0);
             view.packed = task->body[t] + begin;
             view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.sums = task->scratch->sums + t * TILE_N;
             wide_rows_of_group(task, &view, &header, codes);
+            if (has_minimum)
+                add_minima(task, view.sums, view.meta, record);
         }
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;

@@ -34,8 +34,6 @@ typedef struct {
     __m512 scale[2];
     int symmetric;         /* whether all zero points are the code type's symmetric_zero */
     __m512i zero_factor[2]; /* if not */
-    int has_minimum;
-    __m512 minimum[2];     /* if there are minima, divided by SYMMETRIC_ZERO */
     float *sums;           /* [m][PAIR_N] of the groups so far */
 } group_view;
 
@@ -160,11 +158,6 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
             add_group(sums + r * PAIR_N + t * TILE_N, total, view->scale[t], _mm512_set1_ps(row_scale[r]));
         }
-    if (view->has_minimum)
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            for (int t = 0; t < tiles; t++)
-                add_minimum(sums + r * PAIR_N + t * TILE_N, view->minimum[t], view->meta + task->rows[row + r]);
 }
 
 KERNEL void some_rows(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
@@ -221,8 +214,8 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         .a = task->a,
         .meta = task->meta,
         .sums = task->accumulate ? task->scratch->sums : task->out,
-        .has_minimum = scale_records[task->scales].has_minimum,
     };
+    const int has_minimum = scale_records[task->scales].has_minimum;
     const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     for (int r = 0; r < task->m; r++)
         for (int t = 0; t < tiles; t++)
@@ -234,17 +227,19 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         for (int t = 0; t < tiles; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * block_bytes(codes) + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            const group_record record = record_of(task, &layout, t, g);
+            const group_record record = record_of(task->header[t], &layout, g);
             const __m512i zeros = load_zeros(record, task->scales, codes);
             const __m512i difference = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), zeros);
             view.scale[t] = load_scales(record, task->scales, codes);
             view.zero_factor[t] = zero_factor(difference, codes);
             asymmetric |= _mm512_test_epi32_mask(difference, difference);
-            if (view.has_minimum)
-                view.minimum[t] = load_minima(record, task->scales);
         }
         view.symmetric = !code_types[codes].has_zero_points || !asymmetric;
         rows_of_group(task, &view, planes, tiles, codes);
+        for (int t = 0; t < tiles && has_minimum; t++) {
+            const __m512 minimum = load_minima(record_of(task->header[t], &layout, g), task->scales);
+            add_minima(view.sums + t * TILE_N, minimum, view.meta, task->rows, task->m);
+        }
         for (int t = 0; t < tiles; t++)
             view.packed[t] += view.blocks * block_bytes(codes);
         view.a += task->a_group_stride;

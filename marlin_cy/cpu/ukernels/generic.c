@@ -210,7 +210,7 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
         const int blocks = last ? task->last_group_blocks : task->group_blocks;
         group_terms terms;
         for (int t = 0; t < num_tiles; t++) {
-            load_terms(&terms, t * TILE_N, record_of(task, &layout, t, g), task->scales, codes);
+            load_terms(&terms, t * TILE_N, record_of(task->header[t], &layout, g), task->scales, codes);
             unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks, codes);
             body[t] += blocks * block_bytes(codes);
         }

@@ -60,40 +60,48 @@ static inline int constant_zero(int scales, int codes)
 
 /* The places of records in a tile's header, in bytes. */
 typedef struct {
-    int group_bytes;      /* of a group's record */
-    int minimum_offset;   /* of the minima, or the zero points, in a group's record */
-    int block_bytes;      /* of the block scales and minima of 256 rows; 0: one level */
-    int groups_per_block; /* 1 with one level */
+    int group_bytes;    /* of a group's record */
+    int minimum_offset; /* of the minima, or the zero points, in a group's record */
+    int block_bytes;    /* of the block scales and minima of 256 rows; 0: one level */
+    int block_shift;    /* with two levels, a block has 2^block_shift groups */
 } header_layout;
 
 /* `group_k` is the number of rows in a packed group. */
 static inline header_layout layout_of_header(int scales, int codes, int group_k)
 {
     const scale_record *const record = &scale_records[scales];
-    const int minimum = record->has_minimum      ? record->scale_bytes
-                        : stores_zeros(scales) ? code_types[codes].zero_bytes
-                                                 : 0;
-    return (header_layout){
-        .group_bytes = TILE_N * (record->scale_bytes + minimum),
+    header_layout layout = {
+        .group_bytes = TILE_N * record->scale_bytes,
         .minimum_offset = TILE_N * record->scale_bytes,
         .block_bytes = record->has_blocks * TILE_N * BLOCK_SCALE_BYTES * (1 + record->has_minimum),
-        .groups_per_block = record->has_blocks ? SCALE_BLOCK_K / group_k : 1,
     };
+    if (record->has_minimum)
+        layout.group_bytes += TILE_N * record->scale_bytes;
+    else if (stores_zeros(scales))
+        layout.group_bytes += TILE_N * code_types[codes].zero_bytes;
+    if (record->has_blocks)
+        for (int groups = SCALE_BLOCK_K / group_k; groups > 1; groups /= 2)
+            layout.block_shift++;
+    return layout;
 }
 
-/* Bytes from the record of group 0 to that of group `g`. */
-static inline ptrdiff_t group_place(const header_layout *layout, ptrdiff_t g)
-{
-    if (layout->block_bytes == 0)
-        return g * layout->group_bytes;
-    return (g / layout->groups_per_block + 1) * layout->block_bytes + g * layout->group_bytes;
-}
+/* Where the record of a group is in memory. */
+typedef struct {
+    const uint8_t *scale;   /* 16 scales or sub-scales */
+    const uint8_t *minimum; /* 16 minima, sub-minima or zero points, if the record has them */
+    const uint8_t *block;   /* with two levels, 16 block scales and 16 block minima */
+} group_record;
 
-/* Bytes from the record of group 0 to the block scales of group `g`. */
-static inline ptrdiff_t block_place(const header_layout *layout, ptrdiff_t g)
+/* Record `g` of a header, whose record 0 begins a block if there are two levels. */
+static inline group_record record_of(const uint8_t *header, const header_layout *layout, ptrdiff_t g)
 {
-    const ptrdiff_t block = g / layout->groups_per_block;
-    return block * (layout->block_bytes + (ptrdiff_t)layout->groups_per_block * layout->group_bytes);
+    const uint8_t *scale = header + g * layout->group_bytes, *block = NULL;
+    if (layout->block_bytes) {
+        const ptrdiff_t blocks = g >> layout->block_shift;
+        block = header + blocks * (layout->block_bytes + ((ptrdiff_t)layout->group_bytes << layout->block_shift));
+        scale += (blocks + 1) * layout->block_bytes;
+    }
+    return (group_record){scale, scale + layout->minimum_offset, block};
 }
 
 #endif

@@ -127,19 +127,6 @@ static inline ptrdiff_t task_bytes(const gemm_task *task, int codes)
     return ((ptrdiff_t)(task->num_groups - 1) * task->group_blocks + task->last_group_blocks) * block_bytes(codes);
 }
 
-/* Where a group's record is in memory. */
-typedef struct {
-    const uint8_t *scale;   /* 16 scales or sub-scales */
-    const uint8_t *minimum; /* 16 minima, sub-minima or zero points, if the record has them */
-    const uint8_t *block;   /* with two levels, 16 block scales and 16 block minima */
-} group_record;
-
-static inline group_record record_of(const gemm_task *task, const header_layout *layout, int tile, int g)
-{
-    const uint8_t *const scale = task->header[tile] + group_place(layout, g);
-    return (group_record){scale, scale + layout->minimum_offset, task->header[tile] + block_place(layout, g)};
-}
-
 typedef void gemm_fn(const gemm_task *task);
 
 /* Quantise one row of k floats, finite or not, group by group (the last group may be shorter):

@@ -11,6 +11,9 @@
 
 #define YMM static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
+/* Functions of rare cases. They are not inlined, so that the common case keeps its registers. */
+#define YMM_CALL static __attribute__((noinline, target("avx2,fma,f16c")))
+
 enum {
     UNPACKED_BLOCK = 2 * LINE_BYTES,
     PREFETCH_FAR = 4096, /* bytes ahead in the stream of packed weights: into the second-level cache */
@@ -35,34 +38,42 @@ YMM __m256i broadcast_quad(const int8_t *a)
 /* The terms of a group: scales as floats, divided by units_per_one, and
  *
  *   minus_zero   negated zero points. With zero points of one byte they are pairs (-zero, -256 * zero) of 16 bits, which
- *                vpmaddwd multiplies by act_meta.sum_split
- *   minimum      minima as floats, divided by SYMMETRIC_ZERO */
+ *                vpmaddwd multiplies by act_meta.sum_split */
 typedef struct {
     __m256 scale[2];
     __m256i minus_zero[2];
-    __m256 minimum[2];
-    int has_minimum;
 } group_header;
 
 YMM __m256 load_halves(const uint8_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 
+YMM __m256 load_bfloats(const uint8_t *from)
+{
+    const __m128i bits = _mm_loadu_si128((const __m128i *)from);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
 /* Eight scales, minima, sub-scales or sub-minima, from those of column 0; `half` is the half of the columns. */
-YMM __m256 load_scales(const uint8_t *from, int scales, int half)
+YMM __m256 load_floats(const uint8_t *from, int scales, int half)
 {
     if (scale_records[scales].scale_bytes == 4)
         return _mm256_loadu_ps((const float *)(const void *)from + 8 * half);
     if (scale_records[scales].scale_bytes == 1) {
         const __m128i bytes = _mm_loadl_epi64((const __m128i *)(from + 8 * half));
-        return _mm256_cvtepi32_ps(scales == SCALES_TWO_LEVEL ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+        return _mm256_cvtepi32_ps(scales == SCALES_TWO_LEVEL ? _mm256_cvtepi8_epi32(bytes)
+                                                             : _mm256_cvtepu8_epi32(bytes));
     }
-    if (scales == SCALES_BF16) {
-        const __m128i bits = _mm_loadu_si128((const __m128i *)(from + 16 * half));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-    }
-    return load_halves(from + 16 * half);
+    return scales == SCALES_BF16 ? load_bfloats(from + 16 * half) : load_halves(from + 16 * half);
 }
 
-/* Eight zero points, one 32-bit integer per lane. */
+/* Eight negated zero points in the form of minus_zero. */
+YMM __m256i minus_zero_of(__m256i zero, int codes)
+{
+    const __m256i minus = _mm256_sub_epi32(_mm256_setzero_si256(), zero);
+    if (code_types[codes].zero_bytes == 2)
+        return minus;
+    return _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);
+}
+
 YMM __m256i load_zeros(const uint8_t *from, int half, int codes)
 {
     if (code_types[codes].zero_bytes == 2)
@@ -70,38 +81,35 @@ YMM __m256i load_zeros(const uint8_t *from, int half, int codes)
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8 * half)));
 }
 
-/* The terms of a record that is not of one level with zero points. */
-YMM void load_other_terms(group_header *h, group_record record, int scales)
+/* The terms of a record other than float16 and bfloat16, before the division by units_per_one. */
+YMM_CALL void load_other_header(group_header *h, group_record record, int scales, int codes)
 {
-    h->has_minimum = scale_records[scales].has_minimum;
+    const int has_blocks = scale_records[scales].has_blocks;
     for (int half = 0; half < 2; half++) {
-        if (scale_records[scales].has_blocks)
+        h->scale[half] = load_floats(record.scale, scales, half);
+        if (has_blocks)
             h->scale[half] = _mm256_mul_ps(h->scale[half], load_halves(record.block + 16 * half));
-        if (h->has_minimum) {
-            h->minimum[half] = load_scales(record.minimum, scales, half);
-            if (scale_records[scales].has_blocks)
-                h->minimum[half] = _mm256_mul_ps(h->minimum[half], load_halves(record.block + 2 * TILE_N + 16 * half));
-            h->minimum[half] = _mm256_mul_ps(h->minimum[half], _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
-        }
+        const __m256i zero = stores_zeros(scales) ? load_zeros(record.minimum, half, codes)
+                                                  : _mm256_set1_epi32(constant_zero(scales, codes));
+        h->minus_zero[half] = minus_zero_of(zero, codes);
     }
 }
 
-YMM group_header load_header(group_record record, int scales, int codes)
+/* `plain` is a constant: whether the record is float16 or bfloat16. */
+YMM group_header load_header(group_record record, int scales, int codes, int plain)
 {
     group_header h;
-    const int stored = stores_zeros(scales);
-    for (int half = 0; half < 2; half++) {
-        h.scale[half] = load_scales(record.scale, scales, half);
-        __m256i minus = _mm256_set1_epi32(-constant_zero(scales, codes));
-        if (stored)
-            minus = _mm256_sub_epi32(_mm256_setzero_si256(), load_zeros(record.minimum, half, codes));
-        h.minus_zero[half] = code_types[codes].zero_bytes == 2
-                                 ? minus
-                                 : _mm256_blend_epi16(minus, _mm256_slli_epi32(minus, 24), 0xaa);
+    if (plain) {
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *const scale = record.scale + 16 * half;
+            h.scale[half] = scales == SCALES_BF16 ? load_bfloats(scale) : load_halves(scale);
+            h.minus_zero[half] = minus_zero_of(load_zeros(record.minimum, half, codes), codes);
+        }
+    } else {
+        group_header other;
+        load_other_header(&other, record, scales, codes);
+        h = other;
     }
-    h.has_minimum = 0;
-    if (!stored)
-        load_other_terms(&h, record, scales);
     if (code_types[codes].units_per_one != 1)
         for (int half = 0; half < 2; half++)
             h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(unit_scale(codes)));
@@ -170,13 +178,31 @@ YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int so
 }
 
 /* The float step of one row and half; the zero point is already subtracted from `total`. */
-YMM void add_group(float *sums, __m256i total, const group_header *h, int half, const act_meta *meta)
+YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
 {
-    const __m256 s = _mm256_mul_ps(_mm256_set1_ps(meta->scale), h->scale[half]);
-    __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums));
-    if (h->has_minimum)
-        sum = _mm256_fmadd_ps(_mm256_set1_ps(meta->scale * (float)meta->symmetric_sum), h->minimum[half], sum);
-    _mm256_store_ps(sums, sum);
+    const __m256 s = _mm256_mul_ps(_mm256_set1_ps(row_scale), scale);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
+}
+
+/* The step that follows with minima, for all rows of a task and one tile. */
+YMM_CALL void add_minima(const gemm_task *task, float *sums, const act_meta *meta, group_record record)
+{
+    const int has_blocks = scale_records[task->scales].has_blocks;
+    __m256 minimum[2];
+    for (int half = 0; half < 2; half++) {
+        minimum[half] = load_floats(record.minimum, task->scales, half);
+        if (has_blocks)
+            minimum[half] = _mm256_mul_ps(minimum[half], load_halves(record.block + 2 * TILE_N + 16 * half));
+        minimum[half] = _mm256_mul_ps(minimum[half], _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
+    }
+    for (int r = 0; r < task->m; r++, sums += PAIR_N) {
+        const act_meta *const row = meta + task->rows[r];
+        const __m256 factor = _mm256_set1_ps(row->scale * (float)row->symmetric_sum);
+        for (int half = 0; half < 2; half++) {
+            const __m256 sum = _mm256_fmadd_ps(factor, minimum[half], _mm256_load_ps(sums + 8 * half));
+            _mm256_store_ps(sums + 8 * half, sum);
+        }
+    }
 }
 
 /* Write the sums of the groups to the output of a task, or add them to it. */

@@ -92,11 +92,16 @@ ZMM void add_group(float *sums, __m512i total, __m512 scale, __m512 row_scale)
     _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), s, _mm512_load_ps(sums)));
 }
 
-/* The step that follows with minima. */
-ZMM void add_minimum(float *sums, __m512 minimum, const act_meta *meta)
+/* The step that follows with minima: `rows` rows of one tile, which are rows[0], rows[1], ... of `meta`, or its first
+ * rows where `rows` is NULL. Not inlined, so that groups without minima keep their registers. */
+static __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))) void add_minima(
+    float *sums, __m512 minimum, const act_meta *meta, const int32_t *rows, int count)
 {
-    const __m512 factor = _mm512_set1_ps(meta->scale * (float)meta->symmetric_sum);
-    _mm512_store_ps(sums, _mm512_fmadd_ps(factor, minimum, _mm512_load_ps(sums)));
+    for (int r = 0; r < count; r++, sums += PAIR_N) {
+        const act_meta *const row = meta + (rows ? rows[r] : r);
+        const __m512 factor = _mm512_set1_ps(row->scale * (float)row->symmetric_sum);
+        _mm512_store_ps(sums, _mm512_fmadd_ps(factor, minimum, _mm512_load_ps(sums)));
+    }
 }
 
 /* Add the sums in the scratch memory to the output. */
