@@ -299,7 +299,7 @@ def narrowed(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged file has infinities
         half = weight.astype(np.float16, order="C")
         error = np.linalg.norm((half.astype(np.float32) - weight).astype(np.float64))
-    close = bool(error <= FLOAT16_ERROR * np.linalg.norm(weight.astype(np.float64)))
+        close = bool(error <= FLOAT16_ERROR * np.linalg.norm(weight.astype(np.float64)))
     return half if close else np.ascontiguousarray(weight)
 
 
