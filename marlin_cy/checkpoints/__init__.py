@@ -18,9 +18,11 @@ The path of a weight::
 ::
 
     checkpoint.py      open_checkpoint and Checkpoint: a folder and its MoE layers
+    contents.py        what a path holds
     families.py        model families: names of modules, and routing
     quantised.py       QuantizedSource: the layers of a quantiser's folder
     packed.py          PackedSource: the layers of a packed folder
     packed_writer.py   write_packed
     safetensors.py     memory-mapped files
+    gguf/              GGUF models, which have the same parts
 """

@@ -23,18 +23,12 @@ import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.contents import new_source, open_contents
 from marlin_cy.checkpoints.families import find_family, find_moe_layers, read_moe_spec, text_config
-from marlin_cy.checkpoints.gguf.files import find_gguf
-from marlin_cy.checkpoints.gguf.model import open_gguf
-from marlin_cy.checkpoints.gguf.source import GgufSource
-from marlin_cy.checkpoints.gguf.tensors import GgufTensors
-from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource, new_builder
+from marlin_cy.checkpoints.quantised import new_builder
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.json_fields import StrPath, read_json
-from marlin_cy.formats.registry import read_scheme
-from marlin_cy.formats.scheme import Scheme
+from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
@@ -133,31 +127,19 @@ class Checkpoint:
         self.backend = backend
         self._progress = progress
         self._num_threads = num_threads
-        file = find_gguf(path)
-        gguf = None if file is None else open_gguf(file)
-        self.path = path if file is None else file
-        self._config_file = path / "config.json" if gguf is None else gguf.header.files[0]
-        self.config = read_json(self._config_file) if gguf is None else gguf.config
-        packed = is_packed(self.config)
-        self.scheme: Scheme | None = None if packed or gguf is not None else read_scheme(path, self.config)
+        contents = open_contents(path)
+        self.path, self._config_file, self.config = contents.path, contents.config_file, contents.config
+        self.scheme = contents.scheme
         self.family = find_family(self.config, self._config_file)
         text = text_config(self.config, self._config_file)
         self.moe_spec = read_moe_spec(text, self.family, self._config_file)
         with as_checkpoint_error(self._config_file):
             Routing(self.moe_spec.num_experts, self.moe_spec.top_k, **self.moe_spec.routing())
-        self._tensors: SafetensorsFolder | GgufTensors = SafetensorsFolder(path) if gguf is None else gguf.tensors()
+        self._tensors = contents.open_tensors()
         layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
         self.num_layers: int = text["num_hidden_layers"]
         self.layer_prefix = self._find_prefix()
-        self._source: QuantizedSource | PackedSource | GgufSource
-        if not isinstance(self._tensors, SafetensorsFolder):
-            self._source = GgufSource(self._tensors, self.family, self.moe_spec, self._for_each)
-        elif self.scheme is None:
-            self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
-        else:
-            self._source = QuantizedSource(
-                self._tensors, self.scheme, self.family, self.moe_spec, self._config_file, self._for_each
-            )
+        self._source = new_source(contents, self._tensors, self.family, self.moe_spec, self._for_each, verify)
         self.format: str = self._source.format
         self.codes: str = self._source.codes
         quantised = [self._source.holds_experts(self.moe_block(layer)) for layer in layers]

@@ -66,8 +66,16 @@ class GgufSource:
         return name in self._tensors and self._tensors.info(name).dtype in BLOCK_TYPES
 
     def quantized_tensors(self) -> list[str]:
-        biases = [f"{module}{BIAS}" for block in self._blocks for module in self._modules(block)]
-        return self._tensors.quantised_names + [name for name in biases if name in self._tensors]
+        experts = [name for block in self._blocks for name in self.expert_tensors(block)]
+        return [*self._tensors.quantised_names, *(name for name in experts if name.endswith(BIAS))]
+
+    def expert_tensors(self, block: str) -> list[str]:
+        """The names of all tensors of a block's quantised experts, biases included."""
+        return [name for module in self._modules(block) for name in self.linear_tensors(module)]
+
+    def linear_tensors(self, module: str) -> list[str]:
+        """The names of all tensors of a quantised linear layer, its bias included."""
+        return [name for name in (f"{module}{WEIGHT}", f"{module}{BIAS}") if name in self._tensors]
 
     def holds_experts(self, block: str) -> bool:
         """Whether a block's routed experts are quantised. If they are, all of their tensors were checked."""
