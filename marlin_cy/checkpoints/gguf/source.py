@@ -138,14 +138,26 @@ class GgufSource:
         return backend.linear_of(builder.finish(), self.bias(module))
 
     def weight(self, module: str) -> CanonicalWeight:
-        if not self.has_linear(module):
-            raise CheckpointError("missing, or not quantised", file=self._tensors.source, tensor=f"{module}{WEIGHT}")
+        self.check_linear(module)
         view = self._tensors.view(f"{module}{WEIGHT}")
         n, k = view.shape
         weight = self._decoded(module, self._type(module).arrays(k, n))
         weight = weight if view.columns is None else rows_of(weight, view.columns)
         pair = self._shared_pair(module)
         return weight if pair is None else self._common(pair).converted(weight)
+
+    def check_linear(self, module: str) -> None:
+        """Refuse what :meth:`linear` would refuse, without reading weights."""
+        name = f"{module}{WEIGHT}"
+        if not self.has_linear(module):
+            raise CheckpointError("missing, or not quantised", file=self._tensors.source, tensor=name)
+        view = self._tensors.view(name)
+        if len(view.shape) != 2:
+            raise self._tensors.error(name, f"got {view.shape}, expected two sizes")
+        if view.columns is not None:
+            order_of_groups(view.columns, self._type(module).group_size)
+        if (pair := self._shared_pair(module)) is not None:
+            self._common(pair)
 
     def _shared_pair(self, module: str) -> list[str] | None:
         """Gate and up of the shared expert that a module belongs to: they form one stack."""
@@ -236,18 +248,23 @@ class _Scratch(threading.local):
 
 
 def rows_of(weight: CanonicalWeight, rows: npt.NDArray[np.int64]) -> CanonicalWeight:
-    """A weight whose row ``i`` of K is row ``rows[i]``: whole groups, in another order.
+    """A weight whose row ``i`` of K is row ``rows[i]``: whole groups, in another order."""
+    order = order_of_groups(rows, weight.group_size)
+    weight = one_level(weight)
+    words = weight.words.reshape(len(order), -1, weight.n)[order].reshape(weight.words.shape)
+    parts = {name: part[order] for name in ("scale", "zero", "minimum") if (part := getattr(weight, name)) is not None}
+    return replace(weight, words=words, **parts)
+
+
+def order_of_groups(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """The group of rows of K at each place.
 
     Raises
     ------
     UnsupportedError
         Groups would be cut.
     """
-    size = weight.group_size
     groups = rows.reshape(-1, size)
     if (groups[:, 0] % size).any() or (groups != groups[:, :1] + np.arange(size)).any():
         raise UnsupportedError(f"rows of K in an order that cuts groups of {size}")
-    weight, order = one_level(weight), groups[:, 0] // size
-    words = weight.words.reshape(len(order), -1, weight.n)[order].reshape(weight.words.shape)
-    parts = {name: part[order] for name in ("scale", "zero", "minimum") if (part := getattr(weight, name)) is not None}
-    return replace(weight, words=words, **parts)
+    return groups[:, 0] // size
