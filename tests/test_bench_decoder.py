@@ -25,7 +25,7 @@ from bench.report import decoder_bars, decoder_pictures, pictures  # noqa: E402
 from marlin_cy.decoder.model import load_model  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
-LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "10a", "10b"}
+LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "9c", "10a", "10b"}
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
@@ -429,7 +429,7 @@ def test_bars_of_few_and_of_many_cores():
     assert passed == {
         **dict.fromkeys(("1", "2", "3", "5", "6", "7a", "9b"), True),
         **dict.fromkeys(("4a", "4b", "8"), False),
-        **dict.fromkeys(("7b", "9a", "10a", "10b")),
+        **dict.fromkeys(("7b", "9a", "9c", "10a", "10b")),
     }
     assert few["7b"]["skipped"] == "no AVX2 here"
     assert few["9a"]["skipped"] == "not measured"
