@@ -333,20 +333,20 @@ class Backend(DecoderOperations, CommandLine, ABC):
 
         Parameters
         ----------
-        qweight : int32 ``[k/8, n]``
-            Low nibble first along K.
-        scales : float16 or bfloat16 ``[k/group_size, n]``
-            Finite.
-        qzeros : int32 ``[k/group_size, n/8]``
-            Low nibble first along N; stored minus one when ``checkpoint_format`` is ``"gptq"``.
+        qweight : int32 ``[k * bits / 32, n]``
+            Lowest bits first along K.
+        scales : float16, bfloat16 or float32 ``[k/group_size, n]``
+            Finite. They are kept exactly.
+        qzeros : int32 ``[k/group_size, n * bits / 32]``
+            Lowest bits first along N; stored minus one when ``checkpoint_format`` is ``"gptq"``.
         g_idx : int32 ``[k]``, optional
             Group of each row of K.
         bias : array ``[n]``, optional
             Added to every row, in float32.
         bits : int
-            4; anything else is an :class:`~marlin_cy.errors.UnsupportedError`.
+            4 or 8; anything else is an :class:`~marlin_cy.errors.UnsupportedError`.
         group_size : int
-            32, 64, a multiple of 128, or -1 for one group of all of K.
+            32, 64, a multiple of 128, or -1 for one group of all of K; with 8 bits also 16.
         k, n : int
             Multiples of 32 and of 8.
         checkpoint_format : {"gptq", "gptq_v2"}
@@ -365,7 +365,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
             checkpoint_format=checkpoint_format,
         )
         builder = self.new_stack_builder(
-            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scales=weight.scales
+            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, codes=weight.codes, scales=weight.scales
         )
         builder.add(0, 0, weight)
         return self.linear_of(builder.finish(), bias)
@@ -428,6 +428,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
             n_per_expert,
             group_size=group_size,
             g_idx=g_idx_of,
+            codes=first.codes,
             scales=first.scales,
         )
         builder.add(0, 0, first)

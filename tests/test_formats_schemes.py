@@ -184,7 +184,7 @@ def test_every_tensor_is_checked(name):
         tensor = f"^{named(suffix)} of expert 3: got"
         refused(case, arrays | {suffix: array[:-1]}, ValueError, rf"{tensor} shape \({len(array) - 1},.* expected")
         refused(case, arrays | {suffix: array[None]}, ValueError, rf"{tensor} shape \(1, .* expected")
-        refused(case, arrays | {suffix: array.astype(np.float32)}, TypeError, f"{tensor} dtype float32, expected")
+        refused(case, arrays | {suffix: array.astype(np.float64)}, TypeError, f"{tensor} dtype float64, expected")
         refused(case, arrays | {suffix: [[1], [2, 3]]}, TypeError, f"{tensor} list")
         if array.dtype.itemsize > 1 and array.dtype != BF16:
             other = array.astype(array.dtype.newbyteorder())

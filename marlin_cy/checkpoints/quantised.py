@@ -304,12 +304,13 @@ class QuantizedSource:
     ) -> StackBuilder:
         """A builder for a stack of experts; ``parts`` has the parts of each expert."""
         first = parts[0][0]
-        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
+        kind = group_size, codes, scales = self._kind(first)
         for part in (part for modules in parts for part in modules):
-            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
+            other = self._kind(part)
+            if other != kind:
                 raise UnsupportedError(
-                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
+                    f"{first.module} has {codes} in groups of {group_size} with {scales} scales, {part.module} has "
+                    f"{other[1]} in groups of {other[0]} with {other[2]} scales; experts of a stack must agree in all"
                 )
         return backend.new_stack_builder(
             len(parts),
@@ -317,8 +318,8 @@ class QuantizedSource:
             n_per_expert,
             group_size=group_size,
             g_idx=None if all(entry is None for entry in g_idx) else g_idx,
-            codes=self._scheme.codes,
-            scales=scale_dtype,
+            codes=codes,
+            scales=scales,
         )
 
     def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> CanonicalWeight:
@@ -394,9 +395,11 @@ class QuantizedSource:
     def _group_size(self, part: ExpertPart) -> int:
         return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)
 
-    def _scale_dtype(self, part: ExpertPart) -> np.dtype[Any]:
+    def _kind(self, part: ExpertPart) -> tuple[int, str, str]:
+        """``(group size, code type, scale record)`` of a part."""
         scheme = self._scheme.for_module(part.module)
-        return scheme.scale_dtype(DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype])
+        stored = DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype]
+        return scheme.checked_group_size(part.k, part.n), scheme.codes, scheme.scale_dtype(stored).name
 
     def _linear_sizes(self, module: str) -> tuple[int, int]:
         marker = f"{module}{self._scheme.marker}"

@@ -10,13 +10,18 @@ import numpy.typing as npt
 from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.scale_records import SCALE_RECORDS
 
-__all__ = ["SCALES", "check_finite", "symmetric_zeros", "unpack_nibbles"]
+__all__ = ["SAFETENSORS_SCALES", "SCALES", "check_finite", "symmetric_zeros", "unpack_nibbles", "unpack_zeros"]
 
-SCALES: tuple[np.dtype[Any], ...] = tuple(SCALE_RECORDS[name].scale for name in ("float16", "bfloat16"))
+SCALES: tuple[np.dtype[Any], ...] = tuple(
+    row.scale for row in SCALE_RECORDS.values() if not row.has_minimum and not row.has_blocks
+)
 """The dtypes in which float scales may be stored."""
 
 EXPONENT_BITS = {dtype: np.array(np.inf, dtype).view(f"u{dtype.itemsize}") for dtype in SCALES}
 """The bits of infinity: an exponent of all ones."""
+
+SAFETENSORS_SCALES = ("F16", "BF16", "F32")
+"""The same dtypes by safetensors' names."""
 
 SYMMETRIC_ZERO = CODE_TYPES["uint4"].symmetric_zero
 
@@ -41,6 +46,15 @@ def unpack_nibbles(words: npt.NDArray[Any], offset: int = 0) -> npt.NDArray[np.u
     return codes
 
 
-def symmetric_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The zero points of a symmetric weight. All are 8: codes are integers from -8 to 7, stored with 8 added."""
-    return np.full(shape, SYMMETRIC_ZERO, np.uint8)
+def unpack_zeros(words: npt.NDArray[Any], bits: int, offset: int = 0) -> npt.NDArray[Any]:
+    """Zero points ``[M, 32 / bits * N]`` from 32-bit words ``[M, N]``, plus ``offset``, in the code type's dtype."""
+    if bits == 4:
+        return unpack_nibbles(words, offset)
+    zeros: npt.NDArray[Any] = words.astype("<u4", copy=False).view(np.uint8).astype(np.uint16) + np.uint16(offset)
+    return zeros
+
+
+def symmetric_zeros(shape: tuple[int, ...], bits: int = 4) -> npt.NDArray[Any]:
+    """The zero points of a symmetric weight: codes are signed integers, stored with 8, or 128 for 8 bits, added."""
+    row = CODE_TYPES[f"uint{bits}"]
+    return np.full(shape, row.symmetric_zero, row.zero_dtype)

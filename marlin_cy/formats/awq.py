@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, unpack_nibbles
+from marlin_cy.formats.arrays import SAFETENSORS_SCALES, SCALES, check_finite, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.overrides import Dynamic, NotConverted, Override, overridden
@@ -52,6 +52,7 @@ class AwqScheme(Scheme):
     group_size: int
     zero_point: bool = True
     overrides: tuple[Override, ...] = ()
+    bits: int = 4
 
     format = "awq"
     marker = ".qweight"
@@ -80,7 +81,7 @@ class AwqScheme(Scheme):
         groups = -(-k // self.checked_group_size(k, n))
         return {
             ".qweight": TensorSpec((k, n // 8), ("I32",)),
-            ".scales": TensorSpec((groups, n), ("F16", "BF16")),
+            ".scales": TensorSpec((groups, n), SAFETENSORS_SCALES),
             ".qzeros": TensorSpec((groups, n // 8), ("I32",)),
         }
 
@@ -120,7 +121,7 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
     if version != "gemm":
         raise UnsupportedError(f"{file}: version {version!r} of AWQ, supported: {', '.join(SUPPORTED_VERSIONS)}")
     refuse_rotation(config, "rotation", file)
-    check_bits(required(config, ("bits", "w_bit"), int, file), file)
+    check_bits(required(config, ("bits", "w_bit"), int, file), file, AwqScheme.widths)
     required(config, ("group_size", "q_group_size"), int, file)
     dynamic = optional(config, ("dynamic",), dict, file)
     not_converted = optional(config, ("modules_to_not_convert",), list, file)
@@ -130,7 +131,6 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
     if not_converted:
         overrides.append(NotConverted.parse(not_converted, file))
     settings = read_settings(config, file)
-    del settings["bits"]
     return AwqScheme(overrides=tuple(overrides), **settings)
 
 

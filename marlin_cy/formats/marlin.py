@@ -125,7 +125,7 @@ def parse(config: JsonObject, file: StrPath) -> MarlinScheme:
     CheckpointError, UnsupportedError
         Also settings that the layout cannot represent: zero points, ``desc_act``, other group sizes.
     """
-    check_bits(required(config, ("bits", "w_bit"), int, file), file)
+    check_bits(required(config, ("bits", "w_bit"), int, file), file, (4,))
     group_size = required(config, ("group_size", "q_group_size"), int, file)
     if group_size not in (-1, GROUP_SIZE):
         raise UnsupportedError(f"{file}: group_size: got {group_size}, Marlin has {GROUP_SIZE} and -1 for one group")

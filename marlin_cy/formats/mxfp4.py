@@ -58,8 +58,11 @@ class Mxfp4Scheme(Scheme):
     format = "mxfp4"
     marker = "_blocks"
     scales = "_scales"
-    codes = "e2m1"
     group_size = GROUP_SIZE
+
+    @property
+    def codes(self) -> str:
+        return "e2m1"
 
     @property
     def symmetric(self) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "checked_group_size",
     "checked_stack_sizes",
     "g_idx_per_expert",
+    "integer_codes",
     "normalised_g_idx",
 ]
 
@@ -44,8 +45,8 @@ GROUP_STEP = 128
 MAX_BLOCK_GROUP = 128
 """The largest group of a two-level record."""
 
-BITS = (4,)
-"""The widths of codes that checkpoints may have, in bits."""
+BITS = tuple(sorted({row.bits for row in CODE_TYPES.values()}))
+"""The supported widths of codes, in bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +76,15 @@ class StackSizes:
     scales: str = "float16"
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Refuse a width of codes that no code type has, with an :class:`~marlin_cy.errors.UnsupportedError`."""
-    if bits not in BITS:
-        raise UnsupportedError(f"{name}: got {bits}, only {' or '.join(map(str, BITS))} is supported")
+def check_bits(name: str, bits: int, supported: Sequence[int] = BITS) -> None:
+    """Refuse a width of codes that is not supported, with an :class:`~marlin_cy.errors.UnsupportedError`."""
+    if bits not in supported:
+        raise UnsupportedError(f"{name}: got {bits}, supported: {', '.join(map(str, supported))}")
+
+
+def integer_codes(bits: int) -> str:
+    """The name of the code type of unsigned integers of this width, which :func:`check_bits` has checked."""
+    return f"uint{bits}"
 
 
 def checked_group_size(
@@ -99,7 +105,7 @@ def checked_group_size(
     n_name : str
         The caller's name of ``n``, for messages.
     codes : str, optional
-        The name of the code type; by default the first one of this width.
+        The name of the code type; by default unsigned integers of this width.
 
     Raises
     ------
@@ -122,7 +128,7 @@ def checked_group_size(
         return k
     if group_size <= 0:
         raise ValueError(f"group_size{label}: got {group_size}, expected a positive number, or -1 for one group")
-    row = code_type(codes) if codes is not None else next(row for row in CODE_TYPES.values() if row.bits == bits)
+    row = code_type(integer_codes(bits) if codes is None else codes)
     small = [size for size in SMALL_GROUPS if size >= row.min_group]
     if group_size not in small and group_size % GROUP_STEP:
         raise UnsupportedError(

@@ -119,13 +119,14 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
 #undef REST
 }
 
-/* Both tiles of a group are multiplied before the next group, so that activations are joined once. */
-KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
+/* Both tiles of a group are multiplied before the next group, so that activations are joined once. `known` is a constant:
+ * what is known of the task's scale record. A constant record means one row. */
+KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task, codes);
-    const int has_minimum = scale_records[task->scales].has_minimum;
-    const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
+    const header_layout layout =
+        layout_of_header(known == ANY ? task->scales : known, codes, task->group_blocks * LANE_K);
     group_view view = {.unpacked = task->scratch->weights, .a = task->a, .meta = task->meta};
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int g = 0; g < task->num_groups; g++) {
@@ -134,16 +135,26 @@ KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
         join_rows(task, &view, planes);
         for (int t = 0; t < num_tiles; t++) {
             const group_record record = record_of(task->header[t], &layout, g);
-            const group_header header = load_header(record, task->scales, codes, 0);
+            const group_header header = load_header(record, task->scales, codes, known);
             view.packed = task->body[t] + begin;
             view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.sums = task->scratch->sums + t * TILE_N;
-            wide_rows_of_group(task, &view, &header, codes);
-            if (has_minimum)
-                add_minima(task, view.sums, view.meta, record);
+            if (known >= 0)
+                wide_micro_kernel(task, &view, &header, 0, 1, UNPACK, codes);
+            else
+                wide_rows_of_group(task, &view, &header, codes);
+            finish_group(task, &view, record, known);
         }
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
     finish(task, num_tiles * TILE_N);
+}
+
+KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
+{
+    if (task->m == 1 && task->scales == SCALES_F16)
+        gemm_wide_records(task, planes, codes, SCALES_F16);
+    else
+        WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
 }

@@ -81,39 +81,54 @@ YMM __m256i load_zeros(const uint8_t *from, int half, int codes)
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8 * half)));
 }
 
-/* The terms of a record other than float16 and bfloat16, before the division by units_per_one. */
-YMM_CALL void load_other_header(group_header *h, group_record record, int scales, int codes)
-{
-    const int has_blocks = scale_records[scales].has_blocks;
-    for (int half = 0; half < 2; half++) {
-        h->scale[half] = load_floats(record.scale, scales, half);
-        if (has_blocks)
-            h->scale[half] = _mm256_mul_ps(h->scale[half], load_halves(record.block + 16 * half));
-        const __m256i zero = stores_zeros(scales) ? load_zeros(record.minimum, half, codes)
-                                                  : _mm256_set1_epi32(constant_zero(scales, codes));
-        h->minus_zero[half] = minus_zero_of(zero, codes);
-    }
-}
-
-/* `plain` is a constant: whether the record is float16 or bfloat16. */
-YMM group_header load_header(group_record record, int scales, int codes, int plain)
+/* The terms of a record. */
+YMM group_header load_terms(group_record record, int scales, int codes)
 {
     group_header h;
-    if (plain) {
-        for (int half = 0; half < 2; half++) {
-            const uint8_t *const scale = record.scale + 16 * half;
-            h.scale[half] = scales == SCALES_BF16 ? load_bfloats(scale) : load_halves(scale);
-            h.minus_zero[half] = minus_zero_of(load_zeros(record.minimum, half, codes), codes);
-        }
-    } else {
-        group_header other;
-        load_other_header(&other, record, scales, codes);
-        h = other;
-    }
-    if (code_types[codes].units_per_one != 1)
-        for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        h.scale[half] = load_floats(record.scale, scales, half);
+        if (scale_records[scales].has_blocks)
+            h.scale[half] = _mm256_mul_ps(h.scale[half], load_halves(record.block + 16 * half));
+        if (code_types[codes].units_per_one != 1)
             h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(unit_scale(codes)));
+        h.minus_zero[half] = minus_zero_of(stores_zeros(scales) ? load_zeros(record.minimum, half, codes)
+                                                                : _mm256_set1_epi32(constant_zero(scales, codes)),
+                                           codes);
+    }
     return h;
+}
+
+/* The minima of half of the columns as floats, divided by SYMMETRIC_ZERO. */
+YMM __m256 load_minima(group_record record, int scales, int half)
+{
+    __m256 minimum = load_floats(record.minimum, scales, half);
+    if (scale_records[scales].has_blocks)
+        minimum = _mm256_mul_ps(minimum, load_halves(record.block + TILE_N * BLOCK_SCALE_BYTES + 16 * half));
+    return _mm256_mul_ps(minimum, _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
+}
+
+/* What a driver knows of a task's scale record while it is compiled: that it is one of the two plain ones, nothing, or,
+ * for a task of one row, the record itself. A task of one row loads terms for each step of its micro-kernel, so there
+ * constants count. */
+enum { PLAIN = -1, ANY = -2 };
+
+YMM_CALL void load_any(group_header *h, group_record record, int scales, int codes)
+{
+    *h = load_terms(record, scales, codes);
+}
+
+/* `known` is a constant: PLAIN, ANY, or `scales` itself. */
+YMM group_header load_header(group_record record, int scales, int codes, int known)
+{
+    group_header h;
+    if (known == ANY) {
+        load_any(&h, record, scales, codes);
+        const group_header copy = h;
+        return copy;
+    }
+    if (known == PLAIN)
+        return scales == SCALES_BF16 ? load_terms(record, SCALES_BF16, codes) : load_terms(record, SCALES_F16, codes);
+    return load_terms(record, known, codes);
 }
 
 /* Minus the zero points of a half times the sum of a row's activations. */
@@ -184,26 +199,47 @@ YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
     _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
 }
 
-/* The step that follows with minima, for all rows of a task and one tile. */
+/* The step that follows with minima: some rows of a half of a tile. `minimum` is what load_minima returns. */
+YMM void add_minimum(float *sums, const act_meta *meta, __m256 minimum)
+{
+    const __m256 factor = _mm256_set1_ps(meta->scale * (float)meta->symmetric_sum);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(factor, minimum, _mm256_load_ps(sums)));
+}
+
+/* The same for all rows of a task and one tile. */
 YMM_CALL void add_minima(const gemm_task *task, float *sums, const act_meta *meta, group_record record)
 {
-    const int has_blocks = scale_records[task->scales].has_blocks;
-    __m256 minimum[2];
-    for (int half = 0; half < 2; half++) {
-        minimum[half] = load_floats(record.minimum, task->scales, half);
-        if (has_blocks)
-            minimum[half] = _mm256_mul_ps(minimum[half], load_halves(record.block + 2 * TILE_N + 16 * half));
-        minimum[half] = _mm256_mul_ps(minimum[half], _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
-    }
-    for (int r = 0; r < task->m; r++, sums += PAIR_N) {
-        const act_meta *const row = meta + task->rows[r];
-        const __m256 factor = _mm256_set1_ps(row->scale * (float)row->symmetric_sum);
-        for (int half = 0; half < 2; half++) {
-            const __m256 sum = _mm256_fmadd_ps(factor, minimum[half], _mm256_load_ps(sums + 8 * half));
-            _mm256_store_ps(sums + 8 * half, sum);
-        }
-    }
+    const __m256 minimum[2] = {load_minima(record, task->scales, 0), load_minima(record, task->scales, 1)};
+    for (int r = 0; r < task->m; r++, sums += PAIR_N)
+        for (int half = 0; half < 2; half++)
+            add_minimum(sums + 8 * half, meta + task->rows[r], minimum[half]);
 }
+
+/* The step with minima after a group of one tile, if the record has minima; `known` as for load_header. */
+YMM void finish_group(const gemm_task *task, const group_view *view, group_record record, int known)
+{
+    if (known == ANY && scale_records[task->scales].has_minimum)
+        add_minima(task, view->sums, view->meta, record);
+    if (known >= 0 && scale_records[known].has_minimum)
+        for (int half = 0; half < 2; half++)
+            add_minimum(view->sums + 8 * half, view->meta + task->rows[0], load_minima(record, known, half));
+}
+
+/* Call a driver with what is known of the task's record. */
+#define WITH_KNOWN_RECORD(driver, task, planes, codes)                                                    \
+    do {                                                                                                  \
+        const int minima = code_types[codes].has_zero_points;                                             \
+        if ((task)->m == 1 && (task)->scales == SCALES_TWO_LEVEL)                                         \
+            driver(task, planes, codes, SCALES_TWO_LEVEL);                                                \
+        else if ((task)->m == 1 && minima && (task)->scales == SCALES_TWO_LEVEL_MIN)                      \
+            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);                                            \
+        else if ((task)->m == 1 && minima && (task)->scales == SCALES_F16_MIN)                            \
+            driver(task, planes, codes, SCALES_F16_MIN);                                                  \
+        else if ((task)->m == 1 && (task)->scales == SCALES_F32)                                          \
+            driver(task, planes, codes, SCALES_F32);                                                      \
+        else                                                                                              \
+            driver(task, planes, codes, ANY);                                                             \
+    } while (0)
 
 /* Write the sums of the groups to the output of a task, or add them to it. */
 YMM void finish(const gemm_task *task, int columns)
