@@ -85,6 +85,7 @@ setup(
     packages=[
         "marlin_cy",
         "marlin_cy.checkpoints",
+        "marlin_cy.checkpoints.gguf",
         "marlin_cy.commands",
         "marlin_cy.cpu",
         "marlin_cy.cpu.decoder",
@@ -109,6 +110,7 @@ setup(
     package_data={
         "": ["*.pyi"],
         "marlin_cy": ["data/*/*", "py.typed"],
+        "marlin_cy.checkpoints.gguf": ["*.pyi"],
         "marlin_cy.cpu": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.decoder": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.measure": ["*.pyi"],
@@ -144,6 +146,7 @@ setup(
             extension("_latent", package="cpu.decoder"),
             extension("_projections", package="cpu.decoder"),
             extension("_step", package="cpu.decoder"),
+            extension("_blocks", package="checkpoints.gguf"),
             extension("_align", package="moe"),
             extension("_dispatches", package="stacks"),
             extension("_bandwidth", package="cpu.measure"),

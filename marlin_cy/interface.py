@@ -161,7 +161,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
         group_size: int,
         g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
         """A builder for a stack whose weights arrive one by one.
 
@@ -174,8 +174,16 @@ class Backend(DecoderOperations, CommandLine, ABC):
             Group of each row of K: one array for all experts, or one for each expert.
         codes : str
             A row of :data:`marlin_cy.weights.code_types.CODE_TYPES`: the values that the codes stand for.
-        scale_dtype : {float16, bfloat16}
-            Dtype of the weights' scales.
+        scales : str or dtype
+            A row of :data:`marlin_cy.weights.scale_records.SCALE_RECORDS`: what a group stores beside its codes. A
+            dtype is the record of scales of this dtype with zero points.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            An argument that no weight can have.
+        UnsupportedError
+            The backend has no kernels for such weights.
         """
 
     @abstractmethod
@@ -326,20 +334,20 @@ class Backend(DecoderOperations, CommandLine, ABC):
 
         Parameters
         ----------
-        qweight : int32 ``[k/8, n]``
-            Low nibble first along K.
-        scales : float16 or bfloat16 ``[k/group_size, n]``
-            Finite.
-        qzeros : int32 ``[k/group_size, n/8]``
-            Low nibble first along N; stored minus one when ``checkpoint_format`` is ``"gptq"``.
+        qweight : int32 ``[k * bits / 32, n]``
+            Lowest bits first along K.
+        scales : float16, bfloat16 or float32 ``[k/group_size, n]``
+            Finite. They are kept exactly.
+        qzeros : int32 ``[k/group_size, n * bits / 32]``
+            Lowest bits first along N; stored minus one when ``checkpoint_format`` is ``"gptq"``.
         g_idx : int32 ``[k]``, optional
             Group of each row of K.
         bias : array ``[n]``, optional
             Added to every row, in float32.
         bits : int
-            4; anything else is an :class:`~marlin_cy.errors.UnsupportedError`.
+            4 or 8; anything else is an :class:`~marlin_cy.errors.UnsupportedError`.
         group_size : int
-            32, 64, a multiple of 128, or -1 for one group of all of K.
+            32, 64, a multiple of 128, or -1 for one group of all of K; with 8 bits also 16.
         k, n : int
             Multiples of 32 and of 8.
         checkpoint_format : {"gptq", "gptq_v2"}
@@ -358,7 +366,7 @@ class Backend(DecoderOperations, CommandLine, ABC):
             checkpoint_format=checkpoint_format,
         )
         builder = self.new_stack_builder(
-            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, scale_dtype=weight.scale.dtype
+            1, k, n, group_size=weight.group_size, g_idx=weight.g_idx, codes=weight.codes, scales=weight.scales
         )
         builder.add(0, 0, weight)
         return self.linear_of(builder.finish(), bias)
@@ -421,7 +429,8 @@ class Backend(DecoderOperations, CommandLine, ABC):
             n_per_expert,
             group_size=group_size,
             g_idx=g_idx_of,
-            scale_dtype=first.scale.dtype,
+            codes=first.codes,
+            scales=first.scales,
         )
         builder.add(0, 0, first)
         for expert in range(1, len(qweights)):

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 from marlin_cy.weights.code_types import code_type
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
 from marlin_cy.weights.order import group_order, packed_group_size
+from marlin_cy.weights.scale_records import BLOCK_ROWS
 
 if TYPE_CHECKING:
     from marlin_cy.moe.routing import Routing
@@ -26,10 +27,12 @@ __all__ = [
     "QMAX",
     "dequantize",
     "dequantize_weight",
+    "float_scales",
     "fma_f32",
     "gemm",
     "gemm_phase_batched",
     "gemm_phase_vllm",
+    "gemm_weight",
     "moe_align_block_size",
     "moe_layer",
     "quantize",
@@ -48,6 +51,9 @@ The kernels hold an int16 as two planes of signed bytes, ``256 * high + low``: t
 MIN_AMAX = np.float32(2.0**-100)
 """A group of activations whose largest magnitude is below this becomes zeros, so that ``QMAX / amax`` is finite."""
 
+SUM_FACTOR = 8
+"""Kernels have the sum of a group's activations times the negative of this: see ``act_meta`` in ``ukernel.h``."""
+
 CHUNK_K = 1024
 """Rows of K in a chunk. Each chunk is summed separately, then the sums are added in the order of K."""
 
@@ -59,23 +65,47 @@ def dequantize(
     group_size: int,
     g_idx: npt.NDArray[np.int32] | None = None,
     codes: str = "uint4",
+    minimum: npt.NDArray[Any] | None = None,
 ) -> Floats:
-    """``w``, ``[K, N]``: ``scale[g] * (value(q) - zero[g])`` with ``g = g_idx[k]`` or ``k // group_size``.
+    """``w``, ``[K, N]``: ``scale[g] * (value(q) - zero[g]) - minimum[g]`` with ``g = g_idx[k]`` or ``k // group_size``.
 
-    :mod:`marlin_cy.weights.code_types` documents ``value``; ``zero`` is None where codes have no zero points.
+    :mod:`marlin_cy.weights.code_types` documents ``value``. A ``zero`` of None is the code type's symmetric zero point,
+    or 0 with minima.
     """
+    row = code_type(codes)
     groups = np.arange(q.shape[0]) // group_size if g_idx is None else np.asarray(g_idx)
-    values = code_type(codes).decode_table.astype(np.float64)[q]
+    values = row.decode_table.astype(np.float64)[q]
     if zero is not None:
         values = values - zero.astype(np.float64)[groups]
+    elif minimum is None and row.has_zero_points:
+        values = values - row.symmetric_zero
     w: Floats = scale.astype(np.float64)[groups] * values
-    return w
+    return w if minimum is None else w - minimum.astype(np.float64)[groups]
 
 
-def dequantize_weight(weight: Int4Weight) -> Floats:
-    """``w``, ``[K, N]``, of an :class:`~marlin_cy.weights.int4.Int4Weight`."""
-    codes = unpack_words(weight.words)
-    return dequantize(codes, weight.scale, weight.zero, weight.group_size, weight.g_idx, weight.codes)
+def dequantize_weight(weight: CanonicalWeight) -> Floats:
+    """``w``, ``[K, N]``, of a :class:`~marlin_cy.weights.canonical.CanonicalWeight`."""
+    q, (scale, minimum) = weight_codes(weight), float_scales(weight)
+    return dequantize(q, scale, weight.zero, weight.group_size, weight.g_idx, weight.codes, minimum)
+
+
+def weight_codes(weight: CanonicalWeight) -> npt.NDArray[np.uint8]:
+    """The codes ``q``, uint8 ``[K, N]``, of a weight."""
+    return unpack_words(weight.words, code_type(weight.codes).bits)
+
+
+def float_scales(weight: CanonicalWeight) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """``(scale, minimum)``, ``[G, N]``, of a weight; the minimum is None if its scale record has no minima.
+
+    As stored, or float32 with two levels: :mod:`marlin_cy.weights.scale_records` has the formula.
+    """
+    if weight.block_scale is None:
+        return weight.scale, weight.minimum
+    block_of = np.arange(len(weight.scale)) * weight.group_size // BLOCK_ROWS
+    scale = weight.block_scale.astype(np.float32)[block_of] * weight.scale.astype(np.float32)
+    if weight.block_minimum is None or weight.minimum is None:
+        return scale, None
+    return scale, weight.block_minimum.astype(np.float32)[block_of] * weight.minimum.astype(np.float32)
 
 
 def fma_f32(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -141,26 +171,30 @@ def gemm(
     g_idx: npt.NDArray[np.int32] | None = None,
     compute_dtype: str = "int16",
     codes: str = "uint4",
+    minimum: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[np.float32]:
     """``x @ w`` as the CPU computes it: float32 ``[M, N]``, to the last bit.
 
     Codes are multiplied as integers, the *multiplicands* of :mod:`marlin_cy.weights.code_types`. Scales are divided
-    by ``units_per_one``, a power of two.
+    by ``units_per_one``, a power of two. A minimum is multiplied by the sum of a group's activations. The kernels have
+    that sum times ``-SUM_FACTOR``, a power of two.
 
     Parameters
     ----------
     x : float32 ``[M, K]``
     q : uint8 ``[K, N]``
-    scale : float16 or bfloat16 ``[G, N]``
-    zero : uint8 ``[G, N]``, or None where codes have no zero points
+    scale : float16, bfloat16 or float32 ``[G, N]``
+    zero : uint8 or uint16 ``[G, N]``, or None: as in :func:`dequantize`
     group_size : int
     g_idx : int32 ``[K]``, optional
     compute_dtype : {"int16", "int8"}
     codes : str
         A row of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
+    minimum : float16 or float32 ``[G, N]``, optional
     """
     row = code_type(codes)
-    zero = np.full(scale.shape, row.offset, np.uint8) if zero is None else zero
+    if zero is None:
+        zero = np.full(scale.shape, row.symmetric_zero if minimum is None else 0, np.uint8)
     factor = np.float32(1 / row.units_per_one)
     k = q.shape[0]
     step = packed_group_size(group_size)
@@ -183,8 +217,17 @@ def gemm(
                 exact = values[:, piece] @ multiplicands[piece] - total * zero[scale_row].astype(np.int64)
                 s = row_scale[:, group, None] * (scale[scale_row].astype(np.float32) * factor)
                 sums = fma_f32(exact.astype(np.float32), s, sums)
+                if minimum is not None:
+                    scaled = row_scale[:, group, None] * (-SUM_FACTOR * total).astype(np.float32)
+                    sums = fma_f32(scaled, minimum[scale_row].astype(np.float32) / np.float32(SUM_FACTOR), sums)
             out = sums if chunk == 0 else out + sums
     return out
+
+
+def gemm_weight(x: npt.ArrayLike, weight: CanonicalWeight, compute_dtype: str = "int16") -> npt.NDArray[np.float32]:
+    """:func:`gemm` of a :class:`~marlin_cy.weights.canonical.CanonicalWeight`."""
+    q, (scale, minimum) = weight_codes(weight), float_scales(weight)
+    return gemm(x, q, scale, weight.zero, weight.group_size, weight.g_idx, compute_dtype, weight.codes, minimum)
 
 
 def gemm_phase_batched(

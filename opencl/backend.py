@@ -23,6 +23,7 @@ from marlin_cy.opencl.checks.verdicts import Verdicts
 from marlin_cy.opencl.command_line import OpenClCommandLine
 from marlin_cy.opencl.context import OpenClContext
 from marlin_cy.opencl.device import capabilities, describe, open_device
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, SUPPORTED_SCALES
 from marlin_cy.opencl.layer import forward
 from marlin_cy.opencl.layer.routing import device_topk, route
 from marlin_cy.opencl.memory import driver_errors, memory_errors
@@ -32,7 +33,7 @@ from marlin_cy.opencl.stack import OpenClMarlinExpertStack, Runtime, opencl_cont
 from marlin_cy.opencl.store import OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Tier
 from marlin_cy.opencl.tuned import Tuned
-from marlin_cy.stacks.builder import checked_stack_sizes
+from marlin_cy.stacks.builder import checked_stack_sizes, refuse_unsupported
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.plan import DecoderPlan
@@ -220,9 +221,10 @@ class OpenClBackend(OpenClCommandLine, Backend):
         group_size: int,
         g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
-        sizes = checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
+        sizes = checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales)
+        refuse_unsupported("OpenCL", sizes, SUPPORTED_CODES, SUPPORTED_SCALES)
         return OpenClStackBuilder(self.runtime, sizes)
 
     def route(self, ctx: Context, router_logits: Array, routing: Routing) -> tuple[Array, Array]:

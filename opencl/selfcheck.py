@@ -19,9 +19,10 @@ from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.checks.verdicts import confirmed, unchecked_backend
 from marlin_cy.opencl.checks.zero_points import random_zeros
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES
 from marlin_cy.opencl.tiers.configuration import FLOAT16_ROWS, Configuration
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
@@ -75,7 +76,7 @@ def relative_error(backend: OpenClBackend) -> float:
     x = rng.standard_normal((TOKENS, K)).astype(np.float16 if halves else np.float32)
     ids = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :TOP_K]
     errors = []
-    for number, codes in enumerate(CODE_TYPES):
+    for number, codes in enumerate(SUPPORTED_CODES):
         stack, weights = random_stack(backend, rng, codes)
         expected = np.stack([x[i].astype(np.float64) @ weights[e] for i, chosen in enumerate(ids) for e in chosen])
         for configuration in backend.tier.checked:
@@ -99,7 +100,7 @@ def random_stack(
     zero: Any = [None] * EXPERTS if zeros is None else zeros
     builder = backend.new_stack_builder(EXPERTS, K, N, group_size=GROUP_SIZE, codes=codes)
     for expert in range(EXPERTS):
-        weight = Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], GROUP_SIZE, None, codes)
+        weight = CanonicalWeight(pack_words(q[expert]), scale[expert], zero[expert], GROUP_SIZE, None, codes)
         builder.add(expert, 0, weight)
     parts = zip(q, scale, zero, strict=True)
     return builder.finish(), [reference.dequantize(*expert, GROUP_SIZE, codes=codes) for expert in parts]

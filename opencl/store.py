@@ -26,8 +26,8 @@ from marlin_cy.opencl.memory import (
     zeroed_buffers,
 )
 from marlin_cy.stacks.builder import CheckedStackBuilder
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import Int4Weight
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
 from marlin_cy.weights.sizes import StackSizes
 
@@ -57,7 +57,7 @@ class OpenClGptqStore:
     runtime : object
         ``context``, ``device``, ``loading_queue`` (in-order) with ``loading_lock``, ``max_alloc_bytes``.
     sizes : StackSizes
-        Checked. The stored scales are float16, whatever ``scale_dtype`` is.
+        Checked. The stored scales are float16, whatever ``scales`` are.
 
     Attributes
     ----------
@@ -205,12 +205,12 @@ class OpenClStackBuilder(CheckedStackBuilder):
         self._symmetric = True
         self._largest = 0.0  # magnitude of a scale
 
-    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         runtime, staging = self._runtime, self._staging
         assert staging is not None  # until _stack
         symmetric = weight.zero is None or bool((weight.zero == CODE_TYPES[weight.codes].symmetric_zero).all())
         scale = weight.scale.view(np.uint16)
-        largest = largest_scale(scale, self._sizes.scale_dtype)
+        largest = largest_scale(scale, weight.scale.dtype)
         for begin in range(0, weight.n, staging.columns):
             columns = slice(begin, begin + staging.columns)
             parts = (weight.words, scale) if weight.zero is None else (weight.words, scale, weight.zero)
@@ -294,7 +294,7 @@ class OpenClStackBuilder(CheckedStackBuilder):
                     expert_words=store.expert_words,
                     scale_base=store.layout.scale_offset,
                     exponent=exponent,
-                    bfloat16=int(self._sizes.scale_dtype != np.float16),
+                    bfloat16=int(self._sizes.scales != "float16"),
                 ),
             )
         store.weight_factor = 2.0**-exponent

@@ -24,7 +24,7 @@ from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
 from marlin_cy.opencl.timing import times_of
 from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
 from marlin_cy.tuning import Shape
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
@@ -129,7 +129,7 @@ def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator)
     """A stack whose experts cycle through a few random weights."""
     groups = (-(-shape.k // shape.group_size), shape.n)
     weights = [
-        Int4Weight(
+        CanonicalWeight(
             words=rng.integers(0, 1 << 32, (shape.k // 8, shape.n), dtype=np.uint32),
             scale=rng.uniform(0.005, 0.015, groups).astype(np.float16),
             zero=random_zeros(rng, shape.codes, groups, shape.symmetric),

@@ -14,7 +14,7 @@ from language_models import COMMON, DEEPSEEK, LINEAR_ATTENTION, QUANTIZATION, SH
 from safetensors.torch import load_file, save_file
 
 from marlin_cy.formats.compressed_tensors import pack_compressed
-from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.canonical import unpack_words
 
 GROUPED = {key: value for key, value in DEEPSEEK.items() if not re.search("lora|head_dim|qk_", key)}
 SPARSE = {"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}

@@ -8,8 +8,9 @@ import numpy as np
 
 from marlin_cy import reference
 from marlin_cy.formats import gptq
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import scale_record
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 G_IDX_MODES = ("none", "common", "per_expert", "unequal")
@@ -19,8 +20,8 @@ G_IDX_MODES = ("none", "common", "per_expert", "unequal")
 class Problem:
     """The weights of a stack.
 
-    ``q``, ``scale`` and ``zero`` (None with ``codes="e2m1"``) have a leading axis of experts; ``g_idx`` is a
-    list with one entry per expert.
+    The attributes are those of ``CanonicalWeight``, with a leading axis of experts, and with codes ``q`` for words;
+    ``g_idx`` is a list with one entry per expert.
     ``group_size`` may be -1; ``group`` is what it means. ``bias`` is float32 ``[num_experts, n]`` or None.
     """
 
@@ -32,6 +33,9 @@ class Problem:
     checkpoint_format: str
     codes: str = "uint4"
     bias: np.ndarray | None = None
+    minimum: np.ndarray | None = None
+    block_scale: np.ndarray | None = None
+    block_minimum: np.ndarray | None = None
 
     @property
     def num_experts(self):
@@ -52,7 +56,7 @@ class Problem:
     @property
     def is_gptq(self):
         """Whether :meth:`tensors` describes the weights completely."""
-        return self.codes == "uint4" and self.scale.dtype == np.float16 and self.bias is None
+        return self.codes == "uint4" and self.canonical(0).scales == "float16" and self.bias is None
 
     def tensors(self):
         """``(qweights, scales, qzeros)``, each a list with one entry per expert."""
@@ -90,7 +94,7 @@ class Problem:
             group_size=self.group_size,
             g_idx=self.g_idx,
             codes=self.codes,
-            scale_dtype=self.scale.dtype,
+            scales=self.canonical(0).scales,
         )
 
     def linear(self, backend, bias=None):
@@ -103,14 +107,14 @@ class Problem:
         return backend.load_gptq(qweights[0], scales[0], qzeros[0], self.g_idx[0], bias, **sizes)
 
     def canonical(self, expert, columns=slice(None)):
-        """An expert, or some of its columns, as ``Int4Weight``."""
-        return Int4Weight(
-            pack_words(self.q[expert][:, columns]),
-            self.scale[expert][:, columns],
-            None if self.zero is None else self.zero[expert][:, columns],
-            self.group,
-            self.g_idx[expert],
-            self.codes,
+        """An expert, or some of its columns, as ``CanonicalWeight``."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return CanonicalWeight(
+            pack_words(self.q[expert][:, columns], CODE_TYPES[self.codes].bits),
+            group_size=self.group,
+            g_idx=self.g_idx[expert],
+            codes=self.codes,
+            **{name: None if part is None else part[expert][:, columns] for name, part in parts.items()},
         )
 
     def parts(self, expert):
@@ -119,12 +123,12 @@ class Problem:
 
     def dense(self, expert):
         """float64 ``[K, N]``."""
-        return reference.dequantize(*self.parts(expert), self.group, self.g_idx[expert], self.codes)
+        return reference.dequantize_weight(self.canonical(expert))
 
     def part(self, experts):
         """The same for some of the experts, a slice."""
-        some = {name: getattr(self, name)[experts] for name in ("q", "scale", "zero", "g_idx")}
-        return replace(self, **some, bias=None if self.bias is None else self.bias[experts])
+        parts = {name: getattr(self, name) for name in ("q", "g_idx", "bias", *PARTS)}
+        return replace(self, **{name: None if part is None else part[experts] for name, part in parts.items()})
 
     def dense_all(self):
         """One of these an expert."""
@@ -132,15 +136,44 @@ class Problem:
 
     def reference(self, expert, x, compute_dtype="int16"):
         """The CPU's result for float32 ``x``, to the last bit."""
-        product = reference.gemm(x, *self.parts(expert), self.group, self.g_idx[expert], compute_dtype, self.codes)
+        product = reference.gemm_weight(x, self.canonical(expert), compute_dtype)
         return product if self.bias is None else product + self.bias[expert]
 
 
-# The kinds of weights: keyword arguments of random_problem, by name.
+PARTS = ("scale", "zero", "minimum", "block_scale", "block_minimum")
+
+# The kinds of weights that every backend has: keyword arguments of random_problem, by name.
 WEIGHT_KINDS = {
-    f"{codes}-{scale.name}": {"codes": codes, "scale_dtype": scale.dtype}
-    for codes in CODE_TYPES
-    for scale in SCALE_TYPES.values()
+    f"{codes}-{scales}": {"codes": codes, "scales": scales}
+    for codes in ("uint4", "e2m1")
+    for scales in ("float16", "bfloat16")
+}
+
+# The kinds of the CPU that need no blocks of 256 rows, so that they have the same sizes.
+CPU_KINDS = WEIGHT_KINDS | {
+    f"{codes}-{scales}": {"codes": codes, "scales": scales}
+    for codes, scales in [
+        ("uint4", "float32"),
+        ("uint4", "float16_min"),
+        ("uint4", "float32_min"),
+        ("iq4_nl", "float16"),
+        ("uint8", "float16"),
+        ("uint8", "float32"),
+        ("uint8", "float32_min"),
+    ]
+}
+
+# The kinds of the CPU with two levels, which need a K that is a multiple of 256.
+TWO_LEVEL_KINDS = {
+    f"{codes}-{scales}": {"codes": codes, "scales": scales}
+    for codes, scales in [
+        ("uint4", "two_level"),
+        ("uint4", "two_level_min"),
+        ("e2m1", "two_level"),
+        ("iq4_nl", "two_level"),
+        ("uint8", "two_level"),
+        ("uint8", "two_level_min"),
+    ]
 }
 
 
@@ -155,7 +188,7 @@ def random_problem(
     checkpoint_format="gptq",
     sym=False,
     codes="uint4",
-    scale_dtype=np.float16,
+    scales="float16",
     bias=False,
 ):
     """Weights of every code and every zero point that the format can hold, with scales of either sign.
@@ -165,22 +198,35 @@ def random_problem(
     group = k if group_size == -1 else group_size
     groups = -(-k // group)
     low = gptq.ZERO_OFFSETS[checkpoint_format]
+    row, record = CODE_TYPES[codes], scale_record(scales)
     shape = (num_experts, groups, n)
 
     def zeros():
-        if not CODE_TYPES[codes].has_zero_points:
+        if not record.has_zero_points(row):
             return None
         if sym:
-            return np.full(shape, 8, np.uint8)
-        zero = rng.integers(low, low + 16, shape).astype(np.uint8)
+            return np.full(shape, row.symmetric_zero, row.zero_dtype)
+        zero = rng.integers(low, low + 2**row.bits, shape).astype(row.zero_dtype)
         # Kernels may have a separate path for a group of a tile of 16 columns that is symmetric.
         symmetric = rng.random((num_experts, groups, -(-n // 16))) < 0.3
-        zero[symmetric.repeat(16, axis=2)[:, :, :n]] = 8
+        zero[symmetric.repeat(16, axis=2)[:, :, :n]] = row.symmetric_zero
         return zero
 
+    def floats(dtype, shape):
+        return (rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(dtype)
+
+    def values(dtype):
+        if dtype.kind == "f" or dtype == DTYPES["bfloat16"]:
+            return floats(dtype, shape)
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max + 1, shape).astype(dtype)
+
+    blocks = {name: floats(dtype, (num_experts, k // 256, n)) for name, dtype in record.block_parts().items()}
     return Problem(
-        q=rng.integers(0, 16, (num_experts, k, n)).astype(np.uint8),
-        scale=(rng.uniform(0.5, 2, shape) * rng.choice([1, 1, 1, -1], shape) / 64).astype(scale_dtype),
+        q=rng.integers(0, 2**row.bits, (num_experts, k, n)).astype(np.uint8),
+        scale=values(record.scale),
+        minimum=values(record.scale) if record.has_minimum else None,
+        **blocks,
         zero=zeros(),
         group_size=group_size,
         g_idx=random_g_idx(rng, num_experts, k, group, g_idx),

@@ -8,6 +8,7 @@ import numpy as np
 from marlin_cy import reference
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.interface import Backend, StackBuilder
+from marlin_cy.weights.scale_records import scale_record
 
 SHIPPED = Path(__file__).parents[1] / "marlin_cy" / "data" / "tiny-qwen3-moe-gptq-int4"
 GATE = "model.layers.1.mlp.experts.2.gate_proj"
@@ -19,9 +20,9 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 class RecordingBuilder(StackBuilder):
     """Dequantises each weight that is added, and records where."""
 
-    def __init__(self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scale_dtype=np.float16):
+    def __init__(self, num_experts, k, n_per_expert, *, group_size, g_idx=None, codes="uint4", scales="float16"):
         self.num_experts, self.k, self.n_per_expert = num_experts, k, n_per_expert
-        self.codes, self.scale_dtype = codes, np.dtype(scale_dtype)
+        self.codes, self.scales = codes, scale_record(scales).name
         self.weights = np.full((num_experts, k, n_per_expert), np.nan)
         self.group_size = group_size
         self.g_idx = g_idx
@@ -30,7 +31,7 @@ class RecordingBuilder(StackBuilder):
     def add(self, expert, column_offset, weight):
         expected = self.g_idx[expert] if isinstance(self.g_idx, list) else self.g_idx
         np.testing.assert_array_equal(weight.g_idx, expected)
-        assert (weight.group_size, weight.codes, weight.scale.dtype) == (self.group_size, self.codes, self.scale_dtype)
+        assert (weight.group_size, weight.codes, weight.scales) == (self.group_size, self.codes, self.scales)
         self.weights[expert, :, column_offset : column_offset + weight.n] = reference.dequantize_weight(weight)
         self.adds.append((expert, column_offset, weight.n))
 

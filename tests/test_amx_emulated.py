@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import sys
 
-import ml_dtypes
 import numpy as np
 import pytest
 from asserts import assert_same_bits
@@ -19,14 +18,19 @@ from kernel_libraries import COMPILER, context_with, emulated_amx_library, kerne
 from problems import G_IDX_MODES, activations, random_problem
 
 import marlin_cy
-from marlin_cy.cpu._dispatch import CONSTANTS
+from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES, KERNEL_SCALE_RECORDS
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import SCALE_RECORDS
+from marlin_cy.weights.tile_layout import TileLayout
 
 TILE_N, PAIR_N, LANE_K, GROUP_K_STEP, MAX_GROUP_K, MAX_MC = (
     CONSTANTS[name] for name in ("TILE_N", "PAIR_N", "LANE_K", "GROUP_K_STEP", "MAX_GROUP_K", "MAX_MC")
 )
-SIZES = range(GROUP_K_STEP, MAX_GROUP_K + 1, GROUP_K_STEP)
+SIZES = (GROUP_K_STEP, *range(32, MAX_GROUP_K + 1, 32))
 GROUP_SIZES = [(size,) for size in SIZES] + [(size, size, last) for size in SIZES for last in SIZES if last <= size]
-SCALE_DTYPES = {1: np.float16, 2: ml_dtypes.bfloat16}  # by DTYPE_F16 and DTYPE_BF16 of ukernel.h
+CODES = [row["number"] for row in KERNEL_CODE_TYPES.values()]
+CODES_BY_NUMBER = {row["number"]: CODE_TYPES[name] for name, row in KERNEL_CODE_TYPES.items()}
+RECORDS_BY_NUMBER = {row["number"]: SCALE_RECORDS[name] for name, row in KERNEL_SCALE_RECORDS.items()}
 META = np.dtype([("scale", np.float32), ("sum_split", np.int32), ("symmetric_sum", np.int32)])
 
 pytestmark = [
@@ -45,7 +49,7 @@ class Task(ctypes.Structure):
         ("header", ctypes.c_void_p * 2),
         ("body", ctypes.c_void_p * 2),
         ("next", ctypes.c_void_p * 2),
-        ("scale_dtype", ctypes.c_int),
+        ("scales", ctypes.c_int),
         ("num_groups", ctypes.c_int),
         ("group_blocks", ctypes.c_int),
         ("last_group_blocks", ctypes.c_int),
@@ -66,7 +70,7 @@ class Table(ctypes.Structure):
     """The first entries of ``ukernel_table``."""
 
     _fields_ = [
-        ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * 2),
+        ("gemm", ctypes.CFUNCTYPE(None, ctypes.POINTER(Task)) * 2 * len(CODES)),
         ("mr", ctypes.c_int),
         ("mc", ctypes.c_int),
         ("min_matrix_rows", ctypes.c_int),
@@ -112,10 +116,28 @@ def aligned(nbytes):
     return memory[-memory.ctypes.data % 64 :][:nbytes]
 
 
+def random_header(rng, layout):
+    """The scale records of a tile."""
+    row, record = CODE_TYPES[layout.codes], SCALE_RECORDS[layout.scales]
+    header = np.zeros(
+        layout.num_groups * layout.group_bytes + layout.packed_k // 256 * layout.scale_block_bytes, np.uint8
+    )
+    for name in (*record.group_parts(row), *record.block_parts()):
+        places, dtype = layout.part_places(name)
+        for place in places:
+            if name == "zero":
+                values = rng.integers(0, row.max_zero + 1, TILE_N) if row.has_zero_points else row.symmetric_zero
+                values = row.symmetric_zero if rng.random() < 0.3 else values
+            else:
+                values = rng.integers(0, 128, TILE_N) if dtype.kind in "iu" else rng.standard_normal(TILE_N)
+            header[place : place + TILE_N * dtype.itemsize] = np.full(TILE_N, values).astype(dtype).view(np.uint8)
+    return header
+
+
 class Problem:
     """A random task, with all arrays that it points to."""
 
-    def __init__(self, rng, m, planes, codes, *, tiles=2, group_sizes=(128, 128), scale_dtype=1, rows=None):
+    def __init__(self, rng, m, planes, codes, *, tiles=2, group_sizes=(128, 128), scales=0, rows=None):
         self.planes, self.codes, self.tiles, self.m = planes, codes, tiles, m
         groups, group_size, k = len(group_sizes), group_sizes[0], sum(group_sizes)
         rows = np.arange(3, 3 + m) if rows is None else rows  # the last of them ends where memory does
@@ -135,13 +157,12 @@ class Problem:
             meta["sum_split"][group] = total & 255 | total >> 8 << 16
             meta["symmetric_sum"][group] = -8 * total
         used = a.size - (group_size - group_sizes[-1]) * planes
-        headers = np.empty((2, groups, 3 * TILE_N), np.uint8)
-        scale = rng.standard_normal((2, groups, TILE_N)).astype(SCALE_DTYPES[scale_dtype])
-        headers[:, :, : 2 * TILE_N] = scale.view(np.uint8)
-        headers[:, :, 2 * TILE_N :] = rng.integers(0, 17, (2, groups, TILE_N)) if codes == 0 else 12
-        if codes == 0:
-            headers[rng.random((2, groups)) < 0.3, 2 * TILE_N :] = 8
-        bodies = rng.integers(0, 256, (2, k // LANE_K, 64)).astype(np.uint8)
+        row = CODES_BY_NUMBER[codes]
+        headers = [
+            random_header(rng, TileLayout(k, TILE_N, group_size, row.name, RECORDS_BY_NUMBER[scales].name))
+            for _ in range(2)
+        ]
+        bodies = rng.integers(0, 256, (2, k // LANE_K, TILE_N * row.bits)).astype(np.uint8)
         self.parts = {
             "a": at_the_end_of_memory(a.reshape(-1)[:used]),
             "meta": at_the_end_of_memory(meta),
@@ -150,7 +171,7 @@ class Problem:
         self.header = [at_the_end_of_memory(part) for part in headers]
         self.body = [at_the_end_of_memory(part) for part in bodies]
         self.sizes = {
-            "scale_dtype": scale_dtype,
+            "scales": scales,
             "num_groups": groups,
             "group_blocks": group_size // LANE_K,
             "last_group_blocks": group_sizes[-1] // LANE_K,
@@ -168,7 +189,7 @@ class Problem:
         columns = self.tiles * TILE_N
         if accumulate is not None:
             out[:, :columns] = accumulate
-        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_MC * PAIR_N * 4 + 64)
+        scratch = aligned(MAX_GROUP_K * PAIR_N * 2 + MAX_MC * PAIR_N * 4 + MAX_MC * MAX_GROUP_K * 2 + 64)
         scratch[:] = 0xFF
         task = Task(**self.sizes, accumulate=accumulate is not None)
         for name, part in {**self.parts, "out": out, "scratch": scratch}.items():
@@ -192,19 +213,33 @@ class Problem:
 
 @pytest.mark.parametrize("m", range(1, MAX_MC + 1))
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("codes", [0, 1])
+@pytest.mark.parametrize("codes", CODES)
 def test_every_number_of_rows(library, rng, m, planes, codes):
     Problem(rng, m, planes, codes).check(library)
 
 
 @pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("codes", [0, 1])
+@pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize("m", [16, 17, 37])
 def test_every_group_size(library, rng, group_sizes, planes, codes, tiles, m):
-    scale_dtype = int(rng.integers(1, 3))
-    Problem(rng, m, planes, codes, tiles=tiles, group_sizes=group_sizes, scale_dtype=scale_dtype).check(library)
+    if any(size % CODES_BY_NUMBER[codes].min_group for size in group_sizes):
+        pytest.skip("the code type has no such groups")
+    scales = int(rng.integers(0, 3))
+    Problem(rng, m, planes, codes, tiles=tiles, group_sizes=group_sizes, scales=scales).check(library)
+
+
+@pytest.mark.parametrize("scales", RECORDS_BY_NUMBER)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_every_scale_record(library, rng, scales, planes, codes, group_size):
+    row, record = CODES_BY_NUMBER[codes], RECORDS_BY_NUMBER[scales]
+    if group_size < row.min_group or (record.has_minimum and not row.has_zero_points):
+        pytest.skip("the code type has no such weights")
+    for m in (3, 16, 37):
+        Problem(rng, m, planes, codes, group_sizes=(group_size,) * (512 // group_size), scales=scales).check(library)
 
 
 @pytest.mark.parametrize("planes", [1, 2])

@@ -62,8 +62,8 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("changes", "exception", "message"),
         [
-            ({"bits": 3}, UnsupportedError, "bits: got 3, only 4"),
-            ({"bits": 8}, UnsupportedError, "bits: got 8"),
+            ({"bits": 3}, UnsupportedError, "bits: got 3, supported: 4, 8"),
+            ({"bits": 8}, ValueError, "qweight of expert 0: got shape"),
             ({"bits": 4.0}, TypeError, "bits: got 4.0, expected an int"),
             ({"bits": True}, TypeError, "bits: got True, expected an int"),
             ({"bits": None}, TypeError, "bits: got None"),

@@ -20,12 +20,12 @@ from bench.models.decoder_worker import DecoderWorker  # noqa: E402
 from bench.models.head import HeadStep, write_head  # noqa: E402
 from bench.models.llama import LlamaBatchedBench, LlamaBench  # noqa: E402
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, num_weights, write_qwen3_moe  # noqa: E402
-from bench.models.synthetic_gguf import q4_0_blocks, write_qwen3_moe_gguf  # noqa: E402
+from bench.models.synthetic_gguf import BLOCKS, has_more_bits, random_blocks, write_qwen3_moe_gguf  # noqa: E402
 from bench.report import decoder_bars, decoder_pictures, pictures  # noqa: E402
 from marlin_cy.decoder.model import load_model  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
-LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "10a", "10b"}
+LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "9c", "10a", "10b"}
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
@@ -328,13 +328,37 @@ def test_a_longer_context(tmp_path):
     assert load_model(tmp_path, cache_tokens=16, num_threads=1).context_length == 9000
 
 
-def test_q4_0_blocks():
-    blocks = q4_0_blocks(np.random.default_rng(0), 6, 10, 64)
-    assert (blocks.dtype, blocks.shape) == (np.uint8, (6, 10, 2 * 18))
-    scales = np.ascontiguousarray(blocks.reshape(-1, 18)[:, :2]).view(np.float16).astype(np.float64)
-    assert (scales * 4.6 * 8 > 0.7).all()
-    assert (scales * 4.6 * 8 < 1.3).all()
-    assert q4_0_blocks(np.random.default_rng(0), 5, 32).shape == (5, 18)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_of_gguf(kind):
+    gguf = pytest.importorskip("gguf")
+    blocks = random_blocks(np.random.default_rng(0), kind, 6, 40, 256)
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    assert (BLOCKS[kind].weights, BLOCKS[kind].nbytes) == (block, nbytes)
+    assert (blocks.dtype, blocks.shape) == (np.uint8, (6, 40, 256 // block * nbytes))
+    values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert 0.8 < values.std() * 16 < 1.25, "rows of about norm 1"
+    assert abs(values.mean()) < 0.2 * values.std()
+
+
+def test_half_of_the_layers_have_more_bits():
+    assert [layer for layer in range(8) if has_more_bits(layer, 8)] == [0, 3, 6, 7]
+    assert sum(has_more_bits(layer, 48) for layer in range(48)) == 24
+
+
+def test_a_gguf_file_of_mixed_types(tmp_path):
+    """The decoder and the tokenizer take it."""
+    pytest.importorskip("gguf")
+    from marlin_cy import load_model, open_checkpoint
+    from marlin_cy.decoder.text import Tokenizer
+
+    path = tmp_path / "model.gguf"
+    write_qwen3_moe_gguf(path, 8, {**TINY, "hidden_size": 256}, types="Q4_K_M")
+    with open_checkpoint(path) as checkpoint:
+        types = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
+    assert types == {"Q4_K", "Q6_K", "Q5_0", "Q8_0", "F32"}
+    tokens = Tokenizer(path).encode("def <300>")
+    assert len(tokens) == 8
+    assert np.isfinite(load_model(path, num_threads=1, cache_tokens=64, context_length=64).forward(tokens)).all()
 
 
 def test_a_gguf_file_has_the_weights_of_the_checkpoint(tmp_path):
@@ -405,7 +429,7 @@ def test_bars_of_few_and_of_many_cores():
     assert passed == {
         **dict.fromkeys(("1", "2", "3", "5", "6", "7a", "9b"), True),
         **dict.fromkeys(("4a", "4b", "8"), False),
-        **dict.fromkeys(("7b", "9a", "10a", "10b")),
+        **dict.fromkeys(("7b", "9a", "9c", "10a", "10b")),
     }
     assert few["7b"]["skipped"] == "no AVX2 here"
     assert few["9a"]["skipped"] == "not measured"

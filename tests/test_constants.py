@@ -3,28 +3,28 @@
 Sizes and offsets of C structures need no test: Cython takes them from the headers.
 """
 
-import ml_dtypes
-import numpy as np
 import pytest
 
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.cpu import _dispatch, layout
-from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES
+from marlin_cy.cpu import _dispatch
+from marlin_cy.cpu._dispatch import CONSTANTS, KERNEL_CODE_TYPES, KERNEL_SCALE_RECORDS
 from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.formats import arrays
-from marlin_cy.weights import order, sizes
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights import order, scale_records, sizes, tile_layout
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import SCALE_RECORDS
 
 
-@pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "BLOCK_BYTES", "GROUP_HEADER_BYTES"])
+@pytest.mark.parametrize("name", ["TILE_N", "LANE_K", "LINE_BYTES"])
 def test_layout(name):
-    assert getattr(layout, name) == CONSTANTS[name]
+    assert getattr(tile_layout, name) == CONSTANTS[name]
 
 
 def test_groups():
     assert CONSTANTS["MAX_GROUP_K"] == order.MAX_GROUP_K
-    assert CONSTANTS["GROUP_K_STEP"] == sizes.K_STEP
+    assert CONSTANTS["GROUP_K_STEP"] == min(row.min_group for row in CODE_TYPES.values()) == sizes.SMALL_GROUPS[0]
+    assert sizes.K_STEP % CONSTANTS["GROUP_K_STEP"] == 0
 
 
 def test_chunks():
@@ -40,6 +40,7 @@ def test_quantisation():
 
 def test_symmetric_zero():
     assert CONSTANTS["SYMMETRIC_ZERO"] == CODE_TYPES["uint4"].symmetric_zero == arrays.SYMMETRIC_ZERO
+    assert CONSTANTS["SYMMETRIC_ZERO"] == reference.SUM_FACTOR
 
 
 def test_names_of_code_types():
@@ -53,12 +54,15 @@ def test_rows_of_code_types(name):
     multiplicands = row.multiplicands.tolist()
     assert KERNEL_CODE_TYPES[name] == {
         "number": KERNEL_CODE_TYPES[name]["number"],  # defined in C only
+        "bits": row.bits,
         "multiplicands": multiplicands,
-        "is_identity": multiplicands == list(range(16)),
+        "is_identity": multiplicands == list(range(2**row.bits)),
         "max_multiplicand": max(multiplicands),
         "has_zero_points": row.has_zero_points,
+        "zero_bytes": row.zero_dtype.itemsize,
         "symmetric_zero": row.symmetric_zero,
         "units_per_one": row.units_per_one,
+        "min_group": row.min_group,
     }
 
 
@@ -71,12 +75,13 @@ def test_products_fit_32_bits(name):
     assert row.units_per_one & (row.units_per_one - 1) == 0, "scales are divided exactly by powers of two only"
 
 
-def test_scale_types():
-    assert {name: row.number for name, row in SCALE_TYPES.items()} == {
-        "float16": CONSTANTS["DTYPE_F16"],
-        "bfloat16": CONSTANTS["DTYPE_BF16"],
+def test_scale_records():
+    assert {name: (row.scale.itemsize, row.has_minimum, row.has_blocks) for name, row in SCALE_RECORDS.items()} == {
+        name: (row["scale_bytes"], row["has_minimum"], row["has_blocks"]) for name, row in KERNEL_SCALE_RECORDS.items()
     }
-    assert [row.dtype for row in SCALE_TYPES.values()] == [np.float16, ml_dtypes.bfloat16]
+    assert [row["number"] for row in KERNEL_SCALE_RECORDS.values()] == list(range(CONSTANTS["SCALES_COUNT"]))
+    assert CONSTANTS["SCALE_BLOCK_K"] == scale_records.BLOCK_ROWS
+    assert CONSTANTS["CHUNK_K"] % CONSTANTS["SCALE_BLOCK_K"] == 0
 
 
 def test_activations():

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from asserts import GuardedArray, assert_same_bits
 from conftest import ISAS
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
+from problems import CPU_KINDS, DTYPES, G_IDX_MODES, TWO_LEVEL_KINDS, activations, random_problem
 
 import marlin_cy
 
 THREADS = [1, 2, 3, 7]
 RUNNABLE = [name for name, isa in ISAS.items() if isa["available"]]
-CASES = 12
+KINDS = CPU_KINDS | TWO_LEVEL_KINDS
+CASES = len(KINDS)
 
 
 def context(backend, rng, compute_dtype):
@@ -78,9 +79,11 @@ def by_view(stack, ctx, rng, x, expert, dtype):
 def test_products(cpu_backend, rng, compute_dtype, case):
     k, n, m = 32 * int(rng.integers(1, 100)), 8 * int(rng.integers(1, 16)), int(rng.integers(1, 60))
     group_size, g_idx = int(rng.choice([32, 64, 128, -1])), rng.choice(G_IDX_MODES)
-    kind = list(WEIGHT_KINDS)[case % len(WEIGHT_KINDS)]
+    kind = list(KINDS)[case % len(KINDS)]
+    if kind in TWO_LEVEL_KINDS:
+        k, group_size, g_idx = 256 * -(-k // 256), max(group_size, 32), "none"
     print(f"k {k}, n {n}, m {m}, group_size {group_size}, g_idx {g_idx}, {kind}")
-    stack = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind]).stack(cpu_backend)
+    stack = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **KINDS[kind]).stack(cpu_backend)
     dtype_in, dtype = (DTYPES[name] for name in rng.choice(list(DTYPES), 2))
     x = activations(rng, m, k, dtype_in)
     if case % 3 == 0:

@@ -118,16 +118,16 @@ def test_read(module, changes, expected):
 
 
 UNSUPPORTED = [
-    (gptq, {"bits": 3}, "bits: got 3, only 4 is supported"),
+    (gptq, {"bits": 3}, "bits: got 3, supported: 4, 8"),
     (gptq, {"checkpoint_format": "bitblas"}, "checkpoint_format 'bitblas', supported: gptq, gptq_v2, gptq_p, marlin"),
     (gptq, {"pack_dtype": "int16"}, "pack_dtype: got 'int16', only 'int32' is supported"),
     (gptq, {"rotation": "hadamard"}, "rotation: got 'hadamard', activations that are rotated are not supported"),
-    (awq, {"bits": 8}, "bits: got 8, only 4 is supported"),
+    (awq, {"bits": 8}, "bits: got 8, supported: 4$"),
     (awq, {"version": "gemv"}, "version 'gemv' of AWQ, supported: gemm, marlin"),
     (awq, {"format": "gemv_fast", "version": "gemv_fast"}, "version 'gemv_fast' of AWQ, supported: gemm, marlin"),
     (awq, {"backend": "llm-awq"}, "version 'llm-awq' of AWQ"),
     (awq, {"rotation": "random"}, "rotation: got 'random'"),
-    (auto_round, {"bits": 2}, "bits: got 2, only 4"),
+    (auto_round, {"bits": 2}, "bits: got 2, supported: 4, 8"),
     (
         auto_round,
         {"packing_format": "auto_round:fp8"},
@@ -138,7 +138,7 @@ UNSUPPORTED = [
     (auto_round, {"rotation_config": {"x": 1}}, "rotation_config: got {'x': 1}, activations that are rotated"),
     (compressed_tensors, {"format": "int-quantized"}, "format 'int-quantized', supported: pack-quantized, mxfp4-pack-"),
     (compressed_tensors, {"format": "marlin-24"}, "format 'marlin-24', supported"),
-    (compressed_tensors, groups(a=group(num_bits=8)), "num_bits: got 8, only 4 is supported"),
+    (compressed_tensors, groups(a=group(num_bits=3)), "num_bits: got 3, supported: 4, 8"),
     (
         compressed_tensors,
         groups(a=group(strategy="tensor", group_size=None)),
@@ -257,9 +257,9 @@ class TestDynamic:
         ("model.layers.0.mlp.gate", r"not quantised, by '-:.*\\.gate$' of dynamic"),
         ("model.layers.0.mlp.gate_proj", GptqScheme(128)),
         (EXPERT, GptqScheme(64, desc_act=True)),
-        (EXPERT.replace("7", "8"), "bits: got 8, only 4 is supported"),
+        (EXPERT.replace("7", "8"), GptqScheme(128, bits=8)),
         (EXPERT.replace("7", "9"), GptqScheme(128)),
-        ("experts.9.up_proj", "bits: got 2, only 4 is supported"),
+        ("experts.9.up_proj", "bits: got 2, supported: 4, 8"),
         ("lm_head", GptqScheme(128, sym=False)),
     ]
 
@@ -294,7 +294,6 @@ class TestExtraConfig:
         [
             (EXPERT, -1),
             (EXPERT.replace("7", "8"), 64),
-            (EXPERT.replace("down", "up"), "bits: got 8, only 4 is supported"),
             ("model.layers.0.mlp.gate", "not quantised, its bits are 16 in extra_config"),
             # The name of another module is not a regular expression, even if it could be read as one.
             ("model.layers.0.mlp.gate_proj", 128),
@@ -354,7 +353,7 @@ class TestTargets:
             (EXPERT.replace("7", "3"), CompressedTensorsScheme(32, False)),
             (EXPERT.replace("7.down", "9.up"), CompressedMxfp4Scheme()),
             ("anything", CompressedTensorsScheme(128)),
-            ("model.layers.0.self_attn.q_proj", "num_bits: got 8, only 4 is supported"),
+            ("model.layers.0.self_attn.q_proj", CompressedTensorsScheme(32, bits=8)),
             ("lm_head", "not quantised, by 'lm_head' of ignore"),
             ("model.layers.0.mlp.gate", "not quantised, by 're:.*mlp.gate$' of ignore"),
             ("model.layers.0.mlp.gate_proj", CompressedTensorsScheme(128)),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from marlin_cy.formats import marlin
 from marlin_cy.weights._nibbles import group_values_of_tiles, transpose, words_of_awq, words_of_marlin, words_of_tiles
-from marlin_cy.weights.int4 import pack_words
+from marlin_cy.weights.canonical import pack_words
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 SIDES = st.integers(1, 40)
@@ -84,6 +84,21 @@ def test_tiles(seed, tiles, blocks, headers, missing):
     np.testing.assert_array_equal(words_of_tiles(packed, 64 * headers, k, n, positions), pack_words(q[positions]))
 
 
+@given(SEEDS, st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), st.integers(0, 15))
+def test_tiles_of_bytes(seed, tiles, headers, blocks, missing):
+    """Codes of 8 bits: a block is rows 0 to 3 of 16 columns, then rows 4 to 7."""
+    rng = np.random.default_rng(seed)
+    packed = rng.integers(0, 256, (tiles, 64 * (headers + 2 * blocks)), np.uint8)
+    k, n = 8 * blocks, 16 * tiles - missing
+    lanes = packed[:, 64 * headers :].reshape(tiles, 2 * blocks, 16, 4)
+    q = lanes.transpose(1, 3, 0, 2).reshape(k, 16 * tiles)[:, :n]
+    words = words_of_tiles(packed, 64 * headers, k, n, bits=8)
+    np.testing.assert_array_equal(words, pack_words(q, 8))
+    positions = rng.integers(0, k, k, np.int32)
+    words = words_of_tiles(packed, 64 * headers, k, n, positions, bits=8)
+    np.testing.assert_array_equal(words, pack_words(q[positions], 8))
+
+
 @given(SEEDS, st.integers(1, 3), st.integers(1, 4), st.integers(0, 15), st.sampled_from([(0, 2), (32, 1)]))
 def test_group_values(seed, tiles, groups, missing, place):
     rng = np.random.default_rng(seed)
@@ -93,23 +108,27 @@ def test_group_values(seed, tiles, groups, missing, place):
     stored = packed[:, : 48 * groups].reshape(tiles, groups, 48)[:, :, offset : offset + 16 * size]
     expected = np.zeros((groups + 1, n * size), np.uint8)
     expected[rows] = stored.swapaxes(0, 1).reshape(groups, -1)[:, : n * size]
-    np.testing.assert_array_equal(group_values_of_tiles(packed, offset, size, rows, groups + 1, n), expected)
+    places = 48 * np.arange(groups) + offset
+    np.testing.assert_array_equal(group_values_of_tiles(packed, places, size, rows, groups + 1, n), expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 2, [0, 1], 2, 16), "tiles: got 1 of 64 bytes, expected 2 groups"),
-        ((0, 2, [0], 1, 17), "tiles: got 1 of 64 bytes"),
-        ((40, 2, [0], 1, 16), "tiles: got 1 of 64 bytes"),
-        ((0, 2, [1], 1, 16), "rows: got 1 to 1, expected 0 to 0"),
-        ((0, 2, [-1], 1, 16), "rows: got -1 to -1"),
+        (([0, 48], 2, [0, 1], 2, 16), "tiles: got 1 of 64 bytes, expected 16 columns and 80 bytes"),
+        (([0], 2, [0], 1, 17), "tiles: got 1 of 64 bytes"),
+        (([40], 2, [0], 1, 16), "tiles: got 1 of 64 bytes"),
+        (([-1], 2, [0], 1, 16), "tiles: got 1 of 64 bytes"),
+        (([0], 2, [0, 0], 1, 16), "places: got 1, expected 2, one for each of rows"),
+        (([0], 2, [1], 1, 16), "rows: got 1 to 1, expected 0 to 0"),
+        (([0], 2, [-1], 1, 16), "rows: got -1 to -1"),
     ],
 )
 def test_group_values_out_of_bounds(arguments, message):
-    offset, size, rows, groups, n = arguments
+    places, size, rows, groups, n = arguments
+    places, rows = np.array(places, np.int64), np.array(rows, np.int32)
     with pytest.raises(ValueError, match=message):
-        group_values_of_tiles(np.zeros((1, 64), np.uint8), offset, size, np.array(rows, np.int32), groups, n)
+        group_values_of_tiles(np.zeros((1, 64), np.uint8), places, size, rows, groups, n)
 
 
 @pytest.mark.parametrize("function", [transpose, words_of_awq, words_of_marlin])

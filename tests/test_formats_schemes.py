@@ -14,7 +14,7 @@ from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import awq, compressed_tensors, gptq, marlin, mxfp4
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.stacks.builder import check_weight
-from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.canonical import unpack_words
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
@@ -185,7 +185,7 @@ def test_every_tensor_is_checked(name):
         tensor = f"^{named(suffix)} of expert 3: got"
         refused(case, arrays | {suffix: array[:-1]}, ValueError, rf"{tensor} shape \({len(array) - 1},.* expected")
         refused(case, arrays | {suffix: array[None]}, ValueError, rf"{tensor} shape \(1, .* expected")
-        refused(case, arrays | {suffix: array.astype(np.float32)}, TypeError, f"{tensor} dtype float32, expected")
+        refused(case, arrays | {suffix: array.astype(np.float64)}, TypeError, f"{tensor} dtype float64, expected")
         refused(case, arrays | {suffix: [[1], [2, 3]]}, TypeError, f"{tensor} list")
         if array.dtype.itemsize > 1 and array.dtype != BF16:
             other = array.astype(array.dtype.newbyteorder())

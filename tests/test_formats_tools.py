@@ -22,8 +22,8 @@ from marlin_cy.formats.gptq import GptqScheme
 from marlin_cy.formats.marlin import MarlinScheme
 from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.registry import read_scheme
+from marlin_cy.weights.canonical import unpack_words
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import unpack_words
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = "model.layers.0.mlp.experts.1"
@@ -57,19 +57,15 @@ OTHERS = {
     ("ct-mixed", "down_proj"): CompressedTensorsScheme(32),
     ("gptq-dynamic", "down_proj"): GptqScheme(-1, desc_act=False, sym=True),
 }
-# Modules that the tool did not quantise, or quantised in another way, and the message about each.
+# Modules that the tool did not quantise, and the message about each.
 REFUSED = [
-    ("auto-round-sym", f"{EXPERT}.up_proj", "bits: got 8, only 4"),
     ("auto-round-sym", "model.layers.0.mlp.gate", "not quantised, its bits are 16 in extra_config"),
     ("auto-round-sym", "model.layers.7.self_attn.q_proj", "not quantised, its bits are 16 in extra_config"),
     ("auto-round-awq", "model.layers.0.self_attn.o_proj", "not quantised, its bits are 16"),
-    ("auto-round-to-gptq", f"{EXPERT}.up_proj", "bits: got 8, only 4"),
     ("auto-round-to-gptq", "model.layers.0.mlp.gate", r"not quantised, by '-:\.\*model.* of dynamic"),
     ("awq-autoawq", "model.layers.0.block_sparse_moe.gate", "not quantised, by 'gate' of modules_to_not_convert"),
-    ("ct-mixed", "model.layers.0.self_attn.q_proj", "num_bits: got 8, only 4"),
     ("ct-mixed", "model.layers.0.mlp.gate", "not quantised, by 'model.layers.0.mlp.gate' of ignore"),
     ("ct-mixed", "model.layers.0.mlp.shared_expert.up_proj", "no target of config_groups names it"),
-    ("gptq-dynamic", f"{EXPERT}.up_proj", "bits: got 8, only 4"),
     ("gptq-dynamic", "model.layers.0.self_attn.q_proj", r"not quantised, by '-:\.\*.* of dynamic"),
     ("mxfp4-gpt-oss", "model.layers.3.mlp.router", "not quantised, by 'model.layers.*.mlp.router'"),
     ("mxfp4-gpt-oss", "lm_head", "not quantised, by 'lm_head'"),
@@ -132,7 +128,21 @@ def test_the_orders_are_orders(name):
     assert (np.diff(stored.tensor(f"{EXPERT}.gate_proj{scheme.order}")) < 0).any()
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("auto-round-sym", f"{EXPERT}.up_proj"),
+        ("auto-round-to-gptq", f"{EXPERT}.up_proj"),
+        ("ct-mixed", "model.layers.0.self_attn.q_proj"),
+        ("gptq-dynamic", f"{EXPERT}.up_proj"),
+    ],
+)
+def test_modules_of_8_bits(name, module):
+    scheme = scheme_of(name).for_module(module)
+    assert (scheme.bits, scheme.codes) == (8, "uint8")
+
+
 @pytest.mark.parametrize(("name", "module", "message"), REFUSED)
-def test_modules_that_are_not_4_bit(name, module, message):
+def test_modules_that_are_not_quantised(name, module, message):
     with pytest.raises(UnsupportedError, match=f"^{module}: .*{message}"):
         scheme_of(name).for_module(module)

@@ -6,7 +6,7 @@ from checkpoint_files import random_weight
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
-from marlin_cy.weights.int4 import unpack_words
+from marlin_cy.weights.canonical import unpack_words
 from marlin_cy.weights.sizes import g_idx_per_expert
 
 K, N, GROUP = 64, 16, 32
@@ -123,7 +123,7 @@ G_IDX = np.arange(K, dtype=np.int32) // GROUP
 @pytest.mark.parametrize(
     ("changes", "exception", "message"),
     [
-        ({"bits": 3}, UnsupportedError, "bits: got 3, only 4"),
+        ({"bits": 3}, UnsupportedError, "bits: got 3, supported: 4, 8"),
         ({"bits": "4"}, TypeError, "bits: got '4', expected an int"),
         ({"group_size": 0}, ValueError, "group_size: got 0, expected a positive number"),
         ({"group_size": -2}, ValueError, "group_size: got -2"),
@@ -148,7 +148,7 @@ G_IDX = np.arange(K, dtype=np.int32) // GROUP
         ({"qweight": VALID["qweight"].T}, ValueError, r"qweight: got shape \(16, 8\)"),
         ({"qweight": None}, TypeError, "qweight: got dtype object"),
         ({"qweight": [[1], [2, 3]]}, TypeError, "qweight: got list"),
-        ({"scales": VALID["scales"].astype(np.float32)}, TypeError, "scales: got dtype float32, expected float16"),
+        ({"scales": VALID["scales"].astype(np.float64)}, TypeError, "scales: got dtype float64, expected float16"),
         ({"scales": VALID["scales"].astype(">f2")}, TypeError, "scales: got big-endian"),
         ({"scales": VALID["scales"][:1]}, ValueError, r"scales: got shape \(1, 16\)"),
         ({"scales": with_value(VALID["scales"], (1, 5), np.nan)}, ValueError, r"scales: got nan at \[1, 5\]"),
@@ -160,7 +160,8 @@ G_IDX = np.arange(K, dtype=np.int32) // GROUP
         ({"g_idx": G_IDX[:-1]}, ValueError, r"g_idx: got shape \(63,\), expected int32 \(64,\)"),
         ({"g_idx": with_value(G_IDX, 17, 2)}, IndexError, "g_idx: got 2 at row 17, expected 0 to 1"),
         ({"g_idx": with_value(G_IDX, 3, -1)}, IndexError, "g_idx: got -1 at row 3, expected 0 to 1"),
-        ({"bits": 8, "label": " of expert 3"}, UnsupportedError, "bits of expert 3: got 8"),
+        ({"bits": 2, "label": " of expert 3"}, UnsupportedError, "bits of expert 3: got 2"),
+        ({"bits": 8}, ValueError, r"qweight: got shape \(8, 16\), expected int32 \(16, 16\)"),
         ({"qzeros": VALID["qzeros"][0], "label": " of expert 3"}, ValueError, r"qzeros of expert 3: got shape \(2,\)"),
     ],
 )

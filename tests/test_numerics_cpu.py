@@ -11,9 +11,10 @@ from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, as_given, r
 import marlin_cy
 from marlin_cy import reference
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.cpu._dispatch import activate
+from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES, activate
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.scale_records import scale_record
 
 CODES_16 = np.arange(1 << 16, dtype=np.uint16)
 
@@ -25,10 +26,12 @@ def product(stack, ctx, x, expert=0, dtype=np.float32):
     return out.array
 
 
-def one_expert(backend, q, scale, zero, group_size, scale_dtype=np.float16, codes="uint4"):
+def one_expert(backend, q, scale, zero, group_size, scales="float16", codes="uint4"):
     zero = None if zero is None else zero.astype(np.uint8)
-    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size, codes=codes, scale_dtype=scale_dtype)
-    builder.add(0, 0, Int4Weight(pack_words(q), scale.astype(scale_dtype), zero, group_size, codes=codes))
+    builder = backend.new_stack_builder(1, *q.shape, group_size=group_size, codes=codes, scales=scales)
+    builder.add(
+        0, 0, CanonicalWeight(pack_words(q), scale.astype(scale_record(scales).scale), zero, group_size, codes=codes)
+    )
     return builder.finish()
 
 
@@ -57,7 +60,7 @@ def test_equals_the_reference(cpu_backend, rng, isa, compute_dtype, group_size, 
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
-@pytest.mark.parametrize("codes", CODE_TYPES)
+@pytest.mark.parametrize("codes", KERNEL_CODE_TYPES)
 def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
     """Register tiles and row blocks, and one row more and less."""
     problem = random_problem(rng, 1, 160, 56, 64, codes=codes)
@@ -67,7 +70,7 @@ def test_every_number_of_rows(cpu_backend, rng, isa, compute_dtype, m, codes):
 
 
 @pytest.mark.parametrize("n", range(8, 80, 8))
-@pytest.mark.parametrize("codes", CODE_TYPES)
+@pytest.mark.parametrize("codes", KERNEL_CODE_TYPES)
 def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
     problem = random_problem(rng, 2, 96, n, 32, codes=codes)
     x = activations(rng, 3, 96)
@@ -77,7 +80,7 @@ def test_every_tail_of_n(cpu_backend, rng, isa, compute_dtype, n, codes):
 
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
-@pytest.mark.parametrize("codes", CODE_TYPES)
+@pytest.mark.parametrize("codes", KERNEL_CODE_TYPES)
 def test_every_tail_of_k(cpu_backend, rng, isa, compute_dtype, k, group_size, codes):
     """Around the chunks of 1024 in which K is summed."""
     problem = random_problem(rng, 1, k, 8, group_size, codes=codes)
@@ -120,19 +123,19 @@ def test_every_code(cpu_backend, isa, compute_dtype):
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_scales_of_any_finite_size(cpu_backend, rng, isa, compute_dtype, kind):
     """Includes subnormal scales, which halving must not round, and bfloat16 scales whose products exceed float32."""
-    codes, scale_dtype = WEIGHT_KINDS[kind].values()
-    scales = CODES_16.view(scale_dtype)
+    codes, record = WEIGHT_KINDS[kind].values()
+    scales = CODES_16.view(scale_record(record).scale)
     with np.errstate(invalid="ignore"):
         scales = scales[np.isfinite(scales)]
     k, n = 64, 512
     scale, zero = rng.choice(scales, (2, n)), rng.integers(0, 17, (2, n)).astype(np.uint8)
-    scale[0, :64] = CODES_16[1:65].view(scale_dtype)
+    scale[0, :64] = CODES_16[1:65].view(scales.dtype)
     zero = None if codes == "e2m1" else zero
     q, x = rng.integers(0, 16, (k, n)).astype(np.uint8), activations(rng, 5, k)
     ctx = cpu_backend.new_context(compute_dtype=compute_dtype, isa=isa)
     with np.errstate(over="ignore"):
         expected = reference.gemm(x, q, scale, zero, 32, compute_dtype=compute_dtype, codes=codes)
-    stack = one_expert(cpu_backend, q, scale, zero, 32, scale_dtype, codes)
+    stack = one_expert(cpu_backend, q, scale, zero, 32, record, codes)
     assert_same_bits(product(stack, ctx, x), expected)
 
 

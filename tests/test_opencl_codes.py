@@ -15,7 +15,7 @@ from opencl_devices import DEVICES, each_device, runtime_of  # noqa: E402
 from marlin_cy.opencl.arguments import arguments_of  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES  # noqa: E402
 from marlin_cy.opencl.gemm import multiply, prepare  # noqa: E402
-from marlin_cy.opencl.gemm.codes import code_macros  # noqa: E402
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros  # noqa: E402
 from marlin_cy.opencl.layer import align, forward, routing  # noqa: E402
 from marlin_cy.opencl.program import KERNELS, source  # noqa: E402
 from marlin_cy.opencl.tiers import configuration  # noqa: E402
@@ -55,7 +55,7 @@ __kernel void decode(__global const uint *words, __global uint *integers, __glob
 
 
 @each_device
-@pytest.mark.parametrize("name", CODE_TYPES)
+@pytest.mark.parametrize("name", SUPPORTED_CODES)
 def test_every_code_at_every_nibble(device, rng, name):
     row, runtime = CODE_TYPES[name], runtime_of(device)
     assert row.bits == 4
@@ -84,7 +84,7 @@ def test_every_code_at_every_nibble(device, rng, name):
         np.testing.assert_array_equal(bytes_.view(np.uint8).reshape(count, 2, 4)[:, 1], expected[:, 1::2])
 
 
-@pytest.mark.parametrize("name", CODE_TYPES)
+@pytest.mark.parametrize("name", SUPPORTED_CODES)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_macros_are_the_row_s(name, symmetric):
     row, macros = CODE_TYPES[name], code_macros(name, symmetric)
@@ -110,7 +110,7 @@ def numbered(file, prefix):
 
 def test_branches_of_code_types():
     branches = re.findall(r"^#(?:el)?if defined\(CODES_(\w+)\)$", (KERNELS / "codes.cl").read_text(), re.MULTILINE)
-    assert branches == [name.upper() for name in CODE_TYPES]
+    assert branches == [name.upper() for name in SUPPORTED_CODES]
 
 
 def test_numbers_of_activations():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from asserts import GuardedBuffer, assert_close, product_bound
 from conftest import OPENCL_PLACES
-from problems import DTYPES, activations, random_problem
+from problems import activations, random_problem
 
 import marlin_cy
 from marlin_cy import reference
@@ -33,7 +33,7 @@ CONFIGURATIONS = {
 KINDS = {
     "zero points": {"group_size": 32},
     "symmetric": {"group_size": 128, "checkpoint_format": "gptq_v2", "sym": True},
-    "e2m1": {"group_size": 32, "codes": "e2m1", "scale_dtype": DTYPES["bfloat16"]},
+    "e2m1": {"group_size": 32, "codes": "e2m1", "scales": "bfloat16"},
 }
 
 

@@ -14,7 +14,6 @@ from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
 import marlin_cy
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.errors import BackendUnavailable, ContextInUse
-from marlin_cy.weights.code_types import CODE_TYPES
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 if not OPENCL_PLACES:
@@ -26,6 +25,7 @@ from pyopencl.array import Array, to_device  # noqa: E402
 from marlin_cy.opencl import selfcheck, tiers  # noqa: E402
 from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
 from marlin_cy.opencl.gemm import multiply as gemm  # noqa: E402
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES  # noqa: E402
 from marlin_cy.opencl.gemm.work import TileList  # noqa: E402
 from marlin_cy.opencl.layer import forward as moe  # noqa: E402
 from marlin_cy.opencl.tiers import wave_tiled as wave_tiled  # noqa: E402
@@ -370,10 +370,10 @@ class TestParts:
             OpenClBackend(max_alloc_bytes=value)
 
 
-@pytest.mark.parametrize("codes", CODE_TYPES)
+@pytest.mark.parametrize("codes", SUPPORTED_CODES)
 def test_scales_far_apart(backend, rng, codes):
     """Each is off by at most 2**-39 of the largest, whatever the rest."""
-    problem = random_problem(rng, 1, 1024, 24, 32, codes=codes, scale_dtype=DTYPES["bfloat16"])
+    problem = random_problem(rng, 1, 1024, 24, 32, codes=codes, scales="bfloat16")
     problem.scale[:] = problem.scale.astype(np.float64) * 2.0 ** -rng.integers(0, 70, problem.scale.shape)
     x, w = activations(rng, 5, 1024), problem.dense(0)
     result = product(problem.stack(backend), backend.new_context(), backend.from_host(x), expert=0)

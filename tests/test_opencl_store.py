@@ -13,11 +13,11 @@ from opencl_devices import each_device, runtime_of  # noqa: E402
 from marlin_cy.errors import DeviceError, DeviceMemoryError, UnsupportedError  # noqa: E402
 from marlin_cy.opencl import memory  # noqa: E402
 from marlin_cy.opencl import store as store_module  # noqa: E402
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES  # noqa: E402
 from marlin_cy.opencl.layout import ExpertLayout, expert_layout, pack_expert, unpack_expert  # noqa: E402
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder  # noqa: E402
 from marlin_cy.reference import dequantize  # noqa: E402
-from marlin_cy.weights.code_types import CODE_TYPES  # noqa: E402
-from marlin_cy.weights.int4 import Int4Weight  # noqa: E402
+from marlin_cy.weights.canonical import CanonicalWeight  # noqa: E402
 from marlin_cy.weights.order import group_order  # noqa: E402
 from marlin_cy.weights.sizes import StackSizes  # noqa: E402
 
@@ -91,7 +91,7 @@ class TestLayout:
         expected[layout.zero_offset + 4 + 5 // 2] = 7 << 24
         np.testing.assert_array_equal(expert, expected)
 
-    @pytest.mark.parametrize("codes", CODE_TYPES)
+    @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128, -1])
     def test_unpacks_to_what_was_packed(self, rng, group_size, g_idx, codes):
@@ -129,7 +129,7 @@ class TestPacking:
         assert store.nbytes == 3 * 4 * store.layout.expert_words == sum(part.size for part in store.parts)
         assert_packed(runtime, store, problem)
 
-    @pytest.mark.parametrize("codes", CODE_TYPES)
+    @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
     def test_columns_in_parts(self, device, rng, g_idx, codes):
         """Half strips, in any order, from several threads."""
@@ -139,7 +139,7 @@ class TestPacking:
         add_in_parts(builder, problem, rng)
         assert_packed(runtime, builder.finish(), problem)
 
-    @pytest.mark.parametrize("codes", CODE_TYPES)
+    @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", ["none", "unequal"])
     def test_staging_of_fewer_columns(self, device, rng, monkeypatch, g_idx, codes):
         monkeypatch.setattr(store_module, "STAGING_BYTES", 1)
@@ -157,7 +157,9 @@ class TestPacking:
         problem = random_problem(rng, 1, 64, 24, 32)
         weight = problem.canonical(0)
         builder = builder_for(runtime, problem)
-        builder.add(0, 0, Int4Weight(*(np.asfortranarray(a) for a in (weight.words, weight.scale, weight.zero)), 32))
+        builder.add(
+            0, 0, CanonicalWeight(*(np.asfortranarray(a) for a in (weight.words, weight.scale, weight.zero)), 32)
+        )
         assert_packed(runtime, builder.finish(), problem)
 
     def test_no_columns(self, device, rng):
@@ -247,7 +249,7 @@ class TestScales:
         [(2.0**-133, 2**-147), (2.0**-106, 2**-120), (-1, 2**-14), (1.75 * 2.0**117, 2**103), (-(2.0**60), 2**46)],
     )
     def test_factor_of_bfloat16(self, device, rng, largest, factor):
-        problem = random_problem(rng, 3, 64, 24, 32, scale_dtype=BFLOAT16)
+        problem = random_problem(rng, 3, 64, 24, 32, scales="bfloat16")
         problem.scale[:] = problem.scale.astype(np.float64) * abs(largest) / 4
         problem.scale[2, 1, 7] = largest
         runtime = runtime_of(device, max_alloc_bytes=2 * 4 * expert_layout(64, 24, 32).expert_words)
@@ -258,7 +260,7 @@ class TestScales:
     @pytest.mark.parametrize("largest", [2.0**-100, 1.0, 2.0**100])
     def test_bfloat16_in_float16(self, device, rng, largest):
         """Scales of at least 2**-31 of the largest keep their bits; smaller scales are approximated."""
-        problem = random_problem(rng, 1, 2048, 8, 32, scale_dtype=BFLOAT16)
+        problem = random_problem(rng, 1, 2048, 8, 32, scales="bfloat16")
         scale = largest * rng.uniform(0.5, 1, problem.scale.shape) * 2.0 ** -rng.integers(0, 60, problem.scale.shape)
         problem.scale[:] = scale
         problem.scale[0, 0, 0] = -largest
@@ -276,7 +278,7 @@ class TestScales:
     def test_bfloat16_beyond_what_kernels_multiply(self, device, rng, scale):
         """Refused before anything is packed: the columns may be added again."""
         runtime = runtime_of(device)
-        problem = random_problem(rng, 1, 32, 16, 32, scale_dtype=BFLOAT16)
+        problem = random_problem(rng, 1, 32, 16, 32, scales="bfloat16")
         before, problem.scale[0, 0, 3] = problem.scale[0, 0, 3], scale
         builder = builder_for(runtime, problem)
         with pytest.raises(

@@ -205,7 +205,7 @@ DAMAGES = {
     "other experts": (in_stack(num_experts=4), r"got U8 \(3, \d+\), expected U8 \(4, bytes\)"),
     "experts as text": (in_stack(num_experts="3"), "num_experts: got '3', expected int"),
     "unknown codes": (in_stack(codes="uint3"), "codes: got 'uint3', expected one of uint4, e2m1"),
-    "unknown scales": (in_stack(scale_dtype="float32"), "scale_dtype: got 'float32', expected one of float16"),
+    "unknown scales": (in_stack(scale_dtype="float8"), "scale_dtype: got 'float8', expected one of float16"),
     "other group size": (in_stack(group_size=64), rf"{STACK}\.packed': data: got shape .*, expected contiguous"),
     "group size off": (in_stack(group_size=48), rf"{STACK}\.packed': group_size: got 48, supported are 32"),
     "tensor cut": (lambda folder: truncate(folder / FILE, -1), "not fully covered"),

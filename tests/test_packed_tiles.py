@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, random_problem
+from problems import CPU_KINDS, G_IDX_MODES, PARTS, TWO_LEVEL_KINDS, activations, random_problem
 
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.stacks.builder import check_weight
@@ -27,7 +27,7 @@ def tiles_of(problem, backend, bias=None):
         store.weight_group_size,
         [None if groups is None else groups.astype(np.int32) for groups in problem.g_idx],
         store.codes,
-        store.scale_dtype,
+        store.scales,
         bias,
     ), store
 
@@ -35,10 +35,10 @@ def tiles_of(problem, backend, bias=None):
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(352, 72), (32, 8), (544, 40)])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_canonical_weights(cpu_backend, rng, k, n, group_size, g_idx, kind):
     """They equal the packed weights."""
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **CPU_KINDS[kind])
     tiles, _ = tiles_of(problem, cpu_backend)
     for expert in range(3):
         groups = slice(None) if g_idx != "unequal" else np.unique(problem.g_idx[expert])
@@ -48,12 +48,30 @@ def test_canonical_weights(cpu_backend, rng, k, n, group_size, g_idx, kind):
             assert getattr(actual, name) == getattr(expected, name)
         own_g_idx = normalised_g_idx(expected.g_idx, k, expected.group_size)
         assert_same_or_none(actual.words, expected.words)
-        assert_same_or_none(actual.scale[groups], expected.scale[groups])
-        assert_same_or_none(
-            actual.zero if actual.zero is None else actual.zero[groups],
-            expected.zero if expected.zero is None else expected.zero[groups],
-        )
+        for name in PARTS:
+            assert_same_or_none(
+                *(None if part is None else part[groups] for part in parts_named(name, actual, expected))
+            )
         assert_same_or_none(actual.g_idx, own_g_idx)
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL_KINDS)
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_two_levels(cpu_backend, rng, kind, group_size):
+    if group_size == 16 and not kind.startswith("uint8"):
+        group_size = 64
+    problem = random_problem(rng, 2, 512, 40, group_size, **TWO_LEVEL_KINDS[kind])
+    tiles, _ = tiles_of(problem, cpu_backend)
+    assert tiles.symmetric == (not kind.endswith("_min"))
+    for expert in range(2):
+        actual, expected = tiles.canonical(expert), problem.canonical(expert)
+        check_weight(actual)
+        for name in ("words", *PARTS):
+            assert_same_or_none(*parts_named(name, actual, expected))
+
+
+def parts_named(name, *weights):
+    return [getattr(weight, name) for weight in weights]
 
 
 def assert_same_or_none(actual, expected):
@@ -96,7 +114,7 @@ def test_symmetric(cpu_backend, rng, g_idx):
     last = problem.g_idx[1].max() if problem.g_idx[1] is not None else 4
     problem.zero[1, last, 39] = 7
     assert not tiles_of(problem, cpu_backend)[0].symmetric
-    floats = random_problem(rng, 2, 64, 16, 32, codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+    floats = random_problem(rng, 2, 64, 16, 32, codes="e2m1", scales="bfloat16")
     assert tiles_of(floats, cpu_backend)[0].symmetric
 
 
@@ -113,7 +131,7 @@ REFUSED = [
     ({"g_idx": [None]}, ValueError, "g_idx: got 1 entries"),
     ({"g_idx": [np.full(64, 2, np.int32), None]}, IndexError, "g_idx of expert 0: got 2 at row 0"),
     ({"codes": "uint3"}, ValueError, "codes: got 'uint3'"),
-    ({"scale_dtype": np.float32}, ValueError, "scale_dtype: got float32"),
+    ({"scales": "float8"}, ValueError, "scales: got 'float8'"),
 ]
 
 

@@ -3,14 +3,23 @@
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import DTYPES, G_IDX_MODES, WEIGHT_KINDS, activations, add_in_parts, random_g_idx, random_problem
+from problems import (
+    CPU_KINDS,
+    G_IDX_MODES,
+    TWO_LEVEL_KINDS,
+    activations,
+    add_in_parts,
+    random_g_idx,
+    random_problem,
+)
 
 from marlin_cy.cpu import CpuGptqStore, CpuMarlinExpertStack
-from marlin_cy.cpu.layout import TileLayout, pack_tiles, unpack_tiles
+from marlin_cy.cpu.layout import pack_tiles, unpack_tiles
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.order import group_order
 from marlin_cy.weights.sizes import StackSizes
+from marlin_cy.weights.tile_layout import TileLayout
 
 CACHE_LINE = 64
 
@@ -23,34 +32,63 @@ def packed(store, expert):
 def unpacked(store, expert):
     """``(w, q)`` of an expert, by plain NumPy."""
     order = store.group_orders[store.order_of[expert]]
-    return unpack_tiles(packed(store, expert), order, store.layout, store.k, store.codes, store.scale_dtype)
+    return unpack_tiles(packed(store, expert), order, store.layout, store.k)
 
 
 @pytest.mark.sampled(40)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (288, 24), (352, 40), (544, 32)])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_equals_plain_numpy(cpu_backend, rng, k, n, group_size, g_idx, kind):
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **CPU_KINDS[kind])
     store = problem.stack(cpu_backend).store
     for expert in range(3):
         order = store.group_orders[store.order_of[expert]]
-        expected = pack_tiles(*problem.parts(expert), order, store.layout, problem.codes)
+        expected = pack_tiles(problem.canonical(expert), order, store.layout)
         np.testing.assert_array_equal(packed(store, expert), expected)
 
 
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_unpacks_to_what_was_packed(cpu_backend, rng, group_size, g_idx, kind):
-    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **WEIGHT_KINDS[kind])
+    problem = random_problem(rng, 3, 352, 40, group_size, g_idx=g_idx, **CPU_KINDS[kind])
     store = problem.stack(cpu_backend).store
-    assert {"codes": store.codes, "scale_dtype": store.scale_dtype} == WEIGHT_KINDS[kind]
+    assert {"codes": store.codes, "scales": store.scales} == CPU_KINDS[kind]
     for expert in range(3):
         w, q = unpacked(store, expert)
         np.testing.assert_array_equal(q, problem.q[expert])
         np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("kind", TWO_LEVEL_KINDS)
+def test_two_levels(cpu_backend, rng, kind, group_size):
+    problem = random_problem(rng, 2, 512, 40, group_size, **TWO_LEVEL_KINDS[kind])
+    check_two_levels(cpu_backend, problem)
+
+
+@pytest.mark.parametrize("scales", ["two_level", "two_level_min", "float16"])
+def test_groups_of_16(cpu_backend, rng, scales):
+    check_two_levels(cpu_backend, random_problem(rng, 2, 512, 24, 16, codes="uint8", scales=scales))
+
+
+def check_two_levels(cpu_backend, problem):
+    store = problem.stack(cpu_backend).store
+    for expert in range(problem.num_experts):
+        order = store.group_orders[store.order_of[expert]]
+        np.testing.assert_array_equal(packed(store, expert), pack_tiles(problem.canonical(expert), order, store.layout))
+        w, q = unpacked(store, expert)
+        np.testing.assert_array_equal(q, problem.q[expert])
+        np.testing.assert_array_equal(w, problem.dense(expert))
+
+
+def test_bits_of_a_weight(cpu_backend, rng):
+    """Q4_K and Q6_K."""
+    for codes, scales, group, bits in (("uint4", "two_level_min", 32, 4.625), ("uint8", "two_level", 16, 8.5625)):
+        stack = random_problem(rng, 1, 1024, 64, group, codes=codes, scales=scales).stack(cpu_backend)
+        assert stack.metadata.packed_bytes * 8 / (1024 * 64) == pytest.approx(bits, abs=1e-3)
 
 
 class TestFromPacked:
@@ -58,19 +96,19 @@ class TestFromPacked:
 
     @pytest.fixture
     def problem(self, rng):
-        return random_problem(rng, 3, 160, 40, 32, g_idx="per_expert", codes="e2m1", scale_dtype=DTYPES["bfloat16"])
+        return random_problem(rng, 3, 160, 40, 32, g_idx="per_expert", codes="e2m1", scales="bfloat16")
 
     @pytest.fixture
     def arguments(self, cpu_backend, problem):
         store = problem.stack(cpu_backend).store
-        return [3, 160, 40, 32, problem.g_idx, "e2m1", DTYPES["bfloat16"], store.data]
+        return [3, 160, 40, 32, problem.g_idx, "e2m1", "bfloat16", store.data]
 
     def test_a_memory_map_is_not_copied(self, cpu_backend, rng, problem, arguments, tmp_path):
         arguments[-1].tofile(tmp_path / "packed")
         data = np.memmap(tmp_path / "packed", np.uint8, "r")
         store = CpuGptqStore.from_packed(*arguments[:-1], data)
         assert store.data is data
-        assert (store.codes, store.scale_dtype, store.nbytes) == ("e2m1", DTYPES["bfloat16"], data.nbytes)
+        assert (store.codes, store.scales, store.nbytes) == ("e2m1", "bfloat16", data.nbytes)
         stack, x = CpuMarlinExpertStack(store, 3, 40, 160), activations(rng, 5, 160)
         del data, store
         out = np.empty((15, 40), np.float32)
@@ -112,8 +150,8 @@ class TestFromPacked:
             (3, 48, UnsupportedError, "group_size: got 48"),
             (4, [np.full(160, 5, np.int32)] * 3, IndexError, "g_idx of expert 0: got 5 at row 0"),
             (4, [None] * 2, ValueError, "g_idx: got 2 entries"),
-            (5, "int4", ValueError, "codes: got 'int4', expected one of uint4, e2m1"),
-            (6, np.float32, ValueError, "scale_dtype: got float32, expected float16 or bfloat16"),
+            (5, "int4", ValueError, "codes: got 'int4', expected one of uint4, e2m1, iq4_nl, uint8"),
+            (6, "float8", ValueError, "scales: got 'float8', expected one of float16, bfloat16, float32"),
         ],
     )
     def test_refuses_sizes(self, arguments, position, value, exception, message):
@@ -255,7 +293,12 @@ class TestMisuse:
             ({"words": [[0] * 16] * 8}, TypeError, "weight.words: got list, expected uint32"),
             ({"scale": np.zeros((1, 16), np.float16)}, ValueError, r"weight.scale: got shape \(1, 16\)"),
             ({"scale": np.zeros((2, 8), np.float16)}, ValueError, r"weight.scale: got shape \(2, 8\)"),
-            ({"scale": np.zeros((2, 16), np.float32)}, TypeError, "weight.scale: got float32, expected float16"),
+            ({"scale": np.zeros((2, 16), np.float64)}, TypeError, "weight.scale: got float64, expected float16"),
+            (
+                {"scale": np.zeros((2, 16), np.float32)},
+                ValueError,
+                "weight: got codes 'uint4' with float32 scales, expected 'uint4' with float16",
+            ),
             ({"scale": np.zeros((2, 16), ">f2")}, TypeError, "weight.scale: got >f2, expected float16"),
             ({"zero": np.zeros((3, 16), np.uint8)}, ValueError, r"weight.zero: got shape \(3, 16\)"),
             ({"zero": np.full((2, 16), 17, np.uint8)}, ValueError, "weight.zero: got 17, expected 0 to 16"),
@@ -274,7 +317,7 @@ class TestMisuse:
     )
     def test_weight(self, builder, problem, changes, exception, message):
         right = problem.canonical(0, slice(16, 32))
-        wrong = Int4Weight(**{**vars(right), **changes})
+        wrong = CanonicalWeight(**{**vars(right), **changes})
         with pytest.raises(exception, match=message):
             builder.add(0, 16, wrong)
 
@@ -282,7 +325,7 @@ class TestMisuse:
         wide = random_problem(rng, 1, 96, 16, 32).canonical(0)
         with pytest.raises(ValueError, match="weight: got k 96 and group_size 32, expected 64 and 32"):
             builder.add(0, 16, wide)
-        with pytest.raises(TypeError, match="weight: got NoneType, expected Int4Weight"):
+        with pytest.raises(TypeError, match="weight: got NoneType, expected CanonicalWeight"):
             builder.add(0, 16, None)
 
     def test_finished_too_early(self, builder):
@@ -293,10 +336,10 @@ class TestMisuse:
         first, second = random_g_idx(rng, 1, 64, 32, "common") + random_g_idx(rng, 1, 64, 32, "common")
         weight = random_problem(rng, 1, 64, 16, 32).canonical(0)
         builder = cpu_backend.new_stack_builder(1, 64, 32, group_size=32, g_idx=[first])
-        builder.add(0, 0, Int4Weight(**{**vars(weight), "g_idx": first}))
+        builder.add(0, 0, CanonicalWeight(**{**vars(weight), "g_idx": first}))
         for g_idx in (second, None):
             with pytest.raises(UnsupportedError, match="the same order of K, or be loaded as two stacks"):
-                builder.add(0, 16, Int4Weight(**{**vars(weight), "g_idx": g_idx}))
+                builder.add(0, 16, CanonicalWeight(**{**vars(weight), "g_idx": g_idx}))
 
 
 @pytest.mark.parametrize(

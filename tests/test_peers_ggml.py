@@ -10,7 +10,7 @@ import pytest
 
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
@@ -24,7 +24,7 @@ needs_ggml = pytest.mark.skipif(PEER.available() is not None, reason=str(PEER.av
 def symmetric(rng, k, n, group_size=128, scale_dtype=np.float16):
     scale = rng.uniform(0.01, 0.03, (k // group_size, n)).astype(scale_dtype)
     codes = rng.integers(0, 16, (k, n))
-    return Int4Weight(pack_words(codes), scale, np.full(scale.shape, 8, np.uint8), group_size)
+    return CanonicalWeight(pack_words(codes), scale, np.full(scale.shape, 8, np.uint8), group_size)
 
 
 @pytest.mark.parametrize("scale_dtype", [np.float16, ml_dtypes.bfloat16])

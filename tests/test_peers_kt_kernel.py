@@ -9,7 +9,7 @@ import pytest
 
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
@@ -35,7 +35,7 @@ def peer(request):
 def symmetric(rng, k, n, group_size=128):
     scale = rng.uniform(0.01, 0.03, (k // group_size, n)).astype(np.float16)
     codes = rng.integers(0, 16, (k, n))
-    return Int4Weight(pack_words(codes), scale, np.full(scale.shape, 8, np.uint8), group_size)
+    return CanonicalWeight(pack_words(codes), scale, np.full(scale.shape, 8, np.uint8), group_size)
 
 
 def layer(rng, num_experts=3, group_size=128):
@@ -69,7 +69,7 @@ def test_what_amxint4_rounds_has_16_levels_a_column_at_most(rng):
     kept, dense = peer.kept(weight), reference.dequantize_weight(weight)
     assert max(len(np.unique(column)) for column in kept.T) <= 15
     assert 0.05 < relative_error(kept, dense) <= peer.rounding(weight) < 0.25
-    zero = Int4Weight(weight.words, weight.scale * np.float16(0), weight.zero, 128)
+    zero = CanonicalWeight(weight.words, weight.scale * np.float16(0), weight.zero, 128)
     assert not peer.kept(zero).any()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
@@ -36,7 +36,7 @@ def w4a8():
 def random_weight(rng, k, n, group_size=128, scale_dtype=np.float16):
     scale = rng.uniform(0.01, 0.03, (k // group_size, n)).astype(scale_dtype)
     zero = rng.integers(0, 16, scale.shape).astype(np.uint8)
-    return Int4Weight(pack_words(rng.integers(0, 16, (k, n))), scale, zero, group_size)
+    return CanonicalWeight(pack_words(rng.integers(0, 16, (k, n))), scale, zero, group_size)
 
 
 def test_words_have_the_first_code_lowest_and_awqs_another_order():

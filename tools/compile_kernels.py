@@ -23,9 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from marlin_cy.opencl.gemm.codes import code_macros
+from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros
 from marlin_cy.opencl.program import kernel_files, source
-from marlin_cy.weights.code_types import CODE_TYPES
 
 FLAGS = [
     "-x",
@@ -231,7 +230,7 @@ def variants_of(file: str) -> list[dict[str, int]]:
         return variants
     return [
         {**variant, **code_macros(name, bool(variant.get("SYMMETRIC")))}
-        for name in reversed(list(CODE_TYPES))
+        for name in reversed(SUPPORTED_CODES)
         for variant in variants
     ]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy import Backend, MarlinExpertStack
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 
 __all__ = [
     "DISTINCT_WEIGHTS",
@@ -79,7 +79,7 @@ def build_stack(
     return stack_of(backend, in_turn(weights, num_experts))
 
 
-def stack_of(backend: Backend, weights: Sequence[Int4Weight]) -> MarlinExpertStack:
+def stack_of(backend: Backend, weights: Sequence[CanonicalWeight]) -> MarlinExpertStack:
     """A stack with one expert per weight. All weights have the same shape and group size."""
     k, n, group_size = weights[0].k, weights[0].n, weights[0].group_size
     builder = backend.new_stack_builder(len(weights), k, n, group_size=group_size)
@@ -95,10 +95,12 @@ def in_turn(distinct: Sequence[T], count: int) -> list[T]:
     return [distinct[index % len(distinct)] for index in range(count)]
 
 
-def random_weight(rng: np.random.Generator, k: int, n: int, group_size: int, symmetric: bool = False) -> Int4Weight:
-    """An :class:`Int4Weight` of random codes, scales of 0.005 to 0.015, and zero points of 1 to 16 or, symmetric, 8."""
+def random_weight(
+    rng: np.random.Generator, k: int, n: int, group_size: int, symmetric: bool = False
+) -> CanonicalWeight:
+    """A weight of random codes, scales of 0.005 to 0.015, and zero points of 1 to 16 or, symmetric, 8."""
     groups = math.ceil(k / group_size)
-    return Int4Weight(
+    return CanonicalWeight(
         words=rng.integers(0, 1 << 32, (k // 8, n), dtype=np.uint32),
         scale=rng.uniform(0.005, 0.015, (groups, n)).astype(np.float16),
         zero=np.full((groups, n), 8, np.uint8) if symmetric else rng.integers(1, 17, (groups, n), dtype=np.uint8),
@@ -108,13 +110,13 @@ def random_weight(rng: np.random.Generator, k: int, n: int, group_size: int, sym
 
 def quantised_normal_weight(
     rng: np.random.Generator, k: int, n: int, group_size: int, deviation: float = 1.0
-) -> tuple[Int4Weight, npt.NDArray[np.float64]]:
-    """Normal numbers rounded to symmetric 4 bits: the :class:`Int4Weight`, and the float64 ``[k, n]`` it represents."""
+) -> tuple[CanonicalWeight, npt.NDArray[np.float64]]:
+    """Normal numbers rounded to symmetric 4 bits: the weight, and the float64 ``[k, n]`` that it represents."""
     normal = deviation * rng.standard_normal((k // group_size, group_size, n))
     scale = (np.abs(normal).max(axis=1) / 7).astype(np.float16)
     q = np.clip(np.rint(normal / scale[:, None, :]) + 8, 0, 15).astype(np.uint8)
     dense = (scale.astype(np.float64)[:, None, :] * (q.astype(np.float64) - 8)).reshape(k, n)
-    weight = Int4Weight(
+    weight = CanonicalWeight(
         words=pack_words(q.reshape(k, n)), scale=scale, zero=np.full(scale.shape, 8, np.uint8), group_size=group_size
     )
     return weight, dense

@@ -7,7 +7,6 @@ its own. Each claim about the decoder's speed is printed with its bar.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -64,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="a checkpoint of that shape, written if it does not exist (default: a temporary one)",
+        help="a checkpoint of that shape, written if it does not exist (default: temporary), or the file of --gguf",
     )
     option("layers", positive, "N", "layers of a checkpoint that is written, 0.34 GB each")
     parser.add_argument("--compute-dtypes", type=names(COMPUTE_DTYPES), default=COMPUTE_DTYPES, metavar="A,B")
@@ -127,12 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(folder: Path, temporary: Path, arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     """The measured part of the document."""
     from bench.models.decoder_cases import Measurement, Settings, pack, start_ours
+    from marlin_cy.checkpoints.gguf.documents import read_document
 
-    if not (folder / "config.json").exists():
+    if not read_document(folder, "config.json"):
         context = max(4096, *(one + arguments.tokens for one in arguments.depths), *arguments.prompts)
         sizes = TINY if arguments.quick else QWEN3_30B_A3B
         write_qwen3_moe(folder, arguments.layers, sizes, max_position_embeddings=context)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_document(folder, "config.json")
     settings = Settings(
         folder=folder,
         num_weights=num_weights(config),

@@ -263,10 +263,11 @@ class Measurement:
         self._keep("built-in decode, tokens/s", spread(np.divide(tokens, seconds)))
 
     def start(self, packed: Path, vocab_size: int) -> None:
-        """From the start of the command to the first token: of the built-in model, and of a packed folder."""
+        """From the start of the command to the first token: the built-in model, a packed folder, and a GGUF file."""
         write_tokenizer(packed, vocab_size)
-        threads = self.settings.threads
-        sides = {
+        threads, file = self.settings.threads, self.settings.folder
+        gguf = {"start, GGUF": lambda: first_token_seconds(file, threads)} if file.is_file() else {}
+        sides = gguf | {
             "start, built-in": lambda: first_token_seconds(None, threads),
             "start, packed": lambda: first_token_seconds(packed, threads),
         }

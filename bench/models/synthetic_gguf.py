@@ -1,7 +1,12 @@
 """``python -m bench gguf``: a model of the same shape as ``synthetic.py`` writes, in the format of llama.cpp.
 
-The quantised weights are random blocks of Q4_0: 32 weights of 4 bits and a scale in float16, 18 bytes. Router,
-embedding and head are not quantised, as in the checkpoint. Needs ``pip install gguf``.
+The quantised weights are random blocks. ``--types`` names a mix of types as llama.cpp's ``llama-quantize`` makes it:
+
+- ``Q4_0``: all of it Q4_0. Embedding and head are float16, as in the checkpoint of ``synthetic.py``.
+- ``Q4_K_M``: Q4_K; the head, half of ``attn_v`` and half of ``ffn_down_exps`` Q6_K. Where rows are no multiple of
+  256, Q5_0 and Q8_0 take their place. Source: llama.cpp, ``llama-quant.cpp``.
+
+The tokenizer is that of bytes, with a text such as ``<300>`` for each other token. Needs ``pip install gguf``.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +25,8 @@ from bench.models.synthetic import QWEN3_30B_A3B, TINY, VOCAB_SIZE
 __all__ = ["add_options", "run", "write_qwen3_moe_gguf"]
 
 CONTEXT_LENGTH = 65536  # no measurement is deeper
-BLOCK = 32
-BLOCK_BYTES = 18
+TYPES = ("Q4_0", "Q4_K_M")
+NORMAL = 1  # the kind of a token
 DISTINCT_EXPERTS = 4  # random blocks of so many experts are drawn; the others repeat them
 
 
@@ -29,20 +34,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--layers", type=positive, default=8, help="0.35 GB each (default: 8)")
+    parser.add_argument("--types", choices=TYPES, default="Q4_0", help="default: Q4_0")
     parser.add_argument("--quick", action="store_true", help="tiny layers: only checks that it runs")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file; returns the exit code."""
-    write_qwen3_moe_gguf(arguments.out, arguments.layers, TINY if arguments.quick else QWEN3_30B_A3B)
+    sizes = TINY if arguments.quick else QWEN3_30B_A3B
+    write_qwen3_moe_gguf(arguments.out, arguments.layers, sizes, types=arguments.types)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.2f} GB")
     return 0
 
 
 def write_qwen3_moe_gguf(
-    path: Path, num_layers: int, sizes: Mapping[str, int] = QWEN3_30B_A3B, *, vocab_size: int = VOCAB_SIZE
+    path: Path,
+    num_layers: int,
+    sizes: Mapping[str, int] = QWEN3_30B_A3B,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    types: str = "Q4_0",
 ) -> None:
-    """Write a Qwen3-MoE model with random Q4_0 weights and no tokenizer.
+    """Write a Qwen3-MoE model with random weights.
 
     Parameters
     ----------
@@ -51,6 +63,8 @@ def write_qwen3_moe_gguf(
     sizes : dict
         Sizes of a layer, by the names of ``config.json``.
     vocab_size : int
+    types : str
+        A name in :data:`TYPES`.
 
     Raises
     ------
@@ -80,8 +94,13 @@ def write_qwen3_moe_gguf(
         ("expert_used_count", sizes["num_experts_per_tok"]),
         ("expert_feed_forward_length", inter),
         ("vocab_size", vocab_size),
-        ("tokenizer_model", "none"),
-        ("file_type", gguf.LlamaFileType.MOSTLY_Q4_0),
+        ("tokenizer_model", "gpt2"),
+        ("tokenizer_pre", "default"),
+        ("token_list", tokens_of(vocab_size)),
+        ("token_types", [NORMAL] * vocab_size),
+        ("token_merges", ["d e"]),
+        ("eos_token_id", 0),
+        ("file_type", gguf.LlamaFileType[f"MOSTLY_{types}"]),
     ):
         getattr(writer, f"add_{name}")(value)
 
@@ -91,15 +110,20 @@ def write_qwen3_moe_gguf(
     def add_ones(name: str, size: int) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(size, np.float32))
 
-    def add_quantised(name: str, *shape: int) -> None:
-        blocks = q4_0_blocks(rng, *shape)
-        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    def add_quantised(name: str, *shape: int, more: bool = False) -> None:
+        kind = type_of(types, more, shape[-1])
+        blocks = random_blocks(rng, kind, *shape)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
 
-    add_floats("token_embd", vocab_size, hidden, dtype=np.float16)
-    add_floats("output", vocab_size, hidden, dtype=np.float16)
+    if types == "Q4_0":
+        add_floats("token_embd", vocab_size, hidden, dtype=np.float16)
+        add_floats("output", vocab_size, hidden, dtype=np.float16)
+    else:
+        add_quantised("token_embd", vocab_size, hidden)
+        add_quantised("output", vocab_size, hidden, more=True)
     add_ones("output_norm", hidden)
     for layer in range(num_layers):
-        block = f"blk.{layer}"
+        block, more = f"blk.{layer}", has_more_bits(layer, num_layers)
         for name, size in (
             ("attn_norm", hidden),
             ("ffn_norm", hidden),
@@ -110,27 +134,88 @@ def write_qwen3_moe_gguf(
         add_floats(f"{block}.ffn_gate_inp", experts, hidden)
         add_quantised(f"{block}.attn_q", heads * head_dim, hidden)
         add_quantised(f"{block}.attn_k", kv_heads * head_dim, hidden)
-        add_quantised(f"{block}.attn_v", kv_heads * head_dim, hidden)
+        add_quantised(f"{block}.attn_v", kv_heads * head_dim, hidden, more=more)
         add_quantised(f"{block}.attn_output", hidden, heads * head_dim)
         add_quantised(f"{block}.ffn_gate_exps", experts, inter, hidden)
         add_quantised(f"{block}.ffn_up_exps", experts, inter, hidden)
-        add_quantised(f"{block}.ffn_down_exps", experts, hidden, inter)
+        add_quantised(f"{block}.ffn_down_exps", experts, hidden, inter, more=more)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def q4_0_blocks(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.uint8]:
-    """Random Q4_0 weights of ``shape``, whose last dimension is K: uint8, of 18 bytes for every 32 weights.
+def has_more_bits(layer: int, num_layers: int) -> bool:
+    """Whether a layer's values and outputs of experts have more bits in ``Q4_K_M``."""
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
-    A block is a scale in float16 and 16 bytes of codes. With these scales, outputs are about as large as inputs.
+
+def type_of(types: str, more: bool, k: int) -> str:
+    """The type of a matrix with rows of ``k`` weights; ``more``: one that has more bits."""
+    if types == "Q4_0":
+        return types
+    if k % BLOCKS["Q4_K"].weights:
+        return "Q8_0" if more else "Q5_0"
+    return "Q6_K" if more else "Q4_K"
+
+
+def tokens_of(vocab_size: int) -> list[str]:
+    """A token for each byte, one of two letters, and texts."""
+    from marlin_cy.decoder.detokenize import BYTES_OF_CHARACTERS
+
+    tokens = [*BYTES_OF_CHARACTERS, "de"]
+    return [*tokens, *(f"<{token}>" for token in range(len(tokens), vocab_size))][:vocab_size]
+
+
+class Block(NamedTuple):
+    """A quantised type.
+
+    Attributes
+    ----------
+    weights, nbytes : int
+        Of a block.
+    scale : int
+        The place of its float16 scale.
+    minimum : int or None
+        The place of its float16 minimum.
+    deviation : float
+        Standard deviation of the weights where the scale is 1, about.
+    ratio : float
+        The minimum over the scale with which weights have a mean of 0.
     """
+
+    weights: int
+    nbytes: int
+    scale: int
+    minimum: int | None
+    deviation: float
+    ratio: float
+
+
+BLOCKS: Mapping[str, Block] = {
+    "Q4_0": Block(32, 18, 0, None, 4.6, 0),
+    "Q5_0": Block(32, 22, 0, None, 9.2, 0),
+    "Q8_0": Block(32, 34, 0, None, 73.9, 0),
+    "Q4_K": Block(256, 144, 0, 2, 222.0, 7.5),
+    "Q6_K": Block(256, 210, 208, None, 1366.0, 0),
+}
+
+
+def random_blocks(rng: np.random.Generator, kind: str, *shape: int) -> npt.NDArray[np.uint8]:
+    """Random weights of ``shape``, whose last dimension is K: uint8, of whole blocks.
+
+    With these scales, outputs are about as large as inputs.
+    """
+    block = BLOCKS[kind]
     *outer, k = shape
     distinct = (min(outer[0], DISTINCT_EXPERTS), *outer[1:]) if len(outer) > 1 else tuple(outer)
-    count = int(np.prod(distinct)) * (k // BLOCK)
-    blocks = rng.integers(0, 256, (count, BLOCK_BYTES), dtype=np.uint8)
-    scales = (rng.uniform(0.8, 1.2, count) / (4.6 * np.sqrt(k))).astype(np.float16)
-    blocks[:, :2] = scales.view(np.uint8).reshape(count, 2)
-    rows = blocks.reshape(*distinct, k // BLOCK * BLOCK_BYTES)
+    count = int(np.prod(distinct)) * (k // block.weights)
+    blocks = rng.integers(0, 256, (count, block.nbytes), dtype=np.uint8)
+    scales = (rng.uniform(0.8, 1.2, count) / (block.deviation * np.sqrt(k))).astype(np.float16)
+    blocks[:, block.scale : block.scale + 2] = scales.view(np.uint8).reshape(count, 2)
+    if block.minimum is not None:
+        minima = (block.ratio * scales.astype(np.float32)).astype(np.float16)
+        blocks[:, block.minimum : block.minimum + 2] = minima.view(np.uint8).reshape(count, 2)
+    rows = blocks.reshape(*distinct, k // block.weights * block.nbytes)
     return rows if len(outer) == 1 else rows[np.arange(outer[0]) % distinct[0]]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bench.common.shapes import random_ids
 from bench.peers.interface import Array, Experts, Peer, Projection, RoutedProduct
 from marlin_cy import reference
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["WrongResult", "bound", "check", "check_moe", "check_routed", "random_routing", "relative_error"]
 
@@ -26,7 +26,7 @@ class WrongResult(ArithmeticError):
     """A peer's result is not the product of its operands."""
 
 
-def check(peer: Peer, weight: Int4Weight, rng: np.random.Generator, loaded: Projection | None = None) -> float:
+def check(peer: Peer, weight: CanonicalWeight, rng: np.random.Generator, loaded: Projection | None = None) -> float:
     """The relative error of a peer's products against float64: the largest over a few numbers of rows.
 
     The result is the error of the product with ``weight``. Two parts of it are bounded separately: the error of the
@@ -36,7 +36,7 @@ def check(peer: Peer, weight: Int4Weight, rng: np.random.Generator, loaded: Proj
     ----------
     peer : Peer
         An available one.
-    weight : Int4Weight
+    weight : CanonicalWeight
     rng : numpy.random.Generator
     loaded : Projection, optional
         ``weight`` as the peer loaded it; loaded here by default.
@@ -59,7 +59,7 @@ def check(peer: Peer, weight: Int4Weight, rng: np.random.Generator, loaded: Proj
 
 
 def check_routed(
-    peer: Peer, weights: Sequence[Int4Weight], top_k: int, rng: np.random.Generator, loaded: RoutedProduct
+    peer: Peer, weights: Sequence[CanonicalWeight], top_k: int, rng: np.random.Generator, loaded: RoutedProduct
 ) -> float:
     """Like :func:`check`, for a :class:`RoutedProduct` of these weights."""
     dense, kept = (_of_each(make, weights) for make in _dense_and_kept(peer))
@@ -75,8 +75,8 @@ def check_routed(
 
 def check_moe(
     peer: Peer,
-    gate_up: Sequence[Int4Weight],
-    down: Sequence[Int4Weight],
+    gate_up: Sequence[CanonicalWeight],
+    down: Sequence[CanonicalWeight],
     top_k: int,
     rng: np.random.Generator,
     loaded: Experts | None = None,
@@ -87,7 +87,7 @@ def check_moe(
     ----------
     peer, rng
         As for :func:`check`.
-    gate_up, down : sequence of Int4Weight
+    gate_up, down : sequence of CanonicalWeight
         As for :meth:`Peer.load_moe`.
     top_k : int
         Experts per token.
@@ -132,12 +132,12 @@ def bound(accuracy: str, k: int) -> float:
     return bounds[accuracy]
 
 
-def _dense_and_kept(peer: Peer) -> tuple[Callable[[Int4Weight], Dense], Callable[[Int4Weight], Dense]]:
+def _dense_and_kept(peer: Peer) -> tuple[Callable[[CanonicalWeight], Dense], Callable[[CanonicalWeight], Dense]]:
     """Two functions from a weight to float64: its dequantised values, and the values that the peer keeps."""
     return reference.dequantize_weight, functools.partial(_kept, peer)
 
 
-def _of_each(make: Callable[[Int4Weight], Dense], weights: Sequence[Int4Weight]) -> list[Dense]:
+def _of_each(make: Callable[[CanonicalWeight], Dense], weights: Sequence[CanonicalWeight]) -> list[Dense]:
     """``make`` of every weight. Experts of a benchmark share a few weights, each of which is converted once."""
     made = {id(weight): make(weight) for weight in {id(weight): weight for weight in weights}.values()}
     return [made[id(weight)] for weight in weights]
@@ -164,7 +164,7 @@ def relative_error(actual: Array, expected: Array) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def _kept(peer: Peer, weight: Int4Weight) -> Dense:
+def _kept(peer: Peer, weight: CanonicalWeight) -> Dense:
     """The values that a peer keeps of a weight, after a check that they are as close to it as the peer says."""
     kept, limit = peer.kept(weight), peer.rounding(weight)
     error = relative_error(kept, reference.dequantize_weight(weight))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bench.peers.interface import Array
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = [
     "columns_of",
@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 
-def columns_of(weight: Int4Weight, columns: slice) -> Int4Weight:
+def columns_of(weight: CanonicalWeight, columns: slice) -> CanonicalWeight:
     """Some of a weight's columns, as a weight."""
     zero = zeros_of(weight)[:, columns]
     return replace(weight, words=weight.words[:, columns], scale=weight.scale[:, columns], zero=zero)
 
 
-def zeros_of(weight: Int4Weight) -> Array:
+def zeros_of(weight: CanonicalWeight) -> Array:
     """The zero points, which all weights with integer codes have."""
     assert weight.zero is not None, "require_plain is called before"
     return weight.zero
@@ -42,7 +42,7 @@ def pack_rows(codes: Array) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(padded[:, 0::2] | padded[:, 1::2] << 4)
 
 
-def require_plain(weight: Int4Weight, group_sizes: Collection[int] | None = None) -> None:
+def require_plain(weight: CanonicalWeight, group_sizes: Collection[int] | None = None) -> None:
     """Raise UnsupportedError unless a weight has integer codes and whole groups, of one of these sizes if given."""
     if weight.codes != "uint4":
         raise UnsupportedError(f"weight: got codes {weight.codes!r}, expected 'uint4'")
@@ -54,19 +54,19 @@ def require_plain(weight: Int4Weight, group_sizes: Collection[int] | None = None
         raise UnsupportedError(f"weight: got group_size {weight.group_size}, expected one of {group_sizes}")
 
 
-def require_symmetric(weight: Int4Weight) -> None:
+def require_symmetric(weight: CanonicalWeight) -> None:
     """Raise UnsupportedError unless all zero points are 8."""
     if (zeros_of(weight) != 8).any():
         raise UnsupportedError("weight: got zero points other than 8, expected a symmetric weight")
 
 
-def require_nibble_zeros(weight: Int4Weight) -> None:
+def require_nibble_zeros(weight: CanonicalWeight) -> None:
     """Raise UnsupportedError unless all zero points are below 16, so that 4 bits hold them."""
     if (zeros_of(weight) > 15).any():
         raise UnsupportedError("weight: got a zero point of 16, expected at most 15, which 4 bits hold")
 
 
-def require_matching(gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> None:
+def require_matching(gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> None:
     """Raise ValueError unless the shapes and numbers of both products' weights fit together in a layer."""
     if (down[0].k, down[0].n, len(down)) != (gate_up[0].n // 2, gate_up[0].k, len(gate_up)):
         raise ValueError(

@@ -38,7 +38,7 @@ from bench.peers.ggml_library import (
 from bench.peers.interface import Array, Experts, Peer, Projection, RoutedProduct
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["GgmlMoe", "GgmlQ4K", "pack_q4_0"]
 
@@ -80,27 +80,27 @@ class GgmlMoe(Peer):
             return f"no usable ggml in {folder}: {error}"
         return None
 
-    def pack(self, weight: Int4Weight) -> Array:
+    def pack(self, weight: CanonicalWeight) -> Array:
         """A weight's blocks, ``[N, K / block]``."""
         return pack_q4_0(weight)
 
-    def load(self, weight: Int4Weight) -> GgmlLinear:
+    def load(self, weight: CanonicalWeight) -> GgmlLinear:
         return GgmlLinear(self.backend, Weights(self.backend, self.quantized, self.pack(weight), weight.k))
 
     def available_routed(self) -> str | None:
         return self.available()
 
-    def load_routed(self, weights: Sequence[Int4Weight]) -> GgmlRouted:
+    def load_routed(self, weights: Sequence[CanonicalWeight]) -> GgmlRouted:
         return GgmlRouted(self.backend, self._experts(weights), len(weights))
 
     def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> GgmlExperts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> GgmlExperts:
         require_matching(gate_up, down)
         return GgmlExperts(self.backend, self._experts(gate_up), self._experts(down), len(gate_up))
 
-    def _experts(self, weights: Sequence[Int4Weight]) -> Weights:
+    def _experts(self, weights: Sequence[CanonicalWeight]) -> Weights:
         """One tensor with all experts. A weight that several experts share is packed once."""
         packed: dict[int, Array] = {}
         for weight in weights:
@@ -115,17 +115,17 @@ class GgmlQ4K(GgmlMoe):
 
     name, quantized = "ggml_q4_k", TYPE_Q4_K
 
-    def pack(self, weight: Int4Weight) -> Array:
+    def pack(self, weight: CanonicalWeight) -> Array:
         return pack_q4_k(self.backend.ggml, weight)
 
-    def kept(self, weight: Int4Weight) -> npt.NDArray[np.float64]:
+    def kept(self, weight: CanonicalWeight) -> npt.NDArray[np.float64]:
         packed = self.pack(weight)
         values = np.empty((weight.n, weight.k), np.float32)
         to_float: Any = self.backend.ggml.ggml_get_type_traits(TYPE_Q4_K).contents.to_float
         to_float(packed.ctypes.data, values.ctypes.data, values.size)
         return values.T.astype(np.float64)
 
-    def rounding(self, weight: Int4Weight) -> float:
+    def rounding(self, weight: CanonicalWeight) -> float:
         """Half a step of a group, and the error that 6 bits of scale and offset cause.
 
         A group's 16 values are equally spaced between min(0, its least value) and max(0, its greatest value). A 6-bit
@@ -230,7 +230,7 @@ class GgmlExperts(Experts):
         return out.read()
 
 
-def pack_q4_0(weight: Int4Weight) -> Array:
+def pack_q4_0(weight: CanonicalWeight) -> Array:
     """A weight as Q4_0, :data:`BLOCK_DTYPE` ``[N, K / 32]``.
 
     Raises
@@ -255,7 +255,7 @@ def pack_q4_0(weight: Int4Weight) -> Array:
     return packed
 
 
-def pack_q4_k(ggml: Any, weight: Int4Weight) -> Array:
+def pack_q4_k(ggml: Any, weight: CanonicalWeight) -> Array:
     """A weight as ggml's quantiser rounds it, :data:`SUPER_BLOCK_DTYPE` ``[N, K / 256]``.
 
     Raises

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["ACCURACIES", "Array", "Experts", "Peer", "Projection", "RoutedProduct"]
 
@@ -156,7 +156,7 @@ class Peer(ABC):
     def available(self) -> str | None:
         """None if the peer can run here; otherwise the reason, with what to install."""
 
-    def kept(self, weight: Int4Weight) -> npt.NDArray[np.float64]:
+    def kept(self, weight: CanonicalWeight) -> npt.NDArray[np.float64]:
         """The values that the peer multiplies by, float64 ``[K, N]``.
 
         These are the dequantised values of ``weight``. A peer whose format cannot hold them rounds them once more:
@@ -164,7 +164,7 @@ class Peer(ABC):
         """
         return reference.dequantize_weight(weight)
 
-    def rounding(self, weight: Int4Weight) -> float:
+    def rounding(self, weight: CanonicalWeight) -> float:
         """The largest relative difference (Frobenius norms) of :meth:`kept`; 0 for a peer that does not round."""
         return 0.0
 
@@ -172,12 +172,12 @@ class Peer(ABC):
         """None if :meth:`load` can be used here; otherwise the reason."""
         return self.available()
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         """One projection.
 
         Parameters
         ----------
-        weight : Int4Weight
+        weight : CanonicalWeight
             ``[K, N]``: "uint4" codes, whole groups of consecutive rows, zero points that the peer's format can hold.
 
         Raises
@@ -187,7 +187,7 @@ class Peer(ABC):
         """
         raise UnsupportedError(self.available_projection())
 
-    def load_all(self, weights: Sequence[Int4Weight]) -> Sequence[Projection]:
+    def load_all(self, weights: Sequence[CanonicalWeight]) -> Sequence[Projection]:
         """One :class:`Projection` per weight; arguments and errors as for :meth:`load`."""
         return [self.load(weight) for weight in weights]
 
@@ -195,12 +195,12 @@ class Peer(ABC):
         """None if :meth:`load_routed` can be used here; otherwise the reason."""
         return f"{self.name} has no operator for products by expert"
 
-    def load_routed(self, weights: Sequence[Int4Weight]) -> RoutedProduct:
+    def load_routed(self, weights: Sequence[CanonicalWeight]) -> RoutedProduct:
         """One projection of all experts of a layer.
 
         Parameters
         ----------
-        weights : list of Int4Weight
+        weights : list of CanonicalWeight
             ``[K, N]``, one per expert.
 
         Raises
@@ -214,12 +214,12 @@ class Peer(ABC):
         """None if :meth:`load_moe` can be used here; otherwise the reason."""
         return f"{self.name} has no operator for the experts of a layer"
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         """The experts of one layer.
 
         Parameters
         ----------
-        gate_up, down : list of Int4Weight
+        gate_up, down : list of CanonicalWeight
             ``[K, 2I]``, gate columns first, and ``[I, K]``; one of each per expert.
 
         Raises

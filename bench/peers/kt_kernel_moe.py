@@ -45,7 +45,7 @@ from bench.peers.forms import (
 from bench.peers.interface import Array, Experts, Peer
 from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["KtAmxInt4", "KtGptqAvx2", "KtGptqAvxVnni", "KtRawInt4"]
 
@@ -121,13 +121,13 @@ class _KtKernel(Peer):
     def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         require_matching(gate_up, down)
         for weight in (*gate_up, *down):
             self.require_form(weight)
         return _Experts(self, gate_up, down)
 
-    def require_form(self, weight: Int4Weight) -> None:
+    def require_form(self, weight: CanonicalWeight) -> None:
         """Raise UnsupportedError for a weight that cannot be loaded."""
         require_plain(weight)
         require_symmetric(weight)
@@ -135,7 +135,11 @@ class _KtKernel(Peer):
             raise UnsupportedError(f"weight: got N {weight.n}, expected a multiple of {N_MULTIPLE}")
 
     def configure(
-        self, config: Any, gate: Sequence[Int4Weight], up: Sequence[Int4Weight], down: Sequence[Int4Weight]
+        self,
+        config: Any,
+        gate: Sequence[CanonicalWeight],
+        up: Sequence[CanonicalWeight],
+        down: Sequence[CanonicalWeight],
     ) -> list[Any]:
         """Set the addresses of weights in a configuration. Returns the arrays, which must live until it is loaded."""
         held: list[Any] = []
@@ -148,11 +152,11 @@ class _KtKernel(Peer):
         config.quant_config.group_size = self.group_size(gate[0])
         return held
 
-    def group_size(self, weight: Int4Weight) -> int:
+    def group_size(self, weight: CanonicalWeight) -> int:
         """The group size of the scales that :meth:`arrays` returns."""
         return weight.group_size
 
-    def arrays(self, weight: Int4Weight) -> tuple[Array, Array]:
+    def arrays(self, weight: CanonicalWeight) -> tuple[Array, Array]:
         """Codes and scales, contiguous."""
         raise NotImplementedError
 
@@ -163,7 +167,7 @@ class KtRawInt4(_KtKernel):
     name, accuracy, operator = "kt_rawint4", "int8", "AMXInt4_KGroup_MOE"
     experts_multiple = 8  # other numbers of experts misalign the extension's buffers
 
-    def require_form(self, weight: Int4Weight) -> None:
+    def require_form(self, weight: CanonicalWeight) -> None:
         super().require_form(weight)
         if weight.group_size % RAW_GROUP or weight.k % (2 * RAW_GROUP):
             raise UnsupportedError(
@@ -171,10 +175,10 @@ class KtRawInt4(_KtKernel):
                 f"{RAW_GROUP}"
             )
 
-    def group_size(self, weight: Int4Weight) -> int:
+    def group_size(self, weight: CanonicalWeight) -> int:
         return RAW_GROUP
 
-    def arrays(self, weight: Int4Weight) -> tuple[Array, Array]:
+    def arrays(self, weight: CanonicalWeight) -> tuple[Array, Array]:
         """uint8 ``[N, K / 2]``, low nibble first, and bfloat16 ``[N, K / 32]``."""
         codes = unpack_words(weight.words).T
         scales = np.repeat(weight.scale.astype(ml_dtypes.bfloat16), weight.group_size // RAW_GROUP, axis=0)
@@ -186,7 +190,7 @@ class KtGptqAvx2(_KtKernel):
 
     name, accuracy, operator = "kt_gptq_avx2", "bf16", "AVX2GPTQInt4_MOE"
 
-    def arrays(self, weight: Int4Weight) -> tuple[Array, Array]:
+    def arrays(self, weight: CanonicalWeight) -> tuple[Array, Array]:
         """int32 ``[K / 8, N]``, as in GPTQ, and float32 ``[K / group_size, N]``."""
         return np.ascontiguousarray(weight.words), np.ascontiguousarray(weight.scale, np.float32)
 
@@ -197,7 +201,7 @@ class KtGptqAvxVnni(KtGptqAvx2):
     name, accuracy, operator = "kt_gptq_avxvnni", "int8", "AVXVNNI256GPTQInt4Packed_MOE"
     cpu_flag = "avx_vnni"
 
-    def require_form(self, weight: Int4Weight) -> None:
+    def require_form(self, weight: CanonicalWeight) -> None:
         super().require_form(weight)
         if weight.group_size % 32:
             raise UnsupportedError(f"weight: got group_size {weight.group_size}, expected a multiple of 32")
@@ -208,7 +212,7 @@ class KtAmxInt4(_KtKernel):
 
     name, accuracy, operator = "kt_amxint4", "int8", "AMXInt4_MOE"
 
-    def require_form(self, weight: Int4Weight) -> None:
+    def require_form(self, weight: CanonicalWeight) -> None:
         require_plain(weight)
         if weight.k % AMX_MULTIPLE or weight.n % N_MULTIPLE:
             raise UnsupportedError(
@@ -216,7 +220,11 @@ class KtAmxInt4(_KtKernel):
             )
 
     def configure(
-        self, config: Any, gate: Sequence[Int4Weight], up: Sequence[Int4Weight], down: Sequence[Int4Weight]
+        self,
+        config: Any,
+        gate: Sequence[CanonicalWeight],
+        up: Sequence[CanonicalWeight],
+        down: Sequence[CanonicalWeight],
     ) -> list[Any]:
         held: list[Any] = []
         for name, weights in (("gate", gate), ("up", up), ("down", down)):
@@ -227,7 +235,7 @@ class KtAmxInt4(_KtKernel):
             setattr(config, f"{name}_proj", dense.ctypes.data)
         return held
 
-    def kept(self, weight: Int4Weight) -> npt.NDArray[np.float64]:
+    def kept(self, weight: CanonicalWeight) -> npt.NDArray[np.float64]:
         """Codes -7 to 7 and one scale per column: values are rounded to 8 bits, then to the upper 4 of these bits."""
         dense = reference.dequantize_weight(weight).astype(ml_dtypes.bfloat16).astype(np.float32)
         scale = (np.abs(dense).max(axis=0) / 112.0).astype(np.float32)
@@ -237,7 +245,7 @@ class KtAmxInt4(_KtKernel):
         kept: npt.NDArray[np.float64] = np.copysign(upper, eight_bits) * scale.astype(np.float64)
         return kept
 
-    def rounding(self, weight: Int4Weight) -> float:
+    def rounding(self, weight: CanonicalWeight) -> float:
         """Half a step, which is 1/7 of a column's largest value, and half of 1/16 step for the rounding to 8 bits."""
         dense = reference.dequantize_weight(weight)
         off = np.abs(dense).max(axis=0) / 7 * (1 / 2 + 1 / 32)
@@ -247,7 +255,7 @@ class KtAmxInt4(_KtKernel):
 class _Experts(Experts):
     """Has one object of the extension per top-k, on which the object depends."""
 
-    def __init__(self, peer: _KtKernel, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> None:
+    def __init__(self, peer: _KtKernel, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> None:
         self._peer, self._gate_up, self._down = peer, gate_up, down
         self._objects: dict[int, Any] = {}
 

@@ -9,7 +9,7 @@ import numpy as np
 from bench.peers.forms import require_plain
 from bench.peers.interface import Array, Peer, Projection
 from marlin_cy import reference
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["NumpyDense"]
 
@@ -26,7 +26,7 @@ class NumpyDense(Peer):
     def available(self) -> str | None:
         return None
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         require_plain(weight)
         return _Dense(reference.dequantize_weight(weight).astype(np.float32))
 

@@ -13,7 +13,7 @@ import numpy as np
 from bench.peers.forms import pack_rows, require_nibble_zeros, require_plain, zeros_of
 from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["OnnxRuntimeFloat32", "OnnxRuntimeInt8"]
 
@@ -36,7 +36,7 @@ class _OnnxRuntime(Peer):
             return f"{error.name} cannot be imported ({error}): pip install onnxruntime onnx"
         return None
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         parts: dict[str, Any] = {name: None if array is None else array[0] for name, array in _packed([weight]).items()}
         codes = parts["codes"].reshape(weight.n, -1, weight.group_size // 2)
         weights = {"B": codes, "scales": parts["scales"], "zero_points": parts["zero_points"]}
@@ -49,15 +49,15 @@ class _OnnxRuntime(Peer):
         from onnxruntime.capi import onnxruntime_pybind11_state as states
 
         scale, zero = np.ones((1, 32), np.float16), np.full((1, 32), 8, np.uint8)
-        gate_up = Int4Weight(np.zeros((2, 32), np.uint32), scale, zero, 16)
-        down = Int4Weight(gate_up.words[:, :16], scale[:, :16], zero[:, :16], 16)
+        gate_up = CanonicalWeight(np.zeros((2, 32), np.uint32), scale, zero, 16)
+        down = CanonicalWeight(gate_up.words[:, :16], scale[:, :16], zero[:, :16], 16)
         try:
             self._moe_session(*_moe_parts([gate_up], [down]), top_k=1)
         except (states.Fail, states.InvalidGraph, states.NotImplemented) as error:
             return f"onnxruntime {self.version} cannot run QMoE ({error}): pip install -U onnxruntime"
         return None
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         weights, attributes = _moe_parts(gate_up, down)
         return _Experts(lambda top_k: self._moe_session(weights, attributes, top_k), len(gate_up))
 
@@ -170,7 +170,7 @@ class _Experts(Experts):
 
 
 def _moe_parts(
-    gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]
+    gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]
 ) -> tuple[dict[str, Array | None], dict[str, Any]]:
     """QMoE's inputs that are weights, in order, with None for those not given; and its attributes."""
     sizes = {weight.group_size for weight in (*gate_up, *down)}
@@ -206,7 +206,7 @@ def _moe_parts(
     return weights, attributes
 
 
-def _packed(weights: Sequence[Int4Weight], columns: Any = slice(None)) -> dict[str, Array | None]:
+def _packed(weights: Sequence[CanonicalWeight], columns: Any = slice(None)) -> dict[str, Array | None]:
     """The arrays of both operators for several weights, N before K.
 
     ``codes`` is uint8 ``[E, N, K/2]`` and ``zero_points`` uint8 ``[E, N, ceil(K/g/2)]``, low nibble first.

@@ -29,7 +29,7 @@ from bench.peers.forms import (
 )
 from bench.peers.interface import Array, Experts, Peer, Projection
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["OpenVinoBf16", "OpenVinoFloat32", "OpenVinoInt8"]
 
@@ -67,7 +67,7 @@ class OpenVino(Peer):
             return "openvino has no CPU plugin for this machine"
         return None
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         if self.activation_group and weight.group_size % self.activation_group:
             raise UnsupportedError(
                 f"weight: got group_size {weight.group_size}, expected a multiple of {self.activation_group}"
@@ -78,7 +78,7 @@ class OpenVino(Peer):
     def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         require_matching(gate_up, down)
         model, held = _experts(gate_up, down)
         return _Experts(self._compile(model, "GatherMatmul", 3), held, gate_up[0].k, len(gate_up))
@@ -122,7 +122,7 @@ class OpenVinoInt8(OpenVino):
     def available_moe(self) -> str | None:
         return self.available() or "openvino quantises no activations in its products by expert"
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         raise UnsupportedError(self.available_moe())
 
 
@@ -176,7 +176,7 @@ def _request(compiled: Any, *inputs: Array) -> Any:
     return request
 
 
-def _projection(weight: Int4Weight) -> tuple[Any, list[Array]]:
+def _projection(weight: CanonicalWeight) -> tuple[Any, list[Array]]:
     """The model of one product, and the arrays that must live as long as it."""
     import openvino
     from openvino import opset13
@@ -187,7 +187,7 @@ def _projection(weight: Int4Weight) -> tuple[Any, list[Array]]:
     return openvino.Model([opset13.matmul(x, dense, False, True)], [x], "projection"), held
 
 
-def _experts(gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> tuple[Any, list[Array]]:
+def _experts(gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> tuple[Any, list[Array]]:
     """The model of a layer's experts, and the arrays that must live as long as it.
 
     The plugin recognises the pattern only if gate and up are two products and Swish has one input. The opsets'
@@ -200,7 +200,7 @@ def _experts(gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> tuple
     num_experts, hidden, half = len(gate_up), gate_up[0].k, gate_up[0].n // 2
     held: list[Array] = []
 
-    def product(x: Any, weights: Sequence[Int4Weight]) -> Any:
+    def product(x: Any, weights: Sequence[CanonicalWeight]) -> Any:
         n, k, group_size = weights[0].n, weights[0].k, weights[0].group_size
         dense, arrays = _dense(weights, [num_experts, n, k // group_size, group_size], [num_experts, n, k])
         held.extend(arrays)
@@ -232,7 +232,7 @@ def _experts(gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> tuple
     return openvino.Model([total], [x, ids, weights], "experts"), held
 
 
-def _dense(weights: Sequence[Int4Weight], grouped: list[int], shape: list[int]) -> tuple[Any, list[Array]]:
+def _dense(weights: Sequence[CanonicalWeight], grouped: list[int], shape: list[int]) -> tuple[Any, list[Array]]:
     """The chain that dequantises codes of shape ``grouped`` to float32 ``shape``, and the arrays that it shares.
 
     Raises

@@ -14,7 +14,7 @@ from bench.common.shapes import stack_of
 from bench.peers.interface import Array, Experts, Peer, Projection, RoutedProduct
 from marlin_cy import MarlinExpertStack, MoeLayer, moe_align_block_size
 from marlin_cy.cpu import CpuBackend, CpuContext
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["OURS", "MarlinCyInt8", "MarlinCyInt16"]
 
@@ -47,23 +47,23 @@ class _MarlinCy(Peer):
     def available(self) -> str | None:
         return None
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         return self.load_all([weight])[0]
 
-    def load_all(self, weights: Sequence[Int4Weight]) -> Sequence[Projection]:
+    def load_all(self, weights: Sequence[CanonicalWeight]) -> Sequence[Projection]:
         stack = stack_of(self._backend, weights)
         return [_Product(self._context, stack, expert) for expert in range(len(weights))]
 
     def available_routed(self) -> str | None:
         return None
 
-    def load_routed(self, weights: Sequence[Int4Weight]) -> RoutedProduct:
+    def load_routed(self, weights: Sequence[CanonicalWeight]) -> RoutedProduct:
         return _Routed(self._context, stack_of(self._backend, weights))
 
     def available_moe(self) -> str | None:
         return None
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         return _Layer(self._context, stack_of(self._backend, gate_up), stack_of(self._backend, down))
 
 

@@ -35,7 +35,7 @@ from bench.peers.ours import OURS
 from bench.peers.settings import PARTS, PairSettings
 from bench.peers.stand_ins import CallPerExpert, ProductsOnly
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["measure_pair"]
 
@@ -115,7 +115,7 @@ class _Pair:
             "seconds": self.seconds,
         }
 
-    def _experts(self, k: int, n: int) -> list[Int4Weight]:
+    def _experts(self, k: int, n: int) -> list[CanonicalWeight]:
         """One weight per expert, a few different ones in turn. Each side gives every expert memory of its own."""
         settings = self.settings
         distinct = [

@@ -10,7 +10,7 @@ from bench.peers.forms import require_plain
 from bench.peers.interface import Array, Peer, Projection
 from bench.peers.torch_calls import dense_linear
 from marlin_cy import reference
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["TorchBf16", "TorchFloat32", "TorchPeer", "TorchProjection"]
 
@@ -28,7 +28,7 @@ class TorchPeer(Peer):
             return f"torch cannot be imported ({error}): pip install torch"
         return None
 
-    def load(self, weight: Int4Weight) -> Projection:
+    def load(self, weight: CanonicalWeight) -> Projection:
         import torch
 
         require_plain(weight, self.group_sizes)
@@ -38,7 +38,7 @@ class TorchPeer(Peer):
         return TorchProjection(torch, linear, dtype)
 
     @abstractmethod
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         """The product as a function of activations, and the dtype of the activations."""
 
 
@@ -65,7 +65,7 @@ class TorchBf16(TorchPeer):
 
     name, accuracy, weight_bytes = "torch_bf16", "bf16", 2
 
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         return _dense(torch, weight, torch.bfloat16)
 
 
@@ -74,10 +74,10 @@ class TorchFloat32(TorchPeer):
 
     name, accuracy, weight_bytes = "torch_float32", "float32", 4
 
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         return _dense(torch, weight, torch.float32)
 
 
-def _dense(torch: Any, weight: Int4Weight, dtype: Any) -> tuple[Callable[[Any], Any], Any]:
+def _dense(torch: Any, weight: CanonicalWeight, dtype: Any) -> tuple[Callable[[Any], Any], Any]:
     rows_of_n = torch.from_numpy(reference.dequantize_weight(weight)).T.to(dtype).contiguous()
     return dense_linear(torch, rows_of_n), dtype

@@ -11,7 +11,7 @@ from bench.peers.forms import zeros_of
 from bench.peers.torch_calls import GROUP_SIZES, int4_linear, missing_int4, pack_int4
 from bench.peers.torch_dense import TorchPeer
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["TorchInt4"]
 
@@ -31,7 +31,7 @@ class TorchInt4(TorchPeer):
             missing = missing_int4(torch)
         return missing
 
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         if weight.n % COLUMNS:
             raise UnsupportedError(f"weight: got N {weight.n}, expected a multiple of {COLUMNS}")
         codes = torch.from_numpy(unpack_words(weight.words).T.astype(np.int32))

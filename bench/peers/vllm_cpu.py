@@ -27,7 +27,7 @@ from bench.peers.forms import require_matching, require_nibble_zeros, require_pl
 from bench.peers.interface import Array, Experts
 from bench.peers.torch_dense import TorchPeer
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.weights.int4 import Int4Weight, unpack_words
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 
 __all__ = ["VllmW4A8", "VllmW4A16"]
 
@@ -75,7 +75,7 @@ class VllmW4A16(Vllm):
 
     name, accuracy, operators = "vllm_w4a16", "bf16", ("cpu_gemm_wna16",)
 
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         _require_form(weight)
         words = _words(torch, unpack_words(weight.words))
         blocks = words.view(weight.k, -1, BLOCK // CODES_PER_WORD).permute(1, 0, 2).reshape(weight.n // BLOCK, -1)
@@ -100,7 +100,7 @@ class VllmW4A8(Vllm):
     name, accuracy = "vllm_w4a8", "int8"
     operators = ("convert_weight_packed_scale_zp", "int4_scaled_mm_cpu", "fused_experts_cpu")
 
-    def _linear(self, torch: Any, weight: Int4Weight) -> tuple[Callable[[Any], Any], Any]:
+    def _linear(self, torch: Any, weight: CanonicalWeight) -> tuple[Callable[[Any], Any], Any]:
         codes, zeros, scales = (part[0] for part in self._packed(torch, [weight]))
         multiply = self.ops.int4_scaled_mm_cpu
         return lambda x: multiply(x, codes, zeros, scales, None), torch.bfloat16
@@ -108,7 +108,7 @@ class VllmW4A8(Vllm):
     def available_moe(self) -> str | None:
         return self.available()
 
-    def load_moe(self, gate_up: Sequence[Int4Weight], down: Sequence[Int4Weight]) -> Experts:
+    def load_moe(self, gate_up: Sequence[CanonicalWeight], down: Sequence[CanonicalWeight]) -> Experts:
         import torch
 
         require_matching(gate_up, down)
@@ -117,7 +117,7 @@ class VllmW4A8(Vllm):
             first, second = (self._packed(torch, weights) for weights in (gate_up, down))
         return _Experts(torch, self.ops.fused_experts_cpu, first, second, gate_up[0].k, len(gate_up))
 
-    def _packed(self, torch: Any, weights: Sequence[Int4Weight]) -> Any:
+    def _packed(self, torch: Any, weights: Sequence[CanonicalWeight]) -> Any:
         """Codes, zero points and scales in the operators' layout, with a leading axis of experts."""
         for weight in weights:
             _require_form(weight)
@@ -195,7 +195,7 @@ def _torch_of(distribution: str) -> str | None:
     return None
 
 
-def _require_form(weight: Int4Weight) -> None:
+def _require_form(weight: CanonicalWeight) -> None:
     """Raise UnsupportedError for a weight that the operators' layouts cannot hold."""
     require_plain(weight)
     if weight.k % MULTIPLE or weight.n % MULTIPLE:
@@ -210,5 +210,5 @@ def _words(torch: Any, codes: Array, order: tuple[int, ...] = tuple(range(CODES_
     return torch.from_numpy((columns << shifts).sum(axis=2, dtype=np.uint32).view(np.int32))
 
 
-def _scales(torch: Any, weight: Int4Weight) -> Any:
+def _scales(torch: Any, weight: CanonicalWeight) -> Any:
     return torch.from_numpy(weight.scale.astype(np.float32)).bfloat16()

@@ -74,6 +74,7 @@ FIGURE_BARS = (
     FigureBar("8", "built-in model: decode, tokens/s", "built-in decode, tokens/s", ">=", 2000.0),
     FigureBar("9a", "built-in model: seconds from the command to the first token", "start, built-in", "<=", 1.0),
     FigureBar("9b", "packed folder: seconds from the command to the first token", "start, packed", "<=", 1.5),
+    FigureBar("9c", "GGUF file: seconds from the command to the first token", "start, GGUF", "<=", 5.0),
     FigureBar("10a", "resident memory ÷ weights and cache", "memory, checkpoint", "<=", 1.05),
     FigureBar("10b", "the same, packed folder", "memory, packed", "<=", 1.05),
 )

@@ -7,9 +7,9 @@ The path of a weight::
         │ safetensors.py: memory map                             │ safetensors.py: memory map
     tensors of a linear layer                                PackedTiles
         │ formats/: Scheme.to_canonical                          ├── Backend.stack_from_packed: a stack over the map,
-    Int4Weight (canonical)                                       │   if the backend uses this layout
+    CanonicalWeight (canonical)                                       │   if the backend uses this layout
         │                                                        │ else PackedTiles.canonical
-        │                                                    Int4Weight (canonical)
+        │                                                    CanonicalWeight (canonical)
         │                                                        │
         └── StackBuilder.add, one weight at a time ──────────────┘
                               │ StackBuilder.finish
@@ -18,6 +18,7 @@ The path of a weight::
 ::
 
     checkpoint.py      open_checkpoint and Checkpoint: a folder and its MoE layers
+    contents.py        what a path holds
     family_rows.py     model families: names of modules, and routing
     families.py        what config.json says about MoE layers       naming.py    names in the files
     moe_block.py       a block's routing and shared expert           foreign.py   layers of other formats
@@ -25,4 +26,5 @@ The path of a weight::
     packed.py          PackedSource: the layers of a packed folder
     packed_writer.py   write_packed
     safetensors.py     memory-mapped files
+    gguf/              GGUF models, which have the same parts
 """

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.interface import Backend, StackBuilder
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["new_builder", "stacked_biases"]
 
@@ -17,7 +17,7 @@ def new_builder(
     backend: Backend,
     num_experts: int,
     n_per_expert: int,
-    weight: Int4Weight,
+    weight: CanonicalWeight,
     g_idx: Sequence[npt.NDArray[np.int32] | None],
 ) -> StackBuilder:
     """A builder for weights that have the K, group size, code type and scale type of ``weight``."""
@@ -28,7 +28,7 @@ def new_builder(
         group_size=weight.group_size,
         g_idx=None if all(entry is None for entry in g_idx) else g_idx,
         codes=weight.codes,
-        scale_dtype=weight.scale.dtype,
+        scales=weight.scales,
     )
 
 

@@ -7,6 +7,8 @@
     *.safetensors (+ index) ─── SafetensorsFolder ────────────┴─ QuantizedSource, or PackedSource for a
                                                                  folder that `marlin-cy pack` wrote
              moe_layer(i), linear(name): stacks and layers on a backend
+
+A GGUF model has the same parts: gguf/ reads the configuration and the tensors from its files.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.calls import call_in_parallel, errors_of
+from marlin_cy.checkpoints.contents import new_source, open_contents
 from marlin_cy.checkpoints.families import (
     Family,
     MoeSpec,
@@ -35,17 +38,13 @@ from marlin_cy.checkpoints.foreign import foreign_layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
-from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
 from marlin_cy.errors import MarlinError
-from marlin_cy.formats.json_fields import StrPath, finite, read_json
-from marlin_cy.formats.registry import read_scheme
-from marlin_cy.formats.scheme import Scheme
+from marlin_cy.formats.json_fields import StrPath, finite
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer
 from marlin_cy.threads import checked_num_threads
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -72,7 +71,7 @@ def open_checkpoint(
     path : path-like
         The folder: ``config.json``, the quantisation config there (``quantization_config``) or in the
         quantiser's own file (``quantize_config.json``, ...), and ``*.safetensors`` with or without an index.
-        Or a folder that ``marlin-cy pack`` wrote.
+        Or a folder that ``marlin-cy pack`` wrote. Or a GGUF file, a part of one, or a folder with nothing else.
     backend : str or Backend
         The backend to which weights are loaded.
     progress : callable, optional
@@ -91,6 +90,8 @@ def open_checkpoint(
         The checkpoint is damaged or contradicts itself. The message has file, tensor and reason.
     UnsupportedError
         The model family, activation, quantisation method, width of codes or group size is not supported.
+    BackendUnavailable
+        A GGUF file, and the package ``gguf`` is not installed.
     TypeError, ValueError
         An invalid ``backend``, ``progress`` or ``num_threads``.
     """
@@ -114,15 +115,16 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
+        The folder, or the GGUF file.
     backend : Backend
     config : dict
-        ``config.json``.
+        ``config.json``, or what a GGUF file says in its place.
     format : str
         The format of the weights: ``"gptq"``, ``"awq"``, ``"packed"``, ...
     codes : str
         The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     scheme : Scheme or None
-        The format's settings; None for a packed folder.
+        The format's settings; None for a packed folder, and for GGUF.
     family : Family
     moe_spec : MoeSpec
     moe_layers : list of int
@@ -143,34 +145,26 @@ class Checkpoint:
         verify: bool = False,
         describe: Describe | None = None,
     ) -> None:
-        self.path = path
         self.backend = backend
         self._progress = progress
         self._num_threads = num_threads
-        self._config_file = path / "config.json"
-        self.config = read_json(self._config_file)
-        packed = is_packed(self.config)
-        self.scheme: Scheme | None = None if packed else read_scheme(path, self.config)
+        contents = open_contents(path)
+        self.path, self._config_file, self.config = contents.path, contents.config_file, contents.config
+        self.scheme = contents.scheme
         text = text_config(self.config, self._config_file)
         if describe is not None and not has_row(self.config, self._config_file):
-            self._tensors = SafetensorsFolder(path)
+            self._tensors = contents.open_tensors()
             self.family, self.moe_spec, layers = describe(self._tensors.names)
         else:
             self.family = find_family(self.config, self._config_file)
             self.moe_spec = read_moe_spec(text, self.family, self._config_file)
-            self._tensors = SafetensorsFolder(path)
+            self._tensors = contents.open_tensors()
             layers = find_moe_layers(text, len(self._tensors.names), self._config_file)
         self.num_layers = count_layers(text, self._config_file)
         self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
         self.family, self.layer_prefix = self._naming.family, self._naming.prefix
         self._naming.check_moe_layers(layers)
-        self._source: QuantizedSource | PackedSource
-        if self.scheme is None:
-            self._source = PackedSource(path, self.config, self._tensors, self.moe_spec, verify)
-        else:
-            self._source = QuantizedSource(
-                self._tensors, self.scheme, self.family, self.moe_spec, self._config_file, self._for_each
-            )
+        self._source = new_source(contents, self._tensors, self.family, self.moe_spec, self._for_each, verify)
         self.format: str = self._source.format
         self.codes: str = self._source.codes
         quantised = [self._source.holds_experts(self.moe_block(layer)) for layer in layers]
@@ -234,6 +228,11 @@ class Checkpoint:
         """
         return self._source.quantized_tensors()
 
+    @property
+    def skipped_tensors(self) -> list[str]:
+        """Tensors in a GGUF file that are not loaded, under their own names: layers that predict several tokens."""
+        return [] if isinstance(self._tensors, SafetensorsFolder) else list(self._tensors.skipped)
+
     # Linear layers -----------------------------------------------------------------------------
 
     @property
@@ -261,7 +260,7 @@ class Checkpoint:
         self._source.release(name)
         return linear
 
-    def weight(self, name: str) -> Int4Weight:
+    def weight(self, name: str) -> CanonicalWeight:
         """One quantised linear layer in canonical form, without its bias.
 
         Its arrays may be views of the files. Parameters and exceptions are those of :meth:`linear`.

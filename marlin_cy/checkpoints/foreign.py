@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.scheme import Scheme
+
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.contents import Tensors
 
 __all__ = ["foreign_layers"]
 
@@ -23,7 +26,7 @@ SUFFIXES = (
 
 
 def foreign_layers(
-    tensors: SafetensorsFolder, scheme: Scheme | None, is_passed_over: Callable[[str], bool]
+    tensors: Tensors, scheme: Scheme | None, is_passed_over: Callable[[str], bool]
 ) -> Iterator[UnsupportedError]:
     """An error for each quantised layer that the checkpoint's own format does not have."""
     if scheme is None:
@@ -38,7 +41,7 @@ def foreign_layers(
         yield UnsupportedError(f"{tensors.file_of(name).path}: {reason(tensors, scheme, module, suffix)}")
 
 
-def reason(tensors: SafetensorsFolder, scheme: Scheme, module: str, suffix: str) -> str:
+def reason(tensors: Tensors, scheme: Scheme, module: str, suffix: str) -> str:
     """Why a layer is not supported: as the config says, or else by its tensors."""
     try:
         scheme.for_module(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,15 @@ from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import MoeSpec
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.naming import Naming
-from marlin_cy.checkpoints.packed import PackedSource
-from marlin_cy.checkpoints.quantised import QuantizedSource
-from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import dequantize_weight
+
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.contents import Source, Tensors
 
 __all__ = ["MoeBlock", "dequantized"]
 
@@ -32,8 +32,8 @@ class MoeBlock:
     ----------
     name : str
         ``"model.layers.0.mlp"``.
-    tensors : SafetensorsFolder
-    source : QuantizedSource or PackedSource
+    tensors : SafetensorsFolder or GgufTensors
+    source : QuantizedSource, PackedSource or GgufSource
     naming : Naming
     spec : MoeSpec
     config_file : path-like
@@ -43,8 +43,8 @@ class MoeBlock:
     def __init__(
         self,
         name: str,
-        tensors: SafetensorsFolder,
-        source: QuantizedSource | PackedSource,
+        tensors: Tensors,
+        source: Source,
         naming: Naming,
         spec: MoeSpec,
         config_file: StrPath,
@@ -246,9 +246,7 @@ class MoeBlock:
                 )
 
 
-def dequantized(
-    source: QuantizedSource | PackedSource, name: str, n: int | None = None, k: int | None = None
-) -> npt.NDArray[np.float32]:
+def dequantized(source: Source, name: str, n: int | None = None, k: int | None = None) -> npt.NDArray[np.float32]:
     """As :meth:`Checkpoint.dequantized`."""
     weight = source.weight(name)
     if n is not None and (weight.n, weight.k) != (n, k):

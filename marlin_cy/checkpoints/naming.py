@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from marlin_cy.checkpoints.families import Family, block_prefix
-from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional
+
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.contents import Tensors
 
 __all__ = ["Naming"]
 
@@ -32,7 +35,7 @@ class Naming:
 
     Parameters
     ----------
-    tensors : SafetensorsFolder
+    tensors : SafetensorsFolder or GgufTensors
     config : dict
         The configuration of the language model.
     family : Family
@@ -56,7 +59,7 @@ class Naming:
     """
 
     def __init__(
-        self, tensors: SafetensorsFolder, config: JsonObject, family: Family, num_layers: int, config_file: StrPath
+        self, tensors: Tensors, config: JsonObject, family: Family, num_layers: int, config_file: StrPath
     ) -> None:
         self._tensors, self._num_layers, self._config_file = tensors, num_layers, config_file
         self.prefix = self._find_prefix()

@@ -35,9 +35,10 @@ from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, positive, read_json
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.packed_tiles import PackedTiles
+from marlin_cy.weights.scale_records import SCALE_RECORDS
 
 __all__ = [
     "BIAS",
@@ -123,7 +124,7 @@ class PackedSource:
             raise CheckpointError(f"{name}: got {stack!r}, expected an object", file=self._file)
         for key in ("num_experts", "k", "n", "group_size"):
             positive(stack, (key,), self._file)
-        for key, known in (("codes", CODE_TYPES), ("scale_dtype", SCALE_TYPES)):
+        for key, known in (("codes", CODE_TYPES), ("scale_dtype", SCALE_RECORDS)):
             value = optional(stack, (key,), str, self._file)
             if value not in known:
                 raise CheckpointError(
@@ -237,7 +238,7 @@ class PackedSource:
             self._tensors.check(f"{module}{BIAS}", (stack.n_per_expert,))
         return backend.linear_of(stack, self.bias(module))
 
-    def weight(self, module: str) -> Int4Weight:
+    def weight(self, module: str) -> CanonicalWeight:
         return self._tiles(module).canonical(0)
 
     def bias(self, module: str) -> npt.NDArray[np.float32] | None:
@@ -260,7 +261,7 @@ class PackedSource:
             group_size=tiles.group_size,
             g_idx=None if all(groups is None for groups in tiles.g_idx) else tiles.g_idx,
             codes=tiles.codes,
-            scale_dtype=tiles.scale_dtype,
+            scales=tiles.scales,
         )
         for expert in range(tiles.num_experts):
             builder.add(expert, 0, tiles.canonical(expert))
@@ -282,7 +283,7 @@ class PackedSource:
                 group_size=stack["group_size"],
                 g_idx=[None] * stack["num_experts"] if g_idx is None else list(g_idx),
                 codes=stack["codes"],
-                scale_dtype=SCALE_TYPES[stack["scale_dtype"]].dtype,
+                scales=stack["scale_dtype"],
                 bias=bias,
             )
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.checkpoint import Checkpoint
+from marlin_cy.checkpoints.gguf.documents import gguf_documents
+from marlin_cy.checkpoints.gguf.files import model_files
+from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.checkpoints.packed import (
     BIAS,
     DESCRIPTION,
@@ -124,7 +127,7 @@ class PackedFolderWriter:
             DESCRIPTION, {"format_version": FORMAT_VERSION, "stacks": self._stacks, "sha256": self._sums}
         )
         self._write_json(CONFIG, self._config(digest))
-        source = sum(path.stat().st_size for path in self._checkpoint.path.glob("*.safetensors"))
+        source = sum(path.stat().st_size for path in self._weight_files())
         return {"bytes": self._bytes, "source_bytes": source, "stacks": len(self._stacks), "files": len(parts)}
 
     def remove(self) -> None:
@@ -188,7 +191,7 @@ class PackedFolderWriter:
             "n": store.n,
             "group_size": store.weight_group_size,
             "codes": store.codes,
-            "scale_dtype": store.scale_dtype.name,
+            "scale_dtype": store.scales,
         }
         tensors[f"{name}{PACKED}"] = "U8", (experts, store.nbytes // experts), store.data
         if store.act_order:
@@ -199,7 +202,16 @@ class PackedFolderWriter:
         if stack.bias is not None:
             tensors[f"{name}{BIAS}"] = "F32", stack.bias.shape, as_bytes(stack.bias)
 
+    def _weight_files(self) -> Iterable[Path]:
+        path = self._checkpoint.path
+        return model_files(path) if self._checkpoint.format == GgufSource.format else path.glob("*.safetensors")
+
     def _copy_other_files(self) -> None:
+        """Copy the tokenizer's files and the like; those that a GGUF file stands for are written."""
+        if self._checkpoint.format == GgufSource.format:
+            for name, document in gguf_documents(self._checkpoint.path).items():
+                self._write_json(name, document)
+            return
         written = (CONFIG, DESCRIPTION, *QUANTISER_FILES)
         for path in sorted(self._checkpoint.path.iterdir()):
             if path.is_file() and path.name not in written and not path.name.endswith(WEIGHT_FILES):

@@ -28,7 +28,7 @@ from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.stacks.builder import same_groups
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["ExpertPart", "QuantizedSource"]
 
@@ -228,7 +228,7 @@ class QuantizedSource:
         builder.add(0, 0, weight)
         return backend.linear_of(builder.finish(), self.bias(module))
 
-    def weight(self, module: str) -> Int4Weight:
+    def weight(self, module: str) -> CanonicalWeight:
         """A linear layer in canonical form, checked. Its arrays may be views of the files, except for ``g_idx``."""
         k, n = self._linear_sizes(module)
         self._check_linear(module, k, n)
@@ -304,7 +304,7 @@ class QuantizedSource:
         interleaved = self._family.interleaved and bias.shape[1] == self._inner_width
         return np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1) if interleaved else bias
 
-    def _gate_and_up(self, weight: Int4Weight) -> list[Int4Weight]:
+    def _gate_and_up(self, weight: CanonicalWeight) -> list[CanonicalWeight]:
         """A stored weight, cut into gate and up if it interleaves their columns."""
         if not (self._family.interleaved and weight.n == self._inner_width):
             return [weight]
@@ -329,17 +329,18 @@ class QuantizedSource:
         """A builder for a stack of experts; ``parts`` has the parts of each expert."""
         self._check_alike([part for modules in parts for part in modules])
         first = parts[0][0]
+        group_size, codes, scales = self._kind(first)
         return backend.new_stack_builder(
             len(parts),
             first.k,
             n_per_expert,
-            group_size=self._group_size(first),
+            group_size=group_size,
             g_idx=None if all(entry is None for entry in g_idx) else g_idx,
-            codes=self._scheme.codes,
-            scale_dtype=self._scale_dtype(first),
+            codes=codes,
+            scales=scales,
         )
 
-    def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> Int4Weight:
+    def _canonical(self, part: ExpertPart, g_idx: GIdx | None) -> CanonicalWeight:
         scheme = self._scheme.for_module(part.module)
         arrays = {
             suffix: self._array(part, suffix)
@@ -398,20 +399,23 @@ class QuantizedSource:
 
     def _check_alike(self, parts: Sequence[ExpertPart]) -> None:
         first = parts[0]
-        group_size, scale_dtype = self._group_size(first), self._scale_dtype(first)
+        kind = group_size, codes, scales = self._kind(first)
         for part in parts:
-            if (self._group_size(part), self._scale_dtype(part)) != (group_size, scale_dtype):
+            other = self._kind(part)
+            if other != kind:
                 raise UnsupportedError(
-                    f"{first.module} has groups of {group_size} with {scale_dtype} scales, {part.module} of "
-                    f"{self._group_size(part)} with {self._scale_dtype(part)}; experts of a layer must agree in both"
+                    f"{first.module} has {codes} in groups of {group_size} with {scales} scales, {part.module} has "
+                    f"{other[1]} in groups of {other[0]} with {other[2]} scales; experts of a stack must agree in all"
                 )
 
     def _group_size(self, part: ExpertPart) -> int:
         return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)
 
-    def _scale_dtype(self, part: ExpertPart) -> np.dtype[Any]:
+    def _kind(self, part: ExpertPart) -> tuple[int, str, str]:
+        """``(group size, code type, scale record)`` of a part."""
         scheme = self._scheme.for_module(part.module)
-        return scheme.scale_dtype(DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype])
+        stored = DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype]
+        return scheme.checked_group_size(part.k, part.n), scheme.codes, scheme.scale_dtype(stored).name
 
     def _linear_sizes(self, module: str) -> tuple[int, int]:
         marker = f"{module}{self._scheme.marker}"

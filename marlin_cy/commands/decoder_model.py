@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from marlin_cy.checkpoints.gguf.documents import read_document
 from marlin_cy.commands.options import argument_errors, open_backend, positive_argument
 from marlin_cy.commands.output import LoadProgress, megabytes
 from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError
-from marlin_cy.formats.json_fields import optional, read_json
+from marlin_cy.formats.json_fields import optional
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
@@ -122,7 +123,7 @@ def declared_context(folder: Path) -> int | None:
 def _declared(folder: Path, name: str) -> int | None:
     """A number in ``config.json`` or its ``text_config``; None where there is none."""
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_document(folder, file.name)
     inner = config.get("text_config")
     return optional(inner if isinstance(inner, dict) else config, [name], int, file)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from marlin_cy import __version__, open_checkpoint
+from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.commands.output import console, escape, print_json, runs, table
 from marlin_cy.decoder.build import read_config
 from marlin_cy.errors import MarlinError
@@ -33,7 +35,7 @@ HELP = "show a checkpoint's format, layers, sizes, and anything unusual"
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a packed one")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint's folder, or a GGUF file")
     parser.add_argument(
         "--verify", action="store_true", help="compare the checksums of all of a packed folder's tensors"
     )
@@ -92,7 +94,9 @@ def reason_not_decoded(checkpoint: Checkpoint) -> str | None:
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of the format, in types that JSON has."""
+    """The settings of the format, in types that JSON has; of GGUF, the number of tensors of each type."""
+    if checkpoint.format == GgufSource.format:
+        return dict(Counter(checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names).most_common())
     if checkpoint.scheme is None:
         stored: dict[str, Any] = checkpoint.config["quantization_config"]
         return stored
@@ -115,9 +119,12 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
         found.append(f"shared experts that are not quantised, which `run` leaves out: layers {runs(alone)}")
     if beyond := checkpoint.prediction_layers:
         found.append(f"layers that only predict further tokens, not loaded: {runs(beyond)}")
+    if checkpoint.skipped_tensors:
+        found.append(f"tensors of layers that predict several tokens, not loaded: {len(checkpoint.skipped_tensors)}")
     if checkpoint.act_order:
         found.append("rows of K are permuted (desc_act): activations are gathered, which costs time")
-    stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names}
+    quantized = set(checkpoint.quantized_tensors) if checkpoint.format == GgufSource.format else set()
+    stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names if name not in quantized}
     strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64"})
     if strange:
         found.append(f"tensors of dtype {', '.join(strange)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from tokenizers import Tokenizer as FileTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
 
+from marlin_cy.checkpoints.gguf.documents import TOKENIZER, read_document
+from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.commands.options import argument_errors
 from marlin_cy.commands.output import LoadProgress
 from marlin_cy.errors import CheckpointError
@@ -87,13 +91,17 @@ class PackedPlace:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder, or of a GGUF file.
 
     Raises
     ------
     CheckpointError
         transformers cannot load a tokenizer from the folder.
     """
+    if (gguf := find_gguf(folder)) is not None:
+        document, config = (read_document(gguf, name) for name in (TOKENIZER, "tokenizer_config.json"))
+        special = {name: token for name, token in config.items() if name.endswith("_token")}
+        return PreTrainedTokenizerFast(tokenizer_object=FileTokenizer.from_str(json.dumps(document)), **special)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for invalid files

@@ -34,7 +34,7 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="CHECKPOINT",
-        help="a checkpoint's folder (default: a small built-in model)",
+        help="a checkpoint's folder, or a GGUF file (default: a small built-in model)",
     )
 
 

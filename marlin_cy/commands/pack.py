@@ -22,7 +22,7 @@ HELP = "write a checkpoint's packed weights to a folder that opens without packi
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="IN", help="a checkpoint's folder")
+    parser.add_argument("checkpoint", type=Path, metavar="IN", help="a checkpoint's folder, or a GGUF file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist, or be empty")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
 

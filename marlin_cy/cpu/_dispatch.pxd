@@ -12,8 +12,7 @@ cdef extern from "ukernel.h" nogil:
         TILE_N
         PAIR_N
         LANE_K
-        BLOCK_BYTES
-        GROUP_HEADER_BYTES
+        LINE_BYTES
         MAX_GROUP_K
         GROUP_K_STEP
         CHUNK_K
@@ -27,6 +26,8 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_BF16
         DTYPE_I8
         CODES_COUNT
+        SCALES_COUNT
+        SCALE_BLOCK_K
         ACTIVATION_SILU
         ACTIVATION_GELU
         ACTIVATION_GELU_TANH
@@ -45,14 +46,25 @@ cdef extern from "ukernel.h" nogil:
 
     ctypedef struct code_type:
         const char *name
+        int bits
         uint8_t multiplicands[16]
         int is_identity
         int max_multiplicand
         int has_zero_points
+        int zero_bytes
         int symmetric_zero
         int units_per_one
+        int min_group
 
     const code_type code_types[CODES_COUNT]
+
+    ctypedef struct scale_record:
+        const char *name
+        int8_t scale_bytes
+        int8_t has_minimum
+        int8_t has_blocks
+
+    const scale_record scale_records[SCALES_COUNT]
 
     ctypedef struct act_meta:
         float scale
@@ -66,7 +78,7 @@ cdef extern from "ukernel.h" nogil:
         const uint8_t *header[2]
         const uint8_t *body[2]
         const uint8_t *next[2]
-        int scale_dtype
+        int scales
         int num_groups
         int group_blocks
         int last_group_blocks

@@ -10,14 +10,25 @@ CONSTANTS: Final[Mapping[str, int | float]]
 
 class _KernelCodeType(TypedDict):
     number: int
+    bits: int
     multiplicands: list[int]
     is_identity: bool
     max_multiplicand: int
     has_zero_points: bool
+    zero_bytes: int
     symmetric_zero: int
     units_per_one: int
+    min_group: int
 
 KERNEL_CODE_TYPES: Final[Mapping[str, _KernelCodeType]]
+
+class _KernelScaleRecord(TypedDict):
+    number: int
+    scale_bytes: int
+    has_minimum: bool
+    has_blocks: bool
+
+KERNEL_SCALE_RECORDS: Final[Mapping[str, _KernelScaleRecord]]
 
 class _Isa(TypedDict):
     name: str

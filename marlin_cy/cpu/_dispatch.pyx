@@ -35,8 +35,7 @@ CONSTANTS = {
     "TILE_N": TILE_N,
     "PAIR_N": PAIR_N,
     "LANE_K": LANE_K,
-    "BLOCK_BYTES": BLOCK_BYTES,
-    "GROUP_HEADER_BYTES": GROUP_HEADER_BYTES,
+    "LINE_BYTES": LINE_BYTES,
     "MAX_GROUP_K": MAX_GROUP_K,
     "GROUP_K_STEP": GROUP_K_STEP,
     "CHUNK_K": CHUNK_K,
@@ -50,6 +49,8 @@ CONSTANTS = {
     "DTYPE_F16": DTYPE_F16,
     "DTYPE_BF16": DTYPE_BF16,
     "CODES_COUNT": CODES_COUNT,
+    "SCALES_COUNT": SCALES_COUNT,
+    "SCALE_BLOCK_K": SCALE_BLOCK_K,
     "ACTIVATION_SILU": ACTIVATION_SILU,
     "ACTIVATION_GELU": ACTIVATION_GELU,
     "ACTIVATION_GELU_TANH": ACTIVATION_GELU_TANH,
@@ -68,16 +69,33 @@ CONSTANTS = {
 KERNEL_CODE_TYPES = {
     code_types[codes].name.decode(): {
         "number": codes,
-        "multiplicands": [code_types[codes].multiplicands[code] for code in range(16)],
+        "bits": code_types[codes].bits,
+        "multiplicands": [
+            code_types[codes].multiplicands[code] if code_types[codes].bits == 4 else code
+            for code in range(1 << code_types[codes].bits)
+        ],
         "is_identity": bool(code_types[codes].is_identity),
         "max_multiplicand": code_types[codes].max_multiplicand,
         "has_zero_points": bool(code_types[codes].has_zero_points),
+        "zero_bytes": code_types[codes].zero_bytes,
         "symmetric_zero": code_types[codes].symmetric_zero,
         "units_per_one": code_types[codes].units_per_one,
+        "min_group": code_types[codes].min_group,
     }
     for codes in range(CODES_COUNT)
 }
 """The rows of ``ukernels/code_types.h`` by name; tests compare them with ``weights/code_types.py``."""
+
+KERNEL_SCALE_RECORDS = {
+    scale_records[scales].name.decode(): {
+        "number": scales,
+        "scale_bytes": scale_records[scales].scale_bytes,
+        "has_minimum": bool(scale_records[scales].has_minimum),
+        "has_blocks": bool(scale_records[scales].has_blocks),
+    }
+    for scales in range(SCALES_COUNT)
+}
+"""The rows of ``ukernels/scale_records.h`` by name; tests compare them with ``weights/scale_records.py``."""
 
 cdef list ISAS = []     # what isas() returns
 cdef dict TABLES = {}   # name: KernelTable, of every ISA that this machine can run

@@ -20,9 +20,7 @@ from libc.string cimport memset
 from marlin_cy.cpu._arena cimport arena, take, take_floats
 from marlin_cy.cpu._atomic cimport fetch_add, load
 from marlin_cy.cpu._buffers cimport element_bytes
-from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, CHUNK_K, DTYPE_F32, GROUP_HEADER_BYTES, LANE_K, TILE_N, gemm_fn, gemm_task,
-)
+from marlin_cy.cpu._dispatch cimport CHUNK_K, DTYPE_F32, LANE_K, TILE_N, gemm_fn, gemm_task
 from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, quantize_rows
 from marlin_cy.cpu._team cimport member, run_team
 
@@ -258,13 +256,13 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
     cdef gemm_fn *gemm = job.table.gemm[store.codes][job.planes - 1]
     cdef tile_pair pair = tiles_of(job, item)
     cdef tile_pair following = pair
-    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // LANE_K * BLOCK_BYTES
+    cdef int64_t chunk_groups = CHUNK_K // store.group_size, chunk_bytes = CHUNK_K // LANE_K * store.block_bytes
     cdef int64_t chunk, group, groups
     cdef gemm_task task
     cdef int t
     if item + 1 < job.num_blocks * job.panels and not is_empty(job, item + 1):
         following = tiles_of(job, item + 1)
-    task.scale_dtype = store.scale_dtype
+    task.scales = store.scales
     task.group_blocks = store.group_size // LANE_K
     task.a_row_stride = <int64_t>store.group_size * job.planes
     task.a_group_stride = task.a_row_stride * group_rows(job.num_quantized)
@@ -280,7 +278,7 @@ cdef void sum_item(const gemm_job *job, int64_t item, int64_t chunk_begin, int64
             if pair.tile[t] is NULL:
                 task.header[t] = task.body[t] = NULL
                 continue
-            task.header[t] = pair.tile[t] + group * GROUP_HEADER_BYTES
+            task.header[t] = pair.tile[t] + chunk * store.chunk_header_bytes
             task.body[t] = pair.tile[t] + store.header_bytes + chunk * chunk_bytes
             if chunk + 1 < chunk_end:
                 task.next[t] = task.body[t] + chunk_bytes

@@ -12,7 +12,9 @@ cdef struct packed_view:
     int group_size
     int num_groups
     int codes                   # index into code_types
-    int scale_dtype             # DTYPE_F16 or DTYPE_BF16
+    int scales                  # index into scale_records
+    int64_t block_bytes         # of 8 packed rows of a tile
+    int64_t chunk_header_bytes  # of the records of a chunk of K, in each tile
     const int32_t *orders       # [num_orders][packed_k] row of K at each packed position; NULL: all in their own order
     const int32_t *order_of     # [num_experts]
 
@@ -23,7 +25,7 @@ cdef class CpuGptqStore:
     cdef readonly int64_t n
     cdef readonly int64_t weight_group_size
     cdef readonly str codes
-    cdef readonly object scale_dtype
+    cdef readonly str scales
     cdef readonly object layout
     cdef readonly int64_t nbytes
     cdef readonly object data
@@ -33,3 +35,4 @@ cdef class CpuGptqStore:
     cdef bint own               # whether `data` was allocated here, so that it may be written
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept
+    cdef int pack_part(self, uint8_t *base, int64_t column_offset, name, stored, const int32_t[::1] rows) except -1

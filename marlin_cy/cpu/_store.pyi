@@ -1,13 +1,13 @@
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.cpu.layout import TileLayout
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.order import GroupOrder
 from marlin_cy.weights.sizes import StackSizes
+from marlin_cy.weights.tile_layout import TileLayout
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
 def checked_data(data: npt.NDArray[np.uint8], nbytes: int) -> npt.NDArray[np.uint8]: ...
@@ -25,7 +25,7 @@ class CpuGptqStore:
     @property
     def codes(self) -> str: ...
     @property
-    def scale_dtype(self) -> np.dtype[Any]: ...
+    def scales(self) -> str: ...
     @property
     def layout(self) -> TileLayout: ...
     @property
@@ -49,7 +49,7 @@ class CpuGptqStore:
         group_size: int,
         g_idx: Sequence[npt.NDArray[np.int32] | None] | None,
         codes: str,
-        scale_dtype: npt.DTypeLike,
+        scales: str | npt.DTypeLike,
         data: npt.NDArray[np.uint8],
     ) -> CpuGptqStore: ...
-    def pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None: ...
+    def pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None: ...

@@ -1,6 +1,6 @@
 """The packed weights of a stack, with the fast packer.
 
-The layout is drawn in ``ukernels/ukernel.h``, and ``layout.py`` implements it in plain NumPy.
+The layout is drawn in ``weights/tile_layout.py``, and ``layout.py`` implements it in plain NumPy.
 """
 
 import mmap
@@ -8,21 +8,20 @@ import mmap
 import numpy as np
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
-from marlin_cy.cpu._dispatch cimport (
-    BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N,
-)
+from marlin_cy.cpu._dispatch cimport CHUNK_K, LANE_K, SCALE_BLOCK_K, TILE_N
 
-from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES
+from marlin_cy.cpu._dispatch import KERNEL_CODE_TYPES, KERNEL_SCALE_RECORDS
 from marlin_cy.stacks.builder import checked_stack_sizes
-from marlin_cy.cpu.layout import TileLayout
-from marlin_cy.weights.code_types import code_type, scale_type
+from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import distinct_orders, packed_group_size, rows_of_orders
+from marlin_cy.weights.scale_records import scale_record
+from marlin_cy.weights.tile_layout import TileLayout
 
 cdef extern from "pack.h" nogil:
     void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
-                   int columns)
+                   int columns, int bits)
     void copy_columns(void *to, const void *source, int columns, int bytes)
 
 cdef enum:
@@ -60,7 +59,7 @@ def checked_data(data, int64_t nbytes):
 
 
 cdef class CpuGptqStore:
-    """The 4-bit weights of ``num_experts`` experts in one aligned allocation, in huge pages if available.
+    """The weights of ``num_experts`` experts in one aligned allocation, in huge pages if available.
 
     A new store is empty (all bytes are zero); :meth:`pack` fills it.
 
@@ -85,10 +84,11 @@ cdef class CpuGptqStore:
 
     def __init__(self, sizes, data=None):
         self.num_experts, self.k, self.n = sizes.num_experts, sizes.k, sizes.n_per_expert
-        self.weight_group_size, self.codes, self.scale_dtype = sizes.group_size, sizes.codes, sizes.scale_dtype
+        self.weight_group_size, self.codes, self.scales = sizes.group_size, sizes.codes, sizes.scales
         self.group_orders, self.order_of = distinct_orders(sizes.g_idx, self.k, self.weight_group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = TileLayout(packed_k, self.n, packed_group_size(self.weight_group_size))
+        self.layout = layout = TileLayout(
+            packed_k, self.n, packed_group_size(self.weight_group_size), self.codes, self.scales)
         self.nbytes = self.num_experts * self.layout.expert_stride
         self.own = data is None
         self.data = allocate_pages(self.nbytes) if data is None else checked_data(data, self.nbytes)
@@ -106,7 +106,10 @@ cdef class CpuGptqStore:
             group_size=self.layout.group_size,
             num_groups=self.layout.num_groups,
             codes=KERNEL_CODE_TYPES[self.codes]["number"],
-            scale_dtype=scale_type(self.scale_dtype).number,
+            scales=KERNEL_SCALE_RECORDS[self.scales]["number"],
+            block_bytes=layout.block_bytes,
+            chunk_header_bytes=CHUNK_K // layout.group_size * layout.group_bytes
+            + CHUNK_K // SCALE_BLOCK_K * layout.scale_block_bytes,
             orders=NULL,
             order_of=&orders_of_experts[0],
         )
@@ -115,12 +118,12 @@ cdef class CpuGptqStore:
             self.view.orders = &orders[0, 0]
 
     @staticmethod
-    def from_packed(num_experts, k, n, group_size, g_idx, codes, scale_dtype, data):
+    def from_packed(num_experts, k, n, group_size, g_idx, codes, scales, data):
         """A store over the ``data`` of another store. Nothing is copied, and :meth:`pack` raises ``ValueError``.
 
         Parameters
         ----------
-        num_experts, k, n, group_size, g_idx, codes, scale_dtype
+        num_experts, k, n, group_size, g_idx, codes, scales
             The arguments that the other store was made with.
         data : uint8 ``[nbytes]``
             Contiguous, at an address that is a multiple of 64; may be read-only, such as a memory map. It is kept,
@@ -131,7 +134,7 @@ cdef class CpuGptqStore:
         TypeError, ValueError, IndexError, UnsupportedError
             The message names the argument.
         """
-        sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scale_dtype)
+        sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scales)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(data, 'dtype', type(data).__name__)}, expected a uint8 array")
         return CpuGptqStore(sizes, data)
@@ -148,7 +151,7 @@ cdef class CpuGptqStore:
         return self.orders is not None
 
     def pack(self, int64_t expert, int64_t column_offset, weight):
-        """Write an :class:`Int4Weight` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
+        """Write an :class:`CanonicalWeight` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
 
         The caller has checked that it fits. Releases the GIL, and may run in several threads at once
         for different columns.
@@ -157,25 +160,17 @@ cdef class CpuGptqStore:
             raise ValueError("pack: the store was made from packed data, which is read-only")
         order = self.group_orders[self.order_of[expert]]
         cdef const uint32_t[:, ::1] words = np.ascontiguousarray(weight.words)
-        cdef const uint16_t[:, ::1] scale = np.ascontiguousarray(weight.scale).view(np.uint16)
-        cdef const uint8_t[:, ::1] zero
-        cdef const int32_t[::1] scale_rows = order.scale_rows
         cdef const int32_t *rows = self.rows_of(expert)
         cdef uint8_t *base = <uint8_t *>self.view.data + expert * self.view.expert_stride
         cdef uint8_t *tile
-        cdef uint8_t *header
-        cdef int64_t stride = words.shape[1], end = column_offset + stride
-        cdef int64_t num_groups = scale_rows.shape[0], blocks = order.packed_k // LANE_K
+        cdef int64_t stride = words.shape[1], end = column_offset + stride, blocks = order.packed_k // LANE_K
+        cdef int bits = code_type(self.codes).bits
+        cdef int64_t words_per_block = LANE_K * bits // 32
         # A strip is a range of K, so rows in another order cannot be cut into strips.
         cdef int64_t strip = STRIP_BLOCKS if rows is NULL else blocks
-        cdef int64_t block, column, g
+        cdef int64_t block = 0, column
         cdef int lane, count
-        if weight.zero is None:
-            zero = np.full((weight.scale.shape[0], stride), code_type(self.codes).symmetric_zero, np.uint8)
-        else:
-            zero = np.ascontiguousarray(weight.zero)
         with nogil:
-            block = 0
             while block < blocks:
                 column = column_offset
                 while column < end:
@@ -183,17 +178,35 @@ cdef class CpuGptqStore:
                     count = <int>min(TILE_N - lane, end - column)
                     tile = base + column // TILE_N * self.view.tile_stride
                     pack_tile(
-                        <uint32_t *>(tile + self.view.header_bytes + block * BLOCK_BYTES) + lane,
-                        &words[block, column - column_offset], stride, rows, min(strip, blocks - block), count)
+                        <uint32_t *>(tile + self.view.header_bytes + block * self.view.block_bytes) + lane,
+                        &words[block * words_per_block, column - column_offset], stride, rows,
+                        min(strip, blocks - block), count, bits)
                     column += count
                 block += strip
-            column = column_offset
+        row, record = code_type(self.codes), scale_record(self.scales)
+        for name in record.group_parts(row):
+            stored = getattr(weight, name)
+            if stored is None:  # a code type without zero points
+                stored = np.full(weight.scale.shape, row.symmetric_zero, row.zero_dtype)
+            self.pack_part(base, column_offset, name, stored, order.scale_rows)
+        for name in record.block_parts():
+            stored = getattr(weight, name)
+            self.pack_part(base, column_offset, name, stored, np.arange(len(stored), dtype=np.int32))
+
+    cdef int pack_part(self, uint8_t *base, int64_t column_offset, name, stored, const int32_t[::1] rows) except -1:
+        """Write a part of the scale records: ``stored[rows[i]]`` goes to the ``i``-th place of each tile."""
+        places, dtype = self.layout.part_places(name)
+        cdef const int64_t[::1] at = np.array(places, np.int64)
+        cdef const uint8_t[:, ::1] values = np.ascontiguousarray(stored).view(np.uint8)
+        cdef int size = dtype.itemsize, lane, count
+        cdef int64_t column = column_offset, end = column_offset + values.shape[1] // size, i
+        cdef uint8_t *tile
+        with nogil:
             while column < end:
                 lane = column % TILE_N
                 count = <int>min(TILE_N - lane, end - column)
-                header = base + column // TILE_N * self.view.tile_stride
-                for g in range(num_groups):
-                    copy_columns(header + 2 * lane, &scale[scale_rows[g], column - column_offset], count, 2)
-                    copy_columns(header + 2 * TILE_N + lane, &zero[scale_rows[g], column - column_offset], count, 1)
-                    header += GROUP_HEADER_BYTES
+                tile = base + column // TILE_N * self.view.tile_stride + lane * size
+                for i in range(rows.shape[0]):
+                    copy_columns(tile + at[i], &values[rows[i], (column - column_offset) * size], count, size)
                 column += count
+        return 0

@@ -67,9 +67,9 @@ class CpuBackend(CpuOperations, Backend):
         group_size: int,
         g_idx: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | None] | None = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> StackBuilder:
-        return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype))
+        return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales))
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""
@@ -80,7 +80,7 @@ class CpuBackend(CpuOperations, Backend):
             packed.group_size,
             list(packed.g_idx),
             packed.codes,
-            packed.scale_dtype,
+            packed.scales,
             packed.data.reshape(-1),
         )
         return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, packed.bias)

@@ -1,104 +1,64 @@
 """The layout of the packed store in plain NumPy. The tests compare the fast packer with it.
 
-The N columns of an expert are cut into tiles of 16; a tile is drawn in ``ukernels/ukernel.h``. The size of a tile is a
-multiple of 64 bytes. Tiles follow each other without gaps, as do experts::
-
-    | expert 0: tile 0 | tile 1 | ... | expert 1: tile 0 | ... |
-
-K is cut into groups, see ``marlin_cy.weights.order``.
+:mod:`marlin_cy.weights.tile_layout` draws a tile. Tiles follow each other without gaps, as do experts. K is cut into
+groups, see ``marlin_cy.weights.order``.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import GroupOrder
-from marlin_cy.weights.packed_tiles import BLOCK_BYTES, GROUP_HEADER_BYTES, LANE_K, TILE_N
+from marlin_cy.weights.scale_records import BLOCK_ROWS, scale_record
+from marlin_cy.weights.tile_layout import LANE_K, LINE_BYTES, TILE_N, TileLayout
 
-__all__ = ["TileLayout", "pack_tiles", "unpack_tiles"]
-
-
-@dataclass(frozen=True)
-class TileLayout:
-    """Sizes of a packed expert, in bytes unless stated otherwise."""
-
-    packed_k: int  # rows
-    n: int  # columns
-    group_size: int  # rows of a packed group
-
-    @property
-    def num_groups(self) -> int:
-        """Number of packed groups."""
-        return -(-self.packed_k // self.group_size)
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles of 16 columns; the last may be padded."""
-        return -(-self.n // TILE_N)
-
-    @property
-    def header_bytes(self) -> int:
-        """Size of the scales and zeros of a tile, padded to a cache line."""
-        return -(-GROUP_HEADER_BYTES * self.num_groups // BLOCK_BYTES) * BLOCK_BYTES
-
-    @property
-    def tile_stride(self) -> int:
-        """Size of a tile."""
-        return self.header_bytes + self.packed_k // LANE_K * BLOCK_BYTES
-
-    @property
-    def expert_stride(self) -> int:
-        """Size of an expert."""
-        return self.tiles * self.tile_stride
+__all__ = ["pack_tiles", "unpack_tiles"]
 
 
 def pack_tiles(
-    q: npt.NDArray[np.uint8],
-    scale: npt.NDArray[np.generic],
-    zero: npt.NDArray[np.uint8] | None,
+    weight: CanonicalWeight,
     order: GroupOrder,
     layout: TileLayout,
-    codes: str = "uint4",
 ) -> npt.NDArray[np.uint8]:
     """One packed expert, uint8 ``[expert_stride]``, by loops that can be checked by hand.
 
     Parameters
     ----------
-    q : uint8 ``[K, N]`` in 0..15
-    scale : float16 or bfloat16 ``[G, N]``
-    zero : uint8 ``[G, N]``, or None if the code type has no zero points
+    weight : CanonicalWeight
+        Its code type and scale record are the layout's.
     order : GroupOrder
     layout : TileLayout
-    codes : str
-        Name of the code type.
     """
-    symmetric_zero = code_type(codes).symmetric_zero
+    row, record = code_type(layout.codes), scale_record(layout.scales)
+    q = unpack_words(weight.words, row.bits)
     packed = np.zeros((layout.tiles, layout.tile_stride), np.uint8)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     for column in range(layout.n):
         tile, lane = packed[column // TILE_N], column % TILE_N
-        for group, scale_row in enumerate(order.scale_rows):
-            header = tile[group * GROUP_HEADER_BYTES : (group + 1) * GROUP_HEADER_BYTES]
-            header[2 * lane : 2 * lane + 2] = scale[scale_row, column : column + 1].view(np.uint8)
-            header[2 * TILE_N + lane] = symmetric_zero if zero is None else zero[scale_row, column]
+        for name in (*record.group_parts(row), *record.block_parts()):
+            places, dtype = layout.part_places(name)
+            stored = getattr(weight, name)
+            if stored is None:  # a code type without zero points
+                stored = np.full((len(weight.scale), layout.n), row.symmetric_zero, dtype)
+            stored_rows = range(len(places)) if name.startswith("block") else order.scale_rows
+            for place, stored_row in zip(places, stored_rows, strict=False):
+                begin = place + dtype.itemsize * lane
+                tile[begin : begin + dtype.itemsize] = stored[stored_row, column : column + 1].view(np.uint8)
         body = tile[layout.header_bytes :]
-        for position, row in enumerate(rows):
-            if row >= 0:
+        for position, k in enumerate(rows):
+            if k >= 0:
                 block, value = divmod(position, LANE_K)
-                nibble = int(q[row, column]) << (4 * (value // 4))
-                body[block * BLOCK_BYTES + 4 * lane + value % 4] |= nibble
+                begin, code = block * layout.block_bytes + 4 * lane + value % 4, int(q[k, column])
+                if row.bits == 8:
+                    body[begin + LINE_BYTES * (value // 4)] = code
+                else:
+                    body[begin] |= code << (4 * (value // 4))
     return packed.reshape(-1)
 
 
 def unpack_tiles(
-    packed: npt.NDArray[np.uint8],
-    order: GroupOrder,
-    layout: TileLayout,
-    k: int,
-    codes: str,
-    scale_dtype: npt.DTypeLike,
+    packed: npt.NDArray[np.uint8], order: GroupOrder, layout: TileLayout, k: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
     """``(w, q)`` of one packed expert: the weight float64 ``[K, N]`` and its codes uint8 ``[K, N]``.
 
@@ -109,24 +69,35 @@ def unpack_tiles(
     layout : TileLayout
     k : int
         Rows of the weight, without padding.
-    codes : str
-        Name of the code type.
-    scale_dtype : float16 or bfloat16
     """
-    row = code_type(codes)
+    row, record = code_type(layout.codes), scale_record(layout.scales)
     tiles = packed.reshape(layout.tiles, layout.tile_stride)
-    headers = tiles[:, : layout.num_groups * GROUP_HEADER_BYTES].reshape(layout.tiles, layout.num_groups, -1)
-    scale = np.ascontiguousarray(headers[:, :, : 2 * TILE_N]).view(scale_dtype).astype(np.float64)
-    zero = headers[:, :, 2 * TILE_N :].astype(np.float64)
-    body = tiles[:, layout.header_bytes :].reshape(layout.tiles, -1, TILE_N, 4)
-    nibbles = np.stack([body & 15, body >> 4], axis=2)  # [tile, block, half, lane, t]
-    nibbles = nibbles.transpose(1, 2, 4, 0, 3).reshape(layout.packed_k, layout.tiles * TILE_N)
-    group = np.arange(layout.packed_k) // layout.group_size
-    scale, zero = (part.transpose(1, 0, 2).reshape(layout.num_groups, -1)[group] for part in (scale, zero))
-    weights = scale / row.units_per_one * (row.multiplicands.astype(np.float64)[nibbles] - zero)
+    columns = layout.tiles * TILE_N
+    body = tiles[:, layout.header_bytes :].reshape(layout.tiles, -1, layout.block_bytes)
+    if row.bits == 8:
+        halves = body.reshape(layout.tiles, -1, 2, TILE_N, 4)
+    else:
+        lanes = body.reshape(layout.tiles, -1, TILE_N, 4)
+        halves = np.stack([lanes & 15, lanes >> 4], axis=2)  # [tile, block, half, lane, t]
+    codes = halves.transpose(1, 2, 4, 0, 3).reshape(layout.packed_k, columns)
+
+    def part(name: str) -> npt.NDArray[np.float64]:
+        """Of each packed row, float64 ``[packed_k, columns]``."""
+        places, dtype = layout.part_places(name)
+        size = TILE_N * dtype.itemsize
+        values = [np.ascontiguousarray(tiles[:, place : place + size]).view(dtype).reshape(-1) for place in places]
+        rows = BLOCK_ROWS if name.startswith("block") else layout.group_size
+        of_rows: npt.NDArray[np.float64] = np.array(values).astype(np.float64)[np.arange(layout.packed_k) // rows]
+        return of_rows
+
+    parts = {name: part(name) for name in (*record.group_parts(row), *record.block_parts())}
+    scale = parts["scale"] * parts.get("block_scale", 1)
+    minimum = parts.get("minimum", 0) * parts.get("block_minimum", 1)
+    zero = parts.get("zero", record.constant_zero(row))
+    weights = scale / row.units_per_one * (row.multiplicands.astype(np.float64)[codes] - zero) - minimum
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     kept = np.flatnonzero(rows >= 0)
     w, q = np.empty((k, layout.n)), np.empty((k, layout.n), np.uint8)
     w[rows[kept]] = weights[kept, : layout.n]
-    q[rows[kept]] = nibbles[kept, : layout.n]
+    q[rows[kept]] = codes[kept, : layout.n]
     return w, q

@@ -16,7 +16,7 @@ from marlin_cy.interface import Context
 from marlin_cy.stacks.base import PackedLinear, PackedStack
 from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.stacks.dispatches import as_dispatches
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.sizes import StackSizes
 
 __all__ = ["CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
@@ -123,7 +123,7 @@ class CpuStackBuilder(CheckedStackBuilder):
         self._store = CpuGptqStore(sizes)
         super().__init__(sizes)
 
-    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         self._store.pack(expert, column_offset, weight)
 
     def _stack(self, bias: npt.NDArray[np.float32] | None) -> CpuMarlinExpertStack:

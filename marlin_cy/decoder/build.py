@@ -308,10 +308,10 @@ class PlanBuilder:
 
 def narrowed(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """A matrix as float16 if this changes it by at most :data:`FLOAT16_ERROR` of its norm, else as it is."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged file has infinities
         half = weight.astype(np.float16, order="C")
-    error = np.linalg.norm((half.astype(np.float32) - weight).astype(np.float64))
-    close = bool(error <= FLOAT16_ERROR * np.linalg.norm(weight.astype(np.float64)))
+        error = np.linalg.norm((half.astype(np.float32) - weight).astype(np.float64))
+        close = bool(error <= FLOAT16_ERROR * np.linalg.norm(weight.astype(np.float64)))
     return half if close else np.ascontiguousarray(weight)
 
 

@@ -17,7 +17,7 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Linear
 from marlin_cy.reference import dequantize_weight
 from marlin_cy.stacks.builder import N_TILE
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Loader"]
 
@@ -150,7 +150,7 @@ class Loader:
                 projections.append(self._linear(module, piece))
         return projections
 
-    def _linear(self, module: str, weight: Int4Weight) -> Linear:
+    def _linear(self, module: str, weight: CanonicalWeight) -> Linear:
         backend = self.checkpoint.backend
         with as_checkpoint_error(self.checkpoint.path, module):
             builder = new_builder(backend, 1, weight.n, weight, [weight.g_idx])
@@ -176,7 +176,7 @@ class Loader:
             )
 
 
-def columns_of(weight: Int4Weight, columns: npt.NDArray[np.int64]) -> Int4Weight:
+def columns_of(weight: CanonicalWeight, columns: npt.NDArray[np.int64]) -> CanonicalWeight:
     """Some columns of a weight, in a new order."""
     return replace(
         weight,

@@ -267,7 +267,7 @@ def dequantized_stack(stack: MarlinExpertStack) -> list[Floats]:
     store = cast(Any, stack).store
     experts = store.data.reshape(store.num_experts, store.layout.expert_stride)
     return [
-        unpack_tiles(packed, store.group_orders[order], store.layout, store.k, store.codes, store.scale_dtype)[0]
+        unpack_tiles(packed, store.group_orders[order], store.layout, store.k)[0]
         for packed, order in zip(experts, store.order_of, strict=True)
     ]
 

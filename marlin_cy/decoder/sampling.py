@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.arguments import integer, number
-from marlin_cy.decoder.text import read_optional_json
+from marlin_cy.checkpoints.gguf.documents import read_document
 from marlin_cy.errors import CheckpointError, MarlinError
 from marlin_cy.formats.json_fields import JsonObject, optional
 
@@ -151,7 +151,7 @@ def read_sampling(folder: Path, **given: Unpack[SamplingOptions]) -> SamplingPar
         The file has an invalid value.
     """
     file = folder / "generation_config.json"
-    config = read_optional_json(file)
+    config = read_document(folder, file.name)
     kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**kept)  # an invalid argument is not the file's fault
     try:

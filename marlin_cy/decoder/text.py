@@ -13,14 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from marlin_cy.checkpoints.gguf.documents import read_document
+from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.decoder.detokenize import TextStream, read_decoding
-from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.errors import CheckpointError, MarlinError, UnsupportedError
 from marlin_cy.extras import needs
-from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, read_json
+from marlin_cy.formats.json_fields import JsonObject, StrPath, optional
 
-__all__ = ["Tokenizer", "needs_text", "read_optional_json"]
+__all__ = ["Tokenizer", "needs_text"]
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, CONFIG, LEGACY = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # Tokenizers in other forms, which transformers may convert.
 OTHER_FORMS = ("tokenizer.model", "tiktoken.model", "vocab.json", "spiece.model")
 SPECIAL_TOKENS = (
@@ -36,7 +38,8 @@ class Tokenizer:
     ----------
     folder : path-like
         ``tokenizer.json`` is required. ``tokenizer_config.json``, ``special_tokens_map.json``,
-        ``generation_config.json``, ``config.json`` and the files of chat templates are read where they exist.
+        ``generation_config.json``, ``config.json`` and the files of chat templates are read where they exist. Or a GGUF
+        file, which says the same.
 
     Attributes
     ----------
@@ -62,7 +65,7 @@ class Tokenizer:
         decoder = self._tokenizer.decoder
         self._decoding = read_decoding(None if decoder is None else json.loads(decoder.__getstate__()))
         self._bytes = _BytesOfTokens(self._tokenizer, self._decoding.bytes_of)
-        self._config = read_optional_json(self.folder / CONFIG)
+        self._config = read_document(self.folder, CONFIG)
         self.special_tokens = _special_tokens(self.folder, self._config)
         self._first = self._first_tokens()
         self.stop_ids = self._read_stop_ids()
@@ -157,7 +160,7 @@ class Tokenizer:
         return [token]
 
     def _read_stop_ids(self) -> frozenset[int]:
-        ids = {token for name in ("generation_config.json", "config.json") for token in _end_ids(self.folder / name)}
+        ids = {token for name in ("generation_config.json", "config.json") for token in _end_ids(self.folder, name)}
         end = self.special_tokens.get("eos_token")
         if not ids and end is not None and (token := self._tokenizer.token_to_id(end)) is not None:
             ids.add(token)
@@ -183,27 +186,26 @@ def needs_text() -> AbstractContextManager[None]:
     return needs("tokenizers and jinja2", "text")
 
 
-def read_optional_json(path: Path) -> JsonObject:
-    """The object that a JSON file holds; an empty one where there is no such file."""
-    return read_json(path) if path.exists() else {}
-
-
 def _open(folder: Path) -> Any:
     """The tokenizer of ``tokenizers``, which neither cuts nor pads texts."""
     with needs_text():
         from tokenizers import Tokenizer as FileTokenizer
     file = folder / TOKENIZER
-    if not file.is_file():
+    gguf = find_gguf(folder)
+    if gguf is None and not file.is_file():
         others = [name for name in OTHER_FORMS if (folder / name).exists()]
         if others:
             raise UnsupportedError(f"{folder}: got a tokenizer in {', '.join(others)}, expected {TOKENIZER}")
         raise CheckpointError("no such file, expected the tokenizer", file=file)
     try:
-        tokenizer = FileTokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
+        if gguf is None:
+            tokenizer = FileTokenizer.from_file(str(file))
+        else:
+            tokenizer = FileTokenizer.from_str(json.dumps(read_document(gguf, TOKENIZER)))
+    except (KeyboardInterrupt, SystemExit, MarlinError):
         raise
     except BaseException as error:  # a panic of the package does not derive from Exception
-        raise CheckpointError(f"no tokenizer that the package tokenizers reads: {error}", file=file) from error
+        raise CheckpointError(f"no tokenizer that the package tokenizers reads: {error}", file=gguf or file) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -212,8 +214,7 @@ def _open(folder: Path) -> Any:
 def _special_tokens(folder: Path, config: JsonObject) -> dict[str, Any]:
     """The special tokens by name: of ``tokenizer_config.json``, else of ``special_tokens_map.json``."""
     tokens: dict[str, Any] = {}
-    legacy = folder / "special_tokens_map.json"
-    for file, fields in ((legacy, read_optional_json(legacy)), (folder / CONFIG, config)):
+    for file, fields in ((folder / LEGACY, read_document(folder, LEGACY)), (folder / CONFIG, config)):
         for name in SPECIAL_TOKENS:
             match fields.get(name):
                 case None | []:
@@ -235,9 +236,9 @@ def _token_text(name: str, value: Any, file: Path) -> str:
     return text
 
 
-def _end_ids(file: Path) -> list[int]:
+def _end_ids(folder: Path, name: str) -> list[int]:
     """``eos_token_id`` of a file: a token, a list of tokens, or nothing."""
-    config = read_optional_json(file)
+    file, config = folder / name, read_document(folder, name)
     value = config.get("eos_token_id")
     if value is None and isinstance(text := config.get("text_config"), dict):
         value = text.get("eos_token_id")

@@ -7,39 +7,56 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights.code_types import CODE_TYPES, SCALE_TYPES
+from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import SCALE_RECORDS
 from marlin_cy.weights.sizes import normalised_g_idx
 
-__all__ = ["SCALES", "check_finite", "check_symmetric", "checked_order", "symmetric_zeros", "unpack_nibbles"]
+__all__ = [
+    "SAFETENSORS_SCALES",
+    "SCALES",
+    "check_finite",
+    "check_symmetric",
+    "checked_order",
+    "symmetric_zeros",
+    "unpack_nibbles",
+    "unpack_zeros",
+]
 
-SCALES: tuple[np.dtype[Any], ...] = tuple(row.dtype for row in SCALE_TYPES.values())
+SCALES: tuple[np.dtype[Any], ...] = tuple(
+    row.scale for row in SCALE_RECORDS.values() if not row.has_minimum and not row.has_blocks
+)
 """The dtypes in which float scales may be stored."""
 
-EXPONENT_BITS = {dtype: np.array(np.inf, dtype).view(np.uint16) for dtype in SCALES}
+EXPONENT_BITS = {dtype: np.array(np.inf, dtype).view(f"u{dtype.itemsize}") for dtype in SCALES}
 """The bits of infinity: an exponent of all ones."""
+
+SAFETENSORS_SCALES = ("F16", "BF16", "F32")
+"""The same dtypes by safetensors' names."""
 
 SYMMETRIC_ZERO = CODE_TYPES["uint4"].symmetric_zero
 
 
 def check_finite(name: str, scales: npt.NDArray[Any]) -> None:
-    """Refuse scales, float16 or bfloat16 ``[a, b]``, that are not all finite, with a ``ValueError``."""
+    """Refuse scales, of a dtype of :data:`SCALES` and ``[a, b]``, that are not all finite, with a ``ValueError``."""
     # A number is finite unless its exponent is all ones. This test takes a quarter of the time of np.isfinite.
     exponent = EXPONENT_BITS[scales.dtype]
-    if (scales.view(np.uint16) & exponent).max() == exponent:
-        a, b = np.argwhere((scales.view(np.uint16) & exponent) == exponent)[0]
+    bits = scales.view(exponent.dtype)
+    if (bits & exponent).max() == exponent:
+        a, b = np.argwhere((bits & exponent) == exponent)[0]
         raise ValueError(f"{name}: got {scales[a, b]} at [{a}, {b}], expected finite values")
 
 
-def check_symmetric(name: str, zeros: npt.NDArray[np.uint8], setting: str) -> None:
-    """Refuse zero points ``[G, N]`` that are not all 8, although ``setting`` of the config says that they are.
+def check_symmetric(name: str, zeros: npt.NDArray[Any], setting: str, bits: int = 4) -> None:
+    """Refuse zero points ``[G, N]`` that are not all 8, or 128 for 8 bits, although ``setting`` of the config says so.
 
     A file whose zero points are all 7 or 9 is probably labelled with the wrong ``checkpoint_format``.
     """
-    wrong = zeros != SYMMETRIC_ZERO
+    expected = CODE_TYPES[f"uint{bits}"].symmetric_zero
+    wrong = zeros != expected
     if wrong.any():
         group, column = np.argwhere(wrong)[0]
         raise ValueError(
-            f"{name}: got zero point {zeros[group, column]} at [{group}, {column}], expected {SYMMETRIC_ZERO}, as the "
+            f"{name}: got zero point {zeros[group, column]} at [{group}, {column}], expected {expected}, as the "
             f"config says {setting}"
         )
 
@@ -101,6 +118,15 @@ def unpack_nibbles(words: npt.NDArray[Any], offset: int = 0) -> npt.NDArray[np.u
     return codes
 
 
-def symmetric_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The zero points of a symmetric weight. All are 8: codes are integers from -8 to 7, stored with 8 added."""
-    return np.full(shape, SYMMETRIC_ZERO, np.uint8)
+def unpack_zeros(words: npt.NDArray[Any], bits: int, offset: int = 0) -> npt.NDArray[Any]:
+    """Zero points ``[M, 32 / bits * N]`` from 32-bit words ``[M, N]``, plus ``offset``, in the code type's dtype."""
+    if bits == 4:
+        return unpack_nibbles(words, offset)
+    zeros: npt.NDArray[Any] = words.astype("<u4", copy=False).view(np.uint8).astype(np.uint16) + np.uint16(offset)
+    return zeros
+
+
+def symmetric_zeros(shape: tuple[int, ...], bits: int = 4) -> npt.NDArray[Any]:
+    """The zero points of a symmetric weight: codes are signed integers, stored with 8, or 128 for 8 bits, added."""
+    row = CODE_TYPES[f"uint{bits}"]
+    return np.full(shape, row.symmetric_zero, row.zero_dtype)

@@ -109,10 +109,10 @@ def parse(config: JsonObject, file: StrPath) -> Scheme:
     layout = _layout(config, file)
     read_settings = _read_awq_settings if layout == "awq" else _read_gptq_settings
     refuse_rotation(config, "rotation_config", file)
-    check_bits(required(config, ("bits",), int, file), file)
+    scheme: type[Scheme] = awq.AwqScheme if layout == "awq" else gptq.GptqScheme
+    check_bits(required(config, ("bits",), int, file), file, scheme.widths)
     required(config, ("group_size",), int, file)
     settings = _of_integers(read_settings(config, file), file)
-    del settings["bits"]
     extra_config = optional(config, ("extra_config",), dict, file)
     overrides: tuple[Override, ...] = (ExtraConfig.parse(extra_config, read_settings, file),) if extra_config else ()
     if layout == "awq":

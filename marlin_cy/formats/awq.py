@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, check_symmetric, unpack_nibbles
+from marlin_cy.formats.arrays import SAFETENSORS_SCALES, SCALES, check_finite, check_symmetric, unpack_nibbles
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.overrides import Dynamic, NotConverted, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import words_of_awq
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight
+from marlin_cy.weights.canonical import NIBBLE_SHIFTS, CanonicalWeight
 from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["AwqScheme", "pack_awq", "parse", "read_settings"]
@@ -52,6 +52,7 @@ class AwqScheme(Scheme):
     group_size: int
     zero_point: bool | None = None
     overrides: tuple[Override, ...] = ()
+    bits: int = 4
 
     format = "awq"
     marker = ".qweight"
@@ -80,11 +81,11 @@ class AwqScheme(Scheme):
         groups = -(-k // self.checked_group_size(k, n))
         return {
             ".qweight": TensorSpec((k, n // 8), ("I32",)),
-            ".scales": TensorSpec((groups, n), ("F16", "BF16")),
+            ".scales": TensorSpec((groups, n), SAFETENSORS_SCALES),
             ".qzeros": TensorSpec((groups, n // 8), ("I32",)),
         }
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs = self.tensors(k, n)
         qweight = checked_array(f"qweight{label}", arrays[".qweight"], WORDS, specs[".qweight"].shape)
         scales = checked_array(f"scales{label}", arrays[".scales"], SCALES, specs[".scales"].shape)
@@ -94,7 +95,7 @@ class AwqScheme(Scheme):
         zero = np.ascontiguousarray(zero).reshape(scales.shape)
         if self.symmetric:
             check_symmetric(f"qzeros{label}", zero, "zero_point: false, or sym: true")
-        return Int4Weight(
+        return CanonicalWeight(
             words=words_of_awq(qweight.view(np.uint32)),
             scale=scales,
             zero=zero,
@@ -123,7 +124,7 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
     if version != "gemm":
         raise UnsupportedError(f"{file}: version {version!r} of AWQ, supported: {', '.join(SUPPORTED_VERSIONS)}")
     refuse_rotation(config, "rotation", file)
-    check_bits(required(config, ("bits", "w_bit"), int, file), file)
+    check_bits(required(config, ("bits", "w_bit"), int, file), file, AwqScheme.widths)
     required(config, ("group_size", "q_group_size"), int, file)
     dynamic = optional(config, ("dynamic",), dict, file)
     not_converted = optional(config, ("modules_to_not_convert",), list, file)
@@ -133,7 +134,6 @@ def parse(config: JsonObject, file: StrPath) -> AwqScheme:
     if not_converted:
         overrides.append(NotConverted.parse(not_converted, file))
     settings = read_settings(config, file)
-    del settings["bits"]
     return AwqScheme(overrides=tuple(overrides), **settings)
 
 

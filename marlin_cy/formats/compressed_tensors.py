@@ -29,7 +29,14 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, checked_order, symmetric_zeros, unpack_nibbles
+from marlin_cy.formats.arrays import (
+    SAFETENSORS_SCALES,
+    SCALES,
+    check_finite,
+    checked_order,
+    symmetric_zeros,
+    unpack_zeros,
+)
 from marlin_cy.formats.fields import compiled, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.mxfp4 import GROUP_SIZE as MXFP4_GROUP_SIZE
@@ -37,7 +44,7 @@ from marlin_cy.formats.mxfp4 import Mxfp4Scheme
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import Int4Weight, pack_words
+from marlin_cy.weights.canonical import CanonicalWeight, contiguous_transpose, pack_words
 from marlin_cy.weights.sizes import BITS, checked_group_size
 
 __all__ = ["CompressedMxfp4Scheme", "CompressedTensorsScheme", "Targets", "pack_compressed", "parse"]
@@ -116,7 +123,9 @@ class CompressedTensorsScheme(Scheme):
     symmetric: bool = True
     actorder: bool | None = None
     targets: Targets | None = None
+    bits: int = 4
 
+    widths = BITS
     format = FORMAT
     marker = ".weight_packed"
     scales = ".weight_scale"
@@ -132,21 +141,21 @@ class CompressedTensorsScheme(Scheme):
     def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
-        return 8 * marker_shape[1], marker_shape[0]
+        return 32 // self.bits * marker_shape[1], marker_shape[0]
 
     def checked_group_size(self, k: int, n: int) -> int:
-        return checked_group_size(group_size=self.group_size, k=k, n=n)
+        return checked_group_size(group_size=self.group_size, k=k, n=n, bits=self.bits)
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
-        groups = -(-k // self.checked_group_size(k, n))
+        groups, codes = -(-k // self.checked_group_size(k, n)), 32 // self.bits
         specs = {
-            ".weight_packed": TensorSpec((n, k // 8), ("I32",)),
-            ".weight_scale": TensorSpec((n, groups), ("F16", "BF16")),
+            ".weight_packed": TensorSpec((n, k // codes), ("I32",)),
+            ".weight_scale": TensorSpec((n, groups), SAFETENSORS_SCALES),
             ".weight_g_idx": TensorSpec((k,), ("I32",), required=self.act_order),
             ".weight_shape": TensorSpec((2,), ("I64", "I32"), required=False),
         }
         if not self.symmetric:
-            specs[".weight_zero_point"] = TensorSpec((n // 8, groups), ("I32",))
+            specs[".weight_zero_point"] = TensorSpec((n // codes, groups), ("I32",))
         return specs
 
     def g_idx(self, array: npt.ArrayLike, k: int, n: int, label: str = "") -> npt.NDArray[np.int32] | None:
@@ -155,7 +164,7 @@ class CompressedTensorsScheme(Scheme):
             return None
         return checked_order("weight_g_idx", array, k, self.checked_group_size(k, n), self.actorder, label)
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs, group_size = self.tensors(k, n), self.checked_group_size(k, n)
 
         def array(suffix: str, dtypes: tuple[np.dtype[Any], ...]) -> npt.NDArray[Any]:
@@ -168,15 +177,16 @@ class CompressedTensorsScheme(Scheme):
             if shape != [n, k]:
                 raise ValueError(f"weight_shape{label}: got {shape}, expected {[n, k]}")
         if self.symmetric:
-            zero = symmetric_zeros(scales.shape[::-1])
+            zero = symmetric_zeros(scales.shape[::-1], self.bits)
         else:
-            zero = unpack_nibbles(transpose(array(".weight_zero_point", WORDS).view(np.uint32)))
-        return Int4Weight(
+            zero = unpack_zeros(transpose(array(".weight_zero_point", WORDS).view(np.uint32)), self.bits)
+        return CanonicalWeight(
             words=transpose(packed.view(np.uint32)),
-            scale=transpose(scales.view(np.uint16)).view(scales.dtype),
+            scale=contiguous_transpose(scales),
             zero=zero,
             group_size=group_size,
             g_idx=self.g_idx(arrays[".weight_g_idx"], k, n, label) if ".weight_g_idx" in arrays else None,
+            codes=self.codes,
         )
 
 
@@ -266,8 +276,9 @@ def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme 
     if layout not in SUPPORTED_FORMATS:
         return f"format {layout!r}, supported: {', '.join(SUPPORTED_FORMATS)}"
     bits = required(weights, ("num_bits",), int, file)
-    if bits not in BITS:
-        return f"num_bits: got {bits}, only {' or '.join(map(str, BITS))} is supported"
+    widths = BITS if layout == "pack-quantized" else (4,)
+    if bits not in widths:
+        return f"num_bits: got {bits}, supported: {', '.join(map(str, widths))}"
     kind = optional(weights, ("type",), str, file, default="int")
     expected = "int" if layout == "pack-quantized" else "float"
     if kind != expected:
@@ -288,6 +299,7 @@ def _read_group(group: JsonObject, layout: str | None, file: StrPath) -> Scheme 
         raise CheckpointError(f"got strategy {strategy!r} and group_size {group_size}, which contradict", file=file)
     return CompressedTensorsScheme(
         group_size=-1 if strategy == "channel" or group_size is None else group_size,
+        bits=bits,
         symmetric=symmetric,
         actorder=None if weights.get("actorder") is None else weights["actorder"] in ORDERED,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -12,9 +13,9 @@ from marlin_cy.weights import sizes
 __all__ = ["check_bits", "compiled", "refuse_rotation"]
 
 
-def check_bits(bits: int, where: StrPath) -> None:
-    """Refuse a width of codes that no code type has; ``where``, a file or a module, begins the message."""
-    sizes.check_bits(f"{where}: bits", bits)
+def check_bits(bits: int, where: StrPath, supported: Sequence[int] = sizes.BITS) -> None:
+    """Refuse a width of codes that is not supported; ``where``, a file or a module, begins the message."""
+    sizes.check_bits(f"{where}: bits", bits, supported)
 
 
 def compiled(pattern: str, name: str, file: StrPath) -> re.Pattern[str]:

@@ -22,14 +22,21 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats.arrays import SCALES, check_finite, check_symmetric, checked_order, unpack_nibbles
+from marlin_cy.formats.arrays import (
+    SAFETENSORS_SCALES,
+    SCALES,
+    check_finite,
+    check_symmetric,
+    checked_order,
+    unpack_zeros,
+)
 from marlin_cy.formats.fields import check_bits, refuse_rotation
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, required
 from marlin_cy.formats.overrides import Dynamic, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import Int4Weight, pack_words
-from marlin_cy.weights.sizes import checked_group_size, normalised_g_idx
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
+from marlin_cy.weights.sizes import BITS, checked_group_size, integer_codes, normalised_g_idx
 
 __all__ = [
     "ZERO_OFFSETS",
@@ -74,7 +81,9 @@ class GptqScheme(Scheme):
     desc_act: bool | None = None
     sym: bool | None = None
     overrides: tuple[Override, ...] = ()
+    bits: int = 4
 
+    widths = BITS
     format = "gptq"
     marker = ".qweight"
     scales = ".scales"
@@ -94,16 +103,16 @@ class GptqScheme(Scheme):
     def sizes(self, marker_shape: tuple[int, ...]) -> tuple[int, int]:
         if len(marker_shape) != 2:
             raise ValueError(f"got shape {marker_shape}, expected two dimensions")
-        return 8 * marker_shape[0], marker_shape[1]
+        return 32 // self.bits * marker_shape[0], marker_shape[1]
 
     def checked_group_size(self, k: int, n: int) -> int:
-        return checked_group_size(group_size=self.group_size, k=k, n=n)
+        return checked_group_size(group_size=self.group_size, k=k, n=n, bits=self.bits)
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
-        shapes = tensor_shapes(k, n, self.checked_group_size(k, n))
+        shapes = tensor_shapes(k, n, self.checked_group_size(k, n), self.bits)
         return {
             ".qweight": TensorSpec(shapes["qweight"], ("I32",)),
-            ".scales": TensorSpec(shapes["scales"], ("F16", "BF16")),
+            ".scales": TensorSpec(shapes["scales"], SAFETENSORS_SCALES),
             ".qzeros": TensorSpec(shapes["qzeros"], ("I32",)),
             # Without g_idx, groups are runs of consecutive rows, which contradicts desc_act.
             ".g_idx": TensorSpec(shapes["g_idx"], ("I32",), required=self.act_order),
@@ -112,13 +121,13 @@ class GptqScheme(Scheme):
     def g_idx(self, array: npt.ArrayLike, k: int, n: int) -> npt.NDArray[np.int32] | None:
         return checked_order("g_idx", array, k, self.checked_group_size(k, n), self.desc_act)
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         weight = to_canonical(
             arrays[".qweight"],
             arrays[".scales"],
             arrays[".qzeros"],
             arrays.get(".g_idx"),
-            bits=4,
+            bits=self.bits,
             group_size=self.group_size,
             k=k,
             n=n,
@@ -126,7 +135,7 @@ class GptqScheme(Scheme):
             label=label,
         )
         if self.sym and weight.zero is not None:
-            check_symmetric(f"qzeros{label}", weight.zero, "sym: true")
+            check_symmetric(f"qzeros{label}", weight.zero, "sym: true", self.bits)
         return weight
 
 
@@ -153,7 +162,6 @@ def parse(config: JsonObject, file: StrPath) -> GptqScheme:
     required(config, ("group_size",), int, file)
     dynamic = optional(config, ("dynamic",), dict, file)
     settings = read_settings(config, file)
-    del settings["bits"]
     return GptqScheme(
         checkpoint_format=CHECKPOINT_FORMATS[checkpoint_format.lower()],
         overrides=(Dynamic.parse(dynamic, read_settings, file),) if dynamic else (),
@@ -182,15 +190,15 @@ def to_canonical(
     n: int,
     checkpoint_format: str = "gptq",
     label: str = "",
-) -> Int4Weight:
+) -> CanonicalWeight:
     """One weight in canonical form. Only ``qzeros`` (unpacked) and ``g_idx`` are copied.
 
     Parameters
     ----------
-    qweight : int32 or uint32 ``[k/8, n]``
-    scales : float16 or bfloat16 ``[G, n]``
+    qweight : int32 or uint32 ``[k * bits / 32, n]``
+    scales : float16, bfloat16 or float32 ``[G, n]``
         Finite.
-    qzeros : int32 or uint32 ``[G, n/8]``
+    qzeros : int32 or uint32 ``[G, n * bits / 32]``
     g_idx : int32 or uint32 ``[k]``, optional
         Each in ``0 .. G-1``, in any order.
     bits, group_size, k, n
@@ -212,17 +220,18 @@ def to_canonical(
     """
     check_checkpoint_format(checkpoint_format, label)
     group_size = checked_group_size(bits=bits, group_size=group_size, k=k, n=n, label=label)
-    shapes = tensor_shapes(k, n, group_size)
+    shapes = tensor_shapes(k, n, group_size, bits)
     words = checked_array(f"qweight{label}", qweight, WORDS, shapes["qweight"])
     scale = checked_array(f"scales{label}", scales, SCALES, shapes["scales"])
     zero_words = checked_array(f"qzeros{label}", qzeros, WORDS, shapes["qzeros"])
     check_finite(f"scales{label}", scale)
-    return Int4Weight(
+    return CanonicalWeight(
         words=words.view(np.uint32),
         scale=scale,
-        zero=unpack_nibbles(zero_words, ZERO_OFFSETS[checkpoint_format]),
+        zero=unpack_zeros(zero_words, bits, ZERO_OFFSETS[checkpoint_format]),
         group_size=group_size,
         g_idx=normalised_g_idx(g_idx, k, group_size, label),
+        codes=integer_codes(bits),
     )
 
 
@@ -234,15 +243,21 @@ def check_checkpoint_format(checkpoint_format: str, label: str = "") -> None:
         )
 
 
-def tensor_shapes(k: int, n: int, group_size: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(k: int, n: int, group_size: int, bits: int = 4) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a ``[k, n]`` weight, by name. The sizes were checked, -1 resolved."""
-    groups = -(-k // group_size)
-    return {"qweight": (k // 8, n), "scales": (groups, n), "qzeros": (groups, n // 8), "g_idx": (k,)}
+    groups, codes = -(-k // group_size), 32 // bits
+    return {"qweight": (k // codes, n), "scales": (groups, n), "qzeros": (groups, n // codes), "g_idx": (k,)}
 
 
 def pack_gptq(
-    q: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike, *, checkpoint_format: str = "gptq"
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16], npt.NDArray[np.int32]]:
+    q: npt.ArrayLike,
+    scale: npt.ArrayLike,
+    zero: npt.ArrayLike,
+    *,
+    checkpoint_format: str = "gptq",
+    bits: int = 4,
+    scale_dtype: npt.DTypeLike = np.float16,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int32]]:
     """GPTQ tensors from plain codes: the inverse of :func:`to_canonical`, slow and obvious.
 
     ``g_idx`` is not returned, because a checkpoint stores it unchanged.
@@ -250,15 +265,18 @@ def pack_gptq(
     Parameters
     ----------
     q : integers ``[K, N]``
-        0 to 15; K and N multiples of 8.
+        0 to 15, or 0 to 255 with 8 bits; K and N multiples of 8.
     scale : floats ``[G, N]``
     zero : integers ``[G, N]``
-        1 to 16 for ``"gptq"``, 0 to 15 for ``"gptq_v2"``.
+        With 4 bits, 1 to 16 for ``"gptq"``, and 0 to 15 for ``"gptq_v2"``.
     checkpoint_format : {"gptq", "gptq_v2"}
+    bits : {4, 8}
+    scale_dtype : dtype
+        Of the returned scales.
 
     Returns
     -------
-    qweight, scales, qzeros : int32 ``[K/8, N]``, float16 ``[G, N]``, int32 ``[G, N/8]``
+    qweight, scales, qzeros : int32 ``[K * bits / 32, N]``, ``[G, N]``, int32 ``[G, N * bits / 32]``
 
     Raises
     ------
@@ -268,10 +286,9 @@ def pack_gptq(
     offset = ZERO_OFFSETS[checkpoint_format]
     q, zero = np.asarray(q), np.asarray(zero)
     for name, codes, low in (("q", q, 0), ("zero", zero, offset)):
-        if codes.min() < low or codes.max() > low + 15:
-            raise ValueError(
-                f"{name}: got {codes.min()} to {codes.max()}, {checkpoint_format} holds {low} to {low + 15}"
-            )
+        high = low + 2**bits - 1
+        if codes.min() < low or codes.max() > high:
+            raise ValueError(f"{name}: got {codes.min()} to {codes.max()}, {checkpoint_format} holds {low} to {high}")
     # qzeros is packed along N as qweight is packed along K.
-    qzeros = pack_words((zero.astype(np.int64) - offset).T).T
-    return pack_words(q).view(np.int32), np.asarray(scale, np.float16), np.ascontiguousarray(qzeros).view(np.int32)
+    qzeros = np.ascontiguousarray(pack_words((zero.astype(np.int64) - offset).T, bits).T)
+    return pack_words(q, bits).view(np.int32), np.asarray(scale, scale_dtype), qzeros.view(np.int32)

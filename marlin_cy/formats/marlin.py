@@ -37,7 +37,7 @@ from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, require
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import words_of_marlin
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.int4 import NIBBLE_SHIFTS, Int4Weight, unpack_words
+from marlin_cy.weights.canonical import NIBBLE_SHIFTS, CanonicalWeight, unpack_words
 from marlin_cy.weights.sizes import checked_group_size
 
 __all__ = ["MarlinScheme", "pack_marlin", "parse", "scale_columns", "unpack_marlin"]
@@ -97,13 +97,13 @@ class MarlinScheme(Scheme):
             self.scales: TensorSpec((groups, n), ("F16",)),
         }
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs = self.tensors(k, n)
         packed, scales = self.marker.lstrip("."), self.scales.lstrip(".")
         words = checked_array(f"{packed}{label}", arrays[self.marker], WORDS, specs[self.marker].shape)
         scale = checked_array(f"{scales}{label}", arrays[self.scales], HALVES, specs[self.scales].shape)
         check_finite(f"{scales}{label}", scale)
-        return Int4Weight(
+        return CanonicalWeight(
             words=words_of_marlin(words.view(np.uint32)),
             scale=_permuted(scale, np.argsort(scale_columns(len(scale)))),
             zero=symmetric_zeros(scale.shape),
@@ -125,7 +125,7 @@ def parse(config: JsonObject, file: StrPath) -> MarlinScheme:
     CheckpointError, UnsupportedError
         Also settings that the layout cannot represent: zero points, ``desc_act``, other group sizes.
     """
-    check_bits(required(config, ("bits", "w_bit"), int, file), file)
+    check_bits(required(config, ("bits", "w_bit"), int, file), file, (4,))
     group_size = required(config, ("group_size", "q_group_size"), int, file)
     if group_size not in (-1, GROUP_SIZE):
         raise UnsupportedError(f"{file}: group_size: got {group_size}, Marlin has {GROUP_SIZE} and -1 for one group")

@@ -27,10 +27,10 @@ from marlin_cy.formats.overrides import NotConverted, Override, overridden
 from marlin_cy.formats.scheme import Scheme, TensorSpec
 from marlin_cy.weights._nibbles import transpose
 from marlin_cy.weights.arrays import checked_array
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.sizes import checked_group_size
 
-__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse"]
+__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse", "scales_of_exponents"]
 
 GROUP_SIZE = 32
 """Rows of K that share a scale."""
@@ -58,8 +58,11 @@ class Mxfp4Scheme(Scheme):
     format = "mxfp4"
     marker = "_blocks"
     scales = "_scales"
-    codes = "e2m1"
     group_size = GROUP_SIZE
+
+    @property
+    def codes(self) -> str:
+        return "e2m1"
 
     @property
     def symmetric(self) -> bool:
@@ -90,24 +93,36 @@ class Mxfp4Scheme(Scheme):
     def scale_dtype(self, stored: npt.DTypeLike) -> np.dtype[Any]:
         return BFLOAT16
 
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         specs, blocks, name = self.tensors(k, n), self.marker.lstrip("._"), self.scales.lstrip("._")
         pairs = checked_array(f"{blocks}{label}", arrays[self.marker], BYTES, specs[self.marker].shape)
         exponents = checked_array(f"{name}{label}", arrays[self.scales], BYTES, specs[self.scales].shape)
-        if exponents.max() == NAN:
-            row, block = np.argwhere(exponents == NAN)[0]
-            raise ValueError(f"{name}{label}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
-        scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
-        scale[scale == 0] = SMALLEST
+        scale = scales_of_exponents(f"{name}{label}", exponents)
         # Four consecutive bytes are a canonical word, but the words of a column are consecutive: transpose them.
         words = np.require(pairs.reshape(n, k // 2).view("<u4"), np.uint32, ("C_CONTIGUOUS", "ALIGNED"))
-        return Int4Weight(
+        return CanonicalWeight(
             words=transpose(words),
-            scale=scale.view(BFLOAT16),
+            scale=scale,
             zero=None,
             group_size=GROUP_SIZE,
             codes=self.codes,
         )
+
+
+def scales_of_exponents(name: str, exponents: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Canonical scales, bfloat16 ``[K/32, N]``, from exponents, uint8 ``[N, K/32]``.
+
+    Raises
+    ------
+    ValueError
+        An exponent is 255, NaN. The message has ``name``.
+    """
+    if exponents.max() == NAN:
+        row, block = np.argwhere(exponents == NAN)[0]
+        raise ValueError(f"{name}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
+    scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
+    scale[scale == 0] = SMALLEST
+    return scale.view(BFLOAT16)
 
 
 def parse(config: JsonObject, file: StrPath) -> Mxfp4Scheme:

@@ -42,7 +42,7 @@ def overridden(scheme: S, module: str) -> S:
 
     Parameters
     ----------
-    scheme : dataclass with a field ``overrides``, a tuple of :class:`Override`
+    scheme : dataclass with the fields ``bits``, and ``overrides``, a tuple of :class:`Override`
     module : str
 
     Raises
@@ -55,7 +55,7 @@ def overridden(scheme: S, module: str) -> S:
     settings: dict[str, Any] = {}
     for override in scheme.overrides:
         settings |= override.settings(module)
-    check_bits(settings.pop("bits", 4), module)
+    check_bits(settings.get("bits", scheme.bits), module, scheme.widths)
     return replace(scheme, overrides=(), **settings)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.sizes import integer_codes
 
 __all__ = ["Scheme", "TensorSpec"]
 
@@ -53,6 +54,10 @@ class Scheme(ABC):
         The suffix of the scales.
     order : str or None
         The suffix of the tensor that says which group each row of K is in, if the format has one.
+    bits : int
+        Of a code.
+    widths : tuple of int
+        The values of ``bits`` that the format supports.
     codes : str
         The name of the code type, a key of :data:`~marlin_cy.weights.code_types.CODE_TYPES`.
     group_size : int
@@ -63,8 +68,14 @@ class Scheme(ABC):
     marker: str
     scales: str
     order: str | None = None
-    codes: str = "uint4"
+    bits: int = 4
+    widths: tuple[int, ...] = (4,)
     group_size: int
+
+    @property
+    def codes(self) -> str:
+        """Unsigned integers of :attr:`bits`, unless a format has other code types."""
+        return integer_codes(self.bits)
 
     @property
     @abstractmethod
@@ -127,7 +138,7 @@ class Scheme(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> Int4Weight:
+    def to_canonical(self, arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int, label: str = "") -> CanonicalWeight:
         """One linear layer in canonical form.
 
         Parameters

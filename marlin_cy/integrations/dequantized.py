@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import transformers
 
     from marlin_cy.moe.layer import MoeLayer
-    from marlin_cy.weights.int4 import Int4Weight
+    from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["dequantized_model"]
 
@@ -117,7 +117,7 @@ class DenseStackBuilder(CheckedStackBuilder):
         super().__init__(sizes)
         self._weight = np.empty((sizes.num_experts, sizes.k, sizes.n_per_expert), np.float32)
 
-    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         self._weight[expert, :, column_offset : column_offset + weight.n] = dequantize_weight(weight)
 
     def _stack(self, bias: Floats | None) -> Any:
@@ -138,11 +138,9 @@ class DenseBackend(Backend):
         group_size: int,
         g_idx: Any = None,
         codes: str = "uint4",
-        scale_dtype: npt.DTypeLike = np.float16,
+        scales: str | npt.DTypeLike = "float16",
     ) -> DenseStackBuilder:
-        return DenseStackBuilder(
-            checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scale_dtype)
-        )
+        return DenseStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales))
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.ArrayLike | None) -> Any:
         dense = cast(DenseStack, stack)  # this backend made it

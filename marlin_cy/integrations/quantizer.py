@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
@@ -26,6 +27,7 @@ from marlin_cy.integrations.packed_modules import PackedModules, Progress
 with needs_extra():
     import torch
     import transformers
+    from safetensors.torch import save_file
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -160,7 +162,7 @@ class MarlinCyQuantizer(HfQuantizer):
         return {"": "cpu"} if device_map == "auto" else device_map
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **options: Any
+        self, model: Any, dtype: Any = None, checkpoint_files: list[str] | None = None, **options: Any
     ) -> None:
         config = self.quantization_config
         if config.replace is not None:
@@ -169,8 +171,8 @@ class MarlinCyQuantizer(HfQuantizer):
             return
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             raise UnsupportedError(f"checkpoint: got the files {checkpoint_files}, expected *.safetensors")
-        self._packing = _Packing(Path(checkpoint_files[0]).parent, config)
-        self._packing.replace(model)
+        self._packing = _Packing(Path(checkpoint_files[0]).parent, config, dtype)
+        checkpoint_files += self._packing.replace(model)  # the list that the loader reads afterwards
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self._packing is not None:
@@ -196,26 +198,42 @@ class MarlinCyQuantizer(HfQuantizer):
 class _Packing:
     """A checkpoint between the two calls of transformers' loader."""
 
-    def __init__(self, folder: Path, config: MarlinCyConfig) -> None:
+    def __init__(self, folder: Path, config: MarlinCyConfig, dtype: torch.dtype) -> None:
         self._report = Progress(config.progress)
         self._checkpoint = open_checkpoint(folder, config.backend, progress=self._report)
         self._contexts = Contexts(self._checkpoint.backend, config.context_options)
-        self._modules = PackedModules(self._checkpoint)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._modules = PackedModules(self._checkpoint, self._tensors, dtype)
+        self._dense: TemporaryDirectory[str] | None = None
 
-    def replace(self, model: Any) -> None:
-        """Remove the quantised weights from a model on the meta device, and let the loader pass over them."""
+    def replace(self, model: Any) -> list[str]:
+        """Remove the quantised weights from a model on the meta device, and let the loader pass over them.
+
+        Returns
+        -------
+        list of str
+            A file with weights that the loader must read too: quantised ones that do not run packed, dequantised.
+        """
         self._modules.replace(model)
         model.set_experts_implementation(NAME)
         passed_over = model._keys_to_ignore_on_load_unexpected  # None, a list or a set, by the version of transformers
         kind = list if passed_over is None else type(passed_over)
-        patterns = name_patterns(_quantised(self._checkpoint))
+        patterns = name_patterns(_quantised(self._checkpoint) - self._tensors.keys())
         model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *patterns])
+        if not self._tensors:
+            return []
+        self._dense = TemporaryDirectory()
+        file = str(Path(self._dense.name) / "dequantised.safetensors")
+        save_file(self._tensors, file, metadata={"format": "pt"})
+        return [file]
 
     def fill(self, model: Any) -> None:
         """Pack the layers."""
         self._modules.check_shapes(model)
         self._modules.fill(self._contexts, self._report)
         self._checkpoint.close()
+        if self._dense is not None:
+            self._dense.cleanup()
         model.requires_grad_(False)
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
-from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats.json_fields import read_json
+from marlin_cy.checkpoints.gguf.documents import read_document
+from marlin_cy.checkpoints.gguf.files import find_gguf
+from marlin_cy.errors import CheckpointError, MarlinError, UnsupportedError
 from marlin_cy.integrations import compiled, needs_extra
 from marlin_cy.integrations.derived_family import derived_family
 from marlin_cy.integrations.modules import Contexts, MarlinLinear, tensor_over
@@ -137,14 +138,16 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def read_config(path: Path) -> Any:
-    """The folder's config as transformers reads it, without its quantisation."""
+    """The folder's config as transformers reads it, without its quantisation. A GGUF file says the same."""
     try:
-        stored = read_json(path / "config.json")
+        stored = read_document(path, "config.json")
         known = with_known_types(stored)
-        if known == stored:
+        if known == stored and find_gguf(path) is None:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         else:
             config = transformers.AutoConfig.for_model(**known)
+    except MarlinError:
+        raise
     except Exception as error:  # transformers raises many types; all concern the file
         raise CheckpointError(f"transformers {transformers.__version__}: {error}", file=path / "config.json") from error
     # With this entry, transformers would load the model with its own quantiser.
@@ -231,9 +234,10 @@ def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtyp
             local_files_only=True,
             **options,
         )
-        if (path / "generation_config.json").exists():
+        generation = read_document(path, "generation_config.json")
+        if generation:
             try:
-                model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+                model.generation_config = transformers.GenerationConfig.from_dict(generation)
             except (OSError, ValueError, TypeError) as error:
                 raise CheckpointError(str(error), file=path / "generation_config.json") from error
     _refuse(path, sorted(found["missing_keys"]), "missing")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
+from collections.abc import Collection
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +14,9 @@ import numpy.typing as npt
 from marlin_cy.arguments import integer
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import MarlinExpertStack, StackBuilder
-from marlin_cy.weights.code_types import SCALE_TYPES, code_type
-from marlin_cy.weights.int4 import Int4Weight
+from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.scale_records import BLOCK_ROWS, SCALE_RECORDS
 from marlin_cy.weights.sizes import N_TILE, StackSizes, checked_stack_sizes, normalised_g_idx
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "as_bias",
     "check_weight",
     "checked_stack_sizes",
+    "refuse_unsupported",
     "same_groups",
 ]
 
@@ -30,6 +34,28 @@ BIAS_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dty
 
 MISSING, RESERVED, PACKED = 0, 1, 2
 """The states of a column: :meth:`CheckedStackBuilder.add` reserves it, packs it, and marks it as packed."""
+
+
+def refuse_unsupported(backend: str, sizes: StackSizes, codes: Collection[str], scales: Collection[str]) -> None:
+    """Refuse weights for which a backend has no kernels.
+
+    Parameters
+    ----------
+    backend : str
+        The name of the backend, for messages.
+    sizes : StackSizes
+    codes, scales : collections of str
+        The code types and the scale records that the backend supports.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    for name, value, supported in (("codes", sizes.codes, codes), ("scales", sizes.scales, scales)):
+        if value not in supported:
+            raise UnsupportedError(
+                f"{name}: got {value!r}, the {backend} backend supports {', '.join(map(repr, supported))}"
+            )
 
 
 class CheckedStackBuilder(StackBuilder):
@@ -47,14 +73,14 @@ class CheckedStackBuilder(StackBuilder):
         self._lock = threading.Lock()
 
     @abstractmethod
-    def _pack(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         """Write a weight that was checked. May run in several threads at once for different columns."""
 
     @abstractmethod
     def _stack(self, bias: npt.NDArray[np.float32] | None) -> MarlinExpertStack:
         """The stack, after all columns were packed; ``bias`` is float32 ``[num_experts, n_per_expert]`` or None."""
 
-    def add(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def add(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         sizes = self._sizes
         num_experts, n = sizes.num_experts, sizes.n_per_expert
         expert, column_offset = integer("expert", expert), integer("column_offset", column_offset)
@@ -71,10 +97,10 @@ class CheckedStackBuilder(StackBuilder):
                 f"weight: got k {weight.k} and group_size {weight.group_size}, expected {sizes.k} and "
                 f"{sizes.group_size}"
             )
-        if (weight.codes, weight.scale.dtype) != (sizes.codes, sizes.scale_dtype):
+        if (weight.codes, weight.scales) != (sizes.codes, sizes.scales):
             raise ValueError(
-                f"weight: got codes {weight.codes!r} with {weight.scale.dtype} scales, expected {sizes.codes!r} with "
-                f"{sizes.scale_dtype}"
+                f"weight: got codes {weight.codes!r} with {weight.scales} scales, expected {sizes.codes!r} with "
+                f"{sizes.scales}"
             )
         g_idx = normalised_g_idx(weight.g_idx, sizes.k, sizes.group_size)
         if not same_groups(g_idx, sizes.g_idx[expert]):
@@ -131,41 +157,55 @@ def as_bias(bias: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.float
 
 
 def check_weight(weight: object) -> None:
-    """Refuse an object that is not an :class:`Int4Weight`, or whose arrays are not as that class describes them.
+    """Refuse an object that is not an :class:`CanonicalWeight`, or whose arrays are not as that class describes them.
 
     Raises
     ------
     TypeError, ValueError
         The message names the attribute.
     """
-    if not isinstance(weight, Int4Weight):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected Int4Weight")
+    if not isinstance(weight, CanonicalWeight):
+        raise TypeError(f"weight: got {type(weight).__name__}, expected CanonicalWeight")
     try:
         row = code_type(weight.codes)
     except ValueError as error:
         raise ValueError(f"weight.{error}") from None
-    if not row.has_zero_points and weight.zero is not None:
-        raise TypeError(f"weight.zero: got {type(weight.zero).__name__}, expected None with {row.name!r} codes")
-    parts = {"words": [np.dtype(np.uint32)], "scale": [scale.dtype for scale in SCALE_TYPES.values()]}
-    if row.has_zero_points:
-        parts["zero"] = [np.dtype(np.uint8)]
-    for name, dtypes in parts.items():
-        array = getattr(weight, name)
-        if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
-            raise TypeError(
-                f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, "
-                f"expected {' or '.join(map(str, dtypes))}"
-            )
-        if array.ndim != 2:
-            raise ValueError(f"weight.{name}: got shape {array.shape}, expected two dimensions")
+    check_array("words", weight.words, [np.dtype(np.uint32)])
+    check_array("scale", weight.scale, list({record.scale: None for record in SCALE_RECORDS.values()}))
+    try:
+        record = SCALE_RECORDS[weight.scales]
+    except ValueError as error:
+        raise TypeError(f"weight.{error}") from None
     if integer("weight.group_size", weight.group_size) < 1:
         raise ValueError(f"weight.group_size: got {weight.group_size}, expected at least 1")
-    groups = (-(-weight.k // weight.group_size), weight.n)
-    for name in [name for name in parts if name != "words"]:
-        if getattr(weight, name).shape != groups:
-            raise ValueError(f"weight.{name}: got shape {getattr(weight, name).shape}, expected {groups}")
+    group_parts, block_parts = record.group_parts(row), record.block_parts()
+    if not record.has_zero_points(row):
+        group_parts.pop("zero", None)
+        if weight.zero is not None:
+            raise TypeError(
+                f"weight.zero: got {type(weight.zero).__name__}, expected None with {row.name!r} codes and "
+                f"{record.name} scales"
+            )
+    for parts, rows in ((group_parts, weight.group_size), (block_parts, BLOCK_ROWS)):
+        shape = (-(-weight.k // rows), weight.n)
+        for name, dtype in parts.items():
+            array = check_array(name, getattr(weight, name), [dtype])
+            if array.shape != shape:
+                raise ValueError(f"weight.{name}: got shape {array.shape}, expected {shape}")
     if weight.zero is not None and weight.zero.max(initial=0) > row.max_zero:
         raise ValueError(f"weight.zero: got {weight.zero.max()}, expected 0 to {row.max_zero}")
+
+
+def check_array(name: str, array: object, dtypes: list[np.dtype[Any]]) -> npt.NDArray[Any]:
+    """An array of a weight, after a check of its type, its dtype and its number of dimensions."""
+    if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
+        raise TypeError(
+            f"weight.{name}: got {getattr(array, 'dtype', type(array).__name__)}, "
+            f"expected {' or '.join(map(str, dtypes))}"
+        )
+    if array.ndim != 2:
+        raise ValueError(f"weight.{name}: got shape {array.shape}, expected two dimensions")
+    return array
 
 
 def same_groups(a: npt.NDArray[np.int32] | None, b: npt.NDArray[np.int32] | None) -> bool:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from marlin_cy.interface import Context
-    from marlin_cy.weights.int4 import Int4Weight
+    from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Buffer", "Dispatches", "Linear", "MarlinExpertStack", "StackBuilder", "WeightMetadata"]
 
@@ -247,7 +247,7 @@ class StackBuilder(ABC):
     """Fills a stack one weight at a time, so that memory never holds a whole checkpoint twice."""
 
     @abstractmethod
-    def add(self, expert: int, column_offset: int, weight: Int4Weight) -> None:
+    def add(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         """Pack ``weight`` into columns ``[column_offset, column_offset + weight.n)`` of an expert.
 
         Several threads may call it at once for different columns. The built-in backends release the GIL
@@ -258,7 +258,7 @@ class StackBuilder(ABC):
         expert : int
         column_offset : int
             A multiple of 8.
-        weight : Int4Weight
+        weight : CanonicalWeight
             Its ``k``, ``group_size``, ``g_idx``, ``codes`` and scale dtype must be the builder's.
         """
 

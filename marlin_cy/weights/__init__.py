@@ -2,8 +2,9 @@
 
 ::
 
-    code_types.py    one row per code type and per scale type
-    int4.py          Int4Weight, the canonical form that every checkpoint format is converted to
+    code_types.py    one row per code type
+    scale_records.py one row per scale record: what a group stores beside its codes
+    canonical.py          CanonicalWeight, the canonical form that every checkpoint format is converted to
     sizes.py         checks of K, N, group sizes and g_idx
     arrays.py        checks of a caller's or a file's arrays
     order.py         the order in which rows of K are packed when g_idx permutes them

@@ -4,7 +4,7 @@
 read-only; results are newly allocated.
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 import numpy as np
@@ -34,11 +34,10 @@ cdef enum:
     TILE_K = 16
     BLOCK_N = 64
     BLOCK_WORDS = TILE_K * BLOCK_N // 8
-    # The tile layout that is drawn in packed_tiles.py.
+    # The tile layout that is drawn in tile_layout.py. A line is 16 lanes of 4 bytes; a block of 8-bit codes has two.
     PACKED_TILE_N = 16
     PACKED_BLOCK_K = 8
-    PACKED_BLOCK_BYTES = 64
-    PACKED_GROUP_BYTES = 48
+    PACKED_LINE_BYTES = 64
 
 cdef Py_ssize_t[8] COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -97,28 +96,31 @@ def words_of_marlin(const uint32_t[:, ::1] packed):
 
 
 def words_of_tiles(
-    const uint8_t[:, ::1] tiles, Py_ssize_t header_bytes, Py_ssize_t k, Py_ssize_t n, const int32_t[::1] positions=None
+    const uint8_t[:, ::1] tiles, Py_ssize_t header_bytes, Py_ssize_t k, Py_ssize_t n,
+    const int32_t[::1] positions=None, int bits=4
 ):
-    """Canonical words, uint32 ``[k/8, n]``, from an expert's packed tiles.
+    """Canonical words, uint32 ``[k * bits / 32, n]``, from an expert's packed tiles.
 
     Parameters
     ----------
     tiles : uint8 ``[ceil(n/16), bytes of a tile]``
-        As drawn in :mod:`marlin_cy.weights.packed_tiles`.
+        As drawn in :mod:`marlin_cy.weights.tile_layout`.
     header_bytes : int
         Bytes before a tile's first block.
     k, n : int
         ``k`` is a multiple of 8.
     positions : int32 ``[k]``, optional
         The packed row of each row of K; None if rows are packed in K's own order.
+    bits : {4, 8}
+        Of a code.
 
     Raises
     ------
     ValueError
         The tiles do not have all the rows and columns.
     """
-    cdef Py_ssize_t blocks = k // PACKED_BLOCK_K, tile, columns
-    packed_k = (tiles.shape[1] - header_bytes) // PACKED_BLOCK_BYTES * PACKED_BLOCK_K
+    cdef Py_ssize_t blocks = k // PACKED_BLOCK_K, tile, columns, lines = bits // 4
+    packed_k = (tiles.shape[1] - header_bytes) // (lines * PACKED_LINE_BYTES) * PACKED_BLOCK_K
     if k % PACKED_BLOCK_K or packed_k < k or PACKED_TILE_N * tiles.shape[0] < n:
         raise ValueError(f"tiles: got {packed_k} rows of {PACKED_TILE_N * tiles.shape[0]} columns, expected [{k}, {n}]")
     if tiles.shape[1] % 4 or header_bytes % 4:
@@ -131,14 +133,16 @@ def words_of_tiles(
             raise ValueError(f"positions: got {positions.shape[0]} entries, expected {k} of 0 to {packed_k - 1}")
         places = &positions[0]
     cdef const uint32_t *lanes
-    out = np.empty((blocks, n), np.uint32)
+    out = np.empty((lines * blocks, n), np.uint32)
     cdef uint32_t[:, ::1] words = out
     if blocks and n:
         with nogil:
             for tile in range((n + PACKED_TILE_N - 1) // PACKED_TILE_N):
                 lanes = <const uint32_t *>&tiles[tile, header_bytes]
                 columns = min(<Py_ssize_t>PACKED_TILE_N, n - PACKED_TILE_N * tile)
-                if places == NULL:
+                if lines == 2:
+                    tile_of_bytes(lanes, &words[0, PACKED_TILE_N * tile], places, 2 * blocks, columns, n)
+                elif places == NULL:
                     tile_in_order(lanes, &words[0, PACKED_TILE_N * tile], blocks, columns, n)
                 else:
                     tile_out_of_order(lanes, &words[0, PACKED_TILE_N * tile], places, blocks, columns, n)
@@ -146,17 +150,17 @@ def words_of_tiles(
 
 
 def group_values_of_tiles(
-    const uint8_t[:, ::1] tiles, Py_ssize_t offset, Py_ssize_t size, const int32_t[::1] rows, Py_ssize_t groups,
-    Py_ssize_t n
+    const uint8_t[:, ::1] tiles, const int64_t[::1] places, Py_ssize_t size, const int32_t[::1] rows,
+    Py_ssize_t groups, Py_ssize_t n
 ):
-    """Scales or zero points, as bytes, uint8 ``[groups, n * size]``, from an expert's packed tiles.
+    """A part of the scale records, as bytes, uint8 ``[groups, n * size]``, from an expert's packed tiles.
 
     Parameters
     ----------
     tiles : uint8 ``[ceil(n/16), bytes of a tile]``
-        As drawn in :mod:`marlin_cy.weights.packed_tiles`.
-    offset : int
-        Where the values begin in the 48 bytes of a packed group.
+        As drawn in :mod:`marlin_cy.weights.tile_layout`.
+    places : int64 ``[packed groups]``
+        Where the values of each packed group begin in a tile.
     size : int
         Bytes of a value.
     rows : int32 ``[packed groups]``
@@ -169,9 +173,11 @@ def group_values_of_tiles(
         The tiles do not have all the groups and columns, or a row is out of range.
     """
     cdef Py_ssize_t packed_groups = rows.shape[0], tile, group, columns
-    if (PACKED_GROUP_BYTES * packed_groups > tiles.shape[1] or PACKED_TILE_N * tiles.shape[0] < n
-            or not 0 <= offset <= PACKED_GROUP_BYTES - PACKED_TILE_N * size):
-        raise ValueError(f"tiles: got {tiles.shape[0]} of {tiles.shape[1]} bytes, expected {packed_groups} groups")
+    if places.shape[0] != packed_groups:
+        raise ValueError(f"places: got {places.shape[0]}, expected {packed_groups}, one for each of rows")
+    end = max(places, default=0) + PACKED_TILE_N * size
+    if end > tiles.shape[1] or min(places, default=0) < 0 or PACKED_TILE_N * tiles.shape[0] < n:
+        raise ValueError(f"tiles: got {tiles.shape[0]} of {tiles.shape[1]} bytes, expected {n} columns and {end} bytes")
     if not all_below(rows, groups):
         raise ValueError(f"rows: got {np.min(rows)} to {np.max(rows)}, expected 0 to {groups - 1}")
     out = np.zeros((groups, n * size), np.uint8)
@@ -183,7 +189,7 @@ def group_values_of_tiles(
                 for group in range(packed_groups):
                     memcpy(
                         &values[rows[group], PACKED_TILE_N * tile * size],
-                        &tiles[tile, PACKED_GROUP_BYTES * group + offset],
+                        &tiles[tile, places[group]],
                         columns * size,
                     )
     return out
@@ -295,6 +301,24 @@ cdef void tile_out_of_order(const uint32_t *lanes, disjoint_words words, const i
         else:
             for column in range(columns):
                 words[block * n + column] = gathered(source, shift, column)
+
+
+cdef void tile_of_bytes(const uint32_t *lanes, disjoint_words words, const int32_t *positions, Py_ssize_t lines,
+                        Py_ssize_t columns, Py_ssize_t n) noexcept nogil:
+    """As :func:`tile_in_order`, for codes of 8 bits; a line is a row of words. ``positions`` may be NULL."""
+    cdef Py_ssize_t line, column, i
+    cdef uint32_t word, row
+    if positions == NULL:
+        for line in range(lines):
+            memcpy(words + line * n, lanes + line * PACKED_TILE_N, columns * sizeof(uint32_t))
+        return
+    for line in range(lines):
+        for column in range(columns):
+            word = 0
+            for i in range(4):
+                row = positions[4 * line + i]
+                word |= (lanes[<Py_ssize_t>(row // 4) * PACKED_TILE_N + column] >> (8 * (row % 4)) & 255) << (8 * i)
+            words[line * n + column] = word
 
 
 cdef inline uint32_t gathered(const uint32_t **source, const int *shift, Py_ssize_t column) noexcept nogil:

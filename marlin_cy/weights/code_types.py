@@ -1,12 +1,23 @@
-"""The code types and the scale types of weights: one row each.
+"""The code types of weights: one row each.
 
-A weight element is ``scale * (value(code) - zero)``. Kernels do not multiply by ``value(code)`` itself. They multiply
+A weight element is ``scale * (value(code) - zero)``, or ``scale * value(code) - minimum``:
+:mod:`marlin_cy.weights.scale_records` has the scales. Kernels do not multiply by ``value(code)`` itself. They multiply
 by small unsigned integers, the *multiplicands*, and correct for the difference in the zero point and the scale::
 
-    multiplicand(code) = units_per_one * value(code) + offset              an integer, 0 to 24
+    multiplicand(code) = units_per_one * value(code) + offset              an integer, 0 to 255
     weight             = scale / units_per_one * (multiplicand(code) - z)
 
 where ``z`` is the group's zero point if the code type has zero points, and ``offset`` if it has none.
+
+==========  =================================================================================================
+code type   ``value(code)``
+==========  =================================================================================================
+"uint4"     the code itself, 0 to 15
+"e2m1"      a 4-bit float: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and their negatives for 8 to 15; no zero
+            points
+"iq4_nl"    an entry of a table of 16 integers from -127 to 113; no zero points
+"uint8"     the code itself, 0 to 255
+==========  =================================================================================================
 
 To add a code type, add a row here and follow ``docs/adding-a-code-type.md``.
 """
@@ -16,18 +27,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "CODE_TYPES",
-    "SCALE_TYPES",
-    "CodeType",
-    "ScaleType",
-    "code_type",
-    "scale_type",
-]
+__all__ = ["CODE_TYPES", "CodeType", "code_type"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class CodeType:
         quantisers store, or ``offset`` if there are no zero points.
     max_zero : int
         The largest zero point; 0 if there are none.
+    min_group : int
+        The smallest supported group size.
     """
 
     name: str
@@ -64,6 +69,17 @@ class CodeType:
     offset: int
     symmetric_zero: int
     max_zero: int
+    min_group: int = 32
+
+    @property
+    def codes_per_word(self) -> int:
+        """Codes of a canonical word."""
+        return 32 // self.bits
+
+    @property
+    def zero_dtype(self) -> np.dtype[Any]:
+        """The dtype of zero points: the smallest that holds ``max_zero`` and ``symmetric_zero``."""
+        return np.min_scalar_type(max(self.max_zero, self.symmetric_zero))
 
     @property
     def multiplicands(self) -> npt.NDArray[np.uint8]:
@@ -76,25 +92,8 @@ class CodeType:
         return np.array(self.values, np.float32)
 
 
-@dataclass(frozen=True)
-class ScaleType:
-    """A dtype in which scales are stored.
-
-    Attributes
-    ----------
-    name : str
-        NumPy's name of the dtype.
-    number : int
-        The number in kernels: ``DTYPE_*`` in ``cpu/ukernels/ukernel.h``.
-    dtype : dtype
-    """
-
-    name: str
-    number: int
-    dtype: np.dtype[Any]
-
-
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 CODE_TYPES: Mapping[str, CodeType] = MappingProxyType(
     {
@@ -121,22 +120,33 @@ CODE_TYPES: Mapping[str, CodeType] = MappingProxyType(
                 symmetric_zero=12,
                 max_zero=0,
             ),
+            # Source: ggml, ggml-common.h, kvalues_iq4nl.
+            CodeType(
+                name="iq4_nl",
+                bits=4,
+                values=tuple(map(float, _IQ4_NL)),
+                has_zero_points=False,
+                units_per_one=1,
+                offset=127,
+                symmetric_zero=127,
+                max_zero=0,
+            ),
+            # Groups of 16 are those of GGUF's Q6_K.
+            CodeType(
+                name="uint8",
+                bits=8,
+                values=tuple(map(float, range(256))),
+                has_zero_points=True,
+                units_per_one=1,
+                offset=0,
+                symmetric_zero=128,
+                max_zero=256,
+                min_group=16,
+            ),
         )
     }
 )
 """The code types by name."""
-
-SCALE_TYPES: Mapping[str, ScaleType] = MappingProxyType(
-    {
-        row.name: row
-        for row in (
-            ScaleType(name="float16", number=1, dtype=np.dtype(np.float16)),
-            # Represents every scale of MXFP4, the powers of two from 2**-127 to 2**127.
-            ScaleType(name="bfloat16", number=2, dtype=np.dtype(ml_dtypes.bfloat16)),
-        )
-    }
-)
-"""The scale types by name."""
 
 
 def code_type(name: object) -> CodeType:
@@ -144,23 +154,3 @@ def code_type(name: object) -> CodeType:
     if not isinstance(name, str) or name not in CODE_TYPES:
         raise ValueError(f"codes: got {name!r}, expected one of {', '.join(CODE_TYPES)}")
     return CODE_TYPES[name]
-
-
-def scale_type(dtype: npt.DTypeLike) -> ScaleType:
-    """The scale type of a dtype.
-
-    Raises
-    ------
-    TypeError
-        ``dtype`` is not a dtype.
-    ValueError
-        Scales cannot be stored in this dtype.
-    """
-    try:
-        found = np.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(f"scale_dtype: got {dtype!r} ({error}), expected {' or '.join(SCALE_TYPES)}") from None
-    for row in SCALE_TYPES.values():
-        if row.dtype == found:
-            return row
-    raise ValueError(f"scale_dtype: got {found}, expected {' or '.join(SCALE_TYPES)}")

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from marlin_cy.arguments import integer, sequence
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.weights.arrays import WORDS, checked_array
-from marlin_cy.weights.code_types import CODE_TYPES, code_type, scale_type
+from marlin_cy.weights.code_types import CODE_TYPES, CodeType, code_type
+from marlin_cy.weights.scale_records import BLOCK_ROWS, ScaleRecord, scale_record
 
 __all__ = [
     "K_STEP",
@@ -25,6 +26,7 @@ __all__ = [
     "checked_group_size",
     "checked_stack_sizes",
     "g_idx_per_expert",
+    "integer_codes",
     "normalised_g_idx",
 ]
 
@@ -34,11 +36,14 @@ K_STEP = 32
 N_TILE = 8
 """Weights and views begin and end at multiples of this many columns: half a packed tile or strip of 16."""
 
-SMALL_GROUPS = (32, 64)
-"""The supported group sizes below :data:`GROUP_STEP`."""
+SMALL_GROUPS = (16, 32, 64)
+"""The supported group sizes below :data:`GROUP_STEP`. A code type's ``min_group`` excludes the smallest."""
 
 GROUP_STEP = 128
 """Larger group sizes are multiples of this."""
+
+MAX_BLOCK_GROUP = 128
+"""The largest group of a two-level record."""
 
 BITS = tuple(sorted({row.bits for row in CODE_TYPES.values()}))
 """The supported widths of codes, in bits."""
@@ -58,8 +63,8 @@ class StackSizes:
         The group of each row of K; None for ``row // group_size``.
     codes : str
         The name of the code type.
-    scale_dtype : dtype
-        float16 or bfloat16.
+    scales : str
+        The name of the scale record.
     """
 
     num_experts: int
@@ -68,22 +73,29 @@ class StackSizes:
     group_size: int
     g_idx: Sequence[npt.NDArray[np.int32] | None]
     codes: str = "uint4"
-    scale_dtype: np.dtype[Any] = np.dtype(np.float16)
+    scales: str = "float16"
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Refuse a width of codes that no code type has, with an :class:`~marlin_cy.errors.UnsupportedError`."""
-    if bits not in BITS:
-        raise UnsupportedError(f"{name}: got {bits}, only {' or '.join(map(str, BITS))} is supported")
+def check_bits(name: str, bits: int, supported: Sequence[int] = BITS) -> None:
+    """Refuse a width of codes that is not supported, with an :class:`~marlin_cy.errors.UnsupportedError`."""
+    if bits not in supported:
+        raise UnsupportedError(f"{name}: got {bits}, supported: {', '.join(map(str, supported))}")
 
 
-def checked_group_size(*, group_size: int, k: int, n: int, bits: int = 4, label: str = "", n_name: str = "n") -> int:
+def integer_codes(bits: int) -> str:
+    """The name of the code type of unsigned integers of this width, which :func:`check_bits` has checked."""
+    return f"uint{bits}"
+
+
+def checked_group_size(
+    *, group_size: int, k: int, n: int, bits: int = 4, label: str = "", n_name: str = "n", codes: str | None = None
+) -> int:
     """The number of rows of K that share a scale, after all sizes were checked. -1 becomes ``k``.
 
     Parameters
     ----------
     group_size : int
-        32, 64, a multiple of 128, or one group of all of K: ``k`` or -1.
+        32, 64, a multiple of 128, or one group of all of K: ``k`` or -1. With some code types also 16.
     k, n : int
         Multiples of 32 and of 8.
     bits : int
@@ -92,6 +104,8 @@ def checked_group_size(*, group_size: int, k: int, n: int, bits: int = 4, label:
         Follows each argument's name in messages: ``" of expert 3"``.
     n_name : str
         The caller's name of ``n``, for messages.
+    codes : str, optional
+        The name of the code type; by default unsigned integers of this width.
 
     Raises
     ------
@@ -108,14 +122,17 @@ def checked_group_size(*, group_size: int, k: int, n: int, bits: int = 4, label:
         size = integer(f"{name}{label}", size)
         if size <= 0 or size % unit:
             raise ValueError(f"{name}{label}: got {size}, expected a positive multiple of {unit}")
-    check_bits(f"bits{label}", bits)
+    if codes is None:
+        check_bits(f"bits{label}", bits)
     if group_size in (-1, k):
         return k
     if group_size <= 0:
         raise ValueError(f"group_size{label}: got {group_size}, expected a positive number, or -1 for one group")
-    if group_size not in SMALL_GROUPS and group_size % GROUP_STEP:
+    row = code_type(integer_codes(bits) if codes is None else codes)
+    small = [size for size in SMALL_GROUPS if size >= row.min_group]
+    if group_size not in small and group_size % GROUP_STEP:
         raise UnsupportedError(
-            f"group_size{label}: got {group_size}, supported are {', '.join(map(str, SMALL_GROUPS))}, multiples of "
+            f"group_size{label}: got {group_size}, supported are {', '.join(map(str, small))}, multiples of "
             f"{GROUP_STEP}, and -1 or k ({k}) for one group"
         )
     return group_size
@@ -195,7 +212,7 @@ def checked_stack_sizes(
     group_size: int,
     g_idx: Any,
     codes: str,
-    scale_dtype: npt.DTypeLike,
+    scales: str | npt.DTypeLike,
 ) -> StackSizes:
     """The arguments of :meth:`~marlin_cy.interface.Backend.new_stack_builder`, checked.
 
@@ -215,13 +232,37 @@ def checked_stack_sizes(
     ):
         if value < 1 or value % multiple:
             raise ValueError(f"{name}: got {value}, expected a positive multiple of {multiple}")
-    group_size = checked_group_size(group_size=group_size, k=k, n=n_per_expert)
+    row, record = code_type(codes), scale_record(scales)
+    group_size = checked_group_size(group_size=group_size, k=k, n=n_per_expert, bits=row.bits, codes=row.name)
+    check_record(row, record, k, group_size, g_idx)
     given = g_idx_per_expert(g_idx, num_experts, k)
     copies: dict[int, npt.NDArray[np.int32] | None] = {}
     for expert, groups in enumerate(given):
         if id(groups) not in copies:
             copies[id(groups)] = normalised_g_idx(groups, k, group_size, f" of expert {expert}")
-    row, scale = code_type(codes), scale_type(scale_dtype)
     return StackSizes(
-        num_experts, k, n_per_expert, group_size, [copies[id(groups)] for groups in given], row.name, scale.dtype
+        num_experts, k, n_per_expert, group_size, [copies[id(groups)] for groups in given], row.name, record.name
     )
+
+
+def check_record(codes: CodeType, record: ScaleRecord, k: int, group_size: int, g_idx: Any) -> None:
+    """Refuse a scale record that does not go with the other sizes.
+
+    Raises
+    ------
+    ValueError
+        Minima with a code type without zero points; two levels with a ``k`` or a ``group_size`` that does not fit
+        blocks of 256 rows, or with ``g_idx``.
+    """
+    if record.has_minimum and not codes.has_zero_points:
+        raise ValueError(f"scales: got {record.name!r}, expected a record without minima for {codes.name!r} codes")
+    if not record.has_blocks:
+        return
+    if k % BLOCK_ROWS:
+        raise ValueError(f"k: got {k}, expected a multiple of {BLOCK_ROWS} with {record.name!r} scales")
+    if group_size > MAX_BLOCK_GROUP:
+        raise ValueError(
+            f"group_size: got {group_size}, expected at most {MAX_BLOCK_GROUP} with {record.name!r} scales"
+        )
+    if g_idx is not None and any(groups is not None for groups in g_idx):
+        raise ValueError(f"g_idx: got one, expected None with {record.name!r} scales")

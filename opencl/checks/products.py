@@ -24,8 +24,8 @@ from marlin_cy.opencl.memory import uploaded
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Configuration
 from marlin_cy.stacks.builder import checked_stack_sizes
+from marlin_cy.weights.canonical import CanonicalWeight, pack_words
 from marlin_cy.weights.code_types import CODE_TYPES
-from marlin_cy.weights.int4 import Int4Weight, pack_words
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
@@ -271,7 +271,9 @@ def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[An
     builder = OpenClStackBuilder(runtime, sizes)
     weights = []
     for expert in range(experts):
-        weight = Int4Weight(pack_words(q[expert]), scale[expert], zero[expert], group_size, g_idx[expert], kind.codes)
+        weight = CanonicalWeight(
+            pack_words(q[expert]), scale[expert], zero[expert], group_size, g_idx[expert], kind.codes
+        )
         builder.add(expert, 0, weight)
         weights.append(reference.dequantize_weight(weight))
     return builder.finish(), np.stack(weights)

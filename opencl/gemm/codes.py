@@ -2,7 +2,13 @@
 
 from marlin_cy.weights.code_types import CODE_TYPES
 
-__all__ = ["code_macros"]
+__all__ = ["SUPPORTED_CODES", "SUPPORTED_SCALES", "code_macros"]
+
+SUPPORTED_CODES = ("uint4", "e2m1")
+"""The code types that ``kernels/codes.cl`` has."""
+
+SUPPORTED_SCALES = ("float16", "bfloat16")
+"""The scale records that the packer accepts. It stores float16 scales in either case."""
 
 
 def code_macros(codes: str, symmetric: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-// Packing on the device: from canonical form (marlin_cy/weights/int4.py) to the layout drawn in common.cl.
+// Packing on the device: from canonical form (marlin_cy/weights/canonical.py) to the layout drawn in common.cl.
 //
 // A launch writes columns [column_offset, column_offset + n) of one expert, whose first word is packed[base].
 // column_offset and n are multiples of 8, so that a launch may own half of a strip's columns: half of the nibbles of

@@ -276,7 +276,7 @@ cdef void carve_step(arena *memory, void *step) noexcept nogil:
     for index in range(job.num_layers):
         carve_layer_step(memory, job, &job.layers[index], index + 1 == job.num_layers)
         end, memory.used = max(end, memory.used), begin
-    job.head.input = job.normed
+    job.head.input, job.head.rows = job.normed, &job.wanted_rows
     carve_group(memory, &job.head, job.max_wanted)
     memory.used = max(end, memory.used)
 

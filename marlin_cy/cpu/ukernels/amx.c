@@ -1,5 +1,6 @@
 /* AMX: one TDPBSSD multiplies 16 rows of 64 activations by 64 x 16 weights, in 16 cycles. Zero points are subtracted
- * from the weights when they are unpacked.
+ * from the weights when they are unpacked. From codes of 8 bits, 128 is subtracted instead; where a zero point is
+ * another one, the float epilogue adds the rest.
  *
  * K of a group is cut in two: the first DEPTH values (or all, if there are fewer), and the rest. Tile registers, of 8:
  *
@@ -40,7 +41,7 @@
 
 enum {
     REGISTER_ROWS = 16,                  /* tasks of fewer rows use AVX-512, which unpacks weights in registers */
-    SCALES = 4,                          /* groups whose scales are kept: one is being unpacked, and up to three wait
+    TERMS = 4,                           /* groups whose terms are kept: one is being unpacked, and up to three wait
                                           * for products or for the float epilogue */
     SUMS = REGISTER_ROWS * TILE_N,       /* elements of a C register */
     TILE_WEIGHTS = MAX_GROUP_K * TILE_N, /* weights of one tile's group */
@@ -81,19 +82,27 @@ KERNEL void configure(int size)
     _tile_loadconfig(&config);
 }
 
+/* What the float epilogue of a group needs, per tile. */
+typedef struct {
+    __m512 scale[2];
+    __m512 minimum[2];   /* if has_minimum, divided by SYMMETRIC_ZERO */
+    __m512i rest[2];     /* if has_rest: the zero_factor of what was not subtracted from the weights */
+    int has_minimum, has_rest;
+} group_terms;
+
 /* A group of a task. */
 typedef struct {
-    __m512 *scale;   /* per tile; groups use the SCALES entries in turn */
+    group_terms *terms; /* groups use the TERMS entries in turn */
     int size;        /* values of K */
     const int8_t *a; /* of the task's first row */
     const act_meta *meta;
 } group_view;
 
-KERNEL group_view view_group(const gemm_task *task, __m512 scales[SCALES][2], int g)
+KERNEL group_view view_group(const gemm_task *task, group_terms terms[TERMS], int g)
 {
     const int blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
     return (group_view){
-        .scale = scales[g % SCALES],
+        .terms = &terms[g % TERMS],
         .size = blocks * LANE_K,
         .a = task->a + g * task->a_group_stride + task->rows[0] * task->a_row_stride,
         .meta = task->meta + g * task->meta_group_stride + task->rows[0],
@@ -108,35 +117,63 @@ typedef struct {
     int blocks, done;                    /* of each tile */
 } unpacking;
 
-KERNEL unpacking begin_unpacking(const gemm_task *task, const group_view *view, int g, int tiles, int codes)
+/* Whether zero points are left to the float epilogue. `codes` is a constant. */
+KERNEL int leaves_zeros(int codes) { return code_types[codes].bits == 8; }
+
+KERNEL unpacking begin_unpacking(const gemm_task *task, const header_layout *layout, const group_view *view, int g,
+                                 int tiles, int codes)
 {
-    const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES, bytes = task_bytes(task);
+    const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), bytes = task_bytes(task, codes);
     const ptrdiff_t ahead = begin + PREFETCH_FAR;
     unpacking group = {.weights = (int8_t *)task->scratch->weights, .blocks = view->size / LANE_K};
+    group_terms *const terms = view->terms;
+    terms->has_minimum = scale_records[task->scales].has_minimum;
+    terms->has_rest = 0;
     for (int t = 0; t < tiles; t++) {
-        const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
-        view->scale[t] = load_scales(header, task->scale_dtype, codes);
-        group.zeros[t] = _mm512_mullo_epi32(load_zeros(header), _mm512_set1_epi32(0x01010101));
+        const group_record record = record_of(task->header[t], layout, g);
+        __m512i zeros = load_zeros(record, task->scales, codes);
+        terms->scale[t] = load_scales(record, task->scales, codes);
+        if (terms->has_minimum)
+            terms->minimum[t] = load_minima(record, task->scales);
+        if (leaves_zeros(codes)) {
+            const __m512i subtracted = _mm512_set1_epi32(code_types[codes].symmetric_zero);
+            const __m512i rest = _mm512_sub_epi32(subtracted, zeros);
+            terms->rest[t] = zero_factor(rest, codes);
+            terms->has_rest |= _mm512_test_epi32_mask(rest, rest) != 0;
+            zeros = subtracted;
+        }
+        group.zeros[t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(0x01010101));
         group.packed[t] = task->body[t] + begin;
         group.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
     }
     return group;
 }
 
+/* Load four values of K of a block: values 0-3 (quad 0) or 4-7 (quad 1). */
+KERNEL __m512i load_quad(const unpacking *group, int t, int b, int quad, int codes)
+{
+    const int bytes = code_types[codes].bits == 8;
+    const ptrdiff_t place = b * block_bytes(codes) + bytes * quad * LINE_BYTES;
+    const __m512i packed = _mm512_load_si512(group->packed[t] + place), mask = _mm512_set1_epi8(15);
+    if (bytes || quad == 0) {
+        _mm_prefetch((const char *)group->ahead[t] + place, _MM_HINT_T1);
+        _mm_prefetch((const char *)group->packed[t] + place + PREFETCH_NEAR, _MM_HINT_T0);
+    }
+    if (bytes)
+        return packed;
+    return weights_of(_mm512_and_si512(quad ? _mm512_srli_epi16(packed, 4) : packed, mask), codes);
+}
+
 /* Unpack up to `most` more blocks of each tile. A block is two rows of B. */
 KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
 {
-    const __m512i mask = _mm512_set1_epi8(15);
     const int end = group->done + most < group->blocks ? group->done + most : group->blocks;
     for (int b = group->done; b < end; b++)
         for (int t = 0; t < tiles; t++) {
-            const __m512i both = _mm512_load_si512(group->packed[t] + b * BLOCK_BYTES);
-            _mm_prefetch((const char *)group->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T1);
-            _mm_prefetch((const char *)group->packed[t] + b * BLOCK_BYTES + PREFETCH_NEAR, _MM_HINT_T0);
-            const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-            int8_t *const w = group->weights + t * TILE_WEIGHTS + 2 * b * BLOCK_BYTES;
-            _mm512_store_si512(w, _mm512_sub_epi8(weights_of(low, codes), group->zeros[t]));
-            _mm512_store_si512(w + BLOCK_BYTES, _mm512_sub_epi8(weights_of(high, codes), group->zeros[t]));
+            int8_t *const w = group->weights + t * TILE_WEIGHTS + 2 * b * LINE_BYTES;
+            for (int quad = 0; quad < 2; quad++)
+                _mm512_store_si512(w + quad * LINE_BYTES,
+                                   _mm512_sub_epi8(load_quad(group, t, b, quad, codes), group->zeros[t]));
         }
     group->done = end;
 }
@@ -145,15 +182,16 @@ KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
 typedef struct {
     const int32_t *products; /* rows of tile 0; tile 1 starts SUMS further, and plane 1 starts 2 * SUMS further */
     const act_meta *meta;
-    const __m512 *scale; /* per tile */
+    const group_terms *terms;
     float *sums;
     int rows;
 } pending_rows;
 
 /* The float epilogue of rows [begin, end), which are constants. */
-KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes)
+KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes, int codes)
 {
-    const __m512 scale[2] = {pending->scale[0], pending->scale[1]};
+    const group_terms *const terms = pending->terms;
+    const __m512 scale[2] = {terms->scale[0], terms->scale[1]};
 #pragma GCC unroll 16
     for (int r = begin; r < end; r++) {
         if (r >= pending->rows)
@@ -164,8 +202,15 @@ KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes
             __m512i total = _mm512_load_si512(product);
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(product + 2 * SUMS));
+            if (leaves_zeros(codes) && terms->has_rest)
+                total = _mm512_add_epi32(total, zero_term(terms->rest[t], pending->meta + r, codes));
             add_group(pending->sums + r * PAIR_N + t * TILE_N, total, scale[t], row_scale);
         }
+    }
+    if (terms->has_minimum && begin < pending->rows) {
+        const int count = (end < pending->rows ? end : pending->rows) - begin;
+        for (int t = 0; t < 2; t++)
+            add_minima(pending->sums + begin * PAIR_N + t * TILE_N, terms->minimum[t], pending->meta + begin, NULL, count);
     }
 }
 
@@ -187,7 +232,7 @@ typedef struct {
 KERNEL void do_portion(const side_work *side, int portion, int planes, int tiles, int codes)
 {
     const int rows = REGISTER_ROWS / (PORTIONS * planes);
-    add_rows(side->pending, portion * rows, (portion + 1) * rows, planes);
+    add_rows(side->pending, portion * rows, (portion + 1) * rows, planes, codes);
     unpack_blocks(side->group, side->blocks, tiles, codes);
     COMPILER_BARRIER();
 }
@@ -233,28 +278,29 @@ KERNEL int divide_up(int a, int b) { return (a + b - 1) / b; }
 KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 {
     _Alignas(64) int32_t products[2 * SLOTS][2 * SUMS]; /* by step; with one plane, half of them are not used */
-    __m512 scales[SCALES][2];                           /* by group, in turn */
+    group_terms terms[TERMS];                           /* by group, in turn */
     const int m = task->m;
     const ptrdiff_t stride = task->a_row_stride;
     /* Sums over the groups so far. They are kept outside `out` if they are to be added to it, and also with a single
      * tile, because columns 16..31 of `out` must not change. */
     float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
-    pending_rows stored = {.scale = scales[0]}, multiplied = stored;
+    const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
+    pending_rows stored = {.terms = terms}, multiplied = stored;
     int slot = 0;
     int32_t *before = products[slot];
 
     memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
-    memset(scales, 0, sizeof scales);
-    group_view view = view_group(task, scales, 0);
-    unpacking unpacked = begin_unpacking(task, &view, 0, tiles, codes);
+    memset(terms, 0, sizeof terms);
+    group_view view = view_group(task, terms, 0);
+    unpacking unpacked = begin_unpacking(task, &layout, &view, 0, tiles, codes);
     unpack_blocks(&unpacked, unpacked.blocks, tiles, codes);
     configure(view.size);
     for (int g = 0; g < task->num_groups; g++) {
         group_view next = view;
         load_weights((int8_t *)task->scratch->weights, view.size, tiles);
         if (g + 1 < task->num_groups) {
-            next = view_group(task, scales, g + 1);
-            unpacked = begin_unpacking(task, &next, g + 1, tiles, codes);
+            next = view_group(task, terms, g + 1);
+            unpacked = begin_unpacking(task, &layout, &next, g + 1, tiles, codes);
         }
         const int portions = PORTIONS * planes * divide_up(m, REGISTER_ROWS);
         const side_work side = {&stored, &unpacked, divide_up(unpacked.blocks, portions)};
@@ -270,7 +316,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             multiplied = (pending_rows){
                 .products = products[slot] + (begin - first) * TILE_N,
                 .meta = view.meta + begin,
-                .scale = view.scale,
+                .terms = view.terms,
                 .sums = sums + begin * PAIR_N,
                 .rows = REGISTER_ROWS - (begin - first),
             };
@@ -285,8 +331,8 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
     }
     store_products(before);
     _tile_release();
-    add_rows(&stored, 0, REGISTER_ROWS, planes);
-    add_rows(&multiplied, 0, REGISTER_ROWS, planes);
+    add_rows(&stored, 0, REGISTER_ROWS, planes, codes);
+    add_rows(&multiplied, 0, REGISTER_ROWS, planes, codes);
     if (task->accumulate)
         add_to_out(task, tiles);
     else if (tiles == 1)
@@ -311,6 +357,14 @@ TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT
 TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
+
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm(task, 1, CODES_IQ4_NL); }
+
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm(task, 2, CODES_IQ4_NL); }
+
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT8); }
+
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT8); }
 
 /* Linux saves tiles only for a process that has requested it. The permission covers all threads and children of the
  * process. A second request has no effect. */
@@ -344,7 +398,10 @@ const isa_descriptor isa_amx = {
 #ifdef COMPILER_HAS_AMX
     .kernels =
         {
-            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
+                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}},
             .mr = REGISTER_ROWS,
             /* Sums (12 KiB), activations of a group (12 KiB, or 24 KiB with two planes) and its weights (4 KiB) fit the L1
          * cache, which has 48 KiB on CPUs with AMX. With mc = 48, weights are unpacked more often: a product of 256

@@ -6,6 +6,8 @@
  * the sum of eight pairs (the two halves of four blocks) fits 16 bits. Weights of 4-bit floats are at most 24: a pair
  * is at most 6144, and four pairs (two blocks) fit.
  *
+ * Larger multiplicands, those of 8-bit codes and of IQ4_NL, are in avx2_wide.h.
+ *
  * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product. The 32-bit
  * sums are in memory, and are updated once for each 16-bit sum.
  */
@@ -40,11 +42,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const int32_t index = task->rows[row + r];
-        const __m256i sum_split = _mm256_set1_epi32(view->meta[index].sum_split);
         for (int plane = 0; plane < planes; plane++)
             a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * LANE_K;
-        total[r][0] = _mm256_madd_epi16(header->minus_zero[0], sum_split);
-        total[r][1] = _mm256_madd_epi16(header->minus_zero[1], sum_split);
+        total[r][0] = zero_term(header, view->meta + index, 0, codes);
+        total[r][1] = zero_term(header, view->meta + index, 1, codes);
     }
     const int blocks_per_sum = blocks_of_16_bits(codes);
     for (int block = 0; block < view->blocks; block += blocks_per_sum) {
@@ -83,6 +84,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 }
 
 #include "ymm_driver.h"
+#include "avx2_wide.h"
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
@@ -92,6 +94,14 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_IQ4_NL); }
+
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_IQ4_NL); }
+
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_UINT8); }
+
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_UINT8); }
+
 /* Store 32 values as bytes; each fits a byte. Two levels of saturating packs work within 128-bit halves, so one
  * permutation of 32-bit lanes then restores the order. */
 KERNEL void store_bytes(int8_t *to, const __m256i value[4])
@@ -99,6 +109,28 @@ KERNEL void store_bytes(int8_t *to, const __m256i value[4])
     const __m256i low = _mm256_packs_epi32(value[0], value[1]), high = _mm256_packs_epi32(value[2], value[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+
+KERNEL void store_16_bytes(int8_t *to, const __m256i value[2])
+{
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(value[0], value[1]), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storeu_si128((__m128i *)to, bytes);
+}
+
+/* Quantise 16 values of a group of `size`: a group of 16, which only codes of 8 bits have. Returns their sums. */
+KERNEL __m256i quantize_16(int8_t *a, const float *x, int size, int planes, __m256 inverse)
+{
+    __m256i value[2], low[2], high[2];
+    for (int j = 0; j < 2; j++) {
+        value[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * j), inverse));
+        low[j] = _mm256_srai_epi32(_mm256_slli_epi32(value[j], 24), 24);
+        high[j] = _mm256_srai_epi32(_mm256_sub_epi32(value[j], low[j]), 8);
+    }
+    store_16_bytes(a, planes == 2 ? high : value);
+    if (planes == 2)
+        store_16_bytes(a + size, low);
+    return _mm256_add_epi32(value[0], value[1]);
 }
 
 TARGET static void quantize_row(const float *x, int64_t k, int group_size, int planes, int8_t *a,
@@ -122,7 +154,7 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
             continue;
         const __m256 inverse = _mm256_set1_ps(qmax / amax);
         __m256i sums = _mm256_setzero_si256();
-        for (int i = 0; i < size; i += 32) {
+        for (int i = 0; i + 32 <= size; i += 32) {
             __m256i value[4];
             for (int j = 0; j < 4; j++) {
                 value[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(group + i + 8 * j), inverse));
@@ -141,6 +173,8 @@ TARGET static void quantize_row(const float *x, int64_t k, int group_size, int p
             store_bytes(a + i, high);
             store_bytes(a + size + i, value);
         }
+        if (size % 32 != 0)
+            sums = _mm256_add_epi32(sums, quantize_16(a + size - 16, group + size - 16, size, planes, inverse));
         __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
         sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1));
@@ -266,7 +300,10 @@ const isa_descriptor isa_avx2 = {
     .peak = peak,
     .kernels =
         {
-            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
+                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}},
             .quantize_row = quantize_row,
             .widen = widen,
             .narrow = narrow,

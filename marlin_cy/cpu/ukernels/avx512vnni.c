@@ -21,7 +21,7 @@
 
 enum {
     PLANE_ROWS = 8,
-    UNPACKED_BLOCK = 4 * BLOCK_BYTES, /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
+    UNPACKED_BLOCK = 4 * LINE_BYTES,  /* per block: (values 0-3, tile 0), (0-3, tile 1), (4-7, 0), (4-7, 1) */
 };
 
 typedef struct {
@@ -33,8 +33,7 @@ typedef struct {
     const act_meta *meta;
     __m512 scale[2];
     int symmetric;         /* whether all zero points are the code type's symmetric_zero */
-    __m512i minus_zero[2]; /* if not: 16-bit pairs (-z, -256 * z) of z = zero - symmetric_zero, which vpmaddwd
-                            * multiplies by act_meta.sum_split */
+    __m512i zero_factor[2]; /* if not */
     float *sums;           /* [m][PAIR_N] of the groups so far */
 } group_view;
 
@@ -69,25 +68,39 @@ KERNEL __m512i broadcast_quad(const int8_t *a)
     return _mm512_set1_epi32(quad);
 }
 
-/* Load the weights of one block as bytes: w[values 0-3 or 4-7 of K][tile]. */
+KERNEL void prefetch_line(const group_view *view, int t, ptrdiff_t place)
+{
+    _mm_prefetch((const char *)view->ahead[t] + place, _MM_HINT_T1);
+    _mm_prefetch((const char *)view->packed[t] + place + PREFETCH_NEAR, _MM_HINT_T0);
+}
+
+/* Load the weights of one block as bytes: w[values 0-3 or 4-7 of K][tile]. Codes of 8 bits need no unpacking. */
 KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int source, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
+    const ptrdiff_t place = b * block_bytes(codes);
     uint8_t *const unpacked = view->unpacked + b * UNPACKED_BLOCK;
     for (int t = 0; t < tiles; t++) {
-        if (source == UNPACKED) {
-            w[0][t] = _mm512_load_si512(unpacked + t * BLOCK_BYTES);
-            w[1][t] = _mm512_load_si512(unpacked + (2 + t) * BLOCK_BYTES);
+        if (code_types[codes].bits == 8) {
+            for (int quad = 0; quad < 2; quad++) {
+                w[quad][t] = _mm512_load_si512(view->packed[t] + place + quad * LINE_BYTES);
+                if (source != UNPACKED)
+                    prefetch_line(view, t, place + quad * LINE_BYTES);
+            }
             continue;
         }
-        const __m512i both = _mm512_load_si512(view->packed[t] + b * BLOCK_BYTES);
-        _mm_prefetch((const char *)view->ahead[t] + b * BLOCK_BYTES, _MM_HINT_T1);
-        _mm_prefetch((const char *)view->packed[t] + b * BLOCK_BYTES + PREFETCH_NEAR, _MM_HINT_T0);
+        if (source == UNPACKED) {
+            w[0][t] = _mm512_load_si512(unpacked + t * LINE_BYTES);
+            w[1][t] = _mm512_load_si512(unpacked + (2 + t) * LINE_BYTES);
+            continue;
+        }
+        const __m512i both = _mm512_load_si512(view->packed[t] + place);
+        prefetch_line(view, t, place);
         w[0][t] = weights_of(_mm512_and_si512(both, mask), codes);
         w[1][t] = weights_of(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask), codes);
         if (source == UNPACK_AND_KEEP) {
-            _mm512_store_si512(unpacked + t * BLOCK_BYTES, w[0][t]);
-            _mm512_store_si512(unpacked + (2 + t) * BLOCK_BYTES, w[1][t]);
+            _mm512_store_si512(unpacked + t * LINE_BYTES, w[0][t]);
+            _mm512_store_si512(unpacked + (2 + t) * LINE_BYTES, w[1][t]);
         }
     }
 }
@@ -129,10 +142,10 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     if (!view->symmetric) /* after the products: there it costs nothing if the group is symmetric */
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            const __m512i sum_split = _mm512_set1_epi32(view->meta[task->rows[row + r]].sum_split);
+            const act_meta *const meta = view->meta + task->rows[row + r];
             for (int t = 0; t < tiles; t++) {
                 __m512i *const last = &sum[r * planes + planes - 1][t];
-                *last = _mm512_add_epi32(*last, _mm512_madd_epi16(view->minus_zero[t], sum_split));
+                *last = _mm512_add_epi32(*last, zero_term(view->zero_factor[t], meta, codes));
             }
         }
     /* A local variable, because the compiler must assume that a vector store changes *view. */
@@ -202,26 +215,33 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
         .meta = task->meta,
         .sums = task->accumulate ? task->scratch->sums : task->out,
     };
+    const int has_minimum = scale_records[task->scales].has_minimum;
+    const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     for (int r = 0; r < task->m; r++)
         for (int t = 0; t < tiles; t++)
             _mm512_store_ps(view.sums + r * PAIR_N + t * TILE_N, _mm512_setzero_ps());
-    const ptrdiff_t bytes = task_bytes(task);
+    const ptrdiff_t bytes = task_bytes(task, codes);
     for (int g = 0; g < task->num_groups; g++) {
         __mmask16 asymmetric = 0;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         for (int t = 0; t < tiles; t++) {
-            const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * BLOCK_BYTES + PREFETCH_FAR;
+            const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * block_bytes(codes) + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            const uint8_t *const header = task->header[t] + g * GROUP_HEADER_BYTES;
-            const __m512i minus = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), load_zeros(header));
-            view.scale[t] = load_scales(header, task->scale_dtype, codes);
-            view.minus_zero[t] = _mm512_mask_blend_epi16(0xaaaaaaaa, minus, _mm512_slli_epi32(minus, 24));
-            asymmetric |= _mm512_test_epi32_mask(minus, minus);
+            const group_record record = record_of(task->header[t], &layout, g);
+            const __m512i zeros = load_zeros(record, task->scales, codes);
+            const __m512i difference = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), zeros);
+            view.scale[t] = load_scales(record, task->scales, codes);
+            view.zero_factor[t] = zero_factor(difference, codes);
+            asymmetric |= _mm512_test_epi32_mask(difference, difference);
         }
         view.symmetric = !code_types[codes].has_zero_points || !asymmetric;
         rows_of_group(task, &view, planes, tiles, codes);
+        for (int t = 0; t < tiles && has_minimum; t++) {
+            const __m512 minimum = load_minima(record_of(task->header[t], &layout, g), task->scales);
+            add_minima(view.sums + t * TILE_N, minimum, view.meta, task->rows, task->m);
+        }
         for (int t = 0; t < tiles; t++)
-            view.packed[t] += view.blocks * BLOCK_BYTES;
+            view.packed[t] += view.blocks * block_bytes(codes);
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
@@ -288,6 +308,14 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm(task, 1, CODES_IQ4_NL); }
+
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm(task, 2, CODES_IQ4_NL); }
+
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT8); }
+
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT8); }
+
 TARGET static int64_t peak(int64_t steps)
 {
     enum { ACCUMULATORS = 12, OPS = 16 * 8 }; /* 16 lanes of four products and four additions */
@@ -323,7 +351,10 @@ const isa_descriptor isa_avx512vnni = {
     .peak = peak,
     .kernels =
         {
-            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
+                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}},
             .quantize_row = quantize_row,
             NORM_KERNELS,
             DENSE_KERNELS,

@@ -46,12 +46,11 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const act_meta *meta = view->meta + task->rows[row + r];
-        const __m256i sum_split = _mm256_set1_epi32(meta->sum_split);
         for (int half = 0; half < 2; half++) {
             __m256i total = sum[r * planes][half];
             if (planes == 2)
                 total = _mm256_add_epi32(_mm256_slli_epi32(total, 8), sum[r * planes + 1][half]);
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(header->minus_zero[half], sum_split));
+            total = _mm256_add_epi32(total, zero_term(header, meta, half, codes));
             add_group(view->sums + (row + r) * PAIR_N + 8 * half, total, header->scale[half], meta->scale);
         }
     }
@@ -66,6 +65,14 @@ TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT
 TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
+
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm(task, 1, CODES_IQ4_NL); }
+
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm(task, 2, CODES_IQ4_NL); }
+
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT8); }
+
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT8); }
 
 TARGET static int64_t peak(int64_t steps)
 {
@@ -102,7 +109,10 @@ const isa_descriptor isa_avxvnni = {
     .probe = probe,
 #ifdef COMPILER_HAS_AVXVNNI
     .peak = peak,
-    .kernels = {.gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}}},
+    .kernels = {.gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
+                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}}},
 #endif
 };
 #endif

@@ -124,13 +124,59 @@ KERNEL void unpack_group(int16_t *restrict w, const uint8_t *restrict blocks, in
 {
     const int is_identity = code_types[codes].is_identity;
     const uint8_t *const multiplicands = code_types[codes].multiplicands;
-    for (int b = 0; b < num_blocks; b++, blocks += BLOCK_BYTES, w += LANE_K)
+    for (int b = 0; b < num_blocks; b++, blocks += block_bytes(codes), w += LANE_K)
         for (int c = 0; c < TILE_N; c++)
             for (int t = 0; t < 4; t++) {
+                if (code_types[codes].bits == 8) {
+                    w[c * MAX_GROUP_K + t] = blocks[4 * c + t];
+                    w[c * MAX_GROUP_K + t + 4] = blocks[LINE_BYTES + 4 * c + t];
+                    continue;
+                }
                 const uint8_t low = blocks[4 * c + t] & 15, high = blocks[4 * c + t] >> 4;
                 w[c * MAX_GROUP_K + t] = is_identity ? low : multiplicands[low];
                 w[c * MAX_GROUP_K + t + 4] = is_identity ? high : multiplicands[high];
             }
+}
+
+static uint32_t load_16(const uint8_t *from) { return from[0] | (uint32_t)from[1] << 8; }
+
+/* Scales, and what is subtracted, of one group for both tiles. */
+typedef struct {
+    float scale[PAIR_N], minimum[PAIR_N]; /* minima are divided by SYMMETRIC_ZERO */
+    int32_t zero[PAIR_N];
+} group_terms;
+
+/* Scale or minimum `c` of a record, or of a block. */
+static float load_float(const uint8_t *from, int scales, int c)
+{
+    switch (scales) {
+    case SCALES_BF16: return bits_float(load_16(from + 2 * c) << 16);
+    case SCALES_F32:
+    case SCALES_F32_MIN: return bits_float(load_16(from + 4 * c) | load_16(from + 4 * c + 2) << 16);
+    case SCALES_TWO_LEVEL: return (float)(int8_t)from[c];
+    case SCALES_TWO_LEVEL_MIN: return (float)from[c];
+    default: return half_to_float((uint16_t)load_16(from + 2 * c));
+    }
+}
+
+/* The terms of a tile's columns, which are the task's from `first` on. */
+static void load_terms(group_terms *terms, int first, group_record record, int scales, int codes)
+{
+    const scale_record *const row = &scale_records[scales];
+    for (int c = 0; c < TILE_N; c++) {
+        float scale = load_float(record.scale, scales, c);
+        float minimum = row->has_minimum ? load_float(record.minimum, scales, c) : 0.0f;
+        if (row->has_blocks) {
+            scale *= load_float(record.block, SCALES_F16, c);
+            if (row->has_minimum)
+                minimum *= load_float(record.block, SCALES_F16, TILE_N + c);
+        }
+        terms->scale[first + c] = unit_scale(codes) * scale;
+        terms->minimum[first + c] = minimum / SYMMETRIC_ZERO;
+        terms->zero[first + c] = !stores_zeros(scales)                ? constant_zero(scales, codes)
+                                 : code_types[codes].zero_bytes == 2 ? (int32_t)load_16(record.minimum + 2 * c)
+                                                                       : record.minimum[c];
+    }
 }
 
 /* One row's group as 16-bit values. */
@@ -157,23 +203,16 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     float *const sums = task->scratch->sums;
     const int num_tiles = task->header[1] ? 2 : 1;
     const uint8_t *body[2] = {task->body[0], task->body[1]};
+    const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
 
     for (int g = 0; g < task->num_groups; g++) {
         const int last = g == task->num_groups - 1;
         const int blocks = last ? task->last_group_blocks : task->group_blocks;
-        float scale[PAIR_N];
-        int32_t zero[PAIR_N];
+        group_terms terms;
         for (int t = 0; t < num_tiles; t++) {
-            const uint8_t *header = task->header[t] + g * GROUP_HEADER_BYTES;
-            for (int c = 0; c < TILE_N; c++) {
-                const uint32_t bits = header[2 * c] | (uint32_t)header[2 * c + 1] << 8;
-                const float given =
-                    task->scale_dtype == DTYPE_BF16 ? bits_float(bits << 16) : half_to_float((uint16_t)bits);
-                scale[t * TILE_N + c] = unit_scale(codes) * given;
-                zero[t * TILE_N + c] = header[2 * TILE_N + c];
-            }
+            load_terms(&terms, t * TILE_N, record_of(task->header[t], &layout, g), task->scales, codes);
             unpack_group(weights + t * TILE_WEIGHTS, body[t], blocks, codes);
-            body[t] += blocks * BLOCK_BYTES;
+            body[t] += blocks * block_bytes(codes);
         }
         for (int r = 0; r < task->m; r++) {
             const act_meta *meta = task->meta + g * task->meta_group_stride + task->rows[r];
@@ -183,7 +222,9 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
             join_planes(x, task->a + g * task->a_group_stride + task->rows[r] * task->a_row_stride, blocks, planes);
             for (int c = 0; c < num_tiles * TILE_N; c++) {
                 const int32_t dot = dot_product(weights + c * MAX_GROUP_K, x, blocks * LANE_K);
-                sum[c] = fmaf((float)(dot - zero[c] * total), meta->scale * scale[c], g ? sum[c] : 0.0f);
+                sum[c] = fmaf((float)(dot - terms.zero[c] * total), meta->scale * terms.scale[c], g ? sum[c] : 0.0f);
+                if (scale_records[task->scales].has_minimum)
+                    sum[c] = fmaf(meta->scale * (float)meta->symmetric_sum, terms.minimum[c], sum[c]);
                 if (last)
                     out[c] = task->accumulate ? out[c] + sum[c] : sum[c];
             }
@@ -199,6 +240,14 @@ static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
 
 static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
+static void gemm_iq4_i8(const gemm_task *task) { gemm(task, 1, CODES_IQ4_NL); }
+
+static void gemm_iq4_i16(const gemm_task *task) { gemm(task, 2, CODES_IQ4_NL); }
+
+static void gemm_u8_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT8); }
+
+static void gemm_u8_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT8); }
+
 static void softmax(float *x, int64_t n) { softmax_row(x, n); }
 
 static void sigmoid(float *x, int64_t n) { sigmoid_row(x, n); }
@@ -210,7 +259,10 @@ const isa_descriptor isa_generic = {
     .probe = probe,
     .kernels =
         {
-            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16}, [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16}},
+            .gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
+                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}},
             .mr = 8,
             .mc =
                 48, /* sums (6 KiB), activations of a group (12 KiB) and its weights (4 KiB) fit an L1 cache of 32 KiB */

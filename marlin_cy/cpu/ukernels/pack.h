@@ -1,8 +1,8 @@
-/* Convert words, as checkpoints store them (eight values of K per word, lowest bits first), to the lanes of a packed
- * tile (drawn in ukernel.h). Plain C that compilers vectorise; memory bandwidth bounds it.
+/* Convert words, as checkpoints store them (eight values of K per word, or four of 8 bits, lowest bits first), to the
+ * lanes of a packed tile (drawn in ukernel.h). Plain C that compilers vectorise; memory bandwidth bounds it.
  *
- *   lanes      first block, first column to convert; the next block is TILE_N lanes further
- *   words      first block, first column to convert; the next block is `stride` words further
+ *   lanes      first block, first column to convert; the next block is TILE_N lanes further, or twice that with 8 bits
+ *   words      first block, first column to convert; the next block is `stride` words further, or twice that
  *   rows       [LANE_K * blocks] row of K at each packed position, -1 for padding (packed as code 0); NULL for the order
  *              of K itself
  *
@@ -67,16 +67,40 @@ static inline void pack_columns(uint32_t *restrict lanes, const uint32_t *restri
             lanes[c] = lane_of_word(words[c]);
 }
 
-static void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
-                      int columns)
+/* Codes of 8 bits: a lane is a word. `lines` is the number of rows of words. */
+static inline void pack_bytes(uint32_t *restrict lanes, const uint32_t *restrict words, ptrdiff_t stride,
+                              const int32_t *rows, int64_t lines, int columns)
 {
-    if (columns == TILE_N)
+    enum { WORD_K = 4 };
+    for (int64_t line = 0; line < lines; line++, lanes += TILE_N) {
+        if (!rows) {
+            memcpy(lanes, words + line * stride, sizeof *lanes * (size_t)columns);
+            continue;
+        }
+        for (int c = 0; c < columns; c++) {
+            uint32_t lane = 0;
+            for (int i = 0; i < WORD_K; i++) {
+                const int32_t row = rows[WORD_K * line + i];
+                if (row >= 0)
+                    lane |= (words[row / WORD_K * stride + c] >> (8 * (row % WORD_K)) & 255) << (8 * i);
+            }
+            lanes[c] = lane;
+        }
+    }
+}
+
+static void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, const int32_t *rows, int64_t blocks,
+                      int columns, int bits)
+{
+    if (bits == 8)
+        pack_bytes(lanes, words, stride, rows, 2 * blocks, columns);
+    else if (columns == TILE_N)
         pack_columns(lanes, words, stride, rows, blocks, TILE_N);
     else
         pack_columns(lanes, words, stride, rows, blocks, columns);
 }
 
-/* Copy the scales or zero points of some columns; each has `bytes` bytes. */
+/* Copy the scales, minima or zero points of some columns; each has `bytes` bytes. */
 static inline void copy_columns(void *to, const void *source, int columns, int bytes)
 {
     if (columns == TILE_N)

@@ -4,17 +4,22 @@
  * Every ISA gives the same bits for the same input: integer sums are exact, and the float steps are those of
  * marlin_cy/reference.py, in its order, each rounded to nearest even.
  *
- * PACKED TILE: 16 columns (TILE_N) by all of K. `groups` is the number of groups, `blocks` is K / 8 (LANE_K).
+ * PACKED TILE: 16 columns (TILE_N) by all of K. `blocks` is K / 8 (LANE_K).
  *
- *   0                          48*groups      header_bytes                header_bytes + 64*blocks
- *   | group 0 | group 1 | .... | pad to 64 B  | block 0 | block 1 | ....  |
- *        |                                         |
- *        | 16 x 16-bit scale, 16 x uint8 zero      | 16 lanes of 4 bytes, lane n = column n:
- *                                                  |   byte t:  low nibble   q[8*block + t,     n]
- *                                                  |            high nibble  q[8*block + t + 4, n]
+ *   0                           header_bytes
+ *   | header | pad to 64 bytes | block 0 | block 1 | ....  |
+ *       |                          |
+ *       | scales of all groups:    | 16 lanes of 4 bytes, lane n = column n:
+ *       | see scale_records.h      |   byte t:  low nibble   q[8*block + t,     n]
+ *                                  |            high nibble  q[8*block + t + 4, n]
+ *                                  |
+ *                                  | or, with codes of 8 bits, twice 16 lanes of 4 bytes:
+ *                                  |   byte t of the first 16 lanes    q[8*block + t,     n]
+ *                                  |   byte t of the last 16 lanes     q[8*block + t + 4, n]
  *
- * One 64-byte load, one `and`, one shift and `and` give two vectors. Each 32-bit lane of these vectors holds four
- * consecutive values of K of one column, which is the operand of vpdpbusd, vpmaddubsw and similar instructions.
+ * One 64-byte load, one `and`, one shift and `and` give two vectors; with codes of 8 bits, two loads do. Each 32-bit
+ * lane of these vectors holds four consecutive values of K of one column, which is the operand of vpdpbusd, vpmaddubsw
+ * and similar instructions.
  *
  * QUANTISED ACTIVATIONS are group-major: the rows of one group are contiguous.
  *
@@ -31,18 +36,17 @@
 
 #include "code_types.h"
 #include "operations.h"
+#include "scale_records.h"
 
 enum {
-    TILE_N = 16,             /* columns of a packed tile */
-    PAIR_N = 2 * TILE_N,     /* columns of a task: two tiles, so that each broadcast activation is used twice */
-    LANE_K = 8,              /* values of K in a lane, so in a block */
-    BLOCK_BYTES = 64,        /* bytes of a block: 16 columns x 8 values x 4 bits */
-    GROUP_HEADER_BYTES = 48, /* 16 scales, float16 or bfloat16, and 16 uint8 zeros */
-    MAX_GROUP_K = 128,       /* the largest group: 128 * 24 * 32639 is far below 2^31 */
-    GROUP_K_STEP = 32,       /* the length of every group, including the last, is a multiple of this */
-    CHUNK_K = 1024,          /* K is summed in chunks of this length: see marlin_cy/reference.py */
-    MAX_MC = 96,             /* the largest mc of a ukernel_table */
-    MAX_PLANES = 2,          /* bytes of a quantised activation */
+    PAIR_N = 2 * TILE_N, /* columns of a task: two tiles, so that each broadcast activation is used twice */
+    LANE_K = 8,          /* values of K in a lane, so in a block */
+    LINE_BYTES = 64,     /* bytes of 16 lanes; a block has one or two such lines */
+    MAX_GROUP_K = 128,   /* the largest group: 128 * 256 * 32639 is below 2^31 */
+    GROUP_K_STEP = 16,   /* the length of every group, including the last, is a multiple of this, and of min_group */
+    CHUNK_K = 1024,      /* K is summed in chunks of this length: see marlin_cy/reference.py */
+    MAX_MC = 96,         /* the largest mc of a ukernel_table */
+    MAX_PLANES = 2,      /* bytes of a quantised activation */
 };
 
 /* The largest magnitude of a quantised activation, by the number of planes. For two planes it is
@@ -70,7 +74,8 @@ enum {
  *
  *   sum_split       the factor of any zero point, as one multiply-add of 16-bit pairs:
  *                   sum = 256 * (sum_split >> 16) + (sum_split & 0xffff), the upper half signed
- *   symmetric_sum   -SYMMETRIC_ZERO * sum: added where all zero points are SYMMETRIC_ZERO, without a multiplication
+ *   symmetric_sum   -SYMMETRIC_ZERO * sum: added where all zero points are SYMMETRIC_ZERO, without a multiplication;
+ *                   as a float, the factor of minima
  *
  * A scale of NaN marks a group that held a NaN or an infinity. */
 typedef struct {
@@ -83,6 +88,7 @@ typedef struct {
 typedef struct {
     uint8_t weights[MAX_GROUP_K * PAIR_N * 2]; /* one unpacked group, in an order that the ISA chooses */
     float sums[MAX_MC * PAIR_N];               /* sums over the groups so far */
+    int16_t joined[MAX_MC * MAX_GROUP_K];      /* activations of one group, for ISAs that join planes */
 } gemm_scratch;
 
 /* One task: m rows by one or two tiles, over `num_groups` consecutive groups.
@@ -92,17 +98,22 @@ typedef struct {
  *       t = sum_k a[g][rows[r]][k] * (w(q[k][c]) - zero[g][c])    (exact, |t| < 2^31; w is in code_types.h)
  *       s = meta[g][rows[r]].scale * (scale[g][c] / units_per_one)                  (rounded once, by the product)
  *       sum[r][c] = fma((float)t, s, sum[r][c])                   (two roundings: of t, of the fma)
+ *       with minima:
+ *       u = meta[g][rows[r]].scale * (float)meta[g][rows[r]].symmetric_sum          (two roundings)
+ *       sum[r][c] = fma(u, minimum[g][c] / SYMMETRIC_ZERO, sum[r][c])
  *   out[r][c] = accumulate ? out[r][c] + sum[r][c] : sum[r][c]
+ *
+ * With two levels, scale and minimum are the float32 products of the block's and the group's, which are exact.
  *
  * out is [m][PAIR_N] float32; with one tile, columns 16..31 are not touched. Every pointer is aligned to 64 bytes,
  * except header (16), a (8), meta (4) and rows (4). The memory areas do not overlap; `next` may be any address.
  * 1 <= m <= MAX_MC, num_groups >= 1.
  */
 typedef struct {
-    const uint8_t *header[2]; /* first group's scales and zeros, per tile; [1] is NULL with one tile */
+    const uint8_t *header[2]; /* first group's scales, with two levels its block's, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* the memory that the caller will probably read next, per tile: for prefetching only */
-    int scale_dtype;          /* of the headers' scales: DTYPE_F16 or DTYPE_BF16 */
+    int scales;               /* the headers' scale record, SCALES_*; with two levels, the first group begins a block */
     int num_groups;
     int group_blocks;      /* blocks in every group except the last */
     int last_group_blocks; /* blocks in the last group */
@@ -118,9 +129,9 @@ typedef struct {
 } gemm_task;
 
 /* Bytes of a task's blocks, in each tile. */
-static inline ptrdiff_t task_bytes(const gemm_task *task)
+static inline ptrdiff_t task_bytes(const gemm_task *task, int codes)
 {
-    return ((ptrdiff_t)(task->num_groups - 1) * task->group_blocks + task->last_group_blocks) * BLOCK_BYTES;
+    return ((ptrdiff_t)(task->num_groups - 1) * task->group_blocks + task->last_group_blocks) * block_bytes(codes);
 }
 
 typedef void gemm_fn(const gemm_task *task);

@@ -43,10 +43,12 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
         some_rows(task, view, header, row, task->m - row < most ? task->m - row : most, planes, UNPACKED, codes);
 }
 
-KERNEL void gemm(const gemm_task *task, int planes, int codes)
+/* `known` is a constant: what is known of the task's scale record. A constant record means one row. */
+KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known)
 {
-    const int num_tiles = task->header[1] ? 2 : 1;
-    const ptrdiff_t bytes = task_bytes(task);
+    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16 : known == ANY ? task->scales : known;
+    const ptrdiff_t bytes = task_bytes(task, codes);
+    const header_layout layout = layout_of_header(scales, codes, task->group_blocks * LANE_K);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
         const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
@@ -57,17 +59,29 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
             .sums = task->scratch->sums + t * TILE_N,
         };
         for (int g = 0; g < task->num_groups; g++) {
-            const uint8_t *const place = task->header[t] + g * GROUP_HEADER_BYTES;
-            const group_header header = load_header(place, task->scale_dtype, codes);
+            const group_record record = record_of(task->header[t], &layout, g);
+            const group_header header = load_header(record, task->scales, codes, known);
             view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_FAR;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
             view.packed = body;
-            rows_of_group(task, &view, &header, planes, codes);
-            body += view.blocks * BLOCK_BYTES;
+            if (known >= 0)
+                micro_kernel(task, &view, &header, 0, 1, planes, UNPACK, codes);
+            else
+                rows_of_group(task, &view, &header, planes, codes);
+            finish_group(task, &view, record, known);
+            body += view.blocks * block_bytes(codes);
             view.a += task->a_group_stride;
             view.meta += task->meta_group_stride;
         }
     }
     finish(task, num_tiles * TILE_N);
+}
+
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
+{
+    if (task->scales == SCALES_F16 || task->scales == SCALES_BF16)
+        gemm_records(task, planes, codes, PLAIN);
+    else
+        WITH_KNOWN_RECORD(gemm_records, task, planes, codes);
 }

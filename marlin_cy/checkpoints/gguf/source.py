@@ -1,0 +1,274 @@
+"""The quantised linear layers of a GGUF model: checked, and packed for a backend on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType, one_level
+from marlin_cy.checkpoints.gguf.tensors import GgufTensors
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
+from marlin_cy.weights.canonical import CanonicalWeight
+
+__all__ = ["GgufSource"]
+
+ForEach = Callable[[Callable[[int], None], int, str], None]
+WEIGHT, BIAS = ".weight", ".bias"
+
+
+class GgufSource:
+    """The quantised linear layers of a GGUF model.
+
+    It has the methods of :class:`~marlin_cy.checkpoints.quantised.QuantizedSource`, which documents them.
+
+    Parameters
+    ----------
+    tensors : GgufTensors
+    family : Family
+    spec : MoeSpec
+    for_each : callable
+        ``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel.
+    """
+
+    format = "gguf"
+    act_order = False
+
+    def __init__(self, tensors: GgufTensors, family: Family, spec: MoeSpec, for_each: ForEach) -> None:
+        self._tensors, self._family, self._spec, self._for_each = tensors, family, spec, for_each
+        self._blocks: set[str] = set()
+
+    # Contents ----------------------------------------------------------------------------------
+
+    @property
+    def codes(self) -> str:
+        """The code type that most bytes of the quantised weights have."""
+        sizes: dict[str, int] = {}
+        for name in self._tensors.quantised_names:
+            info = self._tensors.info(name)
+            codes = BLOCK_TYPES[info.dtype].codes
+            sizes[codes] = sizes.get(codes, 0) + info.nbytes
+        return max(sizes, key=lambda codes: sizes[codes], default="uint4")
+
+    @property
+    def linears(self) -> list[str]:
+        return [name.removesuffix(WEIGHT) for name in self._tensors.quantised_names if ".experts." not in name]
+
+    def has_linear(self, module: str) -> bool:
+        name = f"{module}{WEIGHT}"
+        return name in self._tensors and self._tensors.info(name).dtype in BLOCK_TYPES
+
+    def quantized_tensors(self) -> list[str]:
+        experts = [name for block in self._blocks for name in self.expert_tensors(block)]
+        return [*self._tensors.quantised_names, *(name for name in experts if name.endswith(BIAS))]
+
+    def expert_tensors(self, block: str) -> list[str]:
+        """The names of all tensors of a block's quantised experts, biases included."""
+        return [name for module in self._modules(block) for name in self.linear_tensors(module)]
+
+    def linear_tensors(self, module: str) -> list[str]:
+        """The names of all tensors of a quantised linear layer, its bias included."""
+        return [name for name in (f"{module}{WEIGHT}", f"{module}{BIAS}") if name in self._tensors]
+
+    def holds_experts(self, block: str) -> bool:
+        """Whether a block's routed experts are quantised. If they are, all of their tensors were checked."""
+        spec, modules = self._spec, self._modules(block)
+        hidden, inter = spec.hidden_size, spec.intermediate_size
+        for module in modules:
+            k, n = (inter, hidden) if module is modules[-1] else (hidden, 2 * inter if len(modules) == 2 else inter)
+            self._tensors.check(f"{module}{WEIGHT}", (spec.num_experts, n, k))
+            if f"{module}{BIAS}" in self._tensors:
+                self._tensors.check(f"{module}{BIAS}", (spec.num_experts, n))
+        quantised = [self.has_linear(module) for module in modules]
+        if any(quantised) and not all(quantised):
+            dense = next(module for module in modules if not self.has_linear(module))
+            raise UnsupportedError(
+                f"{self._tensors.source}: {dense} has type {self._info(dense).dtype} beside quantised ones; the "
+                "experts of a layer must all be quantised"
+            )
+        if all(quantised):
+            self._blocks.add(block)
+            self._common(modules[:-1])
+        return all(quantised)
+
+    def check_stacks(self, block: str) -> None:
+        """Refuse experts that cannot share a stack."""
+        self._common(self._modules(block)[:-1])
+
+    def _common(self, modules: Sequence[str]) -> BlockType:
+        """The form of gate and up in one stack."""
+        first, last = self._type(modules[0]), self._type(modules[-1])
+        common = first.in_common(last)
+        if common is None:
+            raise UnsupportedError(
+                f"{self._tensors.source}: {modules[0]} has type {first.name}, {modules[-1]} {last.name}, which cannot "
+                "share a stack"
+            )
+        return common
+
+    def _modules(self, block: str) -> list[str]:
+        """The modules of a block's experts: gate, up and down, or gate_up and down."""
+        family, experts = self._family, f"{block}.experts"
+        fused = f"{experts}.{family.gate_up}"
+        inner = (
+            [fused] if f"{fused}{WEIGHT}" in self._tensors else [f"{experts}.{family.gate}", f"{experts}.{family.up}"]
+        )
+        return [*inner, f"{experts}.{family.down}"]
+
+    def expert_group_sizes(self, block: str) -> tuple[int, int]:
+        modules = self._modules(block)
+        return self._type(modules[0]).group_size, self._type(modules[-1]).group_size
+
+    def expert_symmetry(self, block: str) -> tuple[bool, bool]:
+        modules = self._modules(block)
+        return self._type(modules[0]).symmetric, self._type(modules[-1]).symmetric
+
+    def expert_bytes(self, block: str) -> int:
+        return sum(self._info(module).nbytes for module in self._modules(block))
+
+    # Loading -----------------------------------------------------------------------------------
+
+    def linear(self, module: str, backend: Backend) -> Linear:
+        weight = self.weight(module)
+        builder = self._builder(backend, 1, weight)
+        builder.add(0, 0, weight)
+        return backend.linear_of(builder.finish(), self.bias(module))
+
+    def weight(self, module: str) -> CanonicalWeight:
+        self.check_linear(module)
+        view = self._tensors.view(f"{module}{WEIGHT}")
+        n, k = view.shape
+        weight = self._decoded(module, self._type(module).arrays(k, n))
+        weight = weight if view.columns is None else rows_of(weight, view.columns)
+        pair = self._shared_pair(module)
+        return weight if pair is None else self._common(pair).converted(weight)
+
+    def check_linear(self, module: str) -> None:
+        """Refuse what :meth:`linear` would refuse, without reading weights."""
+        name = f"{module}{WEIGHT}"
+        if not self.has_linear(module):
+            raise CheckpointError("missing, or not quantised", file=self._tensors.source, tensor=name)
+        view = self._tensors.view(name)
+        if len(view.shape) != 2:
+            raise self._tensors.error(name, f"got {view.shape}, expected two sizes")
+        if view.columns is not None:
+            order_of_groups(view.columns, self._type(module).group_size)
+        if (pair := self._shared_pair(module)) is not None:
+            self._common(pair)
+
+    def _shared_pair(self, module: str) -> list[str] | None:
+        """Gate and up of the shared expert that a module belongs to: they form one stack."""
+        family = self._family
+        owner, _, part = module.rpartition(".")
+        if family.shared_expert is None or not owner.endswith(f".{family.shared_expert}") or part == family.down:
+            return None
+        pair = [f"{owner}.{name}" for name in (family.gate, family.up)]
+        return pair if all(self.has_linear(name) for name in pair) else None
+
+    def bias(self, module: str) -> npt.NDArray[np.float32] | None:
+        name = f"{module}{BIAS}"
+        return self._tensors.tensor(name).astype(np.float32) if name in self._tensors else None
+
+    def release(self, module: str, index: int | None = None) -> None:
+        name = f"{module}{WEIGHT}"
+        if name in self._tensors:
+            self._tensors.release(name, index)
+
+    def expert_stacks(
+        self, block: str, backend: Backend, description: str
+    ) -> tuple[MarlinExpertStack, MarlinExpertStack]:
+        spec, modules = self._spec, self._modules(block)
+        hidden, inter, experts = spec.hidden_size, spec.intermediate_size, spec.num_experts
+        *inner, last = modules
+        common, below = self._common(inner), self._type(last)
+        gate_up = backend.new_stack_builder(
+            experts, hidden, 2 * inter, group_size=common.group_size, codes=common.codes, scales=common.scales
+        )
+        down = backend.new_stack_builder(
+            experts, inter, hidden, group_size=below.group_size, codes=below.codes, scales=below.scales
+        )
+        scratch = _Scratch()
+
+        def pack(expert: int) -> None:
+            column = 0
+            for module in inner:
+                n, k = self._info(module).shape[1:]
+                weight = self._decoded(module, scratch.arrays(self._type(module), k, n), expert)
+                gate_up.add(expert, column, common.converted(weight))
+                column += n
+                self.release(module, expert)
+            weight = self._decoded(last, scratch.arrays(below, inter, hidden), expert)
+            down.add(expert, 0, weight)
+            self.release(last, expert)
+
+        self._for_each(pack, experts, description)
+        biases = [bias for module in inner if (bias := self.bias(module)) is not None]
+        if 0 < len(biases) < len(inner):
+            raise CheckpointError(
+                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
+            )
+        return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
+
+    def _decoded(
+        self, module: str, arrays: Mapping[str, npt.NDArray[Any]], expert: int | None = None
+    ) -> CanonicalWeight:
+        name = f"{module}{WEIGHT}"
+        stored = self._tensors.view(name).stored[0]
+        with as_checkpoint_error(stored.file, stored.name):
+            return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)), arrays)
+
+    @staticmethod
+    def _builder(backend: Backend, experts: int, weight: CanonicalWeight) -> StackBuilder:
+        return backend.new_stack_builder(
+            experts, weight.k, weight.n, group_size=weight.group_size, codes=weight.codes, scales=weight.scales
+        )
+
+    def _type(self, module: str) -> BlockType:
+        return BLOCK_TYPES[self._info(module).dtype]
+
+    def _info(self, module: str) -> Any:
+        return self._tensors.info(f"{module}{WEIGHT}")
+
+
+class _Scratch(threading.local):
+    """Arrays that each thread uses again for one expert after another: new ones would be new pages each time."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int, int], dict[str, npt.NDArray[Any]]] = {}
+
+    def arrays(self, kind: BlockType, k: int, n: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a type and a size."""
+        key = kind.name, k, n
+        if key not in self._arrays:
+            self._arrays[key] = kind.arrays(k, n)
+        return self._arrays[key]
+
+
+def rows_of(weight: CanonicalWeight, rows: npt.NDArray[np.int64]) -> CanonicalWeight:
+    """A weight whose row ``i`` of K is row ``rows[i]``: whole groups, in another order."""
+    order = order_of_groups(rows, weight.group_size)
+    weight = one_level(weight)
+    words = weight.words.reshape(len(order), -1, weight.n)[order].reshape(weight.words.shape)
+    parts = {name: part[order] for name in ("scale", "zero", "minimum") if (part := getattr(weight, name)) is not None}
+    return replace(weight, words=words, **parts)
+
+
+def order_of_groups(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """The group of rows of K at each place.
+
+    Raises
+    ------
+    UnsupportedError
+        Groups would be cut.
+    """
+    groups = rows.reshape(-1, size)
+    if (groups[:, 0] % size).any() or (groups != groups[:, :1] + np.arange(size)).any():
+        raise UnsupportedError(f"rows of K in an order that cuts groups of {size}")
+    return groups[:, 0] // size
