@@ -2,20 +2,23 @@
 
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
 format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
-``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``bytes`` (``total``, ``experts``, ``linears``,
-``others``: of the files' tensors), ``unusual`` (sentences), ``verified``.
+``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``widths`` (layers by the bits of a code, for
+``gate and up``, ``down`` and ``other linears``), ``bytes`` (``total``, ``experts``, ``linears``, ``others``: of the
+files' tensors), ``unusual`` (sentences), ``verified``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.commands.output import console, print_json, table
+from marlin_cy.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,6 +69,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "moe_layers": checkpoint.moe_layers,
         "dense_moe_layers": checkpoint.dense_moe_layers,
         "quantized_linears": len(checkpoint.linears),
+        "widths": widths(checkpoint),
         "bytes": {
             "total": sum(size.values()),
             "experts": experts,
@@ -74,6 +78,28 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "unusual": unusual(checkpoint),
     }
+
+
+def widths(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
+    """How many quantised layers have codes of each width, in bits: of experts, by stack, and of other linear layers.
+
+    Empty for packed folders.
+    """
+    scheme = checkpoint.scheme
+    found: dict[str, Counter[int]] = {"gate and up": Counter(), "down": Counter(), "other linears": Counter()}
+    for name in checkpoint.tensor_names if scheme is not None else ():
+        assert scheme is not None
+        module = name.removesuffix(scheme.marker)
+        if module == name:
+            continue
+        try:
+            bits = scheme.for_module(module).bits
+        except UnsupportedError:
+            continue
+        is_down = module.endswith(f".{checkpoint.family.down}")
+        kind = "other linears" if ".experts." not in module else "down" if is_down else "gate and up"
+        found[kind][bits] += 1
+    return {kind: dict(sorted(counts.items())) for kind, counts in found.items() if counts}
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -147,6 +173,8 @@ def print_report(report: dict[str, Any]) -> None:
     )
     rows.add_row("routing", routing_words(moe))
     rows.add_row("other quantised linears", str(report["quantized_linears"]))
+    if report["widths"]:
+        rows.add_row("bits of a code", "; ".join(width_words(*item) for item in report["widths"].items()))
     rows.add_row(
         "tensors",
         f"{size['total'] / 1e6:.1f} MB: experts {size['experts'] / 1e6:.1f}, other quantised linears "
@@ -157,6 +185,13 @@ def print_report(report: dict[str, Any]) -> None:
     for sentence in report["unusual"]:
         rows.add_row("unusual", sentence)
     console().print(rows)
+
+
+def width_words(kind: str, counts: dict[int, int]) -> str:
+    """The widths of one kind of layers: ``"down 4 (24 layers), 8 (24 layers)"``."""
+    if len(counts) == 1:
+        return f"{kind} {next(iter(counts))}"
+    return f"{kind} " + ", ".join(f"{bits} ({number} layers)" for bits, number in counts.items())
 
 
 def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
