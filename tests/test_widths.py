@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import marlin_cy
 from marlin_cy import open_checkpoint, reference
 from marlin_cy.checkpoints.packed_writer import write_packed
+from marlin_cy.commands.inspect import width_words, widths
 from marlin_cy.decoder.model import load_model
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
@@ -84,6 +85,15 @@ def test_widths_of_stacks(tmp_path):
         ctx, x = marlin_cy.get_backend("cpu").new_context(), np.ones((3, 256), np.float32)
         logits = np.arange(24, dtype=np.float32).reshape(3, 8)
         assert_same_bits(layer(ctx, x, logits), other(ctx, x, logits))
+
+
+def test_inspect_shows_widths(tmp_path):
+    folder = stored_again(tmp_path / "mixed", MIXES["gate and up, of two layers"])
+    with open_checkpoint(folder) as checkpoint:
+        found = widths(checkpoint)
+    assert found == {"gate and up": {4: 32, 8: 32}, "down": {4: 32}, "other linears": {4: 16}}
+    assert width_words("gate and up", found["gate and up"]) == "gate and up 4 (32 layers), 8 (32 layers)"
+    assert width_words("down", found["down"]) == "down 4"
 
 
 def test_widths_within_a_stack_are_refused(tmp_path):

@@ -2,10 +2,11 @@
 
 The object that ``--json`` prints has the keys ``version``, ``checkpoint`` (its path), ``format``, ``settings`` (of the
 format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeSpec`), ``layers``, ``moe_layers``,
-``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``bytes`` (``total``, ``experts``, ``linears``,
-``others``: of the files' tensors), ``unusual`` (sentences), ``refused`` (why loading the whole model would fail, as far
-as that shows without reading weights), ``decoder`` (why the library's own decoder does not run the model; null if it
-does), ``verified``.
+``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``widths`` (layers by the bits of a code, for
+``gate and up``, ``down`` and ``other linears``), ``bytes`` (``total``, ``experts``, ``linears``, ``others``: of the
+files' tensors), ``unusual`` (sentences), ``refused`` (why loading the whole model would fail, as far as that shows
+without reading weights), ``decoder`` (why the library's own decoder does not run the model; null if it does),
+``verified``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from marlin_cy import __version__, open_checkpoint
 from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.commands.output import console, escape, print_json, runs, table
 from marlin_cy.decoder.build import read_config
-from marlin_cy.errors import MarlinError
+from marlin_cy.errors import MarlinError, UnsupportedError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -72,6 +73,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "moe_layers": checkpoint.moe_layers,
         "dense_moe_layers": checkpoint.dense_moe_layers,
         "quantized_linears": len(checkpoint.linears),
+        "widths": widths(checkpoint),
         "bytes": {
             "total": sum(size.values()),
             "experts": experts,
@@ -91,6 +93,28 @@ def reason_not_decoded(checkpoint: Checkpoint) -> str | None:
     except MarlinError as error:
         return str(error)
     return None
+
+
+def widths(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
+    """How many quantised layers have codes of each width, in bits: of experts, by stack, and of other linear layers.
+
+    Empty for packed folders.
+    """
+    scheme = checkpoint.scheme
+    found: dict[str, Counter[int]] = {"gate and up": Counter(), "down": Counter(), "other linears": Counter()}
+    for name in checkpoint.tensor_names if scheme is not None else ():
+        assert scheme is not None
+        module = name.removesuffix(scheme.marker)
+        if module == name:
+            continue
+        try:
+            bits = scheme.for_module(module).bits
+        except UnsupportedError:
+            continue
+        is_down = module.endswith(f".{checkpoint.family.down}")
+        kind = "other linears" if ".experts." not in module else "down" if is_down else "gate and up"
+        found[kind][bits] += 1
+    return {kind: dict(sorted(counts.items())) for kind, counts in found.items() if counts}
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -148,6 +172,8 @@ def print_report(report: dict[str, Any]) -> None:
     )
     rows.add_row("routing", routing_words(moe))
     rows.add_row("other quantised linears", str(report["quantized_linears"]))
+    if report["widths"]:
+        rows.add_row("bits of a code", "; ".join(width_words(*item) for item in report["widths"].items()))
     rows.add_row(
         "tensors",
         f"{size['total'] / 1e6:.1f} MB: experts {size['experts'] / 1e6:.1f}, other quantised linears "
@@ -161,6 +187,13 @@ def print_report(report: dict[str, Any]) -> None:
     for sentence in report["refused"]:
         rows.add_row("[red]refused[/red]", escape(sentence))
     console().print(rows)
+
+
+def width_words(kind: str, counts: dict[int, int]) -> str:
+    """The widths of one kind of layers: ``"down 4 (24 layers), 8 (24 layers)"``."""
+    if len(counts) == 1:
+        return f"{kind} {next(iter(counts))}"
+    return f"{kind} " + ", ".join(f"{bits} ({number} layers)" for bits, number in counts.items())
 
 
 def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -210,7 +210,8 @@ KERNEL void add_rows(const pending_rows *pending, int begin, int end, int planes
     if (terms->has_minimum && begin < pending->rows) {
         const int count = (end < pending->rows ? end : pending->rows) - begin;
         for (int t = 0; t < 2; t++)
-            add_minima(pending->sums + begin * PAIR_N + t * TILE_N, terms->minimum[t], pending->meta + begin, NULL, count);
+            add_minima(pending->sums + begin * PAIR_N + t * TILE_N, terms->minimum[t], pending->meta + begin, NULL,
+                       count);
     }
 }
 

@@ -101,12 +101,12 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
         for (row = WIDE_ROWS; row + WIDE_ROWS <= task->m; row += WIDE_ROWS)
             wide_micro_kernel(task, view, header, row, WIDE_ROWS, UNPACKED, codes);
     }
-#define REST(rows)                                                                     \
-    case rows:                                                                         \
-        if (source == UNPACK)                                                          \
-            wide_micro_kernel(task, view, header, row, rows, UNPACK, codes);           \
-        else                                                                           \
-            wide_micro_kernel(task, view, header, row, rows, UNPACKED, codes);         \
+#define REST(rows)                                                             \
+    case rows:                                                                 \
+        if (source == UNPACK)                                                  \
+            wide_micro_kernel(task, view, header, row, rows, UNPACK, codes);   \
+        else                                                                   \
+            wide_micro_kernel(task, view, header, row, rows, UNPACKED, codes); \
         break
     switch (task->m - row) {
         REST(1);

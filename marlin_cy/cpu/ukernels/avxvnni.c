@@ -110,9 +110,9 @@ const isa_descriptor isa_avxvnni = {
 #ifdef COMPILER_HAS_AVXVNNI
     .peak = peak,
     .kernels = {.gemm = {[CODES_UINT4] = {gemm_u4_i8, gemm_u4_i16},
-                     [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
-                     [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
-                     [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}}},
+                         [CODES_E2M1] = {gemm_e2m1_i8, gemm_e2m1_i16},
+                         [CODES_IQ4_NL] = {gemm_iq4_i8, gemm_iq4_i16},
+                         [CODES_UINT8] = {gemm_u8_i8, gemm_u8_i16}}},
 #endif
 };
 #endif

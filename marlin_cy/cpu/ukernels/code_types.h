@@ -35,60 +35,61 @@ typedef struct {
 } code_type;
 
 /* Kernels index this table with constants only, so compilers fold every member into the code. */
-static const code_type code_types[CODES_COUNT] = {
-    [CODES_UINT4] =
-        {
-            .name = "uint4",
-            .bits = 4,
-            .multiplicands = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-            .is_identity = 1,
-            .max_multiplicand = 15,
-            .has_zero_points = 1,
-            .zero_bytes = 1,
-            .symmetric_zero = SYMMETRIC_ZERO,
-            .units_per_one = 1,
-            .min_group = 32,
-        },
-    /* 4-bit floats: twice the value, plus 12, so that no multiplicand is negative. */
-    [CODES_E2M1] =
-        {
-            .name = "e2m1",
-            .bits = 4,
-            .multiplicands = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
-            .is_identity = 0,
-            .max_multiplicand = 24,
-            .has_zero_points = 0,
-            .zero_bytes = 1,
-            .symmetric_zero = 12,
-            .units_per_one = 2,
-            .min_group = 32,
-        },
-    /* A table of integers from -127 to 113, plus 127. */
-    [CODES_IQ4_NL] =
-        {
-            .name = "iq4_nl",
-            .bits = 4,
-            .multiplicands = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240},
-            .is_identity = 0,
-            .max_multiplicand = 240,
-            .has_zero_points = 0,
-            .zero_bytes = 1,
-            .symmetric_zero = 127,
-            .units_per_one = 1,
-            .min_group = 32,
-        },
-    [CODES_UINT8] =
-        {
-            .name = "uint8",
-            .bits = 8,
-            .is_identity = 1,
-            .max_multiplicand = 255,
-            .has_zero_points = 1,
-            .zero_bytes = 2, /* 0 to 256 */
-            .symmetric_zero = 128,
-            .units_per_one = 1,
-            .min_group = 16,
-        },
+static const code_type code_types[CODES_COUNT] =
+    {
+        [CODES_UINT4] =
+            {
+                .name = "uint4",
+                .bits = 4,
+                .multiplicands = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+                .is_identity = 1,
+                .max_multiplicand = 15,
+                .has_zero_points = 1,
+                .zero_bytes = 1,
+                .symmetric_zero = SYMMETRIC_ZERO,
+                .units_per_one = 1,
+                .min_group = 32,
+            },
+        /* 4-bit floats: twice the value, plus 12, so that no multiplicand is negative. */
+        [CODES_E2M1] =
+            {
+                .name = "e2m1",
+                .bits = 4,
+                .multiplicands = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
+                .is_identity = 0,
+                .max_multiplicand = 24,
+                .has_zero_points = 0,
+                .zero_bytes = 1,
+                .symmetric_zero = 12,
+                .units_per_one = 2,
+                .min_group = 32,
+            },
+        /* A table of integers from -127 to 113, plus 127. */
+        [CODES_IQ4_NL] =
+            {
+                .name = "iq4_nl",
+                .bits = 4,
+                .multiplicands = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240},
+                .is_identity = 0,
+                .max_multiplicand = 240,
+                .has_zero_points = 0,
+                .zero_bytes = 1,
+                .symmetric_zero = 127,
+                .units_per_one = 1,
+                .min_group = 32,
+            },
+        [CODES_UINT8] =
+            {
+                .name = "uint8",
+                .bits = 8,
+                .is_identity = 1,
+                .max_multiplicand = 255,
+                .has_zero_points = 1,
+                .zero_bytes = 2, /* 0 to 256 */
+                .symmetric_zero = 128,
+                .units_per_one = 1,
+                .min_group = 16,
+            },
 };
 
 /* Bytes of eight values of K of a tile. */

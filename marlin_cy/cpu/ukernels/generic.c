@@ -173,9 +173,9 @@ static void load_terms(group_terms *terms, int first, group_record record, int s
         }
         terms->scale[first + c] = unit_scale(codes) * scale;
         terms->minimum[first + c] = minimum / SYMMETRIC_ZERO;
-        terms->zero[first + c] = !stores_zeros(scales)                ? constant_zero(scales, codes)
+        terms->zero[first + c] = !stores_zeros(scales)               ? constant_zero(scales, codes)
                                  : code_types[codes].zero_bytes == 2 ? (int32_t)load_16(record.minimum + 2 * c)
-                                                                       : record.minimum[c];
+                                                                     : record.minimum[c];
     }
 }
 

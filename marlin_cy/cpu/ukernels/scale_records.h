@@ -51,7 +51,10 @@ static const scale_record scale_records[SCALES_COUNT] = {
 };
 
 /* Whether a group stores zero points. If not, every zero point is constant_zero. */
-static inline int stores_zeros(int scales) { return !scale_records[scales].has_minimum && !scale_records[scales].has_blocks; }
+static inline int stores_zeros(int scales)
+{
+    return !scale_records[scales].has_minimum && !scale_records[scales].has_blocks;
+}
 
 static inline int constant_zero(int scales, int codes)
 {

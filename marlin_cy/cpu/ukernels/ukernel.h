@@ -110,18 +110,19 @@ typedef struct {
  * 1 <= m <= MAX_MC, num_groups >= 1.
  */
 typedef struct {
-    const uint8_t *header[2]; /* first group's scales, with two levels its block's, per tile; [1] is NULL with one tile */
+    const uint8_t
+        *header[2]; /* first group's scales, with two levels its block's, per tile; [1] is NULL with one tile */
     const uint8_t *body[2];   /* first group's first block, per tile */
     const uint8_t *next[2];   /* the memory that the caller will probably read next, per tile: for prefetching only */
-    int scales;               /* the headers' scale record, SCALES_*; with two levels, the first group begins a block */
+    int scales; /* the headers' scale record, SCALES_*; with two levels, the first group begins a block */
     int num_groups;
-    int group_blocks;      /* blocks in every group except the last */
+    int group_blocks; /* blocks in every group except the last */
     int last_group_blocks; /* blocks in the last group */
     const int8_t *a;
     ptrdiff_t a_group_stride, a_row_stride; /* bytes */
     const act_meta *meta;
     ptrdiff_t meta_group_stride; /* elements */
-    const int32_t *rows;         /* [m] */
+    const int32_t *rows; /* [m] */
     int m;
     int accumulate;
     float *out;
@@ -180,8 +181,8 @@ typedef void sigmoid_fn(float *x, int64_t n);
 
 typedef struct {
     gemm_fn *gemm[CODES_COUNT][MAX_PLANES]; /* by code type, and planes - 1 */
-    int mr;              /* row granularity of the micro-kernel (MR) */
-    int mc;              /* most rows of a task (MC): a multiple of mr, at most MAX_MC */
+    int mr; /* row granularity of the micro-kernel (MR) */
+    int mc; /* most rows of a task (MC): a multiple of mr, at most MAX_MC */
     int min_matrix_rows; /* 0, or the least m with which tasks use a matrix unit; the rows of such tasks must be
                           * consecutive, rows[i] = rows[0] + i */
     quantize_row_fn *quantize_row;

@@ -46,7 +46,9 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 /* `known` is a constant: what is known of the task's scale record. A constant record means one row. */
 KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known)
 {
-    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16 : known == ANY ? task->scales : known;
+    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16
+                                                            : known == ANY ? task->scales
+                                                                           : known;
     const ptrdiff_t bytes = task_bytes(task, codes);
     const header_layout layout = layout_of_header(scales, codes, task->group_blocks * LANE_K);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));

@@ -23,7 +23,8 @@ ZMM __m512 load_floats(const uint8_t *from, int scales)
         return _mm512_loadu_ps(from);
     if (scale_records[scales].scale_bytes == 1) {
         const __m128i bytes = _mm_loadu_si128((const __m128i *)from);
-        return _mm512_cvtepi32_ps(scales == SCALES_TWO_LEVEL ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+        return _mm512_cvtepi32_ps(scales == SCALES_TWO_LEVEL ? _mm512_cvtepi8_epi32(bytes)
+                                                             : _mm512_cvtepu8_epi32(bytes));
     }
     if (scales == SCALES_BF16)
         return _mm512_castsi512_ps(
