@@ -19,8 +19,16 @@
 //   values  0 ..  7      01234567 01234567 ...   01234567
 //   values  8 .. 15      01234567 01234567 ...   01234567
 //
+// A layer's cache is one segment or eight: buffers of keys and of values, as OpenCL cannot make a buffer larger. Page p is
+// page p % 2^segment_shift of segment p >> segment_shift. Segments that were not needed so far are NULL.
+//
+// CACHE_ARGS(type)           declares a kernel's arguments
+// KEYS_OF(p), VALUES_OF(p)   the segment of page p
+// IN_SEGMENT(p)              the page's number there
+//
 // Build options
 //   CACHE_TYPE   element type of the cache, as INPUT_TYPE of common.cl
+//   SEGMENTS     1 or 8
 
 #ifndef CACHE_TYPE
 #define CACHE_TYPE 0
@@ -28,6 +36,30 @@
 #define CACHE JOIN(TYPE_, CACHE_TYPE)
 #define load8_cache JOIN(load8_, CACHE_TYPE)
 #define store_cache JOIN(store_, CACHE_TYPE)
+
+#ifndef SEGMENTS
+#define SEGMENTS 1
+#endif
+#if SEGMENTS == 1
+#define CACHE_ARGS(type) __global type *restrict keys, __global type *restrict values
+#define KEYS_OF(page) keys
+#define VALUES_OF(page) values
+#define IN_SEGMENT(page) (page)
+#else
+#define CACHE_ARGS(type)                                                                                   \
+    const uint segment_shift, __global type *restrict keys, __global type *restrict keys1,                 \
+        __global type *restrict keys2, __global type *restrict keys3, __global type *restrict keys4,       \
+        __global type *restrict keys5, __global type *restrict keys6, __global type *restrict keys7,       \
+        __global type *restrict values, __global type *restrict values1, __global type *restrict values2,  \
+        __global type *restrict values3, __global type *restrict values4, __global type *restrict values5, \
+        __global type *restrict values6, __global type *restrict values7
+#define CHOOSE(parts, i)                                                                    \
+    ((i) < 4 ? ((i) < 2 ? ((i) == 0 ? parts : parts##1) : ((i) == 2 ? parts##2 : parts##3)) \
+             : ((i) < 6 ? ((i) == 4 ? parts##4 : parts##5) : ((i) == 6 ? parts##6 : parts##7)))
+#define KEYS_OF(page) CHOOSE(keys, (uint)(page) >> segment_shift)
+#define VALUES_OF(page) CHOOSE(values, (uint)(page) >> segment_shift)
+#define IN_SEGMENT(page) ((uint)(page) & ((1u << segment_shift) - 1))
+#endif
 
 #define PAGE_TOKENS 16
 #define CHUNK 8 // values of a position that lie together
