@@ -68,6 +68,37 @@ GROUPED_TILES = {
     "KEY_SETS": 1,
     "KEYS": 32,
 }
+STEP = {
+    "TOKENS": 1,
+    "STEP_WAVES": 16,
+    "LAYERS": 48,
+    "HIDDEN": 2048,
+    "HEADS": 32,
+    "KV_HEADS": 4,
+    "HEAD_DIM": 128,
+    "HEADS_TOGETHER": 8,
+    "INNER": 768,
+    "EXPERTS": 128,
+    "TOP_K": 8,
+    "PAIRS_ROTATED": 64,
+    "INTERLEAVED": 0,
+    "QKV_TEAM": 4,
+    "GATE_TEAM": 4,
+    **dict.fromkeys(("QKV_SHIFT", "O_SHIFT", "GATE_SHIFT", "DOWN_SHIFT"), 7),
+    "GATE_WORDS": 417792,
+    "DOWN_WORDS": 208896,
+    "EXPERTS_PER_PART": 128,
+    "EMBEDDING_TYPE": 2,
+    "ROUTER_TYPE": 2,
+    "CACHE_TYPE": 1,
+    "ACTIVATION": 1,
+    "NORMALISE": 1,
+    "NUM_GROUPS": 1,
+    "TOPK_GROUPS": 1,
+    "GROUP_32": 0,
+    "LAYER_BYTES": 344,
+    "ALIGNED": 1,
+}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
@@ -157,6 +188,11 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
         {"WEIGHT_TYPE": 2, "DENSE_ROWS": 4, "ALIGNED": 1, "TEAM": 8},
     ],
+    "decoder_step": [
+        {**STEP, "MMA": 0, "RESIDENT": 0, "TOKENS": 4, "INTERLEAVED": 1, "SCORING": 2, "CORRECTED": 1},
+        {**STEP, "MMA": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
+        {**STEP, "MMA": 1, "RESIDENT": 1, "PTX": 1},
+    ],
     "decoder_dense_mma": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 1, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1},
         {"INPUT_TYPE": 0, "WEIGHT_TYPE": 2, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 4, "K_WAVES": 4},
@@ -168,13 +204,18 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
 def variants_of(file: str) -> list[dict[str, int]]:
     """All macro sets of a file."""
     variants = VARIANTS.get(file, [{}])
-    if not file.startswith("gemm"):
+    if not file.startswith(("gemm", "decoder_step")):
         return variants
     return [
         {**variant, **code_macros(name, bool(variant.get("SYMMETRIC")))}
         for name in reversed(list(CODE_TYPES))
         for variant in variants
     ]
+
+
+def has_ptx(file: str) -> bool:
+    """Whether a file has inline PTX."""
+    return "mma" in file or file == "decoder_step"
 
 
 Commands: TypeAlias = Callable[[list[str], str], list[list[str]]]
@@ -200,7 +241,7 @@ class Target(NamedTuple):
     commands: Commands
     missing: Callable[[], str | None]
     newest: str = "CL2.0"
-    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if "mma" in file else {}
+    macros: Callable[[str], dict[str, int]] = lambda file: {"NO_PTX": 1} if has_ptx(file) else {}
     skip: Callable[[str, dict[str, int]], object] = lambda file, macros: False
 
 
@@ -286,7 +327,7 @@ def nvidia(name: str) -> Target:
         commands,
         new_enough(name, commands),
         macros=lambda file: {},
-        skip=lambda file, macros: not ("mma" in file or "PTX" in macros),
+        skip=lambda file, macros: not (has_ptx(file) or "PTX" in macros),
     )
 
 

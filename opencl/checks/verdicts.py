@@ -69,14 +69,18 @@ class Verdicts:
         except KeyError:
             pass
         with memory.lock:
-            if not memory.read:
-                memory.verdicts.update(self._read())
-                memory.read = True
+            self._remember()
             if kind not in memory.verdicts:
                 reason = confirmed(check)
                 memory.verdicts[kind] = reason
                 self._append(kind, reason)
             return memory.verdicts[kind]
+
+    def knows(self, kind: str) -> bool:
+        """Whether there is a verdict on a kind: for callers whose check is costly to prepare."""
+        with self._memory.lock:
+            self._remember()
+            return kind in self._memory.verdicts
 
     def warn(self, name: str, reason: str, stacklevel: int) -> None:
         """Warn that kernels are not used; once in a process for each name."""
@@ -85,6 +89,12 @@ class Verdicts:
                 return
             self._memory.warned.add(name)
         warnings.warn(f"{name} is not used: {reason}", RuntimeWarning, stacklevel=stacklevel + 1)
+
+    def _remember(self) -> None:
+        """Read the file, once. The caller holds the lock."""
+        if not self._memory.read:
+            self._memory.verdicts.update(self._read())
+            self._memory.read = True
 
     def _path(self) -> Path | None:
         folder = cache_folder()

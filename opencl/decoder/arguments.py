@@ -135,6 +135,32 @@ DENSE = {
     "k": "uint",
 }
 
+# A step in one launch (decoder_step.cl) -----------------------------------------------------------
+
+DECODER_STEP = {
+    "batch": "global int*",
+    "layers": "global Layer*",
+    "embedding": "ulong",
+    "x": "global float*",
+    "heads": "global float*",
+    "attended": "global half*",
+    "partial": "global float*",
+    "stats": "global float2*",
+    "logits": "global float*",
+    "ids": "global int*",
+    "weights": "global float*",
+    "inner": "global float*",
+    "inner_most": "global uint*",
+    "rows": "uint",
+    "splits": "uint",
+    "first": "uint",
+    "last": "uint",
+    "state": "global uint*",
+    "target": "uint",
+    "patience": "uint",
+}
+ADDRESS_OF = {"buffer": "global uchar*", "addresses": "global ulong*", "place": "uint"}
+
 # Gated DeltaNet (decoder_delta.cl) ----------------------------------------------------------------
 
 SHORT_CONV = {
@@ -230,6 +256,8 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),
+        "decoder_step": always(DECODER_STEP),
+        "address_of": always(ADDRESS_OF),
         "dense_tiles": always(DENSE),
         "short_conv": always(SHORT_CONV),
         "delta_rule": always(DELTA_RULE),

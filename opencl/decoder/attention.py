@@ -322,9 +322,9 @@ class GroupedAttention:
         self._plan, self._norm_eps = plan, norm_eps
         self.inputs = ProjectionGroup(uploads, [plan.q, plan.k, plan.v], merger)
         self.output = ProjectionGroup(uploads, [plan.o])
-        self._rotation = Rotation.of(uploads, plan.rope)
-        self._q_norm = uploads.optional(plan.q_norm, "norms of heads")
-        self._k_norm = uploads.optional(plan.k_norm, "norms of heads")
+        self.rotation = Rotation.of(uploads, plan.rope)
+        self.q_norm = uploads.optional(plan.q_norm, "norms of heads")
+        self.k_norm = uploads.optional(plan.k_norm, "norms of heads")
         self.attend = Attend(
             Shape(plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.head_dim),
             pool,
@@ -352,19 +352,19 @@ class GroupedAttention:
         place_heads(
             maker,
             self.attend.pool,
-            self._rotation,
+            self.rotation,
             plan.num_heads,
             plan.num_kv_heads,
             q=projected,
             q_head_stride=head_stride,
             q_width=width,
-            q_norm=self._q_norm,
+            q_norm=self.q_norm,
             kv=projected,
             k_offset=k_offset,
             v_offset=k_offset + plan.num_kv_heads * width,
             k_width=width,
             v_width=width,
-            k_norm=self._k_norm,
+            k_norm=self.k_norm,
             k_norm_values=width,
             eps=self._norm_eps,
         )

@@ -21,6 +21,7 @@ from marlin_cy.opencl.layer.forward import (
     enqueue_shared,
     enqueue_shared_factor,
     enqueue_weigh,
+    stacks_of,
 )
 from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.stack import OpenClMarlinExpertStack
@@ -83,16 +84,26 @@ class MoeFfn:
     ctx : RecordingContext
     uploads : Uploads
     plan : MoeFfnPlan
+
+    Attributes
+    ----------
+    plan : MoePlan
+        Of the experts.
+    router : DenseMatrix
+    correction : pyopencl.Buffer or None
+        The correction bias of routing, float32 ``[num_experts]``.
     """
 
     def __init__(self, ctx: RecordingContext, uploads: Uploads, plan: MoeFfnPlan) -> None:
-        self._layer = layer = plan.layer.plan
+        self.plan = layer = plan.layer.plan
         for name, stack in layer.stacks():
             if not isinstance(stack, OpenClMarlinExpertStack):
                 raise UnsupportedError(f"decoder: the experts' {name} is a {type(stack).__name__}, not of this backend")
         check_routing(ctx, layer.routing)
         check_experts(ctx, layer.num_experts)
-        self._router = DenseMatrix(uploads, plan.router.weight, plan.router.bias)
+        self.router = DenseMatrix(uploads, plan.router.weight, plan.router.bias)
+        bias = layer.routing.correction_bias
+        self.correction = None if bias is None else uploads.new(bias, "correction bias")
         self._shared = None if plan.shared is None else Mlp(uploads, plan.shared)
         self._shared_gate = uploads.optional(plan.shared_gate, "gate of a shared expert")
         # The counter of `route_align`, which must be 0 before each of its launches.
@@ -100,13 +111,13 @@ class MoeFfn:
 
     def record(self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows) -> Combination:
         """Record the norm and the block; returns what is to be added. ``x``: rows for the norm's output."""
-        ctx, layer, rows = maker.ctx, self._layer, maker.rows
+        ctx, layer, rows = maker.ctx, self.plan, maker.rows
         logits = maker.room("router logits", layer.num_experts)
         if self._fuses(maker, residual, x):
             self._record_norm_router(maker, residual, norm, eps, x, logits)
         else:
             residual.norm(maker, norm, eps, x, arrived=self._arrived)
-            self._router.record(maker, x, logits, label="router")
+            self.router.record(maker, x, logits, label="router")
         top_k = layer.top_k
         ids, weights = (ctx.reserve(f"topk_{name}", 4 * rows * top_k) for name in ("ids", "weights"))
         chosen = Chosen(ids, 0, weights, 0, top_k)
@@ -134,6 +145,11 @@ class MoeFfn:
             shared = Shared(added, None if gate is None else enqueue_shared_factor(ctx, gate, x))
         return Combination(products, chosen, layer.num_experts, not weighed_before, shared)
 
+    @property
+    def stacks(self) -> tuple[OpenClMarlinExpertStack, OpenClMarlinExpertStack]:
+        """``(gate_up, down)``."""
+        return stacks_of(self.plan)
+
     def _fuses(self, maker: Maker, residual: Residual, x: Rows) -> bool:
         """Whether the norm and the router's product are one launch."""
         local_memory = maker.ctx.backend.runtime.capabilities.local_memory
@@ -157,7 +173,7 @@ class MoeFfn:
             "norm_router",
             {
                 "WIDTH": x.width,
-                "WEIGHT_TYPE": self._router.type_code,
+                "WEIGHT_TYPE": self.router.type_code,
                 "OUTPUT_TYPE": x.type_code,
                 "TEAM": team,
                 "TEAMS": teams,
@@ -172,8 +188,8 @@ class MoeFfn:
             weight=norm,
             output=x.data,
             eps=eps,
-            router=self._router.buffer,
-            bias=self._router.bias,
+            router=self.router.buffer,
+            bias=self.router.bias,
             logits=logits.data,
             n=logits.width,
             arrived=self._arrived,

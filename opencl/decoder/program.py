@@ -32,9 +32,11 @@ from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
 from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
+from marlin_cy.opencl.decoder.one_launch import OneLaunch, new_one_launch
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
+from marlin_cy.opencl.program import BuildError
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -48,6 +50,9 @@ HEAD_ROWS = 64
 LEAST_STEP_INTS = 1 << 16
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
+
+ONE_LAUNCH_ERROR = 5e-3
+"""Relative error of logits by one launch, at most: both ways round rows to float16, in other places."""
 
 INCOMPLETE = -1
 """The length of a slot of recurrent state whose change was interrupted."""
@@ -87,6 +92,8 @@ class OpenClDecoder(DecoderProgram):
         self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
+        self._one_launch = new_one_launch(self._ctx, plan, self._layers, self._embedding, self._embedding_type)
+        self._one_launch_checked: set[int] = set()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
         return self._run(batch, "head", (self._plan.vocab_size,), np.float32)
@@ -162,35 +169,52 @@ class OpenClDecoder(DecoderProgram):
 
     def _run(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
-        with self._ctx as ctx:
-            layout = StepLayout(rows_recorded(len(batch.tokens)))
-            step, known = describe_step(
-                batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens
-            )
-            self._reserve_step(len(step))
+        with self._ctx:
+            one = self._one_launch_for(batch)
+            if one is not None:
+                results = self._run_by(one, batch, head, shape, dtype)
+                if not one.gave_up:
+                    return results
+                self._leave_one_launch("a work-group waited in vain for the others; are several models on the device?")
+            return self._run_by(None, batch, head, shape, dtype)
+
+    def _run_by(
+        self, one: OneLaunch | None, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> npt.NDArray[Any]:
+        """As ``_run``: by one launch, or by launches if ``one`` is None."""
+        queue = self._ctx.queue
+        layout = StepLayout(rows_recorded(len(batch.tokens)))
+        step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)
+        self._reserve_step(len(step))
+        slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
+        recurrent = len(self._state_lengths) > 0
+        if recurrent:
+            self._state_lengths[slots] = INCOMPLETE
+        if one is None:
             layers = self._recorded("layers", layout.rows, self._record_layers)
-            slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
-            recurrent = len(self._state_lengths) > 0
-            if recurrent:
-                self._state_lengths[slots] = INCOMPLETE
             self._write(step, 0)
             self._enqueue(layers, known)
-            if recurrent:
-                self._state_lengths[slots] = lengths
-            wanted = batch.wanted
-            results = np.empty((len(wanted), *shape), dtype)
-            for begin in range(0, len(wanted), HEAD_ROWS):
-                rows = wanted[begin : begin + HEAD_ROWS]
-                if begin:  # the step has the first ones
-                    self._write(rows, layout.picked)
-                found = self._recorded(
-                    f"{head} {layout.rows}",
-                    rows_recorded(len(rows)),
-                    lambda maker: self._record_head(replace(maker, layout=layout), layers.result, head == "greedy"),
-                )
-                self._enqueue(found, None)
-                cl.enqueue_copy(ctx.queue, results[begin : begin + len(rows)], found.result)
-            return results
+            way, residual = f"{head} {layout.rows}", layers.result
+        else:
+            self._write(step, 0)
+            x = one.enqueue(self._step, len(batch.tokens), int(lengths.max()))
+            way, residual = f"{head} {layout.rows} after one launch", Residual(x)
+        if recurrent:
+            self._state_lengths[slots] = lengths
+        wanted = batch.wanted
+        results = np.empty((len(wanted), *shape), dtype)
+        for begin in range(0, len(wanted), HEAD_ROWS):
+            rows = wanted[begin : begin + HEAD_ROWS]
+            if begin:  # the step has the first ones
+                self._write(rows, layout.picked)
+            found = self._recorded(
+                way,
+                rows_recorded(len(rows)),
+                lambda maker: self._record_head(replace(maker, layout=layout), residual, head == "greedy"),
+            )
+            self._enqueue(found, None)
+            cl.enqueue_copy(queue, results[begin : begin + len(rows)], found.result)
+        return results
 
     def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
         """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
@@ -209,6 +233,54 @@ class OpenClDecoder(DecoderProgram):
             (self._step,) = zeroed_buffers(
                 self._ctx.backend.runtime, [4 << (ints - 1).bit_length()], "description of a step"
             )
+
+    # One launch --------------------------------------------------------------------------------
+
+    def _one_launch_for(self, batch: Batch) -> OneLaunch | None:
+        """The one-launch way, if it is right for a batch and gives correct results on this device."""
+        one = self._one_launch
+        if one is None or not one.takes(batch):
+            return None
+        rows = len(batch.tokens)
+        if one.capacity(rows) not in self._one_launch_checked:
+            wrong = self._one_launch_reason_wrong(one, batch)
+            if wrong is not None:
+                self._leave_one_launch(wrong)
+                return None
+            self._one_launch_checked.add(one.capacity(rows))
+        return one
+
+    def _one_launch_reason_wrong(self, one: OneLaunch, batch: Batch) -> str | None:
+        """None if logits by one launch are those by launches, else what is wrong; remembered for the device."""
+        verdicts, kind = self._ctx.backend.runtime.verdicts, one.kind(len(batch.tokens))
+        if verdicts is None:
+            return None
+        if not verdicts.knows(kind):
+            # Launches may be checked themselves when they run first, and checks are not nested.
+            expected = self._run_by(None, batch, "head", (self._plan.vocab_size,), np.float32)
+            return verdicts.reason_wrong(kind, lambda: self._one_launch_error(one, batch, expected))
+        return verdicts.reason_wrong(kind, lambda: None)
+
+    def _one_launch_error(self, one: OneLaunch, batch: Batch, expected: npt.NDArray[np.float32]) -> str | None:
+        """What is wrong with the logits by one launch; None if they are ``expected`` up to rounding."""
+        try:
+            found = self._run_by(one, batch, "head", (self._plan.vocab_size,), np.float32)
+        except (cl.Error, BuildError) as error:
+            return f"the kernel does not run: {error}"
+        if one.gave_up:
+            return "a work-group waited in vain for the others"
+        finite = np.isfinite(expected)
+        if not np.array_equal(np.isfinite(found), finite):
+            return "its logits are not finite"
+        error = np.linalg.norm((found - expected)[finite]) / max(float(np.linalg.norm(expected[finite])), 1e-30)
+        return None if error <= ONE_LAUNCH_ERROR else f"the relative error of its logits is {error:.1e}"
+
+    def _leave_one_launch(self, reason: str) -> None:
+        """Use launches from now on."""
+        self._one_launch = None
+        verdicts = self._ctx.backend.runtime.verdicts
+        if verdicts is not None:
+            verdicts.warn("the decoder's step in one launch", reason, stacklevel=4)
 
     # Recordings --------------------------------------------------------------------------------
 

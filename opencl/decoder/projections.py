@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["DenseMatrix", "ProjectionGroup", "Uploads"]
+__all__ = ["DenseMatrix", "PackedColumns", "ProjectionGroup", "Uploads"]
 
 TILED_ROWS = 16
 """Products of fewer rows are never computed in tiles, which would be mostly padding. Products of more are not if there
@@ -191,23 +191,25 @@ class ProjectionGroup:
         Of the outputs together.
     quantised : bool
         Whether any layer is quantised.
+    parts : list
+        :class:`PackedColumns`, or a dense matrix and its first column.
     """
 
     def __init__(self, uploads: Uploads, layers: Sequence[Projection], merger: Merger | None = None) -> None:
         self.width = sum(layer.out_features for layer in layers)
         self.quantised = not all(isinstance(layer, DenseLinear) for layer in layers)
-        self._parts: list[PackedColumns | tuple[DenseMatrix, int]] = []
+        self.parts: list[PackedColumns | tuple[DenseMatrix, int]] = []
         column = 0
         for run in runs_of(layers):
             if isinstance(run[0], DenseLinear):
-                self._parts.append((dense_matrix(uploads, run), column))
+                self.parts.append((dense_matrix(uploads, run), column))
             else:
-                self._parts += packed_columns(uploads, run, column, self.width, merger)
+                self.parts += packed_columns(uploads, run, column, self.width, merger)
             column += sum(layer.out_features for layer in run)
 
     def record(self, maker: Maker, x: Rows, out: Rows, label: str, activation: str | None = None) -> None:
         """Record the products; ``out`` is ``width`` wide. ``activation``: of quantised layers, as in ``multiply``."""
-        for part in self._parts:
+        for part in self.parts:
             if isinstance(part, PackedColumns):
                 part.record(maker, x, out, activation, label)
             else:

@@ -69,6 +69,7 @@ static inline uint4 load_once(__global const uint4 *p) { return *p; }
 static inline uint4 load_early(__global const uint4 *p) { return *p; }
 static inline uint load_early_word(__global const uint *p) { return *p; }
 static inline void issue_loads(void) {}
+static inline void prefetch_line(__global const void *p) {}
 
 static inline uint arrive(__global uint *arrived)
 {
@@ -227,6 +228,21 @@ static inline uint load_early_word(__global const uint *p)
     return v;
 }
 static inline void issue_loads(void) { ORDERED_ASM("bar.warp.sync 0xffffffff;" : : : "memory"); }
+// Brings a line of 128 bytes to the second-level cache.
+static inline void prefetch_line(__global const void *p) { ORDERED_ASM("prefetch.global.L2 [%0];" : : "l"(p)); }
+
+// Between work-groups of a launch, all of which are resident. After a work-item has read a count, it can read what the
+// work-groups that were counted had written, and so can its work-group after a barrier.
+static inline void add_release(__global uint *count)
+{
+    ORDERED_ASM("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(count) : "memory");
+}
+static inline uint load_acquire(__global const uint *count)
+{
+    uint v = 0;
+    ORDERED_ASM("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+    return v;
+}
 
 // Adds 1 to the count of work-groups, and returns the previous count. After the call, this work-item can read all writes
 // of the work-groups that were counted before.

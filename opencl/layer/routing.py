@@ -27,9 +27,11 @@ __all__ = [
     "device_topk",
     "enqueue_route",
     "kept_words",
+    "normalises",
     "route",
     "route_call",
     "route_local_bytes",
+    "routing_macros",
 ]
 
 ROUTE_ITEMS = 128  # work-items in a work-group
@@ -93,16 +95,14 @@ def route_call(
     macros = {
         "ROUTE_ITEMS": ROUTE_ITEMS,
         "LOGITS_TYPE": logits.type_code,
-        "SCORING": SCORING[routing.scoring],
-        "CORRECTED": int(bias is not None),
-        "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
+        **routing_macros(routing),
     }
     return macros, route_values(
         logits=logits.data,
         logits_offset=logits.offset,
         num_experts=logits.width,
         top_k=chosen.top_k,
-        normalise=int(routing.norm_topk_prob or routing.scoring == "softmax_topk"),
+        normalise=normalises(routing),
         factor=routing.routed_scaling_factor,
         bias=bias,
         num_groups=routing.num_groups,
@@ -115,6 +115,20 @@ def route_call(
         groups=4 * groups,
         picked=4 * picked,
     )
+
+
+def routing_macros(routing: Routing) -> dict[str, int]:
+    """The macros of ``routing.cl`` that a routing decides."""
+    return {
+        "SCORING": SCORING[routing.scoring],
+        "CORRECTED": int(routing.correction_bias is not None),
+        "GROUPING": GROUPING[routing.group_score] if is_grouped(routing) else 0,
+    }
+
+
+def normalises(routing: Routing) -> int:
+    """Whether a token's weights are divided by their sum."""
+    return int(routing.norm_topk_prob or routing.scoring == "softmax_topk")
 
 
 def check_routing(ctx: OpenClContext, routing: Routing) -> None:

@@ -1,0 +1,314 @@
+"""What ``kernels/decoder_step.cl`` must know of a model: its macros, and the table of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyopencl as cl
+
+from marlin_cy.activations import ACTIVATIONS
+from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, LayerPlan, MoeFfnPlan
+from marlin_cy.opencl.arguments import arguments_of
+from marlin_cy.opencl.decoder.attention import GroupedAttention
+from marlin_cy.opencl.decoder.ffn import MoeFfn
+from marlin_cy.opencl.decoder.projections import PackedColumns
+from marlin_cy.opencl.gemm.codes import code_macros
+from marlin_cy.opencl.launch import Launch
+from marlin_cy.opencl.layer.routing import normalises, routing_macros
+from marlin_cy.opencl.layout import STRIP_N
+from marlin_cy.opencl.memory import zeroed_buffers
+
+if TYPE_CHECKING:
+    from marlin_cy.opencl.decoder.program import Layer
+    from marlin_cy.opencl.stack import Runtime
+    from marlin_cy.opencl.store import OpenClGptqStore
+
+__all__ = ["LAYER", "ModelShape", "NotOneLaunch", "addresses", "shape_of"]
+
+MOST_HEADS = 8
+"""Heads that a work-group attends with, at most."""
+
+# Layer of decoder_step.cl.
+LAYER = np.dtype(
+    [
+        ("qkv", "u8", 3),
+        ("o", "u8"),
+        ("gate_up", "u8", 8),
+        ("down", "u8", 8),
+        *((name, "u8") for name in ("mixer_norm", "ffn_norm", "q_norm", "k_norm", "qkv_bias", "o_bias")),
+        *((name, "u8") for name in ("cosine", "sine", "keys", "values", "router", "router_bias", "correction")),
+        ("qkv_strips", "u4", 3),
+        ("pad", "u4"),
+        ("qkv_first", "u4", 3),
+        ("pad2", "u4"),
+        ("qkv_factor", "f4", 3),
+        ("o_factor", "f4"),
+        ("gate_up_factor", "f4"),
+        ("down_factor", "f4"),
+        ("scale", "f4"),
+        ("norm_eps", "f4"),
+        ("head_eps", "f4"),
+        ("routing_factor", "f4"),
+        ("window", "u4"),
+        ("pad3", "u4"),
+    ]
+)
+
+
+class NotOneLaunch(Exception):
+    """A model that the kernel does not support."""
+
+
+@dataclass
+class Entry:
+    """A layer's row of the table.
+
+    Attributes
+    ----------
+    places : dict
+        By field and index: a buffer, and a number of bytes from its beginning.
+    numbers : dict
+        By field and index.
+    """
+
+    places: dict[tuple[str, int], tuple[cl.Buffer, int]] = field(default_factory=dict)
+    numbers: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def put(self, name: str, buffer: cl.Buffer | None, offset: int = 0, index: int = 0) -> None:
+        """Set an address; None stays NULL."""
+        if buffer is not None:
+            self.places[name, index] = buffer, offset
+
+    def put_store(self, name: str, store: OpenClGptqStore, expert: int, index: int = 0) -> None:
+        """Set the address of an expert."""
+        part, number = divmod(expert, store.experts_per_part)
+        self.put(name, store.parts[part], 4 * store.expert_words * number, index)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    Attributes
+    ----------
+    macros : dict of str to int
+        Of the kernel.
+    entries : list of Entry
+    """
+
+    macros: dict[str, int]
+    entries: list[Entry]
+
+    def table(self, runtime: Runtime) -> npt.NDArray[Any]:
+        """The table, an array of LAYER."""
+        table = np.zeros(len(self.entries), LAYER)
+        buffers = [buffer for entry in self.entries for buffer, _ in entry.places.values()]
+        found = iter(addresses(runtime, buffers))
+        for row, entry in zip(table, self.entries, strict=True):
+            for (name, index), (_, offset) in entry.places.items():
+                set_field(row, name, index, next(found) + offset)
+            for (name, index), number in entry.numbers.items():
+                set_field(row, name, index, number)
+        return table
+
+
+def set_field(row: Any, name: str, index: int, value: float) -> None:
+    """Set a field, or an element of one."""
+    if LAYER[name].shape:
+        row[name][index] = value
+    else:
+        row[name] = value
+
+
+def addresses(runtime: Runtime, buffers: Sequence[cl.Buffer]) -> list[int]:
+    """The addresses that kernels see."""
+    table = arguments_of("address_of", {})
+    launch = Launch(runtime.programs.kernel("address", "address_of", {}), table)
+    (out,) = zeroed_buffers(runtime, [8 * max(1, len(buffers))], "addresses")
+    found = np.empty(len(buffers), np.uint64)
+    with runtime.loading_lock:
+        queue = runtime.loading_queue
+        for place, buffer in enumerate(buffers):
+            launch(queue, (1,), (1,), (buffer, out, place))
+        if buffers:
+            cl.enqueue_copy(queue, found, out)
+    return [int(address) for address in found]
+
+
+# The shape of a model -----------------------------------------------------------------------------
+
+
+def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
+    """The shape of a model.
+
+    Raises
+    ------
+    NotOneLaunch
+        The kernel does not support it.
+    """
+    found = [LayerShape(its, layer) for its, layer in zip(plan.layers, layers, strict=True)]
+    first = found[0]
+    if any(layer.macros != first.macros for layer in found):
+        raise NotOneLaunch("its layers differ")
+    stores = [store for layer in found for store in layer.stores]
+    if len({store.codes for store in stores}) > 1:
+        raise NotOneLaunch("its weights have several code types")
+    if plan.hidden_size % STRIP_N:
+        raise NotOneLaunch(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
+    for layer in found:
+        layer.entry.numbers["norm_eps", 0] = plan.norm_eps
+        layer.entry.numbers["head_eps", 0] = plan.norm_eps
+    macros = {
+        **first.macros,
+        **code_macros(stores[0].codes, all(store.symmetric for store in stores)),
+        "GROUP_32": int(any(store.layout.group_shift == 5 for store in stores)),
+        "LAYERS": len(layers),
+        "HIDDEN": plan.hidden_size,
+    }
+    return ModelShape(macros, [layer.entry for layer in found])
+
+
+class LayerShape:
+    """The shape of a layer.
+
+    Attributes
+    ----------
+    macros : dict of str to int
+    entry : Entry
+    stores : list of OpenClGptqStore
+    """
+
+    def __init__(self, plan: LayerPlan, layer: Layer) -> None:
+        attention, ffn = plan.mixer, plan.ffn
+        if not isinstance(attention, AttentionPlan) or not isinstance(layer.mixer, GroupedAttention):
+            raise NotOneLaunch(f"it has layers of {type(attention).__name__.removesuffix('Plan')}")
+        if not isinstance(ffn, MoeFfnPlan) or not isinstance(layer.ffn, MoeFfn):
+            raise NotOneLaunch("it has dense feed-forward layers")
+        self.macros: dict[str, int] = {}
+        self.entry = Entry()
+        self.stores: list[OpenClGptqStore] = []
+        self.entry.put("mixer_norm", layer.mixer_norm)
+        self.entry.put("ffn_norm", layer.ffn_norm)
+        self._attention(attention, layer.mixer)
+        self._experts(ffn, layer.ffn)
+        for store in self.stores:
+            check_store(store)
+
+    def _attention(self, plan: AttentionPlan, layer: GroupedAttention) -> None:
+        for what, found in (
+            ("gates of heads", plan.gated),
+            ("sinks", plan.sinks is not None),
+            ("a soft cap", bool(plan.soft_cap)),
+        ):
+            if found:
+                raise NotOneLaunch(f"its attention has {what}")
+        heads, kv_heads, width = plan.num_heads, plan.num_kv_heads, plan.head_dim
+        if width % 32:
+            raise NotOneLaunch(f"its head size is {width}, no multiple of 32")
+        parts, outputs = layer.inputs.parts, layer.output.parts
+        if not all(isinstance(part, PackedColumns) for part in (*parts, *outputs)):
+            raise NotOneLaunch("its attention is not quantised")
+        entry, begin, shifts = self.entry, 0, set()
+        for index, columns in enumerate((heads * width, kv_heads * width, kv_heads * width)):
+            store, expert, column = covering(parts, begin, columns)
+            entry.put_store("qkv", store, expert, index)
+            entry.numbers["qkv_strips", index] = store.layout.strips
+            entry.numbers["qkv_first", index] = column // STRIP_N
+            entry.numbers["qkv_factor", index] = store.weight_factor
+            shifts.add(store.layout.group_shift)
+            self.stores.append(store)
+            begin += columns
+        if len(shifts) > 1:
+            raise NotOneLaunch("its projections have several group sizes")
+        output, expert, column = covering(outputs, 0, layer.output.width)
+        if column or output.n != layer.output.width:
+            raise NotOneLaunch("its output projection is a part of a stack")
+        entry.put_store("o", output, expert)
+        entry.numbers["o_factor", 0] = output.weight_factor
+        self.stores.append(output)
+        entry.put("qkv_bias", parts[0].bias_buffer)
+        entry.put("o_bias", outputs[0].bias_buffer)
+        entry.put("q_norm", layer.q_norm)
+        entry.put("k_norm", layer.k_norm)
+        entry.put("cosine", layer.rotation.cosine)
+        entry.put("sine", layer.rotation.sine)
+        entry.put("keys", layer.attend.pool.keys)
+        entry.put("values", layer.attend.pool.values)
+        entry.numbers["scale", 0] = plan.scale
+        entry.numbers["window", 0] = plan.window or 0
+        per_kv = heads // kv_heads
+        self.macros |= {
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "HEAD_DIM": width,
+            "HEADS_TOGETHER": max(number for number in range(1, MOST_HEADS + 1) if per_kv % number == 0),
+            "PAIRS_ROTATED": layer.rotation.pairs,
+            "INTERLEAVED": int(layer.rotation.interleaved),
+            "QKV_SHIFT": shifts.pop(),
+            "O_SHIFT": output.layout.group_shift,
+            "CACHE_TYPE": layer.attend.pool.type_code,
+        }
+
+    def _experts(self, plan: MoeFfnPlan, layer: MoeFfn) -> None:
+        moe = layer.plan
+        gate_up, down = layer.stacks
+        for what, found in (
+            ("shared experts", plan.shared is not None or moe.shared_expert is not None),
+            ("weights on the experts' input", moe.apply_router_weight_on_input),
+            ("biases of experts", gate_up.bias_buffer is not None or down.bias_buffer is not None),
+        ):
+            if found:
+                raise NotOneLaunch(f"it has {what}")
+        inner = down.k
+        if inner % STRIP_N:
+            raise NotOneLaunch(f"its intermediate size is {inner}, no multiple of {STRIP_N}")
+        if gate_up.store.experts_per_part != down.store.experts_per_part:
+            raise NotOneLaunch("its experts lie in buffers of different sizes")
+        entry, routing = self.entry, moe.routing
+        for name, stack in (("gate_up", gate_up), ("down", down)):
+            store = stack.store
+            for index, part in enumerate(store.parts):
+                entry.put(name, part, 0, index)
+            entry.numbers[f"{name}_factor", 0] = store.weight_factor
+            self.stores.append(store)
+        entry.put("router", layer.router.buffer)
+        entry.put("router_bias", layer.router.bias)
+        entry.put("correction", layer.correction)
+        entry.numbers["routing_factor", 0] = routing.routed_scaling_factor
+        self.macros |= {
+            "INNER": inner,
+            "EXPERTS": moe.num_experts,
+            "TOP_K": moe.top_k,
+            "GATE_SHIFT": gate_up.store.layout.group_shift,
+            "DOWN_SHIFT": down.store.layout.group_shift,
+            "GATE_WORDS": gate_up.store.expert_words,
+            "DOWN_WORDS": down.store.expert_words,
+            "EXPERTS_PER_PART": gate_up.store.experts_per_part,
+            "ROUTER_TYPE": layer.router.type_code,
+            "ACTIVATION": ACTIVATIONS[moe.activation].number + 1,
+            "NORMALISE": normalises(routing),
+            "NUM_GROUPS": routing.num_groups,
+            "TOPK_GROUPS": routing.topk_groups,
+            **routing_macros(routing),
+        }
+
+
+def covering(parts: Sequence[Any], begin: int, columns: int) -> tuple[OpenClGptqStore, int, int]:
+    """The store, the expert and its first column that give output columns ``begin`` to ``begin + columns - 1``."""
+    for part in parts:
+        for expert, first, count, out in part.columns.tolist():
+            column = first + begin - out
+            if out <= begin and begin + columns <= out + count and column % STRIP_N == columns % STRIP_N == 0:
+                return part.store, expert, column
+    raise NotOneLaunch("the columns of its projections are not whole strips of one stack")
+
+
+def check_store(store: OpenClGptqStore) -> None:
+    """Refuse weights whose rows of K have another order, and scales out of range."""
+    if store.order is not None or store.packed_k != store.k:
+        raise NotOneLaunch("its weights have an order of K (act-order)")
+    if not 2.0**-100 < store.weight_factor < 2.0**100:
+        raise NotOneLaunch(f"its scales have a factor of {store.weight_factor}")

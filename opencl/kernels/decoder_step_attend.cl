@@ -1,0 +1,260 @@
+// Attention of a whole step in one launch. A work-group attends with HEADS_TOGETHER heads of a row, all of which read the
+// same head of keys and values, to a run of the positions: KEYS of them at a time.
+//
+//   scores    a work-item has a position and a quarter of the dimensions, for all heads
+//   weights   the work-items of a head: maximum, exponentials, sum
+//   values    a work-item has a head, eight columns, and every VALUE_LANES-th position
+//
+// The work-group whose run has the row's own position appends it to the cache, and reads it from there as the others.
+
+// Adds up over 32 neighbouring work-items; all work-items of the work-group call it. `sums`: float [ITEMS].
+__attribute__((always_inline)) static inline float wave_sum(float value, __local float *sums)
+{
+    const uint item = get_local_id(0);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    sums[item] = value;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    float4 sum = (float4)(0);
+#pragma unroll
+    for (uint i = 0; i < WAVE / 4; i++)
+        sum += vload4(item / WAVE * (WAVE / 4) + i, sums);
+    return sum.x + sum.y + (sum.z + sum.w);
+}
+
+__attribute__((always_inline)) static inline void attend_step(__global const Layer *layer, uint rows, uint splits,
+                                                              __global const int *batch, __global const float *heads,
+                                                              __global half *attended, __global float *partial,
+                                                              __global float2 *stats, __local float *memory)
+{
+    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+    __local float *queries = memory, *scores = queries + ATTEND_QUERIES;
+    __local float *weights = scores + MAX_OF(ATTEND_SCORES, ATTEND_SUMS);
+    __local float *highs = weights + HEADS_TOGETHER * KEYS, *totals = highs + HEADS_TOGETHER;
+    __local float *factors = totals + HEADS_TOGETHER, *sums = factors + 2 * HEADS_TOGETHER;
+    __global CACHE *keys = (__global CACHE *)layer->keys, *values = (__global CACHE *)layer->values;
+    const uint blocks = HEADS / HEADS_TOGETHER, tasks = rows * blocks * splits;
+    for (uint task = get_group_id(0); task < tasks; task += get_num_groups(0)) {
+        const uint split = task % splits, block = task / splits % blocks, row = task / splits / blocks;
+        const uint first_head = block * HEADS_TOGETHER, kv_head = first_head / (HEADS / KV_HEADS);
+        const int4 record = STEP_ROW(batch, row);
+        __global const int *pages = batch + record.z;
+        const uint position = (uint)record.y, seen = position + 1;
+        const uint left_out = layer->window && seen > layer->window ? seen - layer->window : 0;
+        // Runs are whole pages, so that no page is read by two work-groups.
+        const uint first_page = left_out / PAGE_TOKENS, count = (seen + PAGE_TOKENS - 1) / PAGE_TOKENS - first_page;
+        const uint run = (count + splits - 1) / splits * PAGE_TOKENS;
+        const uint begin = first_page * PAGE_TOKENS + split * run, end = min(begin + run, seen);
+        const bool appends = begin <= position && position < end;
+
+        // Heads: those of queries, then that of keys, then that of values.
+        for (uint base = 0; base < HEADS_TOGETHER + 2; base += STEP_WAVES) {
+            const uint head = base + wave, kind = head < HEADS_TOGETHER ? 0 : head - HEADS_TOGETHER + 1;
+            const bool exists = kind < 3;
+            const uint column = kind == 0   ? (first_head + head) * HEAD_DIM
+                                : kind == 1 ? ATTENDED + kv_head * HEAD_DIM
+                                            : ATTENDED + (KV_HEADS + kv_head) * HEAD_DIM;
+            __global const float *norm = (__global const float *)(kind == 0 ? layer->q_norm : layer->k_norm);
+            const bool normed = exists && kind < 2 && norm;
+            float own[HEAD_DIM / WAVE], square = 0;
+#pragma unroll
+            for (uint i = 0; i < HEAD_DIM / WAVE; i++) {
+                own[i] = exists ? heads[row * (ulong)QKV + column + i * WAVE + lane] : 0;
+                square = fma(own[i], own[i], square);
+            }
+            square = wave_sum(square, sums);
+            if (normed) {
+                const float factor = 1 / sqrt(square / HEAD_DIM + layer->head_eps);
+#pragma unroll
+                for (uint i = 0; i < HEAD_DIM / WAVE; i++)
+                    own[i] *= factor * norm[i * WAVE + lane];
+            }
+            if (exists)
+#pragma unroll
+                for (uint i = 0; i < HEAD_DIM / WAVE; i++)
+                    queries[head * HEAD_DIM + i * WAVE + lane] = own[i];
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+#if PAIRS_ROTATED
+        EACH(i, (HEADS_TOGETHER + 1) * PAIRS_ROTATED)
+        {
+            const uint pair = i % PAIRS_ROTATED;
+            __local float *head = queries + i / PAIRS_ROTATED * HEAD_DIM;
+            const uint one = INTERLEAVED ? 2 * pair : pair, other = INTERLEAVED ? one + 1 : one + PAIRS_ROTATED;
+            const float a = head[one], b = head[other];
+            const float cosine = ((__global const float *)layer->cosine)[position * (ulong)PAIRS_ROTATED + pair];
+            const float sine = ((__global const float *)layer->sine)[position * (ulong)PAIRS_ROTATED + pair];
+            head[one] = fma(a, cosine, -(b * sine));
+            head[other] = fma(b, cosine, a * sine);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+#endif
+        if (appends) {
+            const ulong page = ((uint)pages[position / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS);
+            const ulong place = page + position % PAGE_TOKENS * CHUNK;
+            EACH(i, HEAD_DIM)
+            {
+                store_cache(queries[HEADS_TOGETHER * HEAD_DIM + i], keys, place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+                store_cache(queries[(HEADS_TOGETHER + 1) * HEAD_DIM + i], values,
+                            place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+            }
+        }
+        EACH(i, HEADS_TOGETHER)
+        {
+            highs[i] = -INFINITY;
+            totals[i] = 0;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+
+        const uint quarter = item / KEYS, key = item % KEYS;
+        const uint slot = item % SLOTS, value_lane = item / SLOTS;
+        const uint value_head = slot / (HEAD_DIM / CHUNK), value_chunk = slot % (HEAD_DIM / CHUNK);
+        float8 sum = (float8)(0);
+        for (uint from = begin; from < end; from += KEYS) {
+            const uint at = from + key;
+            const bool is_seen = at < end && at >= left_out;
+            float scored[HEADS_TOGETHER];
+#pragma unroll
+            for (uint h = 0; h < HEADS_TOGETHER; h++)
+                scored[h] = 0;
+            if (is_seen) {
+                __global const CACHE *page =
+                    keys + ((uint)pages[at / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
+                    at % PAGE_TOKENS * CHUNK;
+#pragma unroll
+                for (uint i = 0; i < HEAD_DIM / CHUNK / QUARTERS; i++) {
+                    const uint chunk = quarter * (HEAD_DIM / CHUNK / QUARTERS) + i;
+                    const float8 k = load8_cache(page, chunk * CHUNK_STRIDE);
+#pragma unroll
+                    for (uint h = 0; h < HEADS_TOGETHER; h++) {
+                        const float8 q = vload8(h * (HEAD_DIM / CHUNK) + chunk, queries);
+                        const float4 part = fma(q.lo, k.lo, q.hi * k.hi);
+                        scored[h] += part.x + part.y + (part.z + part.w);
+                    }
+                }
+            }
+#pragma unroll
+            for (uint h = 0; h < HEADS_TOGETHER; h++)
+                scores[(quarter * HEADS_TOGETHER + h) * KEYS + key] = scored[h];
+            barrier(CLK_LOCAL_MEM_FENCE);
+            // A score that is not seen is -INFINITY.
+            EACH(i, HEADS_TOGETHER * KEYS)
+            {
+                float score = 0;
+                for (uint j = 0; j < QUARTERS; j++)
+                    score += scores[j * (HEADS_TOGETHER * KEYS) + i];
+                const uint its = from + i % KEYS;
+                weights[i] = its < end && its >= left_out ? score * layer->scale : -INFINITY;
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            // Eight lanes of each head find its largest score.
+            EACH(i, HEADS_TOGETHER * 8)
+            {
+                float high = -INFINITY;
+                for (uint j = i % 8; j < KEYS; j += 8)
+                    high = fmax(high, weights[i / 8 * KEYS + j]);
+                sums[i] = high;
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            EACH(i, HEADS_TOGETHER)
+            {
+                float high = highs[i];
+                for (uint j = 0; j < 8; j++)
+                    high = fmax(high, sums[i * 8 + j]);
+                factors[i] = highs[i] == -INFINITY ? 0 : exp(highs[i] - high);
+                highs[i] = high;
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            EACH(i, HEADS_TOGETHER * KEYS)
+            {
+                const float high = highs[i / KEYS];
+                weights[i] = high == -INFINITY ? 0 : exp(weights[i] - high);
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            EACH(i, HEADS_TOGETHER * 8)
+            {
+                float total = 0;
+                for (uint j = i % 8; j < KEYS; j += 8)
+                    total += weights[i / 8 * KEYS + j];
+                sums[i] = total;
+            }
+            sum *= factors[value_head];
+            const uint left = min((uint)KEYS, end - from);
+            for (uint j = value_lane; j < left; j += VALUE_LANES) {
+                const uint its = from + j;
+                const float weight = weights[value_head * KEYS + j];
+                if (its >= left_out)
+                    sum = fma((float8)(weight),
+                              load8_cache(values,
+                                          ((uint)pages[its / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) *
+                                                  (HEAD_DIM * PAGE_TOKENS) +
+                                              value_chunk * CHUNK_STRIDE + its % PAGE_TOKENS * CHUNK),
+                              sum);
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            EACH(i, HEADS_TOGETHER)
+            {
+                float total = totals[i] * factors[i];
+                for (uint j = 0; j < 8; j++)
+                    total += sums[i * 8 + j];
+                totals[i] = total;
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+        }
+        vstore8(sum, item, scores); // [VALUE_LANES][HEADS_TOGETHER][HEAD_DIM]
+        barrier(CLK_LOCAL_MEM_FENCE);
+        EACH(i, HEADS_TOGETHER * HEAD_DIM)
+        {
+            const float value = group_total(scores + i, VALUE_LANES, HEADS_TOGETHER * HEAD_DIM);
+            const uint head = first_head + i / HEAD_DIM;
+            const float total = totals[i / HEAD_DIM];
+            if (splits == 1) {
+                vstore_half_rte(total == 0 ? 0 : value / total, row * (ulong)ATTENDED + head * HEAD_DIM + i % HEAD_DIM,
+                                attended);
+            } else {
+                const ulong place = (row * (ulong)HEADS + head) * splits + split;
+                partial[place * HEAD_DIM + i % HEAD_DIM] = value;
+                if (i % HEAD_DIM == 0)
+                    stats[place] = (float2)(highs[i / HEAD_DIM], total);
+            }
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
+
+// Joins the runs of each head of a row. A work-group has 32 columns of a head, and each of its waves some of the runs.
+// `memory`: 32 * STEP_WAVES + 2 * splits floats.
+__attribute__((always_inline)) static inline void join_splits(uint rows, uint splits, __global half *attended,
+                                                              __global const float *partial,
+                                                              __global const float2 *stats, __local float *memory)
+{
+    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE, tasks = rows * (ATTENDED / WAVE);
+    __local float *highs = memory + ITEMS, *totals = highs + splits;
+    for (uint task = get_group_id(0); task < tasks; task += get_num_groups(0)) {
+        const ulong head = task / (HEAD_DIM / WAVE) * (ulong)splits; // the first run of a head of a row
+        const uint column = task % (HEAD_DIM / WAVE) * WAVE + lane;
+        EACH(i, splits)
+        {
+            const float2 its = stats[head + i];
+            highs[i] = its.x;
+            totals[i] = its.y;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        float high = -INFINITY, value = 0;
+        for (uint split = 0; split < splits; split++)
+            high = fmax(high, highs[split]);
+        for (uint split = wave; split < splits; split += STEP_WAVES)
+            if (highs[split] > -INFINITY)
+                value = fma(partial[(head + split) * HEAD_DIM + column], exp(highs[split] - high), value);
+        memory[item] = value;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (wave == 0) {
+            float total = 0;
+            for (uint split = 0; split < splits; split++)
+                if (highs[split] > -INFINITY)
+                    total = fma(totals[split], exp(highs[split] - high), total);
+            value = group_total(memory + lane, STEP_WAVES, WAVE);
+            vstore_half_rte(total == 0 ? 0 : value / total, task * (ulong)WAVE + lane, attended);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+}
