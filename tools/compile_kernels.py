@@ -99,6 +99,7 @@ STEP = {
     "LAYER_BYTES": 344,
     "ALIGNED": 1,
 }
+SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
@@ -169,18 +170,18 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"ADDED": 2, "ACTIVATION": 3},
     ],
     "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
-    "decoder_heads": [{}, {"CACHE_TYPE": 1}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
+    "decoder_heads": [{}, {"CACHE_TYPE": 1, "SEGMENTS": 8}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, "ALIGNED": 1},
-        {"CACHE_TYPE": 2, **LATENT_TILES},
+        {"CACHE_TYPE": 2, "SEGMENTS": 8, **LATENT_TILES},
         {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
     ],
     "decoder_attention_rows_mma": [
-        {"CACHE_TYPE": 2, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
+        {"CACHE_TYPE": 2, "SEGMENTS": 8, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, "HEADS": 12, "WAVES": 4},
     ],
     "decoder_attention_tiles_mma": [
-        {"CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, "WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0},
+        {"SEGMENTS": 8, "CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, **SMALL_TILES},
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, **TILES, "HEADS": 8},
     ],
     "decoder_dense": [

@@ -202,6 +202,7 @@ class LayerShape:
             ("gates of heads", plan.gated),
             ("sinks", plan.sinks is not None),
             ("a soft cap", bool(plan.soft_cap)),
+            ("a cache in segments", layer.attend.pool.segments > 1),
         ):
             if found:
                 raise NotOneLaunch(f"its attention has {what}")

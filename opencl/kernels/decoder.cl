@@ -25,6 +25,9 @@
 // CACHE_ARGS(type)           declares a kernel's arguments
 // KEYS_OF(p), VALUES_OF(p)   the segment of page p
 // IN_SEGMENT(p)              the page's number there
+// Pages                      the pages of keys, or of values, for a function
+// KEYS_FROM(i), VALUES_FROM(i)   these, from element i of each page on
+// PAGE_AT(pages, p, size)    the pointer to page p; a page has `size` elements
 //
 // Build options
 //   CACHE_TYPE   element type of the cache, as INPUT_TYPE of common.cl
@@ -45,6 +48,10 @@
 #define KEYS_OF(page) keys
 #define VALUES_OF(page) values
 #define IN_SEGMENT(page) (page)
+typedef __global const CACHE *Pages;
+#define KEYS_FROM(place) (keys + (place))
+#define VALUES_FROM(place) (values + (place))
+#define PAGE_AT(pages, page, size) ((pages) + (page) * (size))
 #else
 #define CACHE_ARGS(type)                                                                                   \
     const uint segment_shift, __global type *restrict keys, __global type *restrict keys1,                 \
@@ -59,6 +66,21 @@
 #define KEYS_OF(page) CHOOSE(keys, (uint)(page) >> segment_shift)
 #define VALUES_OF(page) CHOOSE(values, (uint)(page) >> segment_shift)
 #define IN_SEGMENT(page) ((uint)(page) & ((1u << segment_shift) - 1))
+typedef struct {
+    __global const CACHE *segment, *segment1, *segment2, *segment3, *segment4, *segment5, *segment6, *segment7;
+    ulong place;
+    uint segment_shift;
+} Pages;
+#define PAGES_FROM(parts, place) \
+    ((Pages){parts, parts##1, parts##2, parts##3, parts##4, parts##5, parts##6, parts##7, place, segment_shift})
+#define KEYS_FROM(place) PAGES_FROM(keys, place)
+#define VALUES_FROM(place) PAGES_FROM(values, place)
+#define PAGE_AT(pages, page, size) page_at(pages, page, size)
+static inline __global const CACHE *page_at(Pages pages, uint page, ulong size)
+{
+    const uint segment_shift = pages.segment_shift;
+    return CHOOSE(pages.segment, page >> segment_shift) + IN_SEGMENT(page) * size + pages.place;
+}
 #endif
 
 #define PAGE_TOKENS 16
