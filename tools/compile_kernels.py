@@ -70,13 +70,13 @@ GROUPED_TILES = {
 }
 STEP = {
     "TOKENS": 1,
-    "STEP_WAVES": 16,
+    "WAVES": 16,
     "LAYERS": 48,
     "HIDDEN": 2048,
-    "HEADS": 32,
-    "KV_HEADS": 4,
+    "NUM_HEADS": 32,
+    "NUM_KV_HEADS": 4,
     "HEAD_DIM": 128,
-    "HEADS_TOGETHER": 8,
+    "HEADS": 8,
     "INNER": 768,
     "EXPERTS": 128,
     "TOP_K": 8,
@@ -97,6 +97,10 @@ STEP = {
     "TOPK_GROUPS": 1,
     "GROUP_32": 0,
     "LAYER_BYTES": 344,
+    "HAS_HEAD": 1,
+    "HEAD_TYPE": 2,
+    "VOCABULARY": 151936,
+    "GROUPING": 0,
     "ALIGNED": 1,
 }
 SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
@@ -190,9 +194,19 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"WEIGHT_TYPE": 2, "DENSE_ROWS": 4, "ALIGNED": 1, "TEAM": 8},
     ],
     "decoder_step": [
-        {**STEP, "MMA": 0, "RESIDENT": 0, "TOKENS": 4, "INTERLEAVED": 1, "SCORING": 2, "CORRECTED": 1},
-        {**STEP, "MMA": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
-        {**STEP, "MMA": 1, "RESIDENT": 1, "PTX": 1},
+        {**STEP, "TENSOR": 0, "RESIDENT": 0, "GROUPING": 2, "NUM_GROUPS": 8, "TOPK_GROUPS": 4, "HAS_HEAD": 0},
+        {
+            **STEP,
+            "TENSOR": 0,
+            "RESIDENT": 0,
+            "TOKENS": 4,
+            "INTERLEAVED": 1,
+            "SCORING": 2,
+            "CORRECTED": 1,
+            "HAS_HEAD": 0,
+        },
+        {**STEP, "TENSOR": 1, "RESIDENT": 0, "TOKENS": 8, "GROUP_32": 1, "CACHE_TYPE": 2, "EXPERTS_PER_PART": 32},
+        {**STEP, "TENSOR": 1, "RESIDENT": 1, "PTX": 1},
     ],
     "decoder_dense_mma": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 1, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1},

@@ -7,15 +7,18 @@ The kernel's work-groups wait for each other, so all of them must be resident. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.decoder.plan import DecoderPlan
+from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.decoder.one_launch_shape import LAYER, NotOneLaunch, addresses, shape_of
+from marlin_cy.opencl.decoder.step import HEADER
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -24,30 +27,49 @@ if TYPE_CHECKING:
     from marlin_cy.decoder.program import Batch
     from marlin_cy.opencl.context import OpenClContext
     from marlin_cy.opencl.decoder.program import Layer
+    from marlin_cy.opencl.decoder.projections import DenseMatrix
 
-__all__ = ["MOST_TOKENS", "OneLaunch", "new_one_launch", "reason_not"]
+__all__ = ["Ends", "OneLaunch", "new_one_launch", "reason_not"]
 
-MOST_TOKENS = 8
 CAPACITIES = (1, 2, 4, 8)
+MOST_TOKENS = CAPACITIES[-1]
 WAVES, CPU_WAVES = 16, 4
 QKV_TEAM, GATE_TEAM = 4, 4
 WAVE = 32
-SPLIT_TOKENS = 128
-"""The fewest positions of a run."""
+SPLIT_PAGES = 16
+"""The fewest pages of a run of positions: one for each wave."""
 PHASES = 7
 JOINS = 2  # the phase that is left out if there is one run
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
+LEAST_STEP_INTS = 1 << 14
 
 
-def new_one_launch(
-    ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], embedding: cl.Buffer, embedding_type: int
-) -> OneLaunch | None:
+class Ends(NamedTuple):
+    """What lies before and after a model's layers, on the device.
+
+    Attributes
+    ----------
+    embedding, final_norm : pyopencl.Buffer
+    embedding_type : int
+    head : DenseMatrix or None
+        None if the head is quantised; it is then no part of the launch.
+    vocab_size : int
+    """
+
+    embedding: cl.Buffer
+    embedding_type: int
+    final_norm: cl.Buffer
+    head: DenseMatrix | None
+    vocab_size: int
+
+
+def new_one_launch(ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], ends: Ends) -> OneLaunch | None:
     """The one-launch way of a model; None where steps are not taken in one launch."""
     if ctx.backend.tier.name != "mma":
         return None
     try:
-        return OneLaunch(ctx, plan, layers, embedding, embedding_type, True)
+        return OneLaunch(ctx, plan, layers, ends, True)
     except NotOneLaunch:
         return None
 
@@ -69,10 +91,14 @@ class OneLaunch:
     ctx : OpenClContext
     plan : DecoderPlan
     layers : sequence of Layer
-    embedding : pyopencl.Buffer
-    embedding_type : int
+    ends : Ends
     resident : bool
         Whether a step is one launch; else each phase is.
+
+    Attributes
+    ----------
+    has_head : bool
+        Whether a step gives logits and tokens; else it ends with the residual stream.
 
     Raises
     ------
@@ -81,36 +107,40 @@ class OneLaunch:
     """
 
     def __init__(
-        self,
-        ctx: OpenClContext,
-        plan: DecoderPlan,
-        layers: Sequence[Layer],
-        embedding: cl.Buffer,
-        embedding_type: int,
-        resident: bool,
+        self, ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], ends: Ends, resident: bool
     ) -> None:
-        self._ctx, self._resident = ctx, resident
+        self._ctx, self._resident, self._vocab_size = ctx, resident, ends.vocab_size
         runtime = ctx.backend.runtime
         device = runtime.capabilities
         shape = shape_of(plan, layers)
         waves = CPU_WAVES if device.is_cpu else WAVES
+        head = ends.head
+        if head is not None and (head.k % 8 or head.bias is not None):
+            head = None
+        self.has_head = head is not None
         self._macros = shape.macros | {
-            "MMA": int(ctx.backend.tier.name == "mma"),
+            "TENSOR": int(ctx.backend.tier.name == "mma"),
             "RESIDENT": int(resident),
-            "STEP_WAVES": waves,
+            "WAVES": waves,
             "QKV_TEAM": QKV_TEAM,
             "GATE_TEAM": GATE_TEAM,
-            "EMBEDDING_TYPE": embedding_type,
+            "EMBEDDING_TYPE": ends.embedding_type,
+            "HAS_HEAD": int(self.has_head),
+            "HEAD_TYPE": 0 if head is None else head.type_code,
+            "VOCABULARY": ends.vocab_size,
+            "ALIGNED": 1,
             "LAYER_BYTES": LAYER.itemsize,
         }
         self._local = WAVE * waves
-        self.groups = device.compute_units
-        (self._embedding,) = addresses(runtime, [embedding])
+        self._groups = device.compute_units
+        self._ends = addresses(runtime, [ends.embedding, ends.final_norm, *([] if head is None else [head.buffer])])
         self._layers = uploaded(runtime, shape.table(runtime).view(np.uint8), "table of layers")
-        (self._state,) = zeroed_buffers(runtime, [8], "counter of work-groups")
+        # The counter of work-groups, whether one gave up, and the tokens.
+        (self._state,) = zeroed_buffers(runtime, [4 * (2 + MOST_TOKENS)], "state of a step")
+        (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._target = 0
-        self._seen = np.zeros(2, np.uint32)
-        self._reading: cl.Event | None = None
+        self._seen = np.zeros(2 + MOST_TOKENS, np.uint32)
+        self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
 
     def takes(self, batch: Batch) -> bool:
@@ -126,73 +156,88 @@ class OneLaunch:
 
     def kind(self, rows: int) -> str:
         """Everything that decides whether the kernel gives correct results."""
-        return f"decoder_step {sorted(self._macros.items())} TOKENS {self.capacity(rows)} groups {self.groups}"
+        return f"decoder_step {sorted(self._macros.items())} TOKENS {self.capacity(rows)} groups {self._groups}"
 
-    def prepared(self, step: cl.Buffer, rows: int) -> Kernel:
-        """The kernel for a step of ``rows`` rows, whose description is in a buffer."""
-        tokens = self.capacity(rows)
-        found = self._kernels.get(tokens)
-        if found is None or found.step is not step:
-            found = self._kernels[tokens] = self._bound(step, tokens)
-        return found
-
-    def enqueue(self, step: cl.Buffer, rows: int, longest: int) -> Rows:
+    def enqueue(self, batch: Batch, greedy: bool) -> Rows:
         """Enqueue a step. Returns the residual stream.
 
         Parameters
         ----------
-        step : pyopencl.Buffer
-            As of :func:`~marlin_cy.opencl.decoder.step.describe_step`, for ``rows`` rows.
-        rows : int
-        longest : int
-            Positions that the row which sees most of them sees.
+        batch : Batch
+            One that :meth:`takes` accepts.
+        greedy : bool
+            Whether tokens are chosen, too.
         """
-        kernel = self.prepared(step, rows)
-        macros = self._macros
-        blocks = macros["HEADS"] // macros["HEADS_TOGETHER"]
-        splits = max(1, min(self.groups // (rows * blocks), longest // SPLIT_TOKENS))
-        size, local = (self.groups * self._local,), (self._local,)
-        queue, last = self._ctx.queue, macros["LAYERS"] * PHASES
-        kernel.set("rows", np.uint32(rows))
-        kernel.set("splits", np.uint32(splits))
+        rows, macros = len(batch.tokens), self._macros
+        step, pages = describe_rows(batch)
+        if 4 * len(step) > self._step.size:
+            self._ctx.queue.finish()
+            self._kernels.clear()
+            (self._step,) = zeroed_buffers(
+                self._ctx.backend.runtime, [4 << (len(step) - 1).bit_length()], "description of a step"
+            )
+        kernel = self._kernels.get(self.capacity(rows))
+        if kernel is None:
+            kernel = self._kernels[self.capacity(rows)] = self._bound(self.capacity(rows))
+        blocks = macros["NUM_HEADS"] // macros["HEADS"]
+        splits = max(1, min(self._groups // (rows * blocks), pages // SPLIT_PAGES))
+        last = macros["LAYERS"] * PHASES + self.has_head * (1 + greedy)
+        queue = self._ctx.queue
+        # Dropping the event of a write waits for it: so it is kept until the next step.
+        self._pending = [cl.enqueue_copy(queue, self._step, step, is_blocking=False)]
+        kernel.set(rows=rows, splits=splits, last=last)
+        size, local = (self._groups * self._local,), (self._local,)
         if self._resident:
-            kernel.set("target", np.uint32((self._target + self.groups) % 2**32))
-            waits = macros["LAYERS"] * (PHASES - (splits == 1)) - 1
-            self._target = (self._target + self.groups * waits) % 2**32
+            kernel.set(target=(self._target + self._groups) % 2**32)
+            waits = last - 1 - (macros["LAYERS"] if splits == 1 else 0)
+            self._target = (self._target + self._groups * waits) % 2**32
             self._ctx.log("decoder_step", cl.enqueue_nd_range_kernel(queue, kernel.kernel, size, local))
         else:
             for phase in range(last):
-                if splits > 1 or phase % PHASES != JOINS:
-                    kernel.set("first", np.uint32(phase))
-                    kernel.set("last", np.uint32(phase + 1))
+                if splits > 1 or phase % PHASES != JOINS or phase >= macros["LAYERS"] * PHASES:
+                    kernel.set(first=phase, last=phase + 1)
                     event = cl.enqueue_nd_range_kernel(queue, kernel.kernel, size, local)
                     self._ctx.log(f"decoder_step {phase % PHASES}", event)
+        return Rows(kernel.rooms["x"], 0, FLOAT32, rows, macros["HIDDEN"])
+
+    def tokens(self, rows: int) -> npt.NDArray[np.int32]:
+        """The tokens of the step that was enqueued last, int32 ``[rows]``. Waits for them."""
         self._read_state()
-        return Rows(kernel.x, 0, FLOAT32, rows, macros["HIDDEN"])
+        return self._seen[2 : 2 + rows].astype(np.int32)
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """The logits of the step that was enqueued last, float32 ``[rows, vocab_size]``. Waits for them."""
+        found = np.empty((rows, self._vocab_size), np.float32)
+        kernel = self._kernels[self.capacity(rows)]
+        cl.enqueue_copy(self._ctx.queue, found, kernel.rooms["vocabulary"])
+        self._read_state()
+        return found
 
     @property
     def gave_up(self) -> bool:
-        """Whether a work-group of the last step waited in vain. To be asked after a later read of the queue."""
+        """Whether a work-group of the step that was read last waited in vain."""
         if not self._seen[1]:
             return False
         cl.enqueue_fill_buffer(self._ctx.queue, self._state, b"\0", 0, 8)
         self._target = self._seen[1] = 0
         return True
 
-    def _read_state(self) -> None:
-        """Enqueue a read of the counter."""
-        if self._resident:
-            self._reading = cl.enqueue_copy(self._ctx.queue, self._seen, self._state, is_blocking=False)
+    def read_state(self) -> None:
+        """Read whether a work-group gave up. Waits for the step."""
+        self._read_state()
 
-    def _bound(self, step: cl.Buffer, tokens: int) -> Kernel:
+    def _read_state(self) -> None:
+        cl.enqueue_copy(self._ctx.queue, self._seen, self._state)
+
+    def _bound(self, tokens: int) -> Kernel:
         """A kernel object with all arguments set that do not change."""
         ctx, macros = self._ctx, {**self._macros, "TOKENS": tokens}
-        heads, width = macros["HEADS"], macros["HEAD_DIM"]
+        heads, width = macros["NUM_HEADS"], macros["HEAD_DIM"]
         pairs, attended = tokens * macros["TOP_K"], heads * width
-        room = self.groups * macros["HEADS_TOGETHER"] + tokens * heads
+        room = self._groups * macros["HEADS"] + tokens * heads
         sizes = {
             "x": 4 * tokens * macros["HIDDEN"],
-            "heads": 4 * tokens * (heads + 2 * macros["KV_HEADS"]) * width,
+            "heads": 4 * tokens * (heads + 2 * macros["NUM_KV_HEADS"]) * width,
             "attended": 2 * tokens * attended,
             "partial": 4 * room * width,
             "stats": 8 * room,
@@ -201,27 +246,31 @@ class OneLaunch:
             "weights": 4 * pairs,
             "inner": 4 * pairs * macros["INNER"],
             "inner_most": 4 * pairs,
+            "vocabulary": 4 * tokens * self._vocab_size,
+            "best": 8 * tokens * self._groups,
         }
         runtime = ctx.backend.runtime
         rooms = dict(zip(sizes, zeroed_buffers(runtime, list(sizes.values()), "rows of a step"), strict=True))
-        options = ctx.backend.tier.options(runtime.capabilities)
         table = arguments_of("decoder_step", macros)
+        options = ctx.backend.tier.options(runtime.capabilities)
         kernel = cl.Kernel(runtime.programs.program("decoder_step", macros, options), "decoder_step")
         values: dict[str, Any] = {
             **rooms,
-            "batch": step,
+            "batch": self._step,
             "layers": self._layers,
-            "embedding": self._embedding,
+            "embedding": self._ends[0],
+            "final_norm": self._ends[1],
+            "head": self._ends[2] if self.has_head else 0,
             "rows": tokens,
             "splits": 1,
             "first": 0,
-            "last": macros["LAYERS"] * PHASES,
+            "last": 0,
             "state": self._state,
             "target": 0,
             "patience": PATIENCE,
         }
         bound_kernel(kernel, table, values)
-        return Kernel(kernel, list(table), step, rooms)
+        return Kernel(kernel, list(table), rooms)
 
 
 class Kernel:
@@ -230,14 +279,32 @@ class Kernel:
     Attributes
     ----------
     kernel : pyopencl.Kernel
-    step, x : pyopencl.Buffer
+    rooms : dict of str to pyopencl.Buffer
     """
 
-    def __init__(self, kernel: cl.Kernel, names: list[str], step: cl.Buffer, rooms: dict[str, cl.Buffer]) -> None:
-        self.kernel, self.step, self.x = kernel, step, rooms["x"]
-        self._rooms = rooms
+    def __init__(self, kernel: cl.Kernel, names: list[str], rooms: dict[str, cl.Buffer]) -> None:
+        self.kernel, self.rooms = kernel, rooms
         self._places = {name: place for place, name in enumerate(names)}
+        self._set: dict[str, int] = {}
 
-    def set(self, name: str, value: Any) -> None:
-        """Set an argument."""
-        self.kernel.set_arg(self._places[name], value)
+    def set(self, **values: int) -> None:
+        """Set arguments of type uint, where they have changed."""
+        for name, value in values.items():
+            if self._set.get(name) != value:
+                self.kernel.set_arg(self._places[name], np.uint32(value))
+                self._set[name] = value
+
+
+def describe_rows(batch: Batch) -> tuple[npt.NDArray[np.int32], int]:
+    """A batch of one row for each sequence, as ``kernels/decoder.cl`` draws it, and the pages of the longest sequence."""
+    rows = len(batch.tokens)
+    positions = batch.segments[:, 2]
+    pages = int(positions.max()) // PAGE_TOKENS + 1
+    tables = HEADER + 4 * rows
+    step = np.empty(tables + rows * pages, np.int32)
+    records = step[HEADER:tables].reshape(rows, 4)
+    records[:, 0], records[:, 1] = batch.tokens, positions
+    records[:, 2] = range(tables, tables + rows * pages, pages)
+    records[:, 3] = range(rows)
+    step[tables:].reshape(rows, pages)[:] = batch.pages[:, :pages]
+    return step, pages

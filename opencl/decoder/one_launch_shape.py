@@ -242,10 +242,10 @@ class LayerShape:
         entry.numbers["window", 0] = plan.window or 0
         per_kv = heads // kv_heads
         self.macros |= {
-            "HEADS": heads,
-            "KV_HEADS": kv_heads,
+            "NUM_HEADS": heads,
+            "NUM_KV_HEADS": kv_heads,
             "HEAD_DIM": width,
-            "HEADS_TOGETHER": max(number for number in range(1, MOST_HEADS + 1) if per_kv % number == 0),
+            "HEADS": max(number for number in range(1, MOST_HEADS + 1) if per_kv % number == 0),
             "PAIRS_ROTATED": layer.rotation.pairs,
             "INTERLEAVED": int(layer.rotation.interleaved),
             "QKV_SHIFT": shifts.pop(),

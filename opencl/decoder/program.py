@@ -32,7 +32,7 @@ from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
 from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
-from marlin_cy.opencl.decoder.one_launch import OneLaunch, new_one_launch
+from marlin_cy.opencl.decoder.one_launch import Ends, OneLaunch, new_one_launch
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
@@ -92,7 +92,7 @@ class OpenClDecoder(DecoderProgram):
         self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
-        self._one_launch = new_one_launch(self._ctx, plan, self._layers, self._embedding, self._embedding_type)
+        self._one_launch = new_one_launch(self._ctx, plan, self._layers, self._ends())
         self._one_launch_checked: set[int] = set()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -172,33 +172,43 @@ class OpenClDecoder(DecoderProgram):
         with self._ctx:
             one = self._one_launch_for(batch)
             if one is not None:
-                results = self._run_by(one, batch, head, shape, dtype)
+                results = self._run_one_launch(one, batch, head, shape, dtype)
                 if not one.gave_up:
                     return results
                 self._leave_one_launch("a work-group waited in vain for the others; are several models on the device?")
-            return self._run_by(None, batch, head, shape, dtype)
+            return self._run_launches(batch, head, shape, dtype)
 
-    def _run_by(
-        self, one: OneLaunch | None, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
+    def _run_one_launch(
+        self, one: OneLaunch, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
     ) -> npt.NDArray[Any]:
-        """As ``_run``: by one launch, or by launches if ``one`` is None."""
-        queue = self._ctx.queue
+        """As ``_run``, by one launch. The caller asks whether it gave up."""
+        greedy = head == "greedy"
+        x = one.enqueue(batch, greedy)
+        rows, wanted = len(batch.tokens), batch.wanted
+        if one.has_head:
+            results = one.tokens(rows) if greedy else one.logits(rows)
+            return results if len(wanted) == rows else results[wanted]
+        layout = StepLayout(rows_recorded(rows))
+        self._write(wanted, layout.picked)
+        results = np.empty((len(wanted), *shape), dtype)
+        self._run_head(f"{head} {rows} after one launch", layout, wanted, Residual(x), greedy, results)
+        one.read_state()
+        return results
+
+    def _run_launches(
+        self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> npt.NDArray[Any]:
+        """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
         step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)
         self._reserve_step(len(step))
+        layers = self._recorded("layers", layout.rows, self._record_layers)
         slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
         recurrent = len(self._state_lengths) > 0
         if recurrent:
             self._state_lengths[slots] = INCOMPLETE
-        if one is None:
-            layers = self._recorded("layers", layout.rows, self._record_layers)
-            self._write(step, 0)
-            self._enqueue(layers, known)
-            way, residual = f"{head} {layout.rows}", layers.result
-        else:
-            self._write(step, 0)
-            x = one.enqueue(self._step, len(batch.tokens), int(lengths.max()))
-            way, residual = f"{head} {layout.rows} after one launch", Residual(x)
+        self._write(step, 0)
+        self._enqueue(layers, known)
         if recurrent:
             self._state_lengths[slots] = lengths
         wanted = batch.wanted
@@ -207,14 +217,27 @@ class OpenClDecoder(DecoderProgram):
             rows = wanted[begin : begin + HEAD_ROWS]
             if begin:  # the step has the first ones
                 self._write(rows, layout.picked)
-            found = self._recorded(
-                way,
-                rows_recorded(len(rows)),
-                lambda maker: self._record_head(replace(maker, layout=layout), residual, head == "greedy"),
-            )
-            self._enqueue(found, None)
-            cl.enqueue_copy(queue, results[begin : begin + len(rows)], found.result)
+            part = results[begin : begin + len(rows)]
+            self._run_head(f"{head} {layout.rows}", layout, rows, layers.result, head == "greedy", part)
         return results
+
+    def _run_head(
+        self,
+        way: str,
+        layout: StepLayout,
+        rows: npt.NDArray[np.int32],
+        residual: Residual,
+        greedy: bool,
+        results: npt.NDArray[Any],
+    ) -> None:
+        """Run the head for rows that the step names as picked, and read its results."""
+        found = self._recorded(
+            way,
+            rows_recorded(len(rows)),
+            lambda maker: self._record_head(replace(maker, layout=layout), residual, greedy),
+        )
+        self._enqueue(found, None)
+        cl.enqueue_copy(self._ctx.queue, results, found.result)
 
     def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
         """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
@@ -235,6 +258,12 @@ class OpenClDecoder(DecoderProgram):
             )
 
     # One launch --------------------------------------------------------------------------------
+
+    def _ends(self) -> Ends:
+        """What lies before and after the layers."""
+        return Ends(
+            self._embedding, self._embedding_type, self._final_norm, self._head.whole_dense, self._plan.vocab_size
+        )
 
     def _one_launch_for(self, batch: Batch) -> OneLaunch | None:
         """The one-launch way, if it is right for a batch and gives correct results on this device."""
@@ -257,14 +286,14 @@ class OpenClDecoder(DecoderProgram):
             return None
         if not verdicts.knows(kind):
             # Launches may be checked themselves when they run first, and checks are not nested.
-            expected = self._run_by(None, batch, "head", (self._plan.vocab_size,), np.float32)
+            expected = self._run_launches(batch, "head", (self._plan.vocab_size,), np.float32)
             return verdicts.reason_wrong(kind, lambda: self._one_launch_error(one, batch, expected))
         return verdicts.reason_wrong(kind, lambda: None)
 
     def _one_launch_error(self, one: OneLaunch, batch: Batch, expected: npt.NDArray[np.float32]) -> str | None:
         """What is wrong with the logits by one launch; None if they are ``expected`` up to rounding."""
         try:
-            found = self._run_by(one, batch, "head", (self._plan.vocab_size,), np.float32)
+            found = self._run_one_launch(one, batch, "head", (self._plan.vocab_size,), np.float32)
         except (cl.Error, BuildError) as error:
             return f"the kernel does not run: {error}"
         if one.gave_up:

@@ -207,6 +207,13 @@ class ProjectionGroup:
                 self.parts += packed_columns(uploads, run, column, self.width, merger)
             column += sum(layer.out_features for layer in run)
 
+    @property
+    def whole_dense(self) -> DenseMatrix | None:
+        """The matrix, if the group is one dense matrix."""
+        if len(self.parts) == 1 and not isinstance(self.parts[0], PackedColumns):
+            return self.parts[0][0]
+        return None
+
     def record(self, maker: Maker, x: Rows, out: Rows, label: str, activation: str | None = None) -> None:
         """Record the products; ``out`` is ``width`` wide. ``activation``: of quantised layers, as in ``multiply``."""
         for part in self.parts:

@@ -1,11 +1,20 @@
-// Attention of a whole step in one launch. A work-group attends with HEADS_TOGETHER heads of a row, all of which read the
+// Attention of a whole step in one launch. A work-group attends with HEADS heads of a row, all of which read the
 // same head of keys and values, to a run of the positions: KEYS of them at a time.
+//
+// Without tensor cores:
 //
 //   scores    a work-item has a position and a quarter of the dimensions, for all heads
 //   weights   the work-items of a head: maximum, exponentials, sum
 //   values    a work-item has a head, eight columns, and every VALUE_LANES-th position
 //
 // The work-group whose run has the row's own position appends it to the cache, and reads it from there as the others.
+
+#if TENSOR_ATTENTION
+#include "decoder_attention_pages_mma.cl"
+#define BASE_EXP native_exp2 // of weights
+#else
+#define BASE_EXP exp
+#endif
 
 // Adds up over 32 neighbouring work-items; all work-items of the work-group call it. `sums`: float [ITEMS].
 __attribute__((always_inline)) static inline float wave_sum(float value, __local float *sums)
@@ -21,208 +30,262 @@ __attribute__((always_inline)) static inline float wave_sum(float value, __local
     return sum.x + sum.y + (sum.z + sum.w);
 }
 
+// Norms and rotates the heads of a row: HEADS of queries, one of keys, one of values, to `queries`. Appends those of keys and
+// values to the cache if `appends`.
+//   sums   float [ITEMS]
+__attribute__((always_inline)) static inline void place_row(__global const Layer *layer, uint row, uint first_head,
+                                                            uint kv_head, uint position, bool appends,
+                                                            __global const int *pages, __global const float *heads,
+                                                            __local float *queries, __local float *sums)
+{
+    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+    __global CACHE *keys = (__global CACHE *)layer->keys, *values = (__global CACHE *)layer->values;
+    for (uint base = 0; base < HEADS + 2; base += WAVES) {
+        const uint head = base + wave, kind = head < HEADS ? 0 : head - HEADS + 1;
+        const bool exists = kind < 3;
+        const uint column = kind == 0   ? (first_head + head) * HEAD_DIM
+                            : kind == 1 ? ATTENDED + kv_head * HEAD_DIM
+                                        : ATTENDED + (NUM_KV_HEADS + kv_head) * HEAD_DIM;
+        __global const float *norm = (__global const float *)(kind == 0 ? layer->q_norm : layer->k_norm);
+        const bool normed = exists && kind < 2 && norm;
+        float own[HEAD_DIM / WAVE], square = 0;
+#pragma unroll
+        for (uint i = 0; i < HEAD_DIM / WAVE; i++) {
+            own[i] = exists ? heads[row * (ulong)QKV + column + i * WAVE + lane] : 0;
+            square = fma(own[i], own[i], square);
+        }
+        square = wave_sum(square, sums);
+        if (normed) {
+            const float factor = 1 / sqrt(square / HEAD_DIM + layer->head_eps);
+#pragma unroll
+            for (uint i = 0; i < HEAD_DIM / WAVE; i++)
+                own[i] *= factor * norm[i * WAVE + lane];
+        }
+        if (exists)
+#pragma unroll
+            for (uint i = 0; i < HEAD_DIM / WAVE; i++)
+                queries[head * HEAD_DIM + i * WAVE + lane] = own[i];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+#if PAIRS_ROTATED
+    EACH(i, (HEADS + 1) * PAIRS_ROTATED)
+    {
+        const uint pair = i % PAIRS_ROTATED;
+        __local float *head = queries + i / PAIRS_ROTATED * HEAD_DIM;
+        const uint one = INTERLEAVED ? 2 * pair : pair, other = INTERLEAVED ? one + 1 : one + PAIRS_ROTATED;
+        const float a = head[one], b = head[other];
+        const float cosine = ((__global const float *)layer->cosine)[position * (ulong)PAIRS_ROTATED + pair];
+        const float sine = ((__global const float *)layer->sine)[position * (ulong)PAIRS_ROTATED + pair];
+        head[one] = fma(a, cosine, -(b * sine));
+        head[other] = fma(b, cosine, a * sine);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+#endif
+    if (appends) {
+        const ulong page = ((uint)pages[position / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS);
+        const ulong place = page + position % PAGE_TOKENS * CHUNK;
+        EACH(i, HEAD_DIM)
+        {
+            store_cache(queries[HEADS * HEAD_DIM + i], keys, place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+            store_cache(queries[(HEADS + 1) * HEAD_DIM + i], values,
+                        place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+        }
+    }
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+}
+
+#if !TENSOR_ATTENTION
+// Attention to positions begin to end - 1 by multiply-adds; `memory` holds what follows the queries in ATTEND_FLOATS.
+__attribute__((always_inline)) static inline void attend_positions(
+    __global const Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
+    uint split, uint splits, __global const int *pages, __global half *attended, __global float *partial,
+    __global float2 *stats, __local const float *queries, __local float *memory)
+{
+    const uint item = get_local_id(0);
+    __local float *sums = memory, *scores = sums + ITEMS;
+    __local float *weights = scores + MAX_OF(ATTEND_SCORES, ATTEND_SUMS);
+    __local float *highs = weights + HEADS * KEYS, *totals = highs + HEADS, *factors = totals + HEADS;
+    __global const CACHE *keys = (__global const CACHE *)layer->keys, *values = (__global const CACHE *)layer->values;
+    EACH(i, HEADS)
+    {
+        highs[i] = -INFINITY;
+        totals[i] = 0;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    const uint quarter = item / KEYS, key = item % KEYS;
+    const uint slot = item % SLOTS, value_lane = item / SLOTS;
+    const uint value_head = slot / (HEAD_DIM / CHUNK), value_chunk = slot % (HEAD_DIM / CHUNK);
+    float8 sum = (float8)(0);
+    for (uint from = begin; from < end; from += KEYS) {
+        const uint at = from + key;
+        const bool is_seen = at < end && at >= left_out;
+        float scored[HEADS];
+#pragma unroll
+        for (uint h = 0; h < HEADS; h++)
+            scored[h] = 0;
+        if (is_seen) {
+            __global const CACHE *page =
+                keys + ((uint)pages[at / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
+                at % PAGE_TOKENS * CHUNK;
+#pragma unroll
+            for (uint i = 0; i < HEAD_DIM / CHUNK / QUARTERS; i++) {
+                const uint chunk = quarter * (HEAD_DIM / CHUNK / QUARTERS) + i;
+                const float8 k = load8_cache(page, chunk * CHUNK_STRIDE);
+#pragma unroll
+                for (uint h = 0; h < HEADS; h++) {
+                    const float8 q = vload8(h * (HEAD_DIM / CHUNK) + chunk, queries);
+                    const float4 part = fma(q.lo, k.lo, q.hi * k.hi);
+                    scored[h] += part.x + part.y + (part.z + part.w);
+                }
+            }
+        }
+#pragma unroll
+        for (uint h = 0; h < HEADS; h++)
+            scores[(quarter * HEADS + h) * KEYS + key] = scored[h];
+        barrier(CLK_LOCAL_MEM_FENCE);
+        // A score that is not seen is -INFINITY.
+        EACH(i, HEADS * KEYS)
+        {
+            float score = 0;
+            for (uint j = 0; j < QUARTERS; j++)
+                score += scores[j * (HEADS * KEYS) + i];
+            const uint its = from + i % KEYS;
+            weights[i] = its < end && its >= left_out ? score * layer->scale : -INFINITY;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        // Eight lanes of each head find its largest score.
+        EACH(i, HEADS * 8)
+        {
+            float high = -INFINITY;
+            for (uint j = i % 8; j < KEYS; j += 8)
+                high = fmax(high, weights[i / 8 * KEYS + j]);
+            sums[i] = high;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        EACH(i, HEADS)
+        {
+            float high = highs[i];
+            for (uint j = 0; j < 8; j++)
+                high = fmax(high, sums[i * 8 + j]);
+            factors[i] = highs[i] == -INFINITY ? 0 : exp(highs[i] - high);
+            highs[i] = high;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        EACH(i, HEADS * KEYS)
+        {
+            const float high = highs[i / KEYS];
+            weights[i] = high == -INFINITY ? 0 : exp(weights[i] - high);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        EACH(i, HEADS * 8)
+        {
+            float total = 0;
+            for (uint j = i % 8; j < KEYS; j += 8)
+                total += weights[i / 8 * KEYS + j];
+            sums[i] = total;
+        }
+        sum *= factors[value_head];
+        const uint left = min((uint)KEYS, end - from);
+        for (uint j = value_lane; j < left; j += VALUE_LANES) {
+            const uint its = from + j;
+            const float weight = weights[value_head * KEYS + j];
+            if (its >= left_out)
+                sum = fma((float8)(weight),
+                          load8_cache(values,
+                                      ((uint)pages[its / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) *
+                                              (HEAD_DIM * PAGE_TOKENS) +
+                                          value_chunk * CHUNK_STRIDE + its % PAGE_TOKENS * CHUNK),
+                          sum);
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        EACH(i, HEADS)
+        {
+            float total = totals[i] * factors[i];
+            for (uint j = 0; j < 8; j++)
+                total += sums[i * 8 + j];
+            totals[i] = total;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    vstore8(sum, item, scores); // [VALUE_LANES][HEADS][HEAD_DIM]
+    barrier(CLK_LOCAL_MEM_FENCE);
+    EACH(i, HEADS * HEAD_DIM)
+    {
+        const float value = group_total(scores + i, VALUE_LANES, HEADS * HEAD_DIM);
+        const uint head = first_head + i / HEAD_DIM;
+        const float total = totals[i / HEAD_DIM];
+        if (splits == 1) {
+            vstore_half_rte(total == 0 ? 0 : value / total, row * (ulong)ATTENDED + head * HEAD_DIM + i % HEAD_DIM,
+                            attended);
+        } else {
+            const ulong place = (row * (ulong)NUM_HEADS + head) * splits + split;
+            partial[place * HEAD_DIM + i % HEAD_DIM] = value;
+            if (i % HEAD_DIM == 0)
+                stats[place] = (float2)(highs[i / HEAD_DIM], total);
+        }
+    }
+}
+#endif
+
 __attribute__((always_inline)) static inline void attend_step(__global const Layer *layer, uint rows, uint splits,
                                                               __global const int *batch, __global const float *heads,
                                                               __global half *attended, __global float *partial,
                                                               __global float2 *stats, __local float *memory)
 {
-    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
-    __local float *queries = memory, *scores = queries + ATTEND_QUERIES;
-    __local float *weights = scores + MAX_OF(ATTEND_SCORES, ATTEND_SUMS);
-    __local float *highs = weights + HEADS_TOGETHER * KEYS, *totals = highs + HEADS_TOGETHER;
-    __local float *factors = totals + HEADS_TOGETHER, *sums = factors + 2 * HEADS_TOGETHER;
-    __global CACHE *keys = (__global CACHE *)layer->keys, *values = (__global CACHE *)layer->values;
-    const uint blocks = HEADS / HEADS_TOGETHER, tasks = rows * blocks * splits;
+    __local float *queries = memory, *rest = queries + ATTEND_QUERIES;
+    const uint blocks = NUM_HEADS / HEADS, tasks = rows * blocks * splits;
     for (uint task = get_group_id(0); task < tasks; task += get_num_groups(0)) {
         const uint split = task % splits, block = task / splits % blocks, row = task / splits / blocks;
-        const uint first_head = block * HEADS_TOGETHER, kv_head = first_head / (HEADS / KV_HEADS);
+        const uint first_head = block * HEADS, kv_head = first_head / (NUM_HEADS / NUM_KV_HEADS);
         const int4 record = STEP_ROW(batch, row);
         __global const int *pages = batch + record.z;
         const uint position = (uint)record.y, seen = position + 1;
         const uint left_out = layer->window && seen > layer->window ? seen - layer->window : 0;
         // Runs are whole pages, so that no page is read by two work-groups.
-        const uint first_page = left_out / PAGE_TOKENS, count = (seen + PAGE_TOKENS - 1) / PAGE_TOKENS - first_page;
-        const uint run = (count + splits - 1) / splits * PAGE_TOKENS;
-        const uint begin = first_page * PAGE_TOKENS + split * run, end = min(begin + run, seen);
-        const bool appends = begin <= position && position < end;
-
-        // Heads: those of queries, then that of keys, then that of values.
-        for (uint base = 0; base < HEADS_TOGETHER + 2; base += STEP_WAVES) {
-            const uint head = base + wave, kind = head < HEADS_TOGETHER ? 0 : head - HEADS_TOGETHER + 1;
-            const bool exists = kind < 3;
-            const uint column = kind == 0   ? (first_head + head) * HEAD_DIM
-                                : kind == 1 ? ATTENDED + kv_head * HEAD_DIM
-                                            : ATTENDED + (KV_HEADS + kv_head) * HEAD_DIM;
-            __global const float *norm = (__global const float *)(kind == 0 ? layer->q_norm : layer->k_norm);
-            const bool normed = exists && kind < 2 && norm;
-            float own[HEAD_DIM / WAVE], square = 0;
-#pragma unroll
-            for (uint i = 0; i < HEAD_DIM / WAVE; i++) {
-                own[i] = exists ? heads[row * (ulong)QKV + column + i * WAVE + lane] : 0;
-                square = fma(own[i], own[i], square);
-            }
-            square = wave_sum(square, sums);
-            if (normed) {
-                const float factor = 1 / sqrt(square / HEAD_DIM + layer->head_eps);
-#pragma unroll
-                for (uint i = 0; i < HEAD_DIM / WAVE; i++)
-                    own[i] *= factor * norm[i * WAVE + lane];
-            }
-            if (exists)
-#pragma unroll
-                for (uint i = 0; i < HEAD_DIM / WAVE; i++)
-                    queries[head * HEAD_DIM + i * WAVE + lane] = own[i];
-        }
+        const uint first_page = left_out / PAGE_TOKENS, end_page = (seen + PAGE_TOKENS - 1) / PAGE_TOKENS;
+        const uint run = (end_page - first_page + splits - 1) / splits;
+        const uint begin_page = first_page + split * run, my_end = min(begin_page + run, end_page);
+        const bool appends = begin_page < my_end && my_end == end_page;
+        place_row(layer, row, first_head, kv_head, position, appends, pages, heads, queries, rest);
+#if TENSOR_ATTENTION
+        __local float4 *room4 = (__local float4 *)(rest + ITEMS);
+        __local float2 *wave_stats = (__local float2 *)(room4 + WAVES * ALL_HEADS * ROOM_WIDTH / 4);
+        const uint lane = get_local_id(0) % LANES, g = lane / 4, t = lane % 4;
+        const ulong head_at = kv_head * (ulong)(HEAD_DIM * PAGE_TOKENS), page_size = NUM_KV_HEADS * HEAD_DIM * PAGE_TOKENS;
+        const float factor = layer->scale * LOG2_E;
+        uint4 operand[STEPS];
+#define LOCAL_Q(head, at) vload8(0, queries + (head) * HEAD_DIM + (at))
+        READ_QUERIES(operand, LOCAL_Q)
+        attend_pages(operand, pages, (int)(begin_page + get_local_id(0) / LANES), (int)my_end,
+                     (__global const CACHE *)layer->keys + head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK,
+                     (__global const CACHE *)layer->values + head_at + (PAGE_TOKENS * g + t) * CHUNK, page_size,
+                     page_size, (int)position, layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);
         barrier(CLK_LOCAL_MEM_FENCE);
-#if PAIRS_ROTATED
-        EACH(i, (HEADS_TOGETHER + 1) * PAIRS_ROTATED)
+        EACH(i, HEADS * QUADS)
         {
-            const uint pair = i % PAIRS_ROTATED;
-            __local float *head = queries + i / PAIRS_ROTATED * HEAD_DIM;
-            const uint one = INTERLEAVED ? 2 * pair : pair, other = INTERLEAVED ? one + 1 : one + PAIRS_ROTATED;
-            const float a = head[one], b = head[other];
-            const float cosine = ((__global const float *)layer->cosine)[position * (ulong)PAIRS_ROTATED + pair];
-            const float sine = ((__global const float *)layer->sine)[position * (ulong)PAIRS_ROTATED + pair];
-            head[one] = fma(a, cosine, -(b * sine));
-            head[other] = fma(b, cosine, a * sine);
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-#endif
-        if (appends) {
-            const ulong page = ((uint)pages[position / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS);
-            const ulong place = page + position % PAGE_TOKENS * CHUNK;
-            EACH(i, HEAD_DIM)
-            {
-                store_cache(queries[HEADS_TOGETHER * HEAD_DIM + i], keys, place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
-                store_cache(queries[(HEADS_TOGETHER + 1) * HEAD_DIM + i], values,
-                            place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
-            }
-        }
-        EACH(i, HEADS_TOGETHER)
-        {
-            highs[i] = -INFINITY;
-            totals[i] = 0;
-        }
-        barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
-
-        const uint quarter = item / KEYS, key = item % KEYS;
-        const uint slot = item % SLOTS, value_lane = item / SLOTS;
-        const uint value_head = slot / (HEAD_DIM / CHUNK), value_chunk = slot % (HEAD_DIM / CHUNK);
-        float8 sum = (float8)(0);
-        for (uint from = begin; from < end; from += KEYS) {
-            const uint at = from + key;
-            const bool is_seen = at < end && at >= left_out;
-            float scored[HEADS_TOGETHER];
-#pragma unroll
-            for (uint h = 0; h < HEADS_TOGETHER; h++)
-                scored[h] = 0;
-            if (is_seen) {
-                __global const CACHE *page =
-                    keys + ((uint)pages[at / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
-                    at % PAGE_TOKENS * CHUNK;
-#pragma unroll
-                for (uint i = 0; i < HEAD_DIM / CHUNK / QUARTERS; i++) {
-                    const uint chunk = quarter * (HEAD_DIM / CHUNK / QUARTERS) + i;
-                    const float8 k = load8_cache(page, chunk * CHUNK_STRIDE);
-#pragma unroll
-                    for (uint h = 0; h < HEADS_TOGETHER; h++) {
-                        const float8 q = vload8(h * (HEAD_DIM / CHUNK) + chunk, queries);
-                        const float4 part = fma(q.lo, k.lo, q.hi * k.hi);
-                        scored[h] += part.x + part.y + (part.z + part.w);
-                    }
-                }
-            }
-#pragma unroll
-            for (uint h = 0; h < HEADS_TOGETHER; h++)
-                scores[(quarter * HEADS_TOGETHER + h) * KEYS + key] = scored[h];
-            barrier(CLK_LOCAL_MEM_FENCE);
-            // A score that is not seen is -INFINITY.
-            EACH(i, HEADS_TOGETHER * KEYS)
-            {
-                float score = 0;
-                for (uint j = 0; j < QUARTERS; j++)
-                    score += scores[j * (HEADS_TOGETHER * KEYS) + i];
-                const uint its = from + i % KEYS;
-                weights[i] = its < end && its >= left_out ? score * layer->scale : -INFINITY;
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            // Eight lanes of each head find its largest score.
-            EACH(i, HEADS_TOGETHER * 8)
-            {
-                float high = -INFINITY;
-                for (uint j = i % 8; j < KEYS; j += 8)
-                    high = fmax(high, weights[i / 8 * KEYS + j]);
-                sums[i] = high;
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            EACH(i, HEADS_TOGETHER)
-            {
-                float high = highs[i];
-                for (uint j = 0; j < 8; j++)
-                    high = fmax(high, sums[i * 8 + j]);
-                factors[i] = highs[i] == -INFINITY ? 0 : exp(highs[i] - high);
-                highs[i] = high;
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            EACH(i, HEADS_TOGETHER * KEYS)
-            {
-                const float high = highs[i / KEYS];
-                weights[i] = high == -INFINITY ? 0 : exp(weights[i] - high);
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            EACH(i, HEADS_TOGETHER * 8)
-            {
-                float total = 0;
-                for (uint j = i % 8; j < KEYS; j += 8)
-                    total += weights[i / 8 * KEYS + j];
-                sums[i] = total;
-            }
-            sum *= factors[value_head];
-            const uint left = min((uint)KEYS, end - from);
-            for (uint j = value_lane; j < left; j += VALUE_LANES) {
-                const uint its = from + j;
-                const float weight = weights[value_head * KEYS + j];
-                if (its >= left_out)
-                    sum = fma((float8)(weight),
-                              load8_cache(values,
-                                          ((uint)pages[its / PAGE_TOKENS] * (ulong)KV_HEADS + kv_head) *
-                                                  (HEAD_DIM * PAGE_TOKENS) +
-                                              value_chunk * CHUNK_STRIDE + its % PAGE_TOKENS * CHUNK),
-                              sum);
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            EACH(i, HEADS_TOGETHER)
-            {
-                float total = totals[i] * factors[i];
-                for (uint j = 0; j < 8; j++)
-                    total += sums[i * 8 + j];
-                totals[i] = total;
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-        }
-        vstore8(sum, item, scores); // [VALUE_LANES][HEADS_TOGETHER][HEAD_DIM]
-        barrier(CLK_LOCAL_MEM_FENCE);
-        EACH(i, HEADS_TOGETHER * HEAD_DIM)
-        {
-            const float value = group_total(scores + i, VALUE_LANES, HEADS_TOGETHER * HEAD_DIM);
-            const uint head = first_head + i / HEAD_DIM;
-            const float total = totals[i / HEAD_DIM];
+            const uint head = first_head + i / QUADS, column = 4 * (i % QUADS);
+            float highest, total;
+            const float4 value = join_waves(i / QUADS, column, &highest, &total, room4, wave_stats);
             if (splits == 1) {
-                vstore_half_rte(total == 0 ? 0 : value / total, row * (ulong)ATTENDED + head * HEAD_DIM + i % HEAD_DIM,
-                                attended);
+                vstore_half4_rte(value * share_of(highest, total, -INFINITY),
+                                 (row * (ulong)ATTENDED + head * HEAD_DIM + column) / 4, attended);
             } else {
-                const ulong place = (row * (ulong)HEADS + head) * splits + split;
-                partial[place * HEAD_DIM + i % HEAD_DIM] = value;
-                if (i % HEAD_DIM == 0)
-                    stats[place] = (float2)(highs[i / HEAD_DIM], total);
+                const ulong place = (row * (ulong)NUM_HEADS + head) * splits + split;
+                vstore4(value, (place * HEAD_DIM + column) / 4, partial);
+                if (column == 0)
+                    stats[place] = (float2)(highest, total);
             }
         }
+#else
+        attend_positions(layer, row, first_head, kv_head, begin_page * PAGE_TOKENS, min(my_end * PAGE_TOKENS, seen),
+                         left_out, split, splits, pages, attended, partial, stats, queries, rest);
+#endif
         barrier(CLK_LOCAL_MEM_FENCE);
     }
 }
 
 // Joins the runs of each head of a row. A work-group has 32 columns of a head, and each of its waves some of the runs.
-// `memory`: 32 * STEP_WAVES + 2 * splits floats.
+// `memory`: 32 * WAVES + 2 * splits floats.
 __attribute__((always_inline)) static inline void join_splits(uint rows, uint splits, __global half *attended,
                                                               __global const float *partial,
                                                               __global const float2 *stats, __local float *memory)
@@ -242,17 +305,17 @@ __attribute__((always_inline)) static inline void join_splits(uint rows, uint sp
         float high = -INFINITY, value = 0;
         for (uint split = 0; split < splits; split++)
             high = fmax(high, highs[split]);
-        for (uint split = wave; split < splits; split += STEP_WAVES)
+        for (uint split = wave; split < splits; split += WAVES)
             if (highs[split] > -INFINITY)
-                value = fma(partial[(head + split) * HEAD_DIM + column], exp(highs[split] - high), value);
+                value = fma(partial[(head + split) * HEAD_DIM + column], BASE_EXP(highs[split] - high), value);
         memory[item] = value;
         barrier(CLK_LOCAL_MEM_FENCE);
         if (wave == 0) {
             float total = 0;
             for (uint split = 0; split < splits; split++)
                 if (highs[split] > -INFINITY)
-                    total = fma(totals[split], exp(highs[split] - high), total);
-            value = group_total(memory + lane, STEP_WAVES, WAVE);
+                    total = fma(totals[split], BASE_EXP(highs[split] - high), total);
+            value = group_total(memory + lane, WAVES, WAVE);
             vstore_half_rte(total == 0 ? 0 : value / total, task * (ulong)WAVE + lane, attended);
         }
         barrier(CLK_LOCAL_MEM_FENCE);

@@ -1,18 +1,18 @@
 // Products of a whole step in one launch: a wave multiplies one or two strips of packed weights, over some blocks of K.
 //
-// Rows are float16 in local or global memory, or one row of float32 in global memory. With MMA they are the columns of
+// Rows are float16 in local or global memory, or one row of float32 in global memory. With TENSOR they are the columns of
 // mma.m16n8k16, as in gemm_mma_direct.cl; without it the same lanes compute the same partial sums by dot products:
 //
-//   MMA 1   a lane has the sums of columns g and g + 8 with tokens 2 t and 2 t + 1, over all rows of K of the wave
-//   MMA 0   a lane has the sums of columns g and g + 8 with all tokens, over its own rows of K
+//   TENSOR 1   a lane has the sums of columns g and g + 8 with tokens 2 t and 2 t + 1, over all rows of K of the wave
+//   TENSOR 0   a lane has the sums of columns g and g + 8 with all tokens, over its own rows of K
 
-#if MMA
+#if TENSOR
 #include "mma_block.cl"
-#define QUADS 1 // lanes whose sums of a column are added
+#define K_LANES 1 // lanes whose sums of a column are added
 typedef float4 Total;
 #define TOTALS 1 // of a strip
 #else
-#define QUADS 4
+#define K_LANES 4
 #define LANES 32
 typedef float2 Total;
 #define TOTALS TOKENS
@@ -34,7 +34,7 @@ static inline Sections sections_of(ulong expert, uint strips, uint blocks, uint 
     return found;
 }
 
-#if !MMA
+#if !TENSOR
 // The codes of two words as numbers: columns g (low) and g + 8 (high) of eight rows, without the zero point.
 static inline void code_values(uint2 words, float8 *low, float8 *high)
 {
@@ -69,9 +69,18 @@ static inline float sum_of8(float8 value)
 //   name(totals, sections, strip, step, blocks, groups, group_shift, k, begin, end, lane, ...)
 //
 // which adds to totals the products of strip + i * step, for i below `strips`, over blocks begin to end - 1. It reads the
-// first `rows` rows.
-#if MMA
-#define DEFINE_STRIP_PRODUCT(name, strips, depth, rows, LOAD, ...)                                                    \
+// first `rows` rows: EARLY before the products of `depth` blocks, together with the weights, or else one by one.
+#if TENSOR
+#define READ_ROWS(x, rows, LOAD)                            \
+    {                                                       \
+        const bool reads = exists && g < (rows);            \
+        (x)[0] = (x)[1] = (uint4)(0);                       \
+        if (reads)                                          \
+            (x)[0] = LOAD(g, block * 8 + t);                \
+        if (reads && BLOCK_K * block + 32 < k)              \
+            (x)[1] = LOAD(g, block * 8 + 4 + t);            \
+    }
+#define DEFINE_STRIP_PRODUCT(name, strips, depth, rows, EARLY, LOAD, ...)                                                    \
     static inline void name(Total *totals, const Sections m, uint strip, uint step, uint blocks, uint groups,         \
                             uint group_shift, uint k, uint begin, uint end, uint lane, __VA_ARGS__)                   \
     {                                                                                                                 \
@@ -96,16 +105,16 @@ static inline float sum_of8(float8 value)
                         zeros[d][i][h] = SYMMETRIC ? 0 : m.zeros[at];                                                 \
                     }                                                                                                 \
                 }                                                                                                     \
-                const bool reads = exists && g < (rows);                                                              \
-                x[d][0] = x[d][1] = (uint4)(0);                                                                       \
-                if (reads)                                                                                            \
-                    x[d][0] = LOAD(g, block * 8 + t);                                                                 \
-                if (reads && BLOCK_K * block + 32 < k)                                                                \
-                    x[d][1] = LOAD(g, block * 8 + 4 + t);                                                             \
+                if (EARLY)\
+                    READ_ROWS(x[d], rows, LOAD)\
             }                                                                                                         \
             issue_loads();                                                                                            \
             _Pragma("unroll") for (uint d = 0; d < depth; d++)                                                        \
             {                                                                                                         \
+                const bool exists = chunk + d < end;\
+                const uint block = exists ? chunk + d : chunk;\
+                if (!EARLY)\
+                    READ_ROWS(x[d], rows, LOAD)\
                 float4 token_sums[HALVES];                                                                            \
                 sum_tokens(token_sums, x[d][0], x[d][1]);                                                             \
                 _Pragma("unroll") for (uint i = 0; i < strips; i++)                                                   \
@@ -120,7 +129,7 @@ static inline float sum_of8(float8 value)
         }                                                                                                             \
     }
 #else
-#define DEFINE_STRIP_PRODUCT(name, strips, depth, rows, LOAD, ...)                                                  \
+#define DEFINE_STRIP_PRODUCT(name, strips, depth, rows, EARLY, LOAD, ...)                                                  \
     static inline void name(Total *totals, const Sections m, uint strip, uint step, uint blocks, uint groups,       \
                             uint group_shift, uint k, uint begin, uint end, uint lane, __VA_ARGS__)                 \
     {                                                                                                               \
@@ -149,9 +158,9 @@ static inline float sum_of8(float8 value)
     }
 #endif
 
-// Stores or adds a lane's sums at sums[quad][token][stride], columns 0 to 15, times `factor`. QUADS of them are to be
+// Stores or adds a lane's sums at sums[quad][token][stride], columns 0 to 15, times `factor`. K_LANES of them are to be
 // added up.
-#if MMA
+#if TENSOR
 #define EACH_SUM(total, factor, sums, quad_stride, stride, tokens, lane, PUT)                           \
     {                                                                                                   \
         const uint g = (lane) / 4, first = 2 * ((lane) % 4);                                            \
@@ -181,8 +190,8 @@ static inline int exponent_of_row(uint most)
     return most > 0 && most < 0x7f800000u ? max(ilogb(as_float(most)) - 13, -126) : 0;
 }
 
-// The rows: eight elements of row r from element 8 * octet on, as float16 or, without MMA, as float.
-#if MMA
+// The rows: eight elements of row r from element 8 * octet on, as float16 or, without TENSOR, as float.
+#if TENSOR
 #define LOAD_LOCAL(r, octet) kept[(r) * X_OCTETS + (octet)]
 #define LOAD_HALVES(r, octet) load_early(rows + (r) * (ulong)(ATTENDED / 8) + (octet))
 #define LOAD_FLOATS(r, octet)                                           \
@@ -199,7 +208,19 @@ static inline uint4 float8_to_halves(float4 low, float4 high)
 #define LOAD_FLOATS(r, octet) (vload8(octet, (__global const float *)row) * factor)
 #endif
 
-DEFINE_STRIP_PRODUCT(product_of_local, 1, 4, TOKENS, LOAD_LOCAL, __local const uint4 *kept)
-DEFINE_STRIP_PRODUCT(products_of_local, 2, 4, 1, LOAD_LOCAL, __local const uint4 *kept)
-DEFINE_STRIP_PRODUCT(product_of_halves, 1, 4, TOKENS, LOAD_HALVES, __global const uint4 *rows)
-DEFINE_STRIP_PRODUCT(product_of_floats, 1, 4, 1, LOAD_FLOATS, __global const uint4 *row, float factor)
+#ifndef QKV_DEPTH
+#define QKV_DEPTH 8
+#endif
+#ifndef O_DEPTH
+#define O_DEPTH 4
+#endif
+#ifndef GATE_DEPTH
+#define GATE_DEPTH 4
+#endif
+#ifndef DOWN_DEPTH
+#define DOWN_DEPTH 6
+#endif
+DEFINE_STRIP_PRODUCT(product_of_local, 1, QKV_DEPTH, TOKENS, 0, LOAD_LOCAL, __local const uint4 *kept)
+DEFINE_STRIP_PRODUCT(products_of_local, 2, GATE_DEPTH, 1, 0, LOAD_LOCAL, __local const uint4 *kept)
+DEFINE_STRIP_PRODUCT(product_of_halves, 1, O_DEPTH, TOKENS, 1, LOAD_HALVES, __global const uint4 *rows)
+DEFINE_STRIP_PRODUCT(product_of_floats, 1, DOWN_DEPTH, 1, 1, LOAD_FLOATS, __global const uint4 *row, float factor)

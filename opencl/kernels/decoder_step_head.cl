@@ -1,0 +1,130 @@
+// The head of a step in one launch: logits, and the token of the largest one.
+
+// A token that may be the best: its logit, and its number; NONE if there is none yet.
+#define NONE 0xffffffffu
+static inline void keep_better(float *best, uint *place, float value, uint number)
+{
+    if (number != NONE && (*place == NONE || value > *best || (value == *best && number < *place))) {
+        *best = value;
+        *place = number;
+    }
+}
+
+// The sum over the 32 work-items of a wave; all work-items of the work-group call it.
+#if TENSOR
+__attribute__((always_inline)) static inline float lane_sum(float value, __local float *sums)
+{
+    UNROLLED for (uint mask = 1; mask < WAVE; mask *= 2) value += exchange(value, mask);
+    return value;
+}
+#else
+#define lane_sum wave_sum
+#endif
+
+// A wave has two columns of the head at a time.
+//   vocabulary   float [TOKENS][VOCABULARY]: the logits
+//   best         uint2 [work-groups][TOKENS]: the bits of the best logit of a work-group, and its token
+__attribute__((always_inline)) static inline void score_vocabulary(
+    __global const Layer *layers, uint rows, __global const int *batch, __global float *x, ulong norm, ulong head,
+    __global float *vocabulary, __global uint2 *best, __local float *scratch, __local float *kept)
+{
+    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+    __global const HEAD *weights = (__global const HEAD *)head;
+    {
+        float4 normed[TOKENS][FOURS];
+        norm_x(normed, rows, x, batch, 0, norm, layers->norm_eps, scratch);
+#pragma unroll
+        for (uint r = 0; r < TOKENS; r++)
+#pragma unroll
+            for (uint j = 0; j < FOURS; j++)
+                if (item + j * ITEMS < HIDDEN / 4)
+                    vstore4(normed[r][j], r * (HIDDEN / 4) + item + j * ITEMS, kept);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    float bests[TOKENS];
+    uint places[TOKENS];
+#pragma unroll
+    for (uint r = 0; r < TOKENS; r++) {
+        bests[r] = -INFINITY;
+        places[r] = NONE;
+    }
+    const uint waves = get_num_groups(0) * WAVES;
+    for (uint base = 0; base < VOCABULARY; base += 2 * waves) {
+        const uint first = base + 2 * (wave * get_num_groups(0) + get_group_id(0));
+        float8 sums[2][TOKENS];
+#pragma unroll
+        for (uint r = 0; r < TOKENS; r++)
+            sums[0][r] = sums[1][r] = (float8)(0);
+#pragma unroll 4
+        for (uint octet = lane; octet < HIDDEN / 8; octet += WAVE) {
+            const float8 w0 = load8_head(weights, min(first, VOCABULARY - 1u) * (ulong)HIDDEN + 8 * octet);
+            const float8 w1 = load8_head(weights, min(first + 1, VOCABULARY - 1u) * (ulong)HIDDEN + 8 * octet);
+#pragma unroll
+            for (uint r = 0; r < TOKENS; r++) {
+                const float8 value = vload8(r * (HIDDEN / 8) + octet, kept);
+                sums[0][r] = fma(value, w0, sums[0][r]);
+                sums[1][r] = fma(value, w1, sums[1][r]);
+            }
+        }
+#pragma unroll
+        for (uint r = 0; r < TOKENS; r++)
+#pragma unroll
+            for (uint c = 0; c < 2; c++) {
+                const float4 four = sums[c][r].lo + sums[c][r].hi;
+                const float sum = lane_sum(four.x + four.y + (four.z + four.w), scratch);
+                if (r < rows && first + c < VOCABULARY) {
+                    if (lane == 0)
+                        vocabulary[r * (ulong)VOCABULARY + first + c] = sum;
+                    keep_better(bests + r, places + r, sum, first + c);
+                }
+            }
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    __local uint *words = (__local uint *)scratch;
+#pragma unroll
+    for (uint r = 0; r < TOKENS; r++)
+        if (lane == 0) {
+            scratch[wave * TOKENS + r] = bests[r];
+            words[(WAVES + wave) * TOKENS + r] = places[r];
+        }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    EACH(r, TOKENS)
+    {
+        float value = -INFINITY;
+        uint place = NONE;
+        for (uint w = 0; w < WAVES; w++)
+            keep_better(&value, &place, scratch[w * TOKENS + r], words[(WAVES + w) * TOKENS + r]);
+        best[get_group_id(0) * TOKENS + r] = (uint2)(as_uint(value), place);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+}
+
+// The first work-group takes the best token of all work-groups. A wave has a row.
+__attribute__((always_inline)) static inline void choose_tokens(uint rows, __global const uint2 *best,
+                                                                __global uint *tokens, __local float *scratch)
+{
+    __local uint *words = (__local uint *)scratch + ITEMS;
+    if (get_group_id(0))
+        return;
+    EACH(i, TOKENS * WAVE)
+    {
+        float value = -INFINITY;
+        uint place = NONE;
+        for (uint group = i % WAVE; group < get_num_groups(0); group += WAVE) {
+            const uint2 its = best[group * TOKENS + i / WAVE];
+            keep_better(&value, &place, as_float(its.x), its.y);
+        }
+        scratch[i] = value;
+        words[i] = place;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    EACH(r, rows)
+    {
+        float value = -INFINITY;
+        uint place = NONE;
+        for (uint i = 0; i < WAVE; i++)
+            keep_better(&value, &place, scratch[r * WAVE + i], words[r * WAVE + i]);
+        tokens[r] = place;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+}

@@ -1,0 +1,34 @@
+// Sizes of a step in one launch, and the table of its layers.
+
+#define WAVE 32
+#ifndef ITEMS
+#define ITEMS (WAVE * WAVES)
+#endif
+#define EACH(i, n) for (uint i = get_local_id(0); i < (n); i += ITEMS)
+#define QKV ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+#define ATTENDED (NUM_HEADS * HEAD_DIM)
+#define HIDDEN_BLOCKS ((HIDDEN + BLOCK_K - 1) / BLOCK_K)
+#define ATTENDED_BLOCKS ((ATTENDED + BLOCK_K - 1) / BLOCK_K)
+#define INNER_BLOCKS ((INNER + BLOCK_K - 1) / BLOCK_K)
+#define GROUPS_OF(k, shift) (((k) + (1 << (shift)) - 1) >> (shift))
+#define X_OCTETS (HIDDEN_BLOCKS * 8 + 4) // with 4 more, eight rows lie in different banks
+#define FOURS ((HIDDEN / 4 + ITEMS - 1) / ITEMS) // of a row, of a work-item
+
+// A layer: addresses on the device.
+typedef struct {
+    ulong qkv[3], o, gate_up[8], down[8]; // experts in parts
+    ulong mixer_norm, ffn_norm, q_norm, k_norm, qkv_bias, o_bias;
+    ulong cosine, sine, keys, values, router, router_bias, correction;
+    uint qkv_strips[3], pad;              // strips of the store that each projection is in
+    uint qkv_first[3], pad2;              // its first strip there
+    float qkv_factor[3], o_factor, gate_up_factor, down_factor;
+    float scale, norm_eps, head_eps, routing_factor;
+    uint window, pad3;
+} Layer;
+typedef char layer_has_the_size_that_the_host_expects[sizeof(Layer) == LAYER_BYTES ? 1 : -1];
+
+#define load_embedding JOIN(load_, EMBEDDING_TYPE)
+#define ROUTER JOIN(TYPE_, ROUTER_TYPE)
+#define load_router JOIN(load_, ROUTER_TYPE)
+#define HEAD JOIN(TYPE_, HEAD_TYPE)
+#define load8_head JOIN(load8_, HEAD_TYPE)
