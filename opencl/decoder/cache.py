@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
@@ -40,6 +40,11 @@ class Segmentation(NamedTuple):
 
     segments: int
     pages: int
+
+    @property
+    def shift(self) -> int:
+        """The logarithm of ``pages`` to base 2."""
+        return self.pages.bit_length() - 1
 
     @classmethod
     def of(cls, num_pages: int, page_bytes: Sequence[int], runtime: Runtime) -> Segmentation:
@@ -108,16 +113,25 @@ class KvPool:
         return {"CACHE_TYPE": self.type_code, "SEGMENTS": self._segmentation.segments}
 
     @property
+    def table_macros(self) -> dict[str, int]:
+        """Macros of a kernel that has the addresses of the segments in a table."""
+        shift = {"SEGMENT_SHIFT": self._segmentation.shift} if self.segments > 1 else {}
+        return {**self.macros, **shift}
+
+    def all_segments(self) -> Iterator[tuple[str, int, cl.Buffer]]:
+        """The buffers of the segments that there are: ``"keys"`` or ``"values"``, the segment, and the buffer."""
+        for number, buffers in enumerate(self._segments):
+            yield "keys", number, buffers[0]
+            yield "values", number, buffers[-1]
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """CACHE_ARGS of ``decoder.cl``."""
-        count = self._segmentation.segments
-        found: dict[str, Any] = {}
-        if count > 1:
-            found["segment_shift"] = self._segmentation.pages.bit_length() - 1
-        for name, place in (("keys", 0), ("values", -1)):
-            for number in range(count):
-                buffer = self._segments[number][place] if number < len(self._segments) else None
-                found[name + (str(number) if number else "")] = buffer
+        there = {(name, number): buffer for name, number, buffer in self.all_segments()}
+        found: dict[str, Any] = {"segment_shift": self._segmentation.shift} if self.segments > 1 else {}
+        for name in ("keys", "values"):
+            for number in range(self.segments):
+                found[name + (str(number) if number else "")] = there.get((name, number))
         return found
 
     def add_segment(self) -> None:

@@ -112,6 +112,8 @@ class OpenClDecoder(DecoderProgram):
                 # Recordings have the segments as arguments. Earlier steps may still be in the queue.
                 ctx.queue.finish()
                 self._recordings.clear()
+                if self._one_launch is not None:
+                    self._one_launch.cache_grown()
         return min((pool.provided_pages for pool in pools), default=num_pages)
 
     def copy_page(self, source: int, target: int) -> None:
@@ -195,9 +197,7 @@ class OpenClDecoder(DecoderProgram):
         one.read_state()
         return results
 
-    def _run_launches(
-        self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
-    ) -> npt.NDArray[Any]:
+    def _run_launches(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
         step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)

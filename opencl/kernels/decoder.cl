@@ -29,9 +29,12 @@
 // KEYS_FROM(i), VALUES_FROM(i)   these, from element i of each page on
 // PAGE_AT(pages, p, size)    the pointer to page p; a page has `size` elements
 //
+// With SEGMENT_SHIFT the segments are not arguments: their addresses are in a table (decoder_step_shape.cl).
+//
 // Build options
 //   CACHE_TYPE   element type of the cache, as INPUT_TYPE of common.cl
 //   SEGMENTS     1 or 8
+//   SEGMENT_SHIFT
 
 #ifndef CACHE_TYPE
 #define CACHE_TYPE 0
@@ -52,6 +55,15 @@ typedef __global const CACHE *Pages;
 #define KEYS_FROM(place) (keys + (place))
 #define VALUES_FROM(place) (values + (place))
 #define PAGE_AT(pages, page, size) ((pages) + (page) * (size))
+#elif defined(SEGMENT_SHIFT)
+#define IN_SEGMENT(page) ((uint)(page) & ((1u << SEGMENT_SHIFT) - 1))
+typedef struct {
+    __global const ulong *segments;
+    ulong place;
+} Pages;
+#define PAGE_AT(pages, page, size)                                                                               \
+    ((__global const CACHE *)(pages).segments[(uint)(page) >> SEGMENT_SHIFT] + IN_SEGMENT(page) * (ulong)(size) + \
+     (pages).place)
 #else
 #define CACHE_ARGS(type)                                                                                   \
     const uint segment_shift, __global type *restrict keys, __global type *restrict keys1,                 \
