@@ -36,6 +36,7 @@ ELEMENT_TYPES = "float", "half", "ushort"
 ADDRESS_SPACES = {
     cl.kernel_arg_address_qualifier.GLOBAL: "global ",
     cl.kernel_arg_address_qualifier.LOCAL: "local ",
+    cl.kernel_arg_address_qualifier.CONSTANT: "constant ",
     cl.kernel_arg_address_qualifier.PRIVATE: "",
 }
 

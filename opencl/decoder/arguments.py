@@ -139,7 +139,7 @@ DENSE = {
 
 DECODER_STEP = {
     "batch": "global int*",
-    "layers": "global Layer*",
+    "layers": "constant Layer*",
     "embedding": "ulong",
     "x": "global float*",
     "heads": "global float*",

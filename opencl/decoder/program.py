@@ -23,6 +23,7 @@ import pyopencl as cl
 
 from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DenseLinear, LatentAttentionPlan, LayerPlan, MlpPlan
 from marlin_cy.decoder.program import Batch, DecoderProgram
+from marlin_cy.errors import BuildError
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import TYPE_CODES
 from marlin_cy.opencl.decoder.attention import GroupedAttention
@@ -32,11 +33,10 @@ from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
 from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
-from marlin_cy.opencl.decoder.one_launch import Ends, OneLaunch, new_one_launch
+from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
-from marlin_cy.opencl.program import BuildError
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -51,8 +51,8 @@ LEAST_STEP_INTS = 1 << 16
 SPLIT_TOKENS = 128
 """The fewest positions of a split: a work-group goes through as many at a time."""
 
-ONE_LAUNCH_ERROR = 5e-3
-"""Relative error of logits by one launch, at most: both ways round rows to float16, in other places."""
+PHASED_ERROR = 5e-3
+"""Relative error of logits by phases, at most: both ways round rows to float16, in other places."""
 
 INCOMPLETE = -1
 """The length of a slot of recurrent state whose change was interrupted."""
@@ -92,8 +92,8 @@ class OpenClDecoder(DecoderProgram):
         self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
-        self._one_launch = new_one_launch(self._ctx, plan, self._layers, self._ends())
-        self._one_launch_checked: set[int] = set()
+        self._phased = new_phased_step(self._ctx, plan, self._layers, self._ends(), True)
+        self._phased_checked: set[tuple[bool, int]] = set()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
         return self._run(batch, "head", (self._plan.vocab_size,), np.float32)
@@ -112,8 +112,8 @@ class OpenClDecoder(DecoderProgram):
                 # Recordings have the segments as arguments. Earlier steps may still be in the queue.
                 ctx.queue.finish()
                 self._recordings.clear()
-                if self._one_launch is not None:
-                    self._one_launch.cache_grown()
+                if self._phased is not None:
+                    self._phased.cache_grown()
         return min((pool.provided_pages for pool in pools), default=num_pages)
 
     def copy_page(self, source: int, target: int) -> None:
@@ -172,29 +172,30 @@ class OpenClDecoder(DecoderProgram):
     def _run(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
         with self._ctx:
-            one = self._one_launch_for(batch)
-            if one is not None:
-                results = self._run_one_launch(one, batch, head, shape, dtype)
-                if not one.gave_up:
+            steps = self._phased_for(batch)
+            if steps is not None:
+                results = self._run_phased(steps, batch, head, shape, dtype)
+                if not steps.gave_up:
                     return results
-                self._leave_one_launch("a work-group waited in vain for the others; are several models on the device?")
+                self._leave(steps, "a work-group waited in vain for the others; are several models on the device?")
+                return self._run(batch, head, shape, dtype)
             return self._run_launches(batch, head, shape, dtype)
 
-    def _run_one_launch(
-        self, one: OneLaunch, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
+    def _run_phased(
+        self, steps: PhasedStep, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
     ) -> npt.NDArray[Any]:
-        """As ``_run``, by one launch. The caller asks whether it gave up."""
+        """As ``_run``, by phases. The caller asks whether a work-group gave up."""
         greedy = head == "greedy"
-        x = one.enqueue(batch, greedy)
+        x = steps.enqueue(batch, greedy)
         rows, wanted = len(batch.tokens), batch.wanted
-        if one.has_head:
-            results = one.tokens(rows) if greedy else one.logits(rows)
+        if steps.has_head:
+            results = steps.tokens(rows) if greedy else steps.logits(rows)
             return results if len(wanted) == rows else results[wanted]
         layout = StepLayout(rows_recorded(rows))
         self._write(wanted, layout.picked)
         results = np.empty((len(wanted), *shape), dtype)
-        self._run_head(f"{head} {rows} after one launch", layout, wanted, Residual(x), greedy, results)
-        one.read_state()
+        self._run_head(f"{head} {rows} by phases", layout, wanted, Residual(x), greedy, results)
+        steps.read_state()
         return results
 
     def _run_launches(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -257,7 +258,7 @@ class OpenClDecoder(DecoderProgram):
                 self._ctx.backend.runtime, [4 << (ints - 1).bit_length()], "description of a step"
             )
 
-    # One launch --------------------------------------------------------------------------------
+    # Steps by phases ---------------------------------------------------------------------------
 
     def _ends(self) -> Ends:
         """What lies before and after the layers."""
@@ -265,51 +266,54 @@ class OpenClDecoder(DecoderProgram):
             self._embedding, self._embedding_type, self._final_norm, self._head.whole_dense, self._plan.vocab_size
         )
 
-    def _one_launch_for(self, batch: Batch) -> OneLaunch | None:
-        """The one-launch way, if it is right for a batch and gives correct results on this device."""
-        one = self._one_launch
-        if one is None or not one.takes(batch):
-            return None
-        rows = len(batch.tokens)
-        if one.capacity(rows) not in self._one_launch_checked:
-            wrong = self._one_launch_reason_wrong(one, batch)
-            if wrong is not None:
-                self._leave_one_launch(wrong)
-                return None
-            self._one_launch_checked.add(one.capacity(rows))
-        return one
+    def _phased_for(self, batch: Batch) -> PhasedStep | None:
+        """The way by phases, if it is for this batch and gives correct results on this device."""
+        while self._phased is not None and self._phased.takes(batch):
+            steps = self._phased
+            key = steps.resident, steps.capacity(len(batch.tokens))
+            if key in self._phased_checked:
+                return steps
+            wrong = self._phased_reason_wrong(steps, batch)
+            if wrong is None:
+                self._phased_checked.add(key)
+                return steps
+            self._leave(steps, wrong)
+        return None
 
-    def _one_launch_reason_wrong(self, one: OneLaunch, batch: Batch) -> str | None:
-        """None if logits by one launch are those by launches, else what is wrong; remembered for the device."""
-        verdicts, kind = self._ctx.backend.runtime.verdicts, one.kind(len(batch.tokens))
+    def _phased_reason_wrong(self, steps: PhasedStep, batch: Batch) -> str | None:
+        """None if logits by phases are those by recorded launches, else what is wrong; remembered for the device."""
+        verdicts, kind = self._ctx.backend.runtime.verdicts, steps.kind(len(batch.tokens))
         if verdicts is None:
             return None
-        if not verdicts.knows(kind):
-            # Launches may be checked themselves when they run first, and checks are not nested.
-            expected = self._run_launches(batch, "head", (self._plan.vocab_size,), np.float32)
-            return verdicts.reason_wrong(kind, lambda: self._one_launch_error(one, batch, expected))
-        return verdicts.reason_wrong(kind, lambda: None)
+        if verdicts.knows(kind):
+            return verdicts.reason_wrong(kind, lambda: None)
+        # Launches may be checked themselves when they run first, and checks are not nested.
+        expected = self._run_launches(batch, "head", (self._plan.vocab_size,), np.float32)
+        return verdicts.reason_wrong(kind, lambda: self._phased_error(steps, batch, expected))
 
-    def _one_launch_error(self, one: OneLaunch, batch: Batch, expected: npt.NDArray[np.float32]) -> str | None:
-        """What is wrong with the logits by one launch; None if they are ``expected`` up to rounding."""
+    def _phased_error(self, steps: PhasedStep, batch: Batch, expected: npt.NDArray[np.float32]) -> str | None:
+        """What is wrong with the logits by phases; None if they are ``expected`` up to rounding."""
         try:
-            found = self._run_one_launch(one, batch, "head", (self._plan.vocab_size,), np.float32)
+            found = self._run_phased(steps, batch, "head", (self._plan.vocab_size,), np.float32)
         except (cl.Error, BuildError) as error:
             return f"the kernel does not run: {error}"
-        if one.gave_up:
+        if steps.gave_up:
             return "a work-group waited in vain for the others"
         finite = np.isfinite(expected)
         if not np.array_equal(np.isfinite(found), finite):
             return "its logits are not finite"
-        error = np.linalg.norm((found - expected)[finite]) / max(float(np.linalg.norm(expected[finite])), 1e-30)
-        return None if error <= ONE_LAUNCH_ERROR else f"the relative error of its logits is {error:.1e}"
+        relative = np.linalg.norm((found - expected)[finite]) / max(float(np.linalg.norm(expected[finite])), 1e-30)
+        return None if relative <= PHASED_ERROR else f"the relative error of its logits is {relative:.1e}"
 
-    def _leave_one_launch(self, reason: str) -> None:
-        """Use launches from now on."""
-        self._one_launch = None
+    def _leave(self, steps: PhasedStep, reason: str) -> None:
+        """Use the next way from now on: after one launch a launch for each phase, then recorded launches."""
+        self._phased = None
+        if steps.resident:
+            self._phased = new_phased_step(self._ctx, self._plan, self._layers, self._ends(), False)
         verdicts = self._ctx.backend.runtime.verdicts
         if verdicts is not None:
-            verdicts.warn("the decoder's step in one launch", reason, stacklevel=4)
+            name = "a step in one launch" if steps.resident else "a step by phases"
+            verdicts.warn(f"the decoder's kernel for {name}", reason, stacklevel=5)
 
     # Recordings --------------------------------------------------------------------------------
 

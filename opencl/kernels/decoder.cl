@@ -58,7 +58,7 @@ typedef __global const CACHE *Pages;
 #elif defined(SEGMENT_SHIFT)
 #define IN_SEGMENT(page) ((uint)(page) & ((1u << SEGMENT_SHIFT) - 1))
 typedef struct {
-    __global const ulong *segments;
+    __constant ulong *segments;
     ulong place;
 } Pages;
 #define PAGE_AT(pages, page, size)                                                                               \

@@ -41,18 +41,18 @@ static inline float beside(float high, float highest) { return high == -INFINITY
     }
 
 // Attends to pages `page`, page + WAVES, ... below my_end, and leaves each wave's sums in local memory.
+//   number                  of the first page in `table`
 //   my_keys, my_values      pages from the lane's place on
 //   key_page, value_page    elements of a page of all heads
 //   newest, seen            the row's position, and how many positions it sees
 //   room4, wave_stats       WAVES * ALL_HEADS * ROOM_WIDTH floats; maximum and sum [WAVES][ALL_HEADS]
 __attribute__((always_inline)) static inline void attend_pages(const uint4 queries[STEPS], __global const int *table,
-                                                               int page, int my_end, Pages my_keys, Pages my_values,
-                                                               ulong key_page, ulong value_page, int newest, int seen,
-                                                               float soft_cap, __local float4 *room4,
-                                                               __local float2 *wave_stats)
+                                                               uint number, int page, int my_end, Pages my_keys,
+                                                               Pages my_values, ulong key_page, ulong value_page,
+                                                               int newest, int seen, float soft_cap,
+                                                               __local float4 *room4, __local float2 *wave_stats)
 {
     const uint lane = get_local_id(0) % LANES, wave = get_local_id(0) / LANES, g = lane / 4, t = lane % 4;
-    uint number = page < my_end ? table[page] : 0;
     float4 sums[HEAD_SETS][4 * COLUMN_SETS];
     float high[HEAD_SETS], total[HEAD_SETS]; // of head 8 * set + g
     UNROLLED for (uint set = 0; set < HEAD_SETS; set++)

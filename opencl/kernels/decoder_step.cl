@@ -94,7 +94,7 @@ __attribute__((always_inline)) static inline bool all_arrive(__global uint *stat
 //   state               of all_arrive, then the tokens of the largest logits, [TOKENS]
 //   target, patience    of all_arrive: the first target; loads of the counter until a work-group gives up
 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
-    __global const int *batch, __global const Layer *layers, const ulong embedding, __global float *x,
+    __global const int *batch, __constant Layer *layers, const ulong embedding, __global float *x,
     __global float *heads, __global half *attended, __global float *partial, __global float2 *stats,
     __global float *logits, __global int *ids, __global float *weights, __global float *inner,
     __global uint *inner_most, const ulong final_norm, const ulong head, __global float *vocabulary,
@@ -104,14 +104,13 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __local float4 memory[(LOCAL_FLOATS + 3) / 4];
     __local int chosen[TOKENS * TOP_K];
     __local float weighed[TOKENS * TOP_K];
-    __local uint most[WAVES];
     __local uint failed;
     __local float *scratch = (__local float *)memory;
     __local uint4 *kept = (__local uint4 *)(scratch + (SCRATCH + 3) / 4 * 4);
     uint arrived = target;
     for (uint phase = first; phase < last; phase++) {
         const uint number = min(phase / PHASES, LAYERS - 1u), kind = phase - number * PHASES;
-        __global const Layer *layer = layers + number;
+        __constant Layer *layer = layers + number;
         if (kind == 0)
             project_heads(layer, number == 0, rows, batch, embedding, x, heads, scratch, kept);
         else if (kind == 1)
@@ -126,9 +125,10 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
             score_experts(layer, rows, batch, x, logits, inner_most, scratch, kept);
         else if (kind == 5)
             project_inner(layer, rows, phase > first, batch, x, logits, ids, weights, inner, inner_most, scratch, kept,
-                          chosen, weighed, most);
+                          chosen, weighed);
         else if (kind == 6)
-            project_down(layer, number + 1 == LAYERS, rows, x, ids, weights, inner, inner_most, scratch);
+            project_down(layer, number + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most, scratch,
+                         chosen, weighed);
 #if HAS_HEAD
         else if (kind == PHASES)
             score_vocabulary(layers, rows, batch, x, final_norm, head, vocabulary, best, scratch, (__local float *)kept);

@@ -15,6 +15,7 @@
 #else
 #define BASE_EXP exp
 #endif
+#define ROTATES_IN_LANES (PAIRS_ROTATED && PAIRS_ROTATED % WAVE == 0 && !INTERLEAVED)
 
 // Adds up over 32 neighbouring work-items; all work-items of the work-group call it. `sums`: float [ITEMS].
 __attribute__((always_inline)) static inline float wave_sum(float value, __local float *sums)
@@ -33,7 +34,7 @@ __attribute__((always_inline)) static inline float wave_sum(float value, __local
 // Norms and rotates the heads of a row: HEADS of queries, one of keys, one of values, to `queries`. Appends those of keys and
 // values to the cache if `appends`.
 //   sums   float [ITEMS]
-__attribute__((always_inline)) static inline void place_row(__global const Layer *layer, uint row, uint first_head,
+__attribute__((always_inline)) static inline void place_row(__constant Layer *layer, uint row, uint first_head,
                                                             uint kv_head, uint position, bool appends,
                                                             __global const int *pages, __global const float *heads,
                                                             __local float *queries, __local float *sums)
@@ -54,6 +55,15 @@ __attribute__((always_inline)) static inline void place_row(__global const Layer
             own[i] = exists ? heads[row * (ulong)QKV + column + i * WAVE + lane] : 0;
             square = fma(own[i], own[i], square);
         }
+#if ROTATES_IN_LANES // the two values of a pair are the lane's own
+        float cosine[PAIRS_ROTATED / WAVE], sine[PAIRS_ROTATED / WAVE];
+#pragma unroll
+        for (uint i = 0; i < PAIRS_ROTATED / WAVE; i++) {
+            const ulong at = position * (ulong)PAIRS_ROTATED + i * WAVE + lane;
+            cosine[i] = ((__global const float *)layer->cosine)[at];
+            sine[i] = ((__global const float *)layer->sine)[at];
+        }
+#endif
         square = wave_sum(square, sums);
         if (normed) {
             const float factor = 1 / sqrt(square / HEAD_DIM + layer->head_eps);
@@ -61,13 +71,22 @@ __attribute__((always_inline)) static inline void place_row(__global const Layer
             for (uint i = 0; i < HEAD_DIM / WAVE; i++)
                 own[i] *= factor * norm[i * WAVE + lane];
         }
+#if ROTATES_IN_LANES
+        if (kind < 2)
+#pragma unroll
+            for (uint i = 0; i < PAIRS_ROTATED / WAVE; i++) {
+                const float a = own[i], b = own[i + PAIRS_ROTATED / WAVE];
+                own[i] = fma(a, cosine[i], -(b * sine[i]));
+                own[i + PAIRS_ROTATED / WAVE] = fma(b, cosine[i], a * sine[i]);
+            }
+#endif
         if (exists)
 #pragma unroll
             for (uint i = 0; i < HEAD_DIM / WAVE; i++)
                 queries[head * HEAD_DIM + i * WAVE + lane] = own[i];
     }
     barrier(CLK_LOCAL_MEM_FENCE);
-#if PAIRS_ROTATED
+#if PAIRS_ROTATED && !ROTATES_IN_LANES
     EACH(i, (HEADS + 1) * PAIRS_ROTATED)
     {
         const uint pair = i % PAIRS_ROTATED;
@@ -99,7 +118,7 @@ __attribute__((always_inline)) static inline void place_row(__global const Layer
 #if !TENSOR_ATTENTION
 // Attention to positions begin to end - 1 by multiply-adds; `memory` holds what follows the queries in ATTEND_FLOATS.
 __attribute__((always_inline)) static inline void attend_positions(
-    __global const Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
+    __constant Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
     uint split, uint splits, __global const int *pages, __global half *attended, __global float *partial,
     __global float2 *stats, __local const float *queries, __local float *memory)
 {
@@ -231,7 +250,7 @@ __attribute__((always_inline)) static inline void attend_positions(
 }
 #endif
 
-__attribute__((always_inline)) static inline void attend_step(__global const Layer *layer, uint rows, uint splits,
+__attribute__((always_inline)) static inline void attend_step(__constant Layer *layer, uint rows, uint splits,
                                                               __global const int *batch, __global const float *heads,
                                                               __global half *attended, __global float *partial,
                                                               __global float2 *stats, __local float *memory)
@@ -250,6 +269,10 @@ __attribute__((always_inline)) static inline void attend_step(__global const Lay
         const uint run = (end_page - first_page + splits - 1) / splits;
         const uint begin_page = first_page + split * run, my_end = min(begin_page + run, end_page);
         const bool appends = begin_page < my_end && my_end == end_page;
+#if TENSOR_ATTENTION
+        const uint wave_page = begin_page + get_local_id(0) / LANES;
+        const uint number = wave_page < my_end ? pages[wave_page] : 0; // early, as the page's loads need it
+#endif
         place_row(layer, row, first_head, kv_head, position, appends, pages, heads, queries, rest);
 #if TENSOR_ATTENTION
         __local float4 *room4 = (__local float4 *)(rest + ITEMS);
@@ -260,7 +283,7 @@ __attribute__((always_inline)) static inline void attend_step(__global const Lay
         uint4 operand[STEPS];
 #define LOCAL_Q(head, at) vload8(0, queries + (head) * HEAD_DIM + (at))
         READ_QUERIES(operand, LOCAL_Q)
-        attend_pages(operand, pages, (int)(begin_page + get_local_id(0) / LANES), (int)my_end,
+        attend_pages(operand, pages, number, (int)wave_page, (int)my_end,
                      LAYER_PAGES(keys, head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK),
                      LAYER_PAGES(values, head_at + (PAGE_TOKENS * g + t) * CHUNK), page_size,
                      page_size, (int)position, layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);

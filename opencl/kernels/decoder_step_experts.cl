@@ -1,6 +1,6 @@
 // The feed-forward network of a step in one launch: router, experts, and their weighted sum.
 
-__attribute__((always_inline)) static inline void score_experts(__global const Layer *layer, uint rows,
+__attribute__((always_inline)) static inline void score_experts(__constant Layer *layer, uint rows,
                                                                 __global const int *batch, __global float *x,
                                                                 __global float *logits, __global uint *inner_most,
                                                                 __local float *scratch, __local uint4 *kept)
@@ -43,10 +43,9 @@ __attribute__((always_inline)) static inline void score_experts(__global const L
 
 // The product of gate and up for one (token, choice) and 16 of the inner columns is a task of a team of waves.
 __attribute__((always_inline)) static inline void project_inner(
-    __global const Layer *layer, uint rows, bool normed_is_kept, __global const int *batch, __global float *x,
+    __constant Layer *layer, uint rows, bool normed_is_kept, __global const int *batch, __global float *x,
     __global const float *logits, __global int *ids, __global float *weights, __global float *inner,
-    __global uint *inner_most, __local float *scratch, __local uint4 *kept, __local int *chosen, __local float *weighed,
-    __local uint *most)
+    __global uint *inner_most, __local float *scratch, __local uint4 *kept, __local int *chosen, __local float *weighed)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     if (!normed_is_kept) {
@@ -76,8 +75,6 @@ __attribute__((always_inline)) static inline void project_inner(
     for (uint base = 0; base < tasks; base += all) {
         const uint task = base + team * get_num_groups(0) + get_group_id(0), pair = task / strips;
         Total totals[2 * TOTALS] = {0};
-        EACH(i, teams)
-            most[i] = 0;
         if (task < tasks) {
             const uint expert = (uint)chosen[pair];
             const ulong weights_at =
@@ -93,21 +90,24 @@ __attribute__((always_inline)) static inline void project_inner(
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, teams * 16)
         {
-            const uint its_team = i / 16, its_task = base + its_team * get_num_groups(0) + get_group_id(0);
+            const uint its_task = base + i / 16 * get_num_groups(0) + get_group_id(0);
+            uint magnitude = 0;
             if (its_task < tasks) {
-                __local const float *sums = scratch + its_team * (GATE_TEAM * K_LANES * 32) + i % 16;
+                __local const float *sums = scratch + i / 16 * (GATE_TEAM * K_LANES * 32) + i % 16;
                 const float value = activated(group_total(sums, GATE_TEAM * K_LANES, 32),
                                               group_total(sums + 16, GATE_TEAM * K_LANES, 32));
                 inner[its_task / strips * (ulong)INNER + its_task % strips * STRIP_N + i % 16] = value;
-                atomic_max(most + its_team, as_uint(value) & 0x7fffffffu);
+                magnitude = as_uint(value) & 0x7fffffffu;
             }
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-        EACH(i, teams)
-        {
-            const uint its_task = base + i * get_num_groups(0) + get_group_id(0);
+#if TENSOR // the sixteen columns are lanes of one wave
+            UNROLLED for (uint mask = 1; mask < 16; mask *= 2) magnitude =
+                max(magnitude, as_uint(exchange(as_float(magnitude), mask)));
+            if (i % 16 == 0 && its_task < tasks)
+                atomic_max(inner_most + its_task / strips, magnitude);
+#else
             if (its_task < tasks)
-                atomic_max(inner_most + its_task / strips, most[i]);
+                atomic_max(inner_most + its_task / strips, magnitude);
+#endif
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
@@ -116,20 +116,34 @@ __attribute__((always_inline)) static inline void project_inner(
 // A strip of all (token, choice) pairs is a work-group's. PARTS_OF_PAIR waves share a pair.
 #define ALL_PAIRS (TOKENS * TOP_K)
 #define PARTS_OF_PAIR (ALL_PAIRS < WAVES ? WAVES / ALL_PAIRS : 1)
-__attribute__((always_inline)) static inline void project_down(__global const Layer *layer, bool is_last, uint rows,
-                                                               __global float *x, __global const int *ids,
-                                                               __global const float *weights,
+__attribute__((always_inline)) static inline void project_down(__constant Layer *layer, bool is_last, uint rows,
+                                                               bool choices_are_kept, __global float *x,
+                                                               __global const int *ids, __global const float *weights,
                                                                __global const float *inner,
-                                                               __global const uint *inner_most, __local float *scratch)
+                                                               __global const uint *inner_most, __local float *scratch,
+                                                               __local int *chosen, __local float *weighed)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+    if (!choices_are_kept) {
+        EACH(i, rows * TOP_K)
+        {
+            chosen[i] = ids[i];
+            weighed[i] = weights[i];
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
 #if RESIDENT
-    if (!is_last)
+    if (!is_last) {
+        if (get_group_id(0) == get_num_groups(0) - 1) {
+            prefetch_bytes(layer[1].mixer_norm, 4 * HIDDEN);
+            prefetch_bytes(layer[1].ffn_norm, 4 * HIDDEN);
+        }
         for (uint strip = get_group_id(0); strip < QKV / STRIP_N; strip += get_num_groups(0)) {
             const uint part = part_of_strip(strip);
             prefetch_strip(layer[1].qkv[part], layer[1].qkv_strips[part], HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, QKV_SHIFT),
                            layer[1].qkv_first[part] + strip - first_strip_of(part));
         }
+    }
 #endif
     const uint at_once = WAVES / PARTS_OF_PAIR, part = wave % PARTS_OF_PAIR;
     const uint run = (INNER_BLOCKS + PARTS_OF_PAIR - 1) / PARTS_OF_PAIR;
@@ -140,7 +154,7 @@ __attribute__((always_inline)) static inline void project_down(__global const La
             own[i] = 0;
         barrier(CLK_LOCAL_MEM_FENCE);
         for (uint pair = wave / PARTS_OF_PAIR; pair < rows * TOP_K; pair += at_once) {
-            const uint expert = (uint)ids[pair];
+            const uint expert = (uint)chosen[pair];
             const int exponent = exponent_of_row(inner_most[pair]);
             const ulong weights_at =
                 layer->down[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * DOWN_WORDS);
@@ -150,7 +164,7 @@ __attribute__((always_inline)) static inline void project_down(__global const La
             product_of_floats(total, m, strip, 0, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), DOWN_SHIFT, INNER, begin,
                               end, lane, (__global const uint4 *)(inner + pair * (ulong)INNER),
                               ldexp(1.0f, -exponent));
-            const float factor = ldexp(layer->down_factor, exponent) * weights[pair];
+            const float factor = ldexp(layer->down_factor, exponent) * weighed[pair];
             EACH_SUM(total, factor, own + pair / TOP_K * 16, TOKENS * 16, 16, 1, lane, PUT_ADD)
         }
         barrier(CLK_LOCAL_MEM_FENCE);

@@ -10,7 +10,7 @@ static inline uint first_strip_of(uint part)
     return part == 0 ? 0 : (ATTENDED + (part - 1) * NUM_KV_HEADS * HEAD_DIM) / STRIP_N;
 }
 
-__attribute__((always_inline)) static inline void project_heads(__global const Layer *layer, bool first, uint rows,
+__attribute__((always_inline)) static inline void project_heads(__constant Layer *layer, bool first, uint rows,
                                                                 __global const int *batch, ulong table,
                                                                 __global float *x, __global float *heads,
                                                                 __local float *scratch, __local uint4 *kept)
@@ -58,7 +58,7 @@ __attribute__((always_inline)) static inline void project_heads(__global const L
     }
 }
 
-__attribute__((always_inline)) static inline void project_output(__global const Layer *layer, uint rows,
+__attribute__((always_inline)) static inline void project_output(__constant Layer *layer, uint rows,
                                                                  __global float *x, __global const half *attended,
                                                                  __local float *scratch)
 {

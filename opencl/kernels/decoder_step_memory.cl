@@ -24,6 +24,9 @@
 #if !TENSOR_ATTENTION && (SLOTS > ITEMS || ITEMS % SLOTS)
 #error "the local size must be a multiple of HEADS * HEAD_DIM / 8"
 #endif
+#if WAVES / GATE_TEAM % 2 && TENSOR
+#error "the teams of gate and up must be an even number"
+#endif
 #if HIDDEN % 16 || INNER % 16 || HEAD_DIM % 32 || ATTENDED % 32
 #error "decoder_step.cl: sizes"
 #endif

@@ -218,7 +218,7 @@ static inline uint4 float8_to_halves(float4 low, float4 high)
 #define GATE_DEPTH 4
 #endif
 #ifndef DOWN_DEPTH
-#define DOWN_DEPTH 6
+#define DOWN_DEPTH 3
 #endif
 DEFINE_STRIP_PRODUCT(product_of_local, 1, QKV_DEPTH, TOKENS, 0, LOAD_LOCAL, __local const uint4 *kept)
 DEFINE_STRIP_PRODUCT(products_of_local, 2, GATE_DEPTH, 1, 0, LOAD_LOCAL, __local const uint4 *kept)

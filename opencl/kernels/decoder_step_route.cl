@@ -59,7 +59,7 @@ __attribute__((always_inline)) static inline void route_rows(uint rows, __global
     EACH(i, rows * PADDED)
     {
         const uint e = i % PADDED;
-        const float logit = e < EXPERTS ? logits[i / PADDED * EXPERTS + e] : 0;
+        const float logit = float_of(words[i]); // of a row without NaN; other rows are bad
         const uint rank = rank_of(SCORING == SCORING_SOFTMAX_TOPK ? logit : weight_of(logit, LARGEST(i / PADDED)));
         words[i] = e < EXPERTS ? rank : SCORING == SCORING_SOFTMAX ? rank_of(0) : 0;
     }
@@ -101,7 +101,7 @@ __attribute__((always_inline)) static inline void route_rows(uint rows, __global
         if (place < TOP_K && own && !isinf(largest)) {
             chosen[r * TOP_K + place] = e;
 #if SCORING == SCORING_SOFTMAX_TOPK
-            picked[r * TOP_K + place] = logits[i];
+            picked[r * TOP_K + place] = float_of(own);
 #elif CORRECTED
             picked[r * TOP_K + place] = weight_of(logits[i], largest) / SUM(r);
 #else

@@ -34,6 +34,10 @@ __attribute__((always_inline)) static inline void norm_x(float4 normed[TOKENS][F
 {
     const uint item = get_local_id(0);
     float squares[TOKENS];
+    float4 weights[FOURS]; // loaded together with x
+#pragma unroll
+    for (uint j = 0; j < FOURS; j++)
+        weights[j] = vload4(min(item + j * ITEMS, HIDDEN / 4 - 1u), (__global const float *)norm);
 #pragma unroll
     for (uint r = 0; r < TOKENS; r++) {
         squares[r] = 0;
@@ -59,12 +63,11 @@ __attribute__((always_inline)) static inline void norm_x(float4 normed[TOKENS][F
     }
     sum_rows(squares, sums);
 #pragma unroll
-    for (uint j = 0; j < FOURS; j++) {
-        const uint four = item + j * ITEMS;
-        const float4 weight = four < HIDDEN / 4 ? vload4(four, (__global const float *)norm) : (float4)(0);
+    for (uint r = 0; r < TOKENS; r++) {
+        const float factor = 1 / sqrt(squares[r] / HIDDEN + eps);
 #pragma unroll
-        for (uint r = 0; r < TOKENS; r++)
-            normed[r][j] *= weight * (1 / sqrt(squares[r] / HIDDEN + eps));
+        for (uint j = 0; j < FOURS; j++)
+            normed[r][j] *= weights[j] * factor;
     }
 }
 

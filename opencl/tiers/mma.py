@@ -106,6 +106,8 @@ def mma_few(problem: Problem) -> list[Configuration]:
         many_tiles.insert(0, many_tiles.pop(2))
     if problem.k <= 4096:
         few_tiles = [direct(8, 2, 8, 1), direct(8, 1, 6, 2), direct(8, 1, 6, 1), direct(8, 3, 8, 1)]
+        if tiles_of(few_tiles[0], problem) < problem.device.compute_units // 2:
+            few_tiles.insert(0, direct(8, 1, 8, 2))  # twice the tiles take less time than a launch that adds up splits
         return [*few_tiles, *many_tiles] if strips <= 12 else many_tiles
     long_rows = [direct(8, 4, 4, 1), direct(8, 2, 8, 2), direct(8, 4, 4, 2), direct(8, 2, 4, 1)]
     if strips <= 20:
@@ -123,8 +125,19 @@ def mma_many(problem: Problem) -> list[Configuration]:
     if problem.rows <= 48:
         large[:2] = large[1::-1]
     if problem.rows <= 16:
-        return [*small, *middle]
-    return [*middle, *large] if problem.rows <= 32 else [*large, *middle]
+        found, narrow = [*small, *middle], [direct(16, 1, 8, 2), direct(16, 2, 8, 1)]
+    elif problem.rows <= 32:
+        found, narrow = [*middle, *large], [direct(32, 1, 8, 1)]
+    else:
+        found, narrow = [*large, *middle], [tiled(64, 2, 4, 4), tiled(32, 2, 4, 4)]
+    if tiles_of(found[0], problem) < problem.device.compute_units:
+        found[:0] = narrow
+    return found
+
+
+def tiles_of(configuration: Configuration, problem: Problem) -> int:
+    """Work-groups of a product without splits."""
+    return problem.runs * -(-problem.rows // configuration.rows) * -(-problem.n // configuration.columns)
 
 
 MMA = Tier(

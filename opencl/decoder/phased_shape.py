@@ -16,7 +16,7 @@ from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.decoder.attention import GroupedAttention
 from marlin_cy.opencl.decoder.cache import SEGMENTS
 from marlin_cy.opencl.decoder.ffn import MoeFfn
-from marlin_cy.opencl.decoder.projections import PackedColumns
+from marlin_cy.opencl.decoder.projections import PackedColumns, ProjectionGroup
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layer.routing import normalises, routing_macros
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["LAYER", "ModelShape", "NotOneLaunch", "addresses", "shape_of"]
+__all__ = ["LAYER", "ModelShape", "NotPhased", "addresses", "shape_of"]
 
 MOST_HEADS = 8
 """Heads that a work-group attends with, at most."""
@@ -65,7 +65,7 @@ LAYER = np.dtype(
 )
 
 
-class NotOneLaunch(Exception):
+class NotPhased(Exception):
     """A model that the kernel does not support."""
 
 
@@ -159,18 +159,18 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
 
     Raises
     ------
-    NotOneLaunch
+    NotPhased
         The kernel does not support it.
     """
     found = [LayerShape(its, layer) for its, layer in zip(plan.layers, layers, strict=True)]
     first = found[0]
     if any(layer.macros != first.macros for layer in found):
-        raise NotOneLaunch("its layers differ")
+        raise NotPhased("its layers differ")
     stores = [store for layer in found for store in layer.stores]
     if len({store.codes for store in stores}) > 1:
-        raise NotOneLaunch("its weights have several code types")
+        raise NotPhased("its weights have several code types")
     if plan.hidden_size % STRIP_N:
-        raise NotOneLaunch(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
+        raise NotPhased(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
     for layer in found:
         layer.entry.numbers["norm_eps", 0] = plan.norm_eps
         layer.entry.numbers["head_eps", 0] = plan.norm_eps
@@ -197,9 +197,9 @@ class LayerShape:
     def __init__(self, plan: LayerPlan, layer: Layer) -> None:
         attention, ffn = plan.mixer, plan.ffn
         if not isinstance(attention, AttentionPlan) or not isinstance(layer.mixer, GroupedAttention):
-            raise NotOneLaunch(f"it has layers of {type(attention).__name__.removesuffix('Plan')}")
+            raise NotPhased(f"it has layers of {type(attention).__name__.removesuffix('Plan')}")
         if not isinstance(ffn, MoeFfnPlan) or not isinstance(layer.ffn, MoeFfn):
-            raise NotOneLaunch("it has dense feed-forward layers")
+            raise NotPhased("it has dense feed-forward layers")
         self.macros: dict[str, int] = {}
         self.entry = Entry()
         self.stores: list[OpenClGptqStore] = []
@@ -217,13 +217,11 @@ class LayerShape:
             ("a soft cap", bool(plan.soft_cap)),
         ):
             if found:
-                raise NotOneLaunch(f"its attention has {what}")
+                raise NotPhased(f"its attention has {what}")
         heads, kv_heads, width = plan.num_heads, plan.num_kv_heads, plan.head_dim
         if width % 32:
-            raise NotOneLaunch(f"its head size is {width}, no multiple of 32")
-        parts, outputs = layer.inputs.parts, layer.output.parts
-        if not all(isinstance(part, PackedColumns) for part in (*parts, *outputs)):
-            raise NotOneLaunch("its attention is not quantised")
+            raise NotPhased(f"its head size is {width}, no multiple of 32")
+        parts, outputs = packed_parts(layer.inputs), packed_parts(layer.output)
         entry, begin, shifts = self.entry, 0, set()
         for index, columns in enumerate((heads * width, kv_heads * width, kv_heads * width)):
             store, expert, column = covering(parts, begin, columns)
@@ -235,10 +233,10 @@ class LayerShape:
             self.stores.append(store)
             begin += columns
         if len(shifts) > 1:
-            raise NotOneLaunch("its projections have several group sizes")
+            raise NotPhased("its projections have several group sizes")
         output, expert, column = covering(outputs, 0, layer.output.width)
         if column or output.n != layer.output.width:
-            raise NotOneLaunch("its output projection is a part of a stack")
+            raise NotPhased("its output projection is a part of a stack")
         entry.put_store("o", output, expert)
         entry.numbers["o_factor", 0] = output.weight_factor
         self.stores.append(output)
@@ -273,12 +271,12 @@ class LayerShape:
             ("biases of experts", gate_up.bias_buffer is not None or down.bias_buffer is not None),
         ):
             if found:
-                raise NotOneLaunch(f"it has {what}")
+                raise NotPhased(f"it has {what}")
         inner = down.k
         if inner % STRIP_N:
-            raise NotOneLaunch(f"its intermediate size is {inner}, no multiple of {STRIP_N}")
+            raise NotPhased(f"its intermediate size is {inner}, no multiple of {STRIP_N}")
         if gate_up.store.experts_per_part != down.store.experts_per_part:
-            raise NotOneLaunch("its experts lie in buffers of different sizes")
+            raise NotPhased("its experts lie in buffers of different sizes")
         entry, routing = self.entry, moe.routing
         for name, stack in (("gate_up", gate_up), ("down", down)):
             store = stack.store
@@ -308,19 +306,27 @@ class LayerShape:
         }
 
 
-def covering(parts: Sequence[Any], begin: int, columns: int) -> tuple[OpenClGptqStore, int, int]:
+def packed_parts(group: ProjectionGroup) -> list[PackedColumns]:
+    """The parts of projections that are all quantised."""
+    found = [part for part in group.parts if isinstance(part, PackedColumns)]
+    if len(found) < len(group.parts):
+        raise NotPhased("its attention is not quantised")
+    return found
+
+
+def covering(parts: Sequence[PackedColumns], begin: int, columns: int) -> tuple[OpenClGptqStore, int, int]:
     """The store, the expert and its first column that give output columns ``begin`` to ``begin + columns - 1``."""
     for part in parts:
         for expert, first, count, out in part.columns.tolist():
             column = first + begin - out
             if out <= begin and begin + columns <= out + count and column % STRIP_N == columns % STRIP_N == 0:
                 return part.store, expert, column
-    raise NotOneLaunch("the columns of its projections are not whole strips of one stack")
+    raise NotPhased("the columns of its projections are not whole strips of one stack")
 
 
 def check_store(store: OpenClGptqStore) -> None:
     """Refuse weights whose rows of K have another order, and scales out of range."""
     if store.order is not None or store.packed_k != store.k:
-        raise NotOneLaunch("its weights have an order of K (act-order)")
+        raise NotPhased("its weights have an order of K (act-order)")
     if not 2.0**-100 < store.weight_factor < 2.0**100:
-        raise NotOneLaunch(f"its scales have a factor of {store.weight_factor}")
+        raise NotPhased(f"its scales have a factor of {store.weight_factor}")

@@ -1,7 +1,7 @@
-"""A step of few tokens through all layers in one launch: ``kernels/decoder_step.cl``.
+"""A step of few tokens through all layers by the phases of ``kernels/decoder_step.cl``: in one launch, or in a launch each.
 
-The kernel's work-groups wait for each other, so all of them must be resident. That is known on NVIDIA GPUs, in the tier
-"mma". Elsewhere the same phases can run as a launch each, which tests do.
+In one launch the work-groups wait for each other, so all of them must be resident. That is known of NVIDIA GPUs, in the
+tier "mma". If they do not come all the same, each phase is a launch from then on. Both ways are one kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from marlin_cy.decoder.plan import DecoderPlan
 from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
-from marlin_cy.opencl.decoder.one_launch_shape import LAYER, NotOneLaunch, addresses, shape_of
+from marlin_cy.opencl.decoder.phased_shape import LAYER, NotPhased, addresses, shape_of
 from marlin_cy.opencl.decoder.step import HEADER
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.program import Layer
     from marlin_cy.opencl.decoder.projections import DenseMatrix
 
-__all__ = ["Ends", "OneLaunch", "new_one_launch", "reason_not"]
+__all__ = ["Ends", "PhasedStep", "new_phased_step", "reason_not"]
 
 CAPACITIES = (1, 2, 4, 8)
 MOST_TOKENS = CAPACITIES[-1]
@@ -64,27 +64,29 @@ class Ends(NamedTuple):
     vocab_size: int
 
 
-def new_one_launch(ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], ends: Ends) -> OneLaunch | None:
-    """The one-launch way of a model; None where steps are not taken in one launch."""
+def new_phased_step(
+    ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], ends: Ends, resident: bool
+) -> PhasedStep | None:
+    """Steps by phases; None if the device or the model is not for them."""
     if ctx.backend.tier.name != "mma":
         return None
     try:
-        return OneLaunch(ctx, plan, layers, ends, True)
-    except NotOneLaunch:
+        return PhasedStep(ctx, plan, layers, ends, resident)
+    except NotPhased:
         return None
 
 
 def reason_not(plan: DecoderPlan, layers: Sequence[Layer]) -> str | None:
-    """Why a model's steps cannot be one launch; None if they can."""
+    """Why a model's steps do not go by phases; None if they do."""
     try:
         shape_of(plan, layers)
-    except NotOneLaunch as reason:
+    except NotPhased as reason:
         return str(reason)
     return None
 
 
-class OneLaunch:
-    """Steps of up to MOST_TOKENS rows.
+class PhasedStep:
+    """Steps of up to MOST_TOKENS rows, each of another sequence.
 
     Parameters
     ----------
@@ -97,19 +99,20 @@ class OneLaunch:
 
     Attributes
     ----------
+    resident : bool
     has_head : bool
         Whether a step gives logits and tokens; else it ends with the residual stream.
 
     Raises
     ------
-    NotOneLaunch
+    NotPhased
         See :func:`reason_not`.
     """
 
     def __init__(
         self, ctx: OpenClContext, plan: DecoderPlan, layers: Sequence[Layer], ends: Ends, resident: bool
     ) -> None:
-        self._ctx, self._resident, self._vocab_size = ctx, resident, ends.vocab_size
+        self._ctx, self.resident, self._vocab_size = ctx, resident, ends.vocab_size
         runtime = ctx.backend.runtime
         device = runtime.capabilities
         shape = shape_of(plan, layers)
@@ -190,19 +193,19 @@ class OneLaunch:
         queue = self._ctx.queue
         # Dropping the event of a write waits for it: so it is kept until the next step.
         self._pending = [cl.enqueue_copy(queue, self._step, step, is_blocking=False)]
-        kernel.set(rows=rows, splits=splits, last=last)
+        kernel.set(rows=rows, splits=splits)
         size, local = (self._groups * self._local,), (self._local,)
-        if self._resident:
-            kernel.set(target=(self._target + self._groups) % 2**32)
+        if self.resident:
+            kernel.set(last=last, target=(self._target + self._groups) % 2**32)
             waits = last - 1 - (macros["LAYERS"] if splits == 1 else 0)
             self._target = (self._target + self._groups * waits) % 2**32
-            self._ctx.log("decoder_step", cl.enqueue_nd_range_kernel(queue, kernel.kernel, size, local))
+            self._ctx.log("decoder_step", cl.enqueue_nd_range_kernel(queue, kernel.kernels[0], size, local))
         else:
-            for phase in range(last):
-                if splits > 1 or phase % PHASES != JOINS or phase >= macros["LAYERS"] * PHASES:
-                    kernel.set(first=phase, last=phase + 1)
-                    event = cl.enqueue_nd_range_kernel(queue, kernel.kernel, size, local)
-                    self._ctx.log(f"decoder_step {phase % PHASES}", event)
+            end = macros["LAYERS"] * PHASES
+            for phase, found in enumerate(kernel.kernels[:last]):
+                if splits > 1 or phase % PHASES != JOINS or phase >= end:
+                    event = cl.enqueue_nd_range_kernel(queue, found, size, local)
+                    self._ctx.log(f"decoder_step {PHASES + phase - end if phase >= end else phase % PHASES}", event)
         return Rows(kernel.rooms["x"], 0, FLOAT32, rows, macros["HIDDEN"])
 
     def tokens(self, rows: int) -> npt.NDArray[np.int32]:
@@ -258,7 +261,7 @@ class OneLaunch:
         rooms = dict(zip(sizes, zeroed_buffers(runtime, list(sizes.values()), "rows of a step"), strict=True))
         table = arguments_of("decoder_step", macros)
         options = ctx.backend.tier.options(runtime.capabilities)
-        kernel = cl.Kernel(runtime.programs.program("decoder_step", macros, options), "decoder_step")
+        program = runtime.programs.program("decoder_step", macros, options)
         values: dict[str, Any] = {
             **rooms,
             "batch": self._step,
@@ -268,27 +271,30 @@ class OneLaunch:
             "head": self._ends[2] if self.has_head else 0,
             "rows": tokens,
             "splits": 1,
-            "first": 0,
-            "last": 0,
             "state": self._state,
             "target": 0,
             "patience": PATIENCE,
         }
-        bound_kernel(kernel, table, values)
-        return Kernel(kernel, list(table), rooms)
+        last = macros["LAYERS"] * PHASES + 2 * self.has_head
+        phases = [(0, last)] if self.resident else [(phase, phase + 1) for phase in range(last)]
+        kernels = [
+            bound_kernel(cl.Kernel(program, "decoder_step"), table, {**values, "first": begin, "last": end})
+            for begin, end in phases
+        ]
+        return Kernel(kernels, list(table), rooms)
 
 
 class Kernel:
-    """A kernel object with its buffers.
+    """The kernel objects of a step, with their buffers: one, or one for each phase.
 
     Attributes
     ----------
-    kernel : pyopencl.Kernel
+    kernels : list of pyopencl.Kernel
     rooms : dict of str to pyopencl.Buffer
     """
 
-    def __init__(self, kernel: cl.Kernel, names: list[str], rooms: dict[str, cl.Buffer]) -> None:
-        self.kernel, self.rooms = kernel, rooms
+    def __init__(self, kernels: list[cl.Kernel], names: list[str], rooms: dict[str, cl.Buffer]) -> None:
+        self.kernels, self.rooms = kernels, rooms
         self._places = {name: place for place, name in enumerate(names)}
         self._set: dict[str, int] = {}
 
@@ -296,12 +302,14 @@ class Kernel:
         """Set arguments of type uint, where they have changed."""
         for name, value in values.items():
             if self._set.get(name) != value:
-                self.kernel.set_arg(self._places[name], np.uint32(value))
+                for kernel in self.kernels:
+                    kernel.set_arg(self._places[name], np.uint32(value))
                 self._set[name] = value
 
 
 def describe_rows(batch: Batch) -> tuple[npt.NDArray[np.int32], int]:
-    """A batch of one row for each sequence, as ``kernels/decoder.cl`` draws it, and the pages of the longest sequence."""
+    """``(step, pages)``: a batch of one row for each sequence, as ``kernels/decoder.cl`` draws it, and the pages of the
+    longest sequence."""
     rows = len(batch.tokens)
     positions = batch.segments[:, 2]
     pages = int(positions.max()) // PAGE_TOKENS + 1
