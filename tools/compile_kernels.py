@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from marlin_cy.opencl.decoder.one_launch_shape import LAYER
+from marlin_cy.opencl.decoder.phased_shape import LAYER
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.program import kernel_files, source
 from marlin_cy.weights.code_types import CODE_TYPES
