@@ -31,9 +31,12 @@ BOUNDS = {FLOAT16: 1e-3, BFLOAT16: 8e-3}
 SETTINGS = (*SETTINGS, Setting(window=5), Setting(sinks=True, splits=4), Setting(gated=True, splits=9))
 KERNELS = {
     "tiles of two strips, queries in local memory": (TilesKernel(64, 32, 4, 2, FLOAT16, 2, 32, True), FLOAT32),
-    "tiles of heads that do not divide them": (TilesKernel(32, 48, 5, 2, FLOAT16, 1, 16, False), FLOAT16),
+    "tiles of heads that do not divide them, segments": (
+        TilesKernel(32, 48, 5, 2, FLOAT16, 1, 16, False, segments=8),
+        FLOAT16,
+    ),
     "tiles, bfloat16": (TilesKernel(64, 64, 16, 2, BFLOAT16, 1, 48, False), BFLOAT16),
-    "rows of five heads": (RowsKernel(96, 64, 5, 2, FLOAT16), FLOAT16),
+    "rows of five heads, segments": (RowsKernel(96, 64, 5, 2, FLOAT16, segments=8), FLOAT16),
     "rows of twelve heads, bfloat16": (RowsKernel(32, 128, 12, 2, BFLOAT16), FLOAT32),
 }
 

@@ -48,7 +48,7 @@ def test_sizes_by_product(monkeypatch):
     backend = SimpleNamespace(tier=SimpleNamespace(name="mma"), runtime=runtime)
     assert dense_kernel(backend, FLOAT32, BFLOAT16, 64, 151936, 1).row_strips == 4
     assert dense_kernel(backend, FLOAT32, BFLOAT16, 1024, 4096, 1).row_strips == 4
-    assert dense_kernel(backend, FLOAT32, BFLOAT16, 1024, 128, 1).row_strips == 1
+    assert dense_kernel(backend, FLOAT32, BFLOAT16, 1024, 128, 1).k_waves == 8
     assert dense_kernel(backend, FLOAT32, FLOAT16, 512, 512, 16).row_strips == 4
     assert dense_kernel(backend, FLOAT32, FLOAT32, 1024, 4096, 1) is None
     backend.tier.name = "portable"

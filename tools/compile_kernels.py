@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from marlin_cy.opencl.decoder.phased_shape import LAYER
 from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros
 from marlin_cy.opencl.program import kernel_files, source
 
@@ -95,13 +96,15 @@ STEP = {
     "NUM_GROUPS": 1,
     "TOPK_GROUPS": 1,
     "GROUP_32": 0,
-    "LAYER_BYTES": 344,
+    "LAYER_BYTES": LAYER.itemsize,
     "HAS_HEAD": 1,
     "HEAD_TYPE": 2,
     "VOCABULARY": 151936,
     "GROUPING": 0,
     "ALIGNED": 1,
 }
+STEP_SEGMENTS = {"CACHE_TYPE": 2, "SEGMENTS": 8, "SEGMENT_SHIFT": 9}
+SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
 # of products are compiled with each set for every code type, too.
@@ -172,18 +175,18 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"ADDED": 2, "ACTIVATION": 3},
     ],
     "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
-    "decoder_heads": [{}, {"CACHE_TYPE": 1}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
+    "decoder_heads": [{}, {"CACHE_TYPE": 1, "SEGMENTS": 8}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, "ALIGNED": 1},
-        {"CACHE_TYPE": 2, **LATENT_TILES},
+        {"CACHE_TYPE": 2, "SEGMENTS": 8, **LATENT_TILES},
         {"CACHE_TYPE": 0, "ALIGNED": 1, **GROUPED_TILES},
     ],
     "decoder_attention_rows_mma": [
-        {"CACHE_TYPE": 2, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
+        {"CACHE_TYPE": 2, "SEGMENTS": 8, "HEAD_DIM": 256, "VALUE_DIM": 256, "HEADS": 7, "WAVES": 4},
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, "HEADS": 12, "WAVES": 4},
     ],
     "decoder_attention_tiles_mma": [
-        {"CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, "WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0},
+        {"SEGMENTS": 8, "CACHE_TYPE": 2, **DIMS_OF_HEADS, "HEADS": 7, **SMALL_TILES},
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, **DIMS_OF_HEADS, **TILES, "HEADS": 8},
     ],
     "decoder_dense": [
@@ -205,19 +208,19 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         },
         {
             **STEP,
+            **STEP_SEGMENTS,
             "TENSOR": 1,
             "RESIDENT": 0,
             "TOKENS": 8,
             "WAVES": 8,
             "GROUP_32": 1,
-            "CACHE_TYPE": 2,
             "EXPERTS_PER_PART": 32,
         },
         {**STEP, "TENSOR": 1, "RESIDENT": 1, "PTX": 1},
     ],
     "decoder_dense_mma": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 1, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1},
-        {"INPUT_TYPE": 0, "WEIGHT_TYPE": 2, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 4, "K_WAVES": 4},
+        {"INPUT_TYPE": 0, "WEIGHT_TYPE": 2, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 1, "K_WAVES": 8},
     ],
     "decoder_delta": [{"OUTPUT_TYPE": 1}, {"KEY_DIM": 16, "VALUE_DIM": 48, "STATE_COLUMNS": 32, "KEY_PARTS": 1}],
 }

@@ -109,10 +109,13 @@ class DecoderBench:
     """
 
     def __init__(self, model: Model, repeat: int) -> None:
+        from marlin_cy.decoder.program import PAGE_TOKENS
+
         self._model, self._repeat = model, repeat
         self._program: OpenClDecoder = model._program  # type: ignore[assignment]
         self._layers = len(model.plan.layers)
         self._rng = np.random.default_rng(0)
+        self._program.provide_pages(model.free_tokens // PAGE_TOKENS)  # steps here name pages themselves
 
     def launches(self) -> float:
         """Launches of a layer at one token, that which joins splits included."""

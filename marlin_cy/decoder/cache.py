@@ -30,17 +30,52 @@ def pages_of(tokens: int) -> int:
 
 
 class PagePool:
-    """The pages of a cache: which are free, and how many sequences hold each of the others."""
+    """The pages of a cache: which are free, and how many sequences hold each of the others.
 
-    def __init__(self, num_pages: int) -> None:
+    Parameters
+    ----------
+    num_pages : int
+    provide : callable, optional
+        :meth:`~marlin_cy.decoder.program.DecoderProgram.provide_pages` of the program that has the memory.
+    """
+
+    def __init__(self, num_pages: int, provide: Callable[[int], int] = lambda num_pages: num_pages) -> None:
         self._holders = np.zeros(num_pages, np.int32)
-        # The lowest number is taken first, so that the pages of a single sequence follow each other.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._provide = provide
+        self._free: list[int] = []  # those that have memory
+        self._provided = 0
 
     @property
     def num_free(self) -> int:
-        """Number of free pages."""
-        return len(self._free)
+        """Number of free pages, those included whose memory is not there yet."""
+        return len(self._free) + len(self._holders) - self._provided
+
+    def make_free(self, count: int) -> None:
+        """Have memory for ``count`` free pages.
+
+        Raises
+        ------
+        CacheFull
+            So many pages are not free, or there is no memory for them.
+        """
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        if count > self.num_free:
+            raise CacheFull(
+                f"cache: got {count} pages of {PAGE_TOKENS} tokens to add, {self.num_free} are free; free "
+                "sequences, or load the model with more cache_tokens"
+            )
+        try:
+            provided = self._provide(self._provided + missing)
+        except MemoryError as error:
+            raise CacheFull(
+                f"cache: got {count} pages of {PAGE_TOKENS} tokens to add, {len(self._free)} are free, and there is no "
+                f"memory for others ({error}); free sequences"
+            ) from error
+        # The lowest number is taken first, so that the pages of a single sequence follow each other.
+        self._free[:0] = range(provided - 1, self._provided - 1, -1)
+        self._provided = provided
 
     def take(self) -> int:
         """A free page, held once."""

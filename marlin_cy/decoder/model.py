@@ -124,7 +124,7 @@ class Model(TextMethods):
         num_pages = pages_of(cache_tokens)
         num_states = max(DEFAULT_STATES, cache_tokens // plan.context_length) if self._recurrent else 0
         self._program = ctx.backend.new_decoder(ctx, plan, num_pages, num_states, cache_dtype)
-        self._pool = PagePool(num_pages)
+        self._pool = PagePool(num_pages, self._program.provide_pages)
         self._free_states = list(range(num_states - 1, -1, -1))
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
@@ -375,11 +375,7 @@ class Model(TextMethods):
                 )
             work.append((sequence, ids))
             needed += sequence.pages_needed(len(ids))
-        if needed > self._pool.num_free:
-            raise CacheFull(
-                f"cache: got {needed} pages of {PAGE_TOKENS} tokens to add, {self._pool.num_free} are free; free "
-                "sequences, or load the model with more cache_tokens"
-            )
+        self._pool.make_free(needed)
         return work
 
     def _token_ids(self, tokens: Tokens) -> npt.NDArray[np.int32]:

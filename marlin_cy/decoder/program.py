@@ -53,6 +53,19 @@ class DecoderProgram(ABC):
         earlier tokens came in, on backends that promise it (the CPU does).
         """
 
+    def provide_pages(self, num_pages: int) -> int:
+        """Provide the memory of pages 0 to ``num_pages - 1``. Returns the number of pages that have memory.
+
+        Steps and copies only use pages that this method has returned. ``num_pages`` is at most that of
+        :meth:`~marlin_cy.Backend.new_decoder`. The default is for programs that have all memory from the beginning.
+
+        Raises
+        ------
+        MemoryError
+            There is too little memory. The program goes on with the pages that it has.
+        """
+        return num_pages
+
     @abstractmethod
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of one page to another, in all layers."""

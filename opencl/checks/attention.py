@@ -20,6 +20,7 @@ from marlin_cy.opencl.recording import RecordingContext
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
+    from marlin_cy.opencl.stack import Runtime
 
 __all__ = ["SETTINGS", "Setting", "reason_wrong", "results"]
 
@@ -110,8 +111,7 @@ def results(
         "q": uploaded(runtime, q, "queries of a check"),
         "q_row_stride": heads * q.shape[2],
         "q_head_stride": q.shape[2],
-        "keys": uploaded(runtime, paged(keys, pages, lengths), "keys of a check"),
-        "values": uploaded(runtime, paged(values, pages, lengths), "values of a check"),
+        **cache_arguments(runtime, keys, values, pages, lengths, kernel.segments),
         "num_heads": heads,
         "num_kv_heads": KV_HEADS,
         "key_head": PAGE_TOKENS * dim,
@@ -139,10 +139,31 @@ def results(
     return actual.astype(np.float64), expected
 
 
-def paged(
-    rows: npt.NDArray[Any], pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint8]:
-    """``[positions, sequences, heads, width]`` as the bytes of pages; ``kernels/decoder.cl`` draws one."""
+def cache_arguments(
+    runtime: Runtime,
+    keys: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    pages: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int64],
+    segments: int,
+) -> dict[str, Any]:
+    """CACHE_ARGS of ``kernels/decoder.cl``: the rows of keys and values in pages, all segments used."""
+    found: dict[str, Any] = {}
+    size = pages.size
+    if segments > 1:
+        shift = max(0, (-(-pages.size // segments) - 1).bit_length())
+        size, found["segment_shift"] = 1 << shift, shift
+    for name, rows in (("keys", keys), ("values", values)):
+        all_pages = paged(rows, pages, lengths)
+        for number in range(segments):
+            part = all_pages[number * size : (number + 1) * size]
+            buffer = uploaded(runtime, as_bytes(part), "cache of a check") if len(part) else None
+            found[name + (str(number) if number else "")] = buffer
+    return found
+
+
+def paged(rows: npt.NDArray[Any], pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """``[positions, sequences, heads, width]`` as pages; ``kernels/decoder.cl`` draws one."""
     _, sequences, heads, width = rows.shape
     most = pages.shape[1]
     padded = np.full((most * PAGE_TOKENS, sequences, heads, width), np.nan, rows.dtype)
@@ -151,4 +172,4 @@ def paged(
     parts = padded.reshape(most, PAGE_TOKENS, sequences, heads, width // 8, 8).transpose(2, 0, 3, 4, 1, 5)
     found = np.empty((pages.size, *parts.shape[2:]), rows.dtype)
     found[pages] = parts
-    return as_bytes(found)
+    return found

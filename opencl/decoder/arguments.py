@@ -78,20 +78,18 @@ PLACE_HEADS = {
     "interleaved": "int",
     "num_heads": "uint",
     "num_kv_heads": "uint",
-    "keys": "global CACHE*",
-    "values": "global CACHE*",
 }
 
 # Attention (decoder_attention.cl, decoder_attention_*_mma.cl) -------------------------------------
 
-ATTEND = {
+ATTEND_QUERIES = {
     "batch": "global int*",
     "tiles": "uint",
     "q": "global float*",
     "q_row_stride": "uint",
     "q_head_stride": "uint",
-    "keys": "global CACHE*",
-    "values": "global CACHE*",
+}
+ATTEND = {
     "num_heads": "uint",
     "num_kv_heads": "uint",
     "key_head": "uint",
@@ -102,11 +100,8 @@ ATTEND = {
     "sinks": "global float*",
     "gate_offset": "uint",
     "output": "global OUTPUT*",
-    "partial": "global float*",
-    "stats": "global float2*",
 }
-ATTEND_TILES = {name: kind for name, kind in ATTEND.items() if name not in ("partial", "stats")}
-ATTEND_ROWS = {**ATTEND, "arrived": "global uint*"}
+SPLITS = {"partial": "global float*", "stats": "global float2*"}
 MERGE_SPLITS = {
     "batch": "global int*",
     "tiles": "uint",
@@ -217,6 +212,35 @@ def norm_rows(macros: Mapping[str, int]) -> Mapping[str, str]:
     return {**NORM_ROWS, **(ADDED_EXPERTS if macros.get("ADDED") == 2 else {})}
 
 
+def cache(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """CACHE_ARGS of ``decoder.cl``."""
+    numbers = range(1, macros.get("SEGMENTS", 1))
+    return {
+        **({"segment_shift": "uint"} if numbers else {}),
+        **{name: "global CACHE*" for kind in ("keys", "values") for name in (kind, *(f"{kind}{i}" for i in numbers))},
+    }
+
+
+def place_heads(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``place_heads``."""
+    return {**PLACE_HEADS, **cache(macros)}
+
+
+def attend_tiles(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``attend_tiles``."""
+    return {**ATTEND_QUERIES, **cache(macros), **ATTEND}
+
+
+def attend(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``attend``."""
+    return {**attend_tiles(macros), **SPLITS}
+
+
+def attend_rows(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``attend_rows``."""
+    return {**attend(macros), "arrived": "global uint*"}
+
+
 def always(table: Mapping[str, str]) -> Callable[[Mapping[str, int]], Mapping[str, str]]:
     """The same table for all macros."""
     return lambda macros: table
@@ -229,10 +253,10 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "glu_rows": always(GLU_ROWS),
         "argmax_rows": always(ARGMAX_ROWS),
         "norm_router": always(NORM_ROUTER),
-        "place_heads": always(PLACE_HEADS),
-        "attend": always(ATTEND),
-        "attend_tiles": always(ATTEND_TILES),
-        "attend_rows": always(ATTEND_ROWS),
+        "place_heads": place_heads,
+        "attend": attend,
+        "attend_tiles": attend_tiles,
+        "attend_rows": attend_rows,
         "merge_splits": always(MERGE_SPLITS),
         "dense_few": always(DENSE),
         "dense_many": always(DENSE),

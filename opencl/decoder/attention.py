@@ -152,10 +152,10 @@ class Attend:
 
     def kernels(self, backend: OpenClBackend, output_type: int) -> Kernels:
         """The tensor-core kernels that the backend's device runs."""
-        shape, cache_type = self.shape, self.pool.type_code
-        tiles = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(shape, cache_type)]
+        of = self.shape, self.pool.type_code, self.pool.segments
+        tiles = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(*of)]
         return Kernels(
-            chosen(rows_kernels(shape, cache_type), output_type, backend),
+            chosen(rows_kernels(*of), output_type, backend),
             [kernel for kernel in tiles if kernel is not None],
         )
 
@@ -215,11 +215,10 @@ class Attend:
             "output": output.data,
         }
         cache = {
-            "keys": self.pool.keys,
-            "values": self.pool.values,
+            **self.pool.arguments,
             "num_kv_heads": shape.num_kv_heads,
             "key_head": PAGE_TOKENS * shape.head_dim,
-            "value_head": PAGE_TOKENS * (shape.head_dim if self.pool.values is self.pool.keys else shape.value_dim),
+            "value_head": PAGE_TOKENS * (shape.head_dim if self.pool.shares_values else shape.value_dim),
             "scale": self.scale,
             "soft_cap": self.soft_cap,
             "window": self.window,
@@ -303,8 +302,7 @@ class Attend:
         maker.record("decoder_attention", "attend", macros, size, local, "attend", **values)
 
     def _macros(self, output_type: int, tile_rows: int) -> dict[str, int]:
-        types = {"CACHE_TYPE": self.pool.type_code, "OUTPUT_TYPE": output_type, "ALIGNED": 1}
-        return {**types, **self.shape.macros(tile_rows)}
+        return {**self.pool.macros, "OUTPUT_TYPE": output_type, "ALIGNED": 1, **self.shape.macros(tile_rows)}
 
 
 class GroupedAttention:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from marlin_cy.opencl.arguments import arguments_of
@@ -40,6 +40,8 @@ class Kernel:
     ----------
     head_dim, value_dim, heads, waves : int
     cache_type : int
+    segments : int
+        Of the cache.
     """
 
     file: ClassVar[str]
@@ -49,6 +51,7 @@ class Kernel:
     heads: int
     waves: int
     cache_type: int
+    segments: int = field(default=1, kw_only=True)
 
     @property
     def items(self) -> int:
@@ -64,6 +67,7 @@ class Kernel:
             "HEADS": self.heads,
             "WAVES": self.waves,
             "CACHE_TYPE": self.cache_type,
+            "SEGMENTS": self.segments,
         }
 
     @property
@@ -141,7 +145,7 @@ class RowsKernel(Kernel):
         return self.waves * -(-self.heads // 8) * 8 * (4 * (self.value_dim + 4) + 8)
 
 
-def tiles_kernels(shape: Shape, cache_type: int) -> list[TilesKernel]:
+def tiles_kernels(shape: Shape, cache_type: int, segments: int = 1) -> list[TilesKernel]:
     """Builds of ``attend_tiles`` for a shape, the largest tile first; none for shapes that it does not support.
 
     A lane has 255 registers. Sums take ``value_dim / 2`` of them for each strip, and scores ``keys / 2``. Two strips
@@ -156,12 +160,14 @@ def tiles_kernels(shape: Shape, cache_type: int) -> list[TilesKernel]:
     if widest <= 128:
         sizes = [(4, 2, 64, False) if widest <= 64 else (4, 2, 32, True), (4, 1, 32, False)]
     return [
-        TilesKernel(shape.head_dim, shape.value_dim, heads, waves, cache_type, strips, keys, queries_local)
+        TilesKernel(
+            *(shape.head_dim, shape.value_dim, heads, waves, cache_type, strips, keys, queries_local), segments=segments
+        )
         for waves, strips, keys, queries_local in sizes
     ]
 
 
-def rows_kernels(shape: Shape, cache_type: int) -> list[RowsKernel]:
+def rows_kernels(shape: Shape, cache_type: int, segments: int = 1) -> list[RowsKernel]:
     """Builds of ``attend_rows`` for a shape, best first; none for shapes that it does not support.
 
     Sums take ``value_dim / 4`` registers of a lane for every eight heads.
@@ -169,7 +175,9 @@ def rows_kernels(shape: Shape, cache_type: int) -> list[RowsKernel]:
     if not supported(shape, cache_type, 64):
         return []
     heads = largest_divisor(shape, OPERAND_HEADS if max(shape.head_dim, shape.value_dim) <= 128 else 8)
-    return [RowsKernel(shape.head_dim, shape.value_dim, heads, waves, cache_type) for waves in (8, 4)]
+    return [
+        RowsKernel(shape.head_dim, shape.value_dim, heads, waves, cache_type, segments=segments) for waves in (8, 4)
+    ]
 
 
 def supported(shape: Shape, cache_type: int, column_unit: int) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,11 +17,42 @@ from marlin_cy.opencl.memory import live_stores, zeroed_buffers
 if TYPE_CHECKING:
     from marlin_cy.opencl.stack import Runtime
 
-__all__ = ["KvPool", "StatePool", "check_memory", "new_pool"]
+__all__ = ["KvPool", "Segmentation", "StatePool", "check_memory", "new_pools", "provide_pages"]
 
 CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 CHUNK = 8  # of decoder.cl
 MAX_HEAD_DIM = 640  # of decoder_heads.cl
+SEGMENTS = 8  # of decoder.cl
+WHOLE_SHARE = 32
+"""A cache that takes at most this part of the device's memory is one segment, allocated when the model is loaded."""
+
+
+class Segmentation(NamedTuple):
+    """How a layer's pages are divided into buffers; ``kernels/decoder.cl`` describes it.
+
+    Attributes
+    ----------
+    segments : int
+        Buffers of keys, and as many of values, at most: 1 or SEGMENTS.
+    pages : int
+        Pages of a segment: of several, a power of two.
+    """
+
+    segments: int
+    pages: int
+
+    @property
+    def shift(self) -> int:
+        """The logarithm of ``pages`` to base 2."""
+        return self.pages.bit_length() - 1
+
+    @classmethod
+    def of(cls, num_pages: int, page_bytes: Sequence[int], runtime: Runtime) -> Segmentation:
+        """The division of a cache whose layers' buffers have ``page_bytes`` for each page."""
+        small = num_pages * sum(page_bytes) <= runtime.capabilities.global_memory // WHOLE_SHARE
+        if not page_bytes or (small and num_pages * max(page_bytes) <= runtime.max_alloc_bytes):
+            return cls(1, num_pages)
+        return cls(SEGMENTS, 1 << (-(-num_pages // SEGMENTS) - 1).bit_length())
 
 
 class KvPool:
@@ -29,31 +60,103 @@ class KvPool:
 
     Attributes
     ----------
-    keys, values : pyopencl.Buffer
-        ``[num_pages][heads][page of a head]``. Latent attention has no values of its own: ``values`` is ``keys``.
     type_code : int
         CACHE_TYPE of ``decoder.cl``.
+    shares_values : bool
+        Latent attention has no values of its own: they are the keys.
     """
 
     def __init__(
-        self, runtime: Runtime, mixer: AttentionPlan | LatentAttentionPlan, num_pages: int, dtype: str
+        self,
+        runtime: Runtime,
+        mixer: AttentionPlan | LatentAttentionPlan,
+        num_pages: int,
+        dtype: str,
+        segmentation: Segmentation | None = None,
     ) -> None:
         self.type_code = CACHE_TYPES[dtype]
-        self._page_bytes = [PAGE_TOKENS * width * itemsize(dtype) for width in widths(mixer)]
-        buffers = zeroed_buffers(runtime, [num_pages * nbytes for nbytes in self._page_bytes], "cache")
-        self.keys, self.values = buffers[0], buffers[-1]
-        self._buffers = buffers
+        self._runtime, self._num_pages = runtime, num_pages
+        self._segmentation = segmentation or Segmentation(1, num_pages)
+        self._page_bytes = page_bytes(mixer, dtype)
+        self.shares_values = len(self._page_bytes) == 1
+        self._segments: list[list[cl.Buffer]] = []
+        self.add_segment()
+
+    @property
+    def keys(self) -> cl.Buffer:
+        """The keys of the first segment: ``[pages][heads][page of a head]``."""
+        return self._segments[0][0]
+
+    @property
+    def values(self) -> cl.Buffer:
+        """The values of the first segment."""
+        return self._segments[0][-1]
+
+    @property
+    def segments(self) -> int:
+        """Segments, at most."""
+        return self._segmentation.segments
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return sum(int(buffer.size) for buffer in self._buffers)
+        """Bytes of the pool, of segments that are not there yet, too."""
+        return self._num_pages * sum(self._page_bytes)
+
+    @property
+    def provided_pages(self) -> int:
+        """Pages that have memory."""
+        return min(self._num_pages, len(self._segments) * self._segmentation.pages)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Macros of kernels that read or write the pool."""
+        return {"CACHE_TYPE": self.type_code, "SEGMENTS": self._segmentation.segments}
+
+    @property
+    def table_macros(self) -> dict[str, int]:
+        """Macros of a kernel that has the addresses of the segments in a table."""
+        shift = {"SEGMENT_SHIFT": self._segmentation.shift} if self.segments > 1 else {}
+        return {**self.macros, **shift}
+
+    def all_segments(self) -> Iterator[tuple[str, int, cl.Buffer]]:
+        """The buffers of the segments that there are: ``"keys"`` or ``"values"``, the segment, and the buffer."""
+        for number, buffers in enumerate(self._segments):
+            yield "keys", number, buffers[0]
+            yield "values", number, buffers[-1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """CACHE_ARGS of ``decoder.cl``."""
+        there = {(name, number): buffer for name, number, buffer in self.all_segments()}
+        found: dict[str, Any] = {"segment_shift": self._segmentation.shift} if self.segments > 1 else {}
+        for name in ("keys", "values"):
+            for number in range(self.segments):
+                found[name + (str(number) if number else "")] = there.get((name, number))
+        return found
+
+    def add_segment(self) -> None:
+        """Provide memory for another segment."""
+        pages = min(self._segmentation.pages, self._num_pages - len(self._segments) * self._segmentation.pages)
+        self._segments.append(zeroed_buffers(self._runtime, [pages * size for size in self._page_bytes], "cache"))
+
+    def drop_segment(self) -> None:
+        """Release the last segment."""
+        for buffer in self._segments.pop():
+            buffer.release()
 
     def copy_page(self, queue: cl.CommandQueue, source: int, target: int) -> None:
         """Enqueue the copy of a page."""
-        for buffer, nbytes in zip(self._buffers, self._page_bytes, strict=True):
+        (from_segment, source), (to_segment, target) = (
+            divmod(page, self._segmentation.pages) for page in (source, target)
+        )
+        for place, size in enumerate(self._page_bytes):
             cl.enqueue_copy(
-                queue, buffer, buffer, byte_count=nbytes, src_offset=source * nbytes, dst_offset=target * nbytes
+                queue,
+                self._segments[to_segment][place],
+                self._segments[from_segment][place],
+                byte_count=size,
+                src_offset=source * size,
+                dst_offset=target * size,
             )
 
 
@@ -120,18 +223,56 @@ def widths(mixer: AttentionPlan | LatentAttentionPlan) -> list[int]:
     return [mixer.latent_dim + mixer.rope_dim]
 
 
+def page_bytes(mixer: MixerPlan, dtype: str) -> list[int]:
+    """Bytes of a page in each buffer of a layer's pool; none for recurrent state."""
+    if isinstance(mixer, DeltaNetPlan):
+        return []
+    return [PAGE_TOKENS * width * itemsize(dtype) for width in widths(mixer)]
+
+
 def slot_bytes(mixer: DeltaNetPlan) -> list[int]:
     """Bytes of a slot in each buffer of a layer's pool."""
     conv = (mixer.conv_width - 1) * mixer.conv.shape[0]
     return [4 * conv, 4 * mixer.num_v_heads * mixer.key_dim * mixer.value_dim]
 
 
-def new_pool(runtime: Runtime, mixer: MixerPlan, num_pages: int, num_states: int, dtype: str) -> KvPool | StatePool:
-    """A layer's part of the cache."""
-    if isinstance(mixer, DeltaNetPlan):
-        return StatePool(runtime, mixer, num_states)
-    check_widths(mixer)
-    return KvPool(runtime, mixer, num_pages, dtype)
+def new_pools(
+    runtime: Runtime, mixers: Sequence[MixerPlan], num_pages: int, num_states: int, dtype: str
+) -> list[KvPool | StatePool]:
+    """The cache of all layers, each with its first segment."""
+    sizes = [size for mixer in mixers for size in page_bytes(mixer, dtype)]
+    segmentation = Segmentation.of(num_pages, sizes, runtime)
+    pools: list[KvPool | StatePool] = []
+    for mixer in mixers:
+        if isinstance(mixer, DeltaNetPlan):
+            pools.append(StatePool(runtime, mixer, num_states))
+        else:
+            check_widths(mixer)
+            pools.append(KvPool(runtime, mixer, num_pages, dtype, segmentation))
+    return pools
+
+
+def provide_pages(pools: Sequence[KvPool], num_pages: int) -> bool:
+    """Add segments until ``num_pages`` pages have memory in all layers. Returns whether any was added.
+
+    Raises
+    ------
+    DeviceMemoryError
+        The device has too little memory. No layer has more segments than another.
+    """
+    grown = False
+    while any(pool.provided_pages < num_pages for pool in pools):
+        added: list[KvPool] = []
+        try:
+            for pool in pools:
+                pool.add_segment()
+                added.append(pool)
+        except BaseException:
+            for pool in added:
+                pool.drop_segment()
+            raise
+        grown = True
+    return grown
 
 
 def check_widths(mixer: AttentionPlan | LatentAttentionPlan) -> None:
@@ -156,19 +297,16 @@ def check_memory(
     ``dense_bytes``: weights that are not quantised, and are still on the host.
     """
     found = runtime.capabilities
-    pages = [
-        PAGE_TOKENS * width * itemsize(dtype)
-        for mixer in mixers
-        if not isinstance(mixer, DeltaNetPlan)
-        for width in widths(mixer)
-    ]
+    pages = [size for mixer in mixers for size in page_bytes(mixer, dtype)]
     states = sum(sum(slot_bytes(mixer)) for mixer in mixers if isinstance(mixer, DeltaNetPlan)) * num_states
     weights = dense_bytes + live_stores.nbytes(runtime.device)
     left = max(0, found.global_memory - weights - states)
     per_page = sum(pages)
     most = num_pages
     if per_page:
-        most = min(left // per_page, runtime.max_alloc_bytes // max(pages))
+        # The largest power of two of pages that fit into a buffer, times the segments.
+        in_buffer = 1 << max(0, (runtime.max_alloc_bytes // max(pages)).bit_length() - 1)
+        most = min(left // per_page, SEGMENTS * in_buffer)
     if num_pages <= most and states <= found.global_memory - weights:
         return
     raise MemoryError(

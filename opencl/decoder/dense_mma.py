@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["DenseKernel", "dense_kernel"]
 
 LANES, STRIP, WAVE_COLUMNS, WAVE_K = 32, 16, 32, 64  # of decoder_dense_mma.cl
-SIZES = ((4, 8, 1), (2, 4, 2), (1, 4, 4))
-"""ROW_STRIPS, COLUMN_WAVES and K_WAVES, the largest tile first."""
+SIZES = ((4, 8, 1), (2, 4, 2), (1, 1, 8))
+"""ROW_STRIPS, COLUMN_WAVES and K_WAVES, the largest tile first. A router has few columns: there waves share K."""
 FILLED = 0.75
 """A tile is taken if there are at least as many of them for each compute unit; the smallest in any case."""
 

@@ -78,7 +78,7 @@ def place_heads(
     maker.record(
         "decoder_heads",
         "place_heads",
-        {"CACHE_TYPE": pool.type_code, "HEAD_ITEMS": items},
+        {**pool.macros, "HEAD_ITEMS": items},
         (maker.rows * items, groups),
         (items, 1),
         "place_heads",
@@ -109,6 +109,5 @@ def place_heads(
         interleaved=int(rotation.interleaved),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        keys=pool.keys,
-        values=pool.values,
+        **pool.arguments,
     )

@@ -14,6 +14,7 @@ from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, LayerPlan, MoeFfnPlan
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.decoder.attention import GroupedAttention
+from marlin_cy.opencl.decoder.cache import SEGMENTS
 from marlin_cy.opencl.decoder.ffn import MoeFfn
 from marlin_cy.opencl.decoder.projections import PackedColumns, ProjectionGroup
 from marlin_cy.opencl.gemm.codes import code_macros
@@ -23,6 +24,7 @@ from marlin_cy.opencl.layout import STRIP_N
 from marlin_cy.opencl.memory import zeroed_buffers
 
 if TYPE_CHECKING:
+    from marlin_cy.opencl.decoder.cache import KvPool
     from marlin_cy.opencl.decoder.program import Layer
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
@@ -40,7 +42,11 @@ LAYER = np.dtype(
         ("gate_up", "u8", 8),
         ("down", "u8", 8),
         *((name, "u8") for name in ("mixer_norm", "ffn_norm", "q_norm", "k_norm", "qkv_bias", "o_bias")),
-        *((name, "u8") for name in ("cosine", "sine", "keys", "values", "router", "router_bias", "correction")),
+        ("cosine", "u8"),
+        ("sine", "u8"),
+        ("keys", "u8", SEGMENTS),
+        ("values", "u8", SEGMENTS),
+        *((name, "u8") for name in ("router", "router_bias", "correction")),
         ("qkv_strips", "u4", 3),
         ("pad", "u4"),
         ("qkv_first", "u4", 3),
@@ -73,10 +79,13 @@ class Entry:
         By field and index: a buffer, and a number of bytes from its beginning.
     numbers : dict
         By field and index.
+    pool : KvPool
+        The layer's part of the cache. It grows.
     """
 
     places: dict[tuple[str, int], tuple[cl.Buffer, int]] = field(default_factory=dict)
     numbers: dict[tuple[str, int], float] = field(default_factory=dict)
+    pool: KvPool | None = None
 
     def put(self, name: str, buffer: cl.Buffer | None, offset: int = 0, index: int = 0) -> None:
         """Set an address; None stays NULL."""
@@ -103,8 +112,12 @@ class ModelShape:
     entries: list[Entry]
 
     def table(self, runtime: Runtime) -> npt.NDArray[Any]:
-        """The table, an array of LAYER."""
+        """The table, an array of LAYER, with the segments that the cache has."""
         table = np.zeros(len(self.entries), LAYER)
+        for entry in self.entries:
+            assert entry.pool is not None
+            for name, index, buffer in entry.pool.all_segments():
+                entry.put(name, buffer, index=index)
         buffers = [buffer for entry in self.entries for buffer, _ in entry.places.values()]
         found = iter(addresses(runtime, buffers))
         for row, entry in zip(table, self.entries, strict=True):
@@ -233,8 +246,7 @@ class LayerShape:
         entry.put("k_norm", layer.k_norm)
         entry.put("cosine", layer.rotation.cosine)
         entry.put("sine", layer.rotation.sine)
-        entry.put("keys", layer.attend.pool.keys)
-        entry.put("values", layer.attend.pool.values)
+        entry.pool = layer.attend.pool
         entry.numbers["scale", 0] = plan.scale
         entry.numbers["window", 0] = plan.window or 0
         per_kv = heads // kv_heads
@@ -247,7 +259,7 @@ class LayerShape:
             "INTERLEAVED": int(layer.rotation.interleaved),
             "QKV_SHIFT": shifts.pop(),
             "O_SHIFT": output.layout.group_shift,
-            "CACHE_TYPE": layer.attend.pool.type_code,
+            **layer.attend.pool.table_macros,
         }
 
     def _experts(self, plan: MoeFfnPlan, layer: MoeFfn) -> None:

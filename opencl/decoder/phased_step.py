@@ -138,6 +138,7 @@ class PhasedStep:
         self._local = WAVE * waves
         self._groups = device.compute_units
         self._ends = addresses(runtime, [ends.embedding, ends.final_norm, *([] if head is None else [head.buffer])])
+        self._shape = shape
         self._layers = uploaded(runtime, shape.table(runtime).view(np.uint8), "table of layers")
         # The counter of work-groups, whether one gave up, and the tokens.
         (self._state,) = zeroed_buffers(runtime, [4 * (2 + MOST_TOKENS)], "state of a step")
@@ -146,6 +147,10 @@ class PhasedStep:
         self._seen = np.zeros(2 + MOST_TOKENS, np.uint32)
         self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
+
+    def cache_grown(self) -> None:
+        """Tell the kernel where new segments of the cache are. No step is in the queue."""
+        cl.enqueue_copy(self._ctx.queue, self._layers, self._shape.table(self._ctx.backend.runtime).view(np.uint8))
 
     def takes(self, batch: Batch) -> bool:
         """Whether a batch is one row of each of a few sequences.

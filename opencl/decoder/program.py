@@ -27,7 +27,7 @@ from marlin_cy.errors import BuildError
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import TYPE_CODES
 from marlin_cy.opencl.decoder.attention import GroupedAttention
-from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pool
+from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pools, provide_pages
 from marlin_cy.opencl.decoder.delta import DeltaNet
 from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.latent import LatentAttention
@@ -69,7 +69,7 @@ class OpenClDecoder(DecoderProgram):
         mixers = [layer.mixer for layer in plan.layers]
         check_memory(runtime, mixers, num_pages, num_states, cache_dtype, dense_bytes(plan))
         self._uploads = uploads = Uploads(runtime)
-        self._pools = [new_pool(runtime, mixer, num_pages, num_states, cache_dtype) for mixer in mixers]
+        self._pools = new_pools(runtime, mixers, num_pages, num_states, cache_dtype)
         merger = Merger(runtime)
         self._layers = [
             Layer(recorder, uploads, merger, layer, pool, plan.norm_eps)
@@ -104,6 +104,17 @@ class OpenClDecoder(DecoderProgram):
         The logits stay on the device.
         """
         return self._run(batch, "greedy", (), np.int32)
+
+    def provide_pages(self, num_pages: int) -> int:
+        pools = [pool for pool in self._pools if isinstance(pool, KvPool)]
+        with self._ctx as ctx:
+            if provide_pages(pools, num_pages):
+                # Recordings have the segments as arguments. Earlier steps may still be in the queue.
+                ctx.queue.finish()
+                self._recordings.clear()
+                if self._phased is not None:
+                    self._phased.cache_grown()
+        return min((pool.provided_pages for pool in pools), default=num_pages)
 
     def copy_page(self, source: int, target: int) -> None:
         with self._ctx as ctx:

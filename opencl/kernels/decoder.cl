@@ -19,8 +19,22 @@
 //   values  0 ..  7      01234567 01234567 ...   01234567
 //   values  8 .. 15      01234567 01234567 ...   01234567
 //
+// A layer's cache is one segment or eight: buffers of keys and of values, as OpenCL cannot make a buffer larger. Page p is
+// page p % 2^segment_shift of segment p >> segment_shift. Segments that were not needed so far are NULL.
+//
+// CACHE_ARGS(type)           declares a kernel's arguments
+// KEYS_OF(p), VALUES_OF(p)   the segment of page p
+// IN_SEGMENT(p)              the page's number there
+// Pages                      the pages of keys, or of values, for a function
+// KEYS_FROM(i), VALUES_FROM(i)   these, from element i of each page on
+// PAGE_AT(pages, p, size)    the pointer to page p; a page has `size` elements
+//
+// With SEGMENT_SHIFT the segments are not arguments: their addresses are in a table (decoder_step_shape.cl).
+//
 // Build options
 //   CACHE_TYPE   element type of the cache, as INPUT_TYPE of common.cl
+//   SEGMENTS     1 or 8
+//   SEGMENT_SHIFT
 
 #ifndef CACHE_TYPE
 #define CACHE_TYPE 0
@@ -28,6 +42,58 @@
 #define CACHE JOIN(TYPE_, CACHE_TYPE)
 #define load8_cache JOIN(load8_, CACHE_TYPE)
 #define store_cache JOIN(store_, CACHE_TYPE)
+
+#ifndef SEGMENTS
+#define SEGMENTS 1
+#endif
+#if SEGMENTS == 1
+#define CACHE_ARGS(type) __global type *restrict keys, __global type *restrict values
+#define KEYS_OF(page) keys
+#define VALUES_OF(page) values
+#define IN_SEGMENT(page) (page)
+typedef __global const CACHE *Pages;
+#define KEYS_FROM(place) (keys + (place))
+#define VALUES_FROM(place) (values + (place))
+#define PAGE_AT(pages, page, size) ((pages) + (page) * (size))
+#elif defined(SEGMENT_SHIFT)
+#define IN_SEGMENT(page) ((uint)(page) & ((1u << SEGMENT_SHIFT) - 1))
+typedef struct {
+    __constant ulong *segments;
+    ulong place;
+} Pages;
+#define PAGE_AT(pages, page, size)                                                                               \
+    ((__global const CACHE *)(pages).segments[(uint)(page) >> SEGMENT_SHIFT] + IN_SEGMENT(page) * (ulong)(size) + \
+     (pages).place)
+#else
+#define CACHE_ARGS(type)                                                                                   \
+    const uint segment_shift, __global type *restrict keys, __global type *restrict keys1,                 \
+        __global type *restrict keys2, __global type *restrict keys3, __global type *restrict keys4,       \
+        __global type *restrict keys5, __global type *restrict keys6, __global type *restrict keys7,       \
+        __global type *restrict values, __global type *restrict values1, __global type *restrict values2,  \
+        __global type *restrict values3, __global type *restrict values4, __global type *restrict values5, \
+        __global type *restrict values6, __global type *restrict values7
+#define CHOOSE(parts, i)                                                                    \
+    ((i) < 4 ? ((i) < 2 ? ((i) == 0 ? parts : parts##1) : ((i) == 2 ? parts##2 : parts##3)) \
+             : ((i) < 6 ? ((i) == 4 ? parts##4 : parts##5) : ((i) == 6 ? parts##6 : parts##7)))
+#define KEYS_OF(page) CHOOSE(keys, (uint)(page) >> segment_shift)
+#define VALUES_OF(page) CHOOSE(values, (uint)(page) >> segment_shift)
+#define IN_SEGMENT(page) ((uint)(page) & ((1u << segment_shift) - 1))
+typedef struct {
+    __global const CACHE *segment, *segment1, *segment2, *segment3, *segment4, *segment5, *segment6, *segment7;
+    ulong place;
+    uint segment_shift;
+} Pages;
+#define PAGES_FROM(parts, place) \
+    ((Pages){parts, parts##1, parts##2, parts##3, parts##4, parts##5, parts##6, parts##7, place, segment_shift})
+#define KEYS_FROM(place) PAGES_FROM(keys, place)
+#define VALUES_FROM(place) PAGES_FROM(values, place)
+#define PAGE_AT(pages, page, size) page_at(pages, page, size)
+static inline __global const CACHE *page_at(Pages pages, uint page, ulong size)
+{
+    const uint segment_shift = pages.segment_shift;
+    return CHOOSE(pages.segment, page >> segment_shift) + IN_SEGMENT(page) * size + pages.place;
+}
+#endif
 
 #define PAGE_TOKENS 16
 #define CHUNK 8 // values of a position that lie together

@@ -71,7 +71,7 @@ static inline float finished(float value, float high, float total, float sink, _
 // Arguments. Offsets and strides are in elements
 //   tiles                        where the step has the tiles
 //   q, q_row_stride, q_head_stride
-//   keys, values                 as in decoder_heads.cl: a page has num_kv_heads heads, key_head or value_head elements each
+//   CACHE_ARGS                   as in decoder_heads.cl: a page has num_kv_heads heads, key_head or value_head elements each
 //   soft_cap, window             0: none
 //   sinks                        float [heads] or NULL
 //   gate_offset                  0, or where a head's gate begins, from its query on
@@ -80,10 +80,10 @@ static inline float finished(float value, float high, float total, float sink, _
 //                                sum of the weights), if there is more than one split. Tiles then have one row
 __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
-    const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
-    const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
-    const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
-    __global OUTPUT *restrict output, __global float *restrict partial, __global float2 *restrict stats)
+    const uint q_head_stride, CACHE_ARGS(const CACHE), const uint num_heads, const uint num_kv_heads,
+    const uint key_head, const uint value_head, const float scale, const float soft_cap, const int window,
+    __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output,
+    __global float *restrict partial, __global float2 *restrict stats)
 {
     __local float room[ROOM];
     __local float scores[QUERIES * KEYS];
@@ -135,8 +135,9 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
                     dots[i] = 0;
                 if (n < (uint)count) {
                     const ulong page = (uint)table[p / PAGE_TOKENS];
-                    __global const CACHE *key =
-                        keys + (page * num_kv_heads + kv_head) * key_head + p % PAGE_TOKENS * CHUNK;
+                    __global const CACHE *key = KEYS_OF(page) +
+                                                ((ulong)IN_SEGMENT(page) * num_kv_heads + kv_head) * key_head +
+                                                p % PAGE_TOKENS * CHUNK;
                     for (uint c = 0; c < HEAD_DIM / CHUNK; c++) {
                         const float8 chunk = load8_cache(key, c * CHUNK_STRIDE);
                         for (uint i = 0; i < SET_QUERIES; i++)
@@ -182,8 +183,9 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
             for (int n = key_set; n < count; n += KEY_SETS) {
                 const int p = base + n;
                 const ulong page = (uint)table[p / PAGE_TOKENS];
-                const float8 value = load8_cache(values + (page * num_kv_heads + kv_head) * value_head,
-                                                 column_lane * CHUNK_STRIDE + p % PAGE_TOKENS * CHUNK);
+                const float8 value =
+                    load8_cache(VALUES_OF(page) + ((ulong)IN_SEGMENT(page) * num_kv_heads + kv_head) * value_head,
+                                column_lane * CHUNK_STRIDE + p % PAGE_TOKENS * CHUNK);
                 for (uint i = 0; i < SET_QUERIES; i++)
                     sums[i] = fma((float8)(scores[(value_set * SET_QUERIES + i) * KEYS + n]), value, sums[i]);
             }

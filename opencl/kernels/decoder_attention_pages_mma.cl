@@ -30,26 +30,26 @@ static inline float beside(float high, float highest) { return high == -INFINITY
 
 // The first operand of the products with keys: 16 numbers of HEAD_DIM of 16 heads. row_q(head, at): eight values of a
 // head's query from `at` on, as float8.
-#define READ_QUERIES(queries, row_q)                                                                   \
-    UNROLLED for (uint j = 0; j < STEPS / 2; j++)                                                      \
-    {                                                                                                  \
-        const uint at = CHUNK * (4 * j + t);                                                           \
-        const float8 x = g < HEADS ? row_q(g, at) * factor : (float8)(0);                              \
-        const float8 y = 8 + g < HEADS ? row_q(8 + g, at) * factor : (float8)(0);                      \
-        (queries)[2 * j] = (uint4)(PAIR(x.s01), PAIR(y.s01), PAIR(x.s23), PAIR(y.s23));                \
-        (queries)[2 * j + 1] = (uint4)(PAIR(x.s45), PAIR(y.s45), PAIR(x.s67), PAIR(y.s67));            \
+#define READ_QUERIES(queries, row_q)                                                        \
+    UNROLLED for (uint j = 0; j < STEPS / 2; j++)                                           \
+    {                                                                                       \
+        const uint at = CHUNK * (4 * j + t);                                                \
+        const float8 x = g < HEADS ? row_q(g, at) * factor : (float8)(0);                   \
+        const float8 y = 8 + g < HEADS ? row_q(8 + g, at) * factor : (float8)(0);           \
+        (queries)[2 * j] = (uint4)(PAIR(x.s01), PAIR(y.s01), PAIR(x.s23), PAIR(y.s23));     \
+        (queries)[2 * j + 1] = (uint4)(PAIR(x.s45), PAIR(y.s45), PAIR(x.s67), PAIR(y.s67)); \
     }
 
 // Attends to pages `page`, page + WAVES, ... below my_end, and leaves each wave's sums in local memory.
 //   number                  of the first page in `table`
-//   my_keys, my_values      the lane's place in a page
+//   my_keys, my_values      pages from the lane's place on
 //   key_page, value_page    elements of a page of all heads
 //   newest, seen            the row's position, and how many positions it sees
 //   room4, wave_stats       WAVES * ALL_HEADS * ROOM_WIDTH floats; maximum and sum [WAVES][ALL_HEADS]
 __attribute__((always_inline)) static inline void attend_pages(const uint4 queries[STEPS], __global const int *table,
-                                                               uint number, int page, int my_end, __global const CACHE *my_keys,
-                                                               __global const CACHE *my_values, ulong key_page,
-                                                               ulong value_page, int newest, int seen, float soft_cap,
+                                                               uint number, int page, int my_end, Pages my_keys,
+                                                               Pages my_values, ulong key_page, ulong value_page,
+                                                               int newest, int seen, float soft_cap,
                                                                __local float4 *room4, __local float2 *wave_stats)
 {
     const uint lane = get_local_id(0) % LANES, wave = get_local_id(0) / LANES, g = lane / 4, t = lane % 4;
@@ -63,8 +63,8 @@ __attribute__((always_inline)) static inline void attend_pages(const uint4 queri
     }
 
     for (; page < my_end; page += WAVES) {
-        __global const CACHE *page_keys = my_keys + number * key_page;
-        __global const CACHE *page_values = my_values + number * value_page;
+        __global const CACHE *page_keys = PAGE_AT(my_keys, number, key_page);
+        __global const CACHE *page_values = PAGE_AT(my_values, number, value_page);
         uint4 key[STEPS / 2][2], value[COLUMN_SETS][4];
         UNROLLED for (uint j = 0; j < STEPS / 2; j++) UNROLLED for (uint n = 0; n < 2; n++) key[j][n] =
             load_once((__global const uint4 *)(page_keys + (4 * PAGE_TOKENS * j + 8 * n) * CHUNK));

@@ -35,10 +35,10 @@ static inline void store_quad(float4 value, __global const float *gate, __global
 // Groups: heads' blocks, tiles, splits.
 WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void attend_rows(
     __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
-    const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
-    const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
-    const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
-    __global OUTPUT *restrict output, __global float *partial, __global float2 *stats, __global uint *arrived)
+    const uint q_head_stride, CACHE_ARGS(const CACHE), const uint num_heads, const uint num_kv_heads,
+    const uint key_head, const uint value_head, const float scale, const float soft_cap, const int window,
+    __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output,
+    __global float *partial, __global float2 *stats, __global uint *arrived)
 {
     __local float4 room4[WAVES * ALL_HEADS * ROOM_WIDTH / 4];
     __local float *room = (__local float *)room4;
@@ -58,10 +58,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
     const int run = (end_page - first_page + (int)splits - 1) / (int)splits;
     const int my_end = min(end_page, first_page + ((int)split + 1) * run);
     const int page = first_page + (int)split * run + (int)wave;
-    __global const CACHE *my_keys = keys + (ulong)kv_head * key_head + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK;
-    __global const CACHE *my_values = values + (ulong)kv_head * value_head + (PAGE_TOKENS * g + t) * CHUNK;
-
-    uint number = page < my_end ? table[page] : 0;
+    const Pages my_keys = KEYS_FROM((ulong)kv_head * key_head + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK);
+    const Pages my_values = VALUES_FROM((ulong)kv_head * value_head + (PAGE_TOKENS * g + t) * CHUNK);
     __global const float *row_q = q + (ulong)row * q_row_stride + first_head * q_head_stride;
     const float factor = soft_cap > 0 ? scale / soft_cap : scale * LOG2_E;
     uint4 queries[STEPS];

@@ -67,10 +67,9 @@ typedef struct {
 // first.
 WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void attend_tiles(
     __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
-    const uint q_head_stride, __global const CACHE *restrict keys, __global const CACHE *restrict values,
-    const uint num_heads, const uint num_kv_heads, const uint key_head, const uint value_head, const float scale,
-    const float soft_cap, const int window, __global const float *restrict sinks, const uint gate_offset,
-    __global OUTPUT *restrict output)
+    const uint q_head_stride, CACHE_ARGS(const CACHE), const uint num_heads, const uint num_kv_heads,
+    const uint key_head, const uint value_head, const float scale, const float soft_cap, const int window,
+    __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output)
 {
     __local uint4 stages[2 * STAGE_SLOTS];
 #if QUERIES_LOCAL
@@ -95,8 +94,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
     // Page numbers are read a chunk ahead of the copies. Values behind the end are zeros, as a weight of 0 times a NaN would
     // be a NaN.
     const LocalAddress stages_at = local_address(stages);
-    __global const CACHE *my_keys = keys + (ulong)kv_head * key_head + item * CHUNK;
-    __global const CACHE *my_values = values + (ulong)kv_head * value_head + item * CHUNK;
+    const ulong my_keys = (ulong)kv_head * key_head + item * CHUNK; // in a page of all heads
+    const ulong my_values = (ulong)kv_head * value_head + item * CHUNK;
     const uint swizzle = 2 * (item / PAGE_TOKENS % 4);
     uint pages[PAGES];
 #define READ_PAGES(base) \
@@ -107,10 +106,11 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
         const LocalAddress keys_to = stages_at + ((stage) * STAGE_SLOTS + (item ^ swizzle)) * 16;                   \
         UNROLLED for (uint i = 0; i < PAGES; i++)                                                                   \
         {                                                                                                           \
-            __global const CACHE *from = my_keys + (ulong)pages[i] * num_kv_heads * key_head;                       \
+            __global const CACHE *from =                                                                            \
+                KEYS_OF(pages[i]) + (ulong)IN_SEGMENT(pages[i]) * num_kv_heads * key_head + my_keys;                \
             UNROLLED for (uint slot = 0; slot < KEY_SLOTS; slot += ITEMS) if (slot + item < KEY_SLOTS)              \
                 copy_async(keys_to + (i * KEY_SLOTS + slot) * 16, from + slot * CHUNK);                             \
-            from = my_values + (ulong)pages[i] * num_kv_heads * value_head;                                         \
+            from = VALUES_OF(pages[i]) + (ulong)IN_SEGMENT(pages[i]) * num_kv_heads * value_head + my_values;       \
             const bool inside = (base) + (int)(i * PAGE_TOKENS + item % PAGE_TOKENS) < end;                         \
             UNROLLED for (uint slot = 0; slot < VALUE_SLOTS; slot += ITEMS) if (slot + item < VALUE_SLOTS)          \
                 copy_async_if(to + (PAGES * KEY_SLOTS + i * VALUE_SLOTS + slot) * 16, from + slot * CHUNK, inside); \

@@ -18,7 +18,7 @@
 //   kv               float rows: keys from k_offset on, values from v_offset on, of one head after the other
 //   v_width          0: values are part of the keys
 //   cos, sin         float [positions][pairs]
-//   keys, values     CACHE [pages][kv_heads][k_width or v_width / 8][16][8]
+//   CACHE_ARGS       CACHE [pages][kv_heads][k_width or v_width / 8][16][8]
 
 #ifndef HEAD_ITEMS
 #define HEAD_ITEMS 64
@@ -32,7 +32,7 @@ __attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void place_head
     const uint v_offset, const uint kv_row_stride, const uint k_width, const uint v_width,
     __global const float *restrict k_norm, const uint k_norm_values, const uint k_rope_begin, const float eps,
     __global const float *restrict cosine, __global const float *restrict sine, const uint pairs, const int interleaved,
-    const uint num_heads, const uint num_kv_heads, __global CACHE *restrict keys, __global CACHE *restrict values)
+    const uint num_heads, const uint num_kv_heads, CACHE_ARGS(CACHE))
 {
     __local float head[MAX_HEAD_DIM];
     __local float sums[HEAD_ITEMS];
@@ -73,8 +73,10 @@ __attribute__((reqd_work_group_size(HEAD_ITEMS, 1, 1))) __kernel void place_head
             to[i] = head[i];
     } else if (record.w >= 0) {
         const ulong page = (uint)batch[record.z + record.y / PAGE_TOKENS];
-        const ulong base = (page * num_kv_heads + kv_head) * width * PAGE_TOKENS + record.y % PAGE_TOKENS * CHUNK;
+        const ulong base =
+            ((ulong)IN_SEGMENT(page) * num_kv_heads + kv_head) * width * PAGE_TOKENS + record.y % PAGE_TOKENS * CHUNK;
+        __global CACHE *to = kind == 1 ? KEYS_OF(page) : VALUES_OF(page);
         for (uint i = item; i < width; i += HEAD_ITEMS)
-            store_cache(head[i], kind == 1 ? keys : values, base + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+            store_cache(head[i], to, base + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
     }
 }

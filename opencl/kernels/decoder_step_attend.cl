@@ -40,7 +40,7 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
                                                             __local float *queries, __local float *sums)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
-    __global CACHE *keys = (__global CACHE *)layer->keys, *values = (__global CACHE *)layer->values;
+    LAYER_CACHE
     for (uint base = 0; base < HEADS + 2; base += WAVES) {
         const uint head = base + wave, kind = head < HEADS ? 0 : head - HEADS + 1;
         const bool exists = kind < 3;
@@ -101,12 +101,14 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
     barrier(CLK_LOCAL_MEM_FENCE);
 #endif
     if (appends) {
-        const ulong page = ((uint)pages[position / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS);
+        const uint number = pages[position / PAGE_TOKENS];
+        const ulong page = (IN_SEGMENT(number) * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS);
         const ulong place = page + position % PAGE_TOKENS * CHUNK;
         EACH(i, HEAD_DIM)
         {
-            store_cache(queries[HEADS * HEAD_DIM + i], keys, place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
-            store_cache(queries[(HEADS + 1) * HEAD_DIM + i], values,
+            store_cache(queries[HEADS * HEAD_DIM + i], SEGMENT(keys, number),
+                        place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
+            store_cache(queries[(HEADS + 1) * HEAD_DIM + i], SEGMENT(values, number),
                         place + i / CHUNK * CHUNK_STRIDE + i % CHUNK);
         }
     }
@@ -124,7 +126,7 @@ __attribute__((always_inline)) static inline void attend_positions(
     __local float *sums = memory, *scores = sums + ITEMS;
     __local float *weights = scores + MAX_OF(ATTEND_SCORES, ATTEND_SUMS);
     __local float *highs = weights + HEADS * KEYS, *totals = highs + HEADS, *factors = totals + HEADS;
-    __global const CACHE *keys = (__global const CACHE *)layer->keys, *values = (__global const CACHE *)layer->values;
+    LAYER_CACHE
     EACH(i, HEADS)
     {
         highs[i] = -INFINITY;
@@ -143,8 +145,10 @@ __attribute__((always_inline)) static inline void attend_positions(
         for (uint h = 0; h < HEADS; h++)
             scored[h] = 0;
         if (is_seen) {
+            const uint number = pages[at / PAGE_TOKENS];
             __global const CACHE *page =
-                keys + ((uint)pages[at / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
+                SEGMENT(keys, number) +
+                (IN_SEGMENT(number) * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
                 at % PAGE_TOKENS * CHUNK;
 #pragma unroll
             for (uint i = 0; i < HEAD_DIM / CHUNK / QUARTERS; i++) {
@@ -208,11 +212,11 @@ __attribute__((always_inline)) static inline void attend_positions(
         for (uint j = value_lane; j < left; j += VALUE_LANES) {
             const uint its = from + j;
             const float weight = weights[value_head * KEYS + j];
+            const uint number = pages[its / PAGE_TOKENS];
             if (its >= left_out)
                 sum = fma((float8)(weight),
-                          load8_cache(values,
-                                      ((uint)pages[its / PAGE_TOKENS] * (ulong)NUM_KV_HEADS + kv_head) *
-                                              (HEAD_DIM * PAGE_TOKENS) +
+                          load8_cache(SEGMENT(values, number),
+                                      (IN_SEGMENT(number) * (ulong)NUM_KV_HEADS + kv_head) * (HEAD_DIM * PAGE_TOKENS) +
                                           value_chunk * CHUNK_STRIDE + its % PAGE_TOKENS * CHUNK),
                           sum);
         }
@@ -280,8 +284,8 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
 #define LOCAL_Q(head, at) vload8(0, queries + (head) * HEAD_DIM + (at))
         READ_QUERIES(operand, LOCAL_Q)
         attend_pages(operand, pages, number, (int)wave_page, (int)my_end,
-                     (__global const CACHE *)layer->keys + head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK,
-                     (__global const CACHE *)layer->values + head_at + (PAGE_TOKENS * g + t) * CHUNK, page_size,
+                     LAYER_PAGES(keys, head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK),
+                     LAYER_PAGES(values, head_at + (PAGE_TOKENS * g + t) * CHUNK), page_size,
                      page_size, (int)position, layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, HEADS * QUADS)

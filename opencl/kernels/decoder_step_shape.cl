@@ -18,7 +18,7 @@
 typedef struct {
     ulong qkv[3], o, gate_up[8], down[8]; // experts in parts
     ulong mixer_norm, ffn_norm, q_norm, k_norm, qkv_bias, o_bias;
-    ulong cosine, sine, keys, values, router, router_bias, correction;
+    ulong cosine, sine, keys[8], values[8], router, router_bias, correction; // the cache in segments
     uint qkv_strips[3], pad;              // strips of the store that each projection is in
     uint qkv_first[3], pad2;              // its first strip there
     float qkv_factor[3], o_factor, gate_up_factor, down_factor;
@@ -26,6 +26,21 @@ typedef struct {
     uint window, pad3;
 } Layer;
 typedef char layer_has_the_size_that_the_host_expects[sizeof(Layer) == LAYER_BYTES ? 1 : -1];
+
+// The cache of a layer.
+//   LAYER_CACHE              declares what the others use, at the beginning of a function
+//   SEGMENT(keys, page)      the segment of a page, or that of values
+//   LAYER_PAGES(keys, i)     Pages of decoder.cl, from element i of each page on
+#if SEGMENTS == 1
+#define LAYER_CACHE                                    \
+    __global CACHE *keys = (__global CACHE *)layer->keys[0], *values = (__global CACHE *)layer->values[0];
+#define SEGMENT(kind, page) kind
+#define LAYER_PAGES(kind, place) ((__global const CACHE *)layer->kind[0] + (place))
+#else
+#define LAYER_CACHE
+#define SEGMENT(kind, page) ((__global CACHE *)layer->kind[(uint)(page) >> SEGMENT_SHIFT])
+#define LAYER_PAGES(kind, place) ((Pages){layer->kind, place})
+#endif
 
 #define load_embedding JOIN(load_, EMBEDDING_TYPE)
 #define ROUTER JOIN(TYPE_, ROUTER_TYPE)
