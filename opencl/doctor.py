@@ -12,6 +12,7 @@ The object has these keys; memory is in bytes:
 ``reason``: why that device is chosen, or why no device is
 ``tier``: the name of the kernels chosen for the device, or null
 ``tiers``: a list of ``name``, ``missing`` (null, or the capability that the device lacks), best first
+``decoder``: how steps of few tokens of a whole model run, ``way``, and the ``reason``; null without a device
 ``cache``: the folder of compiled programs; null if programs are not kept
 """
 
@@ -56,6 +57,7 @@ def find() -> dict[str, Any] | None:
     except (BackendUnavailable, ValueError, IndexError) as error:
         reason = str(error)
     cache = program.cache_folder()
+    tier = next((tier["name"] for tier in suitable if tier["missing"] is None), None)
     return {
         "platforms": [
             {
@@ -69,10 +71,21 @@ def find() -> dict[str, Any] | None:
         "broken_drivers": [{"file": file, "reason": why} for file, why in device.broken_drivers()],
         "chosen": None if chosen is None else devices.index(chosen),
         "reason": reason,
-        "tier": next((tier["name"] for tier in suitable if tier["missing"] is None), None),
+        "tier": tier,
         "tiers": suitable,
+        "decoder": None if tier is None else way_of_steps(tier),
         "cache": None if cache is None else str(cache),
     }
+
+
+def way_of_steps(tier: str) -> dict[str, str]:
+    """How the decoder runs a step of few tokens with a tier: ``way`` and ``reason``."""
+    from marlin_cy.opencl.decoder.phased_step import MOST_TOKENS
+
+    if tier == "mma":
+        reason = "work-groups of an NVIDIA GPU that are resident together may wait for each other"
+        return {"way": f"one launch for up to {MOST_TOKENS} sequences", "reason": f"{reason}; checked at the first use"}
+    return {"way": "a launch for each kernel", "reason": f"one launch needs the tier mma, and this device has {tier}"}
 
 
 def _device(found: cl.Device, index: int) -> dict[str, Any]:
@@ -126,6 +139,8 @@ def print_tables(screen: Console, found: dict[str, Any]) -> None:
             name = f"[bold]{tier['name']}[/bold] (chosen)" if tier["name"] == found["tier"] else tier["name"]
             tiers.add_row(name, mark(tier["missing"] is None), escape(tier["missing"] or ""))
         screen.print(tiers)
+        if found["decoder"] is not None:
+            screen.print(escape(f"Steps of a whole model: {found['decoder']['way']} ({found['decoder']['reason']})."))
     screen.print()
     if found["chosen"] is not None:
         screen.print(escape(f"OpenCL device {found['chosen']}: {found['reason']}."))

@@ -187,7 +187,7 @@ OPENING = [
     (config(mlp_only_layers=3), CheckpointError, "mlp_only_layers: got 3, expected list"),
     (config(decoder_sparse_step=0), CheckpointError, "decoder_sparse_step: got 0, expected a positive number"),
     # The quantisation's.
-    (quantization(bits=3), UnsupportedError, "bits: got 3, only 4 is supported"),
+    (quantization(bits=3), UnsupportedError, "bits: got 3, supported: 4, 8"),
     (quantization(bits=None), CheckpointError, "bits: missing"),
     (quantization(bits="4"), CheckpointError, "bits: got '4', expected int"),
     (quantization(group_size=16), UnsupportedError, "group_size: got 16, supported are 32"),
@@ -196,7 +196,7 @@ OPENING = [
     (
         quantization(group_size=32),
         CheckpointError,
-        r"gate_proj.scales': got F16 \(1, 96\), expected F16 or BF16 \(2, 96\)",
+        r"gate_proj.scales': got F16 \(1, 96\), expected F16 or BF16 or F32 \(2, 96\)",
     ),
     (
         quantization(quant_method="aqlm"),
@@ -246,7 +246,7 @@ OPENING = [
     (tensor(f"{GATE}.qweight", lambda q: q[:-1]), CheckpointError, r"got I32 \(7, 96\), expected I32 \(8, 96\)"),
     (tensor(f"{GATE}.qweight", lambda q: q.astype(np.int64)), CheckpointError, "got I64 .* expected I32"),
     (tensor(f"{GATE}.qweight", lambda q: q.ravel()), CheckpointError, r"got I32 \(768,\), expected I32 \(8, 96\)"),
-    (tensor(f"{GATE}.scales", lambda s: s.astype(np.float32)), CheckpointError, "got F32 .* expected F16"),
+    (tensor(f"{GATE}.scales", lambda s: s.astype(np.float64)), CheckpointError, "got F64 .* expected F16"),
     (tensor(f"{GATE}.g_idx", lambda g: g[:-1]), CheckpointError, r"got I32 \(63,\), expected I32 \(64,\)"),
     (
         tensor(f"{GATE}.weight", lambda _: np.ones((96, 64), np.float16)),

@@ -120,9 +120,9 @@ def test_numbers_of_activations():
 
 
 def test_numbers_of_routing():
-    assert numbered("routing", "SCORING_") == {f"SCORING_{name.upper()}": n for name, n in routing.SCORING.items()}
+    assert numbered("route_token", "SCORING_") == {f"SCORING_{name.upper()}": n for name, n in routing.SCORING.items()}
     expected = {f"GROUPING_{name.upper()}": n for name, n in routing.GROUPING.items()}
-    assert numbered("routing", "GROUPING_") == {"GROUPING_NONE": 0, **expected}
+    assert numbered("route_token", "GROUPING_") == {"GROUPING_NONE": 0, **expected}
 
 
 def test_numbers_of_rows():
@@ -157,7 +157,7 @@ def test_element_types():
 def test_sizes_of_work_groups():
     """The files' defaults, with which the compile check builds them, are what the host passes."""
     assert defined("align")["ALIGN_ITEMS"] == align.ALIGN_ITEMS
-    assert defined("routing")["ROUTE_ITEMS"] == routing.ROUTE_ITEMS
+    assert defined("route_token")["ROUTE_ITEMS"] == routing.ROUTE_ITEMS
     assert defined("moe")["FACTOR_ITEMS"] == forward.FACTOR_ITEMS
     assert defined("prepare")["MAX_LOCAL"] == prepare.MAX_ITEMS
 

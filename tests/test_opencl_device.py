@@ -463,7 +463,7 @@ def test_doctor_json(tmp_path):
     code, out = doctor("--json", MARLIN_CY_CACHE_DIR=str(tmp_path))
     assert code == 0
     found = json.loads(out)["opencl"]
-    assert found.keys() == {"platforms", "broken_drivers", "chosen", "reason", "tier", "tiers", "cache"}
+    assert found.keys() == {"platforms", "broken_drivers", "chosen", "reason", "tier", "tiers", "decoder", "cache"}
     listed = [device for platform in found["platforms"] for device in platform["devices"]]
     assert [device["index"] for device in listed] == list(range(len(listed)))
     assert [device["name"] for device in listed] == [device.name.strip() for device in devices.list_devices()]

@@ -566,7 +566,10 @@ class TestLayer:
     def test_activations_and_biases(self, backend, rng, activation):
         """Both products have their expert's bias. No activation is steeper than 1.2 times ``up`` (which swigluoai
         limits to 7, and adds 1 to)."""
-        gate_up, down = (random_problem(rng, 4, k, n, 32, bias=True) for k, n in ((96, 128), (64, 40)))
+        row_of_table = ACTIVATIONS[activation]
+        gate_up, down = (
+            random_problem(rng, 4, k, n, 32, bias=True) for k, n in ((96, 128 if row_of_table.gated else 64), (64, 40))
+        )
         layer = marlin_cy.MoeLayer(gate_up.stack(backend), down.stack(backend), top_k=2, activation=activation)
         x, ids = activations(rng, 12, 96), rng.integers(0, 4, (12, 2)).astype(np.int32)
         weights = rng.standard_normal((12, 2)).astype(np.float32)
@@ -576,10 +579,11 @@ class TestLayer:
             for expert, weight in zip(ids[token], weights[token], strict=True):
                 w1, w2 = gate_up.dense(expert), down.dense(expert)
                 off = product_bound(backend, row, w1) + 2.0**-23 * np.abs(gate_up.bias[expert])
-                (gate, up), (off_gate, off_up) = (
-                    np.split(a, 2, axis=1) for a in (row @ w1 + gate_up.bias[expert], off)
+                parts = 2 if row_of_table.gated else 1
+                (gate, *_, up), (off_gate, *_, off_up) = (
+                    [*np.split(a, parts, axis=1)] * (3 - parts) for a in (row @ w1 + gate_up.bias[expert], off)
                 )
-                inner = ACTIVATIONS[activation].reference(gate, up)
+                inner = row_of_table.reference(gate, up)
                 off = 1.2 * off_gate * (np.abs(up) + off_up + 1) + (np.abs(gate) + off_gate) * off_up
                 off += 2.0**-18 * np.abs(inner)
                 product = np.abs(inner @ w2 + down.bias[expert])

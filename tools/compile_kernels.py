@@ -211,7 +211,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
             **STEP_SEGMENTS,
             "TENSOR": 1,
             "RESIDENT": 0,
-            "TOKENS": 8,
+            "TOKENS": 4,
             "WAVES": 8,
             "GROUP_32": 1,
             "EXPERTS_PER_PART": 32,

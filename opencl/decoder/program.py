@@ -172,13 +172,11 @@ class OpenClDecoder(DecoderProgram):
     def _run(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
         with self._ctx:
-            steps = self._phased_for(batch)
-            if steps is not None:
+            while (steps := self._phased_for(batch)) is not None:
                 results = self._run_phased(steps, batch, head, shape, dtype)
                 if not steps.gave_up:
                     return results
                 self._leave(steps, "a work-group waited in vain for the others; are several models on the device?")
-                return self._run(batch, head, shape, dtype)
             return self._run_launches(batch, head, shape, dtype)
 
     def _run_phased(

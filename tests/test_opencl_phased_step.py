@@ -1,0 +1,157 @@
+"""Steps of few tokens by phases (``kernels/decoder_step.cl``), a launch for each phase, against recorded launches.
+
+The kernel is for tensor cores. Here its products are the portable ones, and work-groups do not wait for each other.
+"""
+
+import dataclasses
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+
+from asserts import relative_error  # noqa: E402
+
+from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.program import Batch  # noqa: E402
+from marlin_cy.opencl.decoder import phased_step  # noqa: E402
+from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
+from marlin_cy.opencl.decoder.phased_step import PhasedStep, describe_rows  # noqa: E402
+from marlin_cy.opencl.decoder.step import StepLayout, describe_step  # noqa: E402
+
+FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
+TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
+PROMPT = "def area(width"
+BOUND = 2e-3
+"""Relative, Frobenius: the phases round normed rows and attention to float16."""
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
+
+
+def new_steps(ctx, plan, layers, ends, resident):
+    """As on a device whose work-groups are not resident together: see ``new_phased_step``."""
+    return None if resident else PhasedStep(ctx, plan, layers, ends, False)
+
+
+@pytest.fixture
+def phased(device_alone, monkeypatch):
+    """A model whose steps of one row a sequence go by phases."""
+    monkeypatch.setattr("marlin_cy.opencl.decoder.program.new_phased_step", new_steps)
+    model = load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048)
+    program = model._program
+    program._phased = new_steps(program._ctx, program._plan, program._layers, program._ends(), False)
+    return model
+
+
+@pytest.fixture
+def recorded(device_alone):
+    return load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048)
+
+
+@pytest.mark.sweep
+class TestAgainstLaunches:
+    @pytest.mark.parametrize("lengths", [[1], [130], [17, 3], [200, 1, 64]], ids=str)
+    @pytest.mark.parametrize("groups", [2, 24], ids=["one run", "several runs"])
+    def test_logits_and_tokens(self, phased, recorded, rng, lengths, groups, monkeypatch):
+        """Rows at several depths, with one run of positions and, where there are pages enough, with several."""
+        monkeypatch.setattr(phased_step, "SPLIT_PAGES", 2)
+        steps = phased._program._phased
+        steps._groups = groups
+        ours, theirs = ([model.new_sequence() for _ in lengths] for model in (phased, recorded))
+        for sequence, other, length in zip(ours, theirs, lengths, strict=True):
+            prompt = rng.integers(0, phased.vocab_size, length)
+            phased.forward(prompt, sequence=sequence)
+            recorded.forward(prompt, sequence=other)
+        for _ in range(2):
+            tokens = rng.integers(0, phased.vocab_size, len(lengths))
+            found, expected = (
+                np.array(
+                    model.forward_batch([(sequence, [token]) for sequence, token in zip(those, tokens, strict=True)])
+                )
+                for model, those in ((phased, ours), (recorded, theirs))
+            )
+            assert phased._program._phased is steps
+            assert 0 < relative_error(found, expected) < BOUND
+
+    def test_greedy(self, phased, recorded):
+        """The same tokens, and the first of equal logits."""
+        ours, theirs = (list(model.generate(PROMPT, max_new_tokens=20, temperature=0)) for model in (phased, recorded))
+        assert "".join(piece.text for piece in ours) == "".join(piece.text for piece in theirs)
+        batch = row_batch(phased, [7], [0])
+        assert phased._program.greedy_step(batch)[0] == phased._program.step(batch)[0].argmax()
+
+    def test_a_wrong_kernel_is_left(self, phased, monkeypatch):
+        """Errors beyond the bound: a warning, and logits by launches."""
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", -1)
+        monkeypatch.setattr(PhasedStep, "kind", lambda self, rows: "of this test, without a verdict")
+        sequence = phased.new_sequence()
+        phased.forward(TEXT[:10], sequence=sequence)
+        with pytest.warns(RuntimeWarning, match="a step by phases is not used: the relative error"):
+            logits = phased.forward(TEXT[10:11], sequence=sequence)
+        assert phased._program._phased is None
+        assert np.isfinite(logits).all()
+
+    def test_work_groups_that_wait_in_vain(self, phased, monkeypatch):
+        """The step runs again by launches: nothing of the given-up one is used."""
+        sequence = phased.new_sequence()
+        phased.forward(TEXT[:10], sequence=sequence)
+        expected = phased.fork(sequence)
+        by_phases = phased.forward(TEXT[10:11], sequence=expected)
+        monkeypatch.setattr(PhasedStep, "gave_up", property(lambda self: True))
+        with pytest.warns(RuntimeWarning, match="waited in vain"):
+            logits = phased.forward(TEXT[10:11], sequence=sequence)
+        assert phased._program._phased is None
+        assert relative_error(logits, by_phases) < BOUND
+
+
+def test_prompts_are_not_taken(phased):
+    """Rows of one step cannot attend to each other."""
+    steps = phased._program._phased
+    batch = row_batch(phased, [1, 2], [5, 9])
+    assert steps.takes(batch)
+    assert not steps.takes(dataclasses.replace(batch, segments=np.array([[0, 2, 5, -1]], np.int64)))
+    assert not steps.takes(row_batch(phased, range(9), range(9)))
+
+
+def test_description(rng):
+    """The records and page tables that ``describe_step`` gives, without tiles."""
+    positions = np.array([0, 37, 15])
+    segments = np.stack([np.arange(3), np.ones(3, int), positions, np.full(3, -1)], axis=1)
+    batch = Batch(
+        rng.integers(0, 99, 3).astype(np.int32),
+        segments.astype(np.int64),
+        rng.integers(0, 50, (3, 4)).astype(np.int32),
+        np.arange(3, dtype=np.int32),
+    )
+    step, pages = describe_rows(batch)
+    whole, _ = describe_step(batch, StepLayout(3), 4, 8, 128)
+    assert pages == 3
+    records, others = step[16:28].reshape(3, 4), whole[16:28].reshape(3, 4)
+    assert np.array_equal(records[:, [0, 1, 3]], others[:, [0, 1, 3]])
+    for (*_, ours, _), (*_, theirs, _) in zip(records, others, strict=True):
+        assert np.array_equal(step[ours : ours + pages], whole[theirs : theirs + pages])
+
+
+def test_what_it_does_not_support(phased):
+    """Named, for `doctor` and for whoever asks."""
+    plan, layers = phased.plan, phased._program._layers
+    shape_of(plan, layers)
+    attention = dataclasses.replace(plan.layers[0].mixer, soft_cap=30.0)
+    changed = dataclasses.replace(plan.layers[0], mixer=attention)
+    with pytest.raises(NotPhased, match="a soft cap"):
+        shape_of(dataclasses.replace(plan, layers=[changed, *plan.layers[1:]]), layers)
+    assert phased_step.reason_not(plan, layers) is None
+
+
+def row_batch(model, tokens, positions):
+    """A step of one row of each of some sequences, whose caches hold zeros."""
+    rows, pages = len(positions), max(positions) // 16 + 1
+    segments = np.stack([np.arange(rows), np.ones(rows, int), list(positions), np.full(rows, -1)], axis=1)
+    return Batch(
+        np.array(list(tokens), np.int32),
+        segments.astype(np.int64),
+        np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
+        np.arange(rows, dtype=np.int32),
+    )
