@@ -233,13 +233,11 @@ def combine(
 @each_device
 class TestRoute:
     @pytest.mark.sampled(3)
-    @pytest.mark.parametrize("scoring", SCORINGS)
+    @pytest.mark.parametrize("scoring", [scoring for scoring in SCORINGS if scoring != "sparsemixer"])
     @pytest.mark.parametrize("sizes", ROUTINGS)
     @pytest.mark.parametrize("corrected", [False, True])
     def test_matches_the_reference(self, device, rng, sizes, scoring, corrected):
         experts, groups, topk_groups, top_k, group_score = sizes
-        if scoring == "sparsemixer":  # has neither
-            groups, topk_groups, corrected, top_k = 1, 1, False, min(top_k, 2)
         for tokens, dtype, normalise in ((1, "bfloat16", True), (70, "float32", False), (33, "float16", True)):
             how = Routing(
                 experts,
@@ -256,6 +254,17 @@ class TestRoute:
             logits = logits[decided(as_given(logits), how)][:tokens]
             assert len(logits) == tokens
             check_routed(route(runtime_of(device), logits, how, dtype), logits, how)
+
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_sparsemixer_and_scales(self, device, rng, scaled):
+        """Weights over the logits that are near, one after the other; with a scale for each expert."""
+        logits = (2 * rng.standard_normal((40, 16))).astype(np.float32)
+        scoring, scale = ("softmax", rng.random(16).astype(np.float32) + 0.5) if scaled else ("sparsemixer", None)
+        how = Routing(16, 2, scoring=scoring, expert_scale=scale, norm_topk_prob=False)
+        ids, weights = route(runtime_of(device), logits, how)
+        expected_ids, expected = reference.route(logits, how)
+        np.testing.assert_array_equal(ids, expected_ids)
+        assert_close(weights, expected, 64 * FLOAT32 * np.abs(expected))
 
     @pytest.mark.parametrize(("experts", "top_k"), [(513, 10), (1030, 3), (6000, 100)])
     @pytest.mark.sampled(1)
