@@ -187,7 +187,7 @@ class QuantizedSource:
     def expert_group_sizes(self, block: str) -> tuple[int, int]:
         """Number of rows of K that share a scale: ``(in gate and up, in down)``."""
         parts = self._parts(block, 0)
-        return self._group_size(parts[0]), self._group_size(parts[-1])
+        return self._kind(parts[0])[0], self._kind(parts[-1])[0]
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:
         """Whether all zero points are the symmetric one, by the scheme: ``(in gate and up, in down)``."""
@@ -407,9 +407,6 @@ class QuantizedSource:
                     f"{first.module} has {codes} in groups of {group_size} with {scales} scales, {part.module} has "
                     f"{other[1]} in groups of {other[0]} with {other[2]} scales; experts of a stack must agree in all"
                 )
-
-    def _group_size(self, part: ExpertPart) -> int:
-        return self._scheme.for_module(part.module).checked_group_size(part.k, part.n)
 
     def _kind(self, part: ExpertPart) -> tuple[int, str, str]:
         """``(group size, code type, scale record)`` of a part."""

@@ -25,7 +25,7 @@ from marlin_cy.opencl.memory import zeroed_buffers
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.cache import KvPool
-    from marlin_cy.opencl.decoder.program import Layer
+    from marlin_cy.opencl.decoder.layer import Layer
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
 

@@ -26,7 +26,7 @@ from marlin_cy.opencl.tiers.configuration import FLOAT32
 if TYPE_CHECKING:
     from marlin_cy.decoder.program import Batch
     from marlin_cy.opencl.context import OpenClContext
-    from marlin_cy.opencl.decoder.program import Layer
+    from marlin_cy.opencl.decoder.layer import Layer
     from marlin_cy.opencl.decoder.projections import DenseMatrix
 
 __all__ = ["Ends", "PhasedStep", "new_phased_step", "reason_not"]

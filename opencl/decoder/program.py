@@ -21,16 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import pyopencl as cl
 
-from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DenseLinear, LatentAttentionPlan, LayerPlan, MlpPlan
+from marlin_cy.decoder.plan import DecoderPlan, DenseLinear
 from marlin_cy.decoder.program import Batch, DecoderProgram
 from marlin_cy.errors import BuildError
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import TYPE_CODES
-from marlin_cy.opencl.decoder.attention import GroupedAttention
 from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pools, provide_pages
 from marlin_cy.opencl.decoder.delta import DeltaNet
-from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
-from marlin_cy.opencl.decoder.latent import LatentAttention
+from marlin_cy.opencl.decoder.ffn import MoeFfn
+from marlin_cy.opencl.decoder.layer import Layer
 from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
@@ -402,43 +401,6 @@ class Recorded(NamedTuple):
 
     recording: Recording
     result: Any
-
-
-class Layer:
-    """A layer of a decoder on the device.
-
-    Attributes
-    ----------
-    mixer_norm, ffn_norm : pyopencl.Buffer
-    mixer : GroupedAttention, LatentAttention or DeltaNet
-    attention : GroupedAttention, LatentAttention or None
-        The mixer, if it is attention.
-    ffn : MoeFfn or Mlp
-    """
-
-    def __init__(
-        self,
-        recorder: RecordingContext,
-        uploads: Uploads,
-        merger: Merger,
-        plan: LayerPlan,
-        pool: KvPool | StatePool,
-        norm_eps: float,
-    ) -> None:
-        self.mixer_norm, self.ffn_norm = (uploads(norm, "norm") for norm in (plan.mixer_norm, plan.ffn_norm))
-        self.attention: GroupedAttention | LatentAttention | None = None
-        self.mixer: GroupedAttention | LatentAttention | DeltaNet
-        if isinstance(pool, StatePool):
-            assert not isinstance(plan.mixer, AttentionPlan | LatentAttentionPlan)
-            self.mixer = DeltaNet(uploads, merger, plan.mixer, pool)
-        else:
-            if isinstance(plan.mixer, AttentionPlan):
-                self.attention = GroupedAttention(uploads, merger, plan.mixer, pool, norm_eps)
-            else:
-                assert isinstance(plan.mixer, LatentAttentionPlan)
-                self.attention = LatentAttention(uploads, merger, plan.mixer, pool)
-            self.mixer = self.attention
-        self.ffn = Mlp(uploads, plan.ffn) if isinstance(plan.ffn, MlpPlan) else MoeFfn(recorder, uploads, plan.ffn)
 
 
 def dense_bytes(plan: DecoderPlan) -> int:
