@@ -43,7 +43,7 @@
     (gate = AT_MOST(gate, 7.0f, type), up = AT_LEAST(AT_MOST(up, 7.0f, type), -7.0f, type), \
      gate / (1 + exp(-1.702f * gate)) * (up + 1))
 #elif ACTIVATION == ACTIVATION_SILU_CLAMP10
-#define ACTIVATED(type)                                                                       \
+#define ACTIVATED(type)                                                                        \
     (gate = AT_MOST(gate, 10.0f, type), up = AT_LEAST(AT_MOST(up, 10.0f, type), -10.0f, type), \
      gate / (1 + exp(-gate)) * up)
 #elif ACTIVATION == ACTIVATION_RELU2

@@ -61,7 +61,7 @@ typedef struct {
     __constant ulong *segments;
     ulong place;
 } Pages;
-#define PAGE_AT(pages, page, size)                                                                               \
+#define PAGE_AT(pages, page, size)                                                                                \
     ((__global const CACHE *)(pages).segments[(uint)(page) >> SEGMENT_SHIFT] + IN_SEGMENT(page) * (ulong)(size) + \
      (pages).place)
 #else

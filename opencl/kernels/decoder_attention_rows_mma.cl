@@ -65,8 +65,9 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
     uint4 queries[STEPS];
 #define ROW_Q(head, at) vload8(0, row_q + (head) * q_head_stride + (at))
     READ_QUERIES(queries, ROW_Q)
-    attend_pages(queries, table, page < my_end ? table[page] : 0, page, my_end, my_keys, my_values, (ulong)num_kv_heads * key_head,
-                 (ulong)num_kv_heads * value_head, newest, seen, soft_cap, room4, wave_stats);
+    attend_pages(queries, table, page < my_end ? table[page] : 0, page, my_end, my_keys, my_values,
+                 (ulong)num_kv_heads * key_head, (ulong)num_kv_heads * value_head, newest, seen, soft_cap, room4,
+                 wave_stats);
     barrier(CLK_LOCAL_MEM_FENCE);
     const ulong out = (ulong)row * num_heads + first_head, part = get_group_id(1) * (ulong)num_heads + first_head;
     for (uint index = item; index < HEADS * QUADS; index += ITEMS) {

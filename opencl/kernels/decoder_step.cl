@@ -51,7 +51,6 @@
 //   NORMALISE, TOPK_GROUPS, NUM_GROUPS, and the options of routing.cl, codes.cl and decoder.cl
 //   LAYER_BYTES                of a layer's entry, as the host sees it
 
-
 #define PHASES 7
 
 #if RESIDENT
@@ -98,8 +97,8 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __global float *heads, __global half *attended, __global float *partial, __global float2 *stats,
     __global float *logits, __global int *ids, __global float *weights, __global float *inner,
     __global uint *inner_most, const ulong final_norm, const ulong head, __global float *vocabulary,
-    __global uint2 *best, const uint rows, const uint splits, const uint first, const uint last,
-    __global uint *state, const uint target, const uint patience)
+    __global uint2 *best, const uint rows, const uint splits, const uint first, const uint last, __global uint *state,
+    const uint target, const uint patience)
 {
     __local float4 memory[(LOCAL_FLOATS + 3) / 4];
     __local int chosen[TOKENS * TOP_K];
@@ -131,7 +130,8 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
                          chosen, weighed);
 #if HAS_HEAD
         else if (kind == PHASES)
-            score_vocabulary(layers, rows, batch, x, final_norm, head, vocabulary, best, scratch, (__local float *)kept);
+            score_vocabulary(layers, rows, batch, x, final_norm, head, vocabulary, best, scratch,
+                             (__local float *)kept);
         else
             choose_tokens(rows, best, state + 2, scratch);
 #endif

@@ -117,10 +117,12 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
 
 #if !TENSOR_ATTENTION
 // Attention to positions begin to end - 1 by multiply-adds; `memory` holds what follows the queries in ATTEND_FLOATS.
-__attribute__((always_inline)) static inline void attend_positions(
-    __constant Layer *layer, uint row, uint first_head, uint kv_head, uint begin, uint end, uint left_out,
-    uint split, uint splits, __global const int *pages, __global half *attended, __global float *partial,
-    __global float2 *stats, __local const float *queries, __local float *memory)
+__attribute__((always_inline)) static inline void attend_positions(__constant Layer *layer, uint row, uint first_head,
+                                                                   uint kv_head, uint begin, uint end, uint left_out,
+                                                                   uint split, uint splits, __global const int *pages,
+                                                                   __global half *attended, __global float *partial,
+                                                                   __global float2 *stats, __local const float *queries,
+                                                                   __local float *memory)
 {
     const uint item = get_local_id(0);
     __local float *sums = memory, *scores = sums + ITEMS;
@@ -278,15 +280,16 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
         __local float4 *room4 = (__local float4 *)(rest + ITEMS);
         __local float2 *wave_stats = (__local float2 *)(room4 + WAVES * ALL_HEADS * ROOM_WIDTH / 4);
         const uint lane = get_local_id(0) % LANES, g = lane / 4, t = lane % 4;
-        const ulong head_at = kv_head * (ulong)(HEAD_DIM * PAGE_TOKENS), page_size = NUM_KV_HEADS * HEAD_DIM * PAGE_TOKENS;
+        const ulong head_at = kv_head * (ulong)(HEAD_DIM * PAGE_TOKENS),
+                    page_size = NUM_KV_HEADS * HEAD_DIM * PAGE_TOKENS;
         const float factor = layer->scale * LOG2_E;
         uint4 operand[STEPS];
 #define LOCAL_Q(head, at) vload8(0, queries + (head) * HEAD_DIM + (at))
         READ_QUERIES(operand, LOCAL_Q)
         attend_pages(operand, pages, number, (int)wave_page, (int)my_end,
                      LAYER_PAGES(keys, head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK),
-                     LAYER_PAGES(values, head_at + (PAGE_TOKENS * g + t) * CHUNK), page_size,
-                     page_size, (int)position, layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);
+                     LAYER_PAGES(values, head_at + (PAGE_TOKENS * g + t) * CHUNK), page_size, page_size, (int)position,
+                     layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, HEADS * QUADS)
         {

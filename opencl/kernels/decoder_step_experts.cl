@@ -11,7 +11,7 @@ __attribute__((always_inline)) static inline void score_experts(__constant Layer
     keep_normed(normed, kept);
     if (get_group_id(0) == 0)
         EACH(i, rows * TOP_K)
-            inner_most[i] = 0;
+    inner_most[i] = 0;
     __global const ROUTER *router = (__global const ROUTER *)layer->router;
     for (uint expert = get_group_id(0); expert < EXPERTS; expert += get_num_groups(0)) {
         float sums[TOKENS];
@@ -158,19 +158,16 @@ __attribute__((always_inline)) static inline void project_down(__constant Layer 
             const int exponent = exponent_of_row(inner_most[pair]);
             const ulong weights_at =
                 layer->down[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * DOWN_WORDS);
-            const Sections m =
-                sections_of(weights_at, HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT));
+            const Sections m = sections_of(weights_at, HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT));
             Total total[TOTALS] = {0};
             product_of_floats(total, m, strip, 0, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), DOWN_SHIFT, INNER, begin,
-                              end, lane, (__global const uint4 *)(inner + pair * (ulong)INNER),
-                              ldexp(1.0f, -exponent));
+                              end, lane, (__global const uint4 *)(inner + pair * (ulong)INNER), ldexp(1.0f, -exponent));
             const float factor = ldexp(layer->down_factor, exponent) * weighed[pair];
             EACH_SUM(total, factor, own + pair / TOP_K * 16, TOKENS * 16, 16, 1, lane, PUT_ADD)
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, rows * 16)
-            x[i / 16 * (ulong)HIDDEN + strip * STRIP_N + i % 16] +=
-                group_total(scratch + i, WAVES * K_LANES, TOKENS * 16);
+        x[i / 16 * (ulong)HIDDEN + strip * STRIP_N + i % 16] += group_total(scratch + i, WAVES * K_LANES, TOKENS * 16);
         barrier(CLK_LOCAL_MEM_FENCE);
     }
 }

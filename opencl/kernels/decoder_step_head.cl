@@ -24,9 +24,11 @@ __attribute__((always_inline)) static inline float lane_sum(float value, __local
 // A wave has two columns of the head at a time.
 //   vocabulary   float [TOKENS][VOCABULARY]: the logits
 //   best         uint2 [work-groups][TOKENS]: the bits of the best logit of a work-group, and its token
-__attribute__((always_inline)) static inline void score_vocabulary(
-    __constant Layer *layers, uint rows, __global const int *batch, __global float *x, ulong norm, ulong head,
-    __global float *vocabulary, __global uint2 *best, __local float *scratch, __local float *kept)
+__attribute__((always_inline)) static inline void score_vocabulary(__constant Layer *layers, uint rows,
+                                                                   __global const int *batch, __global float *x,
+                                                                   ulong norm, ulong head, __global float *vocabulary,
+                                                                   __global uint2 *best, __local float *scratch,
+                                                                   __local float *kept)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     __global const HEAD *weights = (__global const HEAD *)head;

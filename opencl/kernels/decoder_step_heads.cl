@@ -33,8 +33,8 @@ __attribute__((always_inline)) static inline void project_heads(__constant Layer
         Total total[TOTALS] = {0};
         if (strip < strips) {
             const uint part = part_of_strip(strip);
-            const Sections m = sections_of(layer->qkv[part], layer->qkv_strips[part], HIDDEN_BLOCKS,
-                                           GROUPS_OF(HIDDEN, QKV_SHIFT));
+            const Sections m =
+                sections_of(layer->qkv[part], layer->qkv_strips[part], HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, QKV_SHIFT));
             product_of_local(total, m, layer->qkv_first[part] + strip - first_strip_of(part), 0, HIDDEN_BLOCKS,
                              GROUPS_OF(HIDDEN, QKV_SHIFT), QKV_SHIFT, HIDDEN, begin, end, lane, kept);
             EACH_SUM(total, layer->qkv_factor[part], scratch + wave * (K_LANES * TOKENS * 16), TOKENS * 16, 16, TOKENS,
@@ -58,9 +58,8 @@ __attribute__((always_inline)) static inline void project_heads(__constant Layer
     }
 }
 
-__attribute__((always_inline)) static inline void project_output(__constant Layer *layer, uint rows,
-                                                                 __global float *x, __global const half *attended,
-                                                                 __local float *scratch)
+__attribute__((always_inline)) static inline void project_output(__constant Layer *layer, uint rows, __global float *x,
+                                                                 __global const half *attended, __local float *scratch)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     const uint run = (ATTENDED_BLOCKS + WAVES - 1) / WAVES;
@@ -69,13 +68,13 @@ __attribute__((always_inline)) static inline void project_output(__constant Laye
     if (get_group_id(0) < EXPERTS)
         prefetch_bytes(layer->router + get_group_id(0) * (ulong)(HIDDEN * sizeof(ROUTER)), HIDDEN * sizeof(ROUTER));
 #endif
-    const Sections m =
-        sections_of(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT));
+    const Sections m = sections_of(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT));
     for (uint strip = get_group_id(0); strip < HIDDEN / STRIP_N; strip += get_num_groups(0)) {
         Total total[TOTALS] = {0};
         product_of_halves(total, m, strip, 0, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT), O_SHIFT, ATTENDED, begin,
                           end, lane, (__global const uint4 *)attended);
-        EACH_SUM(total, layer->o_factor, scratch + wave * (K_LANES * TOKENS * 16), TOKENS * 16, 16, TOKENS, lane, PUT_SET)
+        EACH_SUM(total, layer->o_factor, scratch + wave * (K_LANES * TOKENS * 16), TOKENS * 16, 16, TOKENS, lane,
+                 PUT_SET)
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, rows * 16)
         {

@@ -34,8 +34,8 @@ __attribute__((always_inline)) static inline void route_rows(uint rows, __global
 {
 #if GROUPING
     for (uint r = 0; r < rows; r++)
-        route_token(r, logits, EXPERTS, TOP_K, NORMALISE, factor, 0, 0, correction, NUM_GROUPS, TOPK_GROUPS, chosen, weighed,
-                    (__local uint4 *)words, words + PADDED + 2 * ITEMS,
+        route_token(r, logits, EXPERTS, TOP_K, NORMALISE, factor, 0, 0, correction, NUM_GROUPS, TOPK_GROUPS, chosen,
+                    weighed, (__local uint4 *)words, words + PADDED + 2 * ITEMS,
                     (__local float *)(words + PADDED + 2 * ITEMS + NUM_GROUPS), (__local uint2 *)(words + PADDED));
 #else
     __local uint *mosts = words + TOKENS * PADDED;

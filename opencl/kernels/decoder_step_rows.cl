@@ -102,7 +102,7 @@ static inline float group_total(__local const float *sums, uint count, uint stri
 static inline void prefetch_bytes(ulong from, uint bytes)
 {
     EACH(i, (bytes + 127) / 128)
-        prefetch_line((__global const uchar *)from + 128 * i);
+    prefetch_line((__global const uchar *)from + 128 * i);
 }
 
 // Codes and scales of a strip.

@@ -32,7 +32,7 @@ typedef char layer_has_the_size_that_the_host_expects[sizeof(Layer) == LAYER_BYT
 //   SEGMENT(keys, page)      the segment of a page, or that of values
 //   LAYER_PAGES(keys, i)     Pages of decoder.cl, from element i of each page on
 #if SEGMENTS == 1
-#define LAYER_CACHE                                    \
+#define LAYER_CACHE \
     __global CACHE *keys = (__global CACHE *)layer->keys[0], *values = (__global CACHE *)layer->values[0];
 #define SEGMENT(kind, page) kind
 #define LAYER_PAGES(kind, place) ((__global const CACHE *)layer->kind[0] + (place))

@@ -40,24 +40,24 @@ static inline uint float2_to_bfloat2(float2 pair)
 }
 
 // Lanes 4g to 4g + 3 hold rows g (x, z) and g + 8 (y, w) of a; lanes 4c to 4c + 3 hold column c of b.
-#define DEFINE_MMA(name, to_float2)                                                                                 \
-    __attribute__((noinline)) static float4 name(uint4 a, uint b0, uint b1, float4 c)                               \
-    {                                                                                                               \
-        const uint lane = get_sub_group_local_id(), g = lane / 4, t = lane % 4;                                     \
-        _Pragma("unroll 1") for (uint i = 0; i < 4; i++)                                                            \
-        {                                                                                                           \
-            const float2 x = to_float2(sub_group_shuffle(a.x, 4 * g + i));                                          \
-            const float2 y = to_float2(sub_group_shuffle(a.y, 4 * g + i));                                          \
-            const float2 z = to_float2(sub_group_shuffle(a.z, 4 * g + i));                                          \
-            const float2 w = to_float2(sub_group_shuffle(a.w, 4 * g + i));                                          \
-            const float2 even0 = to_float2(sub_group_shuffle(b0, 8 * t + i));                                       \
-            const float2 even1 = to_float2(sub_group_shuffle(b1, 8 * t + i));                                       \
-            const float2 odd0 = to_float2(sub_group_shuffle(b0, 8 * t + 4 + i));                                    \
-            const float2 odd1 = to_float2(sub_group_shuffle(b1, 8 * t + 4 + i));                                    \
+#define DEFINE_MMA(name, to_float2)                                                                                  \
+    __attribute__((noinline)) static float4 name(uint4 a, uint b0, uint b1, float4 c)                                \
+    {                                                                                                                \
+        const uint lane = get_sub_group_local_id(), g = lane / 4, t = lane % 4;                                      \
+        _Pragma("unroll 1") for (uint i = 0; i < 4; i++)                                                             \
+        {                                                                                                            \
+            const float2 x = to_float2(sub_group_shuffle(a.x, 4 * g + i));                                           \
+            const float2 y = to_float2(sub_group_shuffle(a.y, 4 * g + i));                                           \
+            const float2 z = to_float2(sub_group_shuffle(a.z, 4 * g + i));                                           \
+            const float2 w = to_float2(sub_group_shuffle(a.w, 4 * g + i));                                           \
+            const float2 even0 = to_float2(sub_group_shuffle(b0, 8 * t + i));                                        \
+            const float2 even1 = to_float2(sub_group_shuffle(b1, 8 * t + i));                                        \
+            const float2 odd0 = to_float2(sub_group_shuffle(b0, 8 * t + 4 + i));                                     \
+            const float2 odd1 = to_float2(sub_group_shuffle(b1, 8 * t + 4 + i));                                     \
             c += (float4)(dot(x, even0) + dot(z, even1), dot(x, odd0) + dot(z, odd1), dot(y, even0) + dot(w, even1), \
-                          dot(y, odd0) + dot(w, odd1));                                                             \
-        }                                                                                                           \
-        return c;                                                                                                   \
+                          dot(y, odd0) + dot(w, odd1));                                                              \
+        }                                                                                                            \
+        return c;                                                                                                    \
     }
 DEFINE_MMA(mma, half2_to_float2)
 DEFINE_MMA(mma_bfloat16, bfloat2_to_float2)
@@ -101,11 +101,10 @@ static inline uint column_pair(LocalAddress even, LocalAddress odd, uint column)
 static inline uint4 load_transposed(LocalAddress row)
 {
     const uint lane = get_sub_group_local_id(), g = lane / 4, first = 2 * (lane % 4);
-    return (uint4)(
-        column_pair(sub_group_shuffle(row, first), sub_group_shuffle(row, first + 1), g),
-        column_pair(sub_group_shuffle(row, 8 + first), sub_group_shuffle(row, 9 + first), g),
-        column_pair(sub_group_shuffle(row, 16 + first), sub_group_shuffle(row, 17 + first), g),
-        column_pair(sub_group_shuffle(row, 24 + first), sub_group_shuffle(row, 25 + first), g));
+    return (uint4)(column_pair(sub_group_shuffle(row, first), sub_group_shuffle(row, first + 1), g),
+                   column_pair(sub_group_shuffle(row, 8 + first), sub_group_shuffle(row, 9 + first), g),
+                   column_pair(sub_group_shuffle(row, 16 + first), sub_group_shuffle(row, 17 + first), g),
+                   column_pair(sub_group_shuffle(row, 24 + first), sub_group_shuffle(row, 25 + first), g));
 }
 
 #else

@@ -152,14 +152,13 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 #define ROUTE_ARGS                                                                                              \
     __global const LOGIT *restrict logits, const ulong logits_offset, const uint num_experts, const uint top_k, \
         const int normalise, const float factor, __global const float *restrict scale, const float jitter,      \
-        __global const float *restrict bias, const uint num_groups,                                             \
-        const uint topk_groups, __global int *ids, const ulong ids_offset, __global float *restrict weights,    \
-        const ulong weights_offset, __local uint4 *restrict fours, __local uint *restrict groups,               \
-        __local float *restrict picked
+        __global const float *restrict bias, const uint num_groups, const uint topk_groups, __global int *ids,  \
+        const ulong ids_offset, __global float *restrict weights, const ulong weights_offset,                   \
+        __local uint4 *restrict fours, __local uint *restrict groups, __local float *restrict picked
 // The arguments of ROUTE_ARGS that route_token takes.
-#define ROUTE_NAMES                                                                                                 \
-    logits + logits_offset, num_experts, top_k, normalise, factor, scale, jitter, bias, num_groups, topk_groups, ids + ids_offset, \
-        weights + weights_offset, fours, groups, picked
+#define ROUTE_NAMES                                                                                              \
+    logits + logits_offset, num_experts, top_k, normalise, factor, scale, jitter, bias, num_groups, topk_groups, \
+        ids + ids_offset, weights + weights_offset, fours, groups, picked
 
 // Routes one token; called by a whole work-group.
 //   pairs   local uint2 [ROUTE_ITEMS] (GROUPING)
