@@ -76,6 +76,24 @@ class TestAgainstLaunches:
             assert phased._program._phased is steps
             assert 0 < relative_error(found, expected) < BOUND
 
+    def test_a_head_of_its_own(self, phased, recorded, rng, monkeypatch):
+        """As with a quantised head, which is no part of the step; the description of a step outgrows its buffer."""
+        monkeypatch.setattr(phased_step, "LEAST_STEP_INTS", 24)
+        program = phased._program
+        program._phased = steps = PhasedStep(
+            program._ctx, program._plan, program._layers, program._ends()._replace(head=None), False
+        )
+        ours, theirs = phased.new_sequence(), recorded.new_sequence()
+        for count in (3, 100):
+            prompt = rng.integers(0, phased.vocab_size, count)
+            phased.forward(prompt, sequence=ours)
+            recorded.forward(prompt, sequence=theirs)
+            found, expected = (
+                model.forward([count], sequence=one) for model, one in ((phased, ours), (recorded, theirs))
+            )
+            assert program._phased is steps and not steps.has_head
+            assert 0 < relative_error(found, expected) < BOUND
+
     def test_greedy(self, phased, recorded):
         """The same tokens, and the first of equal logits."""
         ours, theirs = (list(model.generate(PROMPT, max_new_tokens=20, temperature=0)) for model in (phased, recorded))
@@ -100,7 +118,7 @@ class TestAgainstLaunches:
         phased.forward(TEXT[:10], sequence=sequence)
         expected = phased.fork(sequence)
         by_phases = phased.forward(TEXT[10:11], sequence=expected)
-        monkeypatch.setattr(PhasedStep, "gave_up", property(lambda self: True))
+        monkeypatch.setattr(PhasedStep, "gave_up", lambda self: True)
         with warnings.catch_warnings():  # the warning comes once in a process, by the first test that causes it
             warnings.simplefilter("ignore", RuntimeWarning)
             logits = phased.forward(TEXT[10:11], sequence=sequence)

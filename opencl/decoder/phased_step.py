@@ -147,6 +147,7 @@ class PhasedStep:
         self._seen = np.zeros(2 + MOST_TOKENS, np.uint32)
         self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
+        self._rooms: dict[int, dict[str, cl.Buffer]] = {}
 
     def cache_grown(self) -> None:
         """Tell the kernel where new segments of the cache are. No step is in the queue."""
@@ -211,7 +212,7 @@ class PhasedStep:
 
     def tokens(self, rows: int) -> npt.NDArray[np.int32]:
         """The tokens of the step that was enqueued last, int32 ``[rows]``. Waits for them."""
-        self._read_state()
+        self.read_state()
         return self._seen[2 : 2 + rows].astype(np.int32)
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
@@ -219,12 +220,11 @@ class PhasedStep:
         found = np.empty((rows, self._vocab_size), np.float32)
         kernel = self._kernels[self.capacity(rows)]
         cl.enqueue_copy(self._ctx.queue, found, kernel.rooms["vocabulary"])
-        self._read_state()
+        self.read_state()
         return found
 
-    @property
     def gave_up(self) -> bool:
-        """Whether a work-group of the step that was read last waited in vain."""
+        """Whether a work-group of the step that was read last waited in vain. Resets the counter if so."""
         if not self._seen[1]:
             return False
         cl.enqueue_fill_buffer(self._ctx.queue, self._state, b"\0", 0, 8)
@@ -232,15 +232,15 @@ class PhasedStep:
         return True
 
     def read_state(self) -> None:
-        """Read whether a work-group gave up. Waits for the step."""
-        self._read_state()
-
-    def _read_state(self) -> None:
+        """Read whether a work-group gave up, and the tokens. Waits for the step."""
         cl.enqueue_copy(self._ctx.queue, self._seen, self._state)
 
-    def _bound(self, tokens: int) -> Kernel:
-        """A kernel object with all arguments set that do not change."""
-        ctx, macros = self._ctx, {**self._macros, "TOKENS": tokens}
+    def _rooms_for(self, tokens: int) -> dict[str, cl.Buffer]:
+        """The buffers of steps of up to ``tokens`` rows. They stay the same: recordings of a head refer to them."""
+        found = self._rooms.get(tokens)
+        if found is not None:
+            return found
+        macros = self._macros
         heads, width = macros["NUM_HEADS"], macros["HEAD_DIM"]
         pairs, attended = tokens * macros["TOP_K"], heads * width
         room = self._groups * macros["HEADS"] + tokens * heads
@@ -258,8 +258,14 @@ class PhasedStep:
             "vocabulary": 4 * tokens * self._vocab_size,
             "best": 8 * tokens * self._groups,
         }
-        runtime = ctx.backend.runtime
-        rooms = dict(zip(sizes, zeroed_buffers(runtime, list(sizes.values()), "rows of a step"), strict=True))
+        buffers = zeroed_buffers(self._ctx.backend.runtime, list(sizes.values()), "rows of a step")
+        self._rooms[tokens] = dict(zip(sizes, buffers, strict=True))
+        return self._rooms[tokens]
+
+    def _bound(self, tokens: int) -> Kernel:
+        """A kernel object with all arguments set that do not change."""
+        ctx, macros = self._ctx, {**self._macros, "TOKENS": tokens}
+        runtime, rooms = ctx.backend.runtime, self._rooms_for(tokens)
         table = arguments_of("decoder_step", macros)
         options = ctx.backend.tier.options(runtime.capabilities)
         program = runtime.programs.program("decoder_step", macros, options)

@@ -173,7 +173,7 @@ class OpenClDecoder(DecoderProgram):
         with self._ctx:
             while (steps := self._phased_for(batch)) is not None:
                 results = self._run_phased(steps, batch, head, shape, dtype)
-                if not steps.gave_up:
+                if not steps.gave_up():
                     return results
                 self._leave(steps, "a work-group waited in vain for the others; are several models on the device?")
             return self._run_launches(batch, head, shape, dtype)
@@ -294,7 +294,7 @@ class OpenClDecoder(DecoderProgram):
             found = self._run_phased(steps, batch, "head", (self._plan.vocab_size,), np.float32)
         except (cl.Error, BuildError) as error:
             return f"the kernel does not run: {error}"
-        if steps.gave_up:
+        if steps.gave_up():
             return "a work-group waited in vain for the others"
         finite = np.isfinite(expected)
         if not np.array_equal(np.isfinite(found), finite):
