@@ -107,7 +107,7 @@ def test_tables_are_what_the_compiler_reports(device, file):
     if not variants:
         pytest.skip(f"{file}.cl is for other devices; test_products_share_their_arguments reads it")
     for macros in variants:
-        if "mma" in file:
+        if compile_kernels().has_ptx(file):
             macros = {**macros, "NO_PTX": 1}
         for kernel in built(device, file, macros):
             table = arguments_of(kernel.function_name, macros)
