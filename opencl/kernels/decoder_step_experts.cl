@@ -62,27 +62,21 @@ __attribute__((always_inline)) static inline void project_inner(
             weights[i] = weighed[i];
         }
 #if RESIDENT
-    for (uint pair = 0; pair < rows * TOP_K; pair++) {
-        const uint expert = (uint)chosen[pair];
-        prefetch_strip(layer->down[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * DOWN_WORDS),
-                       HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), get_group_id(0));
-    }
+    for (uint pair = 0; pair < rows * TOP_K; pair++)
+        prefetch_strip(expert_address(layer->down, (uint)chosen[pair], DOWN_WORDS), HIDDEN / STRIP_N, INNER_BLOCKS,
+                       GROUPS_OF(INNER, DOWN_SHIFT), get_group_id(0));
 #endif
     const uint teams = WAVES / GATE_TEAM, team = wave / GATE_TEAM, member = wave % GATE_TEAM;
-    const uint run = (HIDDEN_BLOCKS + GATE_TEAM - 1) / GATE_TEAM;
-    const uint begin = min(member * run, (uint)HIDDEN_BLOCKS), end = min(begin + run, (uint)HIDDEN_BLOCKS);
+    const uint2 share = share_of_blocks(HIDDEN_BLOCKS, GATE_TEAM, member);
     const uint strips = INNER / STRIP_N, tasks = rows * TOP_K * strips, all = get_num_groups(0) * teams;
     for (uint base = 0; base < tasks; base += all) {
         const uint task = base + team * get_num_groups(0) + get_group_id(0), pair = task / strips;
         Total totals[2 * TOTALS] = {0};
         if (task < tasks) {
-            const uint expert = (uint)chosen[pair];
-            const ulong weights_at =
-                layer->gate_up[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * GATE_WORDS);
-            const Sections m =
-                sections_of(weights_at, 2 * INNER / STRIP_N, HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, GATE_SHIFT));
+            const Sections m = sections_of(expert_address(layer->gate_up, (uint)chosen[pair], GATE_WORDS),
+                                           2 * INNER / STRIP_N, HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, GATE_SHIFT));
             products_of_local(totals, m, task % strips, strips, HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, GATE_SHIFT),
-                              GATE_SHIFT, HIDDEN, begin, end, lane, kept + pair / TOP_K * X_OCTETS);
+                              GATE_SHIFT, HIDDEN, share.x, share.y, lane, kept + pair / TOP_K * X_OCTETS);
             __local float *sums = scratch + wave * (K_LANES * 32);
             EACH_SUM(totals, layer->gate_up_factor, sums, 32, 32, 1, lane, PUT_SET)
             EACH_SUM(totals + TOTALS, layer->gate_up_factor, sums + 16, 32, 32, 1, lane, PUT_SET)
@@ -102,12 +96,12 @@ __attribute__((always_inline)) static inline void project_inner(
 #if TENSOR // the sixteen columns are lanes of one wave
             UNROLLED for (uint mask = 1; mask < 16; mask *= 2) magnitude =
                 max(magnitude, as_uint(exchange(as_float(magnitude), mask)));
-            if (i % 16 == 0 && its_task < tasks)
-                atomic_max(inner_most + its_task / strips, magnitude);
+            const bool counts = i % 16 == 0;
 #else
-            if (its_task < tasks)
-                atomic_max(inner_most + its_task / strips, magnitude);
+            const bool counts = true;
 #endif
+            if (counts && its_task < tasks)
+                atomic_max(inner_most + its_task / strips, magnitude);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
@@ -146,22 +140,20 @@ __attribute__((always_inline)) static inline void project_down(__constant Layer 
     }
 #endif
     const uint at_once = WAVES / PARTS_OF_PAIR, part = wave % PARTS_OF_PAIR;
-    const uint run = (INNER_BLOCKS + PARTS_OF_PAIR - 1) / PARTS_OF_PAIR;
-    const uint begin = min(part * run, (uint)INNER_BLOCKS), end = min(begin + run, (uint)INNER_BLOCKS);
+    const uint2 share = share_of_blocks(INNER_BLOCKS, PARTS_OF_PAIR, part);
     for (uint strip = get_group_id(0); strip < HIDDEN / STRIP_N; strip += get_num_groups(0)) {
         __local float *own = scratch + wave * (K_LANES * TOKENS * 16);
         for (uint i = lane; i < K_LANES * TOKENS * 16; i += WAVE)
             own[i] = 0;
         barrier(CLK_LOCAL_MEM_FENCE);
         for (uint pair = wave / PARTS_OF_PAIR; pair < rows * TOP_K; pair += at_once) {
-            const uint expert = (uint)chosen[pair];
             const int exponent = exponent_of_row(inner_most[pair]);
-            const ulong weights_at =
-                layer->down[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (ulong)(4 * DOWN_WORDS);
-            const Sections m = sections_of(weights_at, HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT));
+            const Sections m = sections_of(expert_address(layer->down, (uint)chosen[pair], DOWN_WORDS),
+                                           HIDDEN / STRIP_N, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT));
             Total total[TOTALS] = {0};
-            product_of_floats(total, m, strip, 0, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), DOWN_SHIFT, INNER, begin,
-                              end, lane, (__global const uint4 *)(inner + pair * (ulong)INNER), ldexp(1.0f, -exponent));
+            product_of_floats(total, m, strip, 0, INNER_BLOCKS, GROUPS_OF(INNER, DOWN_SHIFT), DOWN_SHIFT, INNER,
+                              share.x, share.y, lane, (__global const uint4 *)(inner + pair * (ulong)INNER),
+                              ldexp(1.0f, -exponent));
             const float factor = ldexp(layer->down_factor, exponent) * weighed[pair];
             EACH_SUM(total, factor, own + pair / TOP_K * 16, TOKENS * 16, 16, 1, lane, PUT_ADD)
         }

@@ -17,8 +17,7 @@ __attribute__((always_inline)) static inline void project_heads(__constant Layer
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     const uint teams = WAVES / QKV_TEAM, team = wave / QKV_TEAM, member = wave % QKV_TEAM;
-    const uint run = (HIDDEN_BLOCKS + QKV_TEAM - 1) / QKV_TEAM;
-    const uint begin = min(member * run, (uint)HIDDEN_BLOCKS), end = min(begin + run, (uint)HIDDEN_BLOCKS);
+    const uint2 share = share_of_blocks(HIDDEN_BLOCKS, QKV_TEAM, member);
 #if RESIDENT
     prefetch_strip(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT), get_group_id(0));
 #endif
@@ -36,7 +35,7 @@ __attribute__((always_inline)) static inline void project_heads(__constant Layer
             const Sections m =
                 sections_of(layer->qkv[part], layer->qkv_strips[part], HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, QKV_SHIFT));
             product_of_local(total, m, layer->qkv_first[part] + strip - first_strip_of(part), 0, HIDDEN_BLOCKS,
-                             GROUPS_OF(HIDDEN, QKV_SHIFT), QKV_SHIFT, HIDDEN, begin, end, lane, kept);
+                             GROUPS_OF(HIDDEN, QKV_SHIFT), QKV_SHIFT, HIDDEN, share.x, share.y, lane, kept);
             EACH_SUM(total, layer->qkv_factor[part], scratch + wave * (K_LANES * TOKENS * 16), TOKENS * 16, 16, TOKENS,
                      lane, PUT_SET)
         }
@@ -62,8 +61,7 @@ __attribute__((always_inline)) static inline void project_output(__constant Laye
                                                                  __global const half *attended, __local float *scratch)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
-    const uint run = (ATTENDED_BLOCKS + WAVES - 1) / WAVES;
-    const uint begin = min(wave * run, (uint)ATTENDED_BLOCKS), end = min(begin + run, (uint)ATTENDED_BLOCKS);
+    const uint2 share = share_of_blocks(ATTENDED_BLOCKS, WAVES, wave);
 #if RESIDENT
     if (get_group_id(0) < EXPERTS)
         prefetch_bytes(layer->router + get_group_id(0) * (ulong)(HIDDEN * sizeof(ROUTER)), HIDDEN * sizeof(ROUTER));
@@ -71,8 +69,8 @@ __attribute__((always_inline)) static inline void project_output(__constant Laye
     const Sections m = sections_of(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT));
     for (uint strip = get_group_id(0); strip < HIDDEN / STRIP_N; strip += get_num_groups(0)) {
         Total total[TOTALS] = {0};
-        product_of_halves(total, m, strip, 0, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT), O_SHIFT, ATTENDED, begin,
-                          end, lane, (__global const uint4 *)attended);
+        product_of_halves(total, m, strip, 0, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT), O_SHIFT, ATTENDED, share.x,
+                          share.y, lane, (__global const uint4 *)attended);
         EACH_SUM(total, layer->o_factor, scratch + wave * (K_LANES * TOKENS * 16), TOKENS * 16, 16, TOKENS, lane,
                  PUT_SET)
         barrier(CLK_LOCAL_MEM_FENCE);

@@ -205,18 +205,11 @@ static inline uint4 float8_to_halves(float4 low, float4 high)
 #define LOAD_FLOATS(r, octet) (vload8(octet, (__global const float *)row) * factor)
 #endif
 
-#ifndef QKV_DEPTH
+// Blocks that a wave loads at a time, as measured on an H200.
 #define QKV_DEPTH 8
-#endif
-#ifndef O_DEPTH
 #define O_DEPTH 4
-#endif
-#ifndef GATE_DEPTH
 #define GATE_DEPTH 4
-#endif
-#ifndef DOWN_DEPTH
 #define DOWN_DEPTH 2
-#endif
 DEFINE_STRIP_PRODUCT(product_of_local, 1, QKV_DEPTH, TOKENS, 0, LOAD_LOCAL, __local const uint4 *kept)
 DEFINE_STRIP_PRODUCT(products_of_local, 2, GATE_DEPTH, 1, 0, LOAD_LOCAL, __local const uint4 *kept)
 DEFINE_STRIP_PRODUCT(product_of_halves, 1, O_DEPTH, TOKENS, 1, LOAD_HALVES, __global const uint4 *rows)

@@ -112,21 +112,10 @@ __attribute__((always_inline)) static inline void route_rows(uint rows, __global
     barrier(CLK_LOCAL_MEM_FENCE);
     EACH(i, rows * TOP_K)
     {
-        __local const float *its = picked + i / TOP_K * TOP_K;
-        float total = 0, highest = its[0];
-#if SCORING == SCORING_SOFTMAX_TOPK
-        for (uint j = 1; j < TOP_K; j++)
-            highest = fmax(highest, its[j]);
-#define PICKED(j) exp(its[j] - highest)
-#else
-#define PICKED(j) its[j]
-#endif
-        for (uint j = 0; j < TOP_K; j++)
-            total += PICKED(j);
         const bool bad = isinf(LARGEST(i / TOP_K));
         if (bad)
             chosen[i] = i % TOP_K;
-        weighed[i] = bad ? NAN : PICKED(i % TOP_K) / (NORMALISE ? total + 1e-20f : 1.0f) * factor;
+        weighed[i] = bad ? NAN : weight_of_pick(picked + i / TOP_K * TOP_K, i % TOP_K, TOP_K, NORMALISE) * factor;
     }
 #endif
     barrier(CLK_LOCAL_MEM_FENCE);

@@ -97,6 +97,19 @@ static inline float group_total(__local const float *sums, uint count, uint stri
     return sum;
 }
 
+// The blocks of K, from x to y - 1, of one of `members` waves that share them.
+static inline uint2 share_of_blocks(uint blocks, uint members, uint member)
+{
+    const uint run = (blocks + members - 1) / members, begin = min(member * run, blocks);
+    return (uint2)(begin, min(begin + run, blocks));
+}
+
+// The address of an expert whose stack lies in `parts`; `words` of it.
+static inline ulong expert_address(__constant const ulong *parts, uint expert, ulong words)
+{
+    return parts[expert / EXPERTS_PER_PART] + expert % EXPERTS_PER_PART * (4 * words);
+}
+
 // Weights for a later phase are brought to the second-level cache while work-groups wait for each other.
 #if RESIDENT
 static inline void prefetch_bytes(ulong from, uint bytes)

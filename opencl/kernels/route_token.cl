@@ -132,6 +132,22 @@ __attribute__((always_inline)) static inline void mask_groups(__local uint *choi
 }
 #endif
 
+// The weight of choice j among a row's choices, from their weights before the division (SCORING_SOFTMAX_TOPK: logits).
+static inline float weight_of_pick(__local const float *picked, uint j, uint top_k, int normalise)
+{
+    float largest = picked[0], total = 0;
+#if SCORING == SCORING_SOFTMAX_TOPK
+    for (uint i = 1; i < top_k; i++)
+        largest = fmax(largest, picked[i]);
+#define PICKED_WEIGHT(i) exp(picked[i] - largest)
+#else
+#define PICKED_WEIGHT(i) picked[i]
+#endif
+    for (uint i = 0; i < top_k; i++)
+        total += PICKED_WEIGHT(i);
+    return PICKED_WEIGHT(j) / (normalise ? total + 1e-20f : 1.0f);
+}
+
 // The top_k best experts of each row of logits, best first, and their weights. Of equal experts the smaller index comes
 // first. There is a work-group for each token. If a row has a NaN or +inf, or only -inf, its ids are 0 to top_k - 1 and
 // its weights NaN. Each work-item compares its experts with all others, four at a time: this takes fewer steps than
@@ -236,21 +252,10 @@ __attribute__((always_inline)) static inline void route_token(
         }
     }
     barrier(SCALED ? CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE : CLK_LOCAL_MEM_FENCE); // ids are read again below
-    float largest_picked = picked[0], total = 0;
-#if SCORING == SCORING_SOFTMAX_TOPK
-    for (uint j = 1; j < top_k; j++)
-        largest_picked = fmax(largest_picked, picked[j]);
-#define PICKED_WEIGHT(j) exp(picked[j] - largest_picked)
-#else
-#define PICKED_WEIGHT(j) picked[j]
-#endif
-    for (uint j = 0; j < top_k; j++)
-        total += PICKED_WEIGHT(j);
-    const float divisor = normalise ? total + 1e-20f : 1.0f;
     for (uint j = me; j < top_k; j += ROUTE_ITEMS) {
         if (bad)
             ids[j] = j;
         const float own_scale = SCALED && !bad ? scale[ids[j]] : 1;
-        weights[j] = bad ? NAN : PICKED_WEIGHT(j) / divisor * factor * own_scale;
+        weights[j] = bad ? NAN : weight_of_pick(picked, j, top_k, normalise) * factor * own_scale;
     }
 }
