@@ -98,8 +98,13 @@ class TestAgainstLaunches:
         """The same tokens, and the first of equal logits."""
         ours, theirs = (list(model.generate(PROMPT, max_new_tokens=20, temperature=0)) for model in (phased, recorded))
         assert "".join(piece.text for piece in ours) == "".join(piece.text for piece in theirs)
-        batch = row_batch(phased, [7], [0])
-        assert phased._program.greedy_step(batch)[0] == phased._program.step(batch)[0].argmax()
+
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_tokens_that_the_step_chooses(self, phased, rng, rows):
+        """The largest logit of each row, also where a step has more rows than a work-group has waves."""
+        batch = row_batch(phased, rng.integers(0, phased.vocab_size, rows), [0] * rows)
+        logits = phased._program.step(batch)
+        assert phased._program.greedy_step(batch).tolist() == logits.argmax(axis=1).tolist()
 
     def test_a_wrong_kernel_is_left(self, phased, monkeypatch):
         """Errors beyond the bound: a warning, and logits by launches."""

@@ -105,7 +105,7 @@ __attribute__((always_inline)) static inline void score_vocabulary(__constant La
 __attribute__((always_inline)) static inline void choose_tokens(uint rows, __global const uint2 *best,
                                                                 __global uint *tokens, __local float *scratch)
 {
-    __local uint *words = (__local uint *)scratch + ITEMS;
+    __local uint *words = (__local uint *)scratch + TOKENS * WAVE;
     if (get_group_id(0))
         return;
     EACH(i, TOKENS * WAVE)
