@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
+import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "available_memory",
     "describe",
+    "document_of",
     "last_level_cache_bytes",
     "openmp_runtimes",
     "restrict_to",
@@ -115,6 +118,18 @@ def _text(path: str | Path) -> str:
 def openmp_runtimes() -> list[str]:
     """File names of the OpenMP runtimes that are loaded. Each runtime has a thread pool of its own."""
     return sorted(set(re.findall(r"/((?:libgomp|libomp|libiomp)[^/\n]*)$", _text("/proc/self/maps"), re.MULTILINE)))
+
+
+def document_of(mode: str, schema: int, context: CpuContext, timing: dict[str, Any]) -> dict[str, Any]:
+    """The JSON document of a measurement on the CPU, without results."""
+    return {
+        "schema": schema,
+        "mode": mode,
+        "command": sys.argv[1:],
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe(context, None),
+        "timing": timing,
+    }
 
 
 def describe(context: CpuContext, torch_report: dict[str, Any] | None) -> dict[str, Any]:

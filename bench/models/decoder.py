@@ -7,14 +7,12 @@ its own. Each claim about the decoder's speed is printed with its bar.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.common.machine import available_memory, describe
+from bench.common.machine import available_memory, document_of
 from bench.common.options import COMPUTE_DTYPES, add_cpus, add_quick, names, positive, restrict_cpus, values
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, num_weights, write_qwen3_moe
 
@@ -105,14 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     context = CpuBackend().new_context(num_threads=arguments.threads)
     screen = console()
-    document: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
-        "mode": "decoder",
-        "command": sys.argv[1:],
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe(context, None),
-        "timing": {name: getattr(arguments, name) for name in ("rounds", "tokens", "pause_ms", "quick")},
-    }
+    timing = {name: getattr(arguments, name) for name in ("rounds", "tokens", "pause_ms", "quick")}
+    document = document_of("decoder", SCHEMA_VERSION, context, timing)
     warn_of_load(screen, document["machine"]["load_average"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary) / "model").resolve()

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common.machine import describe
+from bench.common.machine import document_of
 from bench.common.options import COMPUTE_DTYPES, add_cpus, add_output, add_quick, names, positive, restrict_cpus
 from bench.common.processes import Child, module_command, module_environment
 from bench.common.timing import Spread, alternate, ratios, spread
@@ -76,14 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     context = CpuBackend().new_context(num_threads=arguments.threads)
     screen = console()
-    document: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
-        "mode": "serve",
-        "command": sys.argv[1:],
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe(context, None),
-        "timing": {name: getattr(arguments, name) for name in (*DEFAULTS, "compute_dtype", "quick")},
-    }
+    timing = {name: getattr(arguments, name) for name in (*DEFAULTS, "compute_dtype", "quick")}
+    document = document_of("serve", SCHEMA_VERSION, context, timing)
     warn_of_load(screen, document["machine"]["load_average"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary) / "model").resolve()

@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from marlin_cy.errors import MarlinError
 
-__all__ = ["call_in_parallel", "errors_of"]
+__all__ = ["ForEach", "call_in_parallel", "errors_of"]
+
+ForEach = Callable[[Callable[[int], None], int, str], None]
+"""``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
 
 
 def errors_of(checks: Iterable[Callable[[], None]]) -> Iterator[MarlinError]:

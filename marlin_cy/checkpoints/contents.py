@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.checkpoints.gguf.model import open_gguf
 from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
-from marlin_cy.checkpoints.quantised import ForEach, QuantizedSource
+from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.formats.json_fields import JsonObject, read_json
 from marlin_cy.formats.registry import read_scheme

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder, stacked_biases
+from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
@@ -32,8 +33,6 @@ from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["ExpertPart", "QuantizedSource"]
 
-ForEach = Callable[[Callable[[int], None], int, str], None]
-"""``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
 
 GIdx = npt.NDArray[np.int32]
 

@@ -57,10 +57,8 @@ LAYER = np.dtype(
         ("down_factor", "f4"),
         ("scale", "f4"),
         ("norm_eps", "f4"),
-        ("head_eps", "f4"),
         ("routing_factor", "f4"),
         ("window", "u4"),
-        ("pad3", "u4"),
     ]
 )
 
@@ -118,11 +116,12 @@ class ModelShape:
             assert entry.pool is not None
             for name, index, buffer in entry.pool.all_segments():
                 entry.put(name, buffer, index=index)
-        buffers = [buffer for entry in self.entries for buffer, _ in entry.places.values()]
-        found = iter(addresses(runtime, buffers))
+        # Layers share tables of RoPE, and stacks repeat their last part.
+        buffers = {id(buffer): buffer for entry in self.entries for buffer, _ in entry.places.values()}
+        found = dict(zip(buffers, addresses(runtime, list(buffers.values())), strict=True))
         for row, entry in zip(table, self.entries, strict=True):
-            for (name, index), (_, offset) in entry.places.items():
-                set_field(row, name, index, next(found) + offset)
+            for (name, index), (buffer, offset) in entry.places.items():
+                set_field(row, name, index, found[id(buffer)] + offset)
             for (name, index), number in entry.numbers.items():
                 set_field(row, name, index, number)
         return table
@@ -173,7 +172,6 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
         raise NotPhased(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
     for layer in found:
         layer.entry.numbers["norm_eps", 0] = plan.norm_eps
-        layer.entry.numbers["head_eps", 0] = plan.norm_eps
     macros = {
         **first.macros,
         **code_macros(stores[0].codes, all(store.symmetric for store in stores)),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.layer import Layer
     from marlin_cy.opencl.decoder.projections import DenseMatrix
 
-__all__ = ["Ends", "PhasedStep", "new_phased_step", "reason_not"]
+__all__ = ["Ends", "PhasedStep", "new_phased_step"]
 
 CAPACITIES = (1, 2, 4, 8)
 MOST_TOKENS = CAPACITIES[-1]
@@ -77,15 +77,6 @@ def new_phased_step(
         return None
 
 
-def reason_not(plan: DecoderPlan, layers: Sequence[Layer]) -> str | None:
-    """Why a model's steps do not go by phases; None if they do."""
-    try:
-        shape_of(plan, layers)
-    except NotPhased as reason:
-        return str(reason)
-    return None
-
-
 class PhasedStep:
     """Steps of up to MOST_TOKENS rows, each of another sequence.
 
@@ -107,7 +98,7 @@ class PhasedStep:
     Raises
     ------
     NotPhased
-        See :func:`reason_not`.
+        The kernel does not support the model.
     """
 
     def __init__(

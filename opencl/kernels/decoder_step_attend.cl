@@ -66,7 +66,7 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
 #endif
         square = wave_sum(square, sums);
         if (normed) {
-            const float factor = 1 / sqrt(square / HEAD_DIM + layer->head_eps);
+            const float factor = 1 / sqrt(square / HEAD_DIM + layer->norm_eps);
 #pragma unroll
             for (uint i = 0; i < HEAD_DIM / WAVE; i++)
                 own[i] *= factor * norm[i * WAVE + lane];

@@ -22,8 +22,8 @@ typedef struct {
     uint qkv_strips[3], pad;              // strips of the store that each projection is in
     uint qkv_first[3], pad2;              // its first strip there
     float qkv_factor[3], o_factor, gate_up_factor, down_factor;
-    float scale, norm_eps, head_eps, routing_factor;
-    uint window, pad3;
+    float scale, norm_eps, routing_factor;
+    uint window;
 } Layer;
 typedef char layer_has_the_size_that_the_host_expects[sizeof(Layer) == LAYER_BYTES ? 1 : -1];
 

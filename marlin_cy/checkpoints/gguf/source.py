@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
+from marlin_cy.checkpoints.builders import new_builder
+from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType, one_level
 from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack
 from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["GgufSource"]
 
-ForEach = Callable[[Callable[[int], None], int, str], None]
 WEIGHT, BIAS = ".weight", ".bias"
 
 
@@ -137,7 +138,7 @@ class GgufSource:
 
     def linear(self, module: str, backend: Backend) -> Linear:
         weight = self.weight(module)
-        builder = self._builder(backend, 1, weight)
+        builder = new_builder(backend, 1, weight.n, weight, [None])
         builder.add(0, 0, weight)
         return backend.linear_of(builder.finish(), self.bias(module))
 
@@ -223,12 +224,6 @@ class GgufSource:
         stored = self._tensors.view(name).stored[0]
         with as_checkpoint_error(stored.file, stored.name):
             return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)), arrays)
-
-    @staticmethod
-    def _builder(backend: Backend, experts: int, weight: CanonicalWeight) -> StackBuilder:
-        return backend.new_stack_builder(
-            experts, weight.k, weight.n, group_size=weight.group_size, codes=weight.codes, scales=weight.scales
-        )
 
     def _type(self, module: str) -> BlockType:
         return BLOCK_TYPES[self._info(module).dtype]
