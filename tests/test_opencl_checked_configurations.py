@@ -354,7 +354,7 @@ class TestRoutingAndAlignment:
         [
             {"ids[place] = e;": "if (e != 3) ids[place] = e;"},
             {"weights[j] = bad": "if (j != 1) weights[j] = bad"},
-            {"PICKED_WEIGHT(j) / divisor": "PICKED_WEIGHT(j) * 1.01f / divisor"},
+            {"PICKED_WEIGHT(j) / (normalise": "PICKED_WEIGHT(j) * 1.01f / (normalise"},
         ],
         ids=["ids unwritten", "weights unwritten", "weights wrong"],
     )
