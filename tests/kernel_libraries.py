@@ -3,8 +3,10 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+from marlin_cy.cpu import _dispatch
 from marlin_cy.cpu._dispatch import KernelTable
 from marlin_cy.cpu._workspace import Workspace
 
@@ -15,21 +17,29 @@ COMPILER = shutil.which("cc")
 
 
 def build_library(folder, *sources, emulated=()):
-    """A shared library of some C files. Files in ``emulated`` are compiled with ``amx_emulation.h``."""
+    """A shared library of some C files. Files in ``emulated`` are compiled with ``amx_emulation.h``.
+
+    The kernels that the package compiled are not compiled again: descriptors of other ISAs, such as parents, are found
+    in the module that holds them.
+    """
     objects = []
     for source in [*sources, *emulated]:
         objects.append(folder / f"{source.stem}.o")
         emulation = ["-include", TESTS / "amx_emulation.h"] if source in emulated else []
         subprocess.run([COMPILER, *FLAGS, *emulation, "-c", source, "-o", objects[-1]], check=True)
     path = folder / "kernels.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", path, "-lm"], check=True)
+    if sys.platform == "darwin":  # a module cannot be linked to there: its symbols are found at run time
+        ctypes.CDLL(_dispatch.__file__, ctypes.RTLD_GLOBAL)
+        package = ["-undefined", "dynamic_lookup"]
+    else:
+        package = [_dispatch.__file__]
+    subprocess.run([COMPILER, "-shared", *objects, "-o", path, *package, "-lm"], check=True)
     return ctypes.CDLL(str(path))
 
 
 def emulated_amx_library(folder):
-    """The kernels of AMX on the emulation, and the kernels that AMX inherits. They need a CPU with AVX-512 VNNI."""
-    parents = [UKERNELS / f"{name}.c" for name in ("generic", "avx2", "avx512vnni")]
-    return build_library(folder, *parents, emulated=[UKERNELS / "amx.c"])
+    """The kernels of AMX on the emulation. They need a CPU with AVX-512 VNNI, whose kernels AMX inherits."""
+    return build_library(folder, emulated=[UKERNELS / "amx.c"])
 
 
 def kernel_table(library, name):

@@ -33,13 +33,12 @@ CODES_BY_NUMBER = {row["number"]: CODE_TYPES[name] for name, row in KERNEL_CODE_
 RECORDS_BY_NUMBER = {row["number"]: SCALE_RECORDS[name] for name, row in KERNEL_SCALE_RECORDS.items()}
 META = np.dtype([("scale", np.float32), ("sum_split", np.int32), ("symmetric_sum", np.int32)])
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="AMX is supported on Linux only"),
-    pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
-    pytest.mark.skipif(
-        not ISAS.get("avx512vnni", {"available": False})["available"], reason="AMX inherits kernels of AVX-512"
-    ),
-]
+if sys.platform != "linux":
+    pytest.skip("AMX is supported on Linux only", allow_module_level=True)
+if COMPILER is None:
+    pytest.skip("no C compiler", allow_module_level=True)
+if not ISAS.get("avx512vnni", {"available": False})["available"]:
+    pytest.skip("AMX inherits kernels of AVX-512, which this machine lacks", allow_module_level=True)
 
 
 class Task(ctypes.Structure):

@@ -16,7 +16,6 @@ from conftest import ISAS
 from kernel_libraries import (
     COMPILER,
     TESTS,
-    UKERNELS,
     build_library,
     context_with,
     emulated_amx_library,
@@ -40,19 +39,18 @@ const isa_descriptor isa_tall = {.name = "tall", .parent = &isa_PARENT, .kernels
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Kernels of the package; an ISA ``tall``; and ``mine`` of the page on adding an ISA, if it can run here."""
+    """An ISA ``tall``; and ``mine`` of the page on adding an ISA, if it can run here."""
     if COMPILER is None:
         pytest.skip("no C compiler")
-    folder, parents = tmp_path_factory.mktemp("library"), ["generic"]
+    folder, parent = tmp_path_factory.mktemp("library"), "generic"
     sources = {"tall": TALL}
     if "avx2" in AVAILABLE:
-        parents.append("avx2")
+        parent = "avx2"
         page = (ROOT / "docs" / "adding-an-isa.md").read_text()
         (sources["mine"],) = re.findall(r"```c\n(.*?)```", page, re.DOTALL)
     for name, source in sources.items():
-        (folder / f"{name}.c").write_text(source.replace("PARENT", parents[-1]))
-    paths = [UKERNELS / f"{name}.c" for name in parents] + [folder / f"{name}.c" for name in sources]
-    return build_library(folder, *paths)
+        (folder / f"{name}.c").write_text(source.replace("PARENT", parent))
+    return build_library(folder, *(folder / f"{name}.c" for name in sources))
 
 
 @pytest.fixture(scope="module")
