@@ -3,11 +3,15 @@
 import functools
 import os
 import re
+import sys
 import zlib
 from typing import NamedTuple
 
 # Processes of pytest-xdist share the cores: a thread that waits must not spin. OpenMP reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tests start more than a hundred Python processes. Without bytecode, each would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
