@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 UKERNELS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.c"))
-HEADERS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.h"))
+HEADERS = sorted(str(path) for path in Path("marlin_cy").glob("c*/*/*.h"))
 # In a clone, marlin_cy/opencl is a link to opencl/, so all packages lie below this folder. An editable install then
 # adds this folder to the path, which type checkers and editors understand. Without the link (in an sdist, or where a
 # clone has no symbolic links), setuptools is told where the package is.
@@ -38,7 +38,7 @@ def extension(name, sources=(), package="cpu"):
     return Extension(
         f"marlin_cy.{package}.{name}",
         [f"marlin_cy/{path}/{name}.pyx", *sources],
-        include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels"],
+        include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels", f"marlin_cy/{path}"],
         depends=HEADERS,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )

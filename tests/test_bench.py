@@ -64,7 +64,7 @@ def test_sweep_measures_products_and_layers(tmp_path):
 
 def test_show_has_every_line(tmp_path):
     lines = {line["line"]: line for line in run_bench(tmp_path, "show", "--threads", "1")["show"]}
-    assert set(lines) == {"1", "2", "3", "4", "5", "6", "7a", "7b", "8", "9a", "9b", "10", "11"}
+    assert set(lines) == {"1", "2", "3", "4", "5", "6", "7a", "7b", "8", "9a", "9b", "10", "11", "12", "13a", "13b"}
     for line in lines.values():
         assert (line["measured"] is None) == (line["passed"] is None) == (line["skipped"] is not None)
     # These do not depend on the speed of the machine.

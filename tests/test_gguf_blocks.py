@@ -9,12 +9,14 @@ import gguf  # noqa: E402
 from gguf_files import BLOCK_TYPES as NAMES  # noqa: E402
 from gguf_files import random_blocks, values_of  # noqa: E402
 
-from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks  # noqa: E402
-from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, one_level  # noqa: E402
+from marlin_cy import get_backend  # noqa: E402
+from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks, pack_blocks  # noqa: E402
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, StoredBlocks, one_level  # noqa: E402
 from marlin_cy.checkpoints.gguf.source import rows_of  # noqa: E402
 from marlin_cy.reference import dequantize_weight  # noqa: E402
 from marlin_cy.weights.canonical import unpack_words  # noqa: E402
 from marlin_cy.weights.code_types import code_type  # noqa: E402
+from marlin_cy.weights.tile_layout import TileLayout  # noqa: E402
 
 
 def decoded(kind, rows, k):
@@ -141,6 +143,66 @@ def test_arrays_that_do_not_fit(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         decode_blocks(**arguments | changes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Packed tiles
+
+
+def builder_for(kind, k, n):
+    row = BLOCK_TYPES[kind]
+    return get_backend("cpu").new_stack_builder(2, k, n, group_size=row.group_size, codes=row.codes, scales=row.scales)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_packed_directly_as_through_the_canonical_form(kind):
+    """Parts that begin within a tile or end there, side by side; the other expert stays empty."""
+    rng = np.random.default_rng(1)
+    rows = random_blocks(rng, kind, (72, 512))
+    directly, through = builder_for(kind, 512, 72), builder_for(kind, 512, 72)
+    for begin, n in ((0, 24), (24, 8), (32, 40)):
+        part = StoredBlocks(BLOCK_TYPES[kind], rows).part(begin, n)
+        directly.add_stored(1, begin, part)
+        through.add(1, begin, part.canonical())
+    np.testing.assert_array_equal(directly._store.data, through._store.data)
+    assert directly._store.data.any()
+    with pytest.raises(ValueError, match="columns 24 to 32 of expert 1 were added before"):
+        directly.add_stored(1, 24, StoredBlocks(BLOCK_TYPES[kind], rows[:8]))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Q4_0", "scale"), ("Q4_1", "minimum"), ("Q4_K", "block_minimum")])
+def test_packing_refuses_a_scale_that_is_not_finite(kind, name):
+    rows = random_blocks(np.random.default_rng(0), kind, (24, 256))
+    place = 2 if "minimum" in name else 0
+    rows[17, place : place + 2] = np.array([np.inf], np.float16).view(np.uint8)
+    builder = builder_for(kind, 256, 24)
+    with pytest.raises(ValueError, match=f"{name}: got -?inf at \\[0, 17\\]"):
+        builder.add_stored(0, 0, StoredBlocks(BLOCK_TYPES[kind], rows))
+
+
+def test_packing_refuses_arguments_that_do_not_fit():
+    layout = TileLayout(64, 16, 32)
+    places = [layout.part_places("scale")[0], None, None, None, layout.part_places("zero")[0]]
+    arguments = {
+        "number": 0,
+        "rows": np.zeros((8, 36), np.uint8),
+        "expert": np.zeros(layout.expert_stride, np.uint8),
+        "column": 8,
+        "layout": layout,
+        "places": places,
+    }
+    assert pack_blocks(**arguments)
+    for changes, message in (
+        ({"number": -1}, "number: got -1, expected 0 to 10"),
+        ({"rows": np.zeros((8, 37), np.uint8)}, "rows: got"),
+        ({"rows": np.zeros((8, 54), np.uint8)}, "layout: got"),
+        ({"expert": np.zeros(layout.expert_stride - 1, np.uint8)}, "expert: got"),
+        ({"column": 16}, "column: got columns 16 to 24, expected a part of 0 to 16"),
+        ({"column": -8}, "column: got columns -8 to 0"),
+        ({"places": [None, *places[1:]]}, "places: got 0 of scale, expected 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack_blocks(**arguments | changes)
 
 
 # ---------------------------------------------------------------------------------------------

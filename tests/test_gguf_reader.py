@@ -315,9 +315,17 @@ def test_no_such_file(tmp_path):
         open_checkpoint(tmp_path / "x.gguf")
 
 
+def test_own_types_are_those_of_the_package():
+    types = package._package().GGMLQuantizationType
+    for number, found in package.OWN_TYPES.items():
+        assert found == (types(number).name, *package._package().GGML_QUANT_SIZES[types(number)])
+
+
 def test_without_the_package(write, monkeypatch):
+    """It is needed for types that this library cannot read itself."""
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     for cached in (package._package, package.tensor_type):
         cached.cache_clear()
+    assert package.tensor_type(F32) == ("F32", 1, 4)
     with pytest.raises(BackendUnavailable, match=r"pip install 'marlin-cy\[gguf\]'"):
-        open_checkpoint(write(tensors=[("x", [32], F32, 0)]))
+        open_checkpoint(write(tensors=[("x", [256], Q2_K, 0)]))

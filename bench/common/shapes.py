@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from marlin_cy import Backend, MarlinExpertStack
 from marlin_cy.weights.canonical import CanonicalWeight, pack_words
+from marlin_cy.weights.code_types import code_type
 
 __all__ = [
     "DISTINCT_WEIGHTS",
@@ -71,18 +72,18 @@ TINY = ModelShape("tiny", num_experts=16, top_k=4, hidden=256, intermediate=128,
 
 
 def build_stack(
-    backend: Backend, num_experts: int, k: int, n: int, group_size: int, seed: int = 0
+    backend: Backend, num_experts: int, k: int, n: int, group_size: int, seed: int = 0, bits: int = 4
 ) -> MarlinExpertStack:
     """A stack of experts with random weights, each with memory of its own."""
     rng = np.random.default_rng(seed)
-    weights = [random_weight(rng, k, n, group_size) for _ in range(min(DISTINCT_WEIGHTS, num_experts))]
+    weights = [random_weight(rng, k, n, group_size, bits=bits) for _ in range(min(DISTINCT_WEIGHTS, num_experts))]
     return stack_of(backend, in_turn(weights, num_experts))
 
 
 def stack_of(backend: Backend, weights: Sequence[CanonicalWeight]) -> MarlinExpertStack:
     """A stack with one expert per weight. All weights have the same shape and group size."""
     k, n, group_size = weights[0].k, weights[0].n, weights[0].group_size
-    builder = backend.new_stack_builder(len(weights), k, n, group_size=group_size)
+    builder = backend.new_stack_builder(len(weights), k, n, group_size=group_size, codes=weights[0].codes)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = [pool.submit(builder.add, expert, 0, weight) for expert, weight in enumerate(weights)]
         for job in jobs:
@@ -96,15 +97,17 @@ def in_turn(distinct: Sequence[T], count: int) -> list[T]:
 
 
 def random_weight(
-    rng: np.random.Generator, k: int, n: int, group_size: int, symmetric: bool = False
+    rng: np.random.Generator, k: int, n: int, group_size: int, symmetric: bool = False, bits: int = 4
 ) -> CanonicalWeight:
-    """A weight of random codes, scales of 0.005 to 0.015, and zero points of 1 to 16 or, symmetric, 8."""
-    groups = math.ceil(k / group_size)
+    """A weight of random codes, scales of 0.005 to 0.015, and zero points of 1 to 16 (256) or, symmetric, 8 (128)."""
+    groups, row = math.ceil(k / group_size), code_type(f"uint{bits}")
+    middle, dtype = row.symmetric_zero, row.zero_dtype
     return CanonicalWeight(
-        words=rng.integers(0, 1 << 32, (k // 8, n), dtype=np.uint32),
+        words=rng.integers(0, 1 << 32, (k // row.codes_per_word, n), dtype=np.uint32),
         scale=rng.uniform(0.005, 0.015, (groups, n)).astype(np.float16),
-        zero=np.full((groups, n), 8, np.uint8) if symmetric else rng.integers(1, 17, (groups, n), dtype=np.uint8),
+        zero=np.full((groups, n), middle, dtype) if symmetric else rng.integers(1, 2 * middle + 1, (groups, n), dtype),
         group_size=group_size,
+        codes=row.name,
     )
 
 

@@ -68,6 +68,7 @@ def run_show(backend: CpuBackend, torch_peers: TorchPeers, settings: Settings, s
         show.rounding_errors,
         show.packed_bytes,
         show.recorded_activations,
+        show.eight_bits,
     ):
         start = time.perf_counter()
         measure()
@@ -241,6 +242,25 @@ class _Show:
             return
         worst = max(errors, key=lambda index: errors[index])
         self._line("11", f"{what} (layer {worst} of {len(errors)})", "<=", 2e-4, exact(errors[worst]))
+
+    def eight_bits(self) -> None:
+        """Lines 12, 13: weights with codes of 8 bits."""
+        size, experts = self.model.group_size, max(EXPERTS_PER_CALL, self.stack.num_experts // 2)
+        wide = build_stack(self.backend, experts, self.k, self.n, size, bits=8)
+        calls = {"1 row": gemm_call(wide, self._context(), 1, EXPERTS_PER_CALL)}
+        for dtype in ("int16", "int8"):
+            for bits, stack in ((4, self.stack), (8, wide)):
+                calls[f"{dtype}, {bits} bits"] = gemm_call(stack, self._context(dtype), self.rows, 1)
+        figures = self._alternate(calls, read=read_side(self.settings.threads, self.settings.quick))
+        bytes_read = wide.metadata.packed_bytes / wide.num_experts * EXPERTS_PER_CALL
+        share = ratios(np.divide(bytes_read, figures["1 row"]), figures["read"])
+        what = f"8-bit codes, {EXPERTS_PER_CALL} experts × 1 row, int16: packed bytes/s ÷ read bandwidth"
+        self._line("12", what, ">=", 0.85, share)
+        for number, dtype in (("13a", "int16"), ("13b", "int8")):
+            ratio = self._ratio(figures, f"{dtype}, 8 bits", f"{dtype}, 4 bits")
+            self._line(
+                number, f"8-bit codes, 1 expert × {self.rows} rows, {dtype}: time ÷ 4-bit time", "<=", 2.1, ratio
+            )
 
     def _context(self, compute_dtype: str = "int16", isa: str | None = None, threads: int | None = None) -> CpuContext:
         """A context with the settings' ISA and threads unless others are given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-__all__ = ["QWEN3_30B_A3B", "TINY", "VOCAB_SIZE", "num_weights", "write_qwen3_moe"]
+from bench.common.options import positive
+
+__all__ = ["QWEN3_30B_A3B", "TINY", "VOCAB_SIZE", "add_options", "num_weights", "run", "write_qwen3_moe"]
 
 QWEN3_30B_A3B = {
     "hidden_size": 2048,
@@ -39,6 +42,25 @@ VOCAB_SIZE = 1024
 CONTEXT_LENGTH = 4096
 GROUP_SIZE = 128
 
+SYMMETRIC_ZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}
+"""A word of stored zero points, by the width of codes: 8 and 128, minus one."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command that writes such a checkpoint."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("--layers", type=positive, default=8, help="0.33 GB each (default: 8)")
+    parser.add_argument("--attention-bits", type=int, choices=tuple(SYMMETRIC_ZEROS), default=4, help="default: 4")
+    parser.add_argument("--quick", action="store_true", help="tiny layers: only checks that it runs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the folder."""
+    sizes = TINY if arguments.quick else QWEN3_30B_A3B
+    nbytes = write_qwen3_moe(arguments.out, arguments.layers, sizes, attention_bits=arguments.attention_bits)
+    print(f"{arguments.out}: {nbytes / 1e9:.2f} GB")
+    return 0
+
 
 def write_qwen3_moe(
     folder: Path,
@@ -48,6 +70,7 @@ def write_qwen3_moe(
     vocab_size: int = VOCAB_SIZE,
     max_position_embeddings: int = CONTEXT_LENGTH,
     seed: int = 0,
+    attention_bits: int = 4,
 ) -> int:
     """Write a Qwen3-MoE checkpoint in GPTQ form, one file per layer: random codes, symmetric, group size 128.
 
@@ -63,6 +86,8 @@ def write_qwen3_moe(
     max_position_embeddings : int
         The model's context.
     seed : int
+    attention_bits : int
+        The width of the attention's codes, 4 or 8. The experts' is 4.
 
     Returns
     -------
@@ -83,13 +108,13 @@ def write_qwen3_moe(
     def ones(n: int) -> Any:
         return np.ones(n, ml_dtypes.bfloat16)
 
-    def quantised(name: str, k: int, n: int) -> dict[str, Any]:
+    def quantised(name: str, k: int, n: int, bits: int = 4) -> dict[str, Any]:
         # Codes 0 to 15 have a standard deviation of 4.6: with this scale, outputs are about as large as inputs.
-        scale = rng.uniform(0.8, 1.2, (k // GROUP_SIZE, n)) / (4.6 * np.sqrt(k))
+        scale = rng.uniform(0.8, 1.2, (k // GROUP_SIZE, n)) / (2**bits * 0.289 * np.sqrt(k))
         return {
-            f"{name}.qweight": rng.integers(0, 2**32, (k // 8, n), np.uint32).view(np.int32),
+            f"{name}.qweight": rng.integers(0, 2**32, (k * bits // 32, n), np.uint32).view(np.int32),
             f"{name}.scales": scale.astype(np.float16),
-            f"{name}.qzeros": np.full((k // GROUP_SIZE, n // 8), 0x77777777, np.int32),
+            f"{name}.qzeros": np.full((k // GROUP_SIZE, n * bits // 32), SYMMETRIC_ZEROS[bits], np.int32),
             f"{name}.g_idx": np.arange(k, dtype=np.int32) // GROUP_SIZE,
         }
 
@@ -123,7 +148,7 @@ def write_qwen3_moe(
             ("v", hidden, kv_heads),
             ("o", heads, hidden),
         ):
-            tensors |= quantised(f"{name}.self_attn.{part}_proj", k, n)
+            tensors |= quantised(f"{name}.self_attn.{part}_proj", k, n, attention_bits)
         for expert in range(sizes["num_experts"]):
             experts = f"{name}.mlp.experts.{expert}"
             tensors |= quantised(f"{experts}.gate_proj", hidden, inter)
@@ -131,7 +156,7 @@ def write_qwen3_moe(
             tensors |= quantised(f"{experts}.down_proj", inter, hidden)
         save(layer + 2, tensors)
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    quantization = {
+    quantization: dict[str, Any] = {
         "bits": 4,
         "group_size": GROUP_SIZE,
         "desc_act": False,
@@ -139,6 +164,8 @@ def write_qwen3_moe(
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
     }
+    if attention_bits != 4:
+        quantization["dynamic"] = {r"+:.*\.self_attn\..*": {"bits": attention_bits}}
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

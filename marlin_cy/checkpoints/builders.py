@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from marlin_cy.interface import Backend, StackBuilder
 from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.stored import StoredWeight
 
 __all__ = ["new_builder", "stacked_biases"]
 
@@ -17,7 +18,7 @@ def new_builder(
     backend: Backend,
     num_experts: int,
     n_per_expert: int,
-    weight: CanonicalWeight,
+    weight: CanonicalWeight | StoredWeight,
     g_idx: Sequence[npt.NDArray[np.int32] | None],
 ) -> StackBuilder:
     """A builder for weights that have the K, group size, code type and scale type of ``weight``."""

@@ -9,8 +9,10 @@ from marlin_cy.errors import MarlinError
 
 __all__ = ["ForEach", "call_in_parallel", "errors_of"]
 
-ForEach = Callable[[Callable[[int], None], int, str], None]
-"""``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel."""
+ForEach = Callable[[Callable[[int], None], int, "str | None"], None]
+"""``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel.
+
+Progress is reported under the description, if there is one."""
 
 
 def errors_of(checks: Iterable[Callable[[], None]]) -> Iterator[MarlinError]:

@@ -434,10 +434,11 @@ class Checkpoint:
         name = self.moe_block(layer)
         return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file)
 
-    def _for_each(self, work: Callable[[int], None], total: int, description: str) -> None:
+    def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""
-        progress = self._progress or (lambda *_: None)
-        call_in_parallel(work, total, self._num_threads, lambda done: progress(done, total, description))
+        progress, name = self._progress or (lambda *_: None), description or ""
+        report = (lambda done: progress(done, total, name)) if name else (lambda _: None)
+        call_in_parallel(work, total, self._num_threads, report)
 
     # Checks ------------------------------------------------------------------------------------
 

@@ -193,6 +193,15 @@ cdef class CpuGptqStore:
             stored = getattr(weight, name)
             self.pack_part(base, column_offset, name, stored, np.arange(len(stored), dtype=np.int32))
 
+    def pack_stored(self, int64_t expert, int64_t column_offset, weight):
+        """As :meth:`pack`, for a :class:`StoredWeight`."""
+        if not self.own:
+            raise ValueError("pack: the store was made from packed data, which is read-only")
+        if self.rows_of(expert) is not NULL:
+            raise ValueError(f"pack: the rows of expert {expert} are in another order")
+        begin = expert * self.layout.expert_stride
+        weight.write_tiles(self.data[begin:begin + self.layout.expert_stride], column_offset, self.layout)
+
     cdef int pack_part(self, uint8_t *base, int64_t column_offset, name, stored, const int32_t[::1] rows) except -1:
         """Write a part of the scale records: ``stored[rows[i]]`` goes to the ``i``-th place of each tile."""
         places, dtype = self.layout.part_places(name)

@@ -18,6 +18,7 @@ from marlin_cy.stacks.builder import CheckedStackBuilder
 from marlin_cy.stacks.dispatches import as_dispatches
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.sizes import StackSizes
+from marlin_cy.weights.stored import StoredWeight
 
 __all__ = ["CpuLinear", "CpuMarlinExpertStack", "CpuStackBuilder"]
 
@@ -122,6 +123,11 @@ class CpuStackBuilder(CheckedStackBuilder):
     def __init__(self, sizes: StackSizes) -> None:
         self._store = CpuGptqStore(sizes)
         super().__init__(sizes)
+
+    def add_stored(self, expert: int, column_offset: int, weight: StoredWeight) -> None:
+        self._check_place(expert, column_offset, weight)
+        with self._reserved(expert, column_offset, weight.n):
+            self._store.pack_stored(expert, column_offset, weight)
 
     def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         self._store.pack(expert, column_offset, weight)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.scale_records import BLOCK_ROWS, SCALE_RECORDS
 from marlin_cy.weights.sizes import N_TILE, StackSizes, checked_stack_sizes, normalised_g_idx
+from marlin_cy.weights.stored import StoredWeight
 
 __all__ = [
     "N_TILE",
@@ -81,17 +83,30 @@ class CheckedStackBuilder(StackBuilder):
         """The stack, after all columns were packed; ``bias`` is float32 ``[num_experts, n_per_expert]`` or None."""
 
     def add(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
-        sizes = self._sizes
-        num_experts, n = sizes.num_experts, sizes.n_per_expert
         expert, column_offset = integer("expert", expert), integer("column_offset", column_offset)
         check_weight(weight)
-        end = column_offset + weight.n
-        if not 0 <= expert < num_experts:
-            raise IndexError(f"expert: got {expert}, expected 0 to {num_experts - 1}")
+        self._check_place(expert, column_offset, weight)
+        sizes = self._sizes
+        g_idx = normalised_g_idx(weight.g_idx, sizes.k, sizes.group_size)
+        if not same_groups(g_idx, sizes.g_idx[expert]):
+            raise UnsupportedError(
+                f"weight.g_idx: differs from the builder's g_idx for expert {expert}; the parts of an "
+                "expert (gate and up) must have the same order of K, or be loaded as two stacks"
+            )
+        with self._reserved(expert, column_offset, weight.n):
+            self._pack(expert, column_offset, weight)
+
+    def _check_place(self, expert: int, column_offset: int, weight: CanonicalWeight | StoredWeight) -> None:
+        """Refuse a weight that does not fit the stack, or a place that the stack does not have."""
+        sizes, end = self._sizes, column_offset + weight.n
+        if not 0 <= expert < sizes.num_experts:
+            raise IndexError(f"expert: got {expert}, expected 0 to {sizes.num_experts - 1}")
         if column_offset % N_TILE or weight.n % N_TILE:
             raise ValueError(f"column_offset: got columns {column_offset} to {end}, expected multiples of {N_TILE}")
-        if column_offset < 0 or end > n:
-            raise IndexError(f"column_offset: got columns {column_offset} to {end}, expected a part of 0 to {n}")
+        if column_offset < 0 or end > sizes.n_per_expert:
+            raise IndexError(
+                f"column_offset: got columns {column_offset} to {end}, expected a part of 0 to {sizes.n_per_expert}"
+            )
         if (weight.k, weight.group_size) != (sizes.k, sizes.group_size):
             raise ValueError(
                 f"weight: got k {weight.k} and group_size {weight.group_size}, expected {sizes.k} and "
@@ -102,22 +117,18 @@ class CheckedStackBuilder(StackBuilder):
                 f"weight: got codes {weight.codes!r} with {weight.scales} scales, expected {sizes.codes!r} with "
                 f"{sizes.scales}"
             )
-        g_idx = normalised_g_idx(weight.g_idx, sizes.k, sizes.group_size)
-        if not same_groups(g_idx, sizes.g_idx[expert]):
-            raise UnsupportedError(
-                f"weight.g_idx: differs from the builder's g_idx for expert {expert}; the parts of an "
-                "expert (gate and up) must have the same order of K, or be loaded as two stacks"
-            )
+
+    @contextmanager
+    def _reserved(self, expert: int, begin: int, n: int) -> Iterator[None]:
+        """While these columns are packed. They count as packed afterwards, unless there is an exception."""
         with self._lock:
-            columns = self._states[expert, column_offset:end]
+            columns = self._states[expert, begin : begin + n]
             if columns.any():
-                raise ValueError(
-                    f"column_offset: columns {column_offset} to {end} of expert {expert} were added before"
-                )
+                raise ValueError(f"column_offset: columns {begin} to {begin + n} of expert {expert} were added before")
             columns[:] = RESERVED
         state = MISSING
         try:
-            self._pack(expert, column_offset, weight)
+            yield
             state = PACKED
         finally:
             with self._lock:

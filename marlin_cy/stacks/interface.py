@@ -17,6 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from marlin_cy.interface import Context
     from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.stored import StoredWeight
 
 __all__ = ["Buffer", "Dispatches", "Linear", "MarlinExpertStack", "StackBuilder", "WeightMetadata"]
 
@@ -261,6 +262,13 @@ class StackBuilder(ABC):
         weight : CanonicalWeight
             Its ``k``, ``group_size``, ``g_idx``, ``codes`` and scale dtype must be the builder's.
         """
+
+    def add_stored(self, expert: int, column_offset: int, weight: StoredWeight) -> None:
+        """As :meth:`add`, for a weight in a checkpoint's own form.
+
+        The default is to add the canonical form. A backend that can pack the weight directly overrides it.
+        """
+        self.add(expert, column_offset, weight.canonical())
 
     @abstractmethod
     def finish(self, bias: npt.ArrayLike | None = None) -> MarlinExpertStack:

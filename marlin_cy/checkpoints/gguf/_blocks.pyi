@@ -1,7 +1,11 @@
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK_KINDS", "decode_blocks", "dequantise_blocks"]
+from marlin_cy.weights.tile_layout import TileLayout
+
+__all__ = ["BLOCK_KINDS", "decode_blocks", "dequantise_blocks", "pack_blocks"]
 
 BLOCK_KINDS: tuple[str, ...]
 
@@ -15,3 +19,11 @@ def decode_blocks(
     sub_minimum: npt.NDArray[np.uint8] | None = None,
 ) -> None: ...
 def dequantise_blocks(number: int, rows: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None: ...
+def pack_blocks(
+    number: int,
+    rows: npt.NDArray[np.uint8],
+    expert: npt.NDArray[np.uint8],
+    column: int,
+    layout: TileLayout,
+    places: Sequence[npt.NDArray[np.int64] | None],
+) -> bool: ...

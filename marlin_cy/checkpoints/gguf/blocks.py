@@ -24,7 +24,7 @@ the order in blocks of 256. Source: ggml, ``ggml-common.h``, ``ggml-quants.c``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -32,13 +32,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks, dequantise_blocks
+from marlin_cy.checkpoints.gguf._blocks import BLOCK_KINDS, decode_blocks, dequantise_blocks, pack_blocks
 from marlin_cy.formats.arrays import check_finite
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.scale_records import ScaleRecord, scale_record
+from marlin_cy.weights.stored import StoredWeight
+from marlin_cy.weights.tile_layout import TileLayout
 
-__all__ = ["BLOCK_TYPES", "BlockType", "one_level"]
+__all__ = ["BLOCK_TYPES", "BlockType", "StoredBlocks", "one_level"]
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -50,8 +52,8 @@ class BlockType:
 
     Attributes
     ----------
-    name : str
-        ggml's name.
+    name, number : str, int
+        ggml's.
     block, nbytes : int
         Values that are stored together, and their bytes.
     codes : str
@@ -65,6 +67,7 @@ class BlockType:
     """
 
     name: str
+    number: int
     block: int
     nbytes: int
     codes: str
@@ -153,10 +156,44 @@ class BlockType:
         return weight if weight.scales == self.scales else general(weight)
 
 
+class StoredBlocks(StoredWeight):
+    """Stored rows as the columns of a weight.
+
+    Parameters
+    ----------
+    kind : BlockType
+    rows : uint8 ``[n, bytes of a row]``
+        C-contiguous.
+    arrays : callable, optional
+        ``arrays(kind, k, n)`` gives the arrays of the canonical form. By default they are new.
+    """
+
+    def __init__(self, kind: BlockType, rows: Bytes, arrays: Callable[[BlockType, int, int], Arrays] | None = None):
+        self._kind, self._rows, self._arrays = kind, rows, arrays or BlockType.arrays
+        self.n, self.k = len(rows), rows.shape[1] // kind.nbytes * kind.block
+        self.codes, self.scales, self.group_size = kind.forms
+
+    def part(self, begin: int, n: int) -> StoredBlocks:
+        """At most ``n`` columns, from the column ``begin`` on."""
+        return StoredBlocks(self._kind, self._rows[begin : begin + n], self._arrays)
+
+    def canonical(self) -> CanonicalWeight:
+        return self._kind.decode(self._rows, self._arrays(self._kind, self.k, self.n))
+
+    def write_tiles(self, expert: Bytes, column: int, layout: TileLayout) -> None:
+        kind, parts = self._kind, ["scale", "minimum"]
+        own = [*kind.record.block_parts(), *kind.record.group_parts(code_type(kind.codes))]
+        names = ["block_scale", "block_minimum", *parts] if kind.record.has_blocks else [*parts, "", ""]
+        places = [layout.part_places(name)[0] if name in own else None for name in [*names, "zero"]]
+        if not pack_blocks(BLOCK_KINDS.index(kind.name), self._rows, expert, column, layout, places):
+            self.canonical()  # names the scale
+            raise AssertionError(f"{kind.name}: a scale is not finite")
+
+
 NARROW, WIDE = "uint4", "uint8"
 NIBBLES_OF_BYTES = np.uint32(0x0F0F0F0F)
 
-GENERAL = BlockType("", 16, 0, WIDE, "float32_min", 16)
+GENERAL = BlockType("", -1, 16, 0, WIDE, "float32_min", 16)
 """A form for all types whose codes are integers."""
 
 
@@ -228,17 +265,17 @@ def _zeros(shape: tuple[int, int], zero: int, codes: str) -> npt.NDArray[Any]:
 BLOCK_TYPES: Mapping[str, BlockType] = {
     row.name: row
     for row in (
-        BlockType("Q4_0", 32, 18, "uint4", "float16", 32, zero=8),
-        BlockType("Q4_1", 32, 20, "uint4", "float16_min", 32),
-        BlockType("Q5_0", 32, 22, "uint8", "float16", 32, zero=16),
-        BlockType("Q5_1", 32, 24, "uint8", "float16_min", 32),
-        BlockType("Q8_0", 32, 34, "uint8", "float16", 32, zero=128),
-        BlockType("IQ4_NL", 32, 18, "iq4_nl", "float16", 32),
-        BlockType("MXFP4", 32, 17, "e2m1", "bfloat16", 32),
-        BlockType("Q4_K", 256, 144, "uint4", "two_level_min", 32),
-        BlockType("Q5_K", 256, 176, "uint8", "two_level_min", 32),
-        BlockType("Q6_K", 256, 210, "uint8", "two_level", 16),
-        BlockType("IQ4_XS", 256, 136, "iq4_nl", "two_level", 32),
+        BlockType("Q4_0", 2, 32, 18, "uint4", "float16", 32, zero=8),
+        BlockType("Q4_1", 3, 32, 20, "uint4", "float16_min", 32),
+        BlockType("Q5_0", 6, 32, 22, "uint8", "float16", 32, zero=16),
+        BlockType("Q5_1", 7, 32, 24, "uint8", "float16_min", 32),
+        BlockType("Q8_0", 8, 32, 34, "uint8", "float16", 32, zero=128),
+        BlockType("IQ4_NL", 20, 32, 18, "iq4_nl", "float16", 32),
+        BlockType("MXFP4", 39, 32, 17, "e2m1", "bfloat16", 32),
+        BlockType("Q4_K", 12, 256, 144, "uint4", "two_level_min", 32),
+        BlockType("Q5_K", 13, 256, 176, "uint8", "two_level_min", 32),
+        BlockType("Q6_K", 14, 256, 210, "uint8", "two_level", 16),
+        BlockType("IQ4_XS", 23, 256, 136, "iq4_nl", "two_level", 32),
     )
 }
 """The types that linear layers and experts may have, by ggml's name."""

@@ -1,4 +1,7 @@
-"""What the package ``gguf`` (the extra ``gguf``) knows: types of tensors, and their values."""
+"""Types of tensors, and the values of those that only the package ``gguf`` (the extra ``gguf``) can read.
+
+The package takes a quarter of a second to import, so it is imported only for types that this library has no row for.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.extras import needs
 
@@ -15,10 +19,17 @@ __all__ = ["dequantised", "tensor_type"]
 
 Bytes = npt.NDArray[np.uint8]
 
+OWN_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)} | {
+    row.number: (row.name, row.block, row.nbytes) for row in BLOCK_TYPES.values()
+}
+"""What :func:`tensor_type` returns for the types that this library reads itself."""
+
 
 @cache
 def tensor_type(number: int) -> tuple[str, int, int] | None:
     """``(name, values of a block, bytes of a block)`` of a type of tensors; None for a number that has none."""
+    if number in OWN_TYPES:
+        return OWN_TYPES[number]
     constants = _package()
     try:
         found = constants.GGMLQuantizationType(number)

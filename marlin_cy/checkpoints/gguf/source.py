@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +15,18 @@ from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
-from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType, one_level
+from marlin_cy.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType, StoredBlocks, one_level
 from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.interface import Backend, Linear, MarlinExpertStack
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["GgufSource"]
 
 WEIGHT, BIAS = ".weight", ".bias"
+
+PART_COLUMNS = 512
+"""Columns of a linear layer that one thread packs at a time: some milliseconds."""
 
 
 class GgufSource:
@@ -137,19 +141,36 @@ class GgufSource:
     # Loading -----------------------------------------------------------------------------------
 
     def linear(self, module: str, backend: Backend) -> Linear:
-        weight = self.weight(module)
-        builder = new_builder(backend, 1, weight.n, weight, [None])
-        builder.add(0, 0, weight)
+        self.check_linear(module)
+        if self._is_converted(module):
+            weight = self.weight(module)
+            builder = new_builder(backend, 1, weight.n, weight, [None])
+            builder.add(0, 0, weight)
+            return backend.linear_of(builder.finish(), self.bias(module))
+        whole = self._stored(module)
+        builder, begins = new_builder(backend, 1, whole.n, whole, [None]), range(0, whole.n, PART_COLUMNS)
+
+        def pack(part: int) -> None:
+            with self._named_errors(module):
+                builder.add_stored(0, begins[part], whole.part(begins[part], PART_COLUMNS))
+
+        self._for_each(pack, len(begins), None)
         return backend.linear_of(builder.finish(), self.bias(module))
 
     def weight(self, module: str) -> CanonicalWeight:
         self.check_linear(module)
-        view = self._tensors.view(f"{module}{WEIGHT}")
-        n, k = view.shape
-        weight = self._decoded(module, self._type(module).arrays(k, n))
+        view, pair = self._tensors.view(f"{module}{WEIGHT}"), self._shared_pair(module)
+        with self._named_errors(module):
+            weight = self._stored(module).canonical()
         weight = weight if view.columns is None else rows_of(weight, view.columns)
-        pair = self._shared_pair(module)
         return weight if pair is None else self._common(pair).converted(weight)
+
+    def _is_converted(self, module: str) -> bool:
+        """Whether a linear layer has another form than its blocks: another order of K, or the form of a pair."""
+        pair = self._shared_pair(module)
+        return self._tensors.view(f"{module}{WEIGHT}").columns is not None or (
+            pair is not None and self._common(pair).forms != self._type(module).forms
+        )
 
     def check_linear(self, module: str) -> None:
         """Refuse what :meth:`linear` would refuse, without reading weights."""
@@ -197,17 +218,21 @@ class GgufSource:
         )
         scratch = _Scratch()
 
+        def add(builder: StackBuilder, form: BlockType, module: str, expert: int, column: int) -> None:
+            weight = self._stored(module, expert, scratch)
+            with self._named_errors(module):
+                if form.forms == self._type(module).forms:
+                    builder.add_stored(expert, column, weight)
+                else:
+                    builder.add(expert, column, form.converted(weight.canonical()))
+            self.release(module, expert)
+
         def pack(expert: int) -> None:
             column = 0
             for module in inner:
-                n, k = self._info(module).shape[1:]
-                weight = self._decoded(module, scratch.arrays(self._type(module), k, n), expert)
-                gate_up.add(expert, column, common.converted(weight))
-                column += n
-                self.release(module, expert)
-            weight = self._decoded(last, scratch.arrays(below, inter, hidden), expert)
-            down.add(expert, 0, weight)
-            self.release(last, expert)
+                add(gate_up, common, module, expert, column)
+                column += self._info(module).shape[1]
+            add(down, below, last, expert, 0)
 
         self._for_each(pack, experts, description)
         biases = [bias for module in inner if (bias := self.bias(module)) is not None]
@@ -217,13 +242,15 @@ class GgufSource:
             )
         return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
-    def _decoded(
-        self, module: str, arrays: Mapping[str, npt.NDArray[Any]], expert: int | None = None
-    ) -> CanonicalWeight:
-        name = f"{module}{WEIGHT}"
-        stored = self._tensors.view(name).stored[0]
-        with as_checkpoint_error(stored.file, stored.name):
-            return self._type(module).decode(np.ascontiguousarray(self._tensors.blocks(name, expert)), arrays)
+    def _stored(self, module: str, expert: int | None = None, scratch: _Scratch | None = None) -> StoredBlocks:
+        """The blocks of a linear layer, or of one expert."""
+        rows = self._tensors.blocks(f"{module}{WEIGHT}", expert)
+        return StoredBlocks(self._type(module), np.ascontiguousarray(rows), None if scratch is None else scratch.arrays)
+
+    def _named_errors(self, module: str) -> AbstractContextManager[None]:
+        """Errors about values of a weight name its tensor."""
+        stored = self._tensors.view(f"{module}{WEIGHT}").stored[0]
+        return as_checkpoint_error(stored.file, stored.name)
 
     def _type(self, module: str) -> BlockType:
         return BLOCK_TYPES[self._info(module).dtype]

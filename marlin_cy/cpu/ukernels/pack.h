@@ -13,20 +13,7 @@
 
 #include <string.h>
 
-#include "ukernel.h"
-
-/* Exchange the bits of x under `mask` with the bits that are `shift` positions higher. */
-static inline uint32_t exchange_bits(uint32_t x, uint32_t mask, int shift)
-{
-    const uint32_t differ = (x ^ x >> shift) & mask;
-    return x ^ differ ^ differ << shift;
-}
-
-/* Reorder nibbles 0 1 2 3 4 5 6 7, lowest first, to 0 4 1 5 2 6 3 7. */
-static inline uint32_t lane_of_word(uint32_t word)
-{
-    return exchange_bits(exchange_bits(word, 0x0000ff00, 8), 0x00f000f0, 4);
-}
+#include "lanes.h"
 
 /* Bit position of value i of a block, in a word and in a lane. */
 static inline int shift_in_word(int i) { return 4 * i; }
@@ -98,15 +85,6 @@ static void pack_tile(uint32_t *lanes, const uint32_t *words, ptrdiff_t stride, 
         pack_columns(lanes, words, stride, rows, blocks, TILE_N);
     else
         pack_columns(lanes, words, stride, rows, blocks, columns);
-}
-
-/* Copy the scales, minima or zero points of some columns; each has `bytes` bytes. */
-static inline void copy_columns(void *to, const void *source, int columns, int bytes)
-{
-    if (columns == TILE_N)
-        memcpy(to, source, (size_t)bytes * TILE_N);
-    else
-        memcpy(to, source, (size_t)bytes * columns);
 }
 
 #endif
