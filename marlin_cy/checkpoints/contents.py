@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.checkpoints.gguf.model import open_gguf
 from marlin_cy.checkpoints.gguf.source import GgufSource
@@ -70,7 +71,13 @@ def open_contents(path: Path) -> Contents:
 
 
 def new_source(
-    contents: Contents, tensors: Tensors, family: Family, spec: MoeSpec, for_each: ForEach, verify: bool
+    contents: Contents,
+    tensors: Tensors,
+    family: Family,
+    spec: MoeSpec,
+    for_each: ForEach,
+    verify: bool,
+    float8: Float8Layers,
 ) -> Source:
     """The quantised layers. The parameters are those of the sources' classes.
 
@@ -82,4 +89,4 @@ def new_source(
         return GgufSource(tensors, family, spec, for_each)
     if contents.scheme is None:
         return PackedSource(contents.path, contents.config, tensors, spec, verify)
-    return QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each)
+    return QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, float8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.scheme import Scheme
 
@@ -18,6 +19,7 @@ SUFFIXES = (
     ".weight_scale_inv",
     ".weight_global_scale",
     ".weight_packed",
+    ".weight_scale_2",
     ".qweight",
     ".SCB",
     ".weight.absmax",
@@ -26,7 +28,7 @@ SUFFIXES = (
 
 
 def foreign_layers(
-    tensors: Tensors, scheme: Scheme | None, is_passed_over: Callable[[str], bool]
+    tensors: Tensors, scheme: Scheme | None, float8: Float8Layers, is_passed_over: Callable[[str], bool]
 ) -> Iterator[UnsupportedError]:
     """An error for each quantised layer that the checkpoint's own format does not have."""
     if scheme is None:
@@ -35,7 +37,10 @@ def foreign_layers(
     for name in tensors.names:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         module = name.removesuffix(suffix or "")
-        if suffix is None or module in seen or f"{module}{scheme.marker}" in tensors or is_passed_over(name):
+        marker = f"{module}{scheme.marker}"
+        if suffix is None or module in seen or module in float8.scales or is_passed_over(name):
+            continue
+        if marker in tensors and scheme.marks(marker, tensors.info(marker).dtype):
             continue
         seen.add(module)
         yield UnsupportedError(f"{tensors.file_of(name).path}: {reason(tensors, scheme, module, suffix)}")

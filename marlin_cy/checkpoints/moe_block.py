@@ -10,6 +10,7 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import MoeSpec
+from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -38,6 +39,8 @@ class MoeBlock:
     spec : MoeSpec
     config_file : path-like
         For messages.
+    float8 : Float8Layers
+        The linear layers in FP8.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class MoeBlock:
         naming: Naming,
         spec: MoeSpec,
         config_file: StrPath,
+        float8: Float8Layers,
     ) -> None:
         self.name, self._tensors, self._source, self._naming, self._spec = name, tensors, source, naming, spec
-        self._family, self._config_file = naming.family, config_file
+        self._family, self._config_file, self._float8 = naming.family, config_file, float8
         self._router = f"{name}.{naming.family.router}"
 
     def layer(self, backend: Backend, description: str, shared_expert: bool) -> MoeLayer:
@@ -76,7 +80,7 @@ class MoeBlock:
         if self._source.has_linear(self._router):
             return dequantized(self._source, self._router, *shape)
         self._tensors.check(f"{self._router}.weight", shape)
-        return self._tensors.tensor(f"{self._router}.weight")
+        return self._float8.floats(f"{self._router}.weight")
 
     def router_bias(self) -> npt.NDArray[Any] | None:
         """As :meth:`Checkpoint.router_bias`."""
@@ -189,7 +193,7 @@ class MoeBlock:
         if family.shared_gate is not None:
             name = f"{self.name}.{family.shared_gate}.weight"
             self._tensors.check(name, (1, hidden))
-            gate_weight = self._tensors.tensor(name)[0]
+            gate_weight = self._float8.floats(name)[0]
         elif spec.averaged:
             gate_weight = np.zeros(hidden, np.float32)  # whose sigmoid is a half, exactly
         with as_checkpoint_error(self._tensors.source, name):
@@ -233,7 +237,7 @@ class MoeBlock:
             if family.shared_gate is not None:
                 linears.append(f"{self.name}.{family.shared_gate}")
         for module in linears:
-            used |= {f"{module}.weight", f"{module}.bias"}
+            used |= {f"{module}.weight", f"{module}.bias", *self._float8.tensors_of(module)}
             if source.has_linear(module):
                 used |= set(source.linear_tensors(module))
         used |= {f"{self.name}.{part}" for part in (family.router_scale, family.expert_scale) if part is not None}

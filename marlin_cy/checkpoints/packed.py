@@ -218,6 +218,10 @@ class PackedSource:
         gate_up, down = (self._tiles(f"{block}.experts.{part}").symmetric for part in EXPERT_PARTS)
         return gate_up, down
 
+    def expert_notes(self, block: str) -> list[str]:
+        """None: how experts are held was decided when the folder was written."""
+        return []
+
     def expert_bytes(self, block: str) -> int:
         return sum(self._tensors.info(name).nbytes for name in self.expert_tensors(block))
 

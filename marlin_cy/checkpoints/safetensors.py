@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath, check_fetched, read_json
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
+__all__ = ["DTYPES", "FLOATS", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -47,6 +47,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "C64": np.dtype(np.complex64),
 }
 """The NumPy dtype of each safetensors dtype that has one."""
+
+FLOATS = ("F32", "F16", "BF16")
+"""The dtypes of weights that are not quantised."""
 
 NEIGHBOURHOOD = 2 * 1024 * 1024
 """Bytes on either side of a tensor that are released with it.

@@ -123,6 +123,10 @@ class GgufSource:
         )
         return [*inner, f"{experts}.{family.down}"]
 
+    def expert_notes(self, block: str) -> list[str]:
+        """None: experts are held as the file has them."""
+        return []
+
     def expert_group_sizes(self, block: str) -> tuple[int, int]:
         modules = self._modules(block)
         return self._type(modules[0]).group_size, self._type(modules[-1]).group_size
