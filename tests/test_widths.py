@@ -96,12 +96,16 @@ def test_inspect_shows_widths(tmp_path):
     assert width_words("down", found["down"]) == "down 4"
 
 
-def test_widths_within_a_stack_are_refused(tmp_path):
+def test_widths_within_a_stack(tmp_path, logits):
+    """The widest holds all: the same numbers."""
     folder = stored_again(tmp_path / "mixed", r"layers\.1\.mlp\.experts\.3\.down_proj")
-    with open_checkpoint(folder) as checkpoint, pytest.raises(UnsupportedError) as raised:
-        checkpoint.moe_layer(1)
-    assert "experts.0.down_proj has uint4" in str(raised.value)
-    assert "experts.3.down_proj has uint8" in str(raised.value)
+    with open_checkpoint(folder) as checkpoint:
+        assert [checkpoint.moe_layer(layer).down.metadata.bits for layer in (0, 1)] == [4, 8]
+        form = "uint8 in groups of 128 with float16 scales"
+        [note] = checkpoint.expert_notes(1)
+        assert note == f"down: experts differ in their settings, and keep their values as {form}"
+        assert checkpoint.expert_notes(0) == []
+    assert_same_bits(load_model(folder, context_length=64).forward(TEXT, all_logits=True), logits)
 
 
 def test_opencl_refuses_by_name(backend):

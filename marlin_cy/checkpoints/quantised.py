@@ -302,11 +302,10 @@ class QuantizedSource(QuantizedLayers):
         if any(map(self._is_dense, parts)):
             sizes = list(modules) if permuted else []
             wanted.append(ROUNDED._replace(group_size=min(sizes or [ROUNDED.group_size])))
-        kind = joined(wanted)
-        if kind is None or (permuted and len(modules) > 1):
+        if permuted and len(modules) > 1:
             (size, module), (other_size, other) = list(modules.items())[:2]
             raise UnsupportedError(
-                f"{module} has groups of {size}, {other} has groups of {other_size}: one stack cannot hold them"
-                + (", as rows of K are permuted" if permuted else "")
+                f"{module} has groups of {size}, {other} has groups of {other_size}: one stack cannot hold them, as "
+                "rows of K are permuted"
             )
-        return kind
+        return joined(wanted)

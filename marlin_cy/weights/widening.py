@@ -6,6 +6,7 @@ several weights exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from marlin_cy.weights.canonical import CanonicalWeight, unpack_words
 from marlin_cy.weights.code_types import code_type
+from marlin_cy.weights.sizes import GROUP_STEP
 
 __all__ = ["ROUNDED", "StackKind", "joined", "rounded", "widened"]
 
@@ -44,16 +46,18 @@ STEPS = 127
 """Codes run from ``ZERO - STEPS`` to ``ZERO + STEPS``."""
 
 
-def joined(kinds: Iterable[StackKind]) -> StackKind | None:
-    """The narrowest kind that holds weights of several kinds exactly; None if their groups do not fit each other."""
+def joined(kinds: Iterable[StackKind]) -> StackKind:
+    """The narrowest kind that holds weights of several kinds exactly."""
     sizes, codes, scales = (set(values) for values in zip(*kinds, strict=True))
-    group_size = min(sizes)
-    if any(size % group_size for size in sizes):
-        return None
+    group_size = math.gcd(*sizes)
+    if len(sizes) > 1 and group_size % GROUP_STEP:
+        group_size &= -group_size  # the largest power of two that divides all sizes: 16, 32 or 64
+    # Scales are divided by the units, which may leave the range of a 16-bit float.
+    same = len(scales) == 1 and (len(codes) == 1 or all(code_type(name).units_per_one == 1 for name in codes))
     return StackKind(
         group_size,
         codes.pop() if len(codes) == 1 else ROUNDED.codes,
-        scales.pop() if len(scales) == 1 else ROUNDED.scales,
+        scales.pop() if same else ROUNDED.scales,
     )
 
 
@@ -69,7 +73,7 @@ def widened(weight: CanonicalWeight, kind: StackKind) -> CanonicalWeight:
     zero, words = weight.zero, weight.words
     if weight.codes != kind.codes:
         # Multiplicands of every code type fit a byte.
-        scale = scale / np.float32(row.units_per_one)
+        scale = scale / scale.dtype.type(row.units_per_one)
         if zero is None:
             zero = np.full(scale.shape, row.symmetric_zero)
         zero = zero.astype(wide.zero_dtype)
