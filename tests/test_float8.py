@@ -97,6 +97,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 from family_models import class_of, write_family  # noqa: E402
+from float8_files import to_float8  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from marlin_cy.integrations.quantizer import MarlinCyConfig  # noqa: E402
@@ -117,23 +118,6 @@ torch.set_num_threads(1)
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-def to_float8(weight, kind, block=(32, 32)):
-    """``(FP8 weight, scale, float32 weight)`` of a matrix."""
-    n, k = weight.shape
-    if kind == "tensor":
-        scale = weight.abs().max()[None] / 448
-    elif kind == "channel":
-        scale = weight.abs().amax(1, keepdim=True) / 448
-    else:
-        blocks = weight.reshape(n // block[0], block[0], k // block[1], block[1])
-        scale = blocks.abs().amax((1, 3)) / 448
-        scale = scale.log2().ceil().exp2() if kind == "exponents" else scale
-    wide = scale if scale.ndim < 2 or scale.shape[1] == 1 else torch.kron(scale, torch.ones(block))
-    codes = (weight / wide).to(torch.float8_e4m3fn)
-    stored = scale.to(torch.float8_e8m0fnu) if kind == "exponents" else scale
-    return codes, stored, codes.float() * wide
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats.deepseek_fp4 import DeepSeekFp4Scheme
 from marlin_cy.formats.json_fields import JsonObject, read_json
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
@@ -89,4 +91,9 @@ def new_source(
         return GgufSource(tensors, family, spec, for_each)
     if contents.scheme is None:
         return PackedSource(contents.path, contents.config, tensors, spec, verify)
-    return QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, float8)
+    source = QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, float8)
+    if isinstance(contents.scheme, DeepSeekFp4Scheme) and not source.has_modules:
+        raise UnsupportedError(
+            f"{tensors.source}: no expert has 4-bit weights; models whose experts are in FP8 are not supported"
+        )
+    return source

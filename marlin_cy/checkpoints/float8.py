@@ -124,11 +124,8 @@ class Float8Layers:
         """
         self.kind(module)
         tensors, name, scale = self._tensors, f"{module}{WEIGHT}", self.scales[module]
-        # The bytes of powers of two are their exponents.
-        exponents = tensors.info(scale).dtype == float8.EXPONENTS
-        stored = tensors.raw(scale).reshape(tensors.info(scale).shape) if exponents else tensors.tensor(scale)
         with as_checkpoint_error(tensors.file_of(scale).path, scale):
-            scales = float8.scale_values(stored)
+            scales = float8.scale_values(tensors.tensor(scale))
         codes = tensors.raw(name).reshape(tensors.info(name).shape)
         with as_checkpoint_error(tensors.file_of(name).path, name):
             matrix = float8.dequantize(

@@ -73,6 +73,11 @@ class QuantizedLayers:
         """Names of the quantised linear layers that are not routed experts."""
         return [module for module in self._modules if ".experts." not in f"{module}."]
 
+    @property
+    def has_modules(self) -> bool:
+        """Whether there are quantised layers at all, routed experts among them."""
+        return bool(self._modules)
+
     def has_linear(self, module: str) -> bool:
         """Whether there is a quantised linear layer of this name."""
         return module in self._modules
