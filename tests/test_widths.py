@@ -11,12 +11,12 @@ import shutil
 import numpy as np
 import pytest
 from asserts import assert_same_bits
-from problems import activations, random_problem
+from problems import activations
 from recording import SHIPPED
 from safetensors.numpy import load_file, save_file
 
 import marlin_cy
-from marlin_cy import open_checkpoint, reference
+from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.commands.inspect import width_words, widths
 from marlin_cy.decoder.model import load_model
@@ -154,17 +154,3 @@ def test_load_gptq(cpu_backend, rng, bits, scale_dtype, checkpoint_format):
         assert np.linalg.norm(out - expected) <= 1e-4 * np.linalg.norm(expected)
         for other in (of_view, batched[20 * expert : 20 * expert + 20], routed[expert::experts]):
             assert_same_bits(other, out)
-
-
-def test_layer_with_float32_scales(cpu_backend, rng):
-    """The case by which the Rust original is checked: float32 scales, random zero points, groups of 32."""
-    gate_up, down = (random_problem(rng, 4, 128, n, 32, scales="float32") for n in (256, 128))
-    for problem in (gate_up, down):
-        problem.scale[:] = rng.uniform(0.005, 0.02, problem.scale.shape)
-    layer = marlin_cy.MoeLayer(gate_up.stack(cpu_backend), down.stack(cpu_backend), top_k=2)
-    x = rng.standard_normal((9, 128)).astype(np.float32)
-    ids = np.argsort(rng.random((9, 4)), axis=1)[:, :2].astype(np.int32)
-    weights = rng.random((9, 2)).astype(np.float32)
-    out = layer.forward_routed(cpu_backend.new_context(), x, ids, weights)
-    expected = reference.moe_layer(x, gate_up.dense_all(), down.dense_all(), ids, weights)
-    assert np.linalg.norm(out - expected) <= 1e-4 * np.linalg.norm(expected)
