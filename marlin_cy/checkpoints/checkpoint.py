@@ -107,10 +107,9 @@ def open_checkpoint(
 class Checkpoint:
     """An open checkpoint, made by :func:`open_checkpoint`; a context manager that closes its files.
 
-    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed.
-    Layers stay valid after :meth:`close`. A layer from a quantiser's folder does not depend on the files; a layer
-    from a packed folder may keep them mapped. Arrays from :meth:`tensor` and :meth:`router_weight` are views of the
-    files: copy them before the files change.
+    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed. Layers
+    stay valid after :meth:`close`; those of a packed folder may keep its files mapped. Arrays from :meth:`tensor` and
+    :meth:`router_weight` are views of the files: copy them before the files change.
 
     Attributes
     ----------
@@ -272,6 +271,10 @@ class Checkpoint:
         """
         return self._source.weight(name)
 
+    def linear_sizes(self, name: str) -> tuple[int, int]:
+        """Input and output width of a quantised linear layer."""
+        return self._source.linear_sizes(name)
+
     @property
     def prediction_layers(self) -> list[int]:
         """The numbers of layers beyond the last one. They predict further tokens, and are not loaded."""
@@ -392,9 +395,8 @@ class Checkpoint:
     def moe_layer(self, layer: int, *, shared_expert: bool = True) -> MoeLayer:
         """Load the experts of a MoE layer.
 
-        The gate and up layers share one stack, gate's columns first. Experts are packed in parallel. The memory into
-        which a tensor was read is released as soon as the tensor is packed, so that the file and the packed stack are
-        never both resident.
+        The gate and up layers share one stack, gate's columns first. Experts are packed in parallel. A tensor's memory
+        is released as soon as it is packed, so that the file and the packed stack are never both resident.
 
         Parameters
         ----------
@@ -402,10 +404,6 @@ class Checkpoint:
             One of :attr:`moe_layers`.
         shared_expert : bool
             Also load the shared expert, if the model has one. Pass False if the caller computes it.
-
-        Returns
-        -------
-        MoeLayer
 
         Raises
         ------

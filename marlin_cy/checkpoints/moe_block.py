@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,6 +153,13 @@ class MoeBlock:
         """Whether all linear layers of the shared expert are quantised."""
         return all(map(self._source.has_linear, self.shared_modules()))
 
+    def _shared_sizes(self, modules: Sequence[str]) -> list[tuple[int, int]]:
+        """Input and output width of each of :meth:`shared_modules`."""
+        inter, hidden = self._spec.shared_intermediate_size or 0, self._spec.hidden_size
+        width = inter * (len(self._family.shared_names) - 1)  # of gate and up, or of up alone
+        inner = len(modules) - 1
+        return [*inner * [(hidden, width // inner)], (inter, hidden)]
+
     def shared_expert(self, backend: Backend) -> SharedExpert:
         """The shared expert, loaded to a backend.
 
@@ -163,8 +171,7 @@ class MoeBlock:
             It is not quantised.
         """
         family, spec, source = self._family, self._spec, self._source
-        inter, hidden = spec.shared_intermediate_size or 0, spec.hidden_size
-        modules = self.shared_modules()
+        modules, hidden = self.shared_modules(), spec.hidden_size
         for name in modules:
             if not source.has_linear(name):
                 if f"{name}.weight" not in self._tensors:
@@ -174,14 +181,9 @@ class MoeBlock:
                     "and add the shared expert's output to the layer's"
                 )
         *first, down = (source.weight(name) for name in modules)
-        width = inter * (len(family.shared_names) - 1)  # of gate and up, or of up alone
-        sizes = [*len(first) * [(hidden, width // len(first))], (inter, hidden)]
-        for name, weight, expected in zip(modules, (*first, down), sizes, strict=True):
-            if (weight.k, weight.n) != expected:
-                raise CheckpointError(
-                    f"{name}: got [{weight.k}, {weight.n}], expected {list(expected)} by the configuration",
-                    file=self._tensors.source.parent,
-                )
+        for name, weight, expected in zip(modules, (*first, down), self._shared_sizes(modules), strict=True):
+            check_sizes(name, (weight.k, weight.n), expected, self._tensors.source.parent)
+        width = sum(weight.n for weight in first)
         builder = new_builder(backend, 1, width, first[0], [first[0].g_idx])
         for position, weight in enumerate(first):
             builder.add(0, position * weight.n, weight)
@@ -204,12 +206,13 @@ class MoeBlock:
     def check_all(self, routing: bool) -> None:
         """Refuse what a model would refuse, but for the values of weights; with ``routing``, what a layer would."""
         self._source.check_stacks(self.name)
-        if not self._source.has_linear(self._router):
-            self.router_weight()
+        self._check_matrix(self._router, self._spec.hidden_size, self._spec.num_experts)
         if self._spec.shared_intermediate_size is not None:
-            for module in self.shared_modules():
-                if not self._source.has_linear(module):
-                    self._tensors.info(f"{module}.weight")
+            modules = self.shared_modules()
+            for module, (k, n) in zip(modules, self._shared_sizes(modules), strict=True):
+                self._check_matrix(module, k, n)
+            if self._family.shared_gate is not None:
+                self._check_matrix(f"{self.name}.{self._family.shared_gate}", self._spec.hidden_size, 1)
         elif self._family.shared_expert is not None:
             start = f"{self.name}.{self._family.shared_expert}."
             for name in self._naming.block_tensors(self.name):
@@ -218,6 +221,13 @@ class MoeBlock:
         if routing:
             self.check()
             self.routing()
+
+    def _check_matrix(self, module: str, k: int, n: int) -> None:
+        """Refuse a linear layer, quantised or not, that is missing or has another size."""
+        if self._source.has_linear(module):
+            check_sizes(module, self._source.linear_sizes(module), (k, n), self._tensors.source.parent)
+        else:
+            self._tensors.check(f"{module}.weight", (n, k))
 
     def check(self) -> None:
         """Refuse tensors that a layer would not use: its result would be wrong.
@@ -248,6 +258,16 @@ class MoeBlock:
                 raise self._tensors.error(
                     name, f"unknown for {family.name}: the layer would not use it, so its results may be wrong"
                 )
+
+
+def check_sizes(module: str, found: tuple[int, int], expected: tuple[int, int], folder: StrPath) -> None:
+    """Refuse a linear layer whose input and output width are not those of the model."""
+    if found != expected:
+        raise CheckpointError(
+            f"{module}: got {found[0]} to {found[1]} features, expected {expected[0]} to {expected[1]} by the "
+            "configuration",
+            file=folder,
+        )
 
 
 def dequantized(source: Source, name: str, n: int | None = None, k: int | None = None) -> npt.NDArray[np.float32]:

@@ -187,6 +187,11 @@ class PackedSource:
         names = [f"{module}{suffix}" for suffix in (PACKED, G_IDX, BIAS)]
         return [name for name in names if name in self._tensors]
 
+    def linear_sizes(self, module: str) -> tuple[int, int]:
+        if module not in self._stacks:
+            raise CheckpointError("missing", file=self._file, tensor=module)
+        return self._stacks[module]["k"], self._stacks[module]["n"]
+
     def check_linear(self, module: str) -> None:
         """Does nothing: opening the folder checks all stacks."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from marlin_cy.checkpoints.calls import errors_of
 from marlin_cy.checkpoints.float8 import Float8Layers
-from marlin_cy.checkpoints.foreign import foreign_layers
+from marlin_cy.checkpoints.foreign import foreign_layers, unreadable_tensors
 from marlin_cy.checkpoints.moe_block import MoeBlock
 from marlin_cy.errors import MarlinError
 from marlin_cy.formats.scheme import Scheme
@@ -46,4 +46,9 @@ def problems_of(
     ]
     checks += [partial(float8.check, name) for name in float8.weights if not is_passed_over(name)]
     checks += [partial(block.check_all, routing) for block in blocks]
-    return [*errors_of(checks), *foreign_layers(tensors, scheme, float8, is_passed_over)]
+    known = {*source.quantized_tensors(), *float8.weights, *float8.scales.values()}
+    return [
+        *errors_of(checks),
+        *foreign_layers(tensors, scheme, float8, is_passed_over),
+        *unreadable_tensors(tensors, known, is_passed_over),
+    ]

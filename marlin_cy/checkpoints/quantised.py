@@ -90,22 +90,22 @@ class QuantizedSource(QuantizedLayers):
             for part in self._fused_parts(block, 0):
                 self._check_linear(part.module, part.k, part.n, self._spec.num_experts, self._config_file)
             return "fused"
-        parts = [part for e in range(self._spec.num_experts) for part in self._separate_parts(block, e)]
-        quantised = [part.module for part in parts if self.has_linear(part.module)]
+        quantised = next((module for module in self._modules if module.startswith(f"{block}.experts.")), None)
+        first = self._separate_parts(block, 0)[0].module
         dense = [name for name in (fused, f"{fused}.weight") if name in self._tensors]
-        if quantised and dense:
+        if quantised is not None and dense:
             raise self._tensors.error(
-                f"{quantised[0]}{self._scheme.marker}",
-                f"quantised, but {dense[0]} is not: no known family mixes the two",
+                f"{quantised}{self._scheme.marker}", f"quantised, but {dense[0]} is not: no known family mixes the two"
             )
-        if not quantised and (dense or f"{parts[0].module}.weight" in self._tensors):
+        if quantised is None and (dense or f"{first}.weight" in self._tensors):
             return "dense"
-        # If there are no experts at all, the error names the first tensor that is missing.
-        for part in parts:
-            if self._is_dense(part):
-                self._check_dense(part)
-            else:
-                self._check_linear(part.module, part.k, part.n, config_file=self._config_file)
+        # One expert after another: the configuration may have any number. The first tensor that is missing is named.
+        for expert in range(self._spec.num_experts):
+            for part in self._separate_parts(block, expert):
+                if self._is_dense(part):
+                    self._check_dense(part)
+                else:
+                    self._check_linear(part.module, part.k, part.n, config_file=self._config_file)
         return "separate"
 
     def _parts(self, block: str, expert: int) -> list[ExpertPart]:

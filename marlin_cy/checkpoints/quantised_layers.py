@@ -97,7 +97,7 @@ class QuantizedLayers:
 
     def weight(self, module: str) -> CanonicalWeight:
         """A linear layer in canonical form, checked. Its arrays may be views of the files, except for ``g_idx``."""
-        k, n = self._linear_sizes(module)
+        k, n = self.linear_sizes(module)
         self._check_linear(module, k, n)
         part = ExpertPart(module, k, n)
         return self._canonical(part, self._g_idx(part))
@@ -169,7 +169,7 @@ class QuantizedLayers:
 
     def check_linear(self, module: str) -> None:
         """Refuse a linear layer, by the config or by its tensors' dtypes and shapes."""
-        self._check_linear(module, *self._linear_sizes(module))
+        self._check_linear(module, *self.linear_sizes(module))
 
     def _check_dense(self, part: ExpertPart) -> None:
         """Check the weight of a part that is not quantised, except for its values, and its bias."""
@@ -184,7 +184,8 @@ class QuantizedLayers:
             if other not in (name, self._float8.scales.get(part.module)) and not is_ignored(other):
                 raise self._tensors.error(other, f"{part.module} is not quantised, and has no such tensor")
 
-    def _linear_sizes(self, module: str) -> tuple[int, int]:
+    def linear_sizes(self, module: str) -> tuple[int, int]:
+        """Input and output width of a quantised linear layer."""
         marker = f"{module}{self._scheme.marker}"
         shape = self._tensors.info(marker).shape
         with self._as_tensor_error(marker):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.commands.output import console, escape, print_json, runs, table
-from marlin_cy.decoder.build import read_config
+from marlin_cy.decoder.check import check_decoder
 from marlin_cy.errors import CheckpointError, MarlinError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def reason_not_decoded(checkpoint: Checkpoint) -> str | None:
-    """Why the library's own decoder does not run the model; None if it does."""
+    """Why the library's own decoder does not run the model, as far as headers show it; None if it does."""
     try:
-        read_config(checkpoint)
+        check_decoder(checkpoint)
     except MarlinError as error:
         return str(error)
     return None

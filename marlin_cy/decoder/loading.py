@@ -81,8 +81,12 @@ class Loader:
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
-        self._used |= {tensor, *float8.tensors_of(tensor.removesuffix(".weight"))}
+        self._use(tensor)
         return float8.floats(tensor)
+
+    def _use(self, tensor: str) -> None:
+        """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
+        self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
 
     def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
         """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""

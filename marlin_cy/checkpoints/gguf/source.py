@@ -101,7 +101,15 @@ class GgufSource:
 
     def check_stacks(self, block: str) -> None:
         """Refuse experts that cannot share a stack."""
-        self._common(self._modules(block)[:-1])
+        inner = self._modules(block)[:-1]
+        self._common(inner)
+        self._check_biases(block, inner)
+
+    def _check_biases(self, block: str, inner: Sequence[str]) -> None:
+        if len({f"{module}{BIAS}" in self._tensors for module in inner}) > 1:
+            raise CheckpointError(
+                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
+            )
 
     def _common(self, modules: Sequence[str]) -> BlockType:
         """The form of gate and up in one stack."""
@@ -154,6 +162,10 @@ class GgufSource:
         weight = weight if view.columns is None else rows_of(weight, view.columns)
         pair = self._shared_pair(module)
         return weight if pair is None else self._common(pair).converted(weight)
+
+    def linear_sizes(self, module: str) -> tuple[int, int]:
+        n, k = self._tensors.view(f"{module}{WEIGHT}").shape
+        return k, n
 
     def check_linear(self, module: str) -> None:
         """Refuse what :meth:`linear` would refuse, without reading weights."""
@@ -214,11 +226,8 @@ class GgufSource:
             self.release(last, expert)
 
         self._for_each(pack, experts, description)
+        self._check_biases(block, inner)
         biases = [bias for module in inner if (bias := self.bias(module)) is not None]
-        if 0 < len(biases) < len(inner):
-            raise CheckpointError(
-                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
-            )
         return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
     def _decoded(
