@@ -152,6 +152,14 @@ CONFIGS = {
 }
 """The keys of ``config.json`` in which a family's tiny model differs from :data:`language_models.COMMON`."""
 
+OTHERS = {
+    "qwen3_moe": SPARSE | {"norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 96, "sliding_window": None},
+    "qwen3_5_moe_text": {**SHARED, **LINEAR_ATTENTION},
+    "glm4_moe": {**GROUPED, "attention_bias": True, "use_qk_norm": True},
+}
+"""Families that tests of other things use. Those in :data:`language_models.CONFIGS` are compared there."""
+
 WITHOUT_A_ROW = {
     "flex_olmo": {"num_experts": 8, "intermediate_size": 32},
     "minimax": {
@@ -178,7 +186,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def new_config(model_type, **changes):
-    own = (CONFIGS | WITHOUT_A_ROW)[model_type] | changes
+    own = (CONFIGS | OTHERS | WITHOUT_A_ROW)[model_type] | changes
     if "text_config" in own:
         sizes = {"image_token_id": 90, "image_token_index": 90, "video_token_id": 91, "tie_word_embeddings": False}
         sizes |= {"vision_start_token_id": 92, "vision_end_token_id": 93}

@@ -432,10 +432,10 @@ class TestRegistry:
         ("config", "file", "exception", "message"),
         [
             (
-                {"quant_method": "fp8"},
+                {"quant_method": "fbgemm_fp8"},
                 None,
                 UnsupportedError,
-                f"quantisation method 'fp8', supported: {', '.join(METHODS)}",
+                f"quantisation method 'fbgemm_fp8', supported: {', '.join(METHODS)}",
             ),
             ({"quant_method": 7}, None, CheckpointError, "quant_method: got 7, expected str"),
             ({"quant_method": "gptq", "method": "awq"}, None, CheckpointError, "quant_method 'gptq' and method 'awq'"),

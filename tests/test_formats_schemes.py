@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from marlin_cy.checkpoints.safetensors import DTYPES
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats import awq, compressed_tensors, gptq, marlin, mxfp4
+from marlin_cy.formats import awq, compressed_tensors, deepseek_fp4, gptq, marlin, mxfp4
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights.canonical import unpack_words
@@ -70,6 +70,11 @@ def exponents_of(scale):
     return np.log2(scale.astype(np.float64)).astype(int) + 127
 
 
+def pack_deepseek_fp4(q, scale, zero):
+    blocks, scales = pack_mxfp4(q, scale, zero).values()
+    return {".weight": blocks.reshape(q.shape[1], -1).view(np.int8), ".scale": scales}
+
+
 SYMMETRIC = range(8, 9)
 CASES = {
     "gptq": Case(gptq.GptqScheme(32), pack_gptq, range(1, 17)),
@@ -83,6 +88,7 @@ CASES = {
     "marlin": Case(marlin.MarlinScheme(128), pack_marlin, SYMMETRIC, 64, (F16,)),
     "marlin-channel": Case(marlin.MarlinScheme(-1), pack_marlin, SYMMETRIC, 64, (F16,)),
     "mxfp4": Case(mxfp4.Mxfp4Scheme(), pack_mxfp4, (), 8, (BF16,)),
+    "deepseek-fp4": Case(deepseek_fp4.DeepSeekFp4Scheme(), pack_deepseek_fp4, (), 8, (BF16,)),
     "compressed-mxfp4": Case(compressed_tensors.CompressedMxfp4Scheme(), pack_compressed_mxfp4, (), 8, (BF16,)),
 }
 every_case = pytest.mark.parametrize("name", CASES)

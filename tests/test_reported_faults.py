@@ -15,8 +15,7 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
-import family_models  # noqa: E402
-from family_models import class_of, write_family  # noqa: E402
+from family_models import QUANTIZATIONS, class_of, write_family  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from marlin_cy.checkpoints.packed_writer import write_packed  # noqa: E402
@@ -25,22 +24,13 @@ from marlin_cy.decoder.reference import reference_logits  # noqa: E402
 from marlin_cy.integrations.transformers import load  # noqa: E402
 
 RELATIVE_ERROR = 5e-4
-QWEN3 = {"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True}
-FURTHER = {
-    "qwen3_moe": QWEN3,
-    "mixtral": {"num_local_experts": 4, "intermediate_size": 96, "sliding_window": None},
-    "qwen3_5_moe_text": {**family_models.SHARED, **family_models.LINEAR_ATTENTION},
-    "glm4_moe": {**family_models.GROUPED, "attention_bias": True, "use_qk_norm": True},
-}
 TOKENS = np.random.default_rng(1).integers(1, 80, 12)
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def without_gradients(monkeypatch):
-    for name, config in FURTHER.items():
-        monkeypatch.setitem(family_models.CONFIGS, name, config)
+def without_gradients():
     with torch.no_grad():
         yield
 
@@ -191,11 +181,9 @@ def test_g_idx_of_zeros(tmp_path):
     assert_right(quantised, dense)
 
 
-@pytest.mark.parametrize(
-    ("layout", "kind", "dtype"),
-    [("float-quantized", "float", torch.float8_e4m3fn), ("int-quantized", "int", torch.int8)],
-)
-def test_attention_of_8_bits(tmp_path, capsys, layout, kind, dtype):
+def test_attention_of_8_bits(tmp_path, capsys):
+    """Integers beside a scale; ``test_float8.py`` has FP8."""
+    layout, kind, dtype = "int-quantized", "int", torch.int8
     quantised, _ = write_family(tmp_path, "qwen3_moe", method="compressed-tensors", kept=["self_attn"])
 
     def with_scales(tensors):
@@ -207,7 +195,7 @@ def test_attention_of_8_bits(tmp_path, capsys, layout, kind, dtype):
         return found
 
     change_tensors(quantised, with_scales)
-    experts = family_models.QUANTIZATIONS["compressed-tensors"]["config_groups"]["group_0"]["weights"]
+    experts = QUANTIZATIONS["compressed-tensors"]["config_groups"]["group_0"]["weights"]
     eight = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
     groups = {
         "group_0": {"targets": ["re:.*mlp.experts.*"], "format": "pack-quantized", "weights": experts},

@@ -11,7 +11,7 @@ from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.commands import tune
 from marlin_cy.commands.inspect import unusual
-from marlin_cy.formats import awq, compressed_tensors, gptq, marlin, mxfp4
+from marlin_cy.formats import awq, compressed_tensors, deepseek_fp4, gptq, marlin, mxfp4
 from marlin_cy.formats.compressed_tensors import pack_compressed
 from marlin_cy.formats.registry import read_scheme
 
@@ -60,6 +60,7 @@ CONFIGS = {
         False,
     ),
     "marlin": ({**GPTQ, "group_size": 128, "checkpoint_format": "marlin"}, marlin.MarlinScheme, True, False),
+    "deepseek fp4": ({"quant_method": "fp8", "fmt": "e4m3"}, deepseek_fp4.DeepSeekFp4Scheme, True, False),
     "mxfp4": ({"quant_method": "mxfp4"}, mxfp4.Mxfp4Scheme, True, False),
 }
 

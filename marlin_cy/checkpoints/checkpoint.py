@@ -14,7 +14,6 @@ A GGUF model has the same parts: gguf/ reads the configuration and the tensors f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoints.calls import call_in_parallel, errors_of
+from marlin_cy.checkpoints.calls import call_in_parallel
 from marlin_cy.checkpoints.contents import new_source, open_contents
 from marlin_cy.checkpoints.families import (
     Family,
@@ -34,10 +33,11 @@ from marlin_cy.checkpoints.families import (
     read_moe_spec,
     text_config,
 )
-from marlin_cy.checkpoints.foreign import foreign_layers
+from marlin_cy.checkpoints.float8 import find_float8
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
+from marlin_cy.checkpoints.problems import problems_of
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
 from marlin_cy.errors import MarlinError
 from marlin_cy.formats.json_fields import StrPath, finite
@@ -107,10 +107,9 @@ def open_checkpoint(
 class Checkpoint:
     """An open checkpoint, made by :func:`open_checkpoint`; a context manager that closes its files.
 
-    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed.
-    Layers stay valid after :meth:`close`. A layer from a quantiser's folder does not depend on the files; a layer
-    from a packed folder may keep them mapped. Arrays from :meth:`tensor` and :meth:`router_weight` are views of the
-    files: copy them before the files change.
+    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed. Layers
+    stay valid after :meth:`close`; those of a packed folder may keep its files mapped. Arrays from :meth:`tensor` and
+    :meth:`router_weight` are views of the files: copy them before the files change.
 
     Attributes
     ----------
@@ -131,6 +130,8 @@ class Checkpoint:
         The MoE layers whose routed experts are quantised.
     dense_moe_layers : list of int
         The MoE layers whose routed experts are not quantised.
+    float8 : Float8Layers
+        The linear layers in FP8, which are held as float16.
     num_layers : int
     layer_prefix : str
         The part of a tensor's name before the layer's number: ``"model.layers"``.
@@ -164,7 +165,10 @@ class Checkpoint:
         self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
         self.family, self.layer_prefix = self._naming.family, self._naming.prefix
         self._naming.check_moe_layers(layers)
-        self._source = new_source(contents, self._tensors, self.family, self.moe_spec, self._for_each, verify)
+        self.float8 = find_float8(self._tensors, self.config)
+        self._source = new_source(
+            contents, self._tensors, self.family, self.moe_spec, self._for_each, verify, self.float8
+        )
         self.format: str = self._source.format
         self.codes: str = self._source.codes
         quantised = [self._source.holds_experts(self.moe_block(layer)) for layer in layers]
@@ -267,6 +271,10 @@ class Checkpoint:
         """
         return self._source.weight(name)
 
+    def linear_sizes(self, name: str) -> tuple[int, int]:
+        """Input and output width of a quantised linear layer."""
+        return self._source.linear_sizes(name)
+
     @property
     def prediction_layers(self) -> list[int]:
         """The numbers of layers beyond the last one. They predict further tokens, and are not loaded."""
@@ -278,11 +286,8 @@ class Checkpoint:
         :func:`open_checkpoint` itself refuses what concerns the routed experts' tensors. With ``layers``, what
         :meth:`moe_layer` refuses is included, though transformers may run the model.
         """
-        checks: list[Callable[[], None]] = [
-            partial(self._source.check_linear, name) for name in self.linears if not self.is_passed_over(name)
-        ]
-        checks += [partial(self._block(layer).check_all, layers) for layer in self.moe_layers]
-        return [*errors_of(checks), *foreign_layers(self._tensors, self.scheme, self.is_passed_over)]
+        blocks = map(self._block, self.moe_layers)
+        return problems_of(self._tensors, self._source, self.scheme, self.float8, blocks, layers, self.is_passed_over)
 
     @property
     def has_own_head(self) -> bool:
@@ -317,9 +322,7 @@ class Checkpoint:
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``.
 
-        Returns
-        -------
-        A read-only view in the file's dtype. float32 if the file has the router quantised.
+        A read-only view in the file's dtype; float32, or float16 for FP8, if the file has the router quantised.
 
         Raises
         ------
@@ -385,12 +388,15 @@ class Checkpoint:
         self._check_layer(layer)
         return self._source.expert_symmetry(self.moe_block(layer))
 
+    def expert_notes(self, layer: int) -> list[str]:
+        """Sentences about the experts of a MoE layer that are held in another form than the files have."""
+        return self._source.expert_notes(self._block(layer).name)
+
     def moe_layer(self, layer: int, *, shared_expert: bool = True) -> MoeLayer:
         """Load the experts of a MoE layer.
 
-        The gate and up layers share one stack, gate's columns first. Experts are packed in parallel. The memory into
-        which a tensor was read is released as soon as the tensor is packed, so that the file and the packed stack are
-        never both resident.
+        The gate and up layers share one stack, gate's columns first. Experts are packed in parallel. A tensor's memory
+        is released as soon as it is packed, so that the file and the packed stack are never both resident.
 
         Parameters
         ----------
@@ -398,10 +404,6 @@ class Checkpoint:
             One of :attr:`moe_layers`.
         shared_expert : bool
             Also load the shared expert, if the model has one. Pass False if the caller computes it.
-
-        Returns
-        -------
-        MoeLayer
 
         Raises
         ------
@@ -432,7 +434,7 @@ class Checkpoint:
     def _block(self, layer: int) -> MoeBlock:
         self._check_layer(layer)
         name = self.moe_block(layer)
-        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file)
+        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file, self.float8)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""

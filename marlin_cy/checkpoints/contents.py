@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
+from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.checkpoints.gguf.model import open_gguf
 from marlin_cy.checkpoints.gguf.source import GgufSource
@@ -17,6 +18,8 @@ from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.errors import UnsupportedError
+from marlin_cy.formats.deepseek_fp4 import DeepSeekFp4Scheme
 from marlin_cy.formats.json_fields import JsonObject, read_json
 from marlin_cy.formats.registry import read_scheme
 from marlin_cy.formats.scheme import Scheme
@@ -70,7 +73,13 @@ def open_contents(path: Path) -> Contents:
 
 
 def new_source(
-    contents: Contents, tensors: Tensors, family: Family, spec: MoeSpec, for_each: ForEach, verify: bool
+    contents: Contents,
+    tensors: Tensors,
+    family: Family,
+    spec: MoeSpec,
+    for_each: ForEach,
+    verify: bool,
+    float8: Float8Layers,
 ) -> Source:
     """The quantised layers. The parameters are those of the sources' classes.
 
@@ -82,4 +91,9 @@ def new_source(
         return GgufSource(tensors, family, spec, for_each)
     if contents.scheme is None:
         return PackedSource(contents.path, contents.config, tensors, spec, verify)
-    return QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each)
+    source = QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, float8)
+    if isinstance(contents.scheme, DeepSeekFp4Scheme) and not source.has_modules:
+        raise UnsupportedError(
+            f"{tensors.source}: no expert has 4-bit weights; models whose experts are in FP8 are not supported"
+        )
+    return source

@@ -8,7 +8,8 @@ __all__ = ["is_ignored"]
 
 IGNORED = re.compile(
     r"(?:^|\.)(?:"
-    r"(?:[qkv]|kv|[qkv]_proj|[kv]_cache|kv_cache|prob_output|input|output)_(?:scale|zero_point)"  # see is_ignored
+    r"(?:[qkv]|kv|[qkv]_proj|[kv]_cache|kv_cache|prob_output)_(?:scale|zero_point)"  # see is_ignored
+    r"|(?:input|output|activation)_(?:scale|zero_point)"
     r"|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)"
     r")$"
 )

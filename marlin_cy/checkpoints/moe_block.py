@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import MoeSpec
+from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -38,6 +40,8 @@ class MoeBlock:
     spec : MoeSpec
     config_file : path-like
         For messages.
+    float8 : Float8Layers
+        The linear layers in FP8.
     """
 
     def __init__(
@@ -48,9 +52,10 @@ class MoeBlock:
         naming: Naming,
         spec: MoeSpec,
         config_file: StrPath,
+        float8: Float8Layers,
     ) -> None:
         self.name, self._tensors, self._source, self._naming, self._spec = name, tensors, source, naming, spec
-        self._family, self._config_file = naming.family, config_file
+        self._family, self._config_file, self._float8 = naming.family, config_file, float8
         self._router = f"{name}.{naming.family.router}"
 
     def layer(self, backend: Backend, description: str, shared_expert: bool) -> MoeLayer:
@@ -76,7 +81,7 @@ class MoeBlock:
         if self._source.has_linear(self._router):
             return dequantized(self._source, self._router, *shape)
         self._tensors.check(f"{self._router}.weight", shape)
-        return self._tensors.tensor(f"{self._router}.weight")
+        return self._float8.floats(f"{self._router}.weight")
 
     def router_bias(self) -> npt.NDArray[Any] | None:
         """As :meth:`Checkpoint.router_bias`."""
@@ -148,6 +153,13 @@ class MoeBlock:
         """Whether all linear layers of the shared expert are quantised."""
         return all(map(self._source.has_linear, self.shared_modules()))
 
+    def _shared_sizes(self, modules: Sequence[str]) -> list[tuple[int, int]]:
+        """Input and output width of each of :meth:`shared_modules`."""
+        inter, hidden = self._spec.shared_intermediate_size or 0, self._spec.hidden_size
+        width = inter * (len(self._family.shared_names) - 1)  # of gate and up, or of up alone
+        inner = len(modules) - 1
+        return [*inner * [(hidden, width // inner)], (inter, hidden)]
+
     def shared_expert(self, backend: Backend) -> SharedExpert:
         """The shared expert, loaded to a backend.
 
@@ -159,8 +171,7 @@ class MoeBlock:
             It is not quantised.
         """
         family, spec, source = self._family, self._spec, self._source
-        inter, hidden = spec.shared_intermediate_size or 0, spec.hidden_size
-        modules = self.shared_modules()
+        modules, hidden = self.shared_modules(), spec.hidden_size
         for name in modules:
             if not source.has_linear(name):
                 if f"{name}.weight" not in self._tensors:
@@ -170,14 +181,9 @@ class MoeBlock:
                     "and add the shared expert's output to the layer's"
                 )
         *first, down = (source.weight(name) for name in modules)
-        width = inter * (len(family.shared_names) - 1)  # of gate and up, or of up alone
-        sizes = [*len(first) * [(hidden, width // len(first))], (inter, hidden)]
-        for name, weight, expected in zip(modules, (*first, down), sizes, strict=True):
-            if (weight.k, weight.n) != expected:
-                raise CheckpointError(
-                    f"{name}: got [{weight.k}, {weight.n}], expected {list(expected)} by the configuration",
-                    file=self._tensors.source.parent,
-                )
+        for name, weight, expected in zip(modules, (*first, down), self._shared_sizes(modules), strict=True):
+            check_sizes(name, (weight.k, weight.n), expected, self._tensors.source.parent)
+        width = sum(weight.n for weight in first)
         builder = new_builder(backend, 1, width, first[0], [first[0].g_idx])
         for position, weight in enumerate(first):
             builder.add(0, position * weight.n, weight)
@@ -189,7 +195,7 @@ class MoeBlock:
         if family.shared_gate is not None:
             name = f"{self.name}.{family.shared_gate}.weight"
             self._tensors.check(name, (1, hidden))
-            gate_weight = self._tensors.tensor(name)[0]
+            gate_weight = self._float8.floats(name)[0]
         elif spec.averaged:
             gate_weight = np.zeros(hidden, np.float32)  # whose sigmoid is a half, exactly
         with as_checkpoint_error(self._tensors.source, name):
@@ -200,12 +206,13 @@ class MoeBlock:
     def check_all(self, routing: bool) -> None:
         """Refuse what a model would refuse, but for the values of weights; with ``routing``, what a layer would."""
         self._source.check_stacks(self.name)
-        if not self._source.has_linear(self._router):
-            self.router_weight()
+        self._check_matrix(self._router, self._spec.hidden_size, self._spec.num_experts)
         if self._spec.shared_intermediate_size is not None:
-            for module in self.shared_modules():
-                if not self._source.has_linear(module):
-                    self._tensors.info(f"{module}.weight")
+            modules = self.shared_modules()
+            for module, (k, n) in zip(modules, self._shared_sizes(modules), strict=True):
+                self._check_matrix(module, k, n)
+            if self._family.shared_gate is not None:
+                self._check_matrix(f"{self.name}.{self._family.shared_gate}", self._spec.hidden_size, 1)
         elif self._family.shared_expert is not None:
             start = f"{self.name}.{self._family.shared_expert}."
             for name in self._naming.block_tensors(self.name):
@@ -214,6 +221,13 @@ class MoeBlock:
         if routing:
             self.check()
             self.routing()
+
+    def _check_matrix(self, module: str, k: int, n: int) -> None:
+        """Refuse a linear layer, quantised or not, that is missing or has another size."""
+        if self._source.has_linear(module):
+            check_sizes(module, self._source.linear_sizes(module), (k, n), self._tensors.source.parent)
+        else:
+            self._tensors.check(f"{module}.weight", (n, k))
 
     def check(self) -> None:
         """Refuse tensors that a layer would not use: its result would be wrong.
@@ -233,7 +247,7 @@ class MoeBlock:
             if family.shared_gate is not None:
                 linears.append(f"{self.name}.{family.shared_gate}")
         for module in linears:
-            used |= {f"{module}.weight", f"{module}.bias"}
+            used |= {f"{module}.weight", f"{module}.bias", *self._float8.tensors_of(module)}
             if source.has_linear(module):
                 used |= set(source.linear_tensors(module))
         used |= {f"{self.name}.{part}" for part in (family.router_scale, family.expert_scale) if part is not None}
@@ -244,6 +258,16 @@ class MoeBlock:
                 raise self._tensors.error(
                     name, f"unknown for {family.name}: the layer would not use it, so its results may be wrong"
                 )
+
+
+def check_sizes(module: str, found: tuple[int, int], expected: tuple[int, int], folder: StrPath) -> None:
+    """Refuse a linear layer whose input and output width are not those of the model."""
+    if found != expected:
+        raise CheckpointError(
+            f"{module}: got {found[0]} to {found[1]} features, expected {expected[0]} to {expected[1]} by the "
+            "configuration",
+            file=folder,
+        )
 
 
 def dequantized(source: Source, name: str, n: int | None = None, k: int | None = None) -> npt.NDArray[np.float32]:

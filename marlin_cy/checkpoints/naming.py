@@ -30,6 +30,10 @@ PREDICTION_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed
 """Names of modules that only such layers have."""
 
 
+PREDICTION_PREFIXES = ("mtp.", "model.mtp.")
+"""The beginnings of names of such layers that are numbered by themselves, as in DeepSeek-V4 and Qwen3-Next."""
+
+
 class Naming:
     """The names of a checkpoint's tensors.
 
@@ -99,7 +103,9 @@ class Naming:
         return sorted(layer for layer in self._layers if layer >= self._num_layers)
 
     def is_beyond(self, name: str) -> bool:
-        """Whether a tensor or a module belongs to such a layer."""
+        """Whether a tensor or a module belongs to such a layer, or to others that predict further tokens."""
+        if name.startswith(PREDICTION_PREFIXES):
+            return True
         number = name.removeprefix(f"{self.prefix}.").split(".")[0]
         return name.startswith(f"{self.prefix}.") and number.isdecimal() and int(number) >= self._num_layers
 

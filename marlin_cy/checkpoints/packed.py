@@ -187,6 +187,11 @@ class PackedSource:
         names = [f"{module}{suffix}" for suffix in (PACKED, G_IDX, BIAS)]
         return [name for name in names if name in self._tensors]
 
+    def linear_sizes(self, module: str) -> tuple[int, int]:
+        if module not in self._stacks:
+            raise CheckpointError("missing", file=self._file, tensor=module)
+        return self._stacks[module]["k"], self._stacks[module]["n"]
+
     def check_linear(self, module: str) -> None:
         """Does nothing: opening the folder checks all stacks."""
 
@@ -217,6 +222,10 @@ class PackedSource:
         """As in the other source; reads the stored zero points."""
         gate_up, down = (self._tiles(f"{block}.experts.{part}").symmetric for part in EXPERT_PARTS)
         return gate_up, down
+
+    def expert_notes(self, block: str) -> list[str]:
+        """None: how experts are held was decided when the folder was written."""
+        return []
 
     def expert_bytes(self, block: str) -> int:
         return sum(self._tensors.info(name).nbytes for name in self.expert_tensors(block))

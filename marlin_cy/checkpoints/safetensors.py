@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath, check_fetched, read_json
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
+__all__ = ["DTYPES", "FLOATS", "SafetensorsFile", "SafetensorsFolder", "TensorInfo"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -34,6 +34,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
     "I16": np.dtype(np.int16),
     "F16": np.dtype(np.float16),
@@ -46,7 +47,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "C64": np.dtype(np.complex64),
 }
-"""The NumPy dtype of each safetensors dtype that has one."""
+"""The NumPy dtype of each safetensors dtype that has one. F8_E8M0 numbers are read as their exponents."""
+
+FLOATS = ("F32", "F16", "BF16")
+"""The dtypes of weights that are not quantised."""
 
 NEIGHBOURHOOD = 2 * 1024 * 1024
 """Bytes on either side of a tensor that are released with it.

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from marlin_cy import __version__, open_checkpoint
 from marlin_cy.checkpoints.gguf.source import GgufSource
 from marlin_cy.commands.output import console, escape, print_json, runs, table
-from marlin_cy.decoder.build import read_config
-from marlin_cy.errors import MarlinError, UnsupportedError
+from marlin_cy.decoder.check import check_decoder
+from marlin_cy.errors import CheckpointError, MarlinError, UnsupportedError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["HELP", "add_arguments", "execute"]
+
+ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_zero_point", ".input_global_scale")
+"""The ends of the names of tensors that quantise activations with fixed scales."""
 
 HELP = "show a checkpoint's format, layers, sizes, and anything unusual"
 
@@ -87,9 +90,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def reason_not_decoded(checkpoint: Checkpoint) -> str | None:
-    """Why the library's own decoder does not run the model; None if it does."""
+    """Why the library's own decoder does not run the model, as far as headers show it; None if it does."""
     try:
-        read_config(checkpoint)
+        check_decoder(checkpoint)
     except MarlinError as error:
         return str(error)
     return None
@@ -104,9 +107,9 @@ def widths(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
     found: dict[str, Counter[int]] = {"gate and up": Counter(), "down": Counter(), "other linears": Counter()}
     for name in checkpoint.tensor_names if scheme is not None else ():
         assert scheme is not None
-        module = name.removesuffix(scheme.marker)
-        if module == name:
+        if not scheme.marks(name, checkpoint.tensor_info(name).dtype):
             continue
+        module = name.removesuffix(scheme.marker)
         try:
             bits = scheme.for_module(module).bits
         except UnsupportedError:
@@ -147,11 +150,60 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
         found.append(f"tensors of layers that predict several tokens, not loaded: {len(checkpoint.skipped_tensors)}")
     if checkpoint.act_order:
         found.append("rows of K are permuted (desc_act): activations are gathered, which costs time")
+    found += expert_words(checkpoint)
+    found += float8_words(checkpoint)
+    found += activation_words(checkpoint)
     quantized = set(checkpoint.quantized_tensors) if checkpoint.format == GgufSource.format else set()
     stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names if name not in quantized}
-    strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64"})
+    strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64", "F8_E4M3", "F8_E8M0"})
     if strange:
         found.append(f"tensors of dtype {', '.join(strange)}")
+    return found
+
+
+def expert_words(checkpoint: Checkpoint) -> list[str]:
+    """Sentences about experts that are held in another form than the files have; layers that agree share one."""
+    layers: dict[str, list[int]] = {}
+    for layer in checkpoint.moe_layers:
+        try:
+            notes = checkpoint.expert_notes(layer)
+        except MarlinError:  # reported as a problem
+            continue
+        for note in notes:
+            layers.setdefault(note, []).append(layer)
+    return [f"layers {runs(numbers)}: {note}" for note, numbers in layers.items()]
+
+
+def float8_words(checkpoint: Checkpoint) -> list[str]:
+    """A sentence about the FP8 linear layers, if there are any."""
+    kinds: Counter[str] = Counter()
+    for module in checkpoint.float8.scales:
+        try:
+            kinds[checkpoint.float8.kind(module)] += 1
+        except CheckpointError:  # reported as a problem
+            kinds["unknown"] += 1
+    if not kinds:
+        return []
+    words = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
+    return [f"{kinds.total()} linear layers in FP8, held as float16: scales by {words}"]
+
+
+def activation_words(checkpoint: Checkpoint) -> list[str]:
+    """Sentences about the quantisation of activations by the checkpoint, which is ignored."""
+    found = []
+    scales = sum(name.endswith(ACTIVATION_SCALES) for name in checkpoint.tensor_names)
+    if scales:
+        found.append(f"scales of quantised activations in the files, ignored: {scales}")
+    config: Any = checkpoint.config.get("quantization_config")
+    config = config.get("source", config) if isinstance(config, dict) else {}
+    groups = config.get("config_groups") if isinstance(config, dict) else None
+    kinds = {str(config["activation_scheme"])} if config.get("activation_scheme") else set()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        settings = group.get("input_activations") if isinstance(group, dict) else None
+        if isinstance(settings, dict):
+            kinds.add("dynamic" if settings.get("dynamic") else "static")
+    if kinds:
+        found.append(f"activations are quantised by the config, which is ignored: {', '.join(sorted(kinds))}")
     return found
 
 

@@ -106,9 +106,11 @@ def build_plan(
 class PlanBuilder:
     """Builds the plan of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, context_length: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: DecoderConfig, context_length: int, loader: Loader | None = None
+    ) -> None:
         self._checkpoint, self._config, self._context_length = checkpoint, config, context_length
-        self._loader = Loader(checkpoint)
+        self._loader = Loader(checkpoint) if loader is None else loader
         tables = {
             rope: rope_table(rope, context_length, config.rope_interleaved)
             for rope in set(config.ropes.values())
@@ -141,12 +143,16 @@ class PlanBuilder:
         """The head; the embedding if they are tied, and the files do not have another head."""
         name = "language_model.lm_head" if base.startswith("language_model.") else "lm_head"
         loader = self._loader
-        if self._config.tied and not loader.is_quantised(name):
-            own = loader.matrix(f"{name}.weight", *embedding.shape) if loader.has(f"{name}.weight") else embedding
-            # As transformers does: weights that differ are not tied.
-            if own is embedding or (own.dtype == embedding.dtype and np.array_equal(own, embedding)):
-                return DenseLinear(embedding)
+        if self._config.tied and not loader.is_quantised(name) and not self._own_head(name, embedding):
+            return DenseLinear(embedding)
         return loader.projection(name, self._config.hidden_size, self._config.vocab_size)
+
+    def _own_head(self, name: str, embedding: npt.NDArray[Any]) -> bool:
+        """Whether the files have a head that differs from the embedding. As transformers does, it is used then."""
+        if not self._loader.has(f"{name}.weight"):
+            return False
+        own = self._loader.matrix(f"{name}.weight", *embedding.shape)
+        return own.dtype != embedding.dtype or not np.array_equal(own, embedding)
 
     def _norm(self, module: str, size: int) -> Vector:
         weight = self._loader.vector(f"{module}.weight", size)

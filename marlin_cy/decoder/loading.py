@@ -12,6 +12,7 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
+from marlin_cy.checkpoints.safetensors import FLOATS
 from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Linear
@@ -21,15 +22,12 @@ from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Loader"]
 
-FLOATS = ("F32", "F16", "BF16")
-"""Dtypes of weights that are not quantised, by safetensors' names."""
-
 
 class Loader:
     """Loads the weights of a checkpoint by the names of their modules.
 
-    Matrices that are not quantised are views of the mapped files, unless their rows are reordered. Vectors are float32
-    copies.
+    Matrices that are not quantised are views of the mapped files, unless their rows are reordered, or they are in FP8.
+    Vectors are float32 copies.
 
     Parameters
     ----------
@@ -72,19 +70,23 @@ class Loader:
         return np.array(values, np.float32)
 
     def matrix(self, tensor: str, rows: int, columns: int) -> npt.NDArray[Any]:
-        """A matrix in the file's dtype: a view of the mapped file."""
+        """A matrix in the file's dtype: a view of the mapped file. One in FP8 is unpacked."""
         return self._floats(tensor, (rows, columns))
 
     def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        info = self.checkpoint.tensor_info(tensor)
-        if info.dtype not in FLOATS:
+        info, float8 = self.checkpoint.tensor_info(tensor), self.checkpoint.float8
+        if info.dtype not in FLOATS and not float8.has_weight(tensor):
             raise UnsupportedError(
                 f"{self.checkpoint.path}, tensor {tensor!r}: dtype {info.dtype}, the decoder supports "
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
-        self._used.add(tensor)
-        return self.checkpoint.tensor(tensor)
+        self._use(tensor)
+        return float8.floats(tensor)
+
+    def _use(self, tensor: str) -> None:
+        """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
+        self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
 
     def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
         """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats import auto_round, awq, compressed_tensors, gptq, marlin, mxfp4
+from marlin_cy.formats import auto_round, awq, compressed_tensors, deepseek_fp4, gptq, marlin, mxfp4
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, read_json
 from marlin_cy.formats.scheme import Scheme
 
@@ -23,6 +23,7 @@ METHODS: Mapping[str, Callable[[JsonObject, StrPath], Scheme]] = {
     "compressed-tensors": compressed_tensors.parse,
     "mxfp4": mxfp4.parse,
     "marlin": marlin.parse,
+    "fp8": deepseek_fp4.parse,
 }
 """The function that reads the quantisation config of each method."""
 
@@ -79,6 +80,8 @@ def read_scheme(folder: Path, config: JsonObject) -> Scheme:
         layout = optional(merged, LAYOUTS[method], str, file, default="")
         if layout.lower() == "marlin" or optional(merged, ("is_marlin_format",), bool, file):
             method = "marlin"
+    if method == "fp8":
+        deepseek_fp4.check_experts(config, folder / "config.json")
     return METHODS[method](merged, file)
 
 

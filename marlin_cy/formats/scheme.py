@@ -50,6 +50,8 @@ class Scheme(ABC):
         The format's name: ``"gptq"``, ``"awq"``.
     marker : str
         The suffix of a tensor that every quantised layer has, and no other layer.
+    marker_dtypes : tuple of str or None
+        The dtypes of that tensor, by safetensors' names, if other layers have a tensor of this suffix too.
     scales : str
         The suffix of the scales.
     order : str or None
@@ -66,6 +68,7 @@ class Scheme(ABC):
 
     format: str
     marker: str
+    marker_dtypes: tuple[str, ...] | None = None
     scales: str
     order: str | None = None
     bits: int = 4
@@ -76,6 +79,10 @@ class Scheme(ABC):
     def codes(self) -> str:
         """Unsigned integers of :attr:`bits`, unless a format has other code types."""
         return integer_codes(self.bits)
+
+    def marks(self, tensor: str, dtype: str) -> bool:
+        """Whether a tensor of this name and dtype (safetensors' name) is the :attr:`marker` of a quantised layer."""
+        return tensor.endswith(self.marker) and (self.marker_dtypes is None or dtype in self.marker_dtypes)
 
     @property
     @abstractmethod

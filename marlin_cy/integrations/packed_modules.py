@@ -14,7 +14,7 @@ from marlin_cy.integrations.expert_modules import (
     experts_modules,
     takes_weighted_rows,
 )
-from marlin_cy.integrations.modules import Contexts, MarlinLinear, experts_runner, linear_runner
+from marlin_cy.integrations.modules import Contexts, MarlinLinear, array_of, experts_runner, linear_runner, tensor_over
 
 with needs_extra():
     import torch
@@ -25,7 +25,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["PackedModules", "Progress", "linear_modules"]
+__all__ = ["PackedModules", "Progress", "float8_tensors", "linear_modules"]
 
 
 def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -125,6 +125,7 @@ class PackedModules:
         linears, others = linear_modules(model, self._checkpoint)
         for name in others:
             self._tensors |= dequantized_tensors(self._checkpoint, name, self._dtype)
+        self._tensors |= float8_tensors(self._checkpoint, self._dtype)
         for name, path in linears.items():
             parent, _, attribute = path.rpartition(".")
             parent = model.get_submodule(parent)
@@ -189,3 +190,13 @@ def dequantized_tensors(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -
     if bias in checkpoint.tensor_names and (values := checkpoint.tensor(bias)).any():
         tensors[bias] = torch.from_numpy(values.astype("float32")).to(dtype)
     return tensors
+
+
+def float8_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of all FP8 linear layers that are not experts of a packed layer, each element rounded once."""
+    packed, like = {*checkpoint.quantized_tensors}, array_of(torch.empty(0, dtype=dtype, device="cpu"))
+    return {
+        name: tensor_over(checkpoint.float8.weight(module, like.dtype))
+        for module in checkpoint.float8.scales
+        if (name := f"{module}.weight") not in packed and not checkpoint.is_passed_over(name)
+    }

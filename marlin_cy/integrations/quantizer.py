@@ -244,4 +244,5 @@ def name_patterns(names: Iterable[str]) -> set[str]:
 
 def _quantised(checkpoint: Checkpoint) -> set[str]:
     """The names of tensors that belong to quantised layers."""
-    return {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
+    float8 = {name for module in checkpoint.float8.scales for name in checkpoint.float8.tensors_of(module)}
+    return {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears), *float8}

@@ -251,8 +251,9 @@ def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtyp
 
 
 def dense_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that belong to no quantised layer, as views of the mapped files."""
+    """The tensors of a checkpoint that belong to no layer of 4 or 8 bits, as views of the mapped files."""
     quantised = {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
+    quantised |= {name for module in checkpoint.float8.scales for name in checkpoint.float8.tensors_of(module)}
     with warnings.catch_warnings():
         # PyTorch warns about read-only memory, which the docstring of load() mentions.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)

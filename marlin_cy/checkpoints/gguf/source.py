@@ -105,7 +105,15 @@ class GgufSource:
 
     def check_stacks(self, block: str) -> None:
         """Refuse experts that cannot share a stack."""
-        self._common(self._modules(block)[:-1])
+        inner = self._modules(block)[:-1]
+        self._common(inner)
+        self._check_biases(block, inner)
+
+    def _check_biases(self, block: str, inner: Sequence[str]) -> None:
+        if len({f"{module}{BIAS}" in self._tensors for module in inner}) > 1:
+            raise CheckpointError(
+                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
+            )
 
     def _common(self, modules: Sequence[str]) -> BlockType:
         """The form of gate and up in one stack."""
@@ -126,6 +134,10 @@ class GgufSource:
             [fused] if f"{fused}{WEIGHT}" in self._tensors else [f"{experts}.{family.gate}", f"{experts}.{family.up}"]
         )
         return [*inner, f"{experts}.{family.down}"]
+
+    def expert_notes(self, block: str) -> list[str]:
+        """None: experts are held as the file has them."""
+        return []
 
     def expert_group_sizes(self, block: str) -> tuple[int, int]:
         modules = self._modules(block)
@@ -171,6 +183,10 @@ class GgufSource:
         return self._tensors.view(f"{module}{WEIGHT}").columns is not None or (
             pair is not None and self._common(pair).forms != self._type(module).forms
         )
+
+    def linear_sizes(self, module: str) -> tuple[int, int]:
+        n, k = self._tensors.view(f"{module}{WEIGHT}").shape
+        return k, n
 
     def check_linear(self, module: str) -> None:
         """Refuse what :meth:`linear` would refuse, without reading weights."""
@@ -235,11 +251,8 @@ class GgufSource:
             add(down, below, last, expert, 0)
 
         self._for_each(pack, experts, description)
+        self._check_biases(block, inner)
         biases = [bias for module in inner if (bias := self.bias(module)) is not None]
-        if 0 < len(biases) < len(inner):
-            raise CheckpointError(
-                f"{block}.experts: gate or up has a bias, the other has none", file=self._tensors.source
-            )
         return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
     def _stored(self, module: str, expert: int | None = None, scratch: _Scratch | None = None) -> StoredBlocks:

@@ -1,0 +1,149 @@
+"""Linear layers in FP8 that occur beside 4-bit layers, as llm-compressor, ModelOpt and DeepSeek store them.
+
+======================================  ==================  =========================================================
+weight                                  F8_E4M3 ``[N, K]``
+weight_scale, weight_scale_inv, scale   F32, BF16, F16 or   one value: of the tensor; ``[N]`` or ``[N, 1]``: of each
+                                        F8_E8M0             output; ``[ceil(N / 128), ceil(K / 128)]``: of each block
+======================================  ==================  =========================================================
+
+The matrix is ``weight * scale``, whatever the scale is called. Blocks have 128 by 128 elements unless the quantisation
+config has another ``weight_block_size`` or ``block_structure``.
+
+Layers are held as float16. An E4M3 number has 4 significant bits, and the numbers of a group differ in size by up to
+2**18, so integers of 8 bits cannot represent them: rounded to 8 bits in groups of 32, a matrix changes by 5e-3 of its
+norm. With float16, it changes by 1.4e-4, or not at all if the scales are powers of two; with bfloat16, by 1.1e-3.
+
+Source: DeepSeek-V3, ``inference/fp8_cast_bf16.py``; compressed-tensors, ``compressors``; transformers,
+``integrations/finegrained_fp8.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cy.formats.json_fields import JsonObject
+
+__all__ = [
+    "BLOCK",
+    "SCALE_SUFFIXES",
+    "WEIGHT_DTYPE",
+    "block_size",
+    "dequantize",
+    "held_dtype",
+    "kind_of",
+    "scale_values",
+]
+
+WEIGHT_DTYPE = "F8_E4M3"
+"""The weight's dtype, by safetensors' name."""
+
+EXPONENTS = "F8_E8M0"
+"""The dtype of scales that are powers of two: ``e`` is ``2**(e - 127)``, and 255 is NaN."""
+
+SCALE_DTYPES = ("F32", "BF16", "F16", EXPONENTS)
+SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".scale")
+
+BLOCK = (128, 128)
+VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""The value of each byte. Two bytes are NaN: 127 and 255."""
+
+NAN = 127
+LARGEST_SCALE = 2.0**7
+"""With larger scales, a product may exceed the largest float16: E4M3 numbers reach 448."""
+
+SMALLEST_SCALE = 2.0**-20
+"""If all scales are smaller, the spacing of float16's smallest numbers, 2**-24, is too large beside the products."""
+
+
+def block_size(config: JsonObject) -> tuple[int, int]:
+    """Rows of N and of K of a block, by a quantisation config; :data:`BLOCK` if the config has no valid ones.
+
+    A scale of another shape is refused in any case.
+    """
+    groups = config.get("config_groups")
+    parts = (
+        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    found = [config.get("weight_block_size")]
+    found += [part.get("block_structure") for part in parts if isinstance(part, dict)]
+    for size in found:
+        if isinstance(size, list) and len(size) == 2 and all(type(number) is int and number > 0 for number in size):
+            return size[0], size[1]
+    return BLOCK
+
+
+def kind_of(shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, int]) -> str | None:
+    """What a scale of this shape belongs to: "tensor", "channel" or "block"; None if it fits no matrix ``shape``."""
+    n, k = shape
+    if int(np.prod(scale_shape)) == 1:
+        return "tensor"
+    if scale_shape in ((n,), (n, 1)):
+        return "channel"
+    return "block" if scale_shape == (-(-n // block[0]), -(-k // block[1])) else None
+
+
+def scale_values(scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The scales in float32; uint8 are exponents.
+
+    Raises
+    ------
+    ValueError
+        A scale is not finite.
+    """
+    if scale.dtype == np.uint8:
+        values = np.exp2(np.minimum(scale, 254).astype(np.float32) - 127)
+        values[scale == 255] = np.nan
+    else:
+        values = scale.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("got a scale that is not finite, expected finite values")
+    return np.asarray(values, np.float32)
+
+
+def held_dtype(scales: npt.NDArray[np.float32]) -> np.dtype[Any]:
+    """The dtype in which a matrix with these scales is held: float16, or float32 if float16 has not enough range."""
+    largest = float(np.abs(scales).max(initial=0))
+    return np.dtype(np.float16 if SMALLEST_SCALE <= largest <= LARGEST_SCALE else np.float32)
+
+
+def dequantize(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], block: tuple[int, int], dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """The matrix, ``[N, K]``, each element rounded once to ``dtype``.
+
+    Parameters
+    ----------
+    codes : uint8 ``[N, K]``
+        The weight's bytes.
+    scales : float32
+        Of a shape that :func:`kind_of` knows.
+    block : (int, int)
+    dtype : dtype
+
+    Raises
+    ------
+    ValueError
+        A weight is NaN.
+    """
+    if (codes & NAN == NAN).any():
+        row, column = np.argwhere(codes & NAN == NAN)[0]
+        raise ValueError(f"got NaN at [{row}, {column}], expected finite values")
+    n, k = codes.shape
+    kind = kind_of((n, k), scales.shape, block)
+    rows, columns = {"tensor": (n, k), "channel": (1, k)}.get(str(kind), block)
+    grid = scales.reshape(-(-n // rows), -(-k // columns))
+    matrix = np.empty((n, k), dtype)
+    # A scale has 256 products, so each element is looked up.
+    for i, line in enumerate(grid):
+        for j, scale in enumerate(line):
+            part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            with np.errstate(over="ignore", invalid="ignore"):
+                products = (VALUES * scale).astype(dtype)
+            matrix[part] = products[codes[part]]
+    return matrix
