@@ -20,7 +20,14 @@ with needs_extra():
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["describe_of", "model_class_of", "model_on_meta", "read_config", "read_generation_config"]
+__all__ = [
+    "check_device_map",
+    "describe_of",
+    "model_class_of",
+    "model_on_meta",
+    "read_config",
+    "read_generation_config",
+]
 
 MODEL_TYPE_ALIASES = {"kimi_k2": "deepseek_v3"}
 """The ``model_type`` in transformers of models that come with code of their own for the same architecture."""
@@ -49,6 +56,20 @@ def read_config(path: Path) -> Any:
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
     return config
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse devices other than the host.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if others := [place for place in places if place not in (None, "auto") and torch.device(place).type != "cpu"]:
+        raise UnsupportedError(
+            f"device_map: got {others[0]!r}, expected 'cpu': packed layers run on the backend of MarlinCyConfig"
+        )
 
 
 def with_known_types(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlin_cy.arguments import flag
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
-from marlin_cy.integrations.configs import read_config
+from marlin_cy.integrations.configs import check_device_map, read_config
+from marlin_cy.integrations.decoder_model import decoder_config
 from marlin_cy.integrations.derived_family import derived_family
 from marlin_cy.integrations.packed_modules import Progress
 from marlin_cy.integrations.packing import NAME, Packing
 
 with needs_extra():
-    import torch
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -95,16 +96,25 @@ class MarlinCyConfig(QuantizationConfigMixin):
         self.context_options = context_options
 
     @classmethod
-    def for_folder(cls, folder: str | PathLike[str], **options: Any) -> Any:
+    def for_folder(cls, folder: str | PathLike[str], *, decoder: bool = False, **options: Any) -> Any:
         """The config of a folder's model with this quantisation, for ``from_pretrained(folder, config=...)``.
 
-        ``options`` are the parameters of this class.
+        Parameters
+        ----------
+        folder : path-like
+        decoder : bool
+            Let this library's decoder run the whole model, if it has the family. The model is a
+            :class:`~marlin_cy.integrations.decoder_model.DecoderForCausalLM`.
+        **options
+            The parameters of this class; with ``decoder`` those of :func:`~marlin_cy.load_model`.
 
         Raises
         ------
         CheckpointError
             transformers cannot read the config.
         """
+        if flag("decoder", decoder):
+            return decoder_config(folder, cls(**options))
         config = read_config(Path(folder))
         config.quantization_config = cls(**options)
         return config
@@ -141,11 +151,7 @@ class MarlinCyQuantizer(HfQuantizer):
         ------
         UnsupportedError
         """
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if others := [place for place in places if place not in (None, "auto") and torch.device(place).type != "cpu"]:
-            raise UnsupportedError(
-                f"device_map: got {others[0]!r}, expected 'cpu': packed layers run on the backend of MarlinCyConfig"
-            )
+        check_device_map(device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
         """The dense weights are on the host, whatever else the machine has."""
