@@ -58,6 +58,52 @@ def test_an_old_transformers_will_not_do():
     )
 
 
+def test_a_later_transformers_gives_a_warning():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python(
+        "import transformers; transformers.__version__ = '6.0.dev0'\nimport marlin_cy.integrations.transformers"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "UserWarning: transformers 6.0.dev0: marlin_cy is tested with 5.8 to " in done.stderr
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("arguments", "missing", "words"),
+    [
+        ([], "abacus", "Run a program of another package"),
+        (["abacus"], "abacus", "'abacus': no installed package has this command"),
+        (["transformers", "env"], "torch", "pip install 'marlin-cy[transformers]'"),
+    ],
+)
+def test_programs_that_do_not_run(arguments, missing, words):
+    if missing == "torch":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python(
+        WITHOUT.format(missing=missing)
+        + f"from marlin_cy.integrations.__main__ import main; sys.exit(main({arguments}))"
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_a_program_runs_with_registered_methods():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python(
+        """
+import sys
+from importlib.metadata import EntryPoint
+from marlin_cy.integrations import __main__ as launcher
+launcher.entry_points = lambda **wanted: [EntryPoint("program", "platform:python_version", "console_scripts")]
+assert launcher.main(["program", "--option"]).startswith("3.")
+assert sys.argv == ["program", "--option"]
+from transformers.quantizers import auto
+print({auto.AUTO_QUANTIZER_MAPPING[name].__name__ for name in ("gptq", "awq", "mxfp4")})
+"""
+    )
+    assert done.stdout.splitlines()[-1:] == ["{'MarlinCyQuantizer'}"], done.stderr
+
+
 def test_other_commands_need_neither():
     done = python(
         "import sys; from marlin_cy import cli; cli.main(['doctor', '--json']);"

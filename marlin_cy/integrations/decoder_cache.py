@@ -128,7 +128,7 @@ class DecoderCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """For each kind of layer, whether it has recurrent state alone. The cache counts as one layer with attention."""
+        """For each layer, whether it has recurrent state alone. The cache counts as one layer with attention."""
         return [False]
 
     is_sliding = is_dummy = is_linear

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.integrations import compiled, needs_extra
+from marlin_cy.integrations import check_version, compiled, needs_extra
 from marlin_cy.integrations.configs import describe_of, model_class_of, read_config, read_generation_config
 from marlin_cy.integrations.modules import MarlinLinear, tensor_over
 from marlin_cy.integrations.packed_modules import Progress
@@ -34,9 +34,7 @@ with needs_extra():
     from torch import nn
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    # Earlier versions refuse experts implementations of other packages.
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
-        raise ImportError(f"this is transformers {transformers.__version__}")
+    check_version(transformers.__version__)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
