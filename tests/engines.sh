@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Programs of others that run this library's models: lm-eval.
+# Programs of others that run this library's models: lm-eval, and transformers' server.
 #
 #     tests/engines.sh [PYTHON [PYTEST ARGUMENTS]]
 #
@@ -11,5 +11,7 @@ cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
 shift || true
 
-"$python" -c "import lm_eval" 2>/dev/null || "$python" -m pip install 'lm-eval[hf]'
-timeout "${ENGINES_SECONDS:-600}" "$python" -m pytest -q -n 0 -p no:cacheprovider -m engines tests/test_transformers_lm_eval.py "$@"
+"$python" -c "import lm_eval, fastapi, openai, accelerate" 2>/dev/null ||
+    "$python" -m pip install 'lm-eval[hf]' 'transformers[serving]'
+timeout "${ENGINES_SECONDS:-600}" "$python" -m pytest -q -n 0 -p no:cacheprovider -m engines \
+    tests/test_transformers_lm_eval.py tests/test_transformers_serve.py "$@"

@@ -3,8 +3,6 @@
 The references are transformers' own classes with the same rounded weights, dense.
 """
 
-from functools import partial
-
 import numpy as np
 import pytest
 from asserts import relative_error
@@ -22,8 +20,9 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 import family_models  # noqa: E402
 from family_models import CONFIGS, class_of, write_family  # noqa: E402
 
+from marlin_cy.integrations.configs import describe_of  # noqa: E402
 from marlin_cy.integrations.expert_modules import check_experts  # noqa: E402
-from marlin_cy.integrations.transformers import described, load  # noqa: E402
+from marlin_cy.integrations.transformers import load  # noqa: E402
 
 RELATIVE_ERROR = 5e-4
 """Products are off by 5e-5 or less (asserts.gemm_bound), and a network of a few layers hands on what it gets."""
@@ -110,7 +109,7 @@ def test_a_family_without_a_row(tmp_path, model_type):
     with pytest.raises(UnsupportedError, match=f"model_type '{model_type}', supported: qwen2_moe, "):
         open_checkpoint(quantised)
     with (
-        open_checkpoint(quantised, describe=partial(described, quantised)) as checkpoint,
+        open_checkpoint(quantised, describe=describe_of(quantised)) as checkpoint,
         pytest.raises(UnsupportedError, match=r"the routing of \w+ForCausalLM is not known: use Checkpoint\.experts"),
     ):
         checkpoint.moe_layer(1)

@@ -7,6 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 
+from marlin_cy.integrations import __main__ as launcher
+from marlin_cy.integrations import check_version
+
 # None in sys.modules makes Python treat a module as not installed.
 WITHOUT = "import sys; sys.modules.update({missing}=None)\n"
 
@@ -56,6 +59,46 @@ def test_an_old_transformers_will_not_do():
     assert "BackendUnavailable: PyTorch and transformers 5.8 or later are needed (this is transformers 5.7.9)" in (
         done.stderr
     )
+
+
+def test_a_later_transformers_gives_a_warning():
+    with pytest.warns(UserWarning, match=r"^transformers 6\.0\.dev0: marlin_cy is tested with 5\.8 to \d+\.\d+$"):
+        check_version("6.0.dev0")
+    for version in ("5.8.0", "5.24.1", "5.9rc1"):
+        check_version(version)
+    with pytest.raises(ImportError, match=r"this is transformers 5\.7\.9"):
+        check_version("5.7.9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Run a program of another package"),
+        (["--help"], "Run a program of another package"),
+        (["abacus"], "'abacus': no installed package has this command"),
+    ],
+)
+def test_programs_that_do_not_run(arguments, words):
+    with pytest.raises(SystemExit, match=words):
+        launcher.main(arguments)
+
+
+@pytest.mark.sweep
+def test_a_program_runs_with_registered_methods():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = python(
+        """
+import sys
+from importlib.metadata import EntryPoint
+from marlin_cy.integrations import __main__ as launcher
+launcher.entry_points = lambda **wanted: [EntryPoint("program", "platform:python_version", "console_scripts")]
+assert launcher.main(["program", "--option"]).startswith("3.")
+assert sys.argv == ["program", "--option"]
+from transformers.quantizers import auto
+print({auto.AUTO_QUANTIZER_MAPPING[name].__name__ for name in ("gptq", "awq", "mxfp4")})
+"""
+    )
+    assert done.stdout.splitlines()[-1:] == ["{'MarlinCyQuantizer'}"], done.stderr
 
 
 def test_other_commands_need_neither():

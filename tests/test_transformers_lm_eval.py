@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from marlin_cy import cli
 from marlin_cy.commands.run import BUILT_IN
 
 pytestmark = pytest.mark.engines
@@ -37,10 +38,10 @@ import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
-from marlin_cy.integrations.transformers import load, register
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from marlin_cy.integrations.transformers import MarlinCyConfig, load, register
 
-folder, tasks = sys.argv[1:]
+folder, packed, tasks = sys.argv[1:]
 register("gptq")
 
 def evaluated(**options):
@@ -50,28 +51,43 @@ def evaluated(**options):
     answers = [sample["resps"] for sample in found["samples"]["own_lines"]]
     return {"accuracy": found["results"]["own_lines"]["acc,none"], "answers": answers}
 
-by_path = evaluated(pretrained=folder, dtype="bfloat16")
-by_load = evaluated(pretrained=load(folder, dtype="bfloat16"), tokenizer=AutoTokenizer.from_pretrained(folder))
-print("RESULT", json.dumps([by_path, by_load]))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+config = MarlinCyConfig.for_folder(folder, decoder=True)
+decoder = AutoModelForCausalLM.from_pretrained(folder, config=config)
+found = {
+    "load": evaluated(pretrained=load(folder, dtype="bfloat16"), tokenizer=tokenizer),
+    "path": evaluated(pretrained=folder, dtype="bfloat16"),
+    "packed": evaluated(pretrained=packed, dtype="bfloat16"),
+    "decoder": evaluated(pretrained=decoder, tokenizer=tokenizer),
+}
+print("RESULT", json.dumps(found))
 """
 
 
 def test_a_task_of_its_own_files(tmp_path):
-    """The same log-likelihoods by the folder's path and by ``load``; nothing is downloaded."""
+    """The same log-likelihoods by paths and by ``load``, and the decoder's; nothing is downloaded."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     data = tmp_path / "lines.json"
     lines = [{"question": question, "choices": choices, "answer": 0} for question, *choices in QUESTIONS]
     data.write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "own_lines.yaml").write_text(TASK.format(data=data))
+    assert cli.main(["pack", FOLDER, str(tmp_path / "packed")]) == 0
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, FOLDER, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, FOLDER, str(tmp_path / "packed"), str(tmp_path)]
     done = subprocess.run(
         command, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    by_path, by_load = json.loads(line.removeprefix("RESULT "))
-    assert by_path == by_load
-    assert by_path["accuracy"] == 1.0
-    assert len(by_path["answers"]) == len(QUESTIONS)
+    found = json.loads(line.removeprefix("RESULT "))
+    assert found["path"] == found["load"] == found["packed"]
+    assert found["load"]["accuracy"] == found["decoder"]["accuracy"] == 1.0
+    assert len(found["load"]["answers"]) == len(QUESTIONS)
+    for one, other in zip(scores_of(found["decoder"]), scores_of(found["load"]), strict=True):
+        assert one == pytest.approx(other, abs=0.2)  # activations of the other model are rounded to bfloat16
+
+
+def scores_of(found):
+    """The log-likelihood of each choice."""
+    return [float(choice[0][0]) for sample in found["answers"] for choice in sample]

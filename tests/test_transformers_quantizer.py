@@ -12,13 +12,15 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
-from checkpoint_files import edit_json  # noqa: E402
+import language_models  # noqa: E402
+from checkpoint_files import edit_json, edit_tensor  # noqa: E402
+from family_models import WITHOUT_A_ROW, write_family  # noqa: E402
 from language_models import write_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 
 from marlin_cy.integrations.modules import MarlinLinear  # noqa: E402
-from marlin_cy.integrations.quantizer import name_patterns  # noqa: E402
+from marlin_cy.integrations.packing import name_patterns  # noqa: E402
 from marlin_cy.integrations.transformers import MarlinCyConfig, load, register  # noqa: E402
 
 FOLDER = str(files("marlin_cy") / BUILT_IN)
@@ -127,6 +129,26 @@ def test_families(tmp_path, family):
     assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
+def test_a_family_without_a_row(tmp_path):
+    folder = write_family(tmp_path, next(iter(WITHOUT_A_ROW)))[0]
+    loaded = load(folder, num_threads=1)
+    config = MarlinCyConfig.for_folder(folder, num_threads=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=loaded.dtype)
+    assert torch.equal(model(IDS[:, :9] % 80).logits, loaded(IDS[:, :9] % 80).logits)
+
+
+def test_a_head_of_its_own(tmp_path, monkeypatch):
+    """The files have a quantised head, whatever ``tie_word_embeddings`` says; it stays when weights are tied again."""
+    monkeypatch.setattr(language_models, "NOT_QUANTISED", re.compile(r"embed_tokens|norm|gate\.weight"))
+    folder = write_model(tmp_path, "qwen3_moe")[0]
+    edit_json(folder, "config.json", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=MarlinCyConfig.for_folder(folder, num_threads=1))
+    model.tie_weights()
+    assert isinstance(model.lm_head, MarlinLinear)
+    ids = torch.arange(1, 12)[None]
+    assert torch.equal(model(ids).logits, load(folder, dtype=model.dtype, num_threads=1)(ids).logits)
+
+
 def test_options_reach_the_backend(tmp_path):
     told = []
     config = MarlinCyConfig.for_folder(
@@ -198,6 +220,20 @@ def test_damaged_checkpoints(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=re.escape(str(folder / "config.json"))):
         MarlinCyConfig.for_folder(folder)
+
+
+def test_problems_are_reported_before_layers_are_packed(tmp_path):
+    """As by ``load``, with the same words."""
+    folder = write_model(tmp_path, "qwen3_moe")[0]
+    edit_tensor(folder, "model.layers.1.self_attn.q_proj.scales", lambda array: array[:1])
+    told = []
+    config = MarlinCyConfig.for_folder(folder, progress=lambda *state: told.append(state))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.scales") as refused:
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
+    with pytest.raises(CheckpointError) as by_load:
+        load(folder, progress=lambda *state: told.append(state))
+    assert str(refused.value) == str(by_load.value)
+    assert not told
 
 
 def test_what_cannot_be_saved_or_trained(model, tmp_path):

@@ -31,6 +31,8 @@ SEQUENCES, CLIENTS = 16, 32
 FIRST_TOKEN_CLIENTS = 8
 LONE_PROMPT, LONE_TOKENS = 32, 8
 LONE_ROUNDS = 20  # short requests, for each round of the other parts
+LONE_PAUSE_SECONDS = 0.05
+"""Both sides have a team of OpenMP threads each, which spins for some milliseconds after its last call."""
 DEFAULTS: Mapping[str, Any] = {"layers": 8, "rounds": 5, "prompt": 128, "tokens": 64, "first_prompt": 512}
 QUICK: Mapping[str, Any] = {"layers": 2, "rounds": 1, "prompt": 20, "tokens": 3, "first_prompt": 40}
 LEAST_SHARE, MOST_ADDED_MS = 0.9, 5.0
@@ -174,7 +176,7 @@ class _Measurement:
 
         rounds = LONE_ROUNDS * self._arguments.rounds
         prompts[:] = self._prompts(rounds + 2, LONE_PROMPT, most=256)
-        seconds = alternate({"direct": direct, "served": served}, rounds, 0.0)
+        seconds = alternate({"direct": direct, "served": served}, rounds, LONE_PAUSE_SECONDS)
         added = np.subtract(seconds["served"], seconds["direct"]) * 1e3
         milliseconds = {name: spread(np.multiply(each, 1e3))._asdict() for name, each in seconds.items()}
         return {"ms": milliseconds, "added_ms": spread(added)._asdict()}

@@ -24,8 +24,9 @@ from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.commands.options import argument_errors
 from marlin_cy.commands.output import LoadProgress
 from marlin_cy.errors import CheckpointError
+from marlin_cy.integrations.configs import read_config
 from marlin_cy.integrations.dequantized import dequantized_model
-from marlin_cy.integrations.transformers import load, read_config
+from marlin_cy.integrations.transformers import load
 from marlin_cy.interface import Backend
 
 __all__ = [

@@ -147,6 +147,11 @@ class Model(TextMethods):
         return self.plan.vocab_size
 
     @property
+    def recurrent(self) -> bool:
+        """Whether sequences have recurrent state, which cannot be taken back."""
+        return self._recurrent
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the cache. The system may provide the memory only as it is used."""
         return self._program.cache_bytes

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations.configs import model_on_meta
 from marlin_cy.integrations.expert_modules import experts_modules
 from marlin_cy.integrations.packed_modules import float8_tensors
-from marlin_cy.integrations.transformers import dense_tensors, load_dense, model_on_meta
+from marlin_cy.integrations.transformers import dense_tensors, load_dense
 from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
 from marlin_cy.stacks.builder import CheckedStackBuilder, StackSizes, as_bias, checked_stack_sizes
@@ -66,7 +67,7 @@ def dequantized_model(path: str | PathLike[str], dtype: torch.dtype = torch.floa
             if linear.bias is not None and linear.bias.any():
                 tensors[f"{name}.bias"] = torch.from_numpy(linear.bias)
         tensors |= float8_tensors(checkpoint, dtype)
-        skeleton = model_on_meta(checkpoint)
+        skeleton = model_on_meta(checkpoint.path)
         for layer, module in experts_modules(skeleton, checkpoint).items():
             loaded = checkpoint.experts(layer)
             for name, array in experts_weights(loaded, skeleton.get_submodule(module)).items():

@@ -15,20 +15,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
-from marlin_cy.checkpoints.gguf.documents import read_document
-from marlin_cy.checkpoints.gguf.files import find_gguf
-from marlin_cy.errors import CheckpointError, MarlinError, UnsupportedError
-from marlin_cy.integrations import compiled, needs_extra
-from marlin_cy.integrations.derived_family import derived_family
-from marlin_cy.integrations.modules import Contexts, MarlinLinear, tensor_over
-from marlin_cy.integrations.packed_modules import PackedModules, Progress
-from marlin_cy.integrations.quantizer import NAME, MarlinCyConfig, register
+from marlin_cy.errors import CheckpointError, UnsupportedError
+from marlin_cy.integrations import check_version, compiled, needs_extra
+from marlin_cy.integrations.configs import describe_of, model_class_of, read_config, read_generation_config
+from marlin_cy.integrations.modules import MarlinLinear, tensor_over
+from marlin_cy.integrations.packed_modules import Progress
+from marlin_cy.integrations.packing import NAME, Packing, quantised_names
+from marlin_cy.integrations.quantizer import MarlinCyConfig, register
 
 with needs_extra():
     import torch
@@ -36,21 +34,15 @@ with needs_extra():
     from torch import nn
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    # Earlier versions refuse experts implementations of other packages.
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
-        raise ImportError(f"this is transformers {transformers.__version__}")
+    check_version(transformers.__version__)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from marlin_cy.checkpoints.checkpoint import Checkpoint
-    from marlin_cy.checkpoints.families import Family, MoeSpec
     from marlin_cy.interface import Backend
 
 __all__ = ["MarlinCyConfig", "load", "register", "weight_bytes"]
-
-MODEL_TYPE_ALIASES = {"kimi_k2": "deepseek_v3"}
-"""The ``model_type`` in transformers of models that come with code of their own for the same architecture."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -100,22 +92,12 @@ def load(
         An invalid ``backend``, ``dtype`` or context option.
     """
     report = Progress(progress)
-    with open_checkpoint(path, backend, progress=report, describe=partial(described, path)) as checkpoint:
-        for problem in checkpoint.problems():
-            raise problem
-        contexts = Contexts(checkpoint.backend, context_options)
+    with open_checkpoint(path, backend, progress=report, describe=describe_of(path)) as checkpoint:
         tensors = dense_tensors(checkpoint)
         torch_dtype = as_dtype(dtype, tensors)
-        modules = PackedModules(checkpoint, tensors, torch_dtype)
-        model = load_dense(
-            checkpoint,
-            tensors,
-            torch_dtype,
-            experts_implementation=NAME,
-            quantization_config=MarlinCyConfig(replace=modules.replace),
-        )
-        modules.check_shapes(model)
-        modules.fill(contexts, report)
+        packing = Packing(checkpoint, tensors, torch_dtype, context_options, report)
+        model = load_dense(checkpoint, tensors, torch_dtype, quantization_config=MarlinCyConfig(packing=packing))
+        packing.fill(model)
     # Replace the entry that was meant for transformers' loader only.
     model.config.quantization_config = checkpoint.config.get("quantization_config")
     return model
@@ -134,69 +116,7 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Config, classes and loader of transformers
-
-
-def read_config(path: Path) -> Any:
-    """The folder's config as transformers reads it, without its quantisation. A GGUF file says the same."""
-    try:
-        stored = read_document(path, "config.json")
-        known = with_known_types(stored)
-        if known == stored and find_gguf(path) is None:
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        else:
-            config = transformers.AutoConfig.for_model(**known)
-    except MarlinError:
-        raise
-    except Exception as error:  # transformers raises many types; all concern the file
-        raise CheckpointError(f"transformers {transformers.__version__}: {error}", file=path / "config.json") from error
-    # With this entry, transformers would load the model with its own quantiser.
-    for part in (config, config.get_text_config()):
-        part.__dict__.pop("quantization_config", None)
-    return config
-
-
-def with_known_types(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` with the ``model_type`` of transformers where a model's makers have another name for it."""
-    known = {
-        key: with_known_types(value) if key == "text_config" and isinstance(value, dict) else value
-        for key, value in config.items()
-    }
-    alias = MODEL_TYPE_ALIASES.get(str(known.get("model_type")))
-    return known if alias is None else {**known, "model_type": alias}
-
-
-def model_class_of(config: Any) -> tuple[Any, Any]:
-    """``(class, config)``: the class for causal language models, and the part of the config that it takes.
-
-    A model of text and images that has no such class gets the class for both.
-    """
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
-            model_class = mapping[type(config)]
-            break
-    else:
-        raise UnsupportedError(
-            f"model_type {config.model_type!r}: transformers {transformers.__version__} has no causal language model"
-        )
-    # A multimodal model: use its text config.
-    if model_class.config_class is config.sub_configs.get("text_config"):
-        config = config.get_text_config()
-    return model_class, config
-
-
-def described(path: str | PathLike[str], tensor_names: list[str]) -> tuple[Family, MoeSpec, list[int]]:
-    """What transformers' class says about a family without a row; the ``describe`` of ``open_checkpoint``."""
-    model_class, config = model_class_of(read_config(Path(path)))
-    with torch.device("meta"):
-        return derived_family(model_class(config), tensor_names)
-
-
-def model_on_meta(checkpoint: Checkpoint) -> Any:
-    """A checkpoint's model on the meta device, which allocates no memory for weights."""
-    model_class, config = model_class_of(read_config(checkpoint.path))
-    with torch.device("meta"):
-        return model_class(config)
+# The loader of transformers
 
 
 def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, **options: Any) -> Any:
@@ -234,12 +154,8 @@ def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtyp
             local_files_only=True,
             **options,
         )
-        generation = read_document(path, "generation_config.json")
-        if generation:
-            try:
-                model.generation_config = transformers.GenerationConfig.from_dict(generation)
-            except (OSError, ValueError, TypeError) as error:
-                raise CheckpointError(str(error), file=path / "generation_config.json") from error
+        if (generation := read_generation_config(path)) is not None:
+            model.generation_config = generation
     _refuse(path, sorted(found["missing_keys"]), "missing")
     _refuse(path, sorted(found["unexpected_keys"]), f"{model_class.__name__} has no such weight")
     for name, got, expected in sorted(found["mismatched_keys"]):
@@ -252,8 +168,7 @@ def load_dense(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtyp
 
 def dense_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint that belong to no layer of 4 or 8 bits, as views of the mapped files."""
-    quantised = {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
-    quantised |= {name for module in checkpoint.float8.scales for name in checkpoint.float8.tensors_of(module)}
+    quantised = quantised_names(checkpoint)
     with warnings.catch_warnings():
         # PyTorch warns about read-only memory, which the docstring of load() mentions.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)

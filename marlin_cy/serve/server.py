@@ -103,6 +103,7 @@ class Server(uvicorn.Server):
                 new_app(service, api_key),
                 lifespan="off",
                 access_log=False,
+                proxy_headers=False,  # no answer depends on a client's address
                 log_config=None,
                 limit_concurrency=MOST_CONNECTIONS,
                 ws="none",

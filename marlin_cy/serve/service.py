@@ -148,7 +148,7 @@ class Service:
                     self.model,
                     self.tokenizer,
                     prompt,
-                    replace(params, seed=_nth_seed(params.seed, number)),
+                    replace(params, seed=_nth_seed(params.seed, number)) if number else params,
                     max_new_tokens,
                     continues=continues,
                     stops=not body.ignore_eos,

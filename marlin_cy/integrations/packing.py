@@ -1,0 +1,116 @@
+"""A checkpoint whose layers are packed into a model while transformers loads the model's other weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations.modules import Contexts
+from marlin_cy.integrations.packed_modules import PackedModules, Progress
+
+with needs_extra():
+    import torch
+    from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from marlin_cy.checkpoints.checkpoint import Checkpoint
+
+__all__ = ["NAME", "Packing", "name_patterns", "quantised_names"]
+
+NAME = "marlin_cy"
+"""Name of the experts implementation and of the quantisation method in transformers' registries."""
+
+
+class Packing:
+    """Replaces modules before transformers' loader runs, and fills them afterwards. Each is done once.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        It reports to ``report``.
+    tensors : dict of str to torch.Tensor
+        Weights for the loader, by their names in the checkpoint. Quantised weights that do not run packed are added
+        to it, dequantised.
+    dtype : torch.dtype
+        Of these weights.
+    context_options : dict
+        Of the backend's ``new_context``.
+    report : Progress
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        context_options: Mapping[str, Any],
+        report: Progress,
+    ) -> None:
+        self._checkpoint, self._tensors, self._report = checkpoint, tensors, report
+        self._contexts = Contexts(checkpoint.backend, context_options)
+        self._modules = PackedModules(checkpoint, tensors, dtype)
+        self._written: TemporaryDirectory[str] | None = None
+
+    def replace(self, model: Any) -> None:
+        """Remove the quantised weights from a model on the meta device, and let the loader pass over them.
+
+        Raises
+        ------
+        CheckpointError, UnsupportedError
+            Whatever :meth:`~marlin_cy.checkpoints.checkpoint.Checkpoint.problems` finds first; or the model has no
+            such modules.
+        """
+        for problem in self._checkpoint.problems():
+            raise problem
+        self._modules.replace(model)
+        model.set_experts_implementation(NAME)
+        if self._checkpoint.has_own_head:
+            untie(model)
+        passed_over = model._keys_to_ignore_on_load_unexpected  # None, a list or a set, by the version of transformers
+        kind = list if passed_over is None else type(passed_over)
+        checkpoint = self._checkpoint
+        names = {name for name in checkpoint.tensor_names if checkpoint.is_passed_over(name)}
+        patterns = name_patterns(names | quantised_names(checkpoint) - self._tensors.keys())
+        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *patterns])
+
+    def write_tensors(self) -> list[str]:
+        """Write the tensors for the loader to a file; an empty list if there are none. :meth:`fill` removes it."""
+        if not self._tensors:
+            return []
+        self._written = TemporaryDirectory()
+        file = str(Path(self._written.name) / "dequantised.safetensors")
+        save_file(self._tensors, file, metadata={"format": "pt"})
+        return [file]
+
+    def fill(self, model: Any) -> None:
+        """Pack the layers, and close the checkpoint."""
+        if self._written is not None:
+            self._written.cleanup()
+        self._modules.check_shapes(model)
+        self._modules.fill(self._contexts, self._report)
+        self._checkpoint.close()
+        model.requires_grad_(False)
+
+
+def untie(model: Any) -> None:
+    """Let a model use its own output layer, which was replaced, instead of the embeddings."""
+    model.config.tie_word_embeddings = False
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.all_tied_weights_keys = {
+        target: source for target, source in model.all_tied_weights_keys.items() if target in parameters
+    }
+
+
+def name_patterns(names: Iterable[str]) -> set[str]:
+    """Regular expressions that match these names, wherever they begin: one for names that differ in numbers only."""
+    return {r"(?:^|\.)" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in names}
+
+
+def quantised_names(checkpoint: Checkpoint) -> set[str]:
+    """The names of tensors that belong to quantised layers."""
+    float8 = {name for module in checkpoint.float8.scales for name in checkpoint.float8.tensors_of(module)}
+    return {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears), *float8}
