@@ -109,7 +109,7 @@ setup(
     include_package_data=False,
     package_data={
         "": ["*.pyi"],
-        "marlin_cy": ["data/*/*", "py.typed"],
+        "marlin_cy": ["data/*/*", "data/*/*/*", "py.typed"],
         "marlin_cy.checkpoints.gguf": ["*.pyi"],
         "marlin_cy.cpu": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.decoder": ["*.pxd", "*.pyi"],
