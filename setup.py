@@ -93,6 +93,7 @@ setup(
         "marlin_cy.decoder",
         "marlin_cy.formats",
         "marlin_cy.integrations",
+        "marlin_cy.integrations.vllm",
         "marlin_cy.moe",
         "marlin_cy.opencl",
         "marlin_cy.opencl.checks",

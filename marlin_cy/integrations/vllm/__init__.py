@@ -2,9 +2,10 @@
 
 ::
 
-    vLLM loads plugins ── register() ── config.py   vLLM's quantisation method "marlin_cy": which layers run packed
-                                          ├── linear.py    linear layers        tensors.py  what vLLM's loader hands over
-                                          └── experts.py   routed experts       shares.py   this process's part of a weight
+    vLLM loads plugins ── register() ── config.py           the quantisation method "marlin_cy": which layers run packed
+                                          ├── linear.py     linear layers
+                                          └── experts.py    routed experts; expert_weights.py packs them
+    tensors.py  what vLLM's loader hands over               shares.py  this process's part of a weight
 
 vLLM calls :func:`register` in each of its processes, by the entry point ``vllm.general_plugins``.
 """

@@ -38,9 +38,7 @@ class PackedLinearMethod(LinearMethodBase):
     contexts : Contexts
     """
 
-    def __init__(
-        self, name: str, schemes: Sequence[Scheme], dtypes: dict[str, str], contexts: Contexts
-    ) -> None:
+    def __init__(self, name: str, schemes: Sequence[Scheme], dtypes: dict[str, str], contexts: Contexts) -> None:
         self._name, self._schemes, self._dtypes, self._contexts = name, schemes, dtypes, contexts
         self._runners: list[LinearRunner] = []
 
@@ -72,7 +70,9 @@ class PackedLinearMethod(LinearMethodBase):
         pieces: dict[int, CanonicalWeight] = {}
         for part in self._tensors.parts:
             numbers = self._numbers(part)
-            weight, _ = canonical(self._tensors.pop(part), self._schemes[min(numbers[0], len(self._schemes) - 1)], self._name)
+            # One layer of the checkpoint may hold all partitions.
+            scheme = self._schemes[numbers[0] if len(self._schemes) > 1 else 0]
+            weight, _ = canonical(self._tensors.pop(part), scheme, self._name)
             with naming(self._name):
                 pieces |= self._shares(layer, weight, numbers)
         if sorted(pieces) != list(range(len(self._widths))):
