@@ -94,9 +94,10 @@ def install(monkeypatch, additional_config=None, load_format="auto"):
         module = types.ModuleType(name)
         module.__dict__.update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    for part in ("config", "linear", "experts", "tensors", "expert_weights"):
+    parts = ("config", "linear", "experts", "tensors", "expert_weights", "packed_folder")
+    for part in parts:
         monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
     config = importlib.import_module(f"{PLUGIN}.config")
-    for part in ("config", "linear", "experts", "tensors", "expert_weights"):
+    for part in parts:
         monkeypatch.setitem(sys.modules, f"{PLUGIN}.{part}", sys.modules[f"{PLUGIN}.{part}"])
     return config

@@ -1,16 +1,13 @@
 """Models in vLLM whose layers run packed by the plugin: ``tests/vllm.sh`` runs this."""
 
 import os
-import subprocess
-import sys
 from importlib.resources import files
 
 import numpy as np
 import pytest
 
-from marlin_cy import load_model
+from marlin_cy import cli, load_model
 from marlin_cy.commands.run import BUILT_IN
-from marlin_cy.errors import UnsupportedError
 
 pytestmark = pytest.mark.vllm
 
@@ -66,6 +63,23 @@ def test_gpt_oss(tmp_path):
     check(write_format(tmp_path, "mxfp4", "gpt_oss"))
 
 
+def test_packed_folder(tmp_path):
+    """Layers are mapped in place."""
+    assert cli.main(["pack", str(FOLDER), str(tmp_path / "packed")]) == 0
+    check(tmp_path / "packed")
+
+
 def test_compiled():
     """``torch.compile`` passes over packed layers."""
     check(FOLDER, enforce_eager=False, compilation_config={"backend": "eager"})
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["columns", "experts"])
+def test_two_processes(tmp_path, options):
+    """Tensor and expert parallelism: each process packs its share."""
+    check(write_format(tmp_path, "gptq"), tensor_parallel_size=2, **options)
+
+
+def test_act_order_in_two_processes(tmp_path):
+    """Rows of K that are cut in another order than that of their groups."""
+    check(write_format(tmp_path, "gptq, desc_act"), tensor_parallel_size=2)

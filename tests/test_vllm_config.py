@@ -1,4 +1,4 @@
-"""What the plugin of vLLM decides about layers, with a stand-in for vLLM: which run packed, which are refused and why."""
+"""What the plugin of vLLM decides about layers, with a stand-in for vLLM: which run packed, and which are refused."""
 
 import types
 

@@ -97,7 +97,7 @@ def engine(folder, **options):
 
 
 def said_by_vllm(llm, prompt=PROMPT):
-    """``(tokens, log-probabilities)``: the tokens that follow the prompt, and of each token of the prompt but the first."""
+    """``(tokens, log-probabilities)``: the tokens that follow the prompt; of the prompt's tokens but the first."""
     from vllm import SamplingParams
 
     wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=0, ignore_eos=True, detokenize=False)

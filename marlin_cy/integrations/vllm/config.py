@@ -6,12 +6,20 @@ from functools import cache
 from typing import Any
 
 from marlin_cy.backends import get_backend
+from marlin_cy.checkpoints.packed import is_packed
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.registry import FILES, scheme_of
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.integrations.modules import Contexts
 from marlin_cy.integrations.vllm.experts import PackedExpertsMethod
 from marlin_cy.integrations.vllm.linear import PackedLinearMethod
+from marlin_cy.integrations.vllm.packed_folder import (
+    PASSED_OVER,
+    StoredExpertsMethod,
+    StoredLinearMethod,
+    experts_prefixes,
+    stored_linears,
+)
 from marlin_cy.integrations.vllm.tensors import refused
 
 import torch  # isort: skip
@@ -63,6 +71,8 @@ class VllmConfig(QuantizationConfig):
         """:data:`NAME` for checkpoints that this library reads, unless the user chose another method."""
         if user_quant not in (None, NAME):
             return None
+        if is_packed({"quantization_config": hf_quant_cfg}):
+            return NAME
         try:
             scheme_of(hf_quant_cfg, "config.json")
         except (UnsupportedError, CheckpointError):
@@ -77,6 +87,8 @@ class VllmConfig(QuantizationConfig):
         ------
         CheckpointError, UnsupportedError
         """
+        if is_packed({"quantization_config": config}):
+            return PackedFolderConfig()
         return cls(scheme_of(config, "config.json"))
 
     @classmethod
@@ -152,6 +164,9 @@ class VllmConfig(QuantizationConfig):
             if isinstance(layer, VocabParallelEmbedding):
                 raise refused(prefix, "quantised embeddings are not supported in vLLM")
             return None
+        return self._linear_method(prefix, names)
+
+    def _linear_method(self, prefix: str, names: list[str]) -> Any:
         schemes = [self._scheme(name) for name in names]
         return PackedLinearMethod(prefix, schemes, self.dtypes, contexts(**options()))
 
@@ -186,6 +201,44 @@ class VllmConfig(QuantizationConfig):
         if isinstance(found, str):
             raise refused(name, found)
         return found
+
+
+class PackedFolderConfig(VllmConfig):
+    """The layers of a packed folder."""
+
+    def __init__(self) -> None:
+        QuantizationConfig.__init__(self)
+        self._folder = ""
+        self._experts: dict[str, str] = {}
+        self.modules = {}
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """vLLM's loader passes over packed tensors."""
+        return WeightsMapper(orig_to_new_suffix=dict.fromkeys(PASSED_OVER))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Called by vLLM with the model's folder: see which modules are packed."""
+        self._folder = model_name
+        self.modules = {name: name for name in stored_linears(model_name)}
+        self._experts = {name: name for name in experts_prefixes(model_name)}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Called by vLLM with the names that it has for the folder's modules."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self._experts = hf_to_vllm_mapper.apply_dict(self._experts)
+
+    def _linear_method(self, prefix: str, names: list[str]) -> Any:
+        for name in names:
+            if name not in self.modules:
+                self._scheme(name)  # refused
+        stored = [str(self.modules[name]) for name in names]
+        return StoredLinearMethod(prefix, self._folder, stored, contexts(**options()))
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> Any:
+        if prefix not in self._experts:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        return StoredExpertsMethod(prefix, layer.moe_config, self._folder, contexts(**options()))
 
 
 def options() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme
 
-__all__ = ["PackedExpertsMethod", "activation_of"]
+__all__ = ["ExpertsMethod", "PackedExpertsMethod", "activation_of"]
 
 FUSED_NAMES = {"_blocks": "weight", "_scales": "weight_scale"}
 """vLLM's names for gpt-oss's tensors, each of which holds all experts."""
@@ -34,8 +34,49 @@ KNOWN_ACTIVATIONS = {
 """This library's activation by vLLM's name, limit, alpha and beta."""
 
 
-class PackedExpertsMethod(FusedMoEMethodBase):
-    """How vLLM runs the routed experts of one layer. vLLM routes, and sums the outputs of its processes.
+class ExpertsMethod(FusedMoEMethodBase):
+    """How vLLM runs the routed experts of one layer, after they were packed.
+
+    vLLM routes, and sums the outputs of its processes.
+
+    Parameters
+    ----------
+    name : str
+        The experts' name in vLLM.
+    moe : FusedMoEConfig
+    contexts : Contexts
+    """
+
+    def __init__(self, name: str, moe: Any, contexts: Contexts) -> None:
+        super().__init__(moe)
+        self._name, self._contexts = name, contexts
+        self._runner: ExpertsRunner | None = None
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """No kernel of vLLM runs."""
+        return
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The experts' weighted sum. Experts of other processes are skipped. vLLM itself runs the shared experts."""
+        assert self._runner is not None, "weights were not loaded"
+        local = layer.expert_map
+        ids = topk_ids if local is None else local[topk_ids.long()]
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = compiled.experts(x, ids, topk_weights, self._runner.number)
+            return output
+        return self._runner(x, ids, topk_weights)
+
+
+class PackedExpertsMethod(ExpertsMethod):
+    """Packs the routed experts of one layer.
 
     Parameters
     ----------
@@ -52,10 +93,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def __init__(
         self, name: str, moe: Any, first: Scheme, second: Scheme, dtypes: dict[str, str], contexts: Contexts
     ) -> None:
-        super().__init__(moe)
-        self._name, self._dtypes, self._contexts = name, dtypes, contexts
+        super().__init__(name, moe, contexts)
+        self._dtypes = dtypes
         self._schemes = {FIRST: first, SECOND: second}
-        self._runner: ExpertsRunner | None = None
 
     def create_weights(
         self,
@@ -94,30 +134,6 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             )
         self._runner = experts_runner(packed, self._contexts)
         self._tensors.close()
-
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """No kernel of vLLM runs."""
-        return
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The experts' weighted sum. Experts of other processes are skipped. vLLM itself runs the shared experts."""
-        assert self._runner is not None, "weights were not loaded"
-        local = layer.expert_map
-        ids = topk_ids if local is None else local[topk_ids.long()]
-        if torch.compiler.is_compiling():
-            output: torch.Tensor = compiled.experts(x, ids, topk_weights, self._runner.number)
-            return output
-        return self._runner(x, ids, topk_weights)
-
-    # Loading -----------------------------------------------------------------------------------
 
     def _loader(self, layer: Any, product: str, suffix: str) -> Any:
         """The ``weight_loader`` of a parameter."""

@@ -19,13 +19,38 @@ if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme
     from marlin_cy.weights.canonical import CanonicalWeight
 
-__all__ = ["PackedLinearMethod"]
+__all__ = ["LinearMethod", "PackedLinearMethod"]
 
 SHARD_NUMBERS = {"q": 0, "k": 1, "v": 2}
 
 
-class PackedLinearMethod(LinearMethodBase):
-    """How vLLM runs one linear layer, which may be several layers of the checkpoint side by side.
+class LinearMethod(LinearMethodBase):
+    """How vLLM runs one linear layer, after its packed layers were set.
+
+    Parameters
+    ----------
+    name : str
+        The layer's name in vLLM.
+    contexts : Contexts
+    """
+
+    def __init__(self, name: str, contexts: Contexts) -> None:
+        self._name, self._contexts = name, contexts
+        self._runners: list[LinearRunner] = []
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output: those of its packed layers, side by side."""
+        outputs = [run(runner, x) for runner in self._runners]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return output if bias is None else output + bias
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """A quantised head is used, whatever ``tie_word_embeddings`` says."""
+        return layer
+
+
+class PackedLinearMethod(LinearMethod):
+    """Packs a linear layer, which may be several layers of the checkpoint side by side.
 
     Parameters
     ----------
@@ -39,8 +64,8 @@ class PackedLinearMethod(LinearMethodBase):
     """
 
     def __init__(self, name: str, schemes: Sequence[Scheme], dtypes: dict[str, str], contexts: Contexts) -> None:
-        self._name, self._schemes, self._dtypes, self._contexts = name, schemes, dtypes, contexts
-        self._runners: list[LinearRunner] = []
+        super().__init__(name, contexts)
+        self._schemes, self._dtypes = schemes, dtypes
 
     def create_weights(
         self,
@@ -83,16 +108,6 @@ class PackedLinearMethod(LinearMethodBase):
                 for run in alike([pieces[number] for number in range(len(pieces))])
             ]
         self._tensors.close()
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output."""
-        outputs = [run(runner, x) for runner in self._runners]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return output if bias is None else output + bias
-
-    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """A quantised head is used, whatever ``tie_word_embeddings`` says."""
-        return layer
 
     def _numbers(self, part: Any) -> list[int]:
         """The partitions of the layer that a part of the checkpoint holds, in its order."""
