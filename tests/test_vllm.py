@@ -78,8 +78,3 @@ def test_compiled():
 def test_two_processes(tmp_path, options):
     """Tensor and expert parallelism: each process packs its share."""
     check(write_format(tmp_path, "gptq"), tensor_parallel_size=2, **options)
-
-
-def test_act_order_in_two_processes(tmp_path):
-    """Rows of K that are cut in another order than that of their groups."""
-    check(write_format(tmp_path, "gptq, desc_act"), tensor_parallel_size=2)

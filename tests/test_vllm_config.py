@@ -11,7 +11,9 @@ import fake_vllm  # noqa: E402
 import torch  # noqa: E402
 from checkpoint_files import awq_parts, gptq_parts, random_weight  # noqa: E402
 
+from marlin_cy.activations import ACTIVATIONS  # noqa: E402
 from marlin_cy.errors import UnsupportedError  # noqa: E402
+from marlin_cy.weights.code_types import CODE_TYPES  # noqa: E402
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
@@ -166,3 +168,114 @@ def test_activations(config):
     layer.swiglu_limit = 8.0
     with pytest.raises(UnsupportedError, match=r"experts: activation 'silu' with limit, alpha and beta \(8.0, None"):
         activation_of(layer, "experts")
+
+
+# ---------------------------------------------------------------------------------------------
+# Routed experts through the loader's calls
+
+EXPERT_SIZES = {"num_experts": 3, "hidden": 64, "inter": 128}
+IDS, WEIGHTS = [[0, 2], [1, 0], [2, 1]], [[0.75, 0.25], [0.5, 0.5], [1.0, 0.125]]
+
+
+def new_experts(config, quantization, dtypes, rank=0, ranks=1, local=None):
+    """A method for this process's share, and its layer; ``local`` is the expert map of expert parallelism."""
+    found = new_config(config, dtypes, quantization)
+    moe = types.SimpleNamespace(tp_rank=rank, tp_size=ranks)
+    value = "swigluoai" if quantization["quant_method"] == "mxfp4" else "silu"
+    layer = fake_vllm.RoutedExperts(
+        moe_config=moe,
+        ckpt_down_proj_name="down_proj",
+        activation=types.SimpleNamespace(value=value),
+        top_k=2,
+        apply_router_weight_on_input=False,
+        expert_map=None if local is None else torch.tensor(local),
+    )
+    method = found.get_quant_method(layer, EXPERTS)
+    held = EXPERT_SIZES["num_experts"] if local is None else max(local) + 1
+    inter = EXPERT_SIZES["inter"] // ranks
+    method.create_weights(layer, held, EXPERT_SIZES["hidden"], inter, torch.float32)
+    return method, layer
+
+
+def output(method, layer, x):
+    method.process_weights_after_loading(layer)
+    assert not list(layer.parameters())
+    return method.apply(layer, x, torch.tensor(WEIGHTS), torch.tensor(IDS), None, None).double().numpy()
+
+
+def expected_output(x, weights, activate):
+    """float64; ``weights`` has each expert's ``(gate, up, down)``, each a matrix and a bias."""
+    found = np.zeros((3, EXPERT_SIZES["hidden"]))
+    for token, (ids, routing) in enumerate(zip(IDS, WEIGHTS, strict=True)):
+        for expert, factor in zip(ids, routing, strict=True):
+            gate, up, down = weights[expert]
+            row = x[token].double().numpy()
+            found[token] += factor * (activate(row @ gate[0] + gate[1], row @ up[0] + up[1]) @ down[0] + down[1])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_experts_and_their_shares(config, rng, ranks, desc_act):
+    """The sum of all processes' outputs, with biases, and with rows of K in other orders."""
+    hidden, inter = EXPERT_SIZES["hidden"], EXPERT_SIZES["inter"]
+    group_size = 64 if desc_act else 32  # halves of groups in another order are groups of half the size
+    quantization = GPTQ | {"desc_act": desc_act, "group_size": group_size}
+    weights, tensors = [], []
+    for expert in range(EXPERT_SIZES["num_experts"]):
+        orders = {k: np.arange(k, dtype=np.int32) // group_size for k in (hidden, inter)}
+        if desc_act:
+            orders = {k: rng.permutation(order) for k, order in orders.items()}
+        weights.append([])
+        for shard, k, n in (("w1", hidden, inter), ("w3", hidden, inter), ("w2", inter, hidden)):
+            q, scale, zero = random_weight(rng, k, n, group_size)
+            bias = rng.standard_normal(n).astype(np.float16)
+            matrix = (q - zero[orders[k]].astype(float)) * scale[orders[k]]
+            weights[-1].append((matrix, bias.astype(float)))
+            parts = gptq_parts(q, scale, zero, orders[k], "gptq") | {"bias": bias}
+            tensors += [(expert, shard, name, array) for name, array in parts.items()]
+    x = torch.from_numpy(rng.standard_normal((3, hidden)).astype(np.float32))
+    found = 0.0
+    for rank in range(ranks):
+        method, layer = new_experts(config, quantization, gptq_dtypes(f"{EXPERTS}.0.up_proj", DOWN), rank, ranks)
+        for expert, shard, name, array in tensors:
+            parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{name}")
+            loaded = torch.from_numpy(np.ascontiguousarray(array))
+            assert parameter.weight_loader(
+                param=parameter, loaded_weight=loaded, shard_id=shard, expert_id=expert, return_success=True
+            )
+        found += output(method, layer, x)
+    expected = expected_output(x, weights, ACTIVATIONS["silu"].reference)
+    assert np.linalg.norm(found - expected) <= 2e-4 * np.linalg.norm(expected)
+
+
+DOWN = f"{EXPERTS}.0.down_proj"
+
+
+def test_experts_of_gpt_oss(config, rng):
+    """Tensors of all experts, with alternating gate and up columns and biases, as vLLM's loader reshapes them."""
+    experts, hidden, inter = EXPERT_SIZES.values()
+    names = {f"{EXPERTS}.{part}_blocks": "U8" for part in ("gate_up_proj", "down_proj")}
+    method, layer = new_experts(config, {"quant_method": "mxfp4"}, names)
+    dense = {}
+    for product, k, n in (("w13", hidden, 2 * inter), ("w2", inter, hidden)):
+        codes, exponents = rng.integers(0, 16, (experts, n, k)), rng.integers(117, 125, (experts, n, k // 32))
+        bias = rng.standard_normal((experts, n)).astype(np.float32)
+        packed = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+        parts = {"weight": packed, "weight_scale": exponents.astype(np.uint8), "bias": bias}
+        for name, array in parts.items():
+            parameter = getattr(layer, f"{product}_{name}")
+            parameter.weight_loader(parameter, torch.from_numpy(array), weight_name=name, shard_id=None, expert_id=None)
+        scales = np.repeat(2.0 ** (exponents - 127.0), 32, axis=2)
+        dense[product] = (CODE_TYPES["e2m1"].decode_table[codes] * scales).transpose(0, 2, 1), bias.astype(float)
+    first, down = dense["w13"], dense["w2"]
+    weights = [
+        [
+            *((first[0][expert][:, half::2], first[1][expert][half::2]) for half in (0, 1)),
+            (down[0][expert], down[1][expert]),
+        ]
+        for expert in range(experts)
+    ]
+    x = torch.from_numpy(rng.standard_normal((3, hidden)).astype(np.float32))
+    expected = expected_output(x, weights, ACTIVATIONS["swigluoai"].reference)
+    assert np.linalg.norm(output(method, layer, x) - expected) <= 2e-4 * np.linalg.norm(expected)

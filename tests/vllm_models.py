@@ -14,7 +14,7 @@ from marlin_cy.weights.canonical import unpack_words
 
 PROMPT = [7, 3, 40, 11, 95, 2, 61, 61, 18, 33, 5, 80, 24, 1, 9, 55]
 NEW_TOKENS = 4
-SIZES = {"head_dim": 32, "moe_intermediate_size": 64}
+SIZES = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
 """vLLM's attention on CPUs has heads of 32 and more columns; half of 64 is a group."""
 
 

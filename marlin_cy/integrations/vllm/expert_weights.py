@@ -95,7 +95,7 @@ def pack_experts(
     leading = source.pieces(0)
     width = sizes.inter * len(leading[0])
     builders = [
-        new_builder(backend, sizes.num_experts, n, pieces[0][0], [order[product] for order in orders])
+        new_builder(backend, sizes.num_experts, n, pieces[0][0], orders[product])
         for product, (pieces, n) in enumerate(zip(leading, (width, sizes.hidden), strict=True))
     ]
     biases: list[list[Any]] = [[None] * sizes.num_experts, [None] * sizes.num_experts]
