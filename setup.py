@@ -93,6 +93,7 @@ setup(
         "marlin_cy.decoder",
         "marlin_cy.formats",
         "marlin_cy.integrations",
+        "marlin_cy.integrations.vllm",
         "marlin_cy.moe",
         "marlin_cy.opencl",
         "marlin_cy.opencl.checks",
@@ -109,7 +110,7 @@ setup(
     include_package_data=False,
     package_data={
         "": ["*.pyi"],
-        "marlin_cy": ["data/*/*", "py.typed"],
+        "marlin_cy": ["data/*/*", "data/*/*/*", "py.typed"],
         "marlin_cy.checkpoints.gguf": ["*.pyi"],
         "marlin_cy.cpu": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.decoder": ["*.pxd", "*.pyi"],

@@ -106,7 +106,7 @@ def test_the_shipped_checkpoint():
 
 def test_the_shipped_weights_mean_what_was_recorded():
     """The MoE block in float64 on the weights as read gives the recorded outputs, which are float32."""
-    recorded = load_file(SHIPPED / "activations.safetensors")
+    recorded = load_file(SHIPPED / "recorded" / "activations.safetensors")
     with open_recording(SHIPPED) as checkpoint:
         for index in checkpoint.moe_layers:
             hidden, logits, expected = (
@@ -275,7 +275,7 @@ class TestOnTheCpu:
     def test_recorded_activations(self):
         """Each layer of the shipped checkpoint gives the outputs that were recorded when it was made."""
         backend = get_backend("cpu")
-        recorded = load_file(SHIPPED / "activations.safetensors")
+        recorded = load_file(SHIPPED / "recorded" / "activations.safetensors")
         context = backend.new_context()
         with open_checkpoint(SHIPPED, backend) as checkpoint:
             for index in checkpoint.moe_layers:

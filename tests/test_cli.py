@@ -77,7 +77,7 @@ def quick_bandwidth(monkeypatch):
 @pytest.fixture
 def checkpoint_without_activations(tmp_path):
     """The built-in checkpoint, less its recorded activations."""
-    return shutil.copytree(BUILT_IN, tmp_path / "checkpoint", ignore=shutil.ignore_patterns(run.ACTIVATIONS_FILE))
+    return shutil.copytree(BUILT_IN, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("recorded"))
 
 
 @pytest.fixture

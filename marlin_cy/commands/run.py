@@ -44,7 +44,8 @@ from marlin_cy.commands.output import LoadProgress, console, print_json, runs, t
 __all__ = ["BUILT_IN", "HELP", "add_arguments", "execute"]
 
 HELP = "run a checkpoint's MoE layers: errors, times, bandwidth"
-ACTIVATIONS_FILE = "activations.safetensors"
+ACTIVATIONS_FILE = "recorded/activations.safetensors"
+"""In a subfolder, because other programs load every ``*.safetensors`` in the folder itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

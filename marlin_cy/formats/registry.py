@@ -11,7 +11,7 @@ from marlin_cy.formats import auto_round, awq, compressed_tensors, deepseek_fp4,
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, read_json
 from marlin_cy.formats.scheme import Scheme
 
-__all__ = ["METHODS", "read_scheme"]
+__all__ = ["FILES", "METHODS", "read_scheme", "scheme_of"]
 
 FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 """The files that tools write next to ``config.json``: AutoGPTQ and GPTQModel, AutoAWQ, AutoRound."""
@@ -75,14 +75,19 @@ def read_scheme(folder: Path, config: JsonObject) -> Scheme:
         The method, or one of its settings, is not supported.
     """
     merged, file = _merged(_found(folder, config), folder)
-    method = _method(merged, file)
-    if method in LAYOUTS:
-        layout = optional(merged, LAYOUTS[method], str, file, default="")
-        if layout.lower() == "marlin" or optional(merged, ("is_marlin_format",), bool, file):
-            method = "marlin"
-    if method == "fp8":
+    if _method(merged, file) == "fp8":
         deepseek_fp4.check_experts(config, folder / "config.json")
-    return METHODS[method](merged, file)
+    return scheme_of(merged, file)
+
+
+def scheme_of(config: JsonObject, file: StrPath) -> Scheme:
+    """The scheme that a quantisation config describes; ``file`` is for messages. Raises as :func:`read_scheme`."""
+    method = _method(config, file)
+    if method in LAYOUTS:
+        layout = optional(config, LAYOUTS[method], str, file, default="")
+        if layout.lower() == "marlin" or optional(config, ("is_marlin_format",), bool, file):
+            method = "marlin"
+    return METHODS[method](config, file)
 
 
 def _found(folder: Path, config: JsonObject) -> list[tuple[str, Path, Any]]:
@@ -122,7 +127,7 @@ def _folded(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def _method(config: JsonObject, file: Path) -> str:
+def _method(config: JsonObject, file: StrPath) -> str:
     method = optional(config, ("quant_method", "method"), str, file)
     if method is None:
         method = next((method for name, method in METHOD_HINTS.items() if name in config), "gptq")

@@ -1,0 +1,103 @@
+"""The names of vLLM that the plugin imports, with as much behind them as tests of the plugin's decisions need."""
+
+import importlib
+import sys
+import types
+
+import pytest
+
+PLUGIN = "marlin_cy.integrations.vllm"
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+class Layer(torch.nn.Module):
+    """A layer of vLLM: attributes as given."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class LinearBase(Layer):
+    pass
+
+
+class VocabParallelEmbedding(Layer):
+    pass
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    pass
+
+
+class RoutedExperts(Layer):
+    def _map_global_expert_id_to_local_expert_id(self, expert):
+        return expert
+
+
+class FusedMoEMethodBase:
+    def __init__(self, moe):
+        self.moe = moe
+
+
+class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
+    pass
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+class QuantizationConfig:
+    def __init__(self):
+        self.packed_modules_mapping = {}
+
+
+class WeightsMapper:
+    pass
+
+
+def install(monkeypatch, additional_config=None, load_format="auto"):
+    """Put the names into ``sys.modules``; returns the plugin's module ``config``, imported anew."""
+    current = types.SimpleNamespace(
+        additional_config=additional_config or {}, load_config=types.SimpleNamespace(load_format=load_format)
+    )
+    layers = "vllm.model_executor.layers"
+    contents = {
+        "vllm": {},
+        "vllm.config": {"get_current_vllm_config": lambda: current},
+        "vllm.model_executor": {},
+        layers: {},
+        f"{layers}.fused_moe": {
+            "FusedMoEMethodBase": FusedMoEMethodBase,
+            "RoutedExperts": RoutedExperts,
+            "UnquantizedFusedMoEMethod": UnquantizedFusedMoEMethod,
+        },
+        f"{layers}.linear": {
+            "LinearBase": LinearBase,
+            "LinearMethodBase": object,
+            "UnquantizedLinearMethod": UnquantizedLinearMethod,
+        },
+        f"{layers}.quantization": {"register_quantization_config": lambda name: lambda chosen: chosen},
+        f"{layers}.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
+        f"{layers}.vocab_parallel_embedding": {
+            "ParallelLMHead": ParallelLMHead,
+            "VocabParallelEmbedding": VocabParallelEmbedding,
+        },
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
+        "vllm.transformers_utils": {},
+        "vllm.transformers_utils.config": {"get_safetensors_params_metadata": lambda *args, **options: {}},
+    }
+    for name, attributes in contents.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    parts = ("config", "linear", "experts", "tensors", "expert_weights", "packed_folder")
+    for part in parts:
+        monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
+    config = importlib.import_module(f"{PLUGIN}.config")
+    for part in parts:
+        monkeypatch.setitem(sys.modules, f"{PLUGIN}.{part}", sys.modules[f"{PLUGIN}.{part}"])
+    return config

@@ -1,0 +1,80 @@
+"""Models in vLLM whose layers run packed by the plugin: ``tests/vllm.sh`` runs this."""
+
+import os
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from marlin_cy import cli, load_model
+from marlin_cy.commands.run import BUILT_IN
+
+pytestmark = pytest.mark.vllm
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+# The engine runs in this process, and leaves the threads where they are.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+from vllm_models import engine, said_by_load, said_by_vllm, write_format  # noqa: E402
+
+FOLDER = files("marlin_cy") / BUILT_IN
+TEXT = "def __init__(self, name):"
+TOLERANCE = 2e-3
+"""Of log-probabilities in float32: both sides multiply with 16-bit activations, whose relative error is 2.5e-5."""
+
+
+def check(folder, **options):
+    """The same tokens and log-probabilities as by ``load``."""
+    with engine(folder, **options) as llm:
+        tokens, logprobs = said_by_vllm(llm)
+    expected_tokens, expected = said_by_load(folder)
+    assert tokens == expected_tokens
+    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_built_in_model(dtype):
+    """The same greedy text as by the library's decoder."""
+    from vllm import SamplingParams
+
+    with engine(FOLDER, dtype=dtype, skip_tokenizer_init=False) as llm:
+        (found,) = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)
+    model = load_model(FOLDER, context_length=64)
+    assert found.outputs[0].text == "".join(piece.text for piece in model.generate(TEXT, max_new_tokens=32))
+
+
+FORMS = ["gptq", "gptq, desc_act", "awq", "compressed-tensors", "auto-round"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_formats(tmp_path, form):
+    check(write_format(tmp_path, form))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
+def test_families(tmp_path, model_type):
+    """A shared expert and biases of attention; experts with other names."""
+    check(write_format(tmp_path, "gptq", model_type))
+
+
+def test_gpt_oss(tmp_path):
+    """MXFP4 experts in tensors of all experts, with biases."""
+    check(write_format(tmp_path, "mxfp4", "gpt_oss"))
+
+
+def test_packed_folder(tmp_path):
+    """Layers are mapped in place."""
+    assert cli.main(["pack", str(FOLDER), str(tmp_path / "packed")]) == 0
+    check(tmp_path / "packed")
+
+
+def test_compiled():
+    """``torch.compile`` passes over packed layers."""
+    check(FOLDER, enforce_eager=False, compilation_config={"backend": "eager"})
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["columns", "experts"])
+def test_two_processes(tmp_path, options):
+    """Tensor and expert parallelism: each process packs its share."""
+    check(write_format(tmp_path, "gptq"), tensor_parallel_size=2, **options)
