@@ -86,7 +86,7 @@ cdef int set_moe(moe_job *job, Workspace workspace, plan, list owners) except -1
     logits.dtype, logits.width = DTYPE_F32, layer.num_experts
     set_routing(&job.layer.router, workspace, &logits, layer.routing)
     job.layer.routes, job.layer.input_dtype, job.layer.combine.dtype = True, DTYPE_F32, DTYPE_F32
-    set_layer(&job.layer, workspace, layer, layer.top_k, 1)
+    set_layer(&job.layer, workspace, layer, layer.top_k, 1, None)
     job.hidden = layer.hidden_size
     if plan.shared is not None:
         job.has_shared = True
