@@ -146,6 +146,7 @@ setup(
             extension("_ffn", package="cpu.decoder"),
             extension("_grouped", package="cpu.decoder"),
             extension("_latent", package="cpu.decoder"),
+            extension("_norm", package="cpu.decoder"),
             extension("_projections", package="cpu.decoder"),
             extension("_step", package="cpu.decoder"),
             extension("_blocks", package="checkpoints.gguf"),

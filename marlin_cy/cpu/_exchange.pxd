@@ -48,11 +48,14 @@ cdef class Hosts:
 
     cdef int set_exchange(self, exchange *x) except -1
     cdef section *add_section(self, exchange *x, cut, int64_t element) except NULL
+    cdef section *set_rows(self, exchange *x, cut) except NULL
     cdef int begin(self) except -1
     cdef int finish(self) except -1
 
 cdef void carve_exchange(arena *memory, exchange *x) noexcept nogil
+cdef void carve_rows(arena *memory, exchange *x, int64_t max_rows) noexcept nogil
 cdef void begin_exchange(exchange *x) noexcept nogil
+cdef void begin_rows(exchange *x, int64_t rows) noexcept nogil
 cdef void run_exchange(exchange *x, member *m) noexcept nogil
 cdef bint has_failed(const exchange *x) noexcept nogil
 cdef void load_row(const section *s, int64_t row, void *target) noexcept nogil

@@ -54,6 +54,11 @@ cdef class Hosts:
         s.width = columns[self.rank + 1] - columns[self.rank]
         return s
 
+    cdef section *set_rows(self, exchange *x, cut) except NULL:
+        """Set an exchange of one section of float32."""
+        self.set_exchange(x)
+        return self.add_section(x, cut, sizeof(float))
+
     cdef int begin(self) except -1:
         """Forget the failure of an earlier call."""
         self.failed, self.error = False, None
@@ -86,19 +91,47 @@ cdef void carve_exchange(arena *memory, exchange *x) noexcept nogil:
     x.received = <char *>take(memory, received)
 
 
+cdef void carve_rows(arena *memory, exchange *x, int64_t max_rows) noexcept nogil:
+    """The layout for messages of one section."""
+    x.sections[0].max_rows = max_rows
+    carve_exchange(memory, x)
+
+
 # ---------------------------------------------------------------------------------------------
 # Work
 
 cdef void begin_exchange(exchange *x) noexcept nogil:
-    """Set all addresses, now that the rows of each section are known. One thread calls this."""
-    cdef int64_t at = 0, width
-    cdef int host, index
+    """Place this host's columns, now that the rows of each section are known. One thread calls this."""
+    cdef int64_t at = 0
+    cdef int index
     cdef section *s
     for index in range(x.num_sections):
         s = &x.sections[index]
         s.local = x.send + at
         at += s.rows * s.width * s.element
-    at = 0
+
+
+cdef void begin_rows(exchange *x, int64_t rows) noexcept nogil:
+    """As :func:`begin_exchange`, for a message of one section."""
+    x.sections[0].rows = rows
+    begin_exchange(x)
+
+
+cdef void run_exchange(exchange *x, member *m) noexcept nogil:
+    """Exchange what all threads have written before. It can be read when the call returns."""
+    barrier(m)
+    if m.thread == 0:
+        place_parts(x)
+        if not has_failed(x):
+            gather(x)
+    barrier(m)
+
+
+cdef void place_parts(exchange *x) noexcept nogil:
+    """Place what all hosts send. Exchanges of other layers may have used the same memory before."""
+    cdef int64_t at = 0, width
+    cdef int host, index
+    cdef section *s
     for host in range(x.size):
         x.counts[host] = at
         for index in range(x.num_sections):
@@ -107,14 +140,6 @@ cdef void begin_exchange(exchange *x) noexcept nogil:
             s.parts[host].data, s.parts[host].begin, s.parts[host].width = x.received + at, s.cut[host], width
             at += s.rows * width * s.element
         x.counts[host] = at - x.counts[host]
-
-
-cdef void run_exchange(exchange *x, member *m) noexcept nogil:
-    """Exchange what all threads have written before. It can be read when the call returns."""
-    barrier(m)
-    if m.thread == 0 and not has_failed(x):
-        gather(x)
-    barrier(m)
 
 
 cdef bint has_failed(const exchange *x) noexcept nogil:

@@ -20,7 +20,7 @@ from marlin_cy.weights.packed_tiles import PackedTiles
 from marlin_cy.weights.sizes import N_TILE
 from marlin_cy.weights.tile_layout import TILE_N
 
-__all__ = ["columns_backend", "expert_columns", "layer_share", "new_layer_shard"]
+__all__ = ["columns_backend", "expert_columns", "layer_share", "new_layer_shard", "padded", "runs_of"]
 
 
 def new_layer_shard(shard: Shard, inner: int, outputs: int, shared: int | None) -> LayerShard:

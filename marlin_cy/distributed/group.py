@@ -213,7 +213,8 @@ class Group:
         found = self.gather_values(row)
         for rank in range(self.size):
             if found[rank, 0] == FAILED:
-                raise GroupError(f"{call}: rank {rank} has failed; its own message says why")
+                self._lost = f"{call}: rank {rank} has failed; its own message says why"
+                raise GroupError(self._lost)
         for rank in range(self.size):
             if found[rank, 0] != found[0, 0]:
                 raise GroupError(f"{call}: rank {rank} is in another call than rank 0; every host must make the same calls")
@@ -235,13 +236,14 @@ class Group:
         except GroupError:
             raise
         except Exception:
-            if self.size > 1:
+            if self.size > 1 and self._lost is None:
                 row = np.zeros(FIELDS + 1, np.int64)
                 row[0] = FAILED
                 try:
                     self.gather_values(row)
                 except GroupError:
                     pass  # the exception of this host says more
+                self._lost = f"{call}: rank {self.rank} has failed before; start all hosts again"
             raise
 
     def first(self, value: int) -> int:
