@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from hosts import on_hosts
 
+from marlin_cy.checkpoints.checkpoint import open_checkpoint
+from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.decoder.model import load_model
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -56,6 +58,6 @@ def test_bits_on_other_numbers_of_hosts(folder, hosts):
 
 @pytest.mark.sweep
 def test_bits_of_packed_folders(folder, tmp_path):
-    pack_checkpoint(folder, tmp_path / "packed")
+    write_packed(open_checkpoint(folder), tmp_path / "packed")
     for hosts in (1, 2, 3, 4):
         check_bits(tmp_path / "packed", hosts, lm_head="int8" if hosts == 3 else None)

@@ -28,7 +28,7 @@ SPINS = 2000
 PAUSE = 50e-6
 """Seconds between later polls."""
 
-FIELDS = 12
+FIELDS = 48
 """Values that :meth:`Group.agree` compares, at most."""
 
 
