@@ -41,8 +41,8 @@ def open_share(shard: Shard, open_folder: Callable[[], Checkpoint]) -> Checkpoin
         samples = [checkpoint.raw_tensor(name)[:SAMPLE_BYTES] for name in names[:: max(1, len(names) // SAMPLES)]]
         fields = {
             "config.json": checksum(json.dumps(checkpoint.config, sort_keys=True)),
-            "the list of tensors": checksum(*((name, info.dtype, info.shape) for name, info in infos)),
-            "the bytes of tensors": checksum(*samples),
+            "names of tensors": checksum(*((name, info.dtype, info.shape) for name, info in infos)),
+            "bytes of tensors": checksum(*samples),
         }
     group.agree("open_checkpoint", fields)
     return checkpoint

@@ -221,8 +221,7 @@ class Group:
             for index, name in enumerate(fields, start=1):
                 if found[rank, index] != found[0, index]:
                     raise GroupError(
-                        f"{call}: {name} differs between rank 0 and rank {rank} "
-                        f"({found[0, index]} and {found[rank, index]}); every host must get the same"
+                        f"{call}: {name}: rank {rank} has other values than rank 0; every host must have the same"
                     )
 
     @contextmanager

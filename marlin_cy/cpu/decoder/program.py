@@ -47,10 +47,10 @@ class CpuDecoder(DecoderProgram):
             self._group.agree(
                 "step",
                 {
-                    "the tokens": checksum(batch.tokens),
-                    "the sequences": checksum(batch.segments),
-                    "the pages": checksum(batch.pages),
-                    "the wanted rows": checksum(batch.wanted),
+                    "tokens": checksum(batch.tokens),
+                    "sequences": checksum(batch.segments),
+                    "pages": checksum(batch.pages),
+                    "wanted rows": checksum(batch.wanted),
                     "compute_dtype": checksum(self._compute_dtype),
                 },
             )
