@@ -19,6 +19,7 @@ __all__ = [
     "ContextInUse",
     "DeviceError",
     "DeviceMemoryError",
+    "GroupError",
     "MarlinError",
     "UnsupportedError",
 ]
@@ -99,6 +100,10 @@ class DeviceError(MarlinError, RuntimeError):
 
 class DeviceMemoryError(MarlinError, MemoryError):
     """A device has too little memory. The message has the requested and the available size."""
+
+
+class GroupError(MarlinError, RuntimeError):
+    """The hosts of a :class:`~marlin_cy.distributed.Group` do not run alike: one is lost, or has other arguments."""
 
 
 class CheckpointError(MarlinError, ValueError):

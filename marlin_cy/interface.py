@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from marlin_cy.commands.measure import LayerMeasurement
     from marlin_cy.decoder.plan import DecoderPlan
     from marlin_cy.decoder.program import DecoderProgram
+    from marlin_cy.distributed.shard import LayerShard
     from marlin_cy.moe.layer import SharedExpert
     from marlin_cy.moe.routing import Routing
     from marlin_cy.weights.packed_tiles import PackedTiles
@@ -86,6 +87,8 @@ class MoePlan:
     shared_expert : SharedExpert or None
         Has ``gate_up``, ``down`` (stacks of one expert) and ``gate_weight``: float32 ``[hidden_size]`` on the
         host, or None.
+    shard : LayerShard or None
+        The stacks have only some columns; the other hosts of a :class:`~marlin_cy.distributed.Group` have the others.
     """
 
     gate_up: MarlinExpertStack
@@ -94,6 +97,12 @@ class MoePlan:
     activation: str
     apply_router_weight_on_input: bool
     shared_expert: SharedExpert | None
+    shard: LayerShard | None = None
+
+    @property
+    def output_size(self) -> int:
+        """Width of an output."""
+        return self.down.n_per_expert if self.shard is None else int(self.shard.outputs[-1])
 
     @property
     def num_experts(self) -> int:
@@ -133,6 +142,11 @@ class Backend(DecoderOperations, CommandLine, ABC):
     @abstractmethod
     def name(self) -> str:
         """The name of the backend: ``"cpu"``, ``"opencl"``."""
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether layers and models may be shared out over the hosts of a :class:`~marlin_cy.distributed.Group`."""
+        return False
 
     @abstractmethod
     def new_context(self, *args: Any, **options: Any) -> Context:
@@ -263,7 +277,9 @@ class Backend(DecoderOperations, CommandLine, ABC):
         """A linear layer over all columns of a stack of one expert, with ``bias`` (``[n_per_expert]`` or None)."""
         return stack.make_expert_linear(0, stack.n_per_expert, bias)
 
-    def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack | None:
+    def stack_from_packed(
+        self, packed: PackedTiles, columns: Sequence[tuple[int, int]] | None = None
+    ) -> MarlinExpertStack | None:
         """A stack that uses the tiles of a packed folder in place, or None if the backend cannot.
 
         If the result is None, the caller unpacks the tiles and passes them to a :meth:`new_stack_builder`.
@@ -272,6 +288,9 @@ class Backend(DecoderOperations, CommandLine, ABC):
         ----------
         packed : PackedTiles
             ``data`` is mapped from a file, and stays valid as long as something refers to it.
+        columns : one or two pairs of int, optional
+            Use only the columns ``begin`` to ``end - 1`` of each pair, and do not read the others. They begin at tiles,
+            and all but the last end with a tile. Passed only if :attr:`has_shards`.
         """
         return None
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from marlin_cy.checkpoints.families import Family, MoeSpec
 from marlin_cy.errors import MarlinError
 
-__all__ = ["ForEach", "call_in_parallel", "errors_of"]
+__all__ = ["Describe", "ForEach", "Progress", "call_in_parallel", "errors_of"]
 
 ForEach = Callable[[Callable[[int], None], int, "str | None"], None]
 """``for_each(work, count, description)`` calls ``work(i)`` for each ``i`` below ``count``, in parallel.
 
 Progress is reported under the description, if there is one."""
+
+Progress = Callable[[int, int, str], object]
+"""Called as ``progress(done, total, description)``."""
+
+Describe = Callable[[list[str]], tuple[Family, MoeSpec, list[int]]]
+"""The parameter ``describe`` of :func:`~marlin_cy.open_checkpoint`."""
 
 
 def errors_of(checks: Iterable[Callable[[], None]]) -> Iterator[MarlinError]:

@@ -21,11 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.backends import get_backend
-from marlin_cy.checkpoints.calls import call_in_parallel
+from marlin_cy.checkpoints.calls import Describe, Progress, call_in_parallel
 from marlin_cy.checkpoints.contents import new_source, open_contents
 from marlin_cy.checkpoints.families import (
-    Family,
-    MoeSpec,
     count_layers,
     find_family,
     find_moe_layers,
@@ -39,6 +37,8 @@ from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.problems import problems_of
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
+from marlin_cy.distributed.agreement import open_share
+from marlin_cy.distributed.shard import Shard
 from marlin_cy.errors import MarlinError
 from marlin_cy.formats.json_fields import StrPath, finite
 from marlin_cy.interface import Backend, Linear
@@ -47,12 +47,6 @@ from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
-
-Progress = Callable[[int, int, str], object]
-"""Called as ``progress(done, total, description)``."""
-
-Describe = Callable[[list[str]], tuple[Family, MoeSpec, list[int]]]
-"""The parameter ``describe`` of :func:`open_checkpoint`."""
 
 
 def open_checkpoint(
@@ -63,6 +57,7 @@ def open_checkpoint(
     num_threads: int | None = None,
     verify: bool = False,
     describe: Describe | None = None,
+    shard: Shard | None = None,
 ) -> Checkpoint:
     """Open a checkpoint folder. Everything except the weights' values is checked. No weight is loaded.
 
@@ -83,6 +78,8 @@ def open_checkpoint(
     describe : callable, optional
         Describes a model whose family has no row: ``describe(tensor_names)`` returns the :class:`Family`, the
         :class:`MoeSpec` and the numbers of the MoE layers. By default, such a model is refused.
+    shard : Shard, optional
+        From :meth:`marlin_cy.distributed.Group.shard`: MoE layers have only this host's columns.
 
     Raises
     ------
@@ -94,6 +91,8 @@ def open_checkpoint(
         A GGUF file, and the package ``gguf`` is not installed.
     TypeError, ValueError
         An invalid ``backend``, ``progress`` or ``num_threads``.
+    GroupError
+        With ``shard``: another host has other files, or cannot open its own.
     """
     if isinstance(backend, str):
         backend = get_backend(backend)
@@ -101,7 +100,8 @@ def open_checkpoint(
         raise TypeError(f"backend: got {type(backend).__name__}, expected a name or a Backend")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {type(progress).__name__}, expected a callable or None")
-    return Checkpoint(Path(path), backend, progress, checked_num_threads(num_threads), bool(verify), describe)
+    options = Path(path), backend, progress, checked_num_threads(num_threads), bool(verify), describe
+    return Checkpoint(*options) if shard is None else open_share(shard, lambda: Checkpoint(*options, shard))
 
 
 class Checkpoint:
@@ -116,6 +116,8 @@ class Checkpoint:
     path : Path
         The folder, or the GGUF file.
     backend : Backend
+    shard : Shard or None
+        This host's share of the layers.
     config : dict
         ``config.json``, or what a GGUF file says in its place.
     format : str
@@ -145,8 +147,9 @@ class Checkpoint:
         num_threads: int,
         verify: bool = False,
         describe: Describe | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self.shard = backend, shard
         self._progress = progress
         self._num_threads = num_threads
         contents = open_contents(path)
@@ -247,20 +250,22 @@ class Checkpoint:
         """
         return self._source.linears
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str, backend: Backend | None = None) -> Linear:
         """One quantised linear layer, which may be an expert's, with its bias if it has one.
 
         Parameters
         ----------
         name : str
             The module's name, without a tensor's suffix: ``"model.layers.0.self_attn.q_proj"``.
+        backend : Backend, optional
+            By default :attr:`backend`.
 
         Raises
         ------
         CheckpointError, UnsupportedError
             As :func:`open_checkpoint`; also if scales or ``g_idx`` are invalid.
         """
-        linear = self._source.linear(name, self.backend)
+        linear = self._source.linear(name, backend or self.backend)
         self._source.release(name)
         return linear
 
@@ -427,14 +432,13 @@ class Checkpoint:
 
         The parameter and the exceptions are those of :meth:`moe_layer`. Tensors that only routing needs are not read.
         """
-        self._check_layer(layer)
-        gate_up, down = self._source.expert_stacks(self.moe_block(layer), self.backend, f"layer {layer}")
-        return MoeLayer(gate_up, down, top_k=self.moe_spec.top_k, activation=self.moe_spec.activation)
+        return self._block(layer).experts(self.backend, f"layer {layer}")
 
     def _block(self, layer: int) -> MoeBlock:
         self._check_layer(layer)
         name = self.moe_block(layer)
-        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, self._config_file, self.float8)
+        options = self._config_file, self.float8, self.shard
+        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, *options)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""

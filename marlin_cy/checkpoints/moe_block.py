@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import MoeSpec
 from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.naming import Naming
+from marlin_cy.distributed.columns import columns_backend, expert_columns, new_layer_shard
+from marlin_cy.distributed.shard import LayerShard, Shard
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend
-from marlin_cy.moe.layer import MoeLayer, SharedExpert
+from marlin_cy.moe.layer import MoeLayer, SharedExpert, local_width
 from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import dequantize_weight
 
@@ -42,6 +45,8 @@ class MoeBlock:
         For messages.
     float8 : Float8Layers
         The linear layers in FP8.
+    shard : Shard, optional
+        Stacks have only this host's columns.
     """
 
     def __init__(
@@ -53,25 +58,45 @@ class MoeBlock:
         spec: MoeSpec,
         config_file: StrPath,
         float8: Float8Layers,
+        shard: Shard | None = None,
     ) -> None:
         self.name, self._tensors, self._source, self._naming, self._spec = name, tensors, source, naming, spec
         self._family, self._config_file, self._float8 = naming.family, config_file, float8
         self._router = f"{name}.{naming.family.router}"
+        self._shard: LayerShard | None = None
+        if shard is not None:
+            widths = spec.intermediate_size, spec.hidden_size, spec.shared_intermediate_size or None
+            self._shard = new_layer_shard(shard, *widths)
 
     def layer(self, backend: Backend, description: str, shared_expert: bool) -> MoeLayer:
         """As :meth:`Checkpoint.moe_layer`; ``description`` is for progress."""
         self.check()
         routing, spec = self.routing(), self._spec
         shared = self.shared_expert(backend) if shared_expert and spec.shared_intermediate_size else None
-        gate_up, down = self._source.expert_stacks(self.name, backend, description)
+        gate_up, down = self._source.expert_stacks(self.name, self._kept(backend), description)
         return MoeLayer(
             gate_up,
             down,
             activation=spec.activation,
             apply_router_weight_on_input=spec.weight_on_input,
             shared_expert=shared,
+            shard=self._shard,
             **routing,
         )
+
+    def experts(self, backend: Backend, description: str) -> MoeLayer:
+        """As :meth:`Checkpoint.experts`; ``description`` is for progress."""
+        gate_up, down = self._source.expert_stacks(self.name, self._kept(backend), description)
+        spec = self._spec
+        return MoeLayer(gate_up, down, top_k=spec.top_k, activation=spec.activation, shard=self._shard)
+
+    def _kept(self, backend: Backend, shared: bool = False) -> Backend:
+        """The backend; with a shard, one that keeps this host's columns of experts, or of the shared expert."""
+        if self._shard is None:
+            return backend
+        spec = self._spec
+        gated = ACTIVATIONS[spec.activation].gated
+        return columns_backend(backend, expert_columns(self._shard, spec.hidden_size, gated, shared=shared))
 
     # Routing -----------------------------------------------------------------------------------
 
@@ -184,6 +209,7 @@ class MoeBlock:
         for name, weight, expected in zip(modules, (*first, down), self._shared_sizes(modules), strict=True):
             check_sizes(name, (weight.k, weight.n), expected, self._tensors.source.parent)
         width = sum(weight.n for weight in first)
+        backend = self._kept(backend, shared=True)
         builder = new_builder(backend, 1, width, first[0], [first[0].g_idx])
         for position, weight in enumerate(first):
             builder.add(0, position * weight.n, weight)
@@ -199,7 +225,8 @@ class MoeBlock:
         elif spec.averaged:
             gate_weight = np.zeros(hidden, np.float32)  # whose sigmoid is a half, exactly
         with as_checkpoint_error(self._tensors.source, name):
-            return SharedExpert(builder.finish(), below.finish(), gate_weight)
+            columns = None if self._shard is None else local_width(self._shard.shared, self._shard.shard.rank)
+            return SharedExpert(builder.finish(), below.finish(), gate_weight, inner=columns)
 
     # Checks ------------------------------------------------------------------------------------
 

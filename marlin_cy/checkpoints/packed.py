@@ -244,7 +244,7 @@ class PackedSource:
     def linear(self, module: str, backend: Backend) -> Linear:
         stack = self._stack(module, backend)
         if f"{module}{BIAS}" in self._tensors:
-            self._tensors.check(f"{module}{BIAS}", (stack.n_per_expert,))
+            self._tensors.check(f"{module}{BIAS}", (self._stacks[module]["n"],))
         return backend.linear_of(stack, self.bias(module))
 
     def weight(self, module: str) -> CanonicalWeight:

@@ -7,7 +7,7 @@ The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (i
 words), ``cache_dtype``, ``prompt_tokens``, ``new_tokens``, ``depth``, ``sequences``, ``repeat``, ``load_seconds``,
 ``prefill_tokens_per_second`` and ``decode_tokens_per_second`` (medians, of all sequences together; null for a part of 0
 tokens), ``prefill_seconds`` and ``decode_seconds`` (of each run), ``packed_bytes``, ``other_weight_bytes``,
-``cache_bytes``, ``resident_bytes`` (null where the system does not report it).
+``cache_bytes``, ``resident_bytes`` (null where the system does not report it). With ``--mpi``, sizes are those of rank 0.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_cy import __version__
 from marlin_cy.commands.decoder_model import load_decoder, memory_line, resident_bytes, weight_bytes
+from marlin_cy.commands.mpi import add_mpi_options, mpi_group
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
@@ -35,6 +36,7 @@ from marlin_cy.errors import MarlinError
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
+    from marlin_cy.distributed import Group
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         )
     add_cache_option(parser)
     add_backend_options(parser, argv)
+    add_mpi_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -67,19 +70,19 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if not arguments.prompt_tokens and not arguments.new_tokens:
         arguments.refuse("--prompt-tokens and --new-tokens: got 0 for both, expected tokens to measure")
-    with checkpoint_folder(arguments) as folder:
-        report = _measure(folder, arguments)
-    if arguments.json:
-        print_json(report)
-    else:
-        _print_table(report)
+    with mpi_group(arguments) as group, checkpoint_folder(arguments) as folder:
+        report = _measure(folder, arguments, group)
+        if arguments.json:
+            print_json(report)
+        else:
+            _print_table(report)
     return 0
 
 
-def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(folder: Path, arguments: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     count = arguments.sequences
     most = arguments.depth + max(arguments.prompt_tokens, arguments.new_tokens)
-    loaded = load_decoder(folder, arguments, cache_tokens=count * (most + PAGES))
+    loaded = load_decoder(folder, arguments, cache_tokens=count * (most + PAGES), group=group)
     model = loaded.model
     if most > model.context_length:
         raise MarlinError(

@@ -18,6 +18,7 @@ from marlin_cy.formats.json_fields import optional
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.model import Model
+    from marlin_cy.distributed import Group
 
 __all__ = [
     "Loaded",
@@ -58,9 +59,12 @@ def load_decoder(
     context_length: int | None = None,
     cache_tokens: int | None = None,
     backend: str | None = None,
+    group: Group | None = None,
     **options: Any,
 ) -> Loaded:
     """Load a folder with the decoder, as the options say. ``options`` replace options of the backend's contexts.
+
+    ``group`` is that of ``--mpi``.
 
     Raises
     ------
@@ -88,6 +92,7 @@ def load_decoder(
                 cache_tokens=cache_tokens,
                 cache_dtype=arguments.cache_dtype or CACHE_DTYPE,
                 lm_head=arguments.lm_head,
+                group=group,
                 progress=progress,
                 **{**opened.context_from_arguments(arguments), **options},
             )
@@ -96,6 +101,8 @@ def load_decoder(
     device = opened.describe(model.context)
     if arguments.lm_head is not None:
         device += f", head in {arguments.lm_head}"
+    if group is not None:
+        device += f", {group.size} hosts"
     return Loaded(model, device, time.perf_counter() - start)
 
 

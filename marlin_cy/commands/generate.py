@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marlin_cy import __version__
 from marlin_cy.commands.decoder_model import (
@@ -27,6 +27,7 @@ from marlin_cy.commands.decoder_model import (
     resident_bytes,
     weight_bytes,
 )
+from marlin_cy.commands.mpi import add_mpi_options, mpi_group
 from marlin_cy.commands.options import (
     add_backend_options,
     add_checkpoint_argument,
@@ -40,6 +41,9 @@ from marlin_cy.commands.sampling_options import add_engine_options, add_sampling
 from marlin_cy.decoder.options import CACHE_DTYPE
 from marlin_cy.errors import MarlinError, UnsupportedError
 from marlin_cy.integrations import needs_extra
+
+if TYPE_CHECKING:
+    from marlin_cy.distributed import Group
 
 __all__ = ["HELP", "add_arguments", "execute"]
 
@@ -62,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--max-new-tokens", type=positive_argument, default=128, metavar="N", help="default: 128")
     add_engine_options(parser)
     add_backend_options(parser, argv)
+    add_mpi_options(parser)
     add_sampling_options(parser, "Without --temperature, the most likely token is taken each time.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text as it comes")
 
@@ -71,37 +76,46 @@ def execute(arguments: argparse.Namespace) -> int:
     engine = engine_of(arguments)
     sampling = sampling_of(arguments, needs_temperature=True)
     prompt = _prompt(arguments)
-    with checkpoint_folder(arguments) as folder:
-        report = _generate(folder, prompt, engine, sampling, arguments)
-    if arguments.json:
-        print_json(report)
-    else:
-        _print_figures(report)
+    if arguments.mpi and engine == "transformers":
+        arguments.refuse("--mpi: only with the decoder, got --engine transformers")
+    with mpi_group(arguments) as group, checkpoint_folder(arguments) as folder:
+        report = _generate(folder, prompt, engine, sampling, arguments, group)
+        if arguments.json:
+            print_json(report)
+        elif group is None or group.rank == 0:
+            _print_figures(report)
     return 0
 
 
 def _generate(
-    folder: Path, prompt: str, engine: str, sampling: dict[str, Any], arguments: argparse.Namespace
+    folder: Path,
+    prompt: str,
+    engine: str,
+    sampling: dict[str, Any],
+    arguments: argparse.Namespace,
+    group: Group | None,
 ) -> dict[str, Any]:
     """The report. Without ``--json`` the text is written as the model produces it."""
     if engine != "transformers":
         try:
-            return _with_decoder(folder, prompt, sampling, arguments)
+            return _with_decoder(folder, prompt, sampling, arguments, group)
         except UnsupportedError as error:
-            if engine == "decoder":
+            if engine == "decoder" or group is not None:
                 raise
             note(f"the decoder does not run this model ({error}); transformers runs it")
     return _with_transformers(folder, prompt, sampling, arguments)
 
 
-def _with_decoder(folder: Path, prompt: str, sampling: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def _with_decoder(
+    folder: Path, prompt: str, sampling: dict[str, Any], arguments: argparse.Namespace, group: Group | None
+) -> dict[str, Any]:
     from marlin_cy.decoder.generate import generate, keep_tokenizer
     from marlin_cy.decoder.text import Tokenizer
 
     tokenizer = Tokenizer(folder)
     tokens = tokenizer.encode(prompt)
     _check_length(len(tokens), declared_context(folder))
-    loaded = load_decoder(folder, arguments, cache_tokens=len(tokens) + arguments.max_new_tokens)
+    loaded = load_decoder(folder, arguments, cache_tokens=len(tokens) + arguments.max_new_tokens, group=group)
     model = loaded.model
     keep_tokenizer(model, tokenizer)
     write = (lambda text: None) if arguments.json else _write

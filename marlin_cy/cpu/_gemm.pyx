@@ -22,6 +22,7 @@ from marlin_cy.cpu._atomic cimport fetch_add, load
 from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport CHUNK_K, DTYPE_F32, LANE_K, TILE_N, gemm_fn, gemm_task
 from marlin_cy.cpu._quantize cimport begin_quantizing, group_rows, quantize_rows
+from marlin_cy.cpu._store cimport tile_offset
 from marlin_cy.cpu._team cimport member, run_team
 
 import numpy as np
@@ -239,12 +240,12 @@ cdef tile_pair tiles_of(const gemm_job *job, int64_t item) noexcept nogil:
     cdef tile_pair pair
     if job.inner:
         # inner is the K of the second product, so a multiple of 32: the ups of a tile of gates are a tile too.
-        pair.tile[0] = expert + panel * job.store.tile_stride
-        pair.tile[1] = pair.tile[0] + job.inner // TILE_N * job.store.tile_stride
+        pair.tile[0] = expert + tile_offset(&job.store, panel)
+        pair.tile[1] = expert + tile_offset(&job.store, panel + job.inner // TILE_N)
     else:
         tile = columns.begin // TILE_N + 2 * panel
-        pair.tile[0] = expert + tile * job.store.tile_stride
-        pair.tile[1] = pair.tile[0] + job.store.tile_stride if tile < (columns.end - 1) // TILE_N else NULL
+        pair.tile[0] = expert + tile_offset(&job.store, tile)
+        pair.tile[1] = expert + tile_offset(&job.store, tile + 1) if tile < (columns.end - 1) // TILE_N else NULL
     return pair
 
 

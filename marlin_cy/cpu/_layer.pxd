@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._combine cimport combination
+from marlin_cy.cpu._exchange cimport Hosts, exchange
 from marlin_cy.cpu._gemm cimport gemm_job
 from marlin_cy.cpu._quantize cimport quantize_job
 from marlin_cy.cpu._routing cimport routing
@@ -38,16 +39,23 @@ cdef struct layer_job:
     int64_t slice_tokens        # at most
     bint has_shared
     bint weigh_input            # multiply inputs by the weights, not products
+    # Several hosts: each has some columns of the passes' intermediate values and of the output.
+    bint divided
+    exchange inner              # the intermediate values of both passes
+    exchange outputs            # the output, unless the caller exchanges it
+    bint gathers_outputs
+    int64_t full_inner          # intermediate values of a token, of one pass and all hosts
+    int64_t full_width          # of the output, of all hosts
     # The call.
     int64_t tokens
     const char *input           # [tokens, k]
     int input_dtype
-    char *output                # [tokens, width]
+    char *output                # [tokens, width]; [tokens, full_width] if the outputs are gathered
     const int32_t *ids          # [tokens, top_k], the caller's or the router's
     const float *weights
     int32_t *shared_ids         # [slice_tokens] zeros
 
-cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens) except -1
+cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens, Hosts hosts) except -1
 cdef void set_max_tokens(layer_job *job, int64_t max_tokens) noexcept nogil
 cdef void carve_layer(arena *memory, void *layer) noexcept nogil
 cdef void forward(void *layer, member *m) noexcept nogil

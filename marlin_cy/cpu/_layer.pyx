@@ -12,6 +12,9 @@ Phases of a call:
    c. the *second products* of both passes, which quantise these results;
    d. *combine* the products of each token (``_combine.pyx``).
 
+On several hosts, each of which has some columns of every expert, the results of b are exchanged before c, and those of
+d at the end (``_exchange.pyx``).
+
 Phases 2 and 3 run in one parallel region; a barrier separates each phase from the next.
 """
 
@@ -21,7 +24,10 @@ from libc.string cimport memset
 from marlin_cy.cpu._arena cimport arena, carve, take, take_floats
 from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix, refuse_overlap
 from marlin_cy.cpu._combine cimport carve_combination, combine_tokens
-from marlin_cy.cpu._dispatch cimport ACTIVATION_RELU2, DTYPE_F32
+from marlin_cy.cpu._dispatch cimport ACTIVATION_RELU2, DTYPE_F32, MAX_MC
+from marlin_cy.cpu._exchange cimport (
+    Hosts, begin_exchange, carve_exchange, exchange, load_row, run_exchange, section,
+)
 from marlin_cy.cpu._gemm cimport (
     begin_product, carve_gemm, run_product, set_activation, set_gemm_job, set_quantize_job, set_rectified,
 )
@@ -49,7 +55,8 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
     """
     cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
     cdef matrix hidden = float_matrix(hidden_states, "hidden_states", gate_up_store.k, False)
-    cdef matrix result = float_matrix(out, "out", down_store.n, True)
+    cdef Hosts hosts = None if layer.shard is None else Hosts(layer.shard.shard.group)
+    cdef matrix result = float_matrix(out, "out", layer.output_size, True)
     cdef matrix logits
     cdef int64_t tokens = hidden.rows, top_k
     cdef layer_job job
@@ -76,22 +83,28 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
     if router_logits is None:
         job.ids, job.weights = &topk_ids[0, 0], &topk_weights[0, 0]
     job.input, job.input_dtype, job.output, job.combine.dtype = hidden.data, hidden.dtype, result.data, result.dtype
-    set_layer(&job, workspace, layer, top_k, tokens)
+    set_layer(&job, workspace, layer, top_k, tokens, hosts)
     workspace.enter()
     try:
+        if hosts is not None:
+            job.gathers_outputs = True
+            hosts.set_exchange(&job.outputs)
+            hosts.add_section(&job.outputs, layer.shard.outputs, element_bytes(result.dtype)).max_rows = job.slice_tokens
         carve(workspace, &workspace.scratch, carve_layer, &job)
         job.tokens = tokens
         with nogil:
             run_team(workspace.num_threads, forward, &job)
+        if hosts is not None:
+            hosts.finish()
     finally:
         workspace.leave()
 
 
-cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens) except -1:
+cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, int64_t max_tokens, Hosts hosts) except -1:
     """Set the members that the workspace and the layer, a ``MoePlan``, determine.
 
     The caller has set ``input_dtype`` and ``combine.dtype``, and, where the layer routes, ``router`` and
-    ``routes``.
+    ``routes``. ``hosts`` is not None if the layer is shared out over several.
     """
     cdef int activation = ACTIVATIONS[layer.activation].number
     cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
@@ -108,6 +121,15 @@ cdef int set_layer(layer_job *job, Workspace workspace, layer, int64_t top_k, in
         gate_weight = shared.gate_weight
         if gate_weight is not None:
             job.combine.gate_weight = &gate_weight[0]
+    job.full_inner, job.full_width = top_k * down_store.k, job.combine.width
+    if shared is not None:
+        job.full_inner = max(job.full_inner, shared.down.k)
+    if hosts is not None:
+        job.divided, job.full_width = True, layer.output_size
+        hosts.set_exchange(&job.inner)
+        job.routed.quantize_inner.gathered = hosts.add_section(&job.inner, layer.shard.inner, sizeof(float))
+        if shared is not None:
+            job.shared.quantize_inner.gathered = hosts.add_section(&job.inner, layer.shard.shared, sizeof(float))
     set_max_tokens(job, max_tokens)
     return 0
 
@@ -117,6 +139,8 @@ cdef void set_max_tokens(layer_job *job, int64_t max_tokens) noexcept nogil:
     job.slice_tokens = job.routed.max_tokens = job.shared.max_tokens = min(tokens_a_slice(job), max_tokens)
     if job.routes:
         job.routed_pairs = max_tokens * job.combine.top_k
+    job.inner.sections[0].max_rows = job.slice_tokens * job.combine.top_k
+    job.inner.sections[1].max_rows = job.outputs.sections[0].max_rows = job.slice_tokens
 
 
 cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
@@ -132,12 +156,12 @@ cdef int check_ids(const int32_t[:, ::1] ids, int64_t num_experts) except -1:
 # Memory
 
 cdef int64_t tokens_a_slice(const layer_job *job) noexcept nogil:
-    cdef int64_t top_k = job.combine.top_k, products = top_k, inner = top_k * job.routed.gate_up.out_width, tokens
+    cdef int64_t top_k = job.combine.top_k, products = top_k, tokens
+    # Hosts must cut their tokens alike, whatever the instruction set and the columns of each.
+    cdef int64_t rows = MAX_MC if job.divided else job.combine.table.mc
     if job.has_shared:
         products += 1
-        inner = max(inner, job.shared.gate_up.out_width)
-    tokens = max(SLICE_BYTES // (4 * (inner + products * job.combine.width)),
-                 job.combine.table.mc * job.routed.num_experts // top_k)
+    tokens = max(SLICE_BYTES // (4 * (job.full_inner + products * job.full_width)), rows * job.routed.num_experts // top_k)
     return max(<int64_t>1, min(tokens, MAX_INT32 // top_k))     # pairs of a slice are counted in int32
 
 
@@ -155,6 +179,10 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
         job.shared_ids = <int32_t *>take(memory, job.slice_tokens * <int64_t>sizeof(int32_t))
         job.shared.down.output = <char *>take(memory, job.slice_tokens * row_bytes)
         job.combine.shared = <const float *>job.shared.down.output
+    if job.divided:
+        carve_exchange(memory, &job.inner)
+    if job.gathers_outputs:
+        carve_exchange(memory, &job.outputs)
     begin = memory.used
     if job.routes:
         carve_routing(memory, &job.router)
@@ -175,8 +203,9 @@ cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
     p.down_plan.in_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     p.down_plan.out_rows = <int64_t *>take(memory, pairs * <int64_t>sizeof(int64_t))
     p.down_plan.row_orders = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
-    p.gate_up.output = <char *>take(memory, pairs * p.gate_up.out_width * <int64_t>sizeof(float))
-    p.quantize_inner.input = p.gate_up.output
+    if p.quantize_inner.gathered is NULL:
+        p.gate_up.output = <char *>take(memory, pairs * p.gate_up.out_width * <int64_t>sizeof(float))
+        p.quantize_inner.input = p.gate_up.output
     carve_quantized(memory, &p.quantize_input,
                     tokens if p.gate_up_orders.all_equal and not p.gate_up.table.min_matrix_rows else pairs)
     carve_quantized(memory, &p.quantize_inner, pairs)
@@ -204,15 +233,28 @@ cdef void forward(void *layer, member *m) noexcept nogil:
         run_product(&job.routed.gate_up, &job.routed.quantize_input, m)
         if job.has_shared:
             run_product(&job.shared.gate_up, &job.shared.quantize_input, m)
-        barrier(m)
+        if job.divided:
+            run_exchange(&job.inner, m)
+        else:
+            barrier(m)
         run_product(&job.routed.down, &job.routed.quantize_inner, m)
         if job.has_shared:
             run_product(&job.shared.down, &job.shared.quantize_inner, m)
         barrier(m)
         combine_tokens(&job.combine, count, m)
+        if job.gathers_outputs:
+            run_exchange(&job.outputs, m)
+            store_outputs(job, begin, count, m)
         begin += count
         if begin < job.tokens:
             barrier(m)
+
+
+cdef void store_outputs(const layer_job *job, int64_t begin, int64_t count, const member *m) noexcept nogil:
+    """Write a thread's share of the rows of a slice, whose columns come from all hosts."""
+    cdef int64_t row_bytes = job.full_width * element_bytes(job.combine.dtype), token
+    for token in range(count * m.thread // m.num_threads, count * (m.thread + 1) // m.num_threads):
+        load_row(&job.outputs.sections[0], token, job.output + (begin + token) * row_bytes)
 
 
 cdef void begin_slice(layer_job *job, int64_t begin, int64_t tokens) noexcept nogil:
@@ -231,6 +273,14 @@ cdef void begin_slice(layer_job *job, int64_t begin, int64_t tokens) noexcept no
     if job.has_shared:
         memset(job.shared_ids, 0, tokens * sizeof(int32_t))
         begin_pass(&job.shared, job.shared_ids, input, NULL, tokens)
+    if job.divided:
+        job.inner.sections[0].rows, job.inner.sections[1].rows = job.routed.gate_up_plan.num_pairs, tokens
+        begin_exchange(&job.inner)
+        job.routed.gate_up.output, job.shared.gate_up.output = job.inner.sections[0].local, job.inner.sections[1].local
+    if job.gathers_outputs:
+        job.outputs.sections[0].rows = tokens
+        begin_exchange(&job.outputs)
+        job.combine.output = job.outputs.sections[0].local
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,7 +302,7 @@ cdef int set_pass(expert_pass *p, Workspace workspace, gate_up, down, int64_t to
     if activation == ACTIVATION_RELU2:
         set_rectified(&p.gate_up)
     else:
-        set_activation(&p.gate_up, down_store.k, activation)
+        set_activation(&p.gate_up, gate_up_store.n // 2, activation)
     set_gemm_job(&p.down, workspace, down_store, down.bias)
     p.down.out_dtype = DTYPE_F32
     return 0

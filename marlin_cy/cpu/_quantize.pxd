@@ -4,6 +4,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dispatch cimport act_meta, ukernel_table
+from marlin_cy.cpu._exchange cimport section
 from marlin_cy.cpu._rows cimport row_plan
 
 cdef struct quantize_job:
@@ -12,6 +13,7 @@ cdef struct quantize_job:
     int planes
     const char *input           # [*, k], row-major
     int dtype
+    const section *gathered     # not NULL: input rows are float32, and their columns come from several hosts
     int64_t k                   # elements in an input row
     int64_t packed_k            # elements in a quantised row
     int group_size

@@ -12,6 +12,7 @@ from marlin_cy.cpu._arena cimport CACHE_LINE, arena, round_up, take, take_floats
 from marlin_cy.cpu._atomic cimport fetch_add, load, wait_until
 from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
+from marlin_cy.cpu._exchange cimport load_row
 
 cdef enum:
     TURNS_PER_THREAD = 8
@@ -102,7 +103,10 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
     cdef float *ordered = widened + round_up(job.k, CACHE_LINE // 4)
     cdef const int32_t *order
     cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows), group
-    if job.dtype != DTYPE_F32:
+    if job.gathered is not NULL:
+        load_row(job.gathered, source, widened)
+        x = widened
+    elif job.dtype != DTYPE_F32:
         job.table.widen(widened, values, job.dtype, job.k)
         x = widened
     if job.orders is not NULL:

@@ -6,6 +6,8 @@ cdef struct packed_view:
     const uint8_t *data
     int64_t expert_stride
     int64_t tile_stride
+    int64_t run_tiles           # an expert's tiles from this one on lie `skip` bytes further
+    int64_t skip
     int64_t header_bytes
     int64_t packed_k
     int64_t n
@@ -17,6 +19,11 @@ cdef struct packed_view:
     int64_t chunk_header_bytes  # of the records of a chunk of K, in each tile
     const int32_t *orders       # [num_orders][packed_k] row of K at each packed position; NULL: all in their own order
     const int32_t *order_of     # [num_experts]
+
+cdef inline int64_t tile_offset(const packed_view *view, int64_t tile) noexcept nogil:
+    """Where a tile begins in its expert."""
+    return tile * view.tile_stride + (view.skip if tile >= view.run_tiles else 0)
+
 
 cdef class CpuGptqStore:
     cdef packed_view view

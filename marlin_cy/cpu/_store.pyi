@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,14 @@ from marlin_cy.weights.stored import StoredWeight
 from marlin_cy.weights.tile_layout import TileLayout
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
+class TilePlace(NamedTuple):
+    nbytes: int
+    expert_stride: int
+    begin: int
+    run_tiles: int
+    skip: int
+
+def place_of(sizes: StackSizes, columns: Sequence[tuple[int, int]]) -> TilePlace: ...
 def checked_data(data: npt.NDArray[np.uint8], nbytes: int) -> npt.NDArray[np.uint8]: ...
 
 @final
@@ -41,7 +49,9 @@ class CpuGptqStore:
     def group_orders(self) -> list[GroupOrder]: ...
     @property
     def act_order(self) -> bool: ...
-    def __init__(self, sizes: StackSizes, data: npt.NDArray[np.uint8] | None = None) -> None: ...
+    def __init__(
+        self, sizes: StackSizes, data: npt.NDArray[np.uint8] | None = None, place: TilePlace | None = None
+    ) -> None: ...
     @staticmethod
     def from_packed(
         num_experts: int,
@@ -52,6 +62,7 @@ class CpuGptqStore:
         codes: str,
         scales: str | npt.DTypeLike,
         data: npt.NDArray[np.uint8],
+        columns: Sequence[tuple[int, int]] | None = None,
     ) -> CpuGptqStore: ...
     def pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None: ...
     def pack_stored(self, expert: int, column_offset: int, weight: StoredWeight) -> None: ...

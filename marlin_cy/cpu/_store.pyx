@@ -4,6 +4,7 @@ The layout is drawn in ``weights/tile_layout.py``, and ``layout.py`` implements 
 """
 
 import mmap
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +50,49 @@ def allocate_pages(int64_t nbytes):
     return np.frombuffer(pages, np.uint8, nbytes)
 
 
+class TilePlace(NamedTuple):
+    """Where tiles lie in ``data``, in bytes: one run of tiles of each expert, or two.
+
+    Attributes
+    ----------
+    nbytes : int
+        Size of the data.
+    expert_stride : int
+        From one expert to the next.
+    begin : int
+        The first tile of the first expert.
+    run_tiles : int
+        Tiles of the first run.
+    skip : int
+        From the end of the first run to the second run.
+    """
+
+    nbytes: int
+    expert_stride: int
+    begin: int
+    run_tiles: int
+    skip: int
+
+
+def place_of(sizes, columns):
+    """The place of some columns in a store of ``sizes``."""
+    orders, _ = distinct_orders(sizes.g_idx, sizes.k, sizes.group_size)
+    layout = TileLayout(
+        max(order.packed_k for order in orders), sizes.n_per_expert, packed_group_size(sizes.group_size), sizes.codes,
+        sizes.scales)
+    (begin, end), *others = columns
+    second = others[0][0] if others else end
+    if len(others) > 1 or begin % TILE_N or (others and (end % TILE_N or second % TILE_N)):
+        raise ValueError(f"columns: got {columns}, expected one or two runs of whole tiles of {TILE_N}")
+    return TilePlace(
+        nbytes=sizes.num_experts * layout.expert_stride,
+        expert_stride=layout.expert_stride,
+        begin=begin // TILE_N * layout.tile_stride,
+        run_tiles=-(-(end - begin) // TILE_N),
+        skip=(second - end) // TILE_N * layout.tile_stride if others else 0,
+    )
+
+
 def checked_data(data, int64_t nbytes):
     """``data``, a uint8 array, after a check that it is ``nbytes`` contiguous bytes aligned for the kernels."""
     if data.shape != (nbytes,) or not data.flags.c_contiguous:
@@ -67,7 +111,9 @@ cdef class CpuGptqStore:
     ----------
     sizes : StackSizes
         Checked.
-    data : uint8 ``[nbytes]``, optional
+    data : uint8, optional
+        See :meth:`from_packed`.
+    place : TilePlace, optional
         See :meth:`from_packed`.
 
     Attributes
@@ -75,14 +121,14 @@ cdef class CpuGptqStore:
     layout : TileLayout
     nbytes : int
         Size of the packed weights.
-    data : uint8 ``[nbytes]``
+    data : uint8 ``[nbytes]``; larger if the store has a ``place``
     group_orders : list of GroupOrder
         The distinct orders of the experts' rows.
     order_of : int32 ``[num_experts]``
         Index in ``group_orders`` of each expert's order.
     """
 
-    def __init__(self, sizes, data=None):
+    def __init__(self, sizes, data=None, place=None):
         self.num_experts, self.k, self.n = sizes.num_experts, sizes.k, sizes.n_per_expert
         self.weight_group_size, self.codes, self.scales = sizes.group_size, sizes.codes, sizes.scales
         self.group_orders, self.order_of = distinct_orders(sizes.g_idx, self.k, self.weight_group_size)
@@ -91,15 +137,20 @@ cdef class CpuGptqStore:
             packed_k, self.n, packed_group_size(self.weight_group_size), self.codes, self.scales)
         self.nbytes = self.num_experts * self.layout.expert_stride
         self.own = data is None
-        self.data = allocate_pages(self.nbytes) if data is None else checked_data(data, self.nbytes)
+        if place is None:
+            place = TilePlace(self.num_experts * layout.expert_stride, layout.expert_stride, 0, layout.tiles, 0)
+        self.data = allocate_pages(self.nbytes) if data is None else checked_data(data, place.nbytes)
         self.orders = rows_of_orders(self.group_orders, self.k)
         cdef const uint8_t[::1] packed = self.data
+        cdef int64_t first = place.begin
         cdef const int32_t[::1] orders_of_experts = self.order_of
         cdef const int32_t[:, ::1] orders
         self.view = packed_view(
-            data=&packed[0],
-            expert_stride=self.layout.expert_stride,
-            tile_stride=self.layout.tile_stride,
+            data=&packed[first],
+            expert_stride=place.expert_stride,
+            tile_stride=layout.tile_stride,
+            run_tiles=place.run_tiles,
+            skip=place.skip,
             header_bytes=self.layout.header_bytes,
             packed_k=packed_k,
             n=self.n,
@@ -118,7 +169,7 @@ cdef class CpuGptqStore:
             self.view.orders = &orders[0, 0]
 
     @staticmethod
-    def from_packed(num_experts, k, n, group_size, g_idx, codes, scales, data):
+    def from_packed(num_experts, k, n, group_size, g_idx, codes, scales, data, columns=None):
         """A store over the ``data`` of another store. Nothing is copied, and :meth:`pack` raises ``ValueError``.
 
         Parameters
@@ -128,6 +179,9 @@ cdef class CpuGptqStore:
         data : uint8 ``[nbytes]``
             Contiguous, at an address that is a multiple of 64; may be read-only, such as a memory map. It is kept,
             and must not change.
+        columns : one or two pairs of int, optional
+            Use only the columns ``begin`` to ``end - 1`` of each pair. They begin at tiles, and all but the last end
+            with a tile.
 
         Raises
         ------
@@ -137,7 +191,11 @@ cdef class CpuGptqStore:
         sizes = checked_stack_sizes(num_experts, k, n, group_size, g_idx, codes, scales)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data: got {getattr(data, 'dtype', type(data).__name__)}, expected a uint8 array")
-        return CpuGptqStore(sizes, data)
+        if columns is None:
+            return CpuGptqStore(sizes, data)
+        part = checked_stack_sizes(
+            num_experts, k, sum(end - begin for begin, end in columns), group_size, g_idx, codes, scales)
+        return CpuGptqStore(part, data, place_of(sizes, columns))
 
     cdef const int32_t *rows_of(self, int64_t expert) noexcept:
         """Row of K at each packed position of an expert; NULL if the rows are not permuted."""

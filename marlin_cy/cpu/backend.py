@@ -18,7 +18,8 @@ from marlin_cy.cpu._workspace import PLANES
 from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.operations import CpuOperations
 from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
-from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
+from marlin_cy.distributed.group import checksum
+from marlin_cy.interface import Backend, Context, MoePlan, StackBuilder
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
@@ -71,7 +72,13 @@ class CpuBackend(CpuOperations, Backend):
     ) -> StackBuilder:
         return CpuStackBuilder(checked_stack_sizes(num_experts, k, n_per_expert, group_size, g_idx, codes, scales))
 
-    def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack:
+    @property
+    def has_shards(self) -> bool:
+        return True
+
+    def stack_from_packed(
+        self, packed: PackedTiles, columns: Sequence[tuple[int, int]] | None = None
+    ) -> CpuMarlinExpertStack:
         """A stack whose kernels read the tiles of the packed folder in place."""
         store = CpuGptqStore.from_packed(
             packed.num_experts,
@@ -82,8 +89,12 @@ class CpuBackend(CpuOperations, Backend):
             packed.codes,
             packed.scales,
             packed.data.reshape(-1),
+            columns,
         )
-        return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, packed.bias)
+        bias = packed.bias
+        if bias is not None and columns is not None:
+            bias = np.concatenate([bias[:, begin:end] for begin, end in columns], axis=1)
+        return CpuMarlinExpertStack(store, store.num_experts, store.n, store.k, bias)
 
     def route(
         self, ctx: Context, router_logits: npt.NDArray[Any], routing: Routing
@@ -105,6 +116,18 @@ class CpuBackend(CpuOperations, Backend):
         for name, stack in plan.stacks():
             if not isinstance(stack, CpuMarlinExpertStack):
                 raise TypeError(f"ctx: got a CPU context, but the layer's {name} is a {type(stack).__name__}")
+        if plan.shard is not None:
+            plan.shard.shard.group.agree(
+                "layer",
+                {
+                    "hidden_states": checksum(hidden_states),
+                    "out": checksum(out.dtype, out.shape),
+                    "router_logits": checksum(router_logits),
+                    "topk_ids": checksum(topk_ids),
+                    "topk_weights": checksum(topk_weights),
+                    "compute_dtype": checksum(ctx.compute_dtype),
+                },
+            )
         fork.run(
             _layer.moe_forward,
             workspace_of(ctx),

@@ -17,7 +17,7 @@ from marlin_cy.decoder.config import (
     LatentAttentionConfig,
     read_decoder_config,
 )
-from marlin_cy.decoder.loading import Loader
+from marlin_cy.decoder.loading import Loader, rows_of
 from marlin_cy.decoder.plan import (
     AttentionPlan,
     DecoderPlan,
@@ -33,6 +33,8 @@ from marlin_cy.decoder.plan import (
     Vector,
 )
 from marlin_cy.decoder.rope import rope_table
+from marlin_cy.decoder.share import Heads, Share, columns_of
+from marlin_cy.distributed.shard import Columns, Cut
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.moe.layer import MoeLayer
 
@@ -111,6 +113,8 @@ class PlanBuilder:
     ) -> None:
         self._checkpoint, self._config, self._context_length = checkpoint, config, context_length
         self._loader = Loader(checkpoint) if loader is None else loader
+        self._share = Share(checkpoint.shard)
+        self._hidden = self._share.cut("hidden_size", config.hidden_size, whole_tiles=True)
         tables = {
             rope: rope_table(rope, context_length, config.rope_interleaved)
             for rope in set(config.ropes.values())
@@ -135,6 +139,9 @@ class PlanBuilder:
             layers=[self._layer(layer) for layer in range(len(config.layer_types))],
             final_norm=self._norm(f"{base}.norm", config.hidden_size),
             head=self._head(base, embedding),
+            group=self._share.group,
+            hidden=self._hidden,
+            vocabulary=self._vocabulary,
         )
         loader.check_all_used()
         return plan
@@ -142,10 +149,14 @@ class PlanBuilder:
     def _head(self, base: str, embedding: npt.NDArray[Any]) -> Projection:
         """The head; the embedding if they are tied, and the files do not have another head."""
         name = "language_model.lm_head" if base.startswith("language_model.") else "lm_head"
-        loader = self._loader
+        loader, columns = self._loader, self._share.columns(self._vocabulary)
         if self._config.tied and not loader.is_quantised(name) and not self._own_head(name, embedding):
-            return DenseLinear(embedding)
-        return loader.projection(name, self._config.hidden_size, self._config.vocab_size)
+            return DenseLinear(rows_of(embedding, columns))
+        return loader.projection(name, self._config.hidden_size, self._config.vocab_size, columns=columns)
+
+    @property
+    def _vocabulary(self) -> Cut | None:
+        return self._share.cut("vocab_size", self._config.vocab_size)
 
     def _own_head(self, name: str, embedding: npt.NDArray[Any]) -> bool:
         """Whether the files have a head that differs from the embedding. As transformers does, it is used then."""
@@ -160,12 +171,15 @@ class PlanBuilder:
 
     def _layer(self, layer: int) -> LayerPlan:
         module, hidden = f"{self._checkpoint.layer_prefix}.{layer}", self._config.hidden_size
-        return LayerPlan(
+        plan = LayerPlan(
             mixer_norm=self._norm(f"{module}.input_layernorm", hidden),
             mixer=self._mixer(module, self._config.layer_types[layer]),
             ffn_norm=self._norm(f"{module}.post_attention_layernorm", hidden),
             ffn=self._ffn(module, layer),
         )
+        if self._share.group is not None:  # hosts that load slowly are not taken for lost
+            self._share.group.agree(f"loading layer {layer}", {})
+        return plan
 
     # Token mixers ------------------------------------------------------------------------------
 
@@ -181,44 +195,62 @@ class PlanBuilder:
     def _attention(self, module: str, config: AttentionConfig, layer_type: str) -> AttentionPlan:
         load, hidden = self._loader.projection, self._config.hidden_size
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        heads = self._share.heads("num_attention_heads", config.num_heads, config.num_kv_heads)
+        per_head = 2 * config.head_dim if config.gated else config.head_dim
+        key_columns = heads.key_columns(config.head_dim)
         return AttentionPlan(
-            q=load(f"{module}.q_proj", hidden, 2 * queries if config.gated else queries, config.bias),
-            k=load(f"{module}.k_proj", hidden, keys, config.bias),
-            v=load(f"{module}.v_proj", hidden, keys, config.bias),
-            o=load(f"{module}.o_proj", queries, hidden, config.output_bias),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            q=load(
+                f"{module}.q_proj", hidden, config.num_heads * per_head, config.bias, heads.query_columns(per_head)
+            ),
+            k=load(f"{module}.k_proj", hidden, keys, config.bias, key_columns),
+            v=load(f"{module}.v_proj", hidden, keys, config.bias, key_columns),
+            o=load(f"{module}.o_proj", queries, hidden, config.output_bias, self._share.columns(self._hidden)),
+            num_heads=heads.num_queries,
+            num_kv_heads=heads.num_keys,
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             rope=self._ropes[layer_type],
             q_norm=self._norm(f"{module}.q_norm", config.head_dim) if config.head_norm else None,
             k_norm=self._norm(f"{module}.k_norm", config.head_dim) if config.head_norm else None,
             window=config.window if layer_type == "sliding_attention" else None,
-            sinks=self._loader.vector(f"{module}.sinks", config.num_heads) if config.sinks else None,
+            sinks=self._loader.vector(f"{module}.sinks", config.num_heads)[heads.queries] if config.sinks else None,
             gated=config.gated,
+            values=heads.values(config.head_dim),
         )
 
     def _latent_attention(self, module: str, config: LatentAttentionConfig, layer_type: str) -> LatentAttentionPlan:
-        load, hidden = self._loader.projection, self._config.hidden_size
+        load, hidden, share = self._loader.projection, self._config.hidden_size, self._share
         queries = config.num_heads * (config.nope_dim + config.rope_dim)
+        heads = share.heads("num_attention_heads", config.num_heads, 1)
+        per_head, inputs = config.nope_dim + config.rope_dim, config.num_heads * config.v_head_dim
+        latent = share.cut("kv_lora_rank", config.latent_dim + config.rope_dim)
         rope, table = self._config.ropes[layer_type], self._ropes[layer_type]
         if rope is None or table is None:
             raise UnsupportedError(f"{self._checkpoint.path}: latent attention without RoPE is not supported")
-        q_a, q_a_norm, q_b = None, None, f"{module}.q_proj"
+        q_a, q_a_norm, q_b, low_rank = None, None, f"{module}.q_proj", None
         if config.q_rank is not None:
-            q_a = load(f"{module}.q_a_proj", hidden, config.q_rank, config.bias)
+            low_rank = share.cut("q_lora_rank", config.q_rank)
+            q_a = load(f"{module}.q_a_proj", hidden, config.q_rank, config.bias, share.columns(low_rank))
             q_a_norm, q_b = self._norm(f"{module}.q_a_layernorm", config.q_rank), f"{module}.q_b_proj"
-        k_up, v_up = self._up_projections(f"{module}.kv_b_proj", config)
+        k_up, v_up = (rows_of(up, heads.query_columns(1)) for up in self._up_projections(f"{module}.kv_b_proj", config))
         return LatentAttentionPlan(
             q_a=q_a,
             q_a_norm=q_a_norm,
-            q_b=load(q_b, hidden if config.q_rank is None else config.q_rank, queries),
-            kv_a=load(f"{module}.kv_a_proj_with_mqa", hidden, config.latent_dim + config.rope_dim, config.bias),
+            q_b=load(
+                q_b, hidden if config.q_rank is None else config.q_rank, queries, columns=heads.query_columns(per_head)
+            ),
+            kv_a=load(
+                f"{module}.kv_a_proj_with_mqa",
+                hidden,
+                config.latent_dim + config.rope_dim,
+                config.bias,
+                share.columns(latent),
+            ),
             kv_a_norm=self._norm(f"{module}.kv_a_layernorm", config.latent_dim),
             k_up=k_up,
             v_up=v_up,
-            o=load(f"{module}.o_proj", config.num_heads * config.v_head_dim, hidden, config.bias),
-            num_heads=config.num_heads,
+            o=load(f"{module}.o_proj", inputs, hidden, config.bias, share.columns(self._hidden)),
+            num_heads=heads.num_queries,
             nope_dim=config.nope_dim,
             rope_dim=config.rope_dim,
             latent_dim=config.latent_dim,
@@ -226,6 +258,9 @@ class PlanBuilder:
             scale=(config.nope_dim + config.rope_dim) ** -0.5 * rope.score_factor,
             rope=table,
             norm_eps=LATENT_NORM_EPS,
+            values=heads.values(config.v_head_dim),
+            low_rank=low_rank,
+            latent=latent,
         )
 
     def _up_projections(self, module: str, config: LatentAttentionConfig) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -239,6 +274,8 @@ class PlanBuilder:
     def _delta_net(self, module: str, config: DeltaNetConfig) -> DeltaNetPlan:
         loader, hidden = self._loader, self._config.hidden_size
         values = config.num_v_heads * config.value_dim
+        heads = self._share.heads("linear_num_value_heads", config.num_v_heads, config.num_k_heads)
+        channels, kept, gates = delta_columns(config, heads), heads.query_columns(config.value_dim), heads.query_columns(1)
         conv = loader.vector(
             f"{module}.conv1d.weight",
             config.channels * config.conv_width,
@@ -246,30 +283,32 @@ class PlanBuilder:
         )
         if self._config.architecture.fused_delta:
             qkv_z, b_a = delta_outputs(config)
-            qkv, z = loader.reordered(f"{module}.in_proj_qkvz", hidden, config.channels + values, qkv_z)
-            b, a = loader.reordered(f"{module}.in_proj_ba", hidden, 2 * config.num_v_heads, b_a)
+            width = config.channels + values
+            qkv, z = loader.reordered(f"{module}.in_proj_qkvz", hidden, width, qkv_z, [channels, kept])
+            b, a = loader.reordered(f"{module}.in_proj_ba", hidden, 2 * config.num_v_heads, b_a, [gates, gates])
         else:
-            qkv = loader.projection(f"{module}.in_proj_qkv", hidden, config.channels)
-            z = loader.projection(f"{module}.in_proj_z", hidden, values)
-            b = loader.projection(f"{module}.in_proj_b", hidden, config.num_v_heads)
-            a = loader.projection(f"{module}.in_proj_a", hidden, config.num_v_heads)
+            qkv = loader.projection(f"{module}.in_proj_qkv", hidden, config.channels, columns=channels)
+            z = loader.projection(f"{module}.in_proj_z", hidden, values, columns=kept)
+            b = loader.projection(f"{module}.in_proj_b", hidden, config.num_v_heads, columns=gates)
+            a = loader.projection(f"{module}.in_proj_a", hidden, config.num_v_heads, columns=gates)
         return DeltaNetPlan(
             qkv=qkv,
             z=z,
             b=b,
             a=a,
-            o=loader.projection(f"{module}.out_proj", values, hidden),
-            conv=conv.reshape(config.channels, config.conv_width),
-            a_log=loader.vector(f"{module}.A_log", config.num_v_heads),
-            dt_bias=loader.vector(f"{module}.dt_bias", config.num_v_heads),
+            o=loader.projection(f"{module}.out_proj", values, hidden, columns=self._share.columns(self._hidden)),
+            conv=rows_of(conv.reshape(config.channels, config.conv_width), channels),
+            a_log=loader.vector(f"{module}.A_log", config.num_v_heads)[heads.queries],
+            dt_bias=loader.vector(f"{module}.dt_bias", config.num_v_heads)[heads.queries],
             # This norm has the factor itself, also where the others are centred at 1.
             norm=loader.vector(f"{module}.norm.weight", config.value_dim),
-            num_k_heads=config.num_k_heads,
-            num_v_heads=config.num_v_heads,
+            num_k_heads=heads.num_keys,
+            num_v_heads=heads.num_queries,
             key_dim=config.key_dim,
             value_dim=config.value_dim,
             conv_width=config.conv_width,
             norm_eps=self._config.norm_eps,
+            values=heads.values(config.value_dim),
         )
 
     # Feed-forward networks ---------------------------------------------------------------------
@@ -277,9 +316,10 @@ class PlanBuilder:
     def _ffn(self, module: str, layer: int) -> FfnPlan:
         checkpoint, loader, hidden = self._checkpoint, self._loader, self._config.hidden_size
         spec, family = checkpoint.moe_spec, checkpoint.family
+        network = spec.activation, self._share, self._hidden
         if layer not in checkpoint.moe_layers:
             assert self._config.dense_size is not None  # read_config checks
-            return loader.mlp(f"{module}.mlp", DENSE_MLP, hidden, self._config.dense_size, spec.activation)
+            return loader.mlp(f"{module}.mlp", DENSE_MLP, hidden, self._config.dense_size, *network)
         block, names = checkpoint.moe_block(layer), family.shared_names
         bias = self._config.architecture.expert_bias
         router = loader.dense(f"{block}.{family.router}", hidden, spec.num_experts, bias)
@@ -292,7 +332,7 @@ class PlanBuilder:
         return MoeFfnPlan(
             router=router,
             layer=self._experts(layer, shared_expert=False),
-            shared=loader.mlp(shared, names, hidden, spec.shared_intermediate_size, spec.activation),
+            shared=loader.mlp(shared, names, hidden, spec.shared_intermediate_size, *network),
             shared_gate=gate,
         )
 
@@ -319,6 +359,15 @@ def narrowed(weight: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         error = np.linalg.norm((half.astype(np.float32) - weight).astype(np.float64))
         close = bool(error <= FLOAT16_ERROR * np.linalg.norm(weight.astype(np.float64)))
     return half if close else np.ascontiguousarray(weight)
+
+
+def delta_columns(config: DeltaNetConfig, heads: Heads) -> Columns | None:
+    """The channels of this host's heads: queries, keys and values; None for all channels."""
+    if heads.cut is None:
+        return None
+    keys = config.num_k_heads * config.key_dim
+    parts = [columns_of(heads.keys, config.key_dim, offset) for offset in (0, keys)]
+    return np.concatenate([*parts, columns_of(heads.queries, config.value_dim, 2 * keys)])
 
 
 def delta_outputs(config: DeltaNetConfig) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.checkpoint import Checkpoint
 from marlin_cy.decoder.build import PlanBuilder, read_config
 from marlin_cy.decoder.config import LatentAttentionConfig
-from marlin_cy.decoder.loading import Loader
+from marlin_cy.decoder.loading import Loader, rows_of
 from marlin_cy.decoder.plan import DenseLinear, Projection
+from marlin_cy.distributed.shard import Columns
 from marlin_cy.errors import CheckpointError
 from marlin_cy.moe.layer import MoeLayer
 
@@ -44,10 +45,12 @@ class HeaderLoader(Loader):
         self._use(tensor)
         return np.broadcast_to(np.float16(0), shape)
 
-    def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
+    def projection(
+        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
+    ) -> Projection:
         if self.is_quantised(module):
-            return DenseLinear(self.unpacked(module, k, n, bias))
-        return self.dense(module, k, n, bias)
+            return DenseLinear(rows_of(self.unpacked(module, k, n, bias), columns))
+        return self.dense(module, k, n, bias, columns)
 
     def unpacked(self, module: str, k: int, n: int, bias: bool = False) -> npt.NDArray[np.float32]:
         self._bias(module, n, bias)
@@ -58,9 +61,12 @@ class HeaderLoader(Loader):
             self.matrix(f"{module}.weight", n, k)
         return np.broadcast_to(np.float32(0), (n, k))
 
-    def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
+    def reordered(
+        self, module: str, k: int, n: int, parts: Sequence[Columns], kept: Sequence[Columns | None]
+    ) -> list[Projection]:
         self.unpacked(module, k, n)
-        return [DenseLinear(np.broadcast_to(np.float32(0), (len(part), k))) for part in parts]
+        columns = (part if own is None else own for part, own in zip(parts, kept, strict=True))
+        return [DenseLinear(np.broadcast_to(np.float32(0), (len(own), k))) for own in columns]
 
 
 class PlanChecker(PlanBuilder):

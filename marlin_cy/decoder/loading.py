@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,9 @@ from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
 from marlin_cy.checkpoints.safetensors import FLOATS
 from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
+from marlin_cy.decoder.share import Share
+from marlin_cy.distributed.columns import columns_backend, padded, runs_of
+from marlin_cy.distributed.shard import Columns, Cut
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Linear
 from marlin_cy.reference import dequantize_weight
@@ -88,15 +90,21 @@ class Loader:
         """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
         self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
 
-    def dense(self, module: str, k: int, n: int, bias: bool = False) -> DenseLinear:
+    def dense(
+        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
+    ) -> DenseLinear:
         """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""
         weight = (
             self.unpacked(module, k, n, bias) if self.is_quantised(module) else self.matrix(f"{module}.weight", n, k)
         )
-        return DenseLinear(weight, self._bias(module, n, bias))
+        return DenseLinear(rows_of(weight, columns), self._bias(module, n, bias, columns))
 
-    def projection(self, module: str, k: int, n: int, bias: bool = False) -> Projection:
+    def projection(
+        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
+    ) -> Projection:
         """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
+
+        With ``columns``, it has only these outputs. A quantised layer has a multiple of 8: the last one is repeated.
 
         Raises
         ------
@@ -105,21 +113,29 @@ class Loader:
             AutoGPTQ writes it.
         """
         if not self.is_quantised(module):
-            return self.dense(module, k, n, bias)
+            return self.dense(module, k, n, bias, columns)
         self._bias(module, n, bias)
         self._used.add(module)
+        if columns is not None:
+            with as_checkpoint_error(self.checkpoint.path, module):
+                return self.checkpoint.linear(module, columns_backend(self.checkpoint.backend, {(k, n): columns}))
         linear = self.checkpoint.linear(module)
         self._check_sizes(module, linear.in_features, linear.out_features, k, n)
         return linear
 
-    def mlp(self, module: str, names: Sequence[str], k: int, inner: int, activation: str) -> MlpPlan:
+    def mlp(
+        self, module: str, names: Sequence[str], k: int, inner: int, activation: str, share: Share, outputs: Cut | None
+    ) -> MlpPlan:
         """A feed-forward network; ``names`` are those of gate, up and down in the module."""
         gate, up, down = (f"{module}.{name}" for name in names)
+        cut = share.cut("intermediate_size", inner)
+        columns = share.columns(cut)
         return MlpPlan(
-            gate=self.projection(gate, k, inner),
-            up=self.projection(up, k, inner),
-            down=self.projection(down, inner, k),
+            gate=self.projection(gate, k, inner, columns=columns),
+            up=self.projection(up, k, inner, columns=columns),
+            down=self.projection(down, inner, k, columns=share.columns(outputs)),
             activation=activation,
+            inner=cut,
         )
 
     def unpacked(self, module: str, k: int, n: int, bias: bool = False) -> npt.NDArray[np.float32]:
@@ -130,22 +146,31 @@ class Loader:
         self._used.add(module)
         return self.checkpoint.dequantized(module, n, k)
 
-    def reordered(self, module: str, k: int, n: int, parts: Sequence[npt.NDArray[np.int64]]) -> list[Projection]:
-        """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
+    def reordered(
+        self, module: str, k: int, n: int, parts: Sequence[Columns], kept: Sequence[Columns | None]
+    ) -> list[Projection]:
+        """A linear layer without bias, cut into several; ``parts`` has the outputs of each, ``kept`` those to keep of each.
 
         Dense rows are copied. A part of a quantised layer that is too narrow for the backends is unpacked to float32.
         """
         self._bias(module, n, False)
         if not self.is_quantised(module):
             matrix = self.matrix(f"{module}.weight", n, k)
-            return [DenseLinear(matrix[part]) for part in parts]
+            return [
+                DenseLinear(matrix[part if columns is None else part[columns]])
+                for part, columns in zip(parts, kept, strict=True)
+            ]
         weight = self.checkpoint.weight(module)
         self._used.add(module)
         self._check_sizes(module, weight.k, weight.n, k, n)
         projections: list[Projection] = []
-        for part in parts:
-            piece = columns_of(weight, part)
-            if piece.n % N_TILE:
+        for part, columns in zip(parts, kept, strict=True):
+            # Whether a part is unpacked does not depend on the columns to keep: its bits do not either.
+            unpacked = len(part) % N_TILE
+            if columns is not None:
+                part = part[columns]
+            piece = weight.columns(part if unpacked else padded(part))
+            if unpacked:
                 dense = dequantize_weight(piece).T.astype(np.float32)
                 projections.append(DenseLinear(np.ascontiguousarray(dense)))
             else:
@@ -159,13 +184,13 @@ class Loader:
             builder.add(0, 0, weight)
             return backend.linear_of(builder.finish(), None)
 
-    def _bias(self, module: str, n: int, expected: bool) -> Vector | None:
+    def _bias(self, module: str, n: int, expected: bool, columns: Columns | None = None) -> Vector | None:
         name = f"{module}.bias"
         if not expected and not self.has(name):
             return None
         bias = self.vector(name, n)
         if expected:
-            return bias
+            return bias if columns is None else bias[columns]
         if bias.any():
             raise CheckpointError("the model has no such bias", file=self.checkpoint.path, tensor=name)
         return None
@@ -178,11 +203,9 @@ class Loader:
             )
 
 
-def columns_of(weight: CanonicalWeight, columns: npt.NDArray[np.int64]) -> CanonicalWeight:
-    """Some columns of a weight, in a new order."""
-    return replace(
-        weight,
-        words=weight.words[:, columns],
-        scale=weight.scale[:, columns],
-        zero=None if weight.zero is None else weight.zero[:, columns],
-    )
+def rows_of(matrix: npt.NDArray[Any], rows: Columns | None) -> npt.NDArray[Any]:
+    """Some rows of a matrix: a view if they follow each other."""
+    if rows is None:
+        return matrix
+    runs = runs_of(rows)
+    return matrix[slice(*runs[0])] if len(runs) == 1 else matrix[rows]

@@ -20,7 +20,9 @@ from marlin_cy.decoder.head import with_head
 from marlin_cy.decoder.options import CACHE_DTYPE, CACHE_DTYPES
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch
+from marlin_cy.decoder.steps import cut_into_steps
 from marlin_cy.decoder.text_methods import TextMethods
+from marlin_cy.distributed.group import Group, checksum
 from marlin_cy.errors import ContextInUse, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend, Context
@@ -45,6 +47,7 @@ def load_model(
     cache_tokens: int | None = None,
     cache_dtype: str = CACHE_DTYPE,
     lm_head: str | None = None,
+    group: Group | None = None,
     progress: Callable[[int, int, str], object] | None = None,
     **context_options: Any,
 ) -> Model:
@@ -64,6 +67,9 @@ def load_model(
     lm_head : {"int8"}, optional
         Round the head to 8 bits when loading: half the bytes of bfloat16, and logits within a percent. By default the
         head is used as it is in the file.
+    group : Group, optional
+        Hosts that share out the model: each has some heads and columns of all weights, and its heads' part of the cache.
+        Every host makes the same calls, and gets the same logits, those of a single host.
     progress : callable, optional
         As in :func:`~marlin_cy.open_checkpoint`.
     **context_options
@@ -76,10 +82,32 @@ def load_model(
         decoder.
     MemoryError
         The cache does not fit into memory. The message has its size, and the number of tokens that would fit.
+    GroupError
+        With ``group``: another host has other files or arguments, has failed, or is lost.
     """
+    options = context_length, cache_tokens, cache_dtype, lm_head
+    if group is None:
+        return _load(path, backend, options, None, progress, context_options)
+    with group.together("load_model"):
+        names = ("context_length", "cache_tokens", "cache_dtype", "lm_head"), options
+        group.agree("load_model", {name: checksum(value) for name, value in zip(*names, strict=True)})
+        model = _load(path, backend, options, group, progress, context_options)
+    group.agree("load_model, at its end", {})
+    return model
+
+
+def _load(
+    path: StrPath,
+    backend: str | Backend,
+    options: tuple[int | None, int | None, str, str | None],
+    group: Group | None,
+    progress: Callable[[int, int, str], object] | None,
+    context_options: dict[str, Any],
+) -> Model:
+    context_length, cache_tokens, cache_dtype, lm_head = options
     if not isinstance(cache_dtype, str) or cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
-    checkpoint = open_checkpoint(path, backend, progress=progress)
+    checkpoint = open_checkpoint(path, backend, progress=progress, shard=None if group is None else group.shard())
     config = read_config(checkpoint)
     context_length = config.context_length if context_length is None else integer("context_length", context_length)
     cache_tokens = context_length if cache_tokens is None else integer("cache_tokens", cache_tokens)
@@ -418,24 +446,3 @@ class Model(TextMethods):
         if not self._free_states:
             raise CacheFull("sequences: all slots of recurrent state are in use; free sequences")
         return self._free_states.pop()
-
-
-def cut_into_steps(counts: list[int], max_rows: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut the tokens of several sequences into steps of at most ``max_rows`` rows.
-
-    Yields lists of ``(sequence, begin, end)``: tokens ``begin`` to ``end - 1`` of a sequence.
-    """
-    step: list[tuple[int, int, int]] = []
-    room = max_rows
-    for index, count in enumerate(counts):
-        begin = 0
-        while begin < count:
-            end = min(count, begin + room)
-            step.append((index, begin, end))
-            room -= end - begin
-            begin = end
-            if room == 0:
-                yield step
-                step, room = [], max_rows
-    if step:
-        yield step

@@ -12,6 +12,9 @@ and :mod:`marlin_cy.decoder.reference` computes a plan in float64. A plan knows 
 
 Norm weights are float32. Where a family defines a norm's factor as ``1 + w``, the plan has ``1 + w``. Vectors and
 matrices of a plan are on the host.
+
+A plan may be one host's share of a model (:mod:`marlin_cy.distributed`). It then has this host's heads, and projections
+have this host's columns. A *cut* says which columns each host has; it is None where all are on one host.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.distributed.group import Group
+from marlin_cy.distributed.shard import Cut
 from marlin_cy.interface import Linear
 from marlin_cy.moe.layer import MoeLayer
 
@@ -130,6 +135,8 @@ class AttentionPlan:
     soft_cap : float or None
     gated : bool
         Source: Qwen3-Next.
+    values : Cut or None
+        Of the inputs of ``o``.
     """
 
     q: Projection
@@ -147,6 +154,7 @@ class AttentionPlan:
     sinks: Vector | None = None
     soft_cap: float | None = None
     gated: bool = False
+    values: Cut | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +190,8 @@ class LatentAttentionPlan:
         ``rope_dim / 2`` pairs.
     norm_eps : float
         Epsilon of the two inner norms.
+    values, low_rank, latent : Cut or None
+        Of the inputs of ``o``, and of the outputs of ``q_a`` and ``kv_a``.
     """
 
     q_a: Projection | None
@@ -200,6 +210,9 @@ class LatentAttentionPlan:
     scale: float
     rope: RopeTable
     norm_eps: float
+    values: Cut | None = None
+    low_rank: Cut | None = None
+    latent: Cut | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +239,8 @@ class DeltaNetPlan:
     norm : float32 ``[value_dim]``
     num_k_heads, num_v_heads, key_dim, value_dim, conv_width : int
     norm_eps : float
+    values : Cut or None
+        Of the inputs of ``o``.
     """
 
     qkv: Projection
@@ -243,6 +258,7 @@ class DeltaNetPlan:
     value_dim: int
     conv_width: int
     norm_eps: float
+    values: Cut | None = None
 
 
 MixerPlan: TypeAlias = AttentionPlan | LatentAttentionPlan | DeltaNetPlan
@@ -257,12 +273,15 @@ class MlpPlan:
     gate, up, down : Projection
     activation : str
         A name in :data:`marlin_cy.activations.ACTIVATIONS`.
+    inner : Cut or None
+        Of the outputs of ``gate`` and ``up``.
     """
 
     gate: Projection
     up: Projection
     down: Projection
     activation: str
+    inner: Cut | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,6 +342,10 @@ class DecoderPlan:
     final_norm : float32 ``[hidden_size]``
     head : Projection
         ``[hidden_size]`` to ``[vocab_size]``; the embedding itself for models that tie them.
+    group : Group or None
+        The hosts that have shares of the model.
+    hidden, vocabulary : Cut or None
+        Of the outputs of mixers and networks, and of the head.
     """
 
     hidden_size: int
@@ -333,3 +356,6 @@ class DecoderPlan:
     layers: Sequence[LayerPlan]
     final_norm: Vector
     head: Projection
+    group: Group | None = None
+    hidden: Cut | None = None
+    vocabulary: Cut | None = None

@@ -16,6 +16,7 @@ from marlin_cy.moe.routing import Routing
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from marlin_cy.distributed.shard import LayerShard
     from marlin_cy.interface import Backend, Buffer
     from marlin_cy.moe.routing import RoutingOptions
 
@@ -37,6 +38,8 @@ class SharedExpert:
         differ.
     gate_weight : float array ``[k]``, optional
         A finite array on the host, kept as float32. Source: ``shared_expert_gate`` of Qwen2-MoE.
+    inner : int, optional
+        Intermediate columns of ``gate_up`` if other hosts have the others, see ``shard`` of :class:`MoeLayer`.
 
     Raises
     ------
@@ -45,9 +48,14 @@ class SharedExpert:
     """
 
     def __init__(
-        self, gate_up: MarlinExpertStack, down: MarlinExpertStack, gate_weight: npt.ArrayLike | None = None
+        self,
+        gate_up: MarlinExpertStack,
+        down: MarlinExpertStack,
+        gate_weight: npt.ArrayLike | None = None,
+        *,
+        inner: int | None = None,
     ) -> None:
-        check_stacks(gate_up, down)
+        check_stacks(gate_up, down, inner=inner)
         if gate_up.num_experts != 1:
             raise ValueError(f"gate_up: got {gate_up.num_experts} experts, expected 1")
         self.gate_up, self.down = gate_up, down
@@ -98,6 +106,9 @@ class MoeLayer:
         be 1. Source: vLLM's argument of that name, for Llama 4.
     shared_expert : SharedExpert, optional
         Its output is added. It uses the same backend and the same activation.
+    shard : LayerShard, optional
+        The stacks have this host's columns. :func:`~marlin_cy.open_checkpoint` and
+        :meth:`marlin_cy.distributed.Group.layer` make such layers.
     norm_topk_prob, scoring, correction_bias, num_groups, topk_groups, group_score, routed_scaling_factor, expert_scale,
     mixer_jitter
         As in :class:`~marlin_cy.moe.routing.Routing`.
@@ -119,11 +130,13 @@ class MoeLayer:
         activation: str = "silu",
         apply_router_weight_on_input: bool = False,
         shared_expert: SharedExpert | None = None,
+        shard: LayerShard | None = None,
         **routing: Unpack[RoutingOptions],
     ) -> None:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        check_stacks(gate_up, down, ACTIVATIONS[activation].gated)
+        gated, rank = ACTIVATIONS[activation].gated, None if shard is None else shard.shard.rank
+        check_stacks(gate_up, down, gated, local_width(shard and shard.inner, rank))
         selection = Routing(gate_up.num_experts, top_k, **routing)
         on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
         if on_input and selection.top_k != 1:
@@ -132,17 +145,25 @@ class MoeLayer:
             if not isinstance(shared_expert, SharedExpert):
                 raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
             widths = shared_expert.gate_up.k, shared_expert.down.n_per_expert
-            check_stacks(shared_expert.gate_up, shared_expert.down, ACTIVATIONS[activation].gated)
+            inner = local_width(shard and shard.shared, rank)
+            check_stacks(shared_expert.gate_up, shared_expert.down, gated, inner)
             if widths != (gate_up.k, down.n_per_expert):
                 raise ValueError(
                     f"shared_expert: got {widths[0]} -> {widths[1]}, expected {gate_up.k} -> {down.n_per_expert}"
                 )
-        self._plan = MoePlan(gate_up, down, selection, activation, on_input, shared_expert)
+        self._plan = MoePlan(gate_up, down, selection, activation, on_input, shared_expert, shard)
+
+    @classmethod
+    def of_plan(cls, plan: MoePlan) -> MoeLayer:
+        """A layer of a plan that was checked."""
+        layer = cls.__new__(cls)
+        layer._plan = plan
+        return layer
 
     def __repr__(self) -> str:
         return (
             f"MoeLayer({self.num_experts} experts, top {self.top_k}, "
-            f"{self.hidden_size} -> {self.intermediate_size} -> {self.down.n_per_expert})"
+            f"{self.hidden_size} -> {self.intermediate_size} -> {self._plan.output_size})"
         )
 
     @property
@@ -276,7 +297,7 @@ class MoeLayer:
             raise TypeError(f"hidden_states: got {type(hidden_states).__name__}, expected a buffer of the backend")
         if len(shape) != 2:
             raise ValueError(f"hidden_states: got shape {shape}, expected [tokens, {self.hidden_size}]")
-        return backend.empty((shape[0], self.down.n_per_expert), hidden_states.dtype)
+        return backend.empty((shape[0], self._plan.output_size), hidden_states.dtype)
 
 
 def backend_of(ctx: Context) -> Backend:
@@ -292,10 +313,18 @@ def backend_of(ctx: Context) -> Backend:
     return ctx.backend
 
 
-def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool | None = None) -> None:
+def local_width(cut: npt.NDArray[np.int64] | None, rank: int | None) -> int | None:
+    """Number of columns of this host; None if no other host has columns."""
+    return None if cut is None or rank is None else int(cut[rank + 1] - cut[rank])
+
+
+def check_stacks(
+    gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool | None = None, inner: int | None = None
+) -> None:
     """Check that two stacks fit as the two products of a layer.
 
-    ``gated``: whether the activation has a gate; None if either will do.
+    ``gated``: whether the activation has a gate; None if either will do. ``inner``: intermediate columns of ``gate_up``;
+    None for the ``k`` of ``down``.
 
     Raises
     ------
@@ -307,15 +336,16 @@ def check_stacks(gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: boo
             raise TypeError(f"{name}: got {type(stack).__name__}, expected a MarlinExpertStack")
     if gate_up.num_experts != down.num_experts:
         raise ValueError(f"down: got {down.num_experts} experts, expected {gate_up.num_experts}, as in gate_up")
+    width = down.k if inner is None else inner
     if gated is None:
-        gated = gate_up.n_per_expert != down.k
-    if gated and gate_up.n_per_expert != 2 * down.k:
+        gated = gate_up.n_per_expert != width
+    if gated and gate_up.n_per_expert != 2 * width:
         raise ValueError(
-            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * down.k}, twice the k of down: "
+            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {2 * width}, twice the k of down: "
             "gate columns, then up columns"
         )
-    if not gated and gate_up.n_per_expert != down.k:
+    if not gated and gate_up.n_per_expert != width:
         raise ValueError(
-            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {down.k}, the k of down: up columns, as the "
+            f"gate_up: got n_per_expert {gate_up.n_per_expert}, expected {width}, the k of down: up columns, as the "
             "activation has no gate"
         )

@@ -12,7 +12,7 @@ packs plain codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,15 @@ class CanonicalWeight:
     def n(self) -> int:
         """Output width."""
         return int(self.words.shape[1])
+
+    def columns(self, columns: npt.NDArray[np.int64]) -> CanonicalWeight:
+        """Some columns, in a new order. Views, if they follow each other."""
+        run = slice(int(columns[0]), int(columns[-1]) + 1)
+        consecutive = run.stop - run.start == len(columns) and bool((np.diff(columns) == 1).all())
+        kept: slice | npt.NDArray[np.int64] = run if consecutive else columns
+        names = "words", "scale", "zero", "minimum", "block_scale", "block_minimum"
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if part is None else part[:, kept] for name, part in parts.items()})
 
     @property
     def scales(self) -> str:

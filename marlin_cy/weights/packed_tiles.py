@@ -10,7 +10,7 @@ Tiles follow each other, and experts too::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from marlin_cy.weights.code_types import code_type
 from marlin_cy.weights.order import GroupOrder, distinct_orders, packed_group_size
 from marlin_cy.weights.scale_records import scale_record
 from marlin_cy.weights.sizes import checked_stack_sizes
-from marlin_cy.weights.tile_layout import TileLayout
+from marlin_cy.weights.tile_layout import LINE_BYTES, TILE_N, TileLayout
 
 __all__ = ["PackedTiles"]
 
@@ -120,6 +120,27 @@ class PackedTiles:
             g_idx=self.g_idx[expert],
             codes=self.codes,
             **parts,
+        )
+
+    def columns(self, runs: Sequence[tuple[int, int]]) -> PackedTiles:
+        """A copy of some columns: those from ``begin`` to ``end - 1`` of each run.
+
+        Every run begins at a multiple of 16, and all but the last end at one.
+        """
+        tiles = np.concatenate([np.arange(begin // TILE_N, -(-end // TILE_N)) for begin, end in runs])
+        columns = np.concatenate([np.arange(begin, end) for begin, end in runs])
+        layout = self._layout
+        data = self.data.reshape(self.num_experts, layout.tiles, layout.tile_stride)
+        # Kernels need tiles that begin at cache lines.
+        memory = np.empty(self.num_experts * len(tiles) * layout.tile_stride + LINE_BYTES, np.uint8)
+        begin = -memory.ctypes.data % LINE_BYTES
+        kept = memory[begin : len(memory) - LINE_BYTES + begin].reshape(self.num_experts, len(tiles), -1)
+        np.take(data, tiles, axis=1, out=kept)
+        return replace(
+            self,
+            data=kept.reshape(self.num_experts, -1),
+            n=len(columns),
+            bias=None if self.bias is None else np.ascontiguousarray(self.bias[:, columns]),
         )
 
     # Places in the layout ----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dispatch cimport ukernel_table
+from marlin_cy.cpu._exchange cimport Hosts, exchange
 from marlin_cy.cpu._team cimport member, queue
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._batch cimport batch
@@ -32,14 +33,19 @@ cdef struct delta_job:
     queue gated
     queue normed_rows
     queue heads
+    bint divided                    # several hosts have the heads
+    exchange values                 # what the output projection reads
+    queue finished
     # Memory that carve_delta takes.
     float *qkv                      # [rows, channels]
     float *z                        # [rows, num_v_heads, value_dim]
-    float *b                        # [rows, num_v_heads], then beta
-    float *a                        # [rows, num_v_heads], then decay
+    float *b                        # [rows, outputs of b]: a multiple of 8 if b is quantised and shared out
+    float *a                        # [rows, outputs of a]
+    float *beta                     # [rows, num_v_heads]
+    float *decay                    # [rows, num_v_heads]
     float *y                        # [rows, num_v_heads, value_dim]
 
-cdef int set_delta(delta_job *job, Workspace workspace, plan, pool, list owners) except -1
+cdef int set_delta(delta_job *job, Workspace workspace, plan, pool, list owners, Hosts hosts) except -1
 cdef void set_delta_rows(delta_job *job, plain_rows *rows, plain_rows *out_rows) noexcept nogil
 cdef void carve_delta(arena *memory, delta_job *job, int64_t max_rows, int64_t max_out_rows) noexcept nogil
 cdef void begin_delta(delta_job *job, const batch *rows, int64_t out_rows) noexcept nogil

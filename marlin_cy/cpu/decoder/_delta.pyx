@@ -8,6 +8,8 @@
 4. *recur*: the delta rule, token by token, of each sequence and head;
 5. *output*: heads are normalised and gated as they are quantised; then the output projection, which the caller's
    barrier ends.
+
+On several hosts, each has some heads. A row's heads are normalised and gated before an exchange, and quantised after it.
 """
 
 import numpy as np
@@ -18,6 +20,7 @@ from libc.string cimport memset
 
 from marlin_cy.cpu._arena cimport arena, take_floats
 from marlin_cy.cpu._dispatch cimport delta_task
+from marlin_cy.cpu._exchange cimport Hosts, begin_rows, carve_rows, run_exchange
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._batch cimport batch, segment
@@ -31,7 +34,7 @@ cdef enum:
 # ---------------------------------------------------------------------------------------------
 # Setting up
 
-cdef int set_delta(delta_job *job, Workspace workspace, plan, pool, list owners) except -1:
+cdef int set_delta(delta_job *job, Workspace workspace, plan, pool, list owners, Hosts hosts) except -1:
     """Set the members that the workspace and a ``DeltaNetPlan`` determine."""
     transposed = np.ascontiguousarray(plan.conv.T)
     cdef const float[:, ::1] conv = transposed
@@ -49,7 +52,10 @@ cdef int set_delta(delta_job *job, Workspace workspace, plan, pool, list owners)
     job.key_dim, job.value_dim, job.conv_width = plan.key_dim, plan.value_dim, plan.conv_width
     job.channels = 2 * job.num_k_heads * job.key_dim + job.num_v_heads * job.value_dim
     job.conv_state, job.state = layer.conv_data, layer.state_data
-    job.out.prepare, job.out.prepared = finish_delta, job
+    if plan.values is None:
+        job.out.prepare, job.out.prepared = finish_delta, job
+    else:
+        job.divided, job.out.gathered = True, hosts.set_rows(&job.values, plan.values)
     return 0
 
 
@@ -65,10 +71,14 @@ cdef void carve_delta(arena *memory, delta_job *job, int64_t max_rows, int64_t m
     cdef int64_t values = job.num_v_heads * job.value_dim
     job.qkv = job.projections.projections[0].output = take_floats(memory, max_rows * job.channels)
     job.z = job.projections.projections[1].output = take_floats(memory, max_rows * values)
-    job.b = job.projections.projections[2].output = take_floats(memory, max_rows * job.num_v_heads)
-    job.a = job.projections.projections[3].output = take_floats(memory, max_rows * job.num_v_heads)
+    job.b = job.projections.projections[2].output = take_floats(memory, max_rows * job.projections.projections[2].n)
+    job.a = job.projections.projections[3].output = take_floats(memory, max_rows * job.projections.projections[3].n)
+    job.beta = take_floats(memory, max_rows * job.num_v_heads)
+    job.decay = take_floats(memory, max_rows * job.num_v_heads)
     job.y = take_floats(memory, max_rows * values)
-    job.out.input = take_floats(memory, max_out_rows * values)
+    job.out.input = take_floats(memory, max_out_rows * job.out.k)
+    if job.divided:
+        carve_rows(memory, &job.values, max_out_rows)
     carve_group(memory, &job.projections, max_rows)
     carve_group(memory, &job.out, max_out_rows)
 
@@ -79,7 +89,9 @@ cdef void carve_delta(arena *memory, delta_job *job, int64_t max_rows, int64_t m
 cdef void begin_delta(delta_job *job, const batch *rows, int64_t out_rows) noexcept nogil:
     """Set the rows of a call. One thread calls this, before any thread calls :func:`run_delta`."""
     job.rows = rows
-    job.mixed.next = job.gated.next = job.normed_rows.next = job.heads.next = 0
+    job.mixed.next = job.gated.next = job.normed_rows.next = job.heads.next = job.finished.next = 0
+    if job.divided:
+        begin_rows(&job.values, out_rows)
     begin_group(&job.projections, rows.rows)
     begin_group(&job.out, out_rows)
 
@@ -95,8 +107,12 @@ cdef void run_delta(delta_job *job, member *m) noexcept nogil:
     barrier(m)
     run_rows(&job.heads, segments * job.num_v_heads, recur, job, m)
     barrier(m)
-    if job.out.num_rows:
-        run_group(&job.out, m)
+    if job.out.num_rows == 0:  # only the state was wanted
+        return
+    if job.divided:
+        run_rows(&job.finished, job.out.num_rows, finish_delta, job, m)
+        run_exchange(&job.values, m)
+    run_group(&job.out, m)
 
 
 cdef inline int64_t channel_blocks(const delta_job *job) noexcept nogil:
@@ -118,9 +134,9 @@ cdef void mix_channels(void *delta, int64_t item, int thread) noexcept nogil:
 
 cdef void gate_row(void *delta, int64_t row, int thread) noexcept nogil:
     cdef delta_job *job = <delta_job *>delta
-    cdef float *a = job.a + row * job.num_v_heads
-    cdef float *b = job.b + row * job.num_v_heads
-    job.table.delta_gates(a, b, a, b, job.a_log, job.dt_bias, job.num_v_heads)
+    cdef int64_t gates = row * job.num_v_heads
+    job.table.delta_gates(job.decay + gates, job.beta + gates, job.a + row * job.projections.projections[3].n,
+                          job.b + row * job.projections.projections[2].n, job.a_log, job.dt_bias, job.num_v_heads)
 
 
 cdef void normalize_row(void *delta, int64_t row, int thread) noexcept nogil:
@@ -147,7 +163,8 @@ cdef void recur(void *delta, int64_t item, int thread) noexcept nogil:
     task.k = task.q + job.num_k_heads * job.key_dim
     task.v = row + 2 * job.num_k_heads * job.key_dim + head * job.value_dim
     task.q_stride = task.k_stride = task.v_stride = job.channels
-    task.decay, task.beta = job.a + part.row * job.num_v_heads + head, job.b + part.row * job.num_v_heads + head
+    task.decay = job.decay + part.row * job.num_v_heads + head
+    task.beta = job.beta + part.row * job.num_v_heads + head
     task.gate_stride = job.num_v_heads
     task.state = job.state + (part.state * job.num_v_heads + head) * job.key_dim * job.value_dim
     task.state_stride = job.value_dim
@@ -156,10 +173,11 @@ cdef void recur(void *delta, int64_t item, int thread) noexcept nogil:
 
 
 cdef void finish_delta(void *delta, int64_t out_row, int thread) noexcept nogil:
-    """Fill a row of the output projection's input."""
+    """Fill a row of the output projection's input, or of this host's part of it."""
     cdef delta_job *job = <delta_job *>delta
     cdef int64_t row = out_row if job.out_rows is NULL else job.out_rows[out_row], head, at
+    cdef float *values = <float *>job.values.sections[0].local if job.divided else job.out.input
     for head in range(job.num_v_heads):
         at = (row * job.num_v_heads + head) * job.value_dim
-        job.table.gated_rms_norm(job.out.input + (out_row * job.num_v_heads + head) * job.value_dim, job.y + at,
+        job.table.gated_rms_norm(values + (out_row * job.num_v_heads + head) * job.value_dim, job.y + at,
                                  job.norm, job.z + at, job.norm_eps, job.value_dim)

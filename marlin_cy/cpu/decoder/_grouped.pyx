@@ -8,6 +8,8 @@ Phases, each of which ends at a barrier:
 4. *output*: the chunks of a row are merged and gated as its values are quantised; then the output projection.
 
 The caller's barrier ends the last phase.
+
+On several hosts, each has some heads. A row's values are merged and gated before an exchange, and quantised after it.
 """
 
 from libc.stdint cimport int64_t
@@ -15,6 +17,7 @@ from libc.string cimport memcpy, memset
 
 from marlin_cy.cpu._arena cimport arena, take_floats
 from marlin_cy.cpu._dispatch cimport KV_BLOCK
+from marlin_cy.cpu._exchange cimport Hosts, begin_rows, carve_rows, run_exchange
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, run_attention, store_position
@@ -26,7 +29,8 @@ from marlin_cy.cpu.decoder._projections cimport begin_group, carve_group, run_gr
 # ---------------------------------------------------------------------------------------------
 # Setting up
 
-cdef int set_grouped(grouped_job *job, Workspace workspace, plan, pool, float norm_eps, list owners) except -1:
+cdef int set_grouped(grouped_job *job, Workspace workspace, plan, pool, float norm_eps, list owners,
+                     Hosts hosts) except -1:
     """Set the members that the workspace and an ``AttentionPlan`` determine."""
     cdef const float[::1] q_norm = plan.q_norm
     cdef const float[::1] k_norm = plan.k_norm
@@ -50,7 +54,10 @@ cdef int set_grouped(grouped_job *job, Workspace workspace, plan, pool, float no
     if sinks is not None:
         job.attend.sinks = &sinks[0]
     job.attend.q_row, job.attend.q_head = plan.num_heads * per_head, per_head
-    job.out.prepare, job.out.prepared = finish_grouped, job
+    if plan.values is None:
+        job.out.prepare, job.out.prepared = finish_grouped, job
+    else:
+        job.divided, job.out.gathered = True, hosts.set_rows(&job.values, plan.values)
     return 0
 
 
@@ -77,7 +84,9 @@ cdef void carve_grouped(arena *memory, grouped_job *job, int64_t max_rows, int64
     job.v = job.qkv.projections[2].output = take_floats(memory, max_rows * job.qkv.projections[2].n)
     job.attend.q = job.q
     job.attend.output = take_floats(memory, max_rows * values)
-    job.out.input = take_floats(memory, max_out_rows * values)
+    job.out.input = take_floats(memory, max_out_rows * job.out.k)
+    if job.divided:
+        carve_rows(memory, &job.values, max_out_rows)
     carve_group(memory, &job.qkv, max_rows)
     carve_attention(memory, &job.attend, max_rows, max_chunks)
     carve_group(memory, &job.out, max_out_rows)
@@ -88,7 +97,9 @@ cdef void carve_grouped(arena *memory, grouped_job *job, int64_t max_rows, int64
 
 cdef void begin_grouped(grouped_job *job, const batch *rows, int64_t out_rows) noexcept nogil:
     """Set the rows of a call. One thread calls this, before any thread calls :func:`run_grouped`."""
-    job.rows, job.head_items.next = rows, 0
+    job.rows, job.head_items.next, job.finished.next = rows, 0, 0
+    if job.divided:
+        begin_rows(&job.values, out_rows)
     begin_group(&job.qkv, rows.rows)
     begin_group(&job.out, out_rows)
 
@@ -104,6 +115,9 @@ cdef void run_grouped(grouped_job *job, member *m) noexcept nogil:
         return
     run_attention(&job.attend, m)
     barrier(m)
+    if job.divided:
+        run_rows(&job.finished, job.out.num_rows, finish_grouped, job, m)
+        run_exchange(&job.values, m)
     run_group(&job.out, m)
 
 
@@ -150,11 +164,11 @@ cdef inline void place_head(const grouped_job *job, float *head, const float *no
 
 
 cdef void finish_grouped(void *grouped, int64_t out_row, int thread) noexcept nogil:
-    """Fill a row of the output projection's input."""
+    """Fill a row of the output projection's input, or of this host's part of it."""
     cdef grouped_job *job = <grouped_job *>grouped
-    cdef int64_t row = out_row if job.out_rows is NULL else job.out_rows[out_row], width = job.out.k, h
-    cdef int64_t d = job.attend.head_dim
-    cdef float *values = job.out.input + out_row * width
+    cdef int64_t row = out_row if job.out_rows is NULL else job.out_rows[out_row], h
+    cdef int64_t d = job.attend.head_dim, width = job.attend.num_heads * d
+    cdef float *values = (<float *>job.values.sections[0].local if job.divided else job.out.input) + out_row * width
     finish_row(&job.attend, out_row)
     memcpy(values, job.attend.output + row * width, width * sizeof(float))
     if job.gated:

@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from marlin_cy.cpu._arena cimport arena
+from marlin_cy.cpu._exchange cimport Hosts, exchange, section
 from marlin_cy.cpu._team cimport member, queue
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport attention_job
@@ -38,13 +39,17 @@ cdef struct latent_job:
     queue absorbed
     queue merged_rows
     queue expanded
+    bint divided                # several hosts have the heads, and the columns of q_a and kv_a
+    exchange low                # the outputs of q_a, if there is one, and of kv_a
+    const section *latent       # the outputs of kv_a in it
+    exchange values             # what the output projection reads
     # Memory that carve_latent takes.
     float *q                    # [rows, num_heads, nope_dim + rope_dim]
     float *kv                   # [rows, latent_dim + rope_dim]
     float *query                # [rows, num_heads, latent_dim + rope_dim]
     float *merged               # [out rows, num_heads, latent_dim]
 
-cdef int set_latent(latent_job *job, Workspace workspace, plan, pool, list owners) except -1
+cdef int set_latent(latent_job *job, Workspace workspace, plan, pool, list owners, Hosts hosts) except -1
 cdef void set_latent_rows(latent_job *job, plain_rows *rows, plain_rows *out_rows) noexcept nogil
 cdef void carve_latent(arena *memory, latent_job *job, int64_t max_rows, int64_t max_out_rows,
                        int64_t max_chunks) noexcept nogil

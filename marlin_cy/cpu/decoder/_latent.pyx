@@ -10,6 +10,9 @@ ends at a barrier:
 4. *merge* the chunks of each row;
 5. *expand*: each head's result by its part of ``kv_b_proj``;
 6. *output*: the output projection, which the caller's barrier ends.
+
+On several hosts, each has some query heads, and all have the cache. Latent rows and low-rank queries are exchanged after
+phase 1, the results of phase 5 before phase 6.
 """
 
 from libc.stdint cimport int64_t
@@ -18,6 +21,9 @@ from libc.string cimport memcpy, memset
 from marlin_cy.cpu._arena cimport arena, take_floats
 from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
 from marlin_cy.cpu._dispatch cimport dense_task
+from marlin_cy.cpu._exchange cimport (
+    Hosts, begin_exchange, begin_rows, carve_exchange, carve_rows, load_row, run_exchange,
+)
 from marlin_cy.cpu._team cimport barrier, member
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport begin_attention, carve_attention, finish_row, run_attention, store_position
@@ -33,7 +39,7 @@ cdef enum:
 # ---------------------------------------------------------------------------------------------
 # Setting up
 
-cdef int set_latent(latent_job *job, Workspace workspace, plan, pool, list owners) except -1:
+cdef int set_latent(latent_job *job, Workspace workspace, plan, pool, list owners, Hosts hosts) except -1:
     """Set the members that the workspace and a ``LatentAttentionPlan`` determine."""
     cdef const float[::1] q_norm = plan.q_a_norm
     cdef const float[::1] kv_norm = plan.kv_a_norm
@@ -58,6 +64,12 @@ cdef int set_latent(latent_job *job, Workspace workspace, plan, pool, list owner
     job.attend.scale = plan.scale
     job.attend.q_head = job.attend.head_dim
     job.attend.q_row = job.attend.num_heads * job.attend.head_dim
+    if plan.values is not None:
+        job.divided, job.out.gathered = True, hosts.set_rows(&job.values, plan.values)
+        hosts.set_exchange(&job.low)
+        if job.has_second:
+            job.second.gathered = hosts.add_section(&job.low, plan.low_rank, sizeof(float))
+        job.latent = hosts.add_section(&job.low, plan.latent, sizeof(float))
     return 0
 
 
@@ -93,6 +105,13 @@ cdef void carve_latent(arena *memory, latent_job *job, int64_t max_rows, int64_t
     job.attend.output = take_floats(memory, max_rows * num_heads * job.latent_dim)
     job.merged = take_floats(memory, max_out_rows * num_heads * job.latent_dim)
     job.out.input = take_floats(memory, max_out_rows * job.out.k)
+    if job.divided:
+        job.kv = take_floats(memory, max_rows * (job.latent_dim + job.rope_dim))
+        job.low.sections[0].max_rows = job.low.sections[1].max_rows = max_rows
+        carve_exchange(memory, &job.low)
+        carve_rows(memory, &job.values, max_out_rows)
+        if job.has_second:
+            job.second.input = take_floats(memory, max_rows * job.second.k)
     carve_group(memory, &job.first, max_rows)
     carve_attention(memory, &job.attend, max_rows, max_chunks)
     carve_group(memory, &job.out, max_out_rows)
@@ -105,6 +124,13 @@ cdef void begin_latent(latent_job *job, const batch *rows, int64_t out_rows) noe
     """Set the rows of a call. One thread calls this, before any thread calls :func:`run_latent`."""
     job.rows = rows
     job.latent_rows.next = job.absorbed.next = job.merged_rows.next = job.expanded.next = 0
+    if job.divided:
+        job.low.sections[0].rows = job.low.sections[1].rows = rows.rows
+        begin_exchange(&job.low)
+        begin_rows(&job.values, out_rows)
+        job.first.projections[1].output = <float *>job.latent.local
+        if job.has_second:
+            job.first.projections[0].output = <float *>job.low.sections[0].local
     begin_group(&job.first, rows.rows)
     if job.has_second:
         begin_group(&job.second, rows.rows)
@@ -116,7 +142,10 @@ cdef void run_latent(latent_job *job, member *m) noexcept nogil:
     run_group(&job.first, m)
     if m.thread == 0:
         begin_attention(&job.attend, job.rows, job.out_rows, job.out.num_rows)
-    barrier(m)
+    if job.divided:
+        run_exchange(&job.low, m)
+    else:
+        barrier(m)
     run_rows(&job.latent_rows, rows, place_latent, job, m)
     if job.has_second:
         run_group(&job.second, m)
@@ -130,7 +159,10 @@ cdef void run_latent(latent_job *job, member *m) noexcept nogil:
     run_rows(&job.merged_rows, out_rows, merge, job, m)
     barrier(m)
     run_rows(&job.expanded, head_items(job, out_rows), expand, job, m)
-    barrier(m)
+    if job.divided:
+        run_exchange(&job.values, m)
+    else:
+        barrier(m)
     run_group(&job.out, m)
 
 
@@ -147,6 +179,8 @@ cdef void place_latent(void *latent, int64_t row, int thread) noexcept nogil:
     cdef const segment *part = job.rows.segments + job.rows.segment_of[row]
     cdef int64_t position = part.position + row - part.row
     cdef float *c = job.kv + row * (job.latent_dim + job.rope_dim)
+    if job.divided:
+        load_row(job.latent, row, c)
     job.attend.table.rms_norm(c, c, job.kv_norm, job.norm_eps, job.latent_dim)
     rotate(job, c + job.latent_dim, position)
     store_position(&job.attend.pool, job.attend.table, part.pages, position, 0, c, job.latent_dim + job.rope_dim, c,
@@ -195,8 +229,10 @@ cdef void expand(void *latent, int64_t item, int thread) noexcept nogil:
     cdef latent_job *job = <latent_job *>latent
     cdef int64_t head = item % job.attend.num_heads, begin = item // job.attend.num_heads * ROWS
     cdef int64_t count = min(<int64_t>ROWS, job.out.num_rows - begin), width = job.attend.num_heads * job.latent_dim
+    cdef int64_t values = job.attend.num_heads * job.v_up.n
+    cdef float *out = <float *>job.values.sections[0].local if job.divided else job.out.input
     multiply_head(job, &job.v_up, head, job.merged + begin * width + head * job.latent_dim, width, count,
-                  job.out.input + begin * job.out.k + head * job.v_up.n, job.out.k)
+                  out + begin * values + head * job.v_up.n, values)
 
 
 cdef void multiply_head(const latent_job *job, const head_matrices *heads, int64_t head, const float *x, int64_t x_stride,

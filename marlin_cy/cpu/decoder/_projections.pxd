@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t
 from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dense cimport dense_job
 from marlin_cy.cpu._dispatch cimport ukernel_table
+from marlin_cy.cpu._exchange cimport section
 from marlin_cy.cpu._gemm cimport gemm_job
 from marlin_cy.cpu._quantize cimport quantize_job
 from marlin_cy.cpu._rows cimport row_plan
@@ -39,7 +40,8 @@ cdef struct projection_group:
     int64_t k
     int64_t num_rows
     float *input                # [num_rows, k]
-    row_fn *prepare             # NULL: the input is complete
+    const section *gathered     # not NULL: the columns of an input row come from several hosts
+    row_fn *prepare             # NULL: the input is complete, once gathered
     void *prepared              # the job of `prepare`
     plain_rows *rows
     queue row_items

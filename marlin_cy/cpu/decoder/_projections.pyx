@@ -3,7 +3,7 @@
 A *group* is up to four linear layers, quantised or dense, that read the same input: a query, a key and a value
 projection, or gate and up. :func:`run_group` is one phase, which all threads of a team run:
 
-1. *rows*: threads take input rows. A row is prepared (the caller's hook: a norm, an activation), and quantised once
+1. *rows*: threads take input rows. A row is put together if several hosts have its columns, prepared (the caller's hook: a norm, an activation), and quantised once
    for all quantised layers that order K alike;
 2. a barrier;
 3. *items*: threads take items of each layer in turn, without a barrier between the layers.
@@ -18,6 +18,7 @@ from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
 from marlin_cy.cpu._dense cimport begin_dense, do_dense
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8
+from marlin_cy.cpu._exchange cimport load_row
 from marlin_cy.cpu._gemm cimport (
     begin_items, carve_gemm, do_items, set_columns, set_gemm_job, set_quantize_job,
 )
@@ -197,6 +198,8 @@ cdef void begin_products(projection_group *group) noexcept nogil:
 cdef void prepare_row(void *job, int64_t row, int thread) noexcept nogil:
     cdef projection_group *group = <projection_group *>job
     cdef int index
+    if group.gathered is not NULL:
+        load_row(group.gathered, row, group.input + row * group.k)
     if group.prepare is not NULL:
         group.prepare(group.prepared, row, thread)
     for index in range(group.num_quantised):

@@ -7,24 +7,29 @@
     normed  [rows, hidden]      the input of the next one
 
     embed_row             x = embedding of the token                       in the first norm
-    norm_row              x = x + delta;  normed = rms_norm(x)             as a layer's rows are quantised
+    norm_row              x = x + delta;  normed = rms_norm(x)             as a layer's rows are quantised: _norm.pyx
     mixer                 delta = mixer(normed)                            _grouped.pyx, _latent.pyx, _delta.pyx
     norm_row, network     delta = network(normed)                          _ffn.pyx
     head                  logits of the wanted rows
 
 In the last layer, only the rows whose logits are wanted go on after the mixer's keys and values are in the cache.
+
+On several hosts, ``delta`` and the logits are this host's columns; an exchange gives all columns (``_exchange.pyx``).
 """
 
 import numpy as np
 
 from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 
 from marlin_cy.cpu._arena cimport arena, carve, take
-from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix
+from marlin_cy.cpu._buffers cimport float_matrix, matrix
 from marlin_cy.cpu._dispatch cimport ukernel_table
-from marlin_cy.cpu._team cimport barrier, member, run_team
+from marlin_cy.cpu._exchange cimport (
+    Hosts, begin_rows, carve_rows, exchange, has_failed, load_row, run_exchange,
+)
+from marlin_cy.cpu._team cimport barrier, member, queue, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport chunks_of
 from marlin_cy.cpu.decoder._batch cimport batch, segment
@@ -38,30 +43,15 @@ from marlin_cy.cpu.decoder._grouped cimport begin_grouped, carve_grouped, groupe
 from marlin_cy.cpu.decoder._latent cimport (
     begin_latent, carve_latent, latent_job, run_latent, set_latent, set_latent_rows,
 )
+from marlin_cy.cpu.decoder._norm cimport add_delta, norm_job, norm_row
 from marlin_cy.cpu.decoder._projections cimport (
-    begin_group, carve_group, carve_plain, plain_rows, plan_plain, projection_group, run_group, set_group,
+    begin_group, carve_group, carve_plain, plain_rows, plan_plain, projection_group, run_group, run_rows, set_group,
 )
 
 from marlin_cy.decoder.plan import AttentionPlan, LatentAttentionPlan, MoeFfnPlan
 
 cdef enum:
     CHUNK_STEP = 16             # memory is reserved for a depth of a multiple of so many chunks
-
-
-# An RMS norm, and what is done to a row of the residual stream before it.
-cdef struct norm_job:
-    const ukernel_table *table
-    const float *weight
-    float eps
-    int64_t width
-    const batch *embedded       # the first norm: x is the embedding of the batch's tokens
-    const char *embedding       # [vocab, width]
-    int embedding_dtype
-    float *x                    # [rows, width]
-    const float *delta          # [rows, width], added to x; NULL for the first norm
-    const int32_t *gathered     # row of `source` for each row of x, or NULL: x is complete
-    const float *source
-    float *normed               # [rows, width]
 
 
 cdef struct layer_step:
@@ -87,6 +77,14 @@ cdef struct step_job:
     int64_t hidden
     int64_t num_wanted
     const int32_t *wanted       # [num_wanted] rows of the batch
+    # Several hosts: each has some columns of the outputs of mixers and networks, and of the logits.
+    bint divided
+    exchange delta_rows
+    exchange last_delta_rows    # of the wanted rows
+    exchange logits
+    queue stored
+    float *result               # [num_wanted, vocab_size]
+    int64_t vocab_size
     # Memory that carve_step takes.
     float *x
     float *last_x               # the wanted rows of x
@@ -112,6 +110,7 @@ cdef class CpuStep:
     cdef step_job job
     cdef Workspace workspace
     cdef list owners
+    cdef Hosts hosts            # None: all of the model is on one host
     cdef int64_t vocab_size
     cdef int64_t[::1] state_lengths
     cdef void *carved           # the memory that the jobs point into
@@ -120,7 +119,9 @@ cdef class CpuStep:
         self.state_lengths = state_lengths
         self.workspace, self.owners = workspace, [plan, pools]
         self.vocab_size = plan.vocab_size
+        self.hosts = None if plan.group is None else Hosts(plan.group)
         memset(&self.job, 0, sizeof(step_job))
+        self.job.vocab_size = plan.vocab_size
         self.job.table, self.job.hidden = workspace.table, plan.hidden_size
         self.job.layers = <layer_step *>allocate(len(plan.layers) * sizeof(layer_step))
         self.job.num_layers = len(plan.layers)
@@ -129,6 +130,11 @@ cdef class CpuStep:
         set_group(&self.job.head, workspace, [plan.head], self.owners)
         self.set_norm(&self.job.head_norm, plan, plan.final_norm)
         self.job.head.prepare, self.job.head.prepared = head_row, &self.job
+        if self.hosts is not None:
+            self.job.divided = True
+            self.hosts.set_rows(&self.job.delta_rows, plan.hidden)
+            self.job.head_norm.gathered_delta = self.hosts.set_rows(&self.job.last_delta_rows, plan.hidden)
+            self.hosts.set_rows(&self.job.logits, plan.vocabulary)
         self.set_embedding(&self.job.layers[0].mixer_norm, plan.embedding)
 
     def __dealloc__(self):
@@ -149,24 +155,24 @@ cdef class CpuStep:
         self.set_norm(&step.ffn_norm, plan, layer.ffn_norm)
         if isinstance(layer.mixer, AttentionPlan):
             step.grouped = <grouped_job *>allocate(sizeof(grouped_job))
-            set_grouped(step.grouped, self.workspace, layer.mixer, pool, plan.norm_eps, self.owners)
+            set_grouped(step.grouped, self.workspace, layer.mixer, pool, plan.norm_eps, self.owners, self.hosts)
             first = &step.grouped.qkv
         elif isinstance(layer.mixer, LatentAttentionPlan):
             step.latent = <latent_job *>allocate(sizeof(latent_job))
-            set_latent(step.latent, self.workspace, layer.mixer, pool, self.owners)
+            set_latent(step.latent, self.workspace, layer.mixer, pool, self.owners, self.hosts)
             first = &step.latent.first
         else:
             step.delta = <delta_job *>allocate(sizeof(delta_job))
-            set_delta(step.delta, self.workspace, layer.mixer, pool, self.owners)
+            set_delta(step.delta, self.workspace, layer.mixer, pool, self.owners, self.hosts)
             first = &step.delta.projections
         first.prepare, first.prepared = norm_row, &step.mixer_norm
         if isinstance(layer.ffn, MoeFfnPlan):
             step.moe = <moe_job *>allocate(sizeof(moe_job))
-            set_moe(step.moe, self.workspace, layer.ffn, self.owners)
+            set_moe(step.moe, self.workspace, layer.ffn, self.owners, self.hosts)
             step.moe.prepare, step.moe.prepared = norm_row, &step.ffn_norm
         else:
             step.mlp = <mlp_job *>allocate(sizeof(mlp_job))
-            set_mlp(step.mlp, self.workspace, layer.ffn, self.owners)
+            set_mlp(step.mlp, self.workspace, layer.ffn, self.owners, self.hosts)
             step.mlp.gate_up.prepare, step.mlp.gate_up.prepared = norm_row, &step.ffn_norm
         return 0
 
@@ -225,14 +231,18 @@ cdef class CpuStep:
         self.workspace.enter()
         try:
             self.reserve(rows, self.job.num_wanted, chunks)
-            self.job.head.projections[0].output = &result[0, 0] if self.job.num_wanted else NULL
+            self.job.result = &result[0, 0] if self.job.num_wanted else NULL
+            if self.hosts is not None:
+                self.hosts.begin()
             with nogil:
                 begin_step(&self.job)
                 run_team(self.workspace.num_threads, run_step, &self.job)
                 # Python raises a KeyboardInterrupt after this call at the earliest.
                 for s in range(num_segments):
                     if part[s].state >= 0:
-                        self.state_lengths[part[s].state] = part[s].position + part[s].count
+                        self.state_lengths[part[s].state] = length_after(&self.job, &part[s])
+            if self.hosts is not None:
+                self.hosts.finish()
         finally:
             self.workspace.leave()
         return logits
@@ -270,7 +280,12 @@ cdef void carve_step(arena *memory, void *step) noexcept nogil:
     carve_plain(memory, &job.wanted_rows, job.table)
     job.x = <float *>take(memory, job.max_rows * row_bytes)
     job.last_x = <float *>take(memory, job.max_wanted * row_bytes)
-    job.delta = <float *>take(memory, job.max_rows * row_bytes)
+    if job.divided:
+        carve_rows(memory, &job.delta_rows, job.max_rows)
+        carve_rows(memory, &job.last_delta_rows, job.max_wanted)
+        carve_rows(memory, &job.logits, job.max_wanted)
+    else:
+        job.delta = <float *>take(memory, job.max_rows * row_bytes)
     job.normed = <float *>take(memory, job.max_rows * row_bytes)
     begin = end = memory.used
     for index in range(job.num_layers):
@@ -284,31 +299,39 @@ cdef void carve_step(arena *memory, void *step) noexcept nogil:
 cdef void carve_layer_step(arena *memory, step_job *job, layer_step *step, bint last) noexcept nogil:
     cdef int64_t begin = memory.used, end, out_rows = job.max_wanted if last else job.max_rows
     cdef plain_rows *rows = &job.wanted_rows if last else &job.all_rows
+    cdef float *delta = delta_of(job, last)
     step.mixer_norm.x, step.mixer_norm.normed = job.x, job.normed
     step.ffn_norm.x, step.ffn_norm.normed = job.last_x if last else job.x, job.normed
     step.ffn_norm.source = job.x
     if step.grouped is not NULL:
-        step.grouped.qkv.input, step.grouped.out.projections[0].output = job.normed, job.delta
+        step.grouped.qkv.input, step.grouped.out.projections[0].output = job.normed, delta
         step.grouped.qkv.rows, step.grouped.out.rows = &job.all_rows, rows
         carve_grouped(memory, step.grouped, job.max_rows, out_rows, job.max_chunks)
     elif step.latent is not NULL:
-        step.latent.first.input, step.latent.out.projections[0].output = job.normed, job.delta
+        step.latent.first.input, step.latent.out.projections[0].output = job.normed, delta
         set_latent_rows(step.latent, &job.all_rows, rows)
         carve_latent(memory, step.latent, job.max_rows, out_rows, job.max_chunks)
     else:
-        step.delta.projections.input, step.delta.out.projections[0].output = job.normed, job.delta
+        step.delta.projections.input, step.delta.out.projections[0].output = job.normed, delta
         set_delta_rows(step.delta, &job.all_rows, rows)
         carve_delta(memory, step.delta, job.max_rows, out_rows)
     end, memory.used = memory.used, begin
     if step.moe is not NULL:
-        step.moe.input, step.moe.output = job.normed, job.delta
+        step.moe.input, step.moe.output = job.normed, delta
         set_mlp_rows(&step.moe.shared, rows)
         carve_moe(memory, step.moe, out_rows)
     else:
-        step.mlp.gate_up.input, step.mlp.down.projections[0].output = job.normed, job.delta
+        step.mlp.gate_up.input, step.mlp.down.projections[0].output = job.normed, delta
         set_mlp_rows(step.mlp, rows)
         carve_mlp(memory, step.mlp, out_rows)
     memory.used = max(end, memory.used)
+
+
+cdef float *delta_of(const step_job *job, bint last) noexcept nogil:
+    """Where mixers and networks write their outputs, or this host's columns of them."""
+    if not job.divided:
+        return job.delta
+    return <float *>(job.last_delta_rows.send if last else job.delta_rows.send)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,6 +347,10 @@ cdef void begin_step(step_job *job) noexcept nogil:
         step = &job.layers[index]
         step.mixer_norm.delta = job.delta if index else NULL
         step.ffn_norm.delta = job.delta
+        if job.divided:
+            step.mixer_norm.gathered_delta = &job.delta_rows.sections[0] if index else NULL
+            step.ffn_norm.gathered_delta = (
+                &job.last_delta_rows.sections[0] if index + 1 == job.num_layers else &job.delta_rows.sections[0])
         if index + 1 == job.num_layers:
             out_rows = job.num_wanted
             step.ffn_norm.gathered = job.wanted
@@ -332,6 +359,13 @@ cdef void begin_step(step_job *job) noexcept nogil:
             begin_moe(step.moe, out_rows)
         else:
             begin_mlp(step.mlp, out_rows)
+    job.head_norm.delta = job.delta
+    if job.divided:
+        begin_rows(&job.delta_rows, job.rows.rows)
+        begin_rows(&job.last_delta_rows, job.num_wanted)
+        begin_rows(&job.logits, job.num_wanted)
+        job.stored.next = 0
+    job.head.projections[0].output = <float *>job.logits.send if job.divided else job.result
     begin_group(&job.head, job.num_wanted)
 
 
@@ -339,18 +373,44 @@ cdef void run_step(void *step, member *m) noexcept nogil:
     cdef step_job *job = <step_job *>step
     cdef layer_step *layer
     cdef int64_t index
+    cdef bint last
     for index in range(job.num_layers):
         layer = &job.layers[index]
+        last = index + 1 == job.num_layers
         run_mixer(layer, m)
-        barrier(m)
-        if index + 1 == job.num_layers and job.num_wanted == 0:
+        if complete_delta(job, last, m) or (last and job.num_wanted == 0):
             return
         if layer.moe is not NULL:
             run_moe(layer.moe, m)
         else:
             run_mlp(layer.mlp, m)
-        barrier(m)
+        if complete_delta(job, last, m):
+            return
     run_group(&job.head, m)
+    if job.divided:
+        run_exchange(&job.logits, m)
+        run_rows(&job.stored, job.num_wanted, store_logits, job, m)
+
+
+cdef bint complete_delta(step_job *job, bint last, member *m) noexcept nogil:
+    """Wait for the outputs of all threads and hosts. Returns whether an exchange has failed."""
+    if not job.divided:
+        barrier(m)
+        return False
+    run_exchange(&job.last_delta_rows if last else &job.delta_rows, m)
+    return has_failed(&job.delta_rows)
+
+
+cdef void store_logits(void *step, int64_t row, int thread) noexcept nogil:
+    cdef step_job *job = <step_job *>step
+    load_row(&job.logits.sections[0], row, job.result + row * job.vocab_size)
+
+
+cdef int64_t length_after(const step_job *job, const segment *part) noexcept nogil:
+    """Tokens that a slot of recurrent state has seen after a step; -1 if the step has failed."""
+    if job.divided and has_failed(&job.delta_rows):
+        return -1
+    return part.position + part.count
 
 
 cdef void begin_mixer(layer_step *step, const batch *rows, int64_t num_out, const int32_t *out_rows) noexcept nogil:
@@ -374,25 +434,9 @@ cdef void run_mixer(layer_step *step, member *m) noexcept nogil:
         run_delta(step.delta, m)
 
 
-cdef void norm_row(void *norm, int64_t row, int thread) noexcept nogil:
-    """Complete a row of the residual stream, and normalise it."""
-    cdef norm_job *job = <norm_job *>norm
-    cdef float *x = job.x + row * job.width
-    cdef int64_t element
-    if job.embedded is not NULL:
-        element = element_bytes(job.embedding_dtype)
-        job.table.widen(x, job.embedding + job.embedded.tokens[row] * job.width * element, job.embedding_dtype,
-                        job.width)
-    elif job.gathered is not NULL:
-        memcpy(x, job.source + job.gathered[row] * job.width, job.width * sizeof(float))
-    if job.delta is not NULL:
-        job.table.add(x, job.delta + row * job.width, job.width)
-    job.table.rms_norm(job.normed + row * job.width, x, job.weight, job.eps, job.width)
-
-
 cdef void head_row(void *step, int64_t row, int thread) noexcept nogil:
     """Complete a wanted row of the residual stream, and normalise it for the head."""
     cdef step_job *job = <step_job *>step
     cdef float *x = job.last_x + row * job.hidden
-    job.table.add(x, job.delta + row * job.hidden, job.hidden)
+    add_delta(&job.head_norm, row, x)
     job.table.rms_norm(job.normed + row * job.hidden, x, job.head_norm.weight, job.head_norm.eps, job.hidden)

@@ -13,6 +13,7 @@ from marlin_cy.cpu.decoder._cache import KvPool, StatePool, page_bytes
 from marlin_cy.cpu.decoder._step import CpuStep
 from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, DeltaNetPlan, LatentAttentionPlan, MixerPlan
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch, DecoderProgram
+from marlin_cy.distributed.group import checksum
 from marlin_cy.interface import Context
 from marlin_cy.memory import available_memory
 
@@ -27,6 +28,7 @@ class CpuDecoder(DecoderProgram):
 
     def __init__(self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str) -> None:
         workspace = workspace_of(ctx)
+        self._group, self._compute_dtype = plan.group, ctx.compute_dtype
         per_page = sum(
             page_bytes(*cache_sizes(layer.mixer), cache_dtype)
             for layer in plan.layers
@@ -41,6 +43,17 @@ class CpuDecoder(DecoderProgram):
         self._step = CpuStep(workspace, plan, self._pools, self._state_lengths)
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
+        if self._group is not None:
+            self._group.agree(
+                "step",
+                {
+                    "tokens": checksum(batch.tokens),
+                    "sequences": checksum(batch.segments),
+                    "pages": checksum(batch.pages),
+                    "wanted rows": checksum(batch.wanted),
+                    "compute_dtype": checksum(self._compute_dtype),
+                },
+            )
         return fork.run(self._step.run, batch.tokens, batch.segments, batch.pages, batch.wanted)
 
     def copy_page(self, source: int, target: int) -> None:
