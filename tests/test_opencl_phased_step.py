@@ -19,8 +19,8 @@ from marlin_cy.decoder.model import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
-from marlin_cy.opencl.decoder.phased_step import PhasedStep, describe_rows  # noqa: E402
-from marlin_cy.opencl.decoder.step import StepLayout, describe_step  # noqa: E402
+from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
+from marlin_cy.opencl.decoder.step import StepLayout, describe_rows, describe_step  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)

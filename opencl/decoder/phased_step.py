@@ -14,11 +14,10 @@ import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.decoder.plan import DecoderPlan
-from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.decoder.phased_shape import LAYER, NotPhased, addresses, shape_of
-from marlin_cy.opencl.decoder.step import HEADER
+from marlin_cy.opencl.decoder.step import describe_rows
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -43,7 +42,6 @@ JOINS = 2  # the phase that is left out if there is one run
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
 LEAST_STEP_INTS = 1 << 14
-TABLES = np.arange(MOST_TOKENS, dtype=np.int32)
 
 
 class Ends(NamedTuple):
@@ -303,16 +301,3 @@ class Kernel:
                 for kernel in self.kernels:
                     kernel.set_arg(self._places[name], np.uint32(value))
                 self._set[name] = value
-
-
-def describe_rows(batch: Batch) -> tuple[npt.NDArray[np.int32], int]:
-    """``(step, pages)``: a batch of one row for each sequence, as ``kernels/decoder.cl`` draws it, and the pages of the
-    longest sequence."""
-    rows = len(batch.tokens)
-    positions = batch.segments[:, 2]
-    pages = int(positions.max()) // PAGE_TOKENS + 1
-    tables = HEADER + 4 * rows
-    step = np.empty(tables + rows * pages, np.int32)
-    step[HEADER:tables].reshape(rows, 4).T[:] = batch.tokens, positions, TABLES[:rows] * pages + tables, TABLES[:rows]
-    step[tables:].reshape(rows, pages)[:] = batch.pages[:, :pages]
-    return step, pages
