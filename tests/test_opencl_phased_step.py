@@ -14,9 +14,11 @@ import pytest
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from asserts import relative_error  # noqa: E402
+from test_opencl_faults import broken  # noqa: E402
 
 from marlin_cy.decoder.model import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
+from marlin_cy.opencl import program as opencl_program  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
 from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
@@ -113,6 +115,19 @@ class TestAgainstLaunches:
         sequence = phased.new_sequence()
         phased.forward(TEXT[:10], sequence=sequence)
         with pytest.warns(RuntimeWarning, match="a step by phases is not used: the relative error"):
+            logits = phased.forward(TEXT[10:11], sequence=sequence)
+        assert phased._program._phased is None
+        assert np.isfinite(logits).all()
+
+    def test_a_kernel_that_does_not_compile_is_left(self, phased, monkeypatch):
+        """A warning with the compiler's log, and logits by launches."""
+        monkeypatch.setattr(PhasedStep, "kind", lambda self, rows: "of this test, which does not compile")
+        monkeypatch.setattr(phased.context.backend.runtime.verdicts._memory, "warned", set())
+        monkeypatch.setattr(phased.context.backend.runtime.programs, "_programs", {})
+        monkeypatch.setattr(opencl_program, "source", broken(["decoder_step"]))
+        sequence = phased.new_sequence()
+        phased.forward(TEXT[:10], sequence=sequence)
+        with pytest.warns(RuntimeWarning, match=r"(?s)a step by phases is not used: the kernel does not run.*no_such"):
             logits = phased.forward(TEXT[10:11], sequence=sequence)
         assert phased._program._phased is None
         assert np.isfinite(logits).all()

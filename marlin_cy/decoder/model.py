@@ -19,9 +19,9 @@ from marlin_cy.decoder.config import DecoderConfig
 from marlin_cy.decoder.head import with_head
 from marlin_cy.decoder.options import CACHE_DTYPE, CACHE_DTYPES
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
-from marlin_cy.decoder.program import PAGE_TOKENS, Batch
+from marlin_cy.decoder.program import PAGE_TOKENS, Batch, cut_into_steps
 from marlin_cy.decoder.text_methods import TextMethods
-from marlin_cy.errors import ContextInUse, UnsupportedError
+from marlin_cy.errors import ContextInUse, DeviceError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend, Context
 
@@ -97,6 +97,9 @@ class Model(TextMethods):
     raises has changed no sequence, with one exception: if a KeyboardInterrupt ends a call, sequences of a model with
     recurrent state may have all of its tokens. :attr:`Sequence.length` then includes them.
 
+    If the device fails, a call raises :class:`~marlin_cy.errors.DeviceError`. All sequences are then freed, and all later
+    calls but :meth:`free` raise the error: the model has to be loaded again.
+
     Attributes
     ----------
     folder : Path
@@ -129,6 +132,7 @@ class Model(TextMethods):
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
         self._own: Sequence | None = None
+        self._lost: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -225,6 +229,8 @@ class Model(TextMethods):
         TypeError, ValueError
             ``sequence`` is not a live sequence of this model.
         """
+        if self._lost is not None:
+            return  # the sequence was freed when the device failed
         with self._exclusive():
             self._check_sequence("sequence", sequence)
             if sequence.state >= 0:
@@ -297,6 +303,8 @@ class Model(TextMethods):
             states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
             try:
                 return self._run(work, all_logits)
+            except DeviceError:
+                raise  # there is nothing to take back
             except BaseException:
                 for (sequence, _), state in zip(work, states, strict=False):
                     self._program.restore_state(sequence.state, state)
@@ -351,7 +359,16 @@ class Model(TextMethods):
         if not self._lock.acquire(blocking=False):
             raise ContextInUse("model: in use by another thread; a model serves one thread at a time")
         try:
+            if self._lost is not None:
+                raise DeviceError(f"model: its device has failed, load the model again: {self._lost}")
             yield
+        except DeviceError as error:
+            self._lost = self._lost or str(error)
+            for sequence in self._sequences:
+                sequence.free()
+            self._sequences.clear()
+            self._own = None
+            raise
         finally:
             self._lock.release()
 
@@ -413,24 +430,3 @@ class Model(TextMethods):
         if not self._free_states:
             raise CacheFull("sequences: all slots of recurrent state are in use; free sequences")
         return self._free_states.pop()
-
-
-def cut_into_steps(counts: list[int], max_rows: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut the tokens of several sequences into steps of at most ``max_rows`` rows.
-
-    Yields lists of ``(sequence, begin, end)``: tokens ``begin`` to ``end - 1`` of a sequence.
-    """
-    step: list[tuple[int, int, int]] = []
-    room = max_rows
-    for index, count in enumerate(counts):
-        begin = 0
-        while begin < count:
-            end = min(count, begin + room)
-            step.append((index, begin, end))
-            room -= end - begin
-            begin = end
-            if room == 0:
-                yield step
-                step, room = [], max_rows
-    if step:
-        yield step

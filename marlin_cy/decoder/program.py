@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PAGE_TOKENS", "Batch", "DecoderProgram"]
+__all__ = ["PAGE_TOKENS", "Batch", "DecoderProgram", "cut_into_steps"]
 
 PAGE_TOKENS = 16
 """Positions of a page of the cache."""
@@ -37,6 +38,27 @@ class Batch:
     segments: npt.NDArray[np.int64]
     pages: npt.NDArray[np.int32]
     wanted: npt.NDArray[np.int32]
+
+
+def cut_into_steps(counts: list[int], max_rows: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut the tokens of several sequences into steps of at most ``max_rows`` rows.
+
+    Yields lists of ``(sequence, begin, end)``: tokens ``begin`` to ``end - 1`` of a sequence.
+    """
+    step: list[tuple[int, int, int]] = []
+    room = max_rows
+    for index, count in enumerate(counts):
+        begin = 0
+        while begin < count:
+            end = min(count, begin + room)
+            step.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield step
+                step, room = [], max_rows
+    if step:
+        yield step
 
 
 class DecoderProgram(ABC):
