@@ -11,6 +11,7 @@ from asserts import relative_error
 from marlin_cy import ContextInUse, UnsupportedError
 from marlin_cy.decoder.cache import CacheFull
 from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.program import cut_into_steps
 from marlin_cy.decoder.reference import reference_logits
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))

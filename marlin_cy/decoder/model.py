@@ -97,8 +97,8 @@ class Model(TextMethods):
     raises has changed no sequence, with one exception: if a KeyboardInterrupt ends a call, sequences of a model with
     recurrent state may have all of its tokens. :attr:`Sequence.length` then includes them.
 
-    If the device fails, a call raises :class:`~marlin_cy.errors.DeviceError`. All sequences are then freed, and all later
-    calls but :meth:`free` raise the error: the model has to be loaded again.
+    If the device fails, a call raises :class:`~marlin_cy.errors.DeviceError`. All sequences are then freed, and all
+    later calls but :meth:`free` raise the error: the model has to be loaded again.
 
     Attributes
     ----------
