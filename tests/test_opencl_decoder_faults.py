@@ -1,4 +1,4 @@
-"""Whole models on OpenCL devices that fail: lost devices, short memory, programs that do not compile, and neighbours."""
+"""Whole models on OpenCL devices that fail: lost devices, short memory, programs that do not compile."""
 
 import os
 import subprocess
