@@ -18,6 +18,7 @@ from test_opencl_faults import broken  # noqa: E402
 
 from marlin_cy.decoder.model import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
+from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 from marlin_cy.opencl import program as opencl_program  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
@@ -107,6 +108,25 @@ class TestAgainstLaunches:
         batch = row_batch(phased, rng.integers(0, phased.vocab_size, rows), [0] * rows)
         logits = phased._program.step(batch)
         assert phased._program.greedy_step(batch).tolist() == logits.argmax(axis=1).tolist()
+
+    @pytest.mark.parametrize("has_head", [True, False])
+    def test_sampled_tokens(self, phased, rng, has_head):
+        """From the logits of the step: of some rows drawn, of others the largest, and of one no token."""
+        program = phased._program
+        if not has_head:
+            program._phased = PhasedStep(
+                program._ctx, program._plan, program._layers, program._ends()._replace(head=None), False
+            )
+        steps = program._phased
+        batch = row_batch(phased, rng.integers(0, phased.vocab_size, 4), [0] * 4)
+        logits = program.step(batch)
+        options = {"temperature": 1.0}, {}, {"temperature": 2.0, "top_k": 9, "presence_penalty": 1.0}
+        ours, theirs = (
+            [(Sampler(SamplingParams(**those), phased.vocab_size, [3]), 7) for those in options] for _ in range(2)
+        )
+        found = program.pick(dataclasses.replace(batch, wanted=np.array([0, 2, 3], np.int32)), ours)
+        assert program._phased is steps
+        assert found == [sampler.pick(logits[row], 7) for row, (sampler, _) in zip((0, 2, 3), theirs, strict=True)]
 
     def test_a_wrong_kernel_is_left(self, phased, monkeypatch):
         """Errors beyond the bound: a warning, and logits by launches."""

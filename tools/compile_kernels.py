@@ -174,6 +174,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"INPUT_TYPE": 1, "PICKED": 1, "ROW_ITEMS": 16, "ACTIVATION": 4},
         {"ADDED": 2, "ACTIVATION": 3},
     ],
+    "decoder_sample": [{}, {"SAMPLE_ITEMS": 1024}],
     "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
     "decoder_heads": [{}, {"CACHE_TYPE": 1, "SEGMENTS": 8}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [

@@ -39,6 +39,7 @@ SPLIT_PAGES = 16
 """The fewest pages of a run of positions: one for each wave."""
 PHASES = 7
 JOINS = 2  # the phase that is left out if there is one run
+STATE_INTS = 2 + 2 * MOST_TOKENS
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
 LEAST_STEP_INTS = 1 << 14
@@ -129,11 +130,11 @@ class PhasedStep:
         self._ends = addresses(runtime, [ends.embedding, ends.final_norm, *([] if head is None else [head.buffer])])
         self._shape = shape
         self._layers = uploaded(runtime, shape.table(runtime).view(np.uint8), "table of layers")
-        # The counter of work-groups, whether one gave up, and the tokens.
-        (self._state,) = zeroed_buffers(runtime, [4 * (2 + MOST_TOKENS)], "state of a step")
+        # The counter of work-groups, whether one gave up, the tokens, and their logits.
+        (self._state,) = zeroed_buffers(runtime, [4 * STATE_INTS], "state of a step")
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._target = 0
-        self._seen = np.zeros(2 + MOST_TOKENS, np.uint32)
+        self._seen = np.zeros(STATE_INTS, np.uint32)
         self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
         self._rooms: dict[int, dict[str, cl.Buffer]] = {}
@@ -200,9 +201,17 @@ class PhasedStep:
         return Rows(kernel.rooms["x"], 0, FLOAT32, rows, macros["HIDDEN"])
 
     def tokens(self, rows: int) -> npt.NDArray[np.int32]:
-        """The tokens of the step that was enqueued last, int32 ``[rows]``. Waits for them."""
+        """The tokens of the step that was enqueued last, and the bits of their logits, int32 ``[rows, 2]``.
+
+        Waits for them. If all logits of a row are NaN, so is the logit.
+        """
         self.read_state()
-        return self._seen[2 : 2 + rows].astype(np.int32)
+        capacity = self.capacity(rows)
+        return self._seen[2 : 2 + 2 * capacity].view(np.int32).reshape(2, capacity)[:, :rows].T.copy()
+
+    def vocabulary(self, rows: int) -> cl.Buffer:
+        """The buffer of the logits of steps of ``rows`` rows."""
+        return self._rooms_for(self.capacity(rows))["vocabulary"]
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
         """The logits of the step that was enqueued last, float32 ``[rows, vocab_size]``. Waits for them."""

@@ -90,7 +90,7 @@ __attribute__((always_inline)) static inline bool all_arrive(__global uint *stat
 //   rows                of this step
 //   splits              runs into which the positions of each row are cut
 //   first, last         phases: first to last - 1
-//   state               of all_arrive, then the tokens of the largest logits, [TOKENS]
+//   state               of all_arrive, then the tokens of the largest logits, [TOKENS], and these logits, [TOKENS]
 //   target, patience    of all_arrive: the first target; loads of the counter until a work-group gives up
 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __global const int *batch, __constant Layer *layers, const ulong embedding, __global float *x,
