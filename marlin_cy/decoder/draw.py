@@ -12,8 +12,8 @@ sum, and min_p those whose weights are large enough. The kept weights are added 
 sum is above ``random * total >> 64``.
 
 The tables hold powers of two in 31 bits, and a product is cut to 31 bits. A weight is off by 2e-6 of itself at most,
-which is due to the 24 bits of the rate, and by 1. Weights never grow with the distance, so a limit of weights is a limit
-of distances.
+which is due to the 24 bits of the rate, and by 1. Weights never grow with the distance: a limit of weights is one of
+distances, too.
 """
 
 from __future__ import annotations
