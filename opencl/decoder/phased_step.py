@@ -16,7 +16,7 @@ import pyopencl as cl
 from marlin_cy.decoder.plan import DecoderPlan
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
-from marlin_cy.opencl.decoder.phased_shape import LAYER, NotPhased, addresses, shape_of
+from marlin_cy.opencl.decoder.phased_shape import NotPhased, addresses, shape_of
 from marlin_cy.opencl.decoder.step import describe_rows
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
@@ -123,7 +123,6 @@ class PhasedStep:
             "HEAD_TYPE": 0 if head is None else head.type_code,
             "VOCABULARY": ends.vocab_size,
             "ALIGNED": 1,
-            "LAYER_BYTES": LAYER.itemsize,
         }
         self._local = WAVE * waves
         self._groups = device.compute_units
@@ -250,9 +249,9 @@ class PhasedStep:
             "stats": 8 * room,
             "logits": 4 * tokens * macros["EXPERTS"],
             "ids": 4 * pairs,
-            "weights": 4 * pairs,
-            "inner": 4 * pairs * macros["INNER"],
-            "inner_most": 4 * pairs,
+            "weights": 4 * (pairs + tokens),
+            "inner": 4 * (pairs * macros["INNER"] + tokens * self._shape.shared_inner),
+            "inner_most": 4 * (pairs + tokens),
             "vocabulary": 4 * tokens * self._vocab_size,
             "best": 8 * tokens * self._groups,
         }
