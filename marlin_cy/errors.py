@@ -94,7 +94,8 @@ class DeviceError(MarlinError, RuntimeError):
     """A device or its driver fails. The message names the device; ``__cause__`` is the driver's error.
 
     The outputs of the failed call are undefined. Nothing else has changed, and the call may be repeated. If the
-    device was lost, all its buffers and stacks are lost, and every call that uses them raises this error.
+    device was lost, all its buffers and stacks are lost, and every call that uses them raises this error. A whole model
+    is not used again after this error: see :class:`~marlin_cy.decoder.model.Model`.
     """
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_cy.decoder.program import picked
 from marlin_cy.errors import MarlinError, UnsupportedError
 
 
@@ -89,6 +90,14 @@ class FakeModel:
             assert self.free_tokens >= 0, "the cache is full"
             results.append(np.stack(rows) if all_logits else rows[-1])
         return results
+
+    def pick_batch(self, pairs, samplers):
+        pairs = list(pairs)
+        logits = self.forward_batch(pairs)
+        return [
+            sampler and picked(sampler, sequence.length, row)
+            for (sequence, _), sampler, row in zip(pairs, samplers, logits, strict=True)
+        ]
 
     def logits(self, tokens):
         seed = int.from_bytes(hashlib.sha256(np.array(tokens, np.int64).tobytes()).digest()[:8], "little")

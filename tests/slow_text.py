@@ -7,11 +7,11 @@ import sys, time
 from marlin_cy import cli
 from marlin_cy.decoder import writer
 
-def write(self, *arguments, fast=writer.Writer.write):
+def write(self, *arguments, fast=writer.Writer.put):
     time.sleep(0.003)
     return fast(self, *arguments)
 
-writer.Writer.write = write
+writer.Writer.put = write
 sys.exit(cli.main())
 """
 

@@ -101,14 +101,14 @@ def test_commands(model, talk):
 
 def test_ctrl_c_stops_the_answer(model, talk):
     """What was answered stays in the history, and the next message is answered."""
-    forward = model.forward
+    pick_batch = model.pick_batch
 
-    def interrupted(tokens, **options):
-        if len(model.prompts) == 1 and list(tokens) == [ord("e")]:
+    def interrupted(pairs, samplers):
+        if len(model.prompts) == 1 and list(pairs[0][1]) == [ord("e")]:
             raise KeyboardInterrupt
-        return forward(tokens, **options)
+        return pick_batch(pairs, samplers)
 
-    model.forward = interrupted
+    model.pick_batch = interrupted
     code, out, err = talk(["One\n", "Two\n"])
     assert (code, out) == (0, "Ye\nYes.\n")
     assert "2 tokens" in err
@@ -117,15 +117,15 @@ def test_ctrl_c_stops_the_answer(model, talk):
 
 
 def test_ctrl_c_before_the_first_token(model, talk):
-    forward = model.forward
+    pick_batch = model.pick_batch
 
-    def interrupted(tokens, **options):
+    def interrupted(pairs, samplers):
         if not model.prompts:
             model.prompts.append(None)
             raise KeyboardInterrupt
-        return forward(tokens, **options)
+        return pick_batch(pairs, samplers)
 
-    model.forward = interrupted
+    model.pick_batch = interrupted
     code, out, _ = talk(["One\n", "Two\n"])
     assert (code, out) == (0, "Yes.\n")
     assert model.prompts == [None, "u:Two\n"]  # a message without an answer is forgotten

@@ -193,12 +193,12 @@ def test_a_prompt_that_is_interrupted(folder, error):
     sequence = model.new_sequence()
     prefill(model, sequence, [1, 2, 3])
     with pytest.raises(BaseException) as raised:
-        prefill(model, sequence, [0] * 1000, fail)
+        prefill(model, sequence, [0] * 1000, progress=fail)
     assert raised.value is error or raised.type is error
     assert sequence.tokens == [1, 2, 3]
     model.recurrent = True
     with pytest.raises(BaseException) as raised:
-        prefill(model, sequence, [0] * 1000, fail)
+        prefill(model, sequence, [0] * 1000, progress=fail)
     assert raised.value is error or raised.type is error
     model.free(sequence)
     with pytest.raises(BaseException) as raised:

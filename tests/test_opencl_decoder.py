@@ -15,6 +15,7 @@ from marlin_cy import ContextInUse  # noqa: E402
 from marlin_cy.decoder.cache import CacheFull  # noqa: E402
 from marlin_cy.decoder.model import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
+from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
@@ -103,6 +104,58 @@ class TestLogits:
         batch = Batch(TEXT[:100], segments, other.page_table[None], np.arange(100, dtype=np.int32))
         np.testing.assert_array_equal(model._program.greedy_step(batch), logits.argmax(axis=1))
         model.free(other)
+
+    def test_sampled_tokens(self, model, expected):
+        """The device's own logits choose what the CPU chooses from them; rows without a sampler are left out."""
+        names = {"temperature": 1.0, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.5}, {"temperature": 0.7}
+        sequences = [model.new_sequence() for _ in range(5)]
+        texts = [TEXT[: 5 + 9 * number].tolist() for number in range(5)]
+        ours, theirs = (
+            [Sampler(SamplingParams(**options), model.vocab_size, texts[0]) for options in (*names, {})]
+            for _ in range(2)
+        )
+        found = model.pick_batch(list(zip(sequences, texts, strict=True)), [*ours, None])
+        assert found.pop() is None
+        logits = [model.forward_batch([(model.new_sequence(), text)])[0] for text in texts[:-1]]
+        for sampler, row, text, token in zip(theirs, logits, texts, found, strict=False):
+            assert token == sampler.pick(row, len(text)) == int(token)
+        assert [sequence.length for sequence in sequences] == [len(text) for text in texts]
+        model.free(sequences[0])
+        with pytest.raises(ValueError, match="samplers: got 1, expected 2, one for each pair"):
+            model.pick_batch([(one, [1]) for one in sequences[1:3]], [None])
+        for one in list(model._sequences):
+            model.free(one)
+
+    def test_only_tokens_are_read(self, model, monkeypatch):
+        """A sampled text reads two numbers a token from the device, and writes little more."""
+        read, copy = [], cl.enqueue_copy
+
+        def counted(queue, target, source, **options):
+            if isinstance(target, np.ndarray):
+                read.append(target.nbytes)
+            return copy(queue, target, source, **options)
+
+        pieces = model.generate("The ", temperature=1.0, top_k=5, repetition_penalty=1.1, max_new_tokens=4)
+        for _ in range(2):  # the first step of a kind checks its kernels
+            next(pieces)
+        monkeypatch.setattr(cl, "enqueue_copy", counted)
+        assert len(list(pieces)) == 2
+        assert read == [8, 8]
+
+    def test_logits_that_are_not_finite(self, model, sequence):
+        """The sequence's error, as from the CPU; other sequences of the step go on."""
+        damaged = model.new_sequence()
+        model.forward(TEXT[:20], sequence=damaged)
+        pool, page = model._program._pools[0], int(damaged.page_table[0])
+        nbytes = pool._page_bytes[1]
+        cl.enqueue_fill_buffer(model.context.queue, pool.values, b"\xff" * 4, page * nbytes, nbytes)
+        for options in ({}, {"temperature": 1.0}):
+            samplers = [Sampler(SamplingParams(**options), model.vocab_size, []) for _ in range(2)]
+            error, token = model.pick_batch([(damaged, TEXT[:1]), (sequence, TEXT[:1])], samplers)
+            assert isinstance(token, int)
+            assert f"position {damaged.length}: the model's logits have nan for token 0" in str(error)
+        cl.enqueue_fill_buffer(model.context.queue, pool.values, b"\0" * 4, page * nbytes, nbytes)
+        model.free(damaged)
 
     def test_prompts_longer_than_a_step(self, model, sequence, expected, monkeypatch):
         monkeypatch.setattr("marlin_cy.decoder.model.MAX_ROWS", 16)

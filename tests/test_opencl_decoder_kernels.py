@@ -143,24 +143,6 @@ def test_embedding(bench, rng, dtype):
     np.testing.assert_array_equal(bench.read(x), table[batch.tokens].astype(np.float32))
 
 
-def test_argmax(bench, rng):
-    """The first of equal logits; a row of -inf gives token 0."""
-    logits = rng.standard_normal((4, 300), np.float32)
-    logits[1, [17, 33, 299]] = 9
-    logits[2] = -np.inf
-    logits[3, 299] = 10
-    maker, tokens = bench.maker(np.zeros(80), 4), bench.rows(np.zeros((1, 4), np.float32))
-    maker.record(
-        *("decoder_rows", "argmax_rows", {"ROW_ITEMS": 16}, (4 * 16,), (16,)),
-        logits=bench.rows(logits).data,
-        tokens=tokens.data,
-        width=300,
-    )
-    bench.run()
-    found = bench.read(tokens).view(np.int32)[0]
-    np.testing.assert_array_equal(found, logits.argmax(axis=1))
-
-
 # Dense products ---------------------------------------------------------------------------------
 
 
@@ -423,8 +405,8 @@ def test_delta_net(bench, rng, key_heads, value_heads, key_dim, value_dim, taps)
 def test_unknown_argument(bench):
     """Arguments by name: one too many or too few is named."""
     maker = bench.maker(np.zeros(4), 1)
-    with pytest.raises(TypeError, match="arguments of argmax_rows: got .* expected .*width"):
-        maker.record("decoder_rows", "argmax_rows", {}, (1,), (1,), logits=None, tokens=None)
+    with pytest.raises(TypeError, match="arguments of embed_rows: got .* expected .*width"):
+        maker.record("decoder_rows", "embed_rows", {}, (1,), (1,), batch=None, table=None, x=None)
 
 
 def test_heads_of_other_widths():

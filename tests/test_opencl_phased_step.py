@@ -14,13 +14,16 @@ import pytest
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from asserts import relative_error  # noqa: E402
+from test_opencl_faults import broken  # noqa: E402
 
 from marlin_cy.decoder.model import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
+from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
+from marlin_cy.opencl import program as opencl_program  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
-from marlin_cy.opencl.decoder.phased_step import PhasedStep, describe_rows  # noqa: E402
-from marlin_cy.opencl.decoder.step import StepLayout, describe_step  # noqa: E402
+from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
+from marlin_cy.opencl.decoder.step import StepLayout, describe_rows, describe_step  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
@@ -106,6 +109,25 @@ class TestAgainstLaunches:
         logits = phased._program.step(batch)
         assert phased._program.greedy_step(batch).tolist() == logits.argmax(axis=1).tolist()
 
+    @pytest.mark.parametrize("has_head", [True, False])
+    def test_sampled_tokens(self, phased, rng, has_head):
+        """From the logits of the step: of some rows drawn, of others the largest, and of one no token."""
+        program = phased._program
+        if not has_head:
+            program._phased = PhasedStep(
+                program._ctx, program._plan, program._layers, program._ends()._replace(head=None), False
+            )
+        steps = program._phased
+        batch = row_batch(phased, rng.integers(0, phased.vocab_size, 4), [0] * 4)
+        logits = program.step(batch)
+        options = {"temperature": 1.0}, {}, {"temperature": 2.0, "top_k": 9, "presence_penalty": 1.0}
+        ours, theirs = (
+            [(Sampler(SamplingParams(**those), phased.vocab_size, [3]), 7) for those in options] for _ in range(2)
+        )
+        found = program.pick(dataclasses.replace(batch, wanted=np.array([0, 2, 3], np.int32)), ours)
+        assert program._phased is steps
+        assert found == [sampler.pick(logits[row], 7) for row, (sampler, _) in zip((0, 2, 3), theirs, strict=True)]
+
     def test_a_wrong_kernel_is_left(self, phased, monkeypatch):
         """Errors beyond the bound: a warning, and logits by launches."""
         monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", -1)
@@ -113,6 +135,19 @@ class TestAgainstLaunches:
         sequence = phased.new_sequence()
         phased.forward(TEXT[:10], sequence=sequence)
         with pytest.warns(RuntimeWarning, match="a step by phases is not used: the relative error"):
+            logits = phased.forward(TEXT[10:11], sequence=sequence)
+        assert phased._program._phased is None
+        assert np.isfinite(logits).all()
+
+    def test_a_kernel_that_does_not_compile_is_left(self, phased, monkeypatch):
+        """A warning with the compiler's log, and logits by launches."""
+        monkeypatch.setattr(PhasedStep, "kind", lambda self, rows: "of this test, which does not compile")
+        monkeypatch.setattr(phased.context.backend.runtime.verdicts._memory, "warned", set())
+        monkeypatch.setattr(phased.context.backend.runtime.programs, "_programs", {})
+        monkeypatch.setattr(opencl_program, "source", broken(["decoder_step"]))
+        sequence = phased.new_sequence()
+        phased.forward(TEXT[:10], sequence=sequence)
+        with pytest.warns(RuntimeWarning, match=r"(?s)a step by phases is not used: the kernel does not run.*no_such"):
             logits = phased.forward(TEXT[10:11], sequence=sequence)
         assert phased._program._phased is None
         assert np.isfinite(logits).all()

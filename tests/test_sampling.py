@@ -6,16 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from marlin_cy.decoder.sampling import (
-    LEAST_EXPONENT,
-    Sampler,
-    SamplingParams,
-    exp,
-    mixed,
-    random_number,
-    read_sampling,
-)
+from marlin_cy.decoder.draw import LARGEST_SCORE, TABLES, Factor, settings_of, weights_of
+from marlin_cy.decoder.sampling import Sampler, SamplingParams, mixed, random_bits, read_sampling
 from marlin_cy.errors import CheckpointError, MarlinError
+from marlin_cy.serve.scores import LEAST_EXPONENT, exp
 
 DRAWS = 4000
 
@@ -122,7 +116,7 @@ def test_it_is_what_its_definition_says(rng):
             "seed": case,
         }
         (token,) = picks(logits, 1, **options)
-        assert token == drawn_by_definition(logits.tolist(), random_number(mixed(case), 0), **options)
+        assert token == drawn_by_definition(logits.tolist(), random_bits(mixed(case), 0) / 2**64, **options)
 
 
 def drawn_by_definition(logits, number, *, temperature, top_k, top_p, min_p, seed):
@@ -136,9 +130,7 @@ def drawn_by_definition(logits, number, *, temperature, top_k, top_p, min_p, see
             if total >= top_p * sum(weights.values()):
                 break
         order = kept
-    order = [token for token in order if weights[token] >= (min_p or 0)]
-    if top_p is None or top_p == 1:
-        order = sorted(order)  # the order in which weights are added up
+    order = sorted(token for token in order if weights[token] >= (min_p or 0))
     total, target = 0.0, number * sum(weights[token] for token in order)
     for token in order:
         total += weights[token]
@@ -160,12 +152,53 @@ def test_a_draw_depends_on_seed_and_position_alone():
 def test_random_numbers():
     """SplitMix64's own stream, by position: the first values from seed 1234567 are published with its source."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [random_number(1234567, position) for position in range(3)] == [
-        value // 2048 * 2**-53 for value in published
-    ]
-    numbers = np.array([random_number(99, position) for position in range(20000)])
+    assert [random_bits(1234567, position) for position in range(3)] == published
+    numbers = np.array([random_bits(99, position) / 2**64 for position in range(20000)])
     assert 0 <= numbers.min() < numbers.max() < 1
     assert np.histogram(numbers, 10, (0, 1))[0] == pytest.approx(np.full(10, 2000), abs=5 * math.sqrt(2000))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.01, 0.7, 1.0, 3.0, 1e4, 1e38])
+def test_weights(temperature, rng):
+    """Powers of e to the bound that ``draw.py`` gives; never larger for a larger distance; 0 from the limit on."""
+    settings = settings_of(temperature, None, None, 0.25)
+    scale = min(LARGEST_SCORE, int(temperature * 40 * 2**24))
+    distances = np.unique(rng.integers(0, scale + 2, 20_000))
+    weights = weights_of(distances, settings.rate)
+    expected = np.exp(-distances / 2**24 / temperature) * 2**40
+    assert (np.abs(weights - expected) <= 2e-6 * expected + 1).all()
+    assert (np.diff(weights) <= 0).all()
+    assert weights_of(np.zeros(1, np.int64), settings.rate) == 2**40
+    for limit, least in ((settings.limit, 1), (settings.min_limit, 2**38)):
+        assert weights_of(np.array([limit - 1]), settings.rate) >= least
+        assert limit > 2 * LARGEST_SCORE or weights_of(np.array([limit]), settings.rate) < least
+
+
+def test_tables():
+    """Correctly rounded, and each product of two neighbours is above the next one: so weights cannot grow."""
+    exponents = -np.arange(256) / np.array([[256], [65536], [16777216]])
+    assert np.abs(TABLES - np.exp2(exponents + 31)).max() <= 0.5 + 1e-6
+    f = np.arange(1 << 24, (1 << 24) - 300_000, -1) - 1
+    rate = Factor(1, 0)
+    assert (np.diff(weights_of(f, rate)) > 0).all()
+
+
+def test_factors():
+    for value in (1.0, 1.3, 0.7, 2.0**24 - 1, 3e-9):
+        factor = Factor.of(value)
+        assert abs(math.ldexp(factor.mantissa, -factor.shift) / value - 1) <= 2.0**-24
+        assert 2**23 <= factor.mantissa < 2**24
+    assert Factor.of(math.inf) == Factor.of(1e30) == Factor(2**24 - 1, 0)
+    assert Factor.of(1e-30) == Factor(0, 0)
+    assert Factor.of(1 - 2.0**-53) == Factor.of(1.0)
+
+
+def test_penalties_of_extreme_values():
+    """No sum overflows, and what is not finite stays so."""
+    logits = [1e30, -1e30, -math.inf, 5.0, 5.0]
+    options = {"frequency_penalty": 1e38, "presence_penalty": 1.0, "repetition_penalty": 1e-38}
+    assert picks(logits, 3, prompt=[2], **options) == [0, 3, 4]
+    assert picks([1.0, 2.0], 2, prompt=[0], frequency_penalty=-1e38) == [1, 1]
 
 
 def test_exp():
@@ -242,6 +275,6 @@ def test_generation_config(tmp_path):
 
 RECORDED = {
     "temperature": [754, 371, 445, 952, 210, 595, 458, 198],
-    "top_k, top_p": [568, 951, 852, 25, 457, 272, 951, 778],
+    "top_k, top_p": [284, 926, 383, 778, 568, 926, 926, 605],
     "min_p": [162, 730, 852, 458, 99, 408, 605, 779],
 }

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from marlin_cy.opencl.decoder.phased_shape import LAYER
+from marlin_cy.opencl.decoder.phased_shape import LAYER, SHARED_LAYER
 from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros
 from marlin_cy.opencl.program import kernel_files, source
 
@@ -104,6 +104,7 @@ STEP = {
     "ALIGNED": 1,
 }
 STEP_SEGMENTS = {"CACHE_TYPE": 2, "SEGMENTS": 8, "SEGMENT_SHIFT": 9}
+STEP_SHARED = {"SHARED": 1, "LAYER_BYTES": SHARED_LAYER.itemsize}
 SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
@@ -174,6 +175,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"INPUT_TYPE": 1, "PICKED": 1, "ROW_ITEMS": 16, "ACTIVATION": 4},
         {"ADDED": 2, "ACTIVATION": 3},
     ],
+    "decoder_sample": [{}, {"SAMPLE_ITEMS": 1024}],
     "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
     "decoder_heads": [{}, {"CACHE_TYPE": 1, "SEGMENTS": 8}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [
@@ -216,6 +218,8 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
             "GROUP_32": 1,
             "EXPERTS_PER_PART": 32,
         },
+        {**STEP, **STEP_SHARED, "TENSOR": 0, "RESIDENT": 0, "TOKENS": 2},
+        {**STEP, **STEP_SHARED, "TENSOR": 1, "RESIDENT": 1, "TOKENS": 8, "PTX": 1},
         {**STEP, "TENSOR": 1, "RESIDENT": 1, "PTX": 1},
     ],
     "decoder_dense_mma": [

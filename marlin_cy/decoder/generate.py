@@ -2,8 +2,9 @@
 
 ::
 
-    prompt ── tokens ── forward, in pieces ── logits ──┬── Writer ── piece of text
-                                                       └── forward ── the piece's token ──┘
+    prompt ── tokens ── model, in parts ── token ──┬── Writer ── piece of text
+                                              ▲    └── model ─┐
+                                              └───────────────┘
 
 All functions check their arguments when they are called. The model runs while the result is iterated.
 """
@@ -19,8 +20,8 @@ from weakref import WeakKeyDictionary
 from marlin_cy.arguments import integer
 from marlin_cy.decoder.cache import pages_of
 from marlin_cy.decoder.program import PAGE_TOKENS
-from marlin_cy.decoder.protocol import DecoderModel, Logits, Progress
-from marlin_cy.decoder.sampling import SamplingOptions, SamplingParams
+from marlin_cy.decoder.protocol import DecoderModel, Progress
+from marlin_cy.decoder.sampling import Sampler, SamplingOptions, SamplingParams
 from marlin_cy.decoder.text import Tokenizer
 from marlin_cy.decoder.writer import Piece, Writer
 from marlin_cy.errors import BatchError, MarlinError, UnsupportedError
@@ -100,20 +101,27 @@ def pieces_of(
     model: DecoderModel, sequence: Any, tokens: Sequence[int], writer: Writer, progress: Progress | None
 ) -> Generator[Piece, None, None]:
     """The pieces that follow the sequence and these tokens."""
-    logits = prefill(model, sequence, tokens, progress)
-    position = sequence.length
-    forward, write = model.forward, writer.write
+    sampler = [writer.sampler]
+    picked = prefill(model, sequence, tokens, writer.sampler, progress)
     while True:
-        piece = write(logits, position)
+        if not isinstance(picked, int):
+            assert picked is not None
+            raise picked
+        piece = writer.put(picked)
         yield piece
         if piece.finish_reason is not None:
             return
-        logits = forward(piece.tokens, sequence=sequence)
-        position += 1
+        (picked,) = model.pick_batch([(sequence, piece.tokens)], sampler)
 
 
-def prefill(model: DecoderModel, sequence: Any, tokens: Sequence[int], progress: Progress | None = None) -> Logits:
-    """Append a prompt to a sequence, in parts; returns the logits of its last token.
+def prefill(
+    model: DecoderModel,
+    sequence: Any,
+    tokens: Sequence[int],
+    sampler: Sampler | None = None,
+    progress: Progress | None = None,
+) -> int | MarlinError | None:
+    """Append a prompt to a sequence, in parts; returns what the sampler picks then.
 
     Parts become larger while they take less than half a second. If a part fails or is interrupted, the sequence gets
     the length back that it had.
@@ -124,6 +132,8 @@ def prefill(model: DecoderModel, sequence: Any, tokens: Sequence[int], progress:
     sequence
     tokens : sequence of int
         At least one.
+    sampler : Sampler, optional
+        None: no token is picked.
     progress : callable, optional
         Called as ``progress(done, total, description)`` after each part.
     """
@@ -131,10 +141,11 @@ def prefill(model: DecoderModel, sequence: Any, tokens: Sequence[int], progress:
     try:
         while True:
             start = time.perf_counter()
-            logits = model.forward(tokens[done : done + size], sequence=sequence)
+            part = tokens[done : done + size]
             done += size
+            (picked,) = model.pick_batch([(sequence, part)], [sampler if done >= len(tokens) else None])
             if done >= len(tokens):
-                return logits
+                return picked
             if progress is not None:
                 progress(done, len(tokens), f"prompt of {len(tokens)} tokens")
             if time.perf_counter() - start < PART_SECONDS:
@@ -242,13 +253,12 @@ def _run(model: DecoderModel, waiting: deque[_Job]) -> Generator[tuple[int, Piec
         while waiting or running:
             while waiting and _begin(model, running, waiting[0]):
                 running.append(waiting.popleft())
-            for job, logits in _step(model, running):
-                try:
-                    piece = job.writer.write(logits, job.sequence.length)
-                except MarlinError as error:  # of these logits alone: the other prompts continue
-                    errors[job.index] = error
+            for job, picked in _step(model, running):
+                if not isinstance(picked, int):  # an error of these logits alone: the other prompts continue
+                    errors[job.index] = picked
                     end(job)
                     continue
+                piece = job.writer.put(picked)
                 job.pending = piece.tokens
                 if piece.finish_reason is not None:
                     end(job)
@@ -279,8 +289,8 @@ def _whole_pages(tokens: int) -> int:
     return pages_of(tokens) * PAGE_TOKENS
 
 
-def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, Logits]]:
-    """Run one token of each text, and parts of prompts; returns the logits of jobs without pending tokens."""
+def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, int | MarlinError]]:
+    """Run one token of each text, and parts of prompts; returns what jobs without pending tokens picked."""
     room = FIRST_PART
     taking_part = []
     for job in running:
@@ -290,12 +300,15 @@ def _step(model: DecoderModel, running: Sequence[_Job]) -> list[tuple[_Job, Logi
             room -= len(part)
         if part:
             taking_part.append((job, part))
-    results = model.forward_batch([(job.sequence, part) for job, part in taking_part])
+    results = model.pick_batch(
+        [(job.sequence, part) for job, part in taking_part],
+        [job.writer.sampler if len(part) == len(job.pending) else None for job, part in taking_part],
+    )
     complete = []
-    for (job, part), logits in zip(taking_part, results, strict=True):
+    for (job, part), picked in zip(taking_part, results, strict=True):
         job.pending = job.pending[len(part) :]
-        if not job.pending:
-            complete.append((job, logits))
+        if picked is not None:
+            complete.append((job, picked))
     return complete
 
 

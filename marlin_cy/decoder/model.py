@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.arguments import flag, integer
 from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from marlin_cy.decoder.appending import Wanted, append
 from marlin_cy.decoder.build import build_plan, read_config
 from marlin_cy.decoder.cache import CacheFull, PagePool, Sequence, pages_of
 from marlin_cy.decoder.config import DecoderConfig
@@ -20,16 +21,18 @@ from marlin_cy.decoder.head import with_head
 from marlin_cy.decoder.options import CACHE_DTYPE, CACHE_DTYPES
 from marlin_cy.decoder.plan import DecoderPlan, DeltaNetPlan
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch
-from marlin_cy.decoder.steps import cut_into_steps
 from marlin_cy.decoder.text_methods import TextMethods
+from marlin_cy.decoder.token_ids import Tokens, token_ids
 from marlin_cy.distributed.group import Group, checksum
-from marlin_cy.errors import ContextInUse, UnsupportedError
+from marlin_cy.errors import ContextInUse, DeviceError, MarlinError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend, Context
 
+if TYPE_CHECKING:
+    from marlin_cy.decoder.sampling import Sampler
+
 __all__ = ["Model", "load_model"]
 
-Tokens = Iterable[int] | npt.NDArray[np.integer[Any]]
 Pair = tuple[Sequence, Tokens]
 
 MAX_ROWS = 1024
@@ -125,6 +128,9 @@ class Model(TextMethods):
     raises has changed no sequence, with one exception: if a KeyboardInterrupt ends a call, sequences of a model with
     recurrent state may have all of its tokens. :attr:`Sequence.length` then includes them.
 
+    If the device fails, a call raises :class:`~marlin_cy.errors.DeviceError`. All sequences are then freed, and all
+    later calls but :meth:`free` raise the error: the model has to be loaded again.
+
     Attributes
     ----------
     folder : Path
@@ -157,6 +163,7 @@ class Model(TextMethods):
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
         self._own: Sequence | None = None
+        self._lost: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -258,6 +265,8 @@ class Model(TextMethods):
         TypeError, ValueError
             ``sequence`` is not a live sequence of this model.
         """
+        if self._lost is not None:
+            return  # the sequence was freed when the device failed
         with self._exclusive():
             self._check_sequence("sequence", sequence)
             if sequence.state >= 0:
@@ -321,61 +330,74 @@ class Model(TextMethods):
         TypeError, ValueError, IndexError, CacheFull, ContextInUse
             As :meth:`forward`. No sequence has changed.
         """
+        wanted = Wanted.ALL if flag("all_logits", all_logits) else Wanted.LAST
         with self._exclusive():
-            all_logits = flag("all_logits", all_logits)
             work = self._checked(pairs)
-            lengths = [sequence.length for sequence, _ in work]
-            # The state before a single step is not kept: it is large, and its step does not stop halfway.
-            saves = self._recurrent and sum(len(tokens) for _, tokens in work) > MAX_ROWS
-            states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
-            try:
-                return self._run(work, all_logits)
-            except BaseException:
-                for (sequence, _), state in zip(work, states, strict=False):
-                    self._program.restore_state(sequence.state, state)
-                for (sequence, _), length in zip(work, lengths, strict=True):
-                    sequence.shrink(max(0, self._program.state_length(sequence.state)) if self._recurrent else length)
-                raise
-
-    def _run(
-        self, work: list[tuple[Sequence, npt.NDArray[np.int32]]], all_logits: bool
-    ) -> list[npt.NDArray[np.float32]]:
-        for sequence, tokens in work:
-            sequence.grow(len(tokens), self._program.copy_page)
-        pieces: list[list[npt.NDArray[np.float32]]] = [[] for _ in work]
-        for parts in cut_into_steps([len(tokens) for _, tokens in work], MAX_ROWS):
-            wanted: list[int] = []
-            counts: list[int] = []  # of wanted rows, for each part
-            segments = np.empty((len(parts), 4), np.int64)
-            rows = 0
-            for number, (index, begin, end) in enumerate(parts):
-                sequence, tokens = work[index]
-                segments[number] = rows, end - begin, sequence.length, sequence.state
-                rows += end - begin
-                counts.append(end - begin if all_logits else int(end == len(tokens)))
-                wanted += range(rows - counts[-1], rows)
-            logits = self._program.step(
-                Batch(
-                    np.concatenate([work[index][1][begin:end] for index, begin, end in parts]),
-                    segments,
-                    self._page_tables([work[index][0] for index, _, _ in parts]),
-                    np.array(wanted, np.int32),
-                )
-            )
-            row = 0
-            for (index, begin, end), count in zip(parts, counts, strict=True):
-                work[index][0].length += end - begin
-                if count:
-                    pieces[index].append(logits[row : row + count])
-                    row += count
-        results = [found[0] if len(found) == 1 else np.concatenate(found) for found in pieces]
+            found = self._append(work, [wanted] * len(work), lambda batch, owners: self._program.step(batch))
+        results = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in found]
         return results if all_logits else [result[0] for result in results]
 
-    @staticmethod
-    def _page_tables(sequences: list[Sequence]) -> npt.NDArray[np.int32]:
-        if len(sequences) == 1:
-            return sequences[0].page_table[None]
-        return np.stack([sequence.page_table for sequence in sequences])
+    def pick_batch(self, pairs: Iterable[Pair], samplers: Iterable[Sampler | None]) -> list[int | MarlinError | None]:
+        """Append tokens to several sequences at once, and choose the token that follows each of them.
+
+        The logits stay on the device, if the backend can choose tokens there.
+
+        Parameters
+        ----------
+        pairs : sequence of (Sequence, ints)
+            As for :meth:`forward_batch`.
+        samplers : sequence of Sampler or None
+            One for each pair; it counts the token. None: no token is chosen.
+
+        Returns
+        -------
+        list of int, MarlinError or None
+            A MarlinError where the logits of a sequence are not finite.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, CacheFull, ContextInUse
+            As :meth:`forward`. No sequence has changed.
+        """
+        choosing = list(samplers)
+        with self._exclusive():
+            work = self._checked(pairs)
+            if len(choosing) != len(work):
+                raise ValueError(f"samplers: got {len(choosing)}, expected {len(work)}, one for each pair")
+            ends = [sequence.length + len(tokens) for sequence, tokens in work]
+
+            def chosen(batch: Batch, owners: list[int]) -> list[int | MarlinError]:
+                choices = [(sampler, ends[index]) for index in owners if (sampler := choosing[index])]
+                return self._program.pick(batch, choices)
+
+            found = self._append(work, [Wanted.LAST if sampler else Wanted.NONE for sampler in choosing], chosen)
+        return [parts[0][0] if parts else None for parts in found]
+
+    def _append(
+        self,
+        work: list[tuple[Sequence, npt.NDArray[np.int32]]],
+        wanted: list[Wanted],
+        compute: Callable[[Batch, list[int]], Any],
+    ) -> list[list[Any]]:
+        """Append tokens. An exception leaves all sequences as they were.
+
+        ``wanted``: the wanted rows of each. ``compute(batch, owners)`` runs a step, and returns what it gives for each
+        wanted row, in parts; ``owners``: the index of each in ``work``. Returns the parts of each of ``work``.
+        """
+        lengths = [sequence.length for sequence, _ in work]
+        # The state before a single step is not kept: it is large, and its step does not stop halfway.
+        saves = self._recurrent and sum(len(tokens) for _, tokens in work) > MAX_ROWS
+        states = [self._program.save_state(sequence.state) for sequence, _ in work if saves]
+        try:
+            return append(self._program, work, wanted, compute, MAX_ROWS)
+        except DeviceError:
+            raise  # there is nothing to take back
+        except BaseException:
+            for (sequence, _), state in zip(work, states, strict=False):
+                self._program.restore_state(sequence.state, state)
+            for (sequence, _), length in zip(work, lengths, strict=True):
+                sequence.shrink(max(0, self._program.state_length(sequence.state)) if self._recurrent else length)
+            raise
 
     # Checks ------------------------------------------------------------------------------------
 
@@ -384,7 +406,16 @@ class Model(TextMethods):
         if not self._lock.acquire(blocking=False):
             raise ContextInUse("model: in use by another thread; a model serves one thread at a time")
         try:
+            if self._lost is not None:
+                raise DeviceError(f"model: its device has failed, load the model again: {self._lost}")
             yield
+        except DeviceError as error:
+            self._lost = self._lost or str(error)
+            for sequence in self._sequences:
+                sequence.free()
+            self._sequences.clear()
+            self._own = None
+            raise
         finally:
             self._lock.release()
 
@@ -400,7 +431,7 @@ class Model(TextMethods):
             self._check_state(f"pairs[{number}]", sequence)
             if any(sequence is other for other, _ in work):
                 raise ValueError(f"pairs[{number}]: got a sequence a second time, expected each sequence once")
-            ids = self._token_ids(tokens)
+            ids = token_ids(tokens, self.vocab_size)
             if sequence.length + len(ids) > self.context_length:
                 raise ValueError(
                     f"tokens: got {len(ids)}, expected at most {self.context_length - sequence.length}: the context "
@@ -410,20 +441,6 @@ class Model(TextMethods):
             needed += sequence.pages_needed(len(ids))
         self._pool.make_free(needed)
         return work
-
-    def _token_ids(self, tokens: Tokens) -> npt.NDArray[np.int32]:
-        try:
-            array = np.array(tokens if isinstance(tokens, np.ndarray) else list(tokens))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"tokens: got {type(tokens).__name__}, expected a row of integers ({error})") from None
-        if array.size == 0:
-            raise ValueError("tokens: got none, expected at least one")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"tokens: got shape {array.shape} of {array.dtype}, expected a row of integers")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            wrong = array[(array < 0) | (array >= self.vocab_size)][0]
-            raise IndexError(f"tokens: got id {wrong}, expected 0 to {self.vocab_size - 1}")
-        return array.astype(np.int32)
 
     def _check_sequence(self, name: str, sequence: Sequence) -> None:
         if not isinstance(sequence, Sequence):

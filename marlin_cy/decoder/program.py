@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PAGE_TOKENS", "Batch", "DecoderProgram"]
+from marlin_cy.errors import MarlinError
+
+if TYPE_CHECKING:
+    from marlin_cy.decoder.sampling import Sampler
+
+__all__ = ["PAGE_TOKENS", "Batch", "DecoderProgram", "picked"]
 
 PAGE_TOKENS = 16
 """Positions of a page of the cache."""
@@ -39,6 +45,14 @@ class Batch:
     wanted: npt.NDArray[np.int32]
 
 
+def picked(sampler: Sampler, position: int, logits: npt.NDArray[np.float32]) -> int | MarlinError:
+    """What a sampler picks from logits, or the error that it raises."""
+    try:
+        return sampler.pick(logits, position)
+    except MarlinError as error:
+        return error
+
+
 class DecoderProgram(ABC):
     """A plan that is ready to run, and the memory of its cache. Made by :meth:`marlin_cy.Backend.new_decoder`.
 
@@ -52,6 +66,26 @@ class DecoderProgram(ABC):
         A token's logits have the same bits whatever the rest of the batch is, and whichever batches its sequence's
         earlier tokens came in, on backends that promise it (the CPU does).
         """
+
+    def pick(self, batch: Batch, choices: Sequence[tuple[Sampler, int]]) -> list[int | MarlinError]:
+        """Append a batch to the cache, and choose the token that follows each wanted row.
+
+        Parameters
+        ----------
+        batch : Batch
+        choices : sequence of (Sampler, int)
+            For each wanted row, what chooses the token, and the token's position in its sequence.
+
+        Returns
+        -------
+        list of int or MarlinError
+            The tokens of :meth:`Sampler.pick <marlin_cy.decoder.sampling.Sampler.pick>`, or its error. The samplers
+            have counted the tokens.
+        """
+        if not choices:
+            self.step(batch)
+            return []
+        return [picked(*choice, row) for choice, row in zip(choices, self.step(batch), strict=True)]
 
     def provide_pages(self, num_pages: int) -> int:
         """Provide the memory of pages 0 to ``num_pages - 1``. Returns the number of pages that have memory.

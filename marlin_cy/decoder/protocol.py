@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from marlin_cy.errors import MarlinError
+
+if TYPE_CHECKING:
+    from marlin_cy.decoder.sampling import Sampler
 
 __all__ = ["DecoderModel", "Logits", "Progress", "SequenceLike"]
 
@@ -58,3 +63,11 @@ class DecoderModel(Protocol):
 
     def forward_batch(self, pairs: Sequence[tuple[Any, Sequence[int]]]) -> list[Logits]:
         """Append tokens to several sequences; returns the logits of each one's last token."""
+
+    def pick_batch(
+        self, pairs: Sequence[tuple[Any, Sequence[int]]], samplers: Sequence[Sampler | None]
+    ) -> list[int | MarlinError | None]:
+        """Append tokens to several sequences; returns the token that each one's sampler picks, or the error.
+
+        A sampler may be None: then no token is picked.
+        """

@@ -1,19 +1,17 @@
-"""Choosing a token from logits: the same token on every CPU.
+"""Choosing a token from logits: the same token on every CPU and every OpenCL device, if the logits are equal.
 
 ::
 
     logits ── penalties ──┬── no temperature: the largest; of equal ones the smallest id
                           └── / temperature ── top_k ── weights ── top_p ── min_p ── drawn by a random number
 
-Everything is float64, each operation is correctly rounded, sums go in ascending order, and equal values are ordered by
-id. A random number is a function of the seed and of the token's position in its sequence, so that neither other
-sequences nor earlier draws change it.
+:mod:`marlin_cy.decoder.draw` defines the arithmetic, in integers. A random number is a function of the seed and of the
+token's position in its sequence, so that neither other sequences nor earlier draws change it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +22,16 @@ import numpy.typing as npt
 
 from marlin_cy.arguments import integer, number
 from marlin_cy.checkpoints.gguf.documents import read_document
+from marlin_cy.decoder.draw import Factor, amounts_of, draw, penalised, settings_of
 from marlin_cy.errors import CheckpointError, MarlinError
 from marlin_cy.formats.json_fields import JsonObject, optional
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Sampler", "SamplingOptions", "SamplingParams", "exp", "largest_of", "random_number", "read_sampling"]
+__all__ = ["Sampler", "SamplingOptions", "SamplingParams", "check_largest", "random_bits", "read_sampling"]
 
 Logits = npt.NDArray[np.float32]
-Scores = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
-
-LEAST_EXPONENT = -37.0
-"""The least exponent of a weight. A weight of 2**-53 of the largest one is practically never drawn."""
 
 LEAST_TEMPERATURE = 1e-6
 
@@ -182,24 +176,35 @@ class Sampler:
     vocab_size : int
     prompt : sequence of int
         The tokens before the text.
+
+    Attributes
+    ----------
+    penalties : Penalties or None
+        What :meth:`pick` does to logits first.
+    settings : DrawSettings or None
+        How a token is drawn; None: the first of the largest logit is taken.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt: Sequence[int]) -> None:
-        self._params = params
         self._seed = mixed((params.seed or 0) & MASK)
-        self._penalises = any(
+        self.penalties = None
+        if any(
             value not in (None, neutral)
             for value, neutral in (
                 (params.repetition_penalty, 1.0),
                 (params.presence_penalty, 0.0),
                 (params.frequency_penalty, 0.0),
             )
-        )
-        self._simple = params.greedy and not self._penalises
-        if self._penalises:
-            self._counts = np.zeros(vocab_size, np.int64)  # of each token in the text
-            self._seen = np.zeros(vocab_size, bool)  # in the prompt or the text
-            self._seen[np.asarray(prompt, np.int64)] = True
+        ):
+            self.penalties = Penalties(params, vocab_size, prompt)
+        self.settings = None
+        if not params.greedy:
+            assert params.temperature is not None
+            self.settings = settings_of(params.temperature, params.top_k, params.top_p, params.min_p)
+
+    def random(self, position: int) -> int:
+        """The random number, of 64 bits, that draws the token at a position."""
+        return random_bits(self._seed, position)
 
     def pick(self, logits: Logits, position: int) -> int:
         """The next token.
@@ -215,128 +220,71 @@ class Sampler:
         MarlinError
             The logits have a NaN, or the largest is infinite.
         """
-        largest = int(logits.argmax())  # a NaN counts as the largest
-        if not -np.inf < logits[largest] < np.inf:
-            raise MarlinError(f"position {position}: the model's logits have {logits[largest]} for token {largest}")
-        if self._simple:
-            return largest
-        scores = self._penalised(logits.astype(np.float64)) if self._penalises else logits
-        token = int(scores.argmax()) if self._params.greedy else self._drawn(scores, position)
-        if self._penalises:
-            self._counts[token] += 1
-            self._seen[token] = True
+        token = int(logits.argmax())  # a NaN counts as the largest
+        check_largest(token, logits[token], position)
+        if self.penalties is not None:
+            logits = self.penalties.applied(logits)
+            token = int(logits.argmax())
+        if self.settings is not None:
+            token = draw(logits, self.settings, self.random(position))
+        self.took(token)
         return token
 
-    def _penalised(self, scores: Scores) -> Scores:
-        params = self._params
-        if params.repetition_penalty is not None:
-            seen = np.flatnonzero(self._seen)
-            values = scores[seen]
-            scores[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        for penalty, factor in ((params.presence_penalty, self._counts > 0), (params.frequency_penalty, self._counts)):
-            if penalty:
-                scores -= penalty * factor
-        return scores
-
-    def _drawn(self, scores: npt.NDArray[Any], position: int) -> int:
-        params = self._params
-        assert params.temperature is not None
-        largest = float(scores.max())
-        tokens: Indices | None = None  # of the weights; None: all
-        if params.top_k and params.top_k < len(scores):
-            tokens = largest_of(scores, params.top_k)
-        elif params.min_p:
-            # A conservative limit, so that few weights are computed; the exact one is applied to weights.
-            tokens = np.flatnonzero(scores >= largest + (math.log(params.min_p) - 1e-3) * params.temperature)
-        weights = (scores if tokens is None else scores[tokens]).astype(np.float64)
-        weights -= largest
-        weights /= params.temperature
-        exp(weights)
-        top_p = params.top_p if params.top_p != 1 else None
-        for limit, kept_of in ((top_p, _most_likely), (params.min_p, _likely)):
-            if limit is not None:
-                kept = kept_of(weights, limit)
-                tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
-        sums = weights.cumsum()
-        drawn = int(sums.searchsorted(random_number(self._seed, position) * sums[-1], "right"))
-        drawn = min(drawn, len(sums) - 1)
-        return drawn if tokens is None else int(tokens[drawn])
+    def took(self, token: int) -> None:
+        """Count a token of the text. :meth:`pick` does this; a device that has chosen the token does not."""
+        if self.penalties is not None:
+            self.penalties.count(token)
 
 
-def largest_of(scores: npt.NDArray[Any], count: int) -> Indices:
-    """Indices of the ``count`` largest scores, ascending. Of equal scores the first are taken."""
-    least = np.partition(scores, len(scores) - count)[len(scores) - count]
-    found = np.flatnonzero(scores >= least)
-    if len(found) > count:
-        equal = np.flatnonzero(scores[found] == least)
-        found = np.delete(found, equal[count - len(found) :])
-    return found
+def check_largest(token: int, logit: float, position: int) -> None:
+    """Raise a MarlinError if a row's largest logit is not finite; a NaN counts as the largest."""
+    if not -np.inf < logit < np.inf:
+        raise MarlinError(f"position {position}: the model's logits have {logit} for token {token}")
 
 
-def _most_likely(weights: Scores, share: float) -> Indices:
-    """Indices of the fewest weights that have this share of the sum together, from the largest down."""
-    total = weights.cumsum()[-1]
-    # Smaller weights have less than the rest of the sum together. Half the limit makes up for rounding.
-    found = np.flatnonzero(weights >= (1 - share) * total / (2 * len(weights)))
-    found = found[np.argsort(-weights[found], kind="stable")]
-    count = int(weights[found].cumsum().searchsorted(share * total)) + 1
-    return found[:count]
+class Penalties:
+    """The penalties of the tokens that a sequence has.
 
-
-def _likely(weights: Scores, share: float) -> Indices:
-    """Indices of the weights that are at least this share of the largest one, which is 1."""
-    return np.flatnonzero(weights >= share)
-
-
-# ---------------------------------------------------------------------------------------------
-# Arithmetic that has the same bits everywhere
-
-
-def exp(x: Scores) -> None:
-    """Replace ``x <= 0`` by ``e**x``, to a relative error of 1e-10; below :data:`LEAST_EXPONENT` by about its power.
-
-    NumPy's own differs by a bit between CPUs. Multiplication and addition do not. ``x = -(i + f) / STEPS`` with an
-    integer ``i`` and ``0 <= f < 1``; the power of ``i`` is in a table, that of ``f`` is a sum of four terms.
+    Attributes
+    ----------
+    above, below : Factor
+        What positive and negative logits of these tokens are multiplied by.
     """
-    for begin in range(0, len(x), BLOCK):
-        power = x[begin : begin + BLOCK]
-        f = power * -STEPS
-        np.minimum(f, len(POWERS) - 1, out=f)
-        i = f.astype(np.int64)
-        f -= i
-        f *= -1 / STEPS
-        np.multiply(f, 1 / 6, out=power)
-        for term in (1 / 2, 1.0):
-            power += term
-            power *= f
-        power += 1.0
-        power *= POWERS[i]
 
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Sequence[int]) -> None:
+        repetition = params.repetition_penalty or 1.0
+        self.above, self.below = Factor.of(1 / repetition), Factor.of(repetition)
+        self._presence, self._frequency = params.presence_penalty or 0.0, params.frequency_penalty or 0.0
+        self._counts = np.zeros(vocab_size, np.int64)  # of each token in the text
+        self._seen = np.zeros(vocab_size, bool)  # in the prompt or the text
+        self._seen[np.asarray(prompt, np.int64)] = True
 
-def _powers() -> Scores:
-    """``e**(-i / STEPS)``: by the first terms of the series for ``e**(x / 1024)``, and its 1024th power."""
-    x = np.arange(1 - LEAST_EXPONENT * STEPS) * (-1 / STEPS / 1024)
-    power = x * (1 / 720)
-    for term in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0):
-        power += term
-        power *= x
-    power += 1.0
-    for _ in range(10):
-        power *= power
-    return power
+    def count(self, token: int) -> None:
+        """Count a token of the text."""
+        self._counts[token] += 1
+        self._seen[token] = True
 
+    def tokens(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """``(tokens, amounts)``: the tokens that have penalties, and the ``amounts`` of :func:`penalised`."""
+        tokens = np.flatnonzero(self._seen)
+        counts = self._counts[tokens]
+        return tokens, amounts_of(self._presence * (counts > 0) + self._frequency * counts)
 
-STEPS = 256
-BLOCK = 8192  # numbers of a block, so that they stay in the cache
-POWERS = _powers()
+    def applied(self, logits: Logits) -> Logits:
+        """A copy of logits with the penalties."""
+        tokens, amounts = self.tokens()
+        logits = logits.copy()
+        logits[tokens] = penalised(logits[tokens], self.above, self.below, amounts)
+        return logits
+
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 
 
-def random_number(mixed_seed: int, position: int) -> float:
-    """A number in [0, 1) for a position. Source: SplitMix64 (Steele, Lea and Flood, 2014), its state by position."""
-    return (mixed((mixed_seed + (position + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
+def random_bits(mixed_seed: int, position: int) -> int:
+    """64 random bits for a position. Source: SplitMix64 (Steele, Lea and Flood, 2014), its state by position."""
+    return mixed((mixed_seed + (position + 1) * GOLDEN) & MASK)
 
 
 def mixed(z: int) -> int:

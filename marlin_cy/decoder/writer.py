@@ -47,6 +47,10 @@ class Writer:
     max_new_tokens : int or None
     room : int
         Tokens for which the model's context has room, at least 1.
+
+    Attributes
+    ----------
+    sampler : Sampler
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Writer:
         max_new_tokens: int | None,
         room: int,
     ) -> None:
-        self._sampler = Sampler(params, vocab_size, prompt)
+        self.sampler = Sampler(params, vocab_size, prompt)
         self._stream = stream
         self._stops = StopStrings(tuple(params.stop))
         self._stop_ids = stop_ids.union(params.stop_token_ids)
@@ -67,14 +71,17 @@ class Writer:
         self._last_reason = "length" if self._left == max_new_tokens else "context"
 
     def write(self, logits: Logits, position: int) -> Piece:
-        """The next piece; ``position`` is that of its token in the sequence.
+        """Choose a token, and write it; ``position`` is its position in the sequence.
 
         Raises
         ------
         MarlinError
             The logits are not finite.
         """
-        token = self._sampler.pick(logits, position)
+        return self.put(self.sampler.pick(logits, position))
+
+    def put(self, token: int) -> Piece:
+        """Write a token that the sampler has chosen."""
         self._left -= 1
         if token in self._stop_ids:
             return self._last("", token, "stop")

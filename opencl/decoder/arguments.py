@@ -46,7 +46,11 @@ NORM_ROUTER = {
     "arrived": "global uint*",
 }
 GLU_ROWS = {"input": "global float*", "output": "global OUTPUT*", "width": "uint"}
-ARGMAX_ROWS = {"logits": "global float*", "tokens": "global int*", "width": "uint"}
+
+# The choice of tokens (decoder_sample.cl) ---------------------------------------------------------
+
+PENALISE_ROWS = {"sampling": "global int*", "logits": "global float*", "width": "uint"}
+SAMPLE_ROWS = {**PENALISE_ROWS, "tables": "global uint*", "tokens": "global int2*"}
 
 # Heads (decoder_heads.cl) -------------------------------------------------------------------------
 
@@ -251,7 +255,8 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "norm_rows": norm_rows,
         "embed_rows": always(EMBED_ROWS),
         "glu_rows": always(GLU_ROWS),
-        "argmax_rows": always(ARGMAX_ROWS),
+        "penalise_rows": always(PENALISE_ROWS),
+        "sample_rows": always(SAMPLE_ROWS),
         "norm_router": always(NORM_ROUTER),
         "place_heads": place_heads,
         "attend": attend,

@@ -9,7 +9,14 @@ import ml_dtypes
 import numpy as np
 import pyopencl as cl
 
-from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, LatentAttentionPlan, MixerPlan
+from marlin_cy.decoder.plan import (
+    AttentionPlan,
+    DecoderPlan,
+    DeltaNetPlan,
+    DenseLinear,
+    LatentAttentionPlan,
+    MixerPlan,
+)
 from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.opencl.memory import live_stores, zeroed_buffers
@@ -17,7 +24,7 @@ from marlin_cy.opencl.memory import live_stores, zeroed_buffers
 if TYPE_CHECKING:
     from marlin_cy.opencl.stack import Runtime
 
-__all__ = ["KvPool", "Segmentation", "StatePool", "check_memory", "new_pools", "provide_pages"]
+__all__ = ["KvPool", "Segmentation", "StatePool", "check_memory", "dense_bytes", "new_pools", "provide_pages"]
 
 CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 CHUNK = 8  # of decoder.cl
@@ -315,3 +322,14 @@ def check_memory(
         f"{runtime.max_alloc_bytes}, and the weights take {weights}; there is room for {most * PAGE_TOKENS} tokens; "
         "pass fewer cache_tokens, or a shorter context_length"
     )
+
+
+def dense_bytes(plan: DecoderPlan) -> int:
+    """Bytes of the embedding, and of a head that is not quantised and not the embedding itself.
+
+    Other weights that are not quantised are small beside these.
+    """
+    nbytes = plan.embedding.nbytes
+    if isinstance(plan.head, DenseLinear) and plan.head.weight is not plan.embedding:
+        nbytes += plan.head.weight.nbytes
+    return nbytes

@@ -47,33 +47,40 @@ class Mlp:
     ----------
     uploads : Uploads
     plan : MlpPlan
+
+    Attributes
+    ----------
+    gate_up, down : ProjectionGroup
+    activation : str
+    inner : int
+        The width between them.
     """
 
     def __init__(self, uploads: Uploads, plan: MlpPlan) -> None:
-        self._activation, self._inner = plan.activation, plan.down.in_features
-        self._gate_up = ProjectionGroup(uploads, [plan.gate, plan.up])
-        self._down = ProjectionGroup(uploads, [plan.down])
+        self.activation, self.inner = plan.activation, plan.down.in_features
+        self.gate_up = ProjectionGroup(uploads, [plan.gate, plan.up])
+        self.down = ProjectionGroup(uploads, [plan.down])
 
     def record(self, maker: Maker, x: Rows, out: Rows) -> None:
         """Record the network: ``out`` is its output."""
-        gate_up = maker.room("gate and up", self._gate_up.width)
-        self._gate_up.record(maker, x, gate_up, "gate, up")
-        if self._down.quantised:  # the product applies the activation
-            self._down.record(maker, gate_up, out, "down", self._activation)
+        gate_up = maker.room("gate and up", self.gate_up.width)
+        self.gate_up.record(maker, x, gate_up, "gate, up")
+        if self.down.quantised:  # the product applies the activation
+            self.down.record(maker, gate_up, out, "down", self.activation)
             return
-        inner = maker.room("inner", self._inner)
+        inner = maker.room("inner", self.inner)
         maker.record(
             "decoder_rows",
             "glu_rows",
-            {"ACTIVATION": activation_number(self._activation), "OUTPUT_TYPE": inner.type_code},
-            (-(-self._inner // GLU_ITEMS) * GLU_ITEMS, maker.rows),
+            {"ACTIVATION": activation_number(self.activation), "OUTPUT_TYPE": inner.type_code},
+            (-(-self.inner // GLU_ITEMS) * GLU_ITEMS, maker.rows),
             (GLU_ITEMS, 1),
             "glu_rows",
             input=gate_up.data,
             output=inner.data,
-            width=self._inner,
+            width=self.inner,
         )
-        self._down.record(maker, inner, out, "down")
+        self.down.record(maker, inner, out, "down")
 
 
 class MoeFfn:
@@ -92,6 +99,10 @@ class MoeFfn:
     router : DenseMatrix
     correction : pyopencl.Buffer or None
         The correction bias of routing, float32 ``[num_experts]``.
+    shared : Mlp or None
+        A shared expert that is no part of ``plan``.
+    shared_gate : pyopencl.Buffer or None
+        The gate of the shared expert, float32 ``[hidden size]``.
     """
 
     def __init__(self, ctx: RecordingContext, uploads: Uploads, plan: MoeFfnPlan) -> None:
@@ -104,8 +115,9 @@ class MoeFfn:
         self.router = DenseMatrix(uploads, plan.router.weight, plan.router.bias)
         bias = layer.routing.correction_bias
         self.correction = None if bias is None else uploads.new(bias, "correction bias")
-        self._shared = None if plan.shared is None else Mlp(uploads, plan.shared)
-        self._shared_gate = uploads.optional(plan.shared_gate, "gate of a shared expert")
+        self.shared = None if plan.shared is None else Mlp(uploads, plan.shared)
+        gate = plan.shared_gate if layer.shared_expert is None else layer.shared_expert.gate_weight
+        self.shared_gate = uploads.optional(gate, "gate of a shared expert")
         # The counter of `route_align`, which must be 0 before each of its launches.
         self._arrived = ctx.reserve(ARRIVED, 4)
 
@@ -138,10 +150,10 @@ class MoeFfn:
         shared = None
         if layer.shared_expert is not None:
             shared = enqueue_shared(ctx, layer.shared_expert, layer.activation, x, FLOAT32)
-        elif self._shared is not None:
+        elif self.shared is not None:
             added = maker.room("shared expert", x.width)
-            self._shared.record(maker, x, added)
-            gate = self._shared_gate
+            self.shared.record(maker, x, added)
+            gate = self.shared_gate
             shared = Shared(added, None if gate is None else enqueue_shared_factor(ctx, gate, x))
         return Combination(products, chosen, layer.num_experts, not weighed_before, shared)
 

@@ -15,13 +15,14 @@ from marlin_cy.decoder.plan import AttentionPlan, DecoderPlan, LayerPlan, MoeFfn
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.decoder.attention import GroupedAttention
 from marlin_cy.opencl.decoder.cache import SEGMENTS
-from marlin_cy.opencl.decoder.ffn import MoeFfn
+from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
 from marlin_cy.opencl.decoder.projections import PackedColumns, ProjectionGroup
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layer.routing import normalises, routing_macros
 from marlin_cy.opencl.layout import STRIP_N
 from marlin_cy.opencl.memory import zeroed_buffers
+from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.cache import KvPool
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.stack import Runtime
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["LAYER", "ModelShape", "NotPhased", "addresses", "shape_of"]
+__all__ = ["LAYER", "SHARED_LAYER", "ModelShape", "NotPhased", "addresses", "shape_of"]
 
 MOST_HEADS = 8
 """Heads that a work-group attends with, at most."""
+
+BLOCK_OF_ROWS = 32
+"""Values of a row that the lanes of a wave read together."""
 
 # Layer of decoder_step.cl.
 LAYER = np.dtype(
@@ -59,6 +63,23 @@ LAYER = np.dtype(
         ("norm_eps", "f4"),
         ("routing_factor", "f4"),
         ("window", "u4"),
+    ]
+)
+
+# The layer with SHARED, for models with shared experts or dense layers.
+SHARED_LAYER = np.dtype(
+    [
+        *LAYER.descr,
+        ("shared", "u8", 3),
+        ("shared_gate", "u8"),
+        ("shared_strips", "u4", 2),
+        ("shared_first", "u4", 2),
+        ("shared_shift", "u4", 3),
+        ("shared_inner", "u4"),
+        ("is_dense", "u4"),
+        ("pad3", "u4"),
+        ("shared_factor", "f4", 3),
+        ("pad4", "u4"),
     ]
 )
 
@@ -104,14 +125,20 @@ class ModelShape:
     macros : dict of str to int
         Of the kernel.
     entries : list of Entry
+    layer_type : numpy.dtype
+        LAYER or SHARED_LAYER.
+    shared_inner : int
+        The largest inner width of a shared expert or a dense layer; 0 without any.
     """
 
     macros: dict[str, int]
     entries: list[Entry]
+    layer_type: np.dtype[Any]
+    shared_inner: int
 
     def table(self, runtime: Runtime) -> npt.NDArray[Any]:
-        """The table, an array of LAYER, with the segments that the cache has."""
-        table = np.zeros(len(self.entries), LAYER)
+        """The table, an array of ``layer_type``, with the segments that the cache has."""
+        table = np.zeros(len(self.entries), self.layer_type)
         for entry in self.entries:
             assert entry.pool is not None
             for name, index, buffer in entry.pool.all_segments():
@@ -129,7 +156,7 @@ class ModelShape:
 
 def set_field(row: Any, name: str, index: int, value: float) -> None:
     """Set a field, or an element of one."""
-    if LAYER[name].shape:
+    if row.dtype[name].shape:
         row[name][index] = value
     else:
         row[name] = value
@@ -162,9 +189,16 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
         The kernel does not support it.
     """
     found = [LayerShape(its, layer) for its, layer in zip(plan.layers, layers, strict=True)]
-    first = found[0]
-    if any(layer.macros != first.macros for layer in found):
-        raise NotPhased("its layers differ")
+    macros = dict[str, int]()
+    for layer in found:
+        for name, value in layer.macros.items():
+            if macros.setdefault(name, value) != value:
+                raise NotPhased(f"its layers differ in {name}")
+    if "EXPERTS" not in macros:
+        raise NotPhased("it has no experts")
+    activations = {layer.shared_activation for layer in found if layer.shared_inner}
+    if activations - {macros["ACTIVATION"]}:
+        raise NotPhased("its shared experts or dense layers have an activation of their own")
     stores = [store for layer in found for store in layer.stores]
     if len({store.codes for store in stores}) > 1:
         raise NotPhased("its weights have several code types")
@@ -172,14 +206,19 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
         raise NotPhased(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
     for layer in found:
         layer.entry.numbers["norm_eps", 0] = plan.norm_eps
+    shared_inner = max(layer.shared_inner for layer in found)
+    layer_type = SHARED_LAYER if shared_inner else LAYER
+    if shared_inner:
+        macros["SHARED"] = 1
     macros = {
-        **first.macros,
+        **macros,
         **code_macros(stores[0].codes, all(store.symmetric for store in stores)),
         "GROUP_32": int(any(store.layout.group_shift == 5 for store in stores)),
         "LAYERS": len(layers),
         "HIDDEN": plan.hidden_size,
+        "LAYER_BYTES": layer_type.itemsize,
     }
-    return ModelShape(macros, [layer.entry for layer in found])
+    return ModelShape(macros, [layer.entry for layer in found], layer_type, shared_inner)
 
 
 class LayerShape:
@@ -190,21 +229,28 @@ class LayerShape:
     macros : dict of str to int
     entry : Entry
     stores : list of OpenClGptqStore
+    shared_inner : int
+        The inner width of a shared expert or of a dense network; 0 if there is neither.
+    shared_activation : int
+        The macro ACTIVATION that it needs.
     """
 
     def __init__(self, plan: LayerPlan, layer: Layer) -> None:
         attention, ffn = plan.mixer, plan.ffn
         if not isinstance(attention, AttentionPlan) or not isinstance(layer.mixer, GroupedAttention):
             raise NotPhased(f"it has layers of {type(attention).__name__.removesuffix('Plan')}")
-        if not isinstance(ffn, MoeFfnPlan) or not isinstance(layer.ffn, MoeFfn):
-            raise NotPhased("it has dense feed-forward layers")
         self.macros: dict[str, int] = {}
+        self.shared_inner = self.shared_activation = 0
         self.entry = Entry()
         self.stores: list[OpenClGptqStore] = []
         self.entry.put("mixer_norm", layer.mixer_norm)
         self.entry.put("ffn_norm", layer.ffn_norm)
         self._attention(attention, layer.mixer)
-        self._experts(ffn, layer.ffn)
+        if isinstance(ffn, MoeFfnPlan) and isinstance(layer.ffn, MoeFfn):
+            self._experts(ffn, layer.ffn)
+        elif isinstance(layer.ffn, Mlp):
+            self.entry.numbers["is_dense", 0] = 1
+            self._network(layer.ffn)
         for store in self.stores:
             check_store(store)
 
@@ -264,7 +310,6 @@ class LayerShape:
         moe = layer.plan
         gate_up, down = layer.stacks
         for what, found in (
-            ("shared experts", plan.shared is not None or moe.shared_expert is not None),
             ("weights on the experts' input", moe.apply_router_weight_on_input),
             ("a routing by sparsemixer", moe.routing.scoring == "sparsemixer"),
             ("a scale for each expert", moe.routing.expert_scale is not None),
@@ -277,6 +322,19 @@ class LayerShape:
             raise NotPhased(f"its intermediate size is {inner}, no multiple of {STRIP_N}")
         if gate_up.store.experts_per_part != down.store.experts_per_part:
             raise NotPhased("its experts lie in buffers of different sizes")
+        if layer.shared is not None:
+            self._network(layer.shared)
+            self.entry.put("shared_gate", layer.shared_gate)
+        elif moe.shared_expert is not None:
+            shared_gate_up, shared_down = moe.shared_expert.gate_up, moe.shared_expert.down
+            assert isinstance(shared_gate_up, OpenClMarlinExpertStack)
+            assert isinstance(shared_down, OpenClMarlinExpertStack)
+            if shared_gate_up.bias_buffer is not None or shared_down.bias_buffer is not None:
+                raise NotPhased("it has biases of experts")
+            width = shared_down.k
+            parts = [(shared_gate_up.store, 0, column) for column in (0, width)]
+            self._shared([*parts, (shared_down.store, 0, 0)], width, moe.activation)
+            self.entry.put("shared_gate", layer.shared_gate)
         entry, routing = self.entry, moe.routing
         for name, stack in (("gate_up", gate_up), ("down", down)):
             store = stack.store
@@ -305,12 +363,39 @@ class LayerShape:
             **routing_macros(routing),
         }
 
+    def _network(self, layer: Mlp) -> None:
+        """A network of its own: a dense layer's, or a shared expert whose projections are layers of the plan."""
+        gate_up, down = packed_parts(layer.gate_up, "feed-forward"), packed_parts(layer.down, "feed-forward")
+        if any(part.bias_buffer is not None for part in (*gate_up, *down)):
+            raise NotPhased("its feed-forward layers have biases")
+        width, hidden = layer.inner, layer.down.width
+        parts = [covering(gate_up, 0, width), covering(gate_up, width, width), covering(down, 0, hidden)]
+        if parts[2][2] or parts[2][0].n != hidden:
+            raise NotPhased("a down projection is a part of a stack")
+        self._shared(parts, width, layer.activation)
 
-def packed_parts(group: ProjectionGroup) -> list[PackedColumns]:
+    def _shared(self, parts: Sequence[tuple[OpenClGptqStore, int, int]], width: int, activation: str) -> None:
+        """Enter gate, up and down, each as :func:`covering` gives it."""
+        if width % BLOCK_OF_ROWS:
+            raise NotPhased(f"it has a feed-forward layer of width {width}, no multiple of {BLOCK_OF_ROWS}")
+        entry = self.entry
+        for index, (store, expert, column) in enumerate(parts):
+            entry.put_store("shared", store, expert, index)
+            entry.numbers["shared_factor", index] = store.weight_factor
+            entry.numbers["shared_shift", index] = store.layout.group_shift
+            if index < 2:
+                entry.numbers["shared_strips", index] = store.layout.strips
+                entry.numbers["shared_first", index] = column // STRIP_N
+            self.stores.append(store)
+        entry.numbers["shared_inner", 0] = self.shared_inner = width
+        self.shared_activation = ACTIVATIONS[activation].number + 1
+
+
+def packed_parts(group: ProjectionGroup, what: str = "attention") -> list[PackedColumns]:
     """The parts of projections that are all quantised."""
     found = [part for part in group.parts if isinstance(part, PackedColumns)]
     if len(found) < len(group.parts):
-        raise NotPhased("its attention is not quantised")
+        raise NotPhased(f"a layer of its {what} is not quantised")
     return found
 
 

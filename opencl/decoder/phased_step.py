@@ -14,11 +14,10 @@ import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.decoder.plan import DecoderPlan
-from marlin_cy.decoder.program import PAGE_TOKENS
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
-from marlin_cy.opencl.decoder.phased_shape import LAYER, NotPhased, addresses, shape_of
-from marlin_cy.opencl.decoder.step import HEADER
+from marlin_cy.opencl.decoder.phased_shape import NotPhased, addresses, shape_of
+from marlin_cy.opencl.decoder.step import describe_rows
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -40,10 +39,10 @@ SPLIT_PAGES = 16
 """The fewest pages of a run of positions: one for each wave."""
 PHASES = 7
 JOINS = 2  # the phase that is left out if there is one run
+STATE_INTS = 2 + 2 * MOST_TOKENS
 PATIENCE = 1 << 21
 """Loads of the counter, of about a microsecond each, until a work-group gives up."""
 LEAST_STEP_INTS = 1 << 14
-TABLES = np.arange(MOST_TOKENS, dtype=np.int32)
 
 
 class Ends(NamedTuple):
@@ -124,18 +123,17 @@ class PhasedStep:
             "HEAD_TYPE": 0 if head is None else head.type_code,
             "VOCABULARY": ends.vocab_size,
             "ALIGNED": 1,
-            "LAYER_BYTES": LAYER.itemsize,
         }
         self._local = WAVE * waves
         self._groups = device.compute_units
         self._ends = addresses(runtime, [ends.embedding, ends.final_norm, *([] if head is None else [head.buffer])])
         self._shape = shape
         self._layers = uploaded(runtime, shape.table(runtime).view(np.uint8), "table of layers")
-        # The counter of work-groups, whether one gave up, and the tokens.
-        (self._state,) = zeroed_buffers(runtime, [4 * (2 + MOST_TOKENS)], "state of a step")
+        # The counter of work-groups, whether one gave up, the tokens, and their logits.
+        (self._state,) = zeroed_buffers(runtime, [4 * STATE_INTS], "state of a step")
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._target = 0
-        self._seen = np.zeros(2 + MOST_TOKENS, np.uint32)
+        self._seen = np.zeros(STATE_INTS, np.uint32)
         self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
         self._rooms: dict[int, dict[str, cl.Buffer]] = {}
@@ -202,9 +200,17 @@ class PhasedStep:
         return Rows(kernel.rooms["x"], 0, FLOAT32, rows, macros["HIDDEN"])
 
     def tokens(self, rows: int) -> npt.NDArray[np.int32]:
-        """The tokens of the step that was enqueued last, int32 ``[rows]``. Waits for them."""
+        """The tokens of the step that was enqueued last, and the bits of their logits, int32 ``[rows, 2]``.
+
+        Waits for them. If all logits of a row are NaN, so is the logit.
+        """
         self.read_state()
-        return self._seen[2 : 2 + rows].astype(np.int32)
+        capacity = self.capacity(rows)
+        return self._seen[2 : 2 + 2 * capacity].view(np.int32).reshape(2, capacity)[:, :rows].T.copy()
+
+    def vocabulary(self, rows: int) -> cl.Buffer:
+        """The buffer of the logits of steps of ``rows`` rows."""
+        return self._rooms_for(self.capacity(rows))["vocabulary"]
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
         """The logits of the step that was enqueued last, float32 ``[rows, vocab_size]``. Waits for them."""
@@ -243,9 +249,9 @@ class PhasedStep:
             "stats": 8 * room,
             "logits": 4 * tokens * macros["EXPERTS"],
             "ids": 4 * pairs,
-            "weights": 4 * pairs,
-            "inner": 4 * pairs * macros["INNER"],
-            "inner_most": 4 * pairs,
+            "weights": 4 * (pairs + tokens),
+            "inner": 4 * (pairs * macros["INNER"] + tokens * self._shape.shared_inner),
+            "inner_most": 4 * (pairs + tokens),
             "vocabulary": 4 * tokens * self._vocab_size,
             "best": 8 * tokens * self._groups,
         }
@@ -303,16 +309,3 @@ class Kernel:
                 for kernel in self.kernels:
                     kernel.set_arg(self._places[name], np.uint32(value))
                 self._set[name] = value
-
-
-def describe_rows(batch: Batch) -> tuple[npt.NDArray[np.int32], int]:
-    """``(step, pages)``: a batch of one row for each sequence, as ``kernels/decoder.cl`` draws it, and the pages of the
-    longest sequence."""
-    rows = len(batch.tokens)
-    positions = batch.segments[:, 2]
-    pages = int(positions.max()) // PAGE_TOKENS + 1
-    tables = HEADER + 4 * rows
-    step = np.empty(tables + rows * pages, np.int32)
-    step[HEADER:tables].reshape(rows, 4).T[:] = batch.tokens, positions, TABLES[:rows] * pages + tables, TABLES[:rows]
-    step[tables:].reshape(rows, pages)[:] = batch.pages[:, :pages]
-    return step, pages

@@ -13,20 +13,21 @@ also adds up the rows of a token's experts::
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyopencl as cl
 
-from marlin_cy.decoder.plan import DecoderPlan, DenseLinear
+from marlin_cy.decoder.plan import DecoderPlan
 from marlin_cy.decoder.program import Batch, DecoderProgram
-from marlin_cy.errors import BuildError
+from marlin_cy.decoder.sampling import check_largest
+from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import TYPE_CODES
-from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, new_pools, provide_pages
+from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, dense_bytes, new_pools, provide_pages
 from marlin_cy.opencl.decoder.delta import DeltaNet
 from marlin_cy.opencl.decoder.ffn import MoeFfn
 from marlin_cy.opencl.decoder.layer import Layer
@@ -34,13 +35,20 @@ from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
+from marlin_cy.opencl.decoder.sample import Choices, TokenChooser, describe_choices
 from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
+if TYPE_CHECKING:
+    from marlin_cy.decoder.sampling import Sampler
+
 __all__ = ["OpenClDecoder"]
+
+Choosing: TypeAlias = "Sequence[tuple[Sampler, int] | None]"
+"""What chooses the token of each wanted row, and the token's position; None: the first of the largest logit."""
 
 MAX_RECORDINGS = 24
 """Recordings that are kept. Each has a kernel object for every launch."""
@@ -88,6 +96,7 @@ class OpenClDecoder(DecoderProgram):
         self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
         self.split_tokens = SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
+        self._chooser = TokenChooser(runtime)
         self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
@@ -95,14 +104,25 @@ class OpenClDecoder(DecoderProgram):
         self._phased_checked: set[tuple[bool, int]] = set()
 
     def step(self, batch: Batch) -> npt.NDArray[np.float32]:
-        return self._run(batch, "head", (self._plan.vocab_size,), np.float32)
+        return self._run(batch, None)
+
+    def pick(self, batch: Batch, choices: Sequence[tuple[Sampler, int]]) -> list[int | MarlinError]:
+        results: list[int | MarlinError] = []
+        found = self._run(batch, [choice if draws(choice[0]) else None for choice in choices])
+        tokens, largest = found[:, 0].tolist(), found[:, 1].copy().view(np.float32).tolist()
+        for (sampler, position), token, logit in zip(choices, tokens, largest, strict=True):
+            try:
+                check_largest(token, logit, position)
+            except MarlinError as error:
+                results.append(error)
+                continue
+            sampler.took(token)
+            results.append(token)
+        return results
 
     def greedy_step(self, batch: Batch) -> npt.NDArray[np.int32]:
-        """As :meth:`step`, but returns the first token of the largest logit of each wanted row, int32 ``[wanted]``.
-
-        The logits stay on the device.
-        """
-        return self._run(batch, "greedy", (), np.int32)
+        """The first token of the largest logit of each wanted row, int32 ``[wanted]``. For measurements."""
+        return self._run(batch, [None] * len(batch.wanted))[:, 0]
 
     def provide_pages(self, num_pages: int) -> int:
         pools = [pool for pool in self._pools if isinstance(pool, KvPool)]
@@ -168,34 +188,48 @@ class OpenClDecoder(DecoderProgram):
 
     # A step ------------------------------------------------------------------------------------
 
-    def _run(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Run a step, and read what the head gives for each wanted row: ``shape`` of ``dtype``."""
+    def _run(self, batch: Batch, choices: Choosing | None) -> npt.NDArray[Any]:
+        """Run a step, and read the logits of each wanted row, or its token and the largest logit by ``choices``."""
         with self._ctx:
             while (steps := self._phased_for(batch)) is not None:
-                results = self._run_phased(steps, batch, head, shape, dtype)
+                results = self._run_phased(steps, batch, choices)
                 if not steps.gave_up():
                     return results
                 self._leave(steps, "a work-group waited in vain for the others; are several models on the device?")
-            return self._run_launches(batch, head, shape, dtype)
+            return self._run_launches(batch, choices)
 
-    def _run_phased(
-        self, steps: PhasedStep, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike
-    ) -> npt.NDArray[Any]:
+    def _run_phased(self, steps: PhasedStep, batch: Batch, choices: Choosing | None) -> npt.NDArray[Any]:
         """As ``_run``, by phases. The caller asks whether a work-group gave up."""
-        greedy = head == "greedy"
-        x = steps.enqueue(batch, greedy)
         rows, wanted = len(batch.tokens), batch.wanted
-        if steps.has_head:
+        greedy = choices is not None and not any(choices)
+        x = steps.enqueue(batch, greedy)
+        if steps.has_head and (greedy or choices is None):
             results = steps.tokens(rows) if greedy else steps.logits(rows)
             return results if len(wanted) == rows else results[wanted]
-        layout = StepLayout(rows_recorded(rows))
-        self._write(wanted, layout.picked)
-        results = np.empty((len(wanted), *shape), dtype)
-        self._run_head(f"{head} {rows} by phases", layout, wanted, Residual(x), greedy, results)
+        results = self._new_results(len(wanted), choices)
+        if choices is not None and steps.has_head:
+            of_rows: list[tuple[Sampler, int] | None] = [None] * rows
+            for row, choice in zip(wanted.tolist(), choices, strict=True):
+                of_rows[row] = choice
+            capacity, tokens = steps.capacity(rows), np.empty((rows, 2), np.int32)
+            logits, vocabulary = steps.vocabulary(rows), self._plan.vocab_size
+            known = self._write_choices(of_rows, capacity)
+            found = self._recorded(
+                f"tokens {capacity} by phases",
+                capacity,
+                lambda maker: self._chooser.record(maker, logits, vocabulary),
+            )
+            self._enqueue(found, known)
+            cl.enqueue_copy(self._ctx.queue, tokens, found.result)
+            results[:] = tokens[wanted]
+        else:
+            layout = StepLayout(rows_recorded(rows))
+            self._write(wanted, layout.picked)
+            self._run_head(f"{rows} by phases", layout, wanted, Residual(x), choices, results)
         steps.read_state()
         return results
 
-    def _run_launches(self, batch: Batch, head: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def _run_launches(self, batch: Batch, choices: Choosing | None) -> npt.NDArray[Any]:
         """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
         step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)
@@ -210,14 +244,19 @@ class OpenClDecoder(DecoderProgram):
         if recurrent:
             self._state_lengths[slots] = lengths
         wanted = batch.wanted
-        results = np.empty((len(wanted), *shape), dtype)
+        results = self._new_results(len(wanted), choices)
         for begin in range(0, len(wanted), HEAD_ROWS):
-            rows = wanted[begin : begin + HEAD_ROWS]
+            part = slice(begin, begin + HEAD_ROWS)
             if begin:  # the step has the first ones
-                self._write(rows, layout.picked)
-            part = results[begin : begin + len(rows)]
-            self._run_head(f"{head} {layout.rows}", layout, rows, layers.result, head == "greedy", part)
+                self._write(wanted[part], layout.picked)
+            of_part = None if choices is None else choices[part]
+            self._run_head(f"{layout.rows}", layout, wanted[part], layers.result, of_part, results[part])
         return results
+
+    def _new_results(self, rows: int, choices: Choosing | None) -> npt.NDArray[Any]:
+        if choices is None:
+            return np.empty((rows, self._plan.vocab_size), np.float32)
+        return np.empty((rows, 2), np.int32)
 
     def _run_head(
         self,
@@ -225,24 +264,35 @@ class OpenClDecoder(DecoderProgram):
         layout: StepLayout,
         rows: npt.NDArray[np.int32],
         residual: Residual,
-        greedy: bool,
+        choices: Choosing | None,
         results: npt.NDArray[Any],
     ) -> None:
         """Run the head for rows that the step names as picked, and read its results."""
+        count = rows_recorded(len(rows))
+        known = None if choices is None else self._write_choices(choices, count)
         found = self._recorded(
-            way,
-            rows_recorded(len(rows)),
-            lambda maker: self._record_head(replace(maker, layout=layout), residual, greedy),
+            f"head {way}" if choices is None else f"tokens {way}",
+            count,
+            lambda maker: self._record_head(replace(maker, layout=layout), residual, choices is not None),
         )
-        self._enqueue(found, None)
+        self._enqueue(found, known)
         cl.enqueue_copy(self._ctx.queue, results, found.result)
+
+    def _write_choices(self, choices: Choosing, rows: int) -> Choices:
+        """Write what chooses the tokens of ``rows`` rows."""
+        described = describe_choices(choices, rows)
+        if self._chooser.reserve(len(described.ints)):
+            self._ctx.queue.finish()
+            self._recordings.clear()
+        self._chooser.write(self._ctx.queue, described)
+        return described
 
     def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
         """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
         # Dropping the event of a write waits for it: so it is kept until the next one.
         self._upload = cl.enqueue_copy(self._ctx.queue, self._step, ints, dst_offset=4 * place, is_blocking=False)
 
-    def _enqueue(self, recorded: Recorded, known: Known | None) -> None:
+    def _enqueue(self, recorded: Recorded, known: Known | Choices | None) -> None:
         for label, event in recorded.recording.enqueue(self._ctx.queue, known):
             self._ctx.log(label, event)
 
@@ -285,13 +335,13 @@ class OpenClDecoder(DecoderProgram):
         if verdicts.knows(kind):
             return verdicts.reason_wrong(kind, lambda: None)
         # Launches may be checked themselves when they run first, and checks are not nested.
-        expected = self._run_launches(batch, "head", (self._plan.vocab_size,), np.float32)
+        expected = self._run_launches(batch, None)
         return verdicts.reason_wrong(kind, lambda: self._phased_error(steps, batch, expected))
 
     def _phased_error(self, steps: PhasedStep, batch: Batch, expected: npt.NDArray[np.float32]) -> str | None:
         """What is wrong with the logits by phases; None if they are ``expected`` up to rounding."""
         try:
-            found = self._run_phased(steps, batch, "head", (self._plan.vocab_size,), np.float32)
+            found = self._run_phased(steps, batch, None)
         except (cl.Error, BuildError) as error:
             return f"the kernel does not run: {error}"
         if steps.gave_up():
@@ -370,8 +420,8 @@ class OpenClDecoder(DecoderProgram):
                 residual.pending = added
         return residual
 
-    def _record_head(self, maker: Maker, residual: Residual, greedy: bool) -> cl.Buffer:
-        """Record the final norm of the wanted rows, and the head."""
+    def _record_head(self, maker: Maker, residual: Residual, chooses: bool) -> cl.Buffer:
+        """Record the final norm of the wanted rows, the head, and the choice of tokens if ``chooses``."""
         plan = self._plan
         type_code = self._row_type if self._head.quantised else FLOAT32
         normed = maker.room("normed", plan.hidden_size, type_code)
@@ -379,21 +429,12 @@ class OpenClDecoder(DecoderProgram):
         logits = maker.room("logits", plan.vocab_size)
         self._head.record(maker, normed, logits, "head")
         assert logits.data is not None
-        if not greedy:
-            return logits.data
-        tokens = maker.ctx.reserve("decoder tokens", 4 * maker.rows)
-        maker.record(
-            "decoder_rows",
-            "argmax_rows",
-            {"ROW_ITEMS": maker.items},
-            (maker.rows * maker.items,),
-            (maker.items,),
-            "argmax_rows",
-            logits=logits.data,
-            tokens=tokens,
-            width=plan.vocab_size,
-        )
-        return tokens
+        return self._chooser.record(maker, logits.data, plan.vocab_size) if chooses else logits.data
+
+
+def draws(sampler: Sampler) -> bool:
+    """Whether a sampler does not just take the largest logit."""
+    return sampler.settings is not None or sampler.penalties is not None
 
 
 class Recorded(NamedTuple):
@@ -401,14 +442,3 @@ class Recorded(NamedTuple):
 
     recording: Recording
     result: Any
-
-
-def dense_bytes(plan: DecoderPlan) -> int:
-    """Bytes of the embedding, and of a head that is not quantised and not the embedding itself.
-
-    Other weights that are not quantised are small beside these.
-    """
-    nbytes = plan.embedding.nbytes
-    if isinstance(plan.head, DenseLinear) and plan.head.weight is not plan.embedding:
-        nbytes += plan.head.weight.nbytes
-    return nbytes

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.decoder.program import Batch
+from marlin_cy.decoder.program import PAGE_TOKENS, Batch
 
-__all__ = ["Known", "StepLayout", "describe_step", "rows_recorded"]
+__all__ = ["Known", "StepLayout", "describe_rows", "describe_step", "rows_recorded"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -94,20 +94,16 @@ def describe_step(
         The fewest positions of a split.
     """
     first, counts, positions, slots = (column.astype(np.int64) for column in batch.segments.T)
-    rows, pages = len(batch.tokens), batch.pages.shape[1]
-    used = (int((positions + counts).max()) + 15) // 16
-    used = min(used, pages)
-    number = len(counts)
+    rows, number = len(batch.tokens), len(counts)
+    used = min((int((positions + counts).max()) - 1) // PAGE_TOKENS + 1, batch.pages.shape[1])
     step = np.zeros(layout.tables + number * used, np.int32)
-    records = step[HEADER : HEADER + 4 * layout.rows].reshape(-1, 4)
     segment = np.repeat(np.arange(number), counts)
-    records[:rows, 0] = batch.tokens
-    records[:rows, 1] = positions[segment] + np.arange(rows) - first[segment]
-    records[:rows, 2] = layout.tables + segment * used
-    records[:rows, 3] = segment
+    row_positions = positions[segment] + np.arange(rows) - first[segment]
+    records = write_rows(step, layout.tables, batch, row_positions, segment, used)
     if rows < layout.rows:
-        records[rows:, :3] = records[rows - 1, :3]
-        records[rows:, 3] = -1
+        repeated = step[HEADER + 4 * rows : HEADER + 4 * layout.rows].reshape(-1, 4)
+        repeated[:] = records[-1]
+        repeated[:, 3] = -1
     described = step[layout.segments : layout.segments + 4 * number].reshape(-1, 4)
     described[:, 0], described[:, 1], described[:, 2] = first, counts, slots
     few, many = tiles(first, counts, rows, layout.rows, tile_rows)
@@ -115,13 +111,41 @@ def describe_step(
         step[begin : begin + 4 * len(found)] = found.reshape(-1)
     picked = batch.wanted[: layout.rows]
     step[layout.picked : layout.picked + len(picked)] = picked
-    step[layout.tables :] = batch.pages[:, :used].reshape(-1)
     splits = 1
     if len(few):
-        longest = int(records[few[:, 0], 1].max()) + 1
+        longest = int(row_positions[np.minimum(few[:, 0], rows - 1)].max()) + 1
         splits = max(1, min(most_splits // len(few), longest // split_tokens))
     step[0] = splits
     return step, Known(len(few), len(many), splits, number)
+
+
+def describe_rows(batch: Batch) -> tuple[Ints, int]:
+    """``(step, pages)``: a batch of one row for each sequence, without tiles, and the pages of the longest sequence."""
+    rows, positions = len(batch.tokens), batch.segments[:, 2]
+    pages = int(positions.max()) // PAGE_TOKENS + 1
+    tables = HEADER + 4 * rows
+    step = np.empty(tables + rows * pages, np.int32)
+    write_rows(step, tables, batch, positions, np.arange(rows), pages)
+    return step, pages
+
+
+def write_rows(
+    step: Ints,
+    tables: int,
+    batch: Batch,
+    positions: npt.NDArray[np.int64],
+    segments: npt.NDArray[np.int64],
+    pages: int,
+) -> Ints:
+    """Write a batch's rows, and ``pages`` pages of each of its page tables from ``tables`` on.
+
+    ``positions`` and ``segments`` are those of each row. Returns the rows as they were written, ``[rows, 4]``.
+    """
+    rows, number = len(batch.tokens), len(batch.pages)
+    records = step[HEADER : HEADER + 4 * rows].reshape(rows, 4)
+    records.T[:] = batch.tokens, positions, tables + segments * pages, segments
+    step[tables : tables + number * pages].reshape(number, pages)[:] = batch.pages[:, :pages]
+    return records
 
 
 def tiles(

@@ -125,37 +125,3 @@ __kernel void glu_rows(__global const float *restrict input, __global OUTPUT *re
     }
 }
 #endif
-
-// The row with the largest logit: tokens[row] = the first column of the largest value. A work-group for each row.
-__attribute__((reqd_work_group_size(ROW_ITEMS, 1, 1))) __kernel void argmax_rows(__global const float *restrict logits,
-                                                                                 __global int *restrict tokens,
-                                                                                 const uint width)
-{
-    __local float values[ROW_ITEMS];
-    __local uint places[ROW_ITEMS];
-    const uint item = get_local_id(0);
-    logits += get_group_id(0) * (ulong)width;
-    float best = -INFINITY;
-    uint place = width;
-    for (uint i = item; i < width; i += ROW_ITEMS)
-        if (logits[i] > best || place == width) {
-            best = logits[i];
-            place = i;
-        }
-    values[item] = best;
-    places[item] = place;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_size = ROW_ITEMS / 2; half_size > 0; half_size /= 2) {
-        if (item < half_size) {
-            const float other = values[item + half_size];
-            const uint there = places[item + half_size];
-            if (other > values[item] || (other == values[item] && there < places[item])) {
-                values[item] = other;
-                places[item] = there;
-            }
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    if (item == 0)
-        tokens[get_group_id(0)] = (int)places[0];
-}

@@ -13,6 +13,9 @@
 #include "decoder_step_attend.cl"
 #include "decoder_step_route.cl"
 #include "decoder_step_heads.cl"
+#if SHARED
+#include "decoder_step_shared.cl"
+#endif
 #include "decoder_step_experts.cl"
 #if HAS_HEAD
 #include "decoder_step_head.cl"
@@ -40,6 +43,7 @@
 //   TOKENS                     rows of a step, at most: 1 to 8
 //   WAVES                 waves of 32 work-items in a work-group
 //   LAYERS, HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, INNER, EXPERTS, TOP_K, VOCABULARY
+//   SHARED                     1: layers have shared experts, or are dense: decoder_step_shared.cl
 //   HAS_HEAD                   1: the head is part of the launch; it is not quantised
 //   PAIRS_ROTATED, INTERLEAVED of RoPE; 0 pairs: none
 //   HEADS             heads that a work-group attends with, a divisor of NUM_HEADS / NUM_KV_HEADS
@@ -52,6 +56,11 @@
 //   LAYER_BYTES                of a layer's entry, as the host sees it
 
 #define PHASES 7
+#if SHARED
+#define IS_DENSE(layer) (layer)->is_dense
+#else
+#define IS_DENSE(layer) 0
+#endif
 
 #if RESIDENT
 // Waits for all work-groups; false if they do not come, or have given up. state: work-groups that have arrived since the
@@ -84,13 +93,14 @@ __attribute__((always_inline)) static inline bool all_arrive(__global uint *stat
 //   x, heads, logits, inner              float [TOKENS][HIDDEN], [TOKENS][QKV], [TOKENS][EXPERTS], [TOKENS * TOP_K][INNER]
 //   attended            half [TOKENS][ATTENDED]
 //   partial, stats      float [TOKENS][NUM_HEADS][splits][HEAD_DIM], float2 [TOKENS][NUM_HEADS][splits]
-//   ids, weights, inner_most             int, float and uint [TOKENS][TOP_K]
+//   ids, weights, inner_most             int, float and uint [TOKENS][TOP_K]; with SHARED inner, weights and inner_most
+//                       have more: see decoder_step_shared.cl
 //   final_norm, head    their addresses (HAS_HEAD)
 //   vocabulary, best    of decoder_step_head.cl
 //   rows                of this step
 //   splits              runs into which the positions of each row are cut
 //   first, last         phases: first to last - 1
-//   state               of all_arrive, then the tokens of the largest logits, [TOKENS]
+//   state               of all_arrive, then the tokens of the largest logits, [TOKENS], and these logits, [TOKENS]
 //   target, patience    of all_arrive: the first target; loads of the counter until a work-group gives up
 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __global const int *batch, __constant Layer *layers, const ulong embedding, __global float *x,
@@ -121,13 +131,25 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
         } else if (kind == 3)
             project_output(layer, rows, x, attended, scratch);
         else if (kind == 4)
-            score_experts(layer, rows, batch, x, logits, inner_most, scratch, kept);
-        else if (kind == 5)
-            project_inner(layer, rows, phase > first, batch, x, logits, ids, weights, inner, inner_most, scratch, kept,
-                          chosen, weighed);
-        else if (kind == 6)
-            project_down(layer, number + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most, scratch,
-                         chosen, weighed);
+            score_experts(layer, rows, batch, x, logits, inner_most, weights, scratch, kept);
+        else if (kind == 5) {
+            if (!IS_DENSE(layer))
+                project_inner(layer, rows, phase > first, batch, x, logits, ids, weights, inner, inner_most, scratch,
+                              kept, chosen, weighed);
+#if SHARED
+            if (layer->shared_inner)
+                project_shared_inner(layer, rows, phase > first || !layer->is_dense, batch, x, inner, inner_most,
+                                     scratch, kept);
+#endif
+        } else if (kind == 6) {
+            if (!IS_DENSE(layer))
+                project_down(layer, number + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most,
+                             scratch, chosen, weighed);
+#if SHARED
+            if (layer->shared_inner)
+                project_shared_down(layer, rows, x, weights, inner, inner_most, scratch);
+#endif
+        }
 #if HAS_HEAD
         else if (kind == PHASES)
             score_vocabulary(layers, rows, batch, x, final_norm, head, vocabulary, best, scratch,

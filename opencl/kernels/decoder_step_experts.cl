@@ -3,7 +3,8 @@
 __attribute__((always_inline)) static inline void score_experts(__constant Layer *layer, uint rows,
                                                                 __global const int *batch, __global float *x,
                                                                 __global float *logits, __global uint *inner_most,
-                                                                __local float *scratch, __local uint4 *kept)
+                                                                __global float *weights, __local float *scratch,
+                                                                __local uint4 *kept)
 {
     const uint item = get_local_id(0);
     float4 normed[TOKENS][FOURS];
@@ -12,6 +13,11 @@ __attribute__((always_inline)) static inline void score_experts(__constant Layer
     if (get_group_id(0) == 0)
         EACH(i, rows * TOP_K)
     inner_most[i] = 0;
+#if SHARED
+    score_shared(layer, rows, normed, weights, inner_most, scratch);
+    if (layer->is_dense)
+        return;
+#endif
     __global const ROUTER *router = (__global const ROUTER *)layer->router;
     for (uint expert = get_group_id(0); expert < EXPERTS; expert += get_num_groups(0)) {
         float sums[TOKENS];

@@ -127,6 +127,7 @@ __attribute__((always_inline)) static inline void choose_tokens(uint rows, __glo
         for (uint i = 0; i < WAVE; i++)
             keep_better(&value, &place, scratch[r * WAVE + i], words[r * WAVE + i]);
         tokens[r] = place;
+        tokens[TOKENS + r] = as_uint(value);
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 }

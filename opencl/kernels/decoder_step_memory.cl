@@ -1,11 +1,12 @@
 // Local memory of a step in one launch, in floats. A phase begins with `scratch`; the normed rows of a layer stay from phase
 // 4 to phase 5.
 
-#define SCRATCH_ROWS (TOKENS * 16 > 32 ? TOKENS * 16 : 32)
+#define SCRATCH_ROWS (SHARED ? TOKENS * 32 : TOKENS * 16 > 32 ? TOKENS * 16 : 32)
 #define SCRATCH_SUMS (WAVES * K_LANES * SCRATCH_ROWS)
+#define SCRATCH_FACTORS (SHARED ? TOKENS : 0) // behind the sums
 #define SCRATCH_NORM (TOKENS * (ITEMS + WAVE))
 #define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
-#define SCRATCH MAX_OF(MAX_OF(SCRATCH_SUMS, SCRATCH_NORM), ROUTED_WORDS)
+#define SCRATCH MAX_OF(MAX_OF(SCRATCH_SUMS + SCRATCH_FACTORS, SCRATCH_NORM), ROUTED_WORDS)
 #define QUARTERS 4
 #define KEYS (ITEMS / QUARTERS)
 #define SLOTS (HEADS * HEAD_DIM / CHUNK)

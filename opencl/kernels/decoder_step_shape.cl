@@ -14,6 +14,10 @@
 #define X_OCTETS (HIDDEN_BLOCKS * 8 + 4) // with 4 more, eight rows lie in different banks
 #define FOURS ((HIDDEN / 4 + ITEMS - 1) / ITEMS) // of a row, of a work-item
 
+#ifndef SHARED
+#define SHARED 0
+#endif
+
 // A layer: addresses on the device.
 typedef struct {
     ulong qkv[3], o, gate_up[8], down[8]; // experts in parts
@@ -24,6 +28,13 @@ typedef struct {
     float qkv_factor[3], o_factor, gate_up_factor, down_factor;
     float scale, norm_eps, routing_factor;
     uint window;
+#if SHARED                                // of a shared expert, or of a dense layer's network
+    ulong shared[3], shared_gate;         // gate, up and down; the vector of a shared expert's gate, or NULL
+    uint shared_strips[2], shared_first[2], shared_shift[3];
+    uint shared_inner, is_dense, pad3;    // its inner width; 1: there are no other experts
+    float shared_factor[3];
+    uint pad4;
+#endif
 } Layer;
 typedef char layer_has_the_size_that_the_host_expects[sizeof(Layer) == LAYER_BYTES ? 1 : -1];
 
