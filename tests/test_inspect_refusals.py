@@ -15,7 +15,7 @@ from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.cli import main
 from marlin_cy.decoder.build import build_plan
-from marlin_cy.errors import CheckpointError, MarlinError
+from marlin_cy.errors import MarlinError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
@@ -134,7 +134,7 @@ def test_what_the_decoder_refuses(copy_of, capsys, name):
 
 @pytest.mark.parametrize("model_type", ["dots1", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_nothing_is_refused_without_a_fault(sources, tmp_path, capsys, model_type):
-    """Also of packed folders. No value of a weight is read: all are zeros that nothing accepts."""
+    """Also of packed folders."""
     with open_checkpoint(sources(model_type), num_threads=1) as checkpoint:
         write_packed(checkpoint, tmp_path / "packed")
     for folder in (sources(model_type), tmp_path / "packed"):
@@ -168,5 +168,3 @@ def test_layers_of_another_format_in_a_packed_folder(sources, tmp_path):
     with open_checkpoint(tmp_path / "packed") as checkpoint:
         [problem] = checkpoint.problems()
     assert re.search(r"lm_head: F32 weights with SCB, which is not a layer of format 'packed'", str(problem))
-    with pytest.raises(CheckpointError, match="missing"):
-        open_checkpoint(tmp_path)
