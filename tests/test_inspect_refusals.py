@@ -21,7 +21,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 from family_models import write_family  # noqa: E402
-from language_models import write_model  # noqa: E402
+from language_models import save_tensors, write_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 LAYER = "model.layers.1"
 
@@ -145,12 +146,10 @@ def test_nothing_is_refused_without_a_fault(sources, tmp_path, capsys, model_typ
 
 def test_a_dtype_that_no_model_has(copy_of, capsys):
     """Such as E5M2 without a scale, which would be loaded as it is."""
-    from safetensors.torch import load_file, save_file
-
     folder = copy_of("dots1")
     tensors = load_file(folder / "model.safetensors")
     name = f"{LAYER}.input_layernorm.weight"
-    save_file(tensors | {name: tensors[name].to(torch.float8_e5m2)}, folder / "model.safetensors")
+    save_tensors(folder, tensors | {name: tensors[name].to(torch.float8_e5m2)})
     message = rf"tensor '{name}': dtype F8_E5M2 is not supported outside of quantised layers"
     with open_checkpoint(folder) as checkpoint:
         assert [re.search(message, str(problem)) is not None for problem in checkpoint.problems()] == [True]
