@@ -250,6 +250,54 @@ def write_gpt_oss(folder, *, layers=1, num_experts=4, hidden=64, inter=96, seed=
     return expected
 
 
+def write_float8(folder, **sizes):
+    """Write a GPTQ checkpoint with FP8 layers of each kind of scale, and a few experts that are not quantised."""
+    write_checkpoint(folder, **sizes)
+    rng, tensors = np.random.default_rng(1), load_file(folder / "model.safetensors")
+    scales = {"weight_scale": (1,), "weight_scale_inv": (1, 1), "scale": (64, 1)}
+    for number, (suffix, shape) in enumerate(scales.items()):
+        module = f"model.layers.0.self_attn.other_{number}"
+        weight = rng.standard_normal((64, 64)).astype(np.float32)
+        tensors[f"{module}.weight"] = weight.astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{module}.{suffix}"] = rng.uniform(0.001, 0.01, shape).astype(np.float32)
+        tensors[f"{module}.input_scale"] = np.ones(1, np.float32)
+    for name in ("experts.0.down_proj", "experts.1.up_proj"):
+        module = f"model.layers.0.mlp.{name}"
+        for part in ("qweight", "scales", "qzeros", "g_idx"):
+            shape = tensors.pop(f"{module}.{part}").shape
+        k = shape[0]
+        tensors[f"{module}.weight"] = rng.standard_normal((96 - k, k)).astype(np.float16)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_deepseek_fp4(folder, *, num_experts=2, hidden=64, inter=32):
+    """Write a checkpoint of DeepSeek-V4's form with one layer."""
+    rng, tensors = np.random.default_rng(1), {}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    block = "layers.0.ffn"
+    tensors[f"{block}.gate.weight"] = rng.standard_normal((num_experts, hidden)).astype(np.float32)
+    tensors[f"{block}.gate.bias"] = rng.standard_normal(num_experts).astype(np.float32)
+    for expert in range(num_experts):
+        for name, k, n in (("w1", hidden, inter), ("w3", hidden, inter), ("w2", inter, hidden)):
+            module = f"{block}.experts.{expert}.{name}"
+            tensors[f"{module}.weight"] = rng.integers(-128, 128, (n, k // 2)).astype(np.int8)
+            exponents = rng.integers(117, 125, (n, k // 32)).astype(np.uint8)
+            tensors[f"{module}.scale"] = exponents.view(ml_dtypes.float8_e8m0fnu)
+    config = {
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 1,
+        "n_routed_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "hidden_size": hidden,
+        "moe_intermediate_size": inter,
+        "scoring_func": "sqrtsoftplus",
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    }
+    write_json(folder, "config.json", config)
+    write_tensors(folder, tensors)
+
+
 def write_json(folder, name, value):
     (folder / name).write_text(json.dumps(value), encoding="utf-8")
 

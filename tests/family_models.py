@@ -10,8 +10,17 @@ import re
 import numpy as np
 import torch
 import transformers
-from language_models import COMMON, DEEPSEEK, LINEAR_ATTENTION, QUANTIZATION, SHARED, round_to_gptq
-from safetensors.torch import load_file, save_file
+from language_models import (
+    COMMON,
+    DEEPSEEK,
+    LINEAR_ATTENTION,
+    QUANTIZATION,
+    SHARED,
+    class_of,
+    round_to_gptq,
+    save_tensors,
+)
+from safetensors.torch import load_file
 
 from marlin_cy.formats.compressed_tensors import pack_compressed
 from marlin_cy.weights.canonical import unpack_words
@@ -196,13 +205,6 @@ def new_config(model_type, **changes):
     return transformers.AutoConfig.for_model(MAKERS_TYPES.get(model_type, model_type), **COMMON | own)
 
 
-def class_of(config):
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
-    raise AssertionError(config.model_type)
-
-
 def new_model(model_type, seed=0, **changes):
     """A random model in float32; every parameter matters, and so do all biases that select experts."""
     torch.manual_seed(seed)
@@ -276,10 +278,9 @@ def write_family(folder, model_type, *, method="gptq", module_names=False, kept=
         model.load_state_dict(rounded)
         model.save_pretrained(dense)
     else:
-        save_file({name: t.contiguous() for name, t in rounded.items()}, dense / "model.safetensors", {"format": "pt"})
+        save_tensors(dense, rounded)
     quantised.mkdir()
-    packed = {(rename or str)(name): tensor.contiguous() for name, tensor in packed.items()}
-    save_file(packed, quantised / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(quantised, {(rename or str)(name): tensor for name, tensor in packed.items()})
     if model_type in MAKERS_TYPES:
         config["model_type"] = model_type
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATIONS[method]}))

@@ -132,9 +132,8 @@ def write_gguf_model(folder, model_type, kind="Q4_0", *, kinds=(), seed=0, edit=
     "F32", "F16" and "BF16" are not quantised. ``edit(fields, tensors)`` changes what is written. ``split``: deepseek2's
     ``kv_b_proj`` in two parts, as newer files have it.
     """
-    import torch
-    from language_models import new_model
-    from safetensors.torch import load_file, save_file
+    from language_models import new_model, save_tensors
+    from safetensors.torch import load_file
 
     rng = np.random.default_rng(seed)
     dense = folder / "dense"
@@ -154,11 +153,7 @@ def write_gguf_model(folder, model_type, kind="Q4_0", *, kinds=(), seed=0, edit=
         tensors[name] = entry.values
         if name.endswith("_proj"):  # gpt-oss stores [experts, inputs, outputs]
             tensors[name] = np.swapaxes(entry.values, 1, 2)
-    save_file(
-        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
-        dense / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_tensors(dense, {name: np.ascontiguousarray(array) for name, array in tensors.items()})
     fields, stored = in_llama_cpp_form(config, entries, split)
     if edit is not None:
         edit(fields, stored)

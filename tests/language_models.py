@@ -183,11 +183,10 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, gain=2.0, ke
         packed["model.visual.patch_embed.proj.weight"] = torch.ones(8, 8)
         parts, _ = round_to_gptq(np.ones((64, 32), np.float32))
         packed |= {f"mtp.fc.{part}": torch.from_numpy(array) for part, array in parts.items()}
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(dense, tensors)
     (dense / "config.json").write_text(json.dumps(config))
     quantised.mkdir()
-    packed = {name: tensor.contiguous() for name, tensor in packed.items()}
-    save_file(packed, quantised / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(quantised, packed)
     quantization = QUANTIZATION | {"group_size": GROUP}
     if model_type == "gpt_oss":
         quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
@@ -201,7 +200,22 @@ def is_quantised(name, tensor, kept):
 
 def load_reference(dense, dtype=torch.float32):
     """The dense model, by transformers alone."""
-    return transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, experts_implementation="eager").eval()
+    model_class = class_of(transformers.AutoConfig.from_pretrained(dense))
+    return model_class.from_pretrained(dense, dtype=dtype, experts_implementation="eager").eval()
+
+
+def class_of(config):
+    """The class for causal language models, or for models of text and images."""
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise AssertionError(config.model_type)
+
+
+def save_tensors(folder, tensors):
+    """Write tensors or arrays as a folder's ``model.safetensors``."""
+    found = {name: torch.from_numpy(t) if isinstance(t, np.ndarray) else t for name, t in tensors.items()}
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def logits_in_float64(dense, tokens):

@@ -16,10 +16,10 @@ from marlin_cy.formats.registry import read_scheme
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
-from family_models import class_of, new_model  # noqa: E402
+from family_models import new_model  # noqa: E402
 from float8_files import to_float8  # noqa: E402
-from language_models import round_to_mxfp4  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from language_models import load_reference, round_to_mxfp4, save_tensors  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from marlin_cy.integrations.transformers import load  # noqa: E402
 
@@ -65,8 +65,8 @@ def folders(tmp_path_factory):
             tensors[own] = tensor
     tensors["mtp.0.ffn.experts.0.w1.weight"] = torch.zeros(32, 32, dtype=torch.int8)
     tensors["mtp.0.attn.wkv.weight"] = torch.zeros(16, 64).to(torch.float8_e4m3fn)
-    save_file({name: t.contiguous() for name, t in rounded.items()}, dense / "model.safetensors", {"format": "pt"})
-    save_file({name: t.contiguous() for name, t in tensors.items()}, quantised / "model.safetensors")
+    save_tensors(dense, rounded)
+    save_tensors(quantised, tensors)
     config = json.loads((dense / "config.json").read_text())
     config |= {"expert_dtype": "fp4", "quantization_config": QUANTIZATION}
     (quantised / "config.json").write_text(json.dumps(config))
@@ -76,9 +76,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("packed", [False, True])
 def test_whole_model(folders, tmp_path, packed):
     quantised, dense = folders
-    config = transformers.AutoConfig.from_pretrained(dense)
-    model = class_of(config).from_pretrained(dense, dtype=torch.float32, experts_implementation="eager").eval()
-    expected = model(TOKENS).logits.double().numpy()
+    expected = load_reference(dense)(TOKENS).logits.double().numpy()
     if packed:
         with open_checkpoint(quantised, num_threads=1) as checkpoint:
             write_packed(checkpoint, tmp_path / "packed")
@@ -118,7 +116,7 @@ def test_experts_in_float8_are_refused(folders, tmp_path):
         name: tensor.to(torch.float8_e4m3fn) if tensor.dtype == torch.int8 else tensor
         for name, tensor in tensors.items()
     }
-    save_file(changed, tmp_path / "model.safetensors")
+    save_tensors(tmp_path, changed)
     (tmp_path / "config.json").write_text((folders[0] / "config.json").read_text())
     with pytest.raises(UnsupportedError, match="no expert has 4-bit weights; models whose experts are in FP8 are not"):
         open_checkpoint(tmp_path)
@@ -136,7 +134,7 @@ def test_tensors_that_contradict_the_config(folders, tmp_path, name, change, mes
     tensors = load_file(folders[0] / "model.safetensors")
     name = f"layers.1.ffn.experts.3.{name}"
     tensor = change(tensors.pop(name))
-    save_file(tensors | ({} if tensor is None else {name: tensor}), tmp_path / "model.safetensors")
+    save_tensors(tmp_path, tensors | ({} if tensor is None else {name: tensor}))
     (tmp_path / "config.json").write_text((folders[0] / "config.json").read_text())
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)

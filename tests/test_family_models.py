@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import family_models  # noqa: E402
-from family_models import CONFIGS, class_of, write_family  # noqa: E402
+from family_models import CONFIGS, write_family  # noqa: E402
+from language_models import load_reference  # noqa: E402
 
 from marlin_cy.integrations.configs import describe_of  # noqa: E402
 from marlin_cy.integrations.expert_modules import check_experts  # noqa: E402
@@ -36,12 +37,6 @@ torch.set_num_threads(1)
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-def reference_of(dense):
-    config = transformers.AutoConfig.from_pretrained(dense)
-    model = class_of(config).from_pretrained(dense, dtype=torch.float32, experts_implementation="eager")
-    return model.eval()
 
 
 def blocks_of(model):
@@ -62,7 +57,7 @@ def error_of(actual, expected):
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_by_transformers(tmp_path, model_type):
     quantised, dense = write_family(tmp_path, model_type)
-    expected = reference_of(dense)(TOKENS).logits
+    expected = load_reference(dense)(TOKENS).logits
     assert expected.std() > 0.05
     model = load(quantised, num_threads=1)
     assert error_of(model(TOKENS).logits, expected) < RELATIVE_ERROR
@@ -81,7 +76,7 @@ def reference_layer(model_type, block, x):
 def test_each_layer(tmp_path, model_type):
     """Routing, experts and shared expert of each MoE layer."""
     quantised, dense = write_family(tmp_path, model_type)
-    blocks = blocks_of(reference_of(dense))
+    blocks = blocks_of(load_reference(dense))
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     with open_checkpoint(quantised, num_threads=1) as checkpoint:
         assert checkpoint.moe_layers == sorted(blocks)
@@ -104,7 +99,7 @@ def test_each_layer(tmp_path, model_type):
 def test_a_family_without_a_row(tmp_path, model_type):
     """Transformers' class and its conversion table say what a whole model needs. Only routing is not known."""
     quantised, dense = write_family(tmp_path, model_type)
-    expected = reference_of(dense)(TOKENS).logits
+    expected = load_reference(dense)(TOKENS).logits
     assert error_of(load(quantised, num_threads=1)(TOKENS).logits, expected) < RELATIVE_ERROR
     with pytest.raises(UnsupportedError, match=f"model_type '{model_type}', supported: qwen2_moe, "):
         open_checkpoint(quantised)
@@ -174,7 +169,7 @@ DECODED = [model_type for model_type in CONFIGS if model_type in ARCHITECTURES]
 @pytest.mark.parametrize("model_type", DECODED)
 def test_by_the_decoder(tmp_path, model_type):
     quantised, dense = write_family(tmp_path, model_type)
-    expected = reference_of(dense)(TOKENS).logits[0].double().numpy()
+    expected = load_reference(dense)(TOKENS).logits[0].double().numpy()
     model = load_model(quantised, num_threads=1, cache_dtype="float32")
     assert relative_error(model.forward(TOKENS[0].numpy(), all_logits=True), expected) < RELATIVE_ERROR
 
@@ -218,7 +213,7 @@ FAMILIES_OF_TWO_NAMES = [
 def test_names_of_modules(tmp_path, model_type):
     """The names of transformers' modules, which llm-compressor and GPTQModel write, mean the same."""
     quantised, dense = write_family(tmp_path, model_type, module_names=True, method="compressed-tensors")
-    reference = reference_of(dense)
+    reference = load_reference(dense)
     assert error_of(load(quantised, num_threads=1)(TOKENS).logits, reference(TOKENS).logits) < RELATIVE_ERROR
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(2))
     index, block = max(blocks_of(reference).items())

@@ -96,9 +96,10 @@ def test_sizes_of_blocks(config, expected):
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
-from family_models import class_of, write_family  # noqa: E402
+from family_models import write_family  # noqa: E402
 from float8_files import to_float8  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from language_models import load_reference, save_tensors  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from marlin_cy.integrations.quantizer import MarlinCyConfig  # noqa: E402
 from marlin_cy.integrations.transformers import load  # noqa: E402
@@ -132,8 +133,8 @@ def folders(tmp_path_factory):
         tensors[name], scale, rounded[name] = to_float8(tensors[name], kind)
         tensors[f"{module}.{SUFFIXES[kind]}"] = scale
         tensors[f"{module}.input_scale"] = torch.ones(1)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, quantised / "model.safetensors")
-    save_file({n: t.contiguous() for n, t in rounded.items()}, dense / "model.safetensors", {"format": "pt"})
+    save_tensors(quantised, tensors)
+    save_tensors(dense, rounded)
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_1"] = {
         "targets": ["re:.*self_attn.*"],
@@ -148,9 +149,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folders):
     with torch.no_grad():
-        config = transformers.AutoConfig.from_pretrained(folders[1])
-        model = class_of(config).from_pretrained(folders[1], dtype=torch.float32, experts_implementation="eager").eval()
-        return model(torch.from_numpy(TOKENS)[None]).logits[0].double().numpy()
+        return load_reference(folders[1])(torch.from_numpy(TOKENS)[None]).logits[0].double().numpy()
 
 
 def by_transformers(folder):
@@ -202,7 +201,7 @@ def damaged(folders, tmp_path, name, change):
     tensor = change(tensors.pop(name))
     if tensor is not None:
         tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors")
+    save_tensors(folder, tensors)
     return folder
 
 
@@ -247,7 +246,7 @@ def test_router_in_float8(folders, tmp_path):
     folder = damaged(folders, tmp_path, f"{name}.weight", lambda w: (w / float(scale)).to(torch.float8_e4m3fn))
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{name}.weight_scale"] = torch.tensor([scale])
-    save_file(tensors, folder / "model.safetensors")
+    save_tensors(folder, tensors)
     with open_checkpoint(folder) as checkpoint:
         weight = checkpoint.router_weight(0)
         np.testing.assert_array_equal(weight, (tensors[f"{name}.weight"].float().numpy() * scale).astype(np.float16))

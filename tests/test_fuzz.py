@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import write_checkpoint, write_gpt_oss
+from checkpoint_files import write_checkpoint, write_deepseek_fp4, write_float8, write_gpt_oss
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
@@ -35,6 +35,8 @@ SOURCES = (
     "awq",
     "compressed-tensors",
     "gpt_oss",
+    "float8",
+    "deepseek_fp4",
     "packed",
     "packed desc_act",
 )
@@ -55,6 +57,8 @@ def folders(tmp_path_factory):
     for method in ("awq", "compressed-tensors"):
         write_checkpoint(root / method, method=method, checkpoint_format="gptq_v2", **sizes)
     write_gpt_oss(root / "gpt_oss", num_experts=2, hidden=64, inter=32)
+    write_float8(root / "float8", **sizes)
+    write_deepseek_fp4(root / "deepseek_fp4")
     for name in ("gptq", "gptq desc_act"):
         with open_checkpoint(root / name) as checkpoint:
             write_packed(checkpoint, root / name.replace("gptq", "packed"))
@@ -175,8 +179,11 @@ def use(folder, verify):
                 checkpoint.moe_layer(layer)
         for name in checkpoint.linears:
             checkpoint.linear(name)
+        for name in checkpoint.float8.weights:
+            checkpoint.float8.floats(name)
         for name in checkpoint.tensor_names:
             checkpoint.raw_tensor(name)
+        checkpoint.problems(layers=True)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -1,7 +1,6 @@
 """What loading refuses, ``marlin-cy inspect`` says from the headers of the files: no value of a weight is read.
 
-Each case changes a checkpoint so that its headers or its config show a fault. The transformers loader is tested in
-``test_reported_faults.py`` and ``test_float8.py``; it begins with the same ``Checkpoint.problems``.
+Each case changes a checkpoint so that its headers or its config show a fault.
 """
 
 import json
@@ -15,13 +14,18 @@ from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.cli import main
 from marlin_cy.decoder.build import build_plan
-from marlin_cy.errors import CheckpointError, MarlinError
+from marlin_cy.errors import MarlinError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
+import family_models  # noqa: E402
 from family_models import write_family  # noqa: E402
-from language_models import write_model  # noqa: E402
+from language_models import save_tensors, write_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from marlin_cy.integrations.problems import transformers_problems  # noqa: E402
+from marlin_cy.integrations.transformers import load  # noqa: E402
 
 LAYER = "model.layers.1"
 
@@ -134,7 +138,7 @@ def test_what_the_decoder_refuses(copy_of, capsys, name):
 
 @pytest.mark.parametrize("model_type", ["dots1", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_nothing_is_refused_without_a_fault(sources, tmp_path, capsys, model_type):
-    """Also of packed folders. No value of a weight is read: all are zeros that nothing accepts."""
+    """Also of packed folders."""
     with open_checkpoint(sources(model_type), num_threads=1) as checkpoint:
         write_packed(checkpoint, tmp_path / "packed")
     for folder in (sources(model_type), tmp_path / "packed"):
@@ -145,12 +149,10 @@ def test_nothing_is_refused_without_a_fault(sources, tmp_path, capsys, model_typ
 
 def test_a_dtype_that_no_model_has(copy_of, capsys):
     """Such as E5M2 without a scale, which would be loaded as it is."""
-    from safetensors.torch import load_file, save_file
-
     folder = copy_of("dots1")
     tensors = load_file(folder / "model.safetensors")
     name = f"{LAYER}.input_layernorm.weight"
-    save_file(tensors | {name: tensors[name].to(torch.float8_e5m2)}, folder / "model.safetensors")
+    save_tensors(folder, tensors | {name: tensors[name].to(torch.float8_e5m2)})
     message = rf"tensor '{name}': dtype F8_E5M2 is not supported outside of quantised layers"
     with open_checkpoint(folder) as checkpoint:
         assert [re.search(message, str(problem)) is not None for problem in checkpoint.problems()] == [True]
@@ -168,5 +170,35 @@ def test_layers_of_another_format_in_a_packed_folder(sources, tmp_path):
     with open_checkpoint(tmp_path / "packed") as checkpoint:
         [problem] = checkpoint.problems()
     assert re.search(r"lm_head: F32 weights with SCB, which is not a layer of format 'packed'", str(problem))
-    with pytest.raises(CheckpointError, match="missing"):
-        open_checkpoint(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model's class in transformers
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("model_type", family_models.CONFIGS)
+def test_transformers_refuses_nothing_without_a_fault(tmp_path, model_type):
+    with torch.no_grad():
+        folder, _ = write_family(tmp_path, model_type)
+    with open_checkpoint(folder) as checkpoint:
+        assert transformers_problems(checkpoint) == []
+
+
+@pytest.mark.parametrize("name", [name for name, (model_type, _, _) in CASES.items() if model_type == "dots1"])
+def test_what_transformers_refuses(copy_of, capsys, name):
+    """By ``Checkpoint.problems``, or by the comparison with the class."""
+    _, change, _ = CASES[name]
+    folder = copy_of("dots1")
+    change(folder)
+    assert main(["inspect", str(folder), "--json", "--transformers"]) == 0
+    refused = json.loads(capsys.readouterr().out)["refused"]
+    try:
+        load(folder, num_threads=1)
+    except MarlinError as error:
+        named = re.search(r"tensor '([^']+)'|(model\.[\w.]+)|config\.json: (\w+)", str(error))
+        module = next(part for part in named.groups() if part).removesuffix(".weight")
+        assert any(module in reason for reason in refused), (error, refused)
+    else:
+        # What single layers refuse; transformers ignores a setting, or computes with a dtype that the decoder lacks.
+        assert name in ("an unknown tensor in a block", "settings that are not supported", "an embedding of integers")

@@ -15,8 +15,9 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
-from family_models import QUANTIZATIONS, class_of, write_family  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from family_models import QUANTIZATIONS, write_family  # noqa: E402
+from language_models import load_reference, save_tensors  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from marlin_cy.checkpoints.packed_writer import write_packed  # noqa: E402
 from marlin_cy.decoder.build import build_plan  # noqa: E402
@@ -35,15 +36,10 @@ def without_gradients():
         yield
 
 
-def reference_of(dense):
-    model = class_of(transformers.AutoConfig.from_pretrained(dense))
-    return model.from_pretrained(dense, dtype=torch.float32, experts_implementation="eager").eval()
-
-
 def assert_right(quantised, dense):
     """Logits by load() and by the decoder's plan are those of the same rounded weights, dense."""
     tokens = torch.from_numpy(TOKENS)[None]
-    expected = reference_of(dense)(tokens).logits[0].double().numpy()
+    expected = load_reference(dense)(tokens).logits[0].double().numpy()
     assert relative_error(load(quantised, num_threads=1)(tokens).logits[0].double().numpy(), expected) < RELATIVE_ERROR
     with open_checkpoint(quantised, num_threads=1) as checkpoint:
         assert relative_error(reference_logits(build_plan(checkpoint), TOKENS), expected) < 1e-5
@@ -51,8 +47,7 @@ def assert_right(quantised, dense):
 
 def change_tensors(folder, change):
     """Replace the tensors of a folder by ``change(tensors)``."""
-    file = folder / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+    save_tensors(folder, change(load_file(folder / "model.safetensors")))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ format), ``family``, ``moe`` (the fields of `marlin_cy.checkpoints.families.MoeS
 ``dense_moe_layers`` (numbers of layers), ``quantized_linears``, ``widths`` (layers by the bits of a code, for
 ``gate and up``, ``down`` and ``other linears``), ``bytes`` (``total``, ``experts``, ``linears``, ``others``: of the
 files' tensors), ``unusual`` (sentences), ``refused`` (why loading the whole model would fail, as far as that shows
-without reading weights), ``decoder`` (why the library's own decoder does not run the model; null if it does),
-``verified``.
+without reading weights; with ``--transformers`` also what concerns the model's class there), ``decoder`` (why the
+library's own decoder does not run the model; null if it does), ``verified``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare the checksums of all of a packed folder's tensors"
     )
+    parser.add_argument(
+        "--transformers", action="store_true", help="also compare the tensors with the model's class in transformers"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -50,6 +53,10 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     with open_checkpoint(arguments.checkpoint, verify=arguments.verify) as checkpoint:
         report = describe(checkpoint)
+        if arguments.transformers:
+            from marlin_cy.integrations.problems import transformers_problems
+
+            report["refused"] += [str(problem) for problem in transformers_problems(checkpoint)]
     report["verified"] = bool(arguments.verify and report["format"] == "packed")
     if arguments.json:
         print_json(report)

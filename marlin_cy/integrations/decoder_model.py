@@ -216,7 +216,8 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give ``generate`` a cache, unless the caller has one or wants none."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        # "dynamic_full" is what earlier versions ask of an assistant: a cache from which tokens can be taken back.
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise UnsupportedError(
                 f"cache_implementation: got {generation_config.cache_implementation!r}; the decoder has its own cache"
             )
