@@ -31,7 +31,7 @@ class Packing:
     Parameters
     ----------
     checkpoint : Checkpoint
-        It reports to ``report``.
+        Without problems. It reports to ``report``.
     tensors : dict of str to torch.Tensor
         Weights for the loader, by their names in the checkpoint. Quantised weights that do not run packed are added
         to it, dequantised.
@@ -61,11 +61,8 @@ class Packing:
         Raises
         ------
         CheckpointError, UnsupportedError
-            Whatever :meth:`~marlin_cy.checkpoints.checkpoint.Checkpoint.problems` finds first; or the model has no
-            such modules.
+            The model has no such modules.
         """
-        for problem in self._checkpoint.problems():
-            raise problem
         self._modules.replace(model)
         model.set_experts_implementation(NAME)
         if self._checkpoint.has_own_head:

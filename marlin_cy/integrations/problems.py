@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_cy.errors import CheckpointError, MarlinError
 from marlin_cy.integrations import needs_extra
+from marlin_cy.integrations.configs import model_on_meta
 from marlin_cy.integrations.expert_modules import check_experts, experts_modules
 from marlin_cy.integrations.packed_modules import linear_modules
-from marlin_cy.integrations.transformers import model_on_meta
 
 with needs_extra():
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,7 +29,7 @@ def transformers_problems(checkpoint: Checkpoint) -> list[MarlinError]:
     transformers' conversion table. What concerns values is not found: biases that are not zero, and the like.
     """
     try:
-        return list(_problems(checkpoint, model_on_meta(checkpoint)))
+        return list(_problems(checkpoint, model_on_meta(checkpoint.path)))
     except MarlinError as error:
         return [error]
 

@@ -170,6 +170,8 @@ class MarlinCyQuantizer(HfQuantizer):
         folder, report = Path(checkpoint_files[0]).parent, Progress(config.progress)
         described = partial(derived_family, model)
         checkpoint = open_checkpoint(folder, config.backend, progress=report, describe=described)
+        for problem in checkpoint.problems():
+            raise problem
         self._packing = Packing(checkpoint, {}, dtype, config.context_options, report)
         self._packing.replace(model)
         checkpoint_files += self._packing.write_tensors()  # the list that the loader reads afterwards

@@ -93,6 +93,8 @@ def load(
     """
     report = Progress(progress)
     with open_checkpoint(path, backend, progress=report, describe=describe_of(path)) as checkpoint:
+        for problem in checkpoint.problems():
+            raise problem
         tensors = dense_tensors(checkpoint)
         torch_dtype = as_dtype(dtype, tensors)
         packing = Packing(checkpoint, tensors, torch_dtype, context_options, report)

@@ -73,6 +73,8 @@ class VllmConfig(QuantizationConfig):
             return None
         if is_packed({"quantization_config": hf_quant_cfg}):
             return NAME
+        if hf_quant_cfg.get("quant_method") == "fp8":
+            return None  # it does not say whether experts have 4 or 8 bits; vLLM reads both
         try:
             scheme_of(hf_quant_cfg, "config.json")
         except (UnsupportedError, CheckpointError):
