@@ -94,10 +94,16 @@ class TestOtherArguments:
             assert match in str(error)
 
     def test_rows(self, layer):
-        self.check(layer, lambda x, logits, rank: (x[rank:], logits[rank:]), "hidden_states: rank 1 has other values than rank 0")
+        self.check(
+            layer,
+            lambda x, logits, rank: (x[rank:], logits[rank:]),
+            "hidden_states: rank 1 has other values than rank 0",
+        )
 
     def test_values(self, layer):
-        self.check(layer, lambda x, logits, rank: (x, logits + rank), "router_logits: rank 1 has other values than rank 0")
+        self.check(
+            layer, lambda x, logits, rank: (x, logits + rank), "router_logits: rank 1 has other values than rank 0"
+        )
 
     def test_tokens(self):
         def run(group):
@@ -220,6 +226,7 @@ class TestMemory:
                     found, expected = getattr(part.mixer, name), getattr(layer.mixer, name)
                     assert found.metadata.packed_bytes == expected.metadata.packed_bytes / 2
                 bytes_of = [
-                    sum(stack.metadata.packed_bytes for _, stack in ffn.layer.plan.stacks()) for ffn in (part.ffn, layer.ffn)
+                    sum(stack.metadata.packed_bytes for _, stack in ffn.layer.plan.stacks())
+                    for ffn in (part.ffn, layer.ffn)
                 ]
                 assert bytes_of[0] == bytes_of[1] / 2

@@ -6,7 +6,6 @@ from hosts import on_hosts
 from layers import Layer
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.errors import GroupError, UnsupportedError
 
 HOSTS = 1, 2, 3, 4
 

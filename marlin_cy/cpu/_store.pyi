@@ -10,6 +10,7 @@ from marlin_cy.weights.sizes import StackSizes
 from marlin_cy.weights.tile_layout import TileLayout
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
+
 class TilePlace(NamedTuple):
     nbytes: int
     expert_stride: int

@@ -19,7 +19,7 @@ from marlin_cy.cpu.context import CpuContext, workspace_of
 from marlin_cy.cpu.operations import CpuOperations
 from marlin_cy.cpu.stack import CpuMarlinExpertStack, CpuStackBuilder
 from marlin_cy.distributed.group import checksum
-from marlin_cy.interface import Backend, Context, MarlinExpertStack, MoePlan, StackBuilder
+from marlin_cy.interface import Backend, Context, MoePlan, StackBuilder
 from marlin_cy.stacks.builder import checked_stack_sizes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class CpuBackend(CpuOperations, Backend):
                     "router_logits": checksum(router_logits),
                     "topk_ids": checksum(topk_ids),
                     "topk_weights": checksum(topk_weights),
-                    "compute_dtype": checksum(ctx.compute_dtype),
+                    "compute_dtype": checksum(workspace_of(ctx).planes),
                 },
             )
         fork.run(
