@@ -33,6 +33,7 @@ COMMANDS = {
     "models": Command("bench.models.measure", "measure whole models: loading, memory, speed in transformers"),
     "decoder": Command("bench.models.decoder", "measure the decoder beside llama.cpp and transformers"),
     "serve": Command("bench.models.serve", "measure what the server adds to the model that it serves"),
+    "mpi": Command("bench.models.mpi", "measure a layer on several hosts, by MPI, beside one host"),
     "gguf": Command("bench.models.synthetic_gguf", "write a model with random weights for llama.cpp"),
     "opencl products": Command("bench.opencl.sweep", "time products on an OpenCL device", {"kinds": ("products",)}),
     "opencl layers": Command("bench.opencl.sweep", "time whole layers on an OpenCL device", {"kinds": ("layers",)}),

@@ -145,7 +145,8 @@ class Loader:
     ) -> list[Projection]:
         """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
 
-        ``kept`` says which outputs of each part to keep; None for all. Dense rows are copied. A part of a quantised layer that is too narrow for the backends is unpacked to float32.
+        ``kept`` says which outputs of each part to keep; None for all. Dense rows are copied. A part of a quantised
+        layer that is too narrow for the backends is unpacked to float32.
         """
         self._bias(module, n, False)
         if not self.is_quantised(module):
