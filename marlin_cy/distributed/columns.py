@@ -101,7 +101,7 @@ class _ColumnsBackend:
         between = [begin for begin, _ in runs] + [end for _, end in runs[:-1]]
         if len(runs) > 2 or len(columns) % N_TILE or any(column % TILE_N for column in between):
             return None
-        return self._backend.stack_from_packed(packed, runs)
+        return self._backend.stack_from_packed(packed.mapped(runs), runs)
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.NDArray[np.float32] | None) -> Linear:
         (columns,) = self._columns.values()
