@@ -34,6 +34,7 @@ COMMANDS = {
     "decoder": Command("bench.models.decoder", "measure the decoder beside llama.cpp and transformers"),
     "serve": Command("bench.models.serve", "measure what the server adds to the model that it serves"),
     "vllm": Command("bench.models.vllm", "measure the plugin of vLLM beside transformers and vLLM's own experts"),
+    "mpi": Command("bench.models.mpi", "measure a layer on several hosts, by MPI, beside one host"),
     "gguf": Command("bench.models.synthetic_gguf", "write a model with random weights for llama.cpp"),
     "gptq": Command("bench.models.synthetic", "write a checkpoint with random weights, 4-bit or mixed"),
     "opencl products": Command("bench.opencl.sweep", "time products on an OpenCL device", {"kinds": ("products",)}),

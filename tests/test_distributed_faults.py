@@ -1,9 +1,11 @@
 """Hosts that do not run alike: lost ones, other arguments, other files; and the memory of a share."""
 
 import json
+import mmap
 import shutil
 import time
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hosts import fake_groups, on_hosts
 from layers import Layer
 
 import marlin_cy
+from marlin_cy.checkpoints.packed_writer import write_packed
+from marlin_cy.checkpoints.partial_map import map_parts
 from marlin_cy.decoder.model import load_model
 from marlin_cy.distributed import Group
 from marlin_cy.errors import CheckpointError, GroupError, UnsupportedError
@@ -94,10 +98,16 @@ class TestOtherArguments:
             assert match in str(error)
 
     def test_rows(self, layer):
-        self.check(layer, lambda x, logits, rank: (x[rank:], logits[rank:]), "hidden_states: rank 1 has other values than rank 0")
+        self.check(
+            layer,
+            lambda x, logits, rank: (x[rank:], logits[rank:]),
+            "hidden_states: rank 1 has other values than rank 0",
+        )
 
     def test_values(self, layer):
-        self.check(layer, lambda x, logits, rank: (x, logits + rank), "router_logits: rank 1 has other values than rank 0")
+        self.check(
+            layer, lambda x, logits, rank: (x, logits + rank), "router_logits: rank 1 has other values than rank 0"
+        )
 
     def test_tokens(self):
         def run(group):
@@ -220,6 +230,56 @@ class TestMemory:
                     found, expected = getattr(part.mixer, name), getattr(layer.mixer, name)
                     assert found.metadata.packed_bytes == expected.metadata.packed_bytes / 2
                 bytes_of = [
-                    sum(stack.metadata.packed_bytes for _, stack in ffn.layer.plan.stacks()) for ffn in (part.ffn, layer.ffn)
+                    sum(stack.metadata.packed_bytes for _, stack in ffn.layer.plan.stacks())
+                    for ffn in (part.ffn, layer.ffn)
                 ]
                 assert bytes_of[0] == bytes_of[1] / 2
+
+    def test_of_a_packed_folder(self, tmp_path, cpu_backend):
+        """Only the pages with this host's tiles are mapped, and their bytes are those of the file."""
+        write_packed(marlin_cy.open_checkpoint(MODEL), tmp_path / "packed")
+        whole = marlin_cy.open_checkpoint(tmp_path / "packed", cpu_backend).moe_layer(0)
+
+        def run(group):
+            with marlin_cy.open_checkpoint(tmp_path / "packed", cpu_backend, shard=group.shard()) as checkpoint:
+                return checkpoint.moe_layer(0).gate_up.store, group.layer(whole).gate_up.store
+
+        for rank, (mapped, copied) in enumerate(on_hosts(2, run)):
+            assert mapped.nbytes == copied.nbytes
+            assert not mapped.data.flags.writeable
+            # Of each expert: gates of both hosts, ups of both hosts.
+            half = copied.layout.expert_stride // 2
+            found = mapped.data.reshape(mapped.num_experts, 2, 2, half)[:, :, rank]
+            np.testing.assert_array_equal(found, copied.data.reshape(mapped.num_experts, 2, half))
+
+
+class TestPartialMap:
+    def test_bytes(self, tmp_path, rng):
+        data = rng.integers(0, 256, 100_000, np.uint8)
+        (tmp_path / "file").write_bytes(data.tobytes())
+        begin, parts = 4160, [(0, 10), (9000, 9001), (30_000, 50_000), (50_100, 60_000)]
+        found = map_parts(tmp_path / "file", begin, 70_000, parts)
+        assert found.shape == (70_000,) and not found.flags.writeable
+        for first, end in parts:
+            np.testing.assert_array_equal(found[first:end], data[begin + first : begin + end])
+
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+    def test_other_pages_are_not_mapped_and_all_are_given_back(self, tmp_path):
+        page = mmap.PAGESIZE
+        (tmp_path / "file").write_bytes(bytes(20 * page))
+
+        def mapped():
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            spans = [line.split()[0].split("-") for line in lines if line.endswith(str(tmp_path / "file"))]
+            return sum(int(end, 16) - int(begin, 16) for begin, end in spans)
+
+        found = map_parts(tmp_path / "file", 64, 18 * page, [(page, page + 1), (5 * page, 7 * page)])
+        assert found[5 * page] == 0
+        assert mapped() == 4 * page
+        del found
+        assert mapped() == 0
+
+    def test_too_many_maps(self, tmp_path):
+        (tmp_path / "file").write_bytes(bytes(100))
+        with pytest.raises(MemoryError, match="could not map 4503599627370496 bytes"):
+            map_parts(tmp_path / "file", 0, 1 << 52, [(0, 1)])

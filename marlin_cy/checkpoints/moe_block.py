@@ -20,7 +20,7 @@ from marlin_cy.distributed.shard import LayerShard, Shard
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.interface import Backend
-from marlin_cy.moe.layer import MoeLayer, SharedExpert, local_width
+from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.moe.routing import Routing
 from marlin_cy.reference import dequantize_weight
 
@@ -225,7 +225,8 @@ class MoeBlock:
         elif spec.averaged:
             gate_weight = np.zeros(hidden, np.float32)  # whose sigmoid is a half, exactly
         with as_checkpoint_error(self._tensors.source, name):
-            columns = None if self._shard is None else local_width(self._shard.shared, self._shard.shard.rank)
+            cuts = self._shard
+            columns = None if cuts is None or cuts.shared is None else cuts.width(cuts.shared)
             return SharedExpert(builder.finish(), below.finish(), gate_weight, inner=columns)
 
     # Checks ------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy.typing as npt
 
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.checkpoints.families import MoeSpec
+from marlin_cy.checkpoints.partial_map import map_parts
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import JsonObject, StrPath, optional, positive, read_json
@@ -282,7 +284,7 @@ class PackedSource:
         if name not in self._stacks:
             raise CheckpointError("missing", file=self._file, tensor=name)
         stack, packed = self._stacks[name], f"{name}{PACKED}"
-        g_idx = self._g_idx(name)
+        g_idx, info = self._g_idx(name), self._tensors.info(packed)
         with self._as_tensor_error(packed):
             return PackedTiles(
                 data=self._tensors.raw(packed).reshape(stack["num_experts"], -1),
@@ -294,6 +296,7 @@ class PackedSource:
                 codes=stack["codes"],
                 scales=stack["scale_dtype"],
                 bias=bias,
+                map_parts=partial(map_parts, self._tensors.file_of(packed).path, info.begin, info.nbytes),
             )
 
     def _g_idx(self, name: str) -> npt.NDArray[np.int32] | None:

@@ -7,7 +7,8 @@ The object that ``--json`` prints has these keys: ``version``, ``checkpoint`` (i
 words), ``cache_dtype``, ``prompt_tokens``, ``new_tokens``, ``depth``, ``sequences``, ``repeat``, ``load_seconds``,
 ``prefill_tokens_per_second`` and ``decode_tokens_per_second`` (medians, of all sequences together; null for a part of 0
 tokens), ``prefill_seconds`` and ``decode_seconds`` (of each run), ``packed_bytes``, ``other_weight_bytes``,
-``cache_bytes``, ``resident_bytes`` (null where the system does not report it). With ``--mpi``, sizes are those of rank 0.
+``cache_bytes``, ``resident_bytes`` (null where the system does not report it). With ``--mpi``, the sizes are those of
+rank 0.
 """
 
 from __future__ import annotations

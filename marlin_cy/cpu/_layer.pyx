@@ -26,7 +26,7 @@ from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, matrix, refuse_
 from marlin_cy.cpu._combine cimport carve_combination, combine_tokens
 from marlin_cy.cpu._dispatch cimport ACTIVATION_RELU2, DTYPE_F32, MAX_MC
 from marlin_cy.cpu._exchange cimport (
-    Hosts, begin_exchange, carve_exchange, exchange, load_row, run_exchange, section,
+    Hosts, begin_exchange, carve_exchange, load_row, run_exchange,
 )
 from marlin_cy.cpu._gemm cimport (
     begin_product, carve_gemm, run_product, set_activation, set_gemm_job, set_quantize_job, set_rectified,
@@ -53,7 +53,7 @@ def moe_forward(Workspace workspace, layer, hidden_states, out, router_logits, c
 
     No other thread may write to ``topk_ids``: pass a private copy.
     """
-    cdef CpuGptqStore gate_up_store = layer.gate_up.store, down_store = layer.down.store
+    cdef CpuGptqStore gate_up_store = layer.gate_up.store
     cdef matrix hidden = float_matrix(hidden_states, "hidden_states", gate_up_store.k, False)
     cdef Hosts hosts = None if layer.shard is None else Hosts(layer.shard.shard.group)
     cdef matrix result = float_matrix(out, "out", layer.output_size, True)

@@ -11,6 +11,7 @@ from marlin_cy.weights.stored import StoredWeight
 from marlin_cy.weights.tile_layout import TileLayout
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]: ...
+
 class TilePlace(NamedTuple):
     nbytes: int
     expert_stride: int

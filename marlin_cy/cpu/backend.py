@@ -125,7 +125,7 @@ class CpuBackend(CpuOperations, Backend):
                     "router_logits": checksum(router_logits),
                     "topk_ids": checksum(topk_ids),
                     "topk_weights": checksum(topk_weights),
-                    "compute_dtype": checksum(ctx.compute_dtype),
+                    "compute_dtype": checksum(workspace_of(ctx).planes),
                 },
             )
         fork.run(

@@ -199,9 +199,7 @@ class PlanBuilder:
         per_head = 2 * config.head_dim if config.gated else config.head_dim
         key_columns = heads.key_columns(config.head_dim)
         return AttentionPlan(
-            q=load(
-                f"{module}.q_proj", hidden, config.num_heads * per_head, config.bias, heads.query_columns(per_head)
-            ),
+            q=load(f"{module}.q_proj", hidden, config.num_heads * per_head, config.bias, heads.query_columns(per_head)),
             k=load(f"{module}.k_proj", hidden, keys, config.bias, key_columns),
             v=load(f"{module}.v_proj", hidden, keys, config.bias, key_columns),
             o=load(f"{module}.o_proj", queries, hidden, config.output_bias, self._share.columns(self._hidden)),
@@ -275,7 +273,11 @@ class PlanBuilder:
         loader, hidden = self._loader, self._config.hidden_size
         values = config.num_v_heads * config.value_dim
         heads = self._share.heads("linear_num_value_heads", config.num_v_heads, config.num_k_heads)
-        channels, kept, gates = delta_columns(config, heads), heads.query_columns(config.value_dim), heads.query_columns(1)
+        channels, kept, gates = (
+            delta_columns(config, heads),
+            heads.query_columns(config.value_dim),
+            heads.query_columns(1),
+        )
         conv = loader.vector(
             f"{module}.conv1d.weight",
             config.channels * config.conv_width,

@@ -90,18 +90,14 @@ class Loader:
         """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
         self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
 
-    def dense(
-        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
-    ) -> DenseLinear:
+    def dense(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> DenseLinear:
         """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""
         weight = (
             self.unpacked(module, k, n, bias) if self.is_quantised(module) else self.matrix(f"{module}.weight", n, k)
         )
         return DenseLinear(rows_of(weight, columns), self._bias(module, n, bias, columns))
 
-    def projection(
-        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
-    ) -> Projection:
+    def projection(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> Projection:
         """A linear layer of ``k`` inputs and ``n`` outputs, quantised or dense.
 
         With ``columns``, it has only these outputs. A quantised layer has a multiple of 8: the last one is repeated.
@@ -149,9 +145,10 @@ class Loader:
     def reordered(
         self, module: str, k: int, n: int, parts: Sequence[Columns], kept: Sequence[Columns | None]
     ) -> list[Projection]:
-        """A linear layer without bias, cut into several; ``parts`` has the outputs of each, ``kept`` those to keep of each.
+        """A linear layer without bias, cut into several; ``parts`` has the outputs of each.
 
-        Dense rows are copied. A part of a quantised layer that is too narrow for the backends is unpacked to float32.
+        ``kept`` says which outputs of each part to keep; None for all. Dense rows are copied. A part of a quantised
+        layer that is too narrow for the backends is unpacked to float32.
         """
         self._bias(module, n, False)
         if not self.is_quantised(module):

@@ -71,8 +71,8 @@ def load_model(
         Round the head to 8 bits when loading: half the bytes of bfloat16, and logits within a percent. By default the
         head is used as it is in the file.
     group : Group, optional
-        Hosts that share out the model: each has some heads and columns of all weights, and its heads' part of the cache.
-        Every host makes the same calls, and gets the same logits, those of a single host.
+        Hosts that share out the model. Each has some heads and columns of all weights, and its heads' part of the
+        cache. Every host makes the same calls, and gets the same logits, those of a single host.
     progress : callable, optional
         As in :func:`~marlin_cy.open_checkpoint`.
     **context_options

@@ -13,7 +13,7 @@ from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.distributed.shard import Columns, LayerShard, Shard, local
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
-from marlin_cy.moe.layer import MoeLayer, SharedExpert, local_width
+from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.packed_tiles import PackedTiles
@@ -58,19 +58,17 @@ def layer_share(shard: Shard, layer: MoeLayer) -> MoeLayer:
     if plan.shard is not None:
         raise ValueError("layer: is this host's share already")
     gated = ACTIVATIONS[plan.activation].gated
-    cuts = new_layer_shard(
-        shard, plan.intermediate_size, plan.output_size, None if expert is None else expert.down.k
-    )
+    cuts = new_layer_shard(shard, plan.intermediate_size, plan.output_size, None if expert is None else expert.down.k)
 
-    def share(gate_up: MarlinExpertStack, down: MarlinExpertStack, shared: bool) -> list[MarlinExpertStack]:
+    def share(stack: MarlinExpertStack, shared: bool) -> MarlinExpertStack:
         columns = expert_columns(cuts, plan.hidden_size, gated, shared=shared)
-        return [kept_columns(stack, columns[stack.k, stack.n_per_expert]) for stack in (gate_up, down)]
+        return kept_columns(stack, columns[stack.k, stack.n_per_expert])
 
-    routed = share(plan.gate_up, plan.down, False)
-    if expert is not None:
-        inner = local_width(cuts.shared, shard.rank)
-        expert = SharedExpert(*share(expert.gate_up, expert.down, True), expert.gate_weight, inner=inner)
-    return MoeLayer.of_plan(replace(plan, gate_up=routed[0], down=routed[1], shared_expert=expert, shard=cuts))
+    if expert is not None and cuts.shared is not None:
+        stacks = share(expert.gate_up, True), share(expert.down, True)
+        expert = SharedExpert(stacks[0], stacks[1], expert.gate_weight, inner=cuts.width(cuts.shared))
+    gate_up, down = share(plan.gate_up, False), share(plan.down, False)
+    return MoeLayer.of_plan(replace(plan, gate_up=gate_up, down=down, shared_expert=expert, shard=cuts))
 
 
 def columns_backend(backend: Backend, columns: Mapping[tuple[int, int], Columns]) -> Backend:
@@ -103,7 +101,7 @@ class _ColumnsBackend:
         between = [begin for begin, _ in runs] + [end for _, end in runs[:-1]]
         if len(runs) > 2 or len(columns) % N_TILE or any(column % TILE_N for column in between):
             return None
-        return self._backend.stack_from_packed(packed, runs)
+        return self._backend.stack_from_packed(packed.mapped(runs), runs)
 
     def linear_of(self, stack: MarlinExpertStack, bias: npt.NDArray[np.float32] | None) -> Linear:
         (columns,) = self._columns.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -195,7 +195,7 @@ class Group:
         call : str
             The name of the call.
         fields : mapping of str to int
-            At most :data:`FIELDS` arguments: sizes, or checksums (:func:`checksum`). The names are the same on all hosts.
+            At most :data:`FIELDS` arguments: sizes, or checksums (:func:`checksum`). All hosts have the same names.
 
         Raises
         ------
@@ -217,7 +217,9 @@ class Group:
                 raise GroupError(self._lost)
         for rank in range(self.size):
             if found[rank, 0] != found[0, 0]:
-                raise GroupError(f"{call}: rank {rank} is in another call than rank 0; every host must make the same calls")
+                raise GroupError(
+                    f"{call}: rank {rank} is in another call than rank 0; every host must make the same calls"
+                )
             for index, name in enumerate(fields, start=1):
                 if found[rank, index] != found[0, index]:
                     raise GroupError(
@@ -238,10 +240,8 @@ class Group:
             if self.size > 1 and self._lost is None:
                 row = np.zeros(FIELDS + 1, np.int64)
                 row[0] = FAILED
-                try:
+                with suppress(GroupError):  # the exception of this host says more
                     self.gather_values(row)
-                except GroupError:
-                    pass  # the exception of this host says more
                 self._lost = f"{call}: rank {self.rank} has failed before; start all hosts again"
             raise
 
@@ -273,6 +273,6 @@ def array_sum(array: npt.NDArray[Any]) -> int:
     """A checksum of an array's bytes."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if data.size <= 4096:
-        return zlib.crc32(data)
+        return zlib.crc32(data.data)
     words = data[: data.size // 8 * 8].view(np.uint64)
-    return int(np.add.reduce(words)) % (2**61) + zlib.crc32(data[-4096:])
+    return int(np.add.reduce(words)) % (2**61) + zlib.crc32(data[-4096:].data)

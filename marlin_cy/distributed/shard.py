@@ -122,6 +122,11 @@ class LayerShard:
     outputs: Cut
     shared: Cut | None = None
 
+    def width(self, cut: Cut) -> int:
+        """Number of columns of this host."""
+        begin, end = self.shard.local(cut)
+        return end - begin
+
 
 def evenly(count: int, parts: int) -> npt.NDArray[np.int64]:
     """``count`` things in ``parts`` runs whose lengths differ by at most one: where each begins, and the end."""

@@ -135,8 +135,8 @@ class MoeLayer:
     ) -> None:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        gated, rank = ACTIVATIONS[activation].gated, None if shard is None else shard.shard.rank
-        check_stacks(gate_up, down, gated, local_width(shard and shard.inner, rank))
+        gated = ACTIVATIONS[activation].gated
+        check_stacks(gate_up, down, gated, None if shard is None else shard.width(shard.inner))
         selection = Routing(gate_up.num_experts, top_k, **routing)
         on_input = flag("apply_router_weight_on_input", apply_router_weight_on_input)
         if on_input and selection.top_k != 1:
@@ -145,7 +145,7 @@ class MoeLayer:
             if not isinstance(shared_expert, SharedExpert):
                 raise TypeError(f"shared_expert: got {type(shared_expert).__name__}, expected a SharedExpert")
             widths = shared_expert.gate_up.k, shared_expert.down.n_per_expert
-            inner = local_width(shard and shard.shared, rank)
+            inner = None if shard is None or shard.shared is None else shard.width(shard.shared)
             check_stacks(shared_expert.gate_up, shared_expert.down, gated, inner)
             if widths != (gate_up.k, down.n_per_expert):
                 raise ValueError(
@@ -313,18 +313,13 @@ def backend_of(ctx: Context) -> Backend:
     return ctx.backend
 
 
-def local_width(cut: npt.NDArray[np.int64] | None, rank: int | None) -> int | None:
-    """Number of columns of this host; None if no other host has columns."""
-    return None if cut is None or rank is None else int(cut[rank + 1] - cut[rank])
-
-
 def check_stacks(
     gate_up: MarlinExpertStack, down: MarlinExpertStack, gated: bool | None = None, inner: int | None = None
 ) -> None:
     """Check that two stacks fit as the two products of a layer.
 
-    ``gated``: whether the activation has a gate; None if either will do. ``inner``: intermediate columns of ``gate_up``;
-    None for the ``k`` of ``down``.
+    ``gated``: whether the activation has a gate; None if either will do. ``inner``: intermediate columns of
+    ``gate_up``; None for the ``k`` of ``down``.
 
     Raises
     ------

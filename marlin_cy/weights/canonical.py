@@ -138,9 +138,9 @@ class CanonicalWeight:
         run = slice(int(columns[0]), int(columns[-1]) + 1)
         consecutive = run.stop - run.start == len(columns) and bool((np.diff(columns) == 1).all())
         kept: slice | npt.NDArray[np.int64] = run if consecutive else columns
-        names = "words", "scale", "zero", "minimum", "block_scale", "block_minimum"
-        parts = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if part is None else part[:, kept] for name, part in parts.items()})
+        names = "zero", "minimum", "block_scale", "block_minimum"
+        others: dict[str, Any] = {name: part[:, kept] for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, words=self.words[:, kept], scale=self.scale[:, kept], **others)
 
     @property
     def scales(self) -> str:

@@ -9,7 +9,7 @@ Tiles follow each other, and experts too::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,9 @@ class PackedTiles:
         The name of the scale record.
     bias : float32 ``[num_experts, n]`` or None
         Added to every row of an expert's product.
+    map_parts : callable or None
+        Maps parts of the file that ``data`` is mapped from: ``map_parts(parts)`` is uint8 of the size of ``data``, of
+        which only the bytes ``first`` to ``end - 1`` of each part may be read. None if it cannot.
 
     Raises
     ------
@@ -64,6 +67,7 @@ class PackedTiles:
     codes: str
     scales: str
     bias: npt.NDArray[np.float32] | None = None
+    map_parts: Callable[[Iterable[tuple[int, int]]], npt.NDArray[np.uint8] | None] | None = None
 
     def __post_init__(self) -> None:
         sizes = checked_stack_sizes(
@@ -142,6 +146,18 @@ class PackedTiles:
             n=len(columns),
             bias=None if self.bias is None else np.ascontiguousarray(self.bias[:, columns]),
         )
+
+    def mapped(self, runs: Sequence[tuple[int, int]]) -> PackedTiles:
+        """The same tiles, of which only the columns ``begin`` to ``end - 1`` of each run may be read.
+
+        No other part of the file is mapped, where the system can do that.
+        """
+        layout = self._layout
+        places = [(begin // TILE_N * layout.tile_stride, -(-end // TILE_N) * layout.tile_stride) for begin, end in runs]
+        experts = range(0, self.num_experts * layout.expert_stride, layout.expert_stride)
+        parts = ((expert + first, expert + end) for expert in experts for first, end in places)
+        data = None if self.map_parts is None else self.map_parts(parts)
+        return self if data is None else replace(self, data=data.reshape(self.data.shape))
 
     # Places in the layout ----------------------------------------------------------------------
 

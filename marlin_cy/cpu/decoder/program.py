@@ -28,7 +28,7 @@ class CpuDecoder(DecoderProgram):
 
     def __init__(self, ctx: Context, plan: DecoderPlan, num_pages: int, num_states: int, cache_dtype: str) -> None:
         workspace = workspace_of(ctx)
-        self._group, self._compute_dtype = plan.group, ctx.compute_dtype
+        self._group, self._planes = plan.group, workspace.planes
         per_page = sum(
             page_bytes(*cache_sizes(layer.mixer), cache_dtype)
             for layer in plan.layers
@@ -51,7 +51,7 @@ class CpuDecoder(DecoderProgram):
                     "sequences": checksum(batch.segments),
                     "pages": checksum(batch.pages),
                     "wanted rows": checksum(batch.wanted),
-                    "compute_dtype": checksum(self._compute_dtype),
+                    "compute_dtype": checksum(self._planes),
                 },
             )
         return fork.run(self._step.run, batch.tokens, batch.segments, batch.pages, batch.wanted)
