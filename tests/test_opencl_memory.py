@@ -25,18 +25,18 @@ pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore::pyopencl.Co
 @pytest.fixture
 def live(monkeypatch):
     """A function that gives the bytes of all buffers that were made since and still exist."""
-    make, made = cl.Buffer, weakref.WeakKeyDictionary()
+    made = []
 
-    def new_buffer(context, flags, size=0, hostbuf=None):
-        buffer = make(context, flags, size, hostbuf)
-        made[buffer] = int(buffer.size)
-        return buffer
+    class Buffer(cl.Buffer):
+        def __init__(self, context, flags, size=0, hostbuf=None):
+            super().__init__(context, flags, size, hostbuf)
+            made.append((weakref.ref(self), int(self.size)))
 
-    monkeypatch.setattr(cl, "Buffer", new_buffer)
+    monkeypatch.setattr(cl, "Buffer", Buffer)
 
     def nbytes():
         gc.collect()
-        return sum(made.values())
+        return sum(size for buffer, size in made if buffer() is not None)
 
     return nbytes
 
