@@ -147,7 +147,7 @@ def weights_of(distances: Int64s, rate: Factor) -> Int64s:
     """The weights of distances."""
     x = distances * rate.mantissa
     x >>= rate.shift
-    weights = WIDE_TABLES[0][x >> 16 & 255] * WIDE_TABLES[1][x >> 8 & 255]
+    weights: Int64s = WIDE_TABLES[0][x >> 16 & 255] * WIDE_TABLES[1][x >> 8 & 255]
     weights >>= POWER_BITS
     weights *= WIDE_TABLES[2][x & 255]
     weights >>= POWER_BITS

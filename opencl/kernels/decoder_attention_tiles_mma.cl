@@ -98,8 +98,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
     const uint heads_per_kv = num_heads / num_kv_heads, blocks = heads_per_kv / HEADS;
     const uint kv_head = get_group_id(0) / blocks;
     const uint first_head = kv_head * heads_per_kv + get_group_id(0) % blocks * HEADS;
-    const uint tile_number = get_num_groups(1) - 1 - get_group_id(1);
-    const int4 tile = vload4(tile_number, batch + tiles);
+    const int4 tile = vload4(get_num_groups(1) - 1 - get_group_id(1), batch + tiles);
     const uint first_row = tile.x, rows = tile.y;
     __global const int *table = batch + STEP_ROW(batch, first_row).z;
     const int seen = window ? window : INT_MAX;
@@ -279,9 +278,10 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
             continue;
         const uint head = first_head + m % HEADS;
 #if SPLIT_TILES
+        const uint tile_number = get_num_groups(1) - 1 - get_group_id(1);
         const ulong place = ((tile_number * TILE_ROWS + row) * (ulong)num_heads + head) * splits + split;
-        UNROLLED for (uint v = 0; v < VALUE_TILES; v++)
-            *(__global float2 *)(partial + place * VALUE_DIM + 8 * v + 2 * t) = h ? sums[s][v].zw : sums[s][v].xy;
+        UNROLLED for (uint v = 0; v < VALUE_TILES; v++) *
+            (__global float2 *)(partial + place * VALUE_DIM + 8 * v + 2 * t) = h ? sums[s][v].zw : sums[s][v].xy;
         if (t == 0)
             stats[place] = (float2)(strips[s].high[h], strips[s].total[h]);
 #else
@@ -301,6 +301,7 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
 #if SPLIT_TILES
     AWAIT_COPIES(0);
     __local uint is_last;
+    const uint tile_number = get_num_groups(1) - 1 - get_group_id(1);
     barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE); // the split is written before the work-group is counted
     __global uint *counter = arrived + tile_number * get_num_groups(0) + get_group_id(0);
     if (item == 0)
