@@ -35,6 +35,11 @@ KERNELS = {
         TilesKernel(32, 48, 5, 2, FLOAT16, 1, 16, False, segments=8),
         FLOAT16,
     ),
+    "split tiles, queries in local memory": (TilesKernel(64, 64, 4, 2, FLOAT16, 1, 32, True, split=True), FLOAT32),
+    "split tiles of heads that do not divide them": (
+        TilesKernel(32, 96, 5, 2, BFLOAT16, 1, 16, False, split=True),
+        FLOAT16,
+    ),
     "tiles, bfloat16": (TilesKernel(64, 64, 16, 2, BFLOAT16, 1, 48, False), BFLOAT16),
     "rows of five heads, segments": (RowsKernel(96, 64, 5, 2, FLOAT16, segments=8), FLOAT16),
     "rows of twelve heads, bfloat16": (RowsKernel(32, 128, 12, 2, BFLOAT16), FLOAT32),

@@ -240,7 +240,7 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
         rows = rows_recorded(int(lengths.sum()))
         step_batch = Batch(np.zeros(int(lengths.sum()), np.int32), segments, batch.pages[used], NONE[:, 0])
         tile_rows = shape.tile_rows(backend.runtime.capabilities)
-        step, known = describe_step(step_batch, StepLayout(rows), tile_rows, most_splits, 16)
+        step, known = describe_step(step_batch, StepLayout(rows), tile_rows, *(most_splits, 16) * 2)
         values = rng.standard_normal((rows, width), np.float32)
         maker, projected = bench.maker(step, rows), bench.rows(values)
         place_heads(
@@ -259,7 +259,7 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
             eps=1e-6,
         )
         out = bench.empty(rows, heads * dim)
-        attend.record(maker, projected, q_stride, out, tile_rows, most_splits)
+        attend.record(maker, projected, q_stride, out, tile_rows, most_splits, most_splits)
         bench.run(known)
         q, k, v = np.split(values, [heads * q_stride, heads * q_stride + kv_heads * dim], axis=1)
         q = q.reshape(rows, heads, -1)
@@ -315,6 +315,14 @@ def test_attention(bench, rng, heads, kv_heads, dim, changes, dtype, most_splits
     found, expected = run_attention(bench, rng, plan, MIXED, dtype, most_splits)
     # Rounded scores differ by up to the bound times their size, some units.
     assert relative_error(found, expected) < 4 * BOUNDS[dtype]
+
+
+def test_a_tile_in_many_splits(bench, rng):
+    """More splits than there are positions for; tiles that are not full; a window that leaves splits empty."""
+    for changes in ({}, {"window": 300}):
+        plan = attention_plan(8, 2, 32, rng, **changes)
+        found, expected = run_attention(bench, rng, plan, [(650, 5), (3, 4)], most_splits=80)
+        assert relative_error(found, expected) < 4 * BOUNDS["float32"]
 
 
 def test_few_rows_in_many_splits(bench, rng):

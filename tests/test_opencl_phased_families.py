@@ -61,7 +61,7 @@ def test_logits(tmp_path, device_alone, rng, monkeypatch, model_type, changes):
         assert 0 < relative_error(found, expected) < BOUND
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [

@@ -147,7 +147,7 @@ def weights_of(distances: Int64s, rate: Factor) -> Int64s:
     """The weights of distances."""
     x = distances * rate.mantissa
     x >>= rate.shift
-    weights = WIDE_TABLES[0][x >> 16 & 255] * WIDE_TABLES[1][x >> 8 & 255]
+    weights: Int64s = WIDE_TABLES[0][x >> 16 & 255] * WIDE_TABLES[1][x >> 8 & 255]
     weights >>= POWER_BITS
     weights *= WIDE_TABLES[2][x & 255]
     weights >>= POWER_BITS
@@ -182,7 +182,8 @@ def penalised(logits: Floats, above: Factor, below: Factor, amounts: Int64s) -> 
     scores = scores_of(np.where(finite, logits, np.float32(0)))
     multiplied = np.where(scores > 0, scores * above.mantissa >> above.shift, scores * below.mantissa >> below.shift)
     scores = np.clip(multiplied, -LARGEST_SCORE, LARGEST_SCORE) - amounts
-    return np.where(finite, scores.astype(np.float32) * np.float32(2.0**-FRACTION_BITS), logits)
+    lowered: Floats = scores.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
+    return np.where(finite, lowered, logits)
 
 
 def amounts_of(amounts: npt.NDArray[np.float64]) -> Int64s:

@@ -30,7 +30,7 @@ RUNS = 2  # counters of work-groups are as they were
 
 
 class Setting(NamedTuple):
-    """Arguments of attention; 0 and False leave a part out. ``splits`` are those of single rows."""
+    """Arguments of attention; 0 and False leave a part out. ``splits`` are those of single rows and of split tiles."""
 
     window: int = 0
     soft_cap: float = 0.0
@@ -126,9 +126,13 @@ def results(
     groups = KV_HEADS, known.many_tiles, 1
     if not isinstance(kernel, TilesKernel):
         groups = KV_HEADS, known.few_tiles, known.splits
+    elif kernel.split:
+        groups = KV_HEADS, known.many_tiles, setting.splits
+    if not isinstance(kernel, TilesKernel) or kernel.split:
+        room = max(known.few_tiles, known.many_tiles * tile_rows) * groups[2]
         arguments |= {
-            "partial": recorder.reserve("splits of a check", 4 * rows * width * known.splits),
-            "stats": recorder.reserve("statistics of a check", 8 * rows * heads * known.splits),
+            "partial": recorder.reserve("splits of a check", 4 * room * width),
+            "stats": recorder.reserve("statistics of a check", 8 * room * heads),
             "arrived": recorder.reserve("counters of a check", 4 * rows * KV_HEADS),
         }
     kernel.record(recorder, output_type, lambda _: groups, arguments)

@@ -119,6 +119,7 @@ MERGE_SPLITS = {
     "output": "global OUTPUT*",
     "partial": "global float*",
     "stats": "global float2*",
+    "splits_at": "uint",
 }
 
 # Dense products (decoder_dense.cl, decoder_dense_mma.cl) ------------------------------------------
@@ -232,12 +233,12 @@ def place_heads(macros: Mapping[str, int]) -> Mapping[str, str]:
 
 def attend_tiles(macros: Mapping[str, int]) -> Mapping[str, str]:
     """The arguments of ``attend_tiles``."""
-    return {**ATTEND_QUERIES, **cache(macros), **ATTEND}
+    return attend_rows(macros) if macros.get("SPLIT_TILES") else {**ATTEND_QUERIES, **cache(macros), **ATTEND}
 
 
 def attend(macros: Mapping[str, int]) -> Mapping[str, str]:
     """The arguments of ``attend``."""
-    return {**attend_tiles(macros), **SPLITS}
+    return {**ATTEND_QUERIES, **cache(macros), **ATTEND, **SPLITS}
 
 
 def attend_rows(macros: Mapping[str, int]) -> Mapping[str, str]:

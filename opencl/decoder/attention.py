@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
@@ -45,6 +45,9 @@ GROUPS_PER_UNIT = 4
 """Work-groups for each compute unit into which attention to single rows is split."""
 FILLED = 1.5
 """Tiles by tensor cores for each compute unit, of which two are resident, that make larger tiles worth it."""
+MMA_TILES_PER_UNIT = 2
+"""Tiles by tensor cores that are resident on a compute unit."""
+ROW_SPLITS, TILE_SPLITS = 0, 1  # STEP_SPLITS and STEP_TILE_SPLITS of decoder.cl
 MMA_GROUPS_PER_UNIT = 1
 """The same for tensor cores: a work-group has more loads in flight, and the last one joins the splits."""
 
@@ -58,10 +61,13 @@ class Kernels(NamedTuple):
         For single rows.
     tiles : list of TilesKernel
         For tiles of several rows, the largest first.
+    split : TilesKernel or None
+        The last of ``tiles``, with splits.
     """
 
     rows: RowsKernel | None
     tiles: list[TilesKernel]
+    split: TilesKernel | None = None
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,10 @@ class Attend:
     def kernels(self, backend: OpenClBackend, output_type: int) -> Kernels:
         """The tensor-core kernels that the backend's device runs."""
         of = self.shape, self.pool.type_code, self.pool.segments
-        tiles = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(*of)]
-        return Kernels(
-            chosen(rows_kernels(*of), output_type, backend),
-            [kernel for kernel in tiles if kernel is not None],
-        )
+        builds = [chosen([kernel], output_type, backend) for kernel in tiles_kernels(*of)]
+        tiles = [kernel for kernel in builds if kernel is not None]
+        split = chosen([replace(tiles[-1], split=True)], output_type, backend) if tiles else None
+        return Kernels(chosen(rows_kernels(*of), output_type, backend), tiles, split)
 
     def tiles_kernel(self, device: Capabilities, kernels: Kernels, rows: int) -> TilesKernel | None:
         """The tensor-core kernel for tiles of a step of ``rows`` rows.
@@ -182,6 +187,15 @@ class Attend:
         blocks = self.shape.num_heads // kernels.rows.heads
         return min(MOST_SPLITS, max(1, MMA_GROUPS_PER_UNIT * device.compute_units // blocks))
 
+    def most_tile_splits(self, device: Capabilities, kernels: Kernels, rows: int) -> int:
+        """Splits of all tiles of several rows together, at most, of a step of ``rows`` rows; 1: no tile has any."""
+        kernel = self.tiles_kernel(device, kernels, rows)
+        if kernel is None:
+            return max(1, GROUPS_PER_UNIT * device.compute_units // self.shape.head_blocks)
+        if kernels.split is None or kernel is not kernels.tiles[-1]:
+            return 1
+        return max(1, MMA_TILES_PER_UNIT * device.compute_units * kernel.heads // self.shape.num_heads)
+
     def record(
         self,
         maker: Maker,
@@ -190,16 +204,17 @@ class Attend:
         output: Rows,
         tile_rows: int,
         most_splits: int,
+        most_tile_splits: int = 1,
         kernels: Kernels | None = None,
     ) -> None:
         """Record the launches for single rows, and for tiles of ``tile_rows`` rows.
 
-        ``most_splits``: splits of all single rows together, at most, unless they have one split each. ``kernels``:
-        those of :meth:`kernels` unless given.
+        ``most_splits``: splits of all single rows together, at most, unless they have one split each;
+        ``most_tile_splits``: those of all tiles of several rows. ``kernels``: those of :meth:`kernels` unless given.
         """
         shape, layout, ctx = self.shape, maker.layout, maker.ctx
         found = kernels or self.kernels(ctx.backend, output.type_code)
-        room = most_splits * shape.num_heads
+        room = max(most_splits, most_tile_splits * tile_rows if most_tile_splits > 1 else 0) * shape.num_heads
         splits = {
             "partial": ctx.reserve("decoder splits", 4 * room * shape.value_dim),
             "stats": ctx.reserve("decoder statistics of splits", 8 * room),
@@ -243,16 +258,30 @@ class Attend:
                 maker,
                 output.type_code,
                 tile_rows,
-                lambda known: (known.many_tiles, shape.head_blocks, 1) if known.many_tiles else None,
+                lambda known: (known.many_tiles, shape.head_blocks, known.tile_splits) if known.many_tiles else None,
                 {**tiles, **splits},
             )
-        else:
-            blocks = shape.num_heads // kernel.heads
-            kernel.record(
+            if most_tile_splits > 1:
+                of_tiles = {**own, **splits, "tiles": layout.many_tiles, "splits_at": TILE_SPLITS}
+                self._record_merge(
+                    maker, output.type_code, tile_rows, lambda known: (known.many_tiles, known.tile_splits), of_tiles
+                )
+            return
+        blocks = shape.num_heads // kernel.heads
+        kernel.record(
+            ctx,
+            output.type_code,
+            lambda known: (blocks, known.many_tiles, 1) if known.many_tiles and known.tile_splits == 1 else None,
+            tiles,
+        )
+        if most_tile_splits > 1:
+            assert found.split is not None
+            counters = {"arrived": ctx.reserve("decoder counters of tiles", 4 * blocks * maker.rows)}
+            found.split.record(
                 ctx,
                 output.type_code,
-                lambda known: (blocks, known.many_tiles, 1) if known.many_tiles else None,
-                tiles,
+                lambda known: (blocks, known.many_tiles, known.tile_splits) if known.tile_splits > 1 else None,
+                {**tiles, **splits, **counters},
             )
 
     def _record_rows(
@@ -267,21 +296,38 @@ class Attend:
             lambda known: (known.few_tiles, shape.head_blocks, known.splits) if known.few_tiles else None,
             {**rows, **cache, **splits},
         )
-        items = 8 if maker.is_cpu else min(256, max(32, shape.value_dim))
+        self._record_merge(
+            maker,
+            output_type,
+            1,
+            lambda known: (known.few_tiles, known.splits),
+            {**rows, **splits, "splits_at": ROW_SPLITS},
+        )
+
+    def _record_merge(
+        self,
+        maker: Maker,
+        output_type: int,
+        tile_rows: int,
+        of_tiles: Callable[[Known], tuple[int, int]],
+        values: dict[str, Any],
+    ) -> None:
+        """Record the launch that joins splits; ``of_tiles``: the tiles, and the splits of each."""
+        items = 8 if maker.is_cpu else min(256, max(32, self.shape.value_dim))
 
         def merge(known: Known) -> tuple[int, ...] | None:
-            return (known.few_tiles * items, shape.num_heads) if known.few_tiles and known.splits > 1 else None
+            tiles, splits = of_tiles(known)
+            return (tiles * tile_rows * items, self.shape.num_heads) if tiles and splits > 1 else None
 
         maker.record(
             "decoder_attention",
             "merge_splits",
-            self._macros(output_type, 1),  # those of `attend`, so that the program is the same
+            self._macros(output_type, tile_rows),  # those of `attend`, so that the program is the same
             merge,
             (items, 1),
             "merge_splits",
-            **rows,
-            **splits,
-            value_dim=shape.value_dim,
+            **values,
+            value_dim=self.shape.value_dim,
         )
 
     def _record_attend(
@@ -342,10 +388,19 @@ class GroupedAttention:
     def _attended_type(self, row_type: int) -> int:
         return row_type if self.output.quantised else FLOAT32
 
-    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, tile_rows: int, most_splits: int) -> None:
+    def record(
+        self,
+        maker: Maker,
+        x: Rows,
+        out: Rows,
+        row_type: int,
+        tile_rows: int,
+        most_tile_splits: int,
+        most_splits: int,
+    ) -> None:
         """Record the layer: ``out`` is its output."""
         plan, width = self._plan, self._plan.head_dim
-        projected = maker.room("heads", self.inputs.width)
+        projected = maker.room("heads", self.inputs.width, shares="down")
         self.inputs.record(maker, x, projected, "q, k, v")
         head_stride = 2 * width if plan.gated else width
         k_offset = plan.num_heads * head_stride
@@ -368,6 +423,6 @@ class GroupedAttention:
             k_norm_values=width,
             eps=self._norm_eps,
         )
-        attended = maker.room("attention", plan.num_heads * width, self._attended_type(row_type))
-        self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits)
+        attended = maker.room("attention", plan.num_heads * width, self._attended_type(row_type), shares="gate_up")
+        self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits, most_tile_splits)
         self.output.record(maker, attended, out, "o")

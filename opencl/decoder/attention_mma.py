@@ -102,6 +102,8 @@ class TilesKernel(Kernel):
     ----------
     wave_strips, keys : int
     queries_local : bool
+    split : bool
+        Whether the positions of a tile are cut into splits: the third number of the work-groups.
     """
 
     file = "decoder_attention_tiles_mma"
@@ -109,6 +111,7 @@ class TilesKernel(Kernel):
     wave_strips: int
     keys: int
     queries_local: bool
+    split: bool = field(default=False, kw_only=True)
 
     @property
     def queries(self) -> int:
@@ -129,7 +132,7 @@ class TilesKernel(Kernel):
     @property
     def macros(self) -> dict[str, int]:
         own = {"WAVE_STRIPS": self.wave_strips, "KEYS": self.keys, "QUERIES_LOCAL": int(self.queries_local)}
-        return {**super().macros, **own}
+        return {**super().macros, **own, **({"SPLIT_TILES": 1} if self.split else {})}
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,13 @@ class Maker:
         """Work-items for a row; a CPU runs few, one after the other."""
         return CPU_ROW_ITEMS if self.is_cpu else ROW_ITEMS
 
-    def room(self, purpose: str, width: int, type_code: int = FLOAT32) -> Rows:
-        """The workspace's rows for a purpose: one for each row of the step."""
-        data = self.ctx.reserve(f"decoder {purpose}", self.rows * width * TYPES[type_code].itemsize)
+    def room(self, purpose: str, width: int, type_code: int = FLOAT32, shares: str | None = None) -> Rows:
+        """The workspace's rows for a purpose: one for each row of the step.
+
+        ``shares``: the purpose of a product of the experts, ``"gate_up"`` or ``"down"``, whose rows nothing needs
+        meanwhile. They are the largest of a step, so the memory is that of the product.
+        """
+        data = self.ctx.reserve(shares or f"decoder {purpose}", self.rows * width * TYPES[type_code].itemsize)
         return Rows(data, 0, type_code, self.rows, width)
 
     def record(

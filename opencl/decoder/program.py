@@ -55,8 +55,8 @@ MAX_RECORDINGS = 24
 HEAD_ROWS = 64
 """Rows whose logits are computed at once: 64 rows of 150,000 take 39 MB."""
 LEAST_STEP_INTS = 1 << 16
-SPLIT_TOKENS = 128
-"""The fewest positions of a split: a work-group goes through as many at a time."""
+SPLIT_TOKENS, TILE_SPLIT_TOKENS = 128, 256
+"""The fewest positions of a split of a row, and of a tile: a tile's sums are more to join."""
 
 PHASED_ERROR = 5e-3
 """Relative error of logits by phases, at most: both ways round rows to float16, in other places."""
@@ -94,7 +94,7 @@ class OpenClDecoder(DecoderProgram):
             if layer.attention is not None
         ]
         self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
-        self.split_tokens = SPLIT_TOKENS
+        self.split_tokens, self.tile_split_tokens = SPLIT_TOKENS, TILE_SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._chooser = TokenChooser(runtime)
         self._upload: cl.Event | None = None
@@ -178,10 +178,14 @@ class OpenClDecoder(DecoderProgram):
         """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
         return list(self._recorded("layers", rows_recorded(rows), self._record_layers).recording.labels)
 
-    def _tile_rows(self, rows: int) -> int:
-        """Rows of a tile of attention, at most, of a step of ``rows`` rows."""
+    def _tiles(self, rows: int) -> tuple[int, int]:
+        """Of a step of ``rows`` rows: rows of a tile of attention, at most, and splits of all tiles together."""
         device = self._ctx.backend.runtime.capabilities
-        return min((attend.tile_rows(device, found, rows) for attend, found in self._attentions), default=1)
+        found = [
+            (attend.tile_rows(device, kernels, rows), attend.most_tile_splits(device, kernels, rows))
+            for attend, kernels in self._attentions
+        ]
+        return min((tile_rows for tile_rows, _ in found), default=1), min((most for _, most in found), default=1)
 
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
@@ -232,7 +236,9 @@ class OpenClDecoder(DecoderProgram):
     def _run_launches(self, batch: Batch, choices: Choosing | None) -> npt.NDArray[Any]:
         """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
-        step, known = describe_step(batch, layout, self._tile_rows(layout.rows), self.most_splits, self.split_tokens)
+        tile_rows, most_tile_splits = self._tiles(layout.rows)
+        cuts = self.most_splits, self.split_tokens, most_tile_splits, self.tile_split_tokens
+        step, known = describe_step(batch, layout, tile_rows, *cuts)
         self._reserve_step(len(step))
         layers = self._recorded("layers", layout.rows, self._record_layers)
         slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
@@ -392,7 +398,7 @@ class OpenClDecoder(DecoderProgram):
         hidden, eps = plan.hidden_size, plan.norm_eps
         residual, added = Residual(maker.room("x", hidden)), maker.room("added", hidden)
         normed = maker.room("normed", hidden, self._row_type)
-        tile_rows = self._tile_rows(maker.rows)
+        tiles = self._tiles(maker.rows)
         maker.record(
             "decoder_rows",
             "embed_rows",
@@ -410,7 +416,7 @@ class OpenClDecoder(DecoderProgram):
             if isinstance(layer.mixer, DeltaNet):
                 layer.mixer.record(maker, normed, added, self._row_type)
             else:
-                layer.mixer.record(maker, normed, added, self._row_type, tile_rows, self.most_splits)
+                layer.mixer.record(maker, normed, added, self._row_type, *tiles, self.most_splits)
             residual.pending = added
             if isinstance(layer.ffn, MoeFfn):
                 residual.pending = layer.ffn.record(maker, residual, layer.ffn_norm, eps, normed)
@@ -426,7 +432,7 @@ class OpenClDecoder(DecoderProgram):
         type_code = self._row_type if self._head.quantised else FLOAT32
         normed = maker.room("normed", plan.hidden_size, type_code)
         replace(residual).norm(maker, self._final_norm, plan.norm_eps, normed, picked=maker.layout.picked)
-        logits = maker.room("logits", plan.vocab_size)
+        logits = maker.room("logits", plan.vocab_size, shares="gate_up")
         self._head.record(maker, normed, logits, "head")
         assert logits.data is not None
         return self._chooser.record(maker, logits.data, plan.vocab_size) if chooses else logits.data

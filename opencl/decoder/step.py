@@ -69,16 +69,25 @@ class Known(NamedTuple):
     splits : int
         Runs of positions into which tiles of one row are cut.
     segments : int
+    tile_splits : int
+        The same for tiles of several rows.
     """
 
     few_tiles: int
     many_tiles: int
     splits: int
     segments: int
+    tile_splits: int = 1
 
 
 def describe_step(
-    batch: Batch, layout: StepLayout, tile_rows: int, most_splits: int, split_tokens: int
+    batch: Batch,
+    layout: StepLayout,
+    tile_rows: int,
+    most_splits: int,
+    split_tokens: int,
+    most_tile_splits: int = 1,
+    tile_split_tokens: int = 1,
 ) -> tuple[Ints, Known]:
     """A batch as the device reads it.
 
@@ -92,6 +101,8 @@ def describe_step(
         Work-groups that the device should have for attention to few rows.
     split_tokens : int
         The fewest positions of a split.
+    most_tile_splits, tile_split_tokens : int
+        The same for attention to tiles of several rows.
     """
     first, counts, positions, slots = (column.astype(np.int64) for column in batch.segments.T)
     rows, number = len(batch.tokens), len(counts)
@@ -111,12 +122,17 @@ def describe_step(
         step[begin : begin + 4 * len(found)] = found.reshape(-1)
     picked = batch.wanted[: layout.rows]
     step[layout.picked : layout.picked + len(picked)] = picked
-    splits = 1
-    if len(few):
-        longest = int(row_positions[np.minimum(few[:, 0], rows - 1)].max()) + 1
-        splits = max(1, min(most_splits // len(few), longest // split_tokens))
-    step[0] = splits
-    return step, Known(len(few), len(many), splits, number)
+    step[0] = splits_of(few, most_splits, split_tokens, row_positions)
+    step[1] = splits_of(many, most_tile_splits, tile_split_tokens, row_positions)
+    return step, Known(len(few), len(many), int(step[0]), number, int(step[1]))
+
+
+def splits_of(found: Ints, most: int, tokens: int, positions: npt.NDArray[np.int64]) -> int:
+    """Splits of each tile: ``most`` of all tiles together, of ``tokens`` positions at least."""
+    if not len(found):
+        return 1
+    last = np.minimum(found[:, 0] + found[:, 1], len(positions)) - 1  # later rows repeat the last one
+    return max(1, min(most // len(found), (int(positions[last].max()) + 1) // tokens))
 
 
 def describe_rows(batch: Batch) -> tuple[Ints, int]:

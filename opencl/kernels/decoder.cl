@@ -3,7 +3,8 @@
 // Kernels call the buffer `batch`, as `step` is a function of OpenCL C. R is the number of rows that the launches were made
 // for. The host may have fewer rows, and then repeats the last one with a segment of -1. The buffer in ints:
 //
-//   0                         splits of the positions of tiles of few rows
+//   0                         splits of the positions of tiles of one row
+//   1                         splits of the positions of tiles of several rows
 //   16              [R][4]    of each row: token, position, first int of its page table, segment
 //   tiles           [R][4]    of each tile of attention: first row, rows, 0, 0. There are two such lists
 //   segments        [R][4]    of each segment: first row, rows, slot of recurrent state, 0
@@ -100,6 +101,7 @@ static inline __global const CACHE *page_at(Pages pages, uint page, ulong size)
 #define CHUNK_STRIDE (PAGE_TOKENS * CHUNK)
 
 #define STEP_SPLITS 0
+#define STEP_TILE_SPLITS 1
 #define STEP_ROWS 16
 #define STEP_ROW(batch, row) vload4(row, (batch) + STEP_ROWS)
 

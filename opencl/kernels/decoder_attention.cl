@@ -16,7 +16,7 @@
 //   0 .. SETS-1|                 |                    0 .. SETS-1   | 0 1 2 ...       |  KEY_SETS of them, added at the end
 //              +-----------------+                                  +-----------------+
 //
-// For few rows there are many splits: each has a run of the positions, and `merge_splits` joins their results.
+// For few tiles there are many splits: each has a run of the positions, and `merge_splits` joins their results.
 //
 // Build options
 //   ATTEND_ITEMS               work-items of a work-group
@@ -76,8 +76,8 @@ static inline float finished(float value, float high, float total, float sink, _
 //   sinks                        float [heads] or NULL
 //   gate_offset                  0, or where a head's gate begins, from its query on
 //   output                       OUTPUT [rows][num_heads][VALUE_DIM]
-//   partial, stats               float [tiles][num_heads][splits][VALUE_DIM], float2 [tiles][num_heads][splits] (maximum and
-//                                sum of the weights), if there is more than one split. Tiles then have one row
+//   partial, stats               float [tiles][TILE_ROWS][num_heads][splits][VALUE_DIM], float2 [tiles][TILE_ROWS][num_heads]
+//                                [splits] (maximum and sum of the weights), if there is more than one split
 __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
     const uint q_head_stride, CACHE_ARGS(const CACHE), const uint num_heads, const uint num_kv_heads,
@@ -222,7 +222,8 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
                                           gate_offset ? gate + gate_offset + column : 0),
                                  output, out * VALUE_DIM + column);
                 } else {
-                    const ulong place = (get_group_id(0) * (ulong)num_heads + head) * splits + split;
+                    const ulong place =
+                        ((get_group_id(0) * TILE_ROWS + row) * (ulong)num_heads + head) * splits + split;
                     partial[place * VALUE_DIM + column] = value;
                     if (column == 0)
                         stats[place] = (float2)(highs[m], totals[m]);
@@ -232,15 +233,19 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     }
 }
 
-// Joins the splits of each head of a row. A work-group for each head of a row that is in a tile; any local size.
+// Joins the splits of each head of a row. A work-group for each head of each of a tile's TILE_ROWS rows; any local size.
+//   splits_at    where the step has the number of splits
 __kernel void merge_splits(__global const int *restrict batch, const uint tiles, __global const float *restrict q,
                            const uint q_row_stride, const uint q_head_stride, const uint num_heads,
                            const uint value_dim, __global const float *restrict sinks, const uint gate_offset,
                            __global OUTPUT *restrict output, __global const float *restrict partial,
-                           __global const float2 *restrict stats)
+                           __global const float2 *restrict stats, const uint splits_at)
 {
-    const uint head = get_group_id(1), splits = (uint)batch[STEP_SPLITS];
-    const ulong row = (uint)batch[tiles + 4 * get_group_id(0)];
+    const uint head = get_group_id(1), splits = (uint)batch[splits_at];
+    __global const int *tile = batch + tiles + get_group_id(0) / TILE_ROWS * 4;
+    if (get_group_id(0) % TILE_ROWS >= (uint)tile[1])
+        return;
+    const ulong row = (uint)tile[0] + get_group_id(0) % TILE_ROWS;
     stats += (get_group_id(0) * (ulong)num_heads + head) * splits;
     partial += (get_group_id(0) * (ulong)num_heads + head) * splits * value_dim;
     float high = -INFINITY, total = 0;

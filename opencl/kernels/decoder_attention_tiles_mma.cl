@@ -29,6 +29,7 @@
 //   KEYS                  a multiple of 16
 //   QUERIES_LOCAL         1: queries are kept in local memory instead of registers
 //   CACHE_TYPE            1 or 2
+//   SPLIT_TILES           1: a tile's positions are cut into splits, and the last of its work-groups joins them
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -51,6 +52,14 @@
 #define VALUE_SLOTS (VALUE_DIM / CHUNK * PAGE_TOKENS)
 #define STAGE_SLOTS (PAGES * (KEY_SLOTS + VALUE_SLOTS))
 
+#ifndef SPLIT_TILES
+#define SPLIT_TILES 0
+#endif
+#if SPLIT_TILES
+#define SPLIT_ARGS , __global float *partial, __global float2 *stats, __global uint *arrived
+#else
+#define SPLIT_ARGS
+#endif
 #if QUERIES_LOCAL
 #define QUERY(s, step) queries[((wave * WAVE_STRIPS + (s)) * STEPS + (step)) * LANES + lane]
 #else
@@ -63,13 +72,21 @@ typedef struct {
     float high[2], total[2];
 } Strip;
 
-// Arguments as of `attend` in decoder_attention.cl. Groups: heads, tiles; the last tiles, which see most positions, begin
-// first.
+#if SPLIT_TILES
+// The weight of a split's sums whose maximum is `high`. A split without positions has the maximum -INFINITY; a NaN stays.
+static inline float beside_split(float high, float highest)
+{
+    return high == -INFINITY ? 0 : native_exp2(high - highest);
+}
+#endif
+
+// Arguments as of `attend` in decoder_attention.cl. Groups: heads, tiles, splits; the last tiles, which see most positions,
+// begin first. With SPLIT_TILES partial, stats and arrived are those of `attend_rows`, with TILE_ROWS rows for each tile.
 WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void attend_tiles(
     __global const int *restrict batch, const uint tiles, __global const float *restrict q, const uint q_row_stride,
     const uint q_head_stride, CACHE_ARGS(const CACHE), const uint num_heads, const uint num_kv_heads,
     const uint key_head, const uint value_head, const float scale, const float soft_cap, const int window,
-    __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output)
+    __global const float *restrict sinks, const uint gate_offset, __global OUTPUT *restrict output SPLIT_ARGS)
 {
     __local uint4 stages[2 * STAGE_SLOTS];
 #if QUERIES_LOCAL
@@ -87,8 +104,15 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
     const int seen = window ? window : INT_MAX;
 
     // Positions of the tile: those of its pages, from the first that a row sees to the last.
-    const int oldest = STEP_ROW(batch, first_row).y, end = STEP_ROW(batch, first_row + rows - 1).y + 1;
-    const int begin = oldest >= seen ? (oldest - seen + 1) / PAGE_TOKENS * PAGE_TOKENS : 0;
+    const int oldest = STEP_ROW(batch, first_row).y, tile_end = STEP_ROW(batch, first_row + rows - 1).y + 1;
+    const int tile_begin = oldest >= seen ? (oldest - seen + 1) / PAGE_TOKENS * PAGE_TOKENS : 0;
+#if SPLIT_TILES // the work-group's run of whole chunks
+    const uint split = get_group_id(2), splits = get_num_groups(2);
+    const int run = (tile_end - tile_begin + KEYS * (int)splits - 1) / (KEYS * (int)splits) * KEYS;
+    const int begin = min(tile_begin + (int)split * run, tile_end), end = min(begin + run, tile_end);
+#else
+    const int begin = tile_begin, end = tile_end;
+#endif
     const int last_page = (end - 1) / PAGE_TOKENS;
 
     // Page numbers are read a chunk ahead of the copies. Values behind the end are zeros, as a weight of 0 times a NaN would
@@ -253,6 +277,14 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
         if (row >= rows)
             continue;
         const uint head = first_head + m % HEADS;
+#if SPLIT_TILES
+        const uint tile_number = get_num_groups(1) - 1 - get_group_id(1);
+        const ulong place = ((tile_number * TILE_ROWS + row) * (ulong)num_heads + head) * splits + split;
+        UNROLLED for (uint v = 0; v < VALUE_TILES; v++) *
+            (__global float2 *)(partial + place * VALUE_DIM + 8 * v + 2 * t) = h ? sums[s][v].zw : sums[s][v].xy;
+        if (t == 0)
+            stats[place] = (float2)(strips[s].high[h], strips[s].total[h]);
+#else
         const float share = share_of(strips[s].high[h], strips[s].total[h], sinks ? sinks[head] * LOG2_E : -INFINITY);
         __global const float *gate =
             q + (ulong)(first_row + row) * q_row_stride + head * q_head_stride + gate_offset + 2 * t;
@@ -264,5 +296,42 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
                 value = gated(value, gate + 8 * v);
             store_pair(value, output, out + 8 * v);
         }
+#endif
     }
+#if SPLIT_TILES
+    AWAIT_COPIES(0);
+    __local uint is_last;
+    const uint tile_number = get_num_groups(1) - 1 - get_group_id(1);
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE); // the split is written before the work-group is counted
+    __global uint *counter = arrived + tile_number * get_num_groups(0) + get_group_id(0);
+    if (item == 0)
+        is_last = arrive(counter) == splits - 1;
+    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
+    if (!is_last)
+        return;
+    if (item == 0)
+        *counter = 0;
+    // A wave has a head of a row, and a lane two columns of it at a time.
+    for (uint m = wave; m < rows * HEADS; m += WAVES) {
+        const uint row = m / HEADS, head = first_head + m % HEADS;
+        const ulong part = ((tile_number * TILE_ROWS + row) * (ulong)num_heads + head) * splits;
+        float high = -INFINITY, total = 0;
+        for (uint i = 0; i < splits; i++)
+            high = fmax(high, stats[part + i].x);
+        for (uint i = 0; i < splits; i++)
+            total = fma(stats[part + i].y, beside_split(stats[part + i].x, high), total);
+        const float share = share_of(high, total, sinks ? sinks[head] * LOG2_E : -INFINITY);
+        __global const float *gate = q + (ulong)(first_row + row) * q_row_stride + head * q_head_stride + gate_offset;
+        for (uint column = 2 * lane; column < VALUE_DIM; column += 2 * LANES) {
+            float2 value = (float2)(0);
+            for (uint i = 0; i < splits; i++)
+                value += beside_split(stats[part + i].x, high) *
+                         *(__global const float2 *)(partial + (part + i) * VALUE_DIM + column);
+            value *= share;
+            if (gate_offset)
+                value = gated(value, gate + column);
+            store_pair(value, output, ((ulong)(first_row + row) * num_heads + head) * VALUE_DIM + column);
+        }
+    }
+#endif
 }

@@ -11,8 +11,8 @@
 #define BLOCKS_OF(k) (((k) + BLOCK_K - 1) / BLOCK_K)
 
 #if TENSOR
-#define LOAD_SHARED(r, octet)                                                                   \
-    float8_to_halves(as_float4(load_early(rows + (r) * (k / 4) + 2 * (octet))) * factors[r],     \
+#define LOAD_SHARED(r, octet)                                                                \
+    float8_to_halves(as_float4(load_early(rows + (r) * (k / 4) + 2 * (octet))) * factors[r], \
                      as_float4(load_early(rows + (r) * (k / 4) + 2 * (octet) + 1)) * factors[r])
 #else
 #define LOAD_SHARED(r, octet) (vload8((r) * (k / 8) + (octet), (__global const float *)rows) * factors[r])
@@ -96,8 +96,8 @@ __attribute__((always_inline)) static inline void project_shared_inner(__constan
             for (uint part = 0; part < 2; part++) {
                 Total total[TOTALS] = {0};
                 product_of_local(total, shared_sections(layer, part), layer->shared_first[part] + strip, 0,
-                                 HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, layer->shared_shift[part]),
-                                 layer->shared_shift[part], HIDDEN, share.x, share.y, lane, kept);
+                                 HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, layer->shared_shift[part]), layer->shared_shift[part],
+                                 HIDDEN, share.x, share.y, lane, kept);
                 EACH_SUM(total, layer->shared_factor[part], scratch + (wave * 2 + part) * (K_LANES * TOKENS * 16),
                          TOKENS * 16, 16, TOKENS, lane, PUT_SET)
             }
@@ -111,10 +111,9 @@ __attribute__((always_inline)) static inline void project_shared_inner(__constan
                 float sums[2] = {0, 0};
                 for (uint w = 0; w < GATE_TEAM; w++)
                     for (uint part = 0; part < 2; part++)
-                        sums[part] += group_total(scratch +
-                                                      ((its_team * GATE_TEAM + w) * 2 + part) * (K_LANES * TOKENS * 16) +
-                                                      r * 16 + c,
-                                                  K_LANES, TOKENS * 16);
+                        sums[part] += group_total(
+                            scratch + ((its_team * GATE_TEAM + w) * 2 + part) * (K_LANES * TOKENS * 16) + r * 16 + c,
+                            K_LANES, TOKENS * 16);
                 const float value = activated(sums[0], sums[1]);
                 SHARED_ROWS(inner)[r * (ulong)width + its_strip * STRIP_N + c] = value;
                 atomic_max(SHARED_MOST(inner_most) + r, as_uint(value) & 0x7fffffffu);
@@ -125,8 +124,7 @@ __attribute__((always_inline)) static inline void project_shared_inner(__constan
 }
 
 __attribute__((always_inline)) static inline void project_shared_down(__constant Layer *layer, uint rows,
-                                                                      __global float *x,
-                                                                      __global const float *weights,
+                                                                      __global float *x, __global const float *weights,
                                                                       __global const float *inner,
                                                                       __global const uint *inner_most,
                                                                       __local float *scratch)
@@ -150,8 +148,7 @@ __attribute__((always_inline)) static inline void project_shared_down(__constant
         {
             const uint r = i / 16;
             const float sum = group_total(scratch + i, WAVES * K_LANES, TOKENS * 16) * SHARED_FACTORS(weights)[r];
-            x[r * (ulong)HIDDEN + strip * STRIP_N + i % 16] +=
-                ldexp(sum, exponent_of_row(SHARED_MOST(inner_most)[r]));
+            x[r * (ulong)HIDDEN + strip * STRIP_N + i % 16] += ldexp(sum, exponent_of_row(SHARED_MOST(inner_most)[r]));
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
