@@ -9,6 +9,7 @@
     arrays.py        checks of a caller's or a file's arrays
     order.py         the order in which rows of K are packed when g_idx permutes them
     packed_tiles.py  PackedTiles, a stack in the tile layout that packed folders store
+    stored.py        StoredWeight: a weight in a checkpoint's own form, which a backend may pack directly
     _nibbles.pyx     conversions to canonical words at memory speed
 
 Nothing here depends on formats, checkpoints, stacks or a backend.

@@ -10,9 +10,10 @@
 
 ::
 
+    block_types.h      one row per block type; _blocks.pyx: blocks as packed tiles, as canonical arrays, as floats
     files.py           which files a path means
     reader.py          the header of a file, checked
-    package.py         the package gguf: types, and the values of any block
+    package.py         types of tensors; the package gguf for those that this library does not read itself
     metadata.py        typed fields
     model.py           open_gguf: all of this for one path
 """

@@ -37,18 +37,22 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
                          int planes, int source, int codes)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
+    const ptrdiff_t blocks = view->blocks, blocks_per_sum = blocks_of_16_bits(codes);
+    const int32_t *const indices = task->rows + row;
+    float *sums = view->sums + (ptrdiff_t)row * PAIR_N;
     const int8_t *a[PLANE_ROWS];
+    const act_meta *meta[PLANE_ROWS];
     __m256i total[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const int32_t index = task->rows[row + r];
+        const ptrdiff_t index = indices[r];
         for (int plane = 0; plane < planes; plane++)
-            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * view->blocks * LANE_K;
-        total[r][0] = zero_term(header, view->meta + index, 0, codes);
-        total[r][1] = zero_term(header, view->meta + index, 1, codes);
+            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * blocks * LANE_K;
+        meta[r] = view->meta + index;
+        total[r][0] = zero_term(header, meta[r], 0, codes);
+        total[r][1] = zero_term(header, meta[r], 1, codes);
     }
-    const int blocks_per_sum = blocks_of_16_bits(codes);
-    for (int block = 0; block < view->blocks; block += blocks_per_sum) {
+    for (ptrdiff_t block = 0; block < blocks; block += blocks_per_sum) {
         __m256i sum16[PLANE_ROWS][2];
 #pragma GCC unroll 4
         for (int b = 0; b < blocks_per_sum; b++) {
@@ -77,10 +81,12 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
             }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < 2; half++)
-            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header->scale[half],
-                      view->meta[task->rows[row + r]].scale);
+    for (int r = 0; r < rows; r++) {
+        const __m256 row_scale = _mm256_set1_ps(meta[r]->scale);
+        for (int half = 0; half < 2; half++, sums += 8)
+            add_group(sums, total[r][half], header->scale[half], row_scale);
+        sums += PAIR_N - TILE_N;
+    }
 }
 
 #include "ymm_driver.h"

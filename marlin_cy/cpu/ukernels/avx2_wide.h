@@ -57,13 +57,19 @@ KERNEL void wide_micro_kernel(const gemm_task *task, const group_view *view, con
                               int rows, int source, int codes)
 {
     const __m256i low_byte = _mm256_set1_epi16(255);
-    const int16_t *const joined = task->scratch->joined + row * MAX_GROUP_K;
+    const int16_t *const joined = task->scratch->joined + (ptrdiff_t)row * MAX_GROUP_K;
+    const int32_t *const indices = task->rows + row;
+    const ptrdiff_t blocks = view->blocks;
+    float *sums = view->sums + (ptrdiff_t)row * PAIR_N;
+    const act_meta *meta[WIDE_ROWS];
     __m256i total[WIDE_ROWS][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        meta[r] = view->meta + indices[r];
         for (int half = 0; half < 2; half++)
-            total[r][half] = zero_term(header, view->meta + task->rows[row + r], half, codes);
-    for (int block = 0; block < view->blocks; block++) {
+            total[r][half] = zero_term(header, meta[r], half, codes);
+    }
+    for (ptrdiff_t block = 0; block < blocks; block++) {
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++) {
             __m256i w[2];
@@ -87,10 +93,12 @@ KERNEL void wide_micro_kernel(const gemm_task *task, const group_view *view, con
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < 2; half++)
-            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total[r][half], header->scale[half],
-                      view->meta[task->rows[row + r]].scale);
+    for (int r = 0; r < rows; r++) {
+        const __m256 row_scale = _mm256_set1_ps(meta[r]->scale);
+        for (int half = 0; half < 2; half++, sums += 8)
+            add_group(sums, total[r][half], header->scale[half], row_scale);
+        sums += PAIR_N - TILE_N;
+    }
 }
 
 KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, const group_header *header, int codes)

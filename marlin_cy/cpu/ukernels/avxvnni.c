@@ -51,7 +51,8 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
             if (planes == 2)
                 total = _mm256_add_epi32(_mm256_slli_epi32(total, 8), sum[r * planes + 1][half]);
             total = _mm256_add_epi32(total, zero_term(header, meta, half, codes));
-            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total, header->scale[half], meta->scale);
+            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total, header->scale[half],
+                      _mm256_set1_ps(meta->scale));
         }
     }
 }

@@ -166,7 +166,7 @@ enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
 /* Load four values of K of a block as bytes: values 0-3 (quad 0) or 4-7 (quad 1), for the columns of each half.
  * `unpacked` has them in the same order; codes of 8 bits need no unpacking. `quad`, `source` and `codes` are
  * constants. */
-YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int source, int codes)
+YMM void load_quad(__m256i w[2], const group_view *view, ptrdiff_t b, int quad, int source, int codes)
 {
     const int bytes = code_types[codes].bits == 8;
     const uint8_t *const packed = view->packed + b * block_bytes(codes) + bytes * quad * LINE_BYTES;
@@ -192,27 +192,30 @@ YMM void load_quad(__m256i w[2], const group_view *view, int b, int quad, int so
     }
 }
 
-/* The float step of one row and half; the zero point is already subtracted from `total`. */
-YMM void add_group(float *sums, __m256i total, __m256 scale, float row_scale)
+/* The float step of one row and half; the zero point is already subtracted from `total`. `row_scale` is the row's scale
+ * in every lane. */
+YMM void add_group(float *sums, __m256i total, __m256 scale, __m256 row_scale)
 {
-    const __m256 s = _mm256_mul_ps(_mm256_set1_ps(row_scale), scale);
+    const __m256 s = _mm256_mul_ps(row_scale, scale);
     _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
 }
 
-/* The step that follows with minima: some rows of a half of a tile. `minimum` is what load_minima returns. */
-YMM void add_minimum(float *sums, const act_meta *meta, __m256 minimum)
+/* The step that follows with minima, of one row. `minimum` is what load_minima returns, of each half. */
+YMM void add_minimum(float *sums, const act_meta *meta, const __m256 minimum[2])
 {
     const __m256 factor = _mm256_set1_ps(meta->scale * (float)meta->symmetric_sum);
-    _mm256_store_ps(sums, _mm256_fmadd_ps(factor, minimum, _mm256_load_ps(sums)));
+    for (int half = 0; half < 2; half++, sums += 8)
+        _mm256_store_ps(sums, _mm256_fmadd_ps(factor, minimum[half], _mm256_load_ps(sums)));
 }
 
 /* The same for all rows of a task and one tile. */
 YMM_CALL void add_minima(const gemm_task *task, float *sums, const act_meta *meta, group_record record)
 {
     const __m256 minimum[2] = {load_minima(record, task->scales, 0), load_minima(record, task->scales, 1)};
-    for (int r = 0; r < task->m; r++, sums += PAIR_N)
-        for (int half = 0; half < 2; half++)
-            add_minimum(sums + 8 * half, meta + task->rows[r], minimum[half]);
+    const int32_t *const rows = task->rows;
+    const ptrdiff_t m = task->m;
+    for (ptrdiff_t r = 0; r < m; r++, sums += PAIR_N)
+        add_minimum(sums, meta + rows[r], minimum);
 }
 
 /* The step with minima after a group of one tile, if the record has minima; `known` as for load_header. */
@@ -220,9 +223,10 @@ YMM void finish_group(const gemm_task *task, const group_view *view, group_recor
 {
     if (known == ANY && scale_records[task->scales].has_minimum)
         add_minima(task, view->sums, view->meta, record);
-    if (known >= 0 && scale_records[known].has_minimum)
-        for (int half = 0; half < 2; half++)
-            add_minimum(view->sums + 8 * half, view->meta + task->rows[0], load_minima(record, known, half));
+    if (known >= 0 && scale_records[known].has_minimum) {
+        const __m256 minimum[2] = {load_minima(record, known, 0), load_minima(record, known, 1)};
+        add_minimum(view->sums, view->meta + task->rows[0], minimum);
+    }
 }
 
 /* Call a driver with what is known of the task's record. */
