@@ -44,6 +44,8 @@ def gptq_dtypes(*modules):
         (GPTQ | {"bits": 3}, None, None),
         ({"quant_method": "fp8"}, None, None),
         ({"quant_method": "mxfp4"}, None, "marlin_cy"),
+        ({"quant_method": "gpt_oss_mxfp4"}, None, "marlin_cy"),
+        ({"quant_method": "marlin_cy"}, None, "marlin_cy"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, None, "marlin_cy"),
         ({"quant_method": "awq", "bits": "four", "group_size": 128}, None, None),
     ],

@@ -40,6 +40,9 @@ NAME = "marlin_cy"
 OPTIONS = ("compute_dtype", "num_threads", "isa")
 """The options that :class:`marlin_cy.cpu.CpuContext` takes."""
 
+VLLM_NAMES = {"gpt_oss_mxfp4": "mxfp4"}
+"""The method in a checkpoint by the name that vLLM gives it."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes of weights that are not quantised."""
 
@@ -74,7 +77,7 @@ class VllmConfig(QuantizationConfig):
         if is_packed({"quantization_config": hf_quant_cfg}):
             return NAME
         try:
-            scheme_of(hf_quant_cfg, "config.json")
+            scheme_of(by_own_name(hf_quant_cfg), "config.json")
         except (UnsupportedError, CheckpointError):
             return None
         return NAME
@@ -89,7 +92,7 @@ class VllmConfig(QuantizationConfig):
         """
         if is_packed({"quantization_config": config}):
             return PackedFolderConfig()
-        return cls(scheme_of(config, "config.json"))
+        return cls(scheme_of(by_own_name(config), "config.json"))
 
     @classmethod
     def get_name(cls) -> str:
@@ -239,6 +242,12 @@ class PackedFolderConfig(VllmConfig):
         if prefix not in self._experts:
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return StoredExpertsMethod(prefix, layer.moe_config, self._folder, contexts(**options()))
+
+
+def by_own_name(config: dict[str, Any]) -> dict[str, Any]:
+    """A quantisation config with the method's name in the checkpoint, where vLLM has replaced it."""
+    method = str(config.get("quant_method"))
+    return {**config, "quant_method": VLLM_NAMES[method]} if method in VLLM_NAMES else config
 
 
 def options() -> dict[str, Any]:
