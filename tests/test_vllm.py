@@ -63,9 +63,13 @@ def test_families(tmp_path, model_type):
     check(write_format(tmp_path, "gptq", model_type))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"original_max_position_embeddings": 64, "truncate": False}
+
+
 def test_gpt_oss(tmp_path):
     """MXFP4 experts in tensors of all experts, with biases."""
-    check(write_format(tmp_path, "mxfp4", "gpt_oss"))
+    check(write_format(tmp_path, "mxfp4", "gpt_oss", rope_parameters=YARN))
 
 
 def test_packed_folder(tmp_path):
