@@ -186,7 +186,7 @@ def new_experts(config, quantization, dtypes, rank=0, ranks=1, local=None):
     value = "swigluoai" if quantization["quant_method"] == "mxfp4" else "silu"
     layer = fake_vllm.RoutedExperts(
         moe_config=moe,
-        ckpt_down_proj_name="down_proj",
+        ckpt_down_proj_name="w2" if quantization["quant_method"] == "mxfp4" else "down_proj",
         activation=types.SimpleNamespace(value=value),
         top_k=2,
         apply_router_weight_on_input=False,

@@ -178,7 +178,8 @@ class VllmConfig(QuantizationConfig):
         modules = [name for name in self.modules if name.startswith(start)]
         if not modules:
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        down = layer.ckpt_down_proj_name
+        # vLLM has other names for the layers of gpt-oss, whose files have all experts in one tensor.
+        down = "down_proj" if f"{start}down_proj" in modules else layer.ckpt_down_proj_name
         products: list[list[Scheme]] = [[], []]
         for name in modules:
             product = products[name.endswith(f".{down}")]
