@@ -186,7 +186,7 @@ def new_experts(config, quantization, dtypes, rank=0, ranks=1, local=None):
     value = "swigluoai" if quantization["quant_method"] == "mxfp4" else "silu"
     layer = fake_vllm.RoutedExperts(
         moe_config=moe,
-        ckpt_down_proj_name="w2" if quantization["quant_method"] == "mxfp4" else "down_proj",
+        ckpt_down_proj_name="down_proj",
         activation=types.SimpleNamespace(value=value),
         top_k=2,
         apply_router_weight_on_input=False,
@@ -257,7 +257,8 @@ DOWN = f"{EXPERTS}.0.down_proj"
 def test_experts_of_gpt_oss(config, rng):
     """Tensors of all experts, with alternating gate and up columns and biases, as vLLM's loader reshapes them."""
     experts, hidden, inter = EXPERT_SIZES.values()
-    names = {f"{EXPERTS}.{part}_blocks": "U8" for part in ("gate_up_proj", "down_proj")}
+    # The names of the files, as vLLM's mapper for them changes them.
+    names = {f"{EXPERTS}.{part}_blocks": "U8" for part in ("w13_weight", "w2_weight")}
     method, layer = new_experts(config, {"quant_method": "mxfp4"}, names)
     dense = {}
     for product, k, n in (("w13", hidden, 2 * inter), ("w2", inter, hidden)):

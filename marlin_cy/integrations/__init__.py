@@ -1,4 +1,4 @@
-"""marlin_cy inside other libraries: ``marlin_cy.integrations.transformers`` loads whole models."""
+"""marlin_cy inside other libraries: ``transformers.py`` loads whole models, ``vllm/`` is a plugin of vLLM."""
 
 from __future__ import annotations
 

@@ -43,6 +43,9 @@ OPTIONS = ("compute_dtype", "num_threads", "isa")
 VLLM_NAMES = {"gpt_oss_mxfp4": "mxfp4"}
 """The method in a checkpoint by the name that vLLM gives it."""
 
+FUSED_SECONDS = ("down_proj", "w2_weight")
+"""The second product where one tensor holds all experts: in the files of gpt-oss, and by vLLM's mapper for them."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes of weights that are not quantised."""
 
@@ -178,11 +181,10 @@ class VllmConfig(QuantizationConfig):
         modules = [name for name in self.modules if name.startswith(start)]
         if not modules:
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        # vLLM has other names for the layers of gpt-oss, whose files have all experts in one tensor.
-        down = "down_proj" if f"{start}down_proj" in modules else layer.ckpt_down_proj_name
+        seconds = (layer.ckpt_down_proj_name, *FUSED_SECONDS)
         products: list[list[Scheme]] = [[], []]
         for name in modules:
-            product = products[name.endswith(f".{down}")]
+            product = products[name.rpartition(".")[2] in seconds]
             scheme = self._scheme(name)
             if scheme not in product:
                 product.append(scheme)
