@@ -1,7 +1,11 @@
 """Models in vLLM whose layers run packed by the plugin: ``tests/vllm.sh`` runs this."""
 
+import json
 import os
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND
 from vllm_models import engine, said_by_load, said_by_vllm, write_format  # noqa: E402
 
 FOLDER = files("marlin_cy") / BUILT_IN
+ROOT = Path(__file__).parents[1]
 TEXT = "def __init__(self, name):"
 TOLERANCE = 2e-3
 """Of log-probabilities in float32: both sides multiply with 16-bit activations, whose relative error is 2.5e-5."""
@@ -58,9 +63,13 @@ def test_families(tmp_path, model_type):
     check(write_format(tmp_path, "gptq", model_type))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"original_max_position_embeddings": 64, "truncate": False}
+
+
 def test_gpt_oss(tmp_path):
     """MXFP4 experts in tensors of all experts, with biases."""
-    check(write_format(tmp_path, "mxfp4", "gpt_oss"))
+    check(write_format(tmp_path, "mxfp4", "gpt_oss", rope_parameters=YARN))
 
 
 def test_packed_folder(tmp_path):
@@ -78,3 +87,13 @@ def test_compiled():
 def test_two_processes(tmp_path, options):
     """Tensor and expert parallelism: each process packs its share."""
     check(write_format(tmp_path, "gptq"), tensor_parallel_size=2, **options)
+
+
+def test_benchmark(tmp_path):
+    """``python -m bench vllm`` measures the plugin beside both others."""
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench", "vllm", "--quick", "--eager", "--threads", "1", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(output.read_text())["figures"]
+    assert all(found["ratios"].keys() == {"load", "bfloat16"} for found in figures.values())

@@ -44,6 +44,8 @@ def gptq_dtypes(*modules):
         (GPTQ | {"bits": 3}, None, None),
         ({"quant_method": "fp8"}, None, None),
         ({"quant_method": "mxfp4"}, None, "marlin_cy"),
+        ({"quant_method": "gpt_oss_mxfp4"}, None, "marlin_cy"),
+        ({"quant_method": "marlin_cy"}, None, "marlin_cy"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, None, "marlin_cy"),
         ({"quant_method": "awq", "bits": "four", "group_size": 128}, None, None),
     ],
@@ -255,7 +257,8 @@ DOWN = f"{EXPERTS}.0.down_proj"
 def test_experts_of_gpt_oss(config, rng):
     """Tensors of all experts, with alternating gate and up columns and biases, as vLLM's loader reshapes them."""
     experts, hidden, inter = EXPERT_SIZES.values()
-    names = {f"{EXPERTS}.{part}_blocks": "U8" for part in ("gate_up_proj", "down_proj")}
+    # The names of the files, as vLLM's mapper for them changes them.
+    names = {f"{EXPERTS}.{part}_blocks": "U8" for part in ("w13_weight", "w2_weight")}
     method, layer = new_experts(config, {"quant_method": "mxfp4"}, names)
     dense = {}
     for product, k, n in (("w13", hidden, 2 * inter), ("w2", inter, hidden)):

@@ -1,4 +1,4 @@
-"""marlin_cy inside other libraries: ``marlin_cy.integrations.transformers`` loads whole models.
+"""marlin_cy inside other libraries: ``transformers.py`` loads whole models, ``vllm/`` is a plugin of vLLM.
 
 ``python -m marlin_cy.integrations PROGRAM`` runs a program that loads models by transformers: ``__main__.py``.
 """

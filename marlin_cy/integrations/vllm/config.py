@@ -40,6 +40,12 @@ NAME = "marlin_cy"
 OPTIONS = ("compute_dtype", "num_threads", "isa")
 """The options that :class:`marlin_cy.cpu.CpuContext` takes."""
 
+VLLM_NAMES = {"gpt_oss_mxfp4": "mxfp4"}
+"""The method in a checkpoint by the name that vLLM gives it."""
+
+FUSED_SECONDS = ("down_proj", "w2_weight")
+"""The second product where one tensor holds all experts: in the files of gpt-oss, and by vLLM's mapper for them."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes of weights that are not quantised."""
 
@@ -76,7 +82,7 @@ class VllmConfig(QuantizationConfig):
         if hf_quant_cfg.get("quant_method") == "fp8":
             return None  # it does not say whether experts have 4 or 8 bits; vLLM reads both
         try:
-            scheme_of(hf_quant_cfg, "config.json")
+            scheme_of(by_own_name(hf_quant_cfg), "config.json")
         except (UnsupportedError, CheckpointError):
             return None
         return NAME
@@ -91,7 +97,7 @@ class VllmConfig(QuantizationConfig):
         """
         if is_packed({"quantization_config": config}):
             return PackedFolderConfig()
-        return cls(scheme_of(config, "config.json"))
+        return cls(scheme_of(by_own_name(config), "config.json"))
 
     @classmethod
     def get_name(cls) -> str:
@@ -177,10 +183,10 @@ class VllmConfig(QuantizationConfig):
         modules = [name for name in self.modules if name.startswith(start)]
         if not modules:
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        down = layer.ckpt_down_proj_name
+        seconds = (layer.ckpt_down_proj_name, *FUSED_SECONDS)
         products: list[list[Scheme]] = [[], []]
         for name in modules:
-            product = products[name.endswith(f".{down}")]
+            product = products[name.rpartition(".")[2] in seconds]
             scheme = self._scheme(name)
             if scheme not in product:
                 product.append(scheme)
@@ -241,6 +247,12 @@ class PackedFolderConfig(VllmConfig):
         if prefix not in self._experts:
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return StoredExpertsMethod(prefix, layer.moe_config, self._folder, contexts(**options()))
+
+
+def by_own_name(config: dict[str, Any]) -> dict[str, Any]:
+    """A quantisation config with the method's name in the checkpoint, where vLLM has replaced it."""
+    method = str(config.get("quant_method"))
+    return {**config, "quant_method": VLLM_NAMES[method]} if method in VLLM_NAMES else config
 
 
 def options() -> dict[str, Any]:

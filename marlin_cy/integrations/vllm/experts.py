@@ -111,7 +111,7 @@ class PackedExpertsMethod(ExpertsMethod):
         rank, ranks = layer.moe_config.tp_rank, layer.moe_config.tp_size
         inter, gated = intermediate_size_per_partition * ranks, ACTIVATIONS[self._activation].gated
         self._sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition, rank, ranks, gated)
-        self._tensors = LayerTensors(layer, self._name)
+        self._tensors = LayerTensors(layer)
         for product, k, n in ((FIRST, hidden_size, inter), (SECOND, inter, hidden_size)):
             with naming(self._name):
                 found = expected_dtypes([self._schemes[product]], k, n)

@@ -79,7 +79,7 @@ class PackedLinearMethod(LinearMethod):
     ) -> None:
         """Called by vLLM when the layer is made: expect the checkpoint's tensors."""
         self._k, self._widths = input_size_per_partition, list(output_partition_sizes)
-        self._tensors = LayerTensors(layer, self._name)
+        self._tensors = LayerTensors(layer)
         with naming(self._name):
             found = expected_dtypes(self._schemes, input_size, output_size)
         for suffix, accepted in found.items():

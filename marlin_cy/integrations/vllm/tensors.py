@@ -49,12 +49,10 @@ class LayerTensors:
     ----------
     layer : torch.nn.Module
         Gets the empty parameters.
-    name : str
-        The layer's name, for messages.
     """
 
-    def __init__(self, layer: Any, name: str) -> None:
-        self._layer, self._name = layer, name
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
         self._copies = get_current_vllm_config().load_config.load_format not in MAPPED_FORMATS
         self._parameters: list[str] = []
         self._found: dict[Hashable, dict[str, npt.NDArray[Any]]] = {}
