@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from opencl_devices import each_device, runtime_of, unless_the_driver_is_wrong  
 from test_opencl_store import assert_packed, builder_for, store_of  # noqa: E402
 
 from marlin_cy.opencl.layout import expert_layout, pack_expert, unpack_expert  # noqa: E402
-from marlin_cy.opencl.tiers import wave_tiled  # noqa: E402
+from marlin_cy.opencl.tiers import mma, wave_tiled  # noqa: E402
+from marlin_cy.opencl.tiers.configuration import Problem  # noqa: E402
 from marlin_cy.weights.order import group_order  # noqa: E402
 
 KINDS = {kind: options for kind, options in (CPU_KINDS | TWO_LEVEL_KINDS).items() if kind not in WEIGHT_KINDS}
@@ -102,6 +104,30 @@ class TestLayout:
         """As many as in GGUF's blocks, where Q6_K has codes of 8 bits."""
         layout = expert_layout(2048, 1024, group, *kind.split("-"))
         assert 32 * layout.expert_words == bits * 2048 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "expected"),
+    [
+        ("uint8-float16", 128, 40),
+        ("uint8-two_level", 16, 52),
+        ("uint4-two_level_min", 32, 32),
+        ("uint8-float32", 16, 80),
+    ],
+)
+def test_stages_of_tensor_cores(kind, group, expected):
+    """A lane's words, and 4 bytes for each value of a record, for the zero points, and for a block scale."""
+    codes, scales = kind.split("-")
+    problem = Problem(64, 8, 8, 2048, 512, group, None, codes, scales)
+    assert mma.bytes_of_lane(problem) == expected
+    first, *others = mma.mma_configurations(
+        problem._replace(device=SimpleNamespace(compute_units=132, compute_capability=(9, 0)))
+    )
+    sizes = dict(first.macros)
+    assert first.local_bytes == sizes["DEPTH"] * (
+        128 * first.rows + 32 * sizes["WAVES"] * sizes["STRIPS_PER_WAVE"] * expected
+    )
+    assert others
 
 
 @each_device

@@ -257,8 +257,10 @@ def variants_of(file: str) -> list[dict[str, int]]:
         for number, (codes, scales, shift) in enumerate(OTHER_WEIGHTS)
     ]
     for macros, (_, _, shift) in zip(others, OTHER_WEIGHTS, strict=True):
-        if "GROUP_32" in macros or has_ptx(file):
+        if has_ptx(file):
             macros["GROUP_32"] = int(shift == 5)
+        if file == "gemm_mma_tiled":  # in the 64 KiB of local memory that AMD's GPUs have
+            macros |= {"WAVES": 4, "STRIPS_PER_WAVE": 2, "DEPTH": 2}
     return [*others, *found]
 
 

@@ -157,7 +157,19 @@ def mma_many(problem: Problem) -> list[Configuration]:
         found, narrow = [*large, *middle], [tiled(64, 2, 4, 4), tiled(32, 2, 4, 4)]
     if tiles_of(found[0], problem) < problem.device.compute_units:
         found[:0] = narrow
+    if problem.scales != "float16" or problem.group_rows < 32:
+        more = [tiled(64, 2, 4, 4)] if problem.rows > 32 else []
+        found = sorted([*more, *found], key=has_many_totals)
     return found
+
+
+def has_many_totals(configuration: Configuration) -> bool:
+    """Whether totals take more than 64 registers of a work-item.
+
+    Weights whose scales are applied in float32 need registers for a group's sums, too. With 64 rows and 4 strips, ptxas
+    spills 0.9 to 3.4 KiB; with 2 strips 0.2 to 0.3 KiB.
+    """
+    return configuration.rows * dict(configuration.macros)["STRIPS_PER_WAVE"] > 128
 
 
 def tiles_of(configuration: Configuration, problem: Problem) -> int:
