@@ -30,7 +30,7 @@ __all__ = [
     "listed_values",
     "mapped_values",
     "numpy_types",
-    "pack_scales_values",
+    "pack_values_values",
     "pack_words_values",
     "prepare_row_values",
     "product_input_values",
@@ -260,15 +260,15 @@ PACK_WORDS = {
     "base": "ulong",
     "column_offset": "uint",
 }
-PACK_SCALES = {
-    "scale": "global ushort*",
-    "zero": "global uchar*",
+PACK_VALUES = {
+    "values": "global uchar*",
+    "size": "uint",
     "n": "uint",
-    "scale_rows": "global int*",
-    "scale_rows_offset": "ulong",
+    "from_rows": "global int*",
+    "from_offset": "ulong",
     "packed": "global uint*",
-    "scale_base": "ulong",
-    "zero_base": "ulong",
+    "base": "ulong",
+    "record_bytes": "uint",
     "column_offset": "uint",
 }
 RESCALE = {
@@ -292,7 +292,7 @@ KERNELS: Mapping[str, Callable[[Macros], Arguments]] = MappingProxyType(
         "shared_factor": lambda macros: SHARED_FACTOR,
         "combine": lambda macros: COMBINE,
         "pack_words": lambda macros: PACK_WORDS,
-        "pack_scales": lambda macros: PACK_SCALES,
+        "pack_values": lambda macros: PACK_VALUES,
         "rescale": lambda macros: RESCALE,
         **DECODER_KERNELS,
     }
@@ -330,5 +330,5 @@ weigh_tokens_values = by_name(WEIGH_TOKENS)
 shared_factor_values = by_name(SHARED_FACTOR)
 combine_values = by_name(COMBINE)
 pack_words_values = by_name(PACK_WORDS)
-pack_scales_values = by_name(PACK_SCALES)
+pack_values_values = by_name(PACK_VALUES)
 rescale_values = by_name(RESCALE)

@@ -3,22 +3,58 @@
 The layout is drawn in ``kernels/common.cl``. Sizes are in uint32 ("words") unless stated otherwise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cy.weights.code_types import CODE_TYPES, CodeType
 from marlin_cy.weights.order import GroupOrder
+from marlin_cy.weights.scale_records import BLOCK_ROWS, SCALE_RECORDS, ScaleRecord
 
-__all__ = ["ExpertLayout", "expert_layout", "pack_expert", "unpack_expert"]
+__all__ = ["ExpertLayout", "Place", "expert_layout", "pack_expert", "stored_scales", "unpack_expert"]
 
 STRIP_N = 16
 BLOCK_K = 64
-BLOCK_WORDS = 128
+BLOCK_WORDS = 128  # of 4-bit codes
 EXPERT_ALIGNMENT = 64
 MAX_GROUP_SHIFT = 7
+SMALL_GROUP_SHIFT = 4
 ROW_NIBBLES = (0, 4, 2, 6)  # of a word's four rows in the strip's first eight columns; 1 more in the last eight
+
+
+def stored_scales(scales: str) -> str:
+    """The scale record that device memory has for weights of a scale record: bfloat16 scales become float16."""
+    return "float16" if scales == "bfloat16" else scales
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of the scale records lies in an expert.
+
+    Attributes
+    ----------
+    base : int
+        Bytes from the expert's first byte to the part's first value.
+    record_bytes : int
+        Bytes from one pair of columns, g and g + 8, to the next.
+    rows : int
+        Pairs of 16 columns follow each other for each packed group, or for each block of 256 packed rows.
+    dtype : dtype
+        The value of column g + 8 follows that of column g.
+    """
+
+    base: int
+    record_bytes: int
+    rows: int
+    dtype: np.dtype[Any]
+
+    def of(self, strip: int, row: int, column: int) -> int:
+        """The byte of the value of a column of a strip, 0 to 15."""
+        pair = (strip * self.rows + row) * 8 + column % 8
+        return self.base + pair * self.record_bytes + column // 8 * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -33,14 +69,25 @@ class ExpertLayout:
         Columns: a multiple of 8.
     group_shift : int
         A group has ``2**group_shift`` rows.
-    has_zeros : bool
-        Whether zero points are stored.
+    codes, scales : str
+        The names of the code type, and of the scale record that is stored.
     """
 
     packed_k: int
     n: int
     group_shift: int
-    has_zeros: bool = True
+    codes: str = "uint4"
+    scales: str = "float16"
+
+    @property
+    def code_type(self) -> CodeType:
+        """The code type."""
+        return CODE_TYPES[self.codes]
+
+    @property
+    def record(self) -> ScaleRecord:
+        """The scale record."""
+        return SCALE_RECORDS[self.scales]
 
     @property
     def strips(self) -> int:
@@ -58,106 +105,157 @@ class ExpertLayout:
         return -(-self.packed_k // (1 << self.group_shift))
 
     @property
+    def scale_blocks(self) -> int:
+        """Blocks of 256 packed rows."""
+        return -(-self.packed_k // BLOCK_ROWS)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether zero points are stored."""
+        return self.record.has_zero_points(self.code_type)
+
+    @property
     def words(self) -> int:
         """Words of codes; the scales follow them."""
-        return self.strips * self.k_blocks * BLOCK_WORDS
+        return self.strips * self.k_blocks * BLOCK_WORDS * self.code_type.bits // 4
 
     @property
     def scale_offset(self) -> int:
-        """The first word of the scales."""
+        """The first word of the records of groups: scales, or sub-scales, with their minima."""
         return self.words
 
     @property
     def zero_offset(self) -> int:
-        """The first word of the zero points. Without zero points, the end of the scales."""
-        return self.words + self.strips * self.groups * STRIP_N // 2
+        """The first word of the zero points or the block scales. Without them, the end of the records of groups."""
+        return self.words + self.strips * self.groups * 8 * self.record_bytes // 4
+
+    @property
+    def sections(self) -> tuple[tuple[int, int], ...]:
+        """``(first word, words)`` of the codes, the records of groups, and the zero points or the block scales. A
+        section has as many words for each strip."""
+        sections = (0, self.words), (self.scale_offset, self.zero_offset - self.scale_offset)
+        return (*sections, (self.zero_offset, self.end - self.zero_offset)) if self.end > self.zero_offset else sections
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of two columns of a group's record, without zero points."""
+        return 2 * self.record.scale.itemsize * (1 + self.record.has_minimum)
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where the parts of a weight's scale record lie, by the names of a canonical weight's attributes."""
+        record, begin, second = self.record, 4 * self.scale_offset, 4 * self.zero_offset
+        places = {"scale": Place(begin, self.record_bytes, self.groups, record.scale)}
+        if record.has_minimum:
+            minimum = begin + 2 * record.scale.itemsize
+            places["minimum"] = Place(minimum, self.record_bytes, self.groups, record.scale)
+        if self.has_zeros:
+            zero = self.code_type.zero_dtype
+            places["zero"] = Place(second, 2 * zero.itemsize, self.groups, zero)
+        blocks = record.block_parts()
+        for number, (name, dtype) in enumerate(blocks.items()):
+            size = 2 * dtype.itemsize
+            places[name] = Place(second + number * size, len(blocks) * size, self.scale_blocks, dtype)
+        return places
+
+    @property
+    def end(self) -> int:
+        """Words of an expert without its padding."""
+        values = 0
+        if self.has_zeros:
+            values = self.groups * self.code_type.zero_dtype.itemsize
+        elif self.record.has_blocks:
+            values = self.scale_blocks * sum(dtype.itemsize for dtype in self.record.block_parts().values())
+        return self.zero_offset + self.strips * STRIP_N * values // 4
 
     @property
     def expert_words(self) -> int:
         """Words from one expert to the next."""
-        end = self.zero_offset + self.has_zeros * self.strips * self.groups * STRIP_N // 4
-        return -(-end // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+        return -(-self.end // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
 
 
-def expert_layout(packed_k: int, n: int, packed_group_size: int, has_zeros: bool = True) -> ExpertLayout:
+def expert_layout(
+    packed_k: int, n: int, packed_group_size: int, codes: str = "uint4", scales: str = "float16"
+) -> ExpertLayout:
     """The layout for packed groups of ``packed_group_size`` rows: a power of two, or all of K as one group."""
     power_of_two = packed_group_size & (packed_group_size - 1) == 0
-    return ExpertLayout(packed_k, n, packed_group_size.bit_length() - 1 if power_of_two else MAX_GROUP_SHIFT, has_zeros)
+    shift = packed_group_size.bit_length() - 1 if power_of_two else MAX_GROUP_SHIFT
+    return ExpertLayout(packed_k, n, shift, codes, stored_scales(scales))
 
 
-def place(row: int, column: int) -> tuple[int, int, int, int, int]:
-    """``(strip, block, lane, step, nibble)`` of a packed row and a column."""
+def place(row: int, column: int, layout: ExpertLayout) -> tuple[int, int]:
+    """``(word, bit)`` of the code of a packed row and a column: the word of the expert, and the code's lowest bit."""
     strip, half, g = column // STRIP_N, column % STRIP_N // 8, column % 8
-    block, half_block, t = row // BLOCK_K, row % BLOCK_K // 32, row % 32 // 8
-    return strip, block, 4 * g + t, 2 * half_block + row % 8 // 4, ROW_NIBBLES[row % 4] + half
+    block, half_block, row = row // BLOCK_K, row % BLOCK_K // 32, row % 32
+    if layout.group_shift == SMALL_GROUP_SHIFT:
+        step, t = row // 16, row % 16 // 4
+    else:
+        t, step = row // 8, row % 8 // 4
+    lane, of_four = 4 * g + t, row % 4
+    first = (strip * layout.k_blocks + block) * BLOCK_WORDS
+    if layout.code_type.bits == 4:
+        return first + 4 * lane + 2 * half_block + step, 4 * (ROW_NIBBLES[of_four] + half)
+    return 2 * first + BLOCK_WORDS * half_block + 4 * lane + 2 * step + of_four // 2, 16 * (of_four % 2) + 8 * half
 
 
 def pack_expert(
-    q: npt.NDArray[np.uint8],
-    scale: npt.NDArray[np.float16],
-    zero: npt.NDArray[np.uint8] | None,
-    order: GroupOrder,
-    layout: ExpertLayout,
+    q: npt.NDArray[np.uint8], parts: Mapping[str, npt.NDArray[Any]], order: GroupOrder, layout: ExpertLayout
 ) -> npt.NDArray[np.uint32]:
     """One packed expert, uint32 ``[layout.expert_words]``, by simple loops.
 
     Parameters
     ----------
-    q : uint8 ``[K, N]`` in 0..15
-    scale : float16 ``[G, N]``
-    zero : uint8 ``[G, N]``, or None if the layout has no zero points
+    q : uint8 ``[K, N]``
+        Codes.
+    parts : dict of str to array ``[G or B, N]``
+        Those of ``layout.places``, in their dtypes.
     order : GroupOrder
     layout : ExpertLayout
         Its ``packed_k`` may exceed the order's; the remaining rows are zeros.
     """
     expert = np.zeros(layout.expert_words, np.uint32)
-    words, scales, zeros = sections(expert, layout)
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
     for column in range(layout.n):
         for position, row in enumerate(rows):
             if row >= 0:
-                strip, block, lane, step, nibble = place(position, column)
-                words[strip, block, lane, step] |= np.uint32(q[row, column]) << np.uint32(4 * nibble)
-        strip, half, g = column // STRIP_N, column % STRIP_N // 8, column % 8
-        for group, scale_row in enumerate(order.scale_rows):
-            scales[strip, group, g] |= np.uint32(scale[scale_row, column].view(np.uint16)) << np.uint32(16 * half)
-            if zero is not None:
-                zeros[strip, group, g] |= np.uint16(zero[scale_row, column]) << np.uint16(8 * half)
+                word, bit = place(position, column, layout)
+                expert[word] |= np.uint32(q[row, column]) << np.uint32(bit)
+    data = expert.view(np.uint8)
+    for name, where in layout.places.items():
+        from_rows = scale_rows_of(name, order, layout)
+        for column in range(layout.n):
+            for packed_row, row in enumerate(from_rows):
+                begin = where.of(column // STRIP_N, packed_row, column % STRIP_N)
+                value = parts[name][row, column]
+                data[begin : begin + where.dtype.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
     return expert
+
+
+def scale_rows_of(name: str, order: GroupOrder, layout: ExpertLayout) -> npt.NDArray[np.int32]:
+    """The row of a weight's part for each packed group, or for each block of 256 packed rows."""
+    if name in layout.record.block_parts():
+        return np.arange(layout.scale_blocks, dtype=np.int32)
+    return order.scale_rows
 
 
 def unpack_expert(
     expert: npt.NDArray[np.uint32], order: GroupOrder, layout: ExpertLayout, k: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
-    """``(q, scale, zero)`` of one packed expert, each ``[k, n]`` by rows of K: uint8, float16 and uint8, which is 0 if
-    there are no zero points."""
-    words, scales, zeros = sections(expert, layout)
+) -> tuple[npt.NDArray[np.uint8], dict[str, npt.NDArray[Any]]]:
+    """``(q, parts)`` of one packed expert, all ``[k, n]`` by rows of K: the codes, uint8, and the parts of
+    ``layout.places``, in their dtypes."""
     rows = np.arange(order.packed_k) if order.rows is None else order.rows
-    shape = k, layout.n
-    q, scale, zero = np.zeros(shape, np.uint8), np.zeros(shape, np.float16), np.zeros(shape, np.uint8)
+    places, data = layout.places, expert.view(np.uint8)
+    q = np.zeros((k, layout.n), np.uint8)
+    parts = {name: np.zeros((k, layout.n), where.dtype) for name, where in places.items()}
     for position, row in enumerate(rows):
         if row < 0:
             continue
-        group = position >> layout.group_shift
         for column in range(layout.n):
-            strip, block, lane, step, nibble = place(position, column)
-            q[row, column] = words[strip, block, lane, step] >> np.uint32(4 * nibble) & np.uint32(15)
-            half, g = column % STRIP_N // 8, column % 8
-            scale[row, column] = np.uint16(scales[strip, group, g] >> np.uint32(16 * half) & 0xFFFF).view(np.float16)
-            if layout.has_zeros:
-                zero[row, column] = zeros[strip, group, g] >> np.uint16(8 * half) & 0xFF
-    return q, scale, zero
-
-
-def sections(
-    expert: npt.NDArray[np.uint32], layout: ExpertLayout
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], Any]:
-    """Views of one packed expert: words uint32 ``[strips, k_blocks, 32, 4]``, scales uint32 and zeros (or None) uint16
-    ``[strips, groups, 8]``."""
-    groups = layout.strips, layout.groups, 8
-    words = expert[: layout.words].reshape(layout.strips, layout.k_blocks, 32, 4)
-    scales = expert[layout.scale_offset : layout.zero_offset].reshape(groups)
-    if not layout.has_zeros:
-        return words, scales, None
-    zeros = expert[layout.zero_offset :].view(np.uint16)[: np.prod(groups)].reshape(groups)
-    return words, scales, zeros
+            word, bit = place(position, column, layout)
+            q[row, column] = expert[word] >> np.uint32(bit) & np.uint32(2**layout.code_type.bits - 1)
+            for name, where in places.items():
+                of_group = name not in layout.record.block_parts()
+                packed_row = position >> layout.group_shift if of_group else position // BLOCK_ROWS
+                begin = where.of(column // STRIP_N, packed_row, column % STRIP_N)
+                parts[name][row, column] = data[begin : begin + where.dtype.itemsize].view(where.dtype)[0]
+    return q, parts

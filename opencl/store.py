@@ -14,9 +14,10 @@ import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.arguments import arguments_of, pack_scales_values, pack_words_values, rescale_values
+from marlin_cy.opencl.arguments import arguments_of, pack_values_values, pack_words_values, rescale_values
+from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.launch import Launch
-from marlin_cy.opencl.layout import STRIP_N, expert_layout
+from marlin_cy.opencl.layout import STRIP_N, ExpertLayout, expert_layout
 from marlin_cy.opencl.memory import (
     Memory,
     live_stores,
@@ -43,12 +44,13 @@ MIN_FACTOR = (
     2.0**-120
 )  # the smallest for kernels; half of it, and its products with the tiers' units, are normal floats
 MAX_SCALE = 2.0**118  # kernels multiply a weight_factor of at most 2**103 by up to 2**24 (EVEN_UNIT of mma.cl)
-MAGNITUDE = np.uint16(0x7FFF)  # all bits of a float16 or bfloat16 but the sign; they are ordered as the magnitudes are
 LARGEST_FLOAT16 = 65504.0
+PACK_MACROS = ("CODE_BITS", "GROUP_16")
+FLOAT_PARTS = ("scale", "minimum", "block_scale", "block_minimum")
 
 
 class OpenClGptqStore:
-    """The int4 weights of ``num_experts`` experts in one buffer, or in several if they exceed the largest buffer.
+    """The packed weights of ``num_experts`` experts in one buffer, or in several if they exceed the largest buffer.
 
     A new store is empty (all weights are zero); :class:`OpenClStackBuilder` fills it.
 
@@ -57,7 +59,7 @@ class OpenClGptqStore:
     runtime : object
         ``context``, ``device``, ``loading_queue`` (in-order) with ``loading_lock``, ``max_alloc_bytes``.
     sizes : StackSizes
-        Checked. The stored scales are float16, whatever ``scales`` are.
+        Checked. bfloat16 scales are stored as float16, other scale records as they are.
 
     Attributes
     ----------
@@ -75,10 +77,12 @@ class OpenClGptqStore:
     order_of : int32 ``[num_experts]``
         Index in ``group_orders`` of each expert's order.
     symmetric : bool
-        Every zero point is 8, or there are no zero points. Like ``weight_factor``, it is set when the builder finishes.
+        Every zero point is the one of symmetric quantisers, or none is stored. Like ``weight_factor``, it is set when
+        the builder finishes.
     weight_factor : float
-        A power of two, 2**-147 to 2**103, by which stored scales must be multiplied. Stored scales are float16, the
-        largest from 2**14 to 2**15. Each has an error of at most 2**-39 of the largest scale; smaller scales become 0.
+        A power of two, 2**-147 to 2**103, by which stored scales must be multiplied. Stored scales of the record
+        "float16" are float16, the largest from 2**14 to 2**15. Each has an error of at most 2**-39 of the largest
+        scale; smaller scales become 0. With other records, scales are stored exactly, and the factor is 1.
     nbytes : int
         Device memory of the weights.
 
@@ -94,9 +98,7 @@ class OpenClGptqStore:
         self.weight_group_size, self.codes = sizes.group_size, sizes.codes
         self.group_orders, self.order_of = distinct_orders(sizes.g_idx, k, sizes.group_size)
         packed_k = max(order.packed_k for order in self.group_orders)
-        self.layout = expert_layout(
-            packed_k, n, packed_group_size(sizes.group_size), has_zeros=CODE_TYPES[sizes.codes].has_zero_points
-        )
+        self.layout = expert_layout(packed_k, n, packed_group_size(sizes.group_size), sizes.codes, sizes.scales)
         self.symmetric, self.weight_factor = False, 1.0
         self.runtime, self.device = runtime, runtime.device
         expert_bytes = 4 * self.expert_words
@@ -126,6 +128,16 @@ class OpenClGptqStore:
         live_stores.discard(self)
         while self._buffers:
             self._buffers.pop().release()
+
+    @property
+    def scales(self) -> str:
+        """The name of the scale record that is stored."""
+        return self.layout.scales
+
+    @property
+    def weight_macros(self) -> dict[str, int]:
+        """The macros that tell a program of products what the weights are."""
+        return code_macros(self.codes, self.symmetric, self.scales, self.group_shift)
 
     @property
     def weight_factors(self) -> tuple[float, float]:
@@ -192,13 +204,10 @@ class OpenClStackBuilder(CheckedStackBuilder):
         try:
             super().__init__(sizes)
             self._runtime = runtime
-            self._pack_words = pack_launch(runtime, "pack_words")
-            self._pack_scales = pack_launch(runtime, "pack_scales")
-            self._staging: Staging | None = Staging(runtime, sizes, store.layout.has_zeros)
-            scale_rows = np.full((len(store.group_orders), store.groups), -1, np.int32)
-            for rows, order in zip(scale_rows, store.group_orders, strict=True):
-                rows[: len(order.scale_rows)] = order.scale_rows
-            self._scale_rows: cl.Buffer | None = uploaded(runtime, scale_rows, "rows of scales")
+            self._pack_words = pack_launch(runtime, "pack_words", store)
+            self._pack_values = pack_launch(runtime, "pack_values", store)
+            self._staging: Staging | None = Staging(runtime, sizes, store.layout)
+            self._from_rows = rows_of_parts(store, runtime)
         except BaseException:
             store.release()
             raise
@@ -208,12 +217,12 @@ class OpenClStackBuilder(CheckedStackBuilder):
     def _pack(self, expert: int, column_offset: int, weight: CanonicalWeight) -> None:
         runtime, staging = self._runtime, self._staging
         assert staging is not None  # until _stack
-        symmetric = weight.zero is None or bool((weight.zero == CODE_TYPES[weight.codes].symmetric_zero).all())
-        scale = weight.scale.view(np.uint16)
-        largest = largest_scale(scale, weight.scale.dtype)
+        row = CODE_TYPES[weight.codes]
+        symmetric = weight.zero is None or bool((weight.zero == row.symmetric_zero).all())
+        largest = largest_scale(weight)
         for begin in range(0, weight.n, staging.columns):
             columns = slice(begin, begin + staging.columns)
-            parts = (weight.words, scale) if weight.zero is None else (weight.words, scale, weight.zero)
+            parts = [weight.words, *(getattr(weight, name) for name in staging.parts)]
             arrays = [np.ascontiguousarray(part[:, columns]) for part in parts]
             with runtime.loading_lock, memory_errors(runtime, staging.nbytes, "staging of weights"):
                 staging.upload(arrays)
@@ -243,22 +252,25 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 column_offset=column_offset,
             ),
         )
-        self._pack_scales(
-            queue,
-            (n, layout.groups),
-            None,
-            pack_scales_values(
-                scale=staging.scale,
-                zero=staging.zero,
-                n=n,
-                scale_rows=self._scale_rows,
-                scale_rows_offset=order * layout.groups,
-                packed=part,
-                scale_base=base + layout.scale_offset,
-                zero_base=base + layout.zero_offset,
-                column_offset=column_offset,
-            ),
-        )
+        for name, buffer in staging.parts.items():
+            where = layout.places[name]
+            of_blocks = name in layout.record.block_parts()
+            self._pack_values(
+                queue,
+                (n, where.rows),
+                None,
+                pack_values_values(
+                    values=buffer,
+                    size=where.dtype.itemsize,
+                    n=n,
+                    from_rows=self._from_rows[of_blocks],
+                    from_offset=0 if of_blocks else order * layout.groups,
+                    packed=part,
+                    base=4 * base + where.base,
+                    record_bytes=where.record_bytes,
+                    column_offset=column_offset,
+                ),
+            )
 
     def _stack(self, bias: npt.NDArray[np.float32] | None) -> OpenClMarlinExpertStack:
         runtime, store = self._runtime, self._store
@@ -268,7 +280,8 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 self._normalise()
                 # Other queues may read the weights from here on.
                 runtime.loading_queue.finish()
-            self._staging = self._scale_rows = None
+            self._staging = None
+            self._from_rows.clear()
         return runtime.make_stack(store, bias)
 
     def _normalise(self) -> None:
@@ -278,11 +291,11 @@ class OpenClStackBuilder(CheckedStackBuilder):
         their bits. float16 scales keep them, except subnormal scales in a stack with scales of 2**15 and more. bfloat16
         scales keep them if they are at least 2**-31 of the largest scale.
         """
-        if not self._largest:
-            return
         store = self._store
+        if not self._largest or store.scales != "float16":
+            return
         exponent = SCALE_EXPONENT - math.frexp(self._largest)[1]
-        rescale = pack_launch(self._runtime, "rescale")
+        rescale = pack_launch(self._runtime, "rescale", store)
         for index, buffer in enumerate(store._buffers):
             experts = min(store.experts_per_part, store.num_experts - index * store.experts_per_part)
             rescale(
@@ -300,20 +313,44 @@ class OpenClStackBuilder(CheckedStackBuilder):
         store.weight_factor = 2.0**-exponent
 
 
-def pack_launch(runtime: Runtime, name: str) -> Launch:
-    """A :class:`Launch` of a kernel of ``pack.cl``, for one builder."""
-    return Launch(runtime.programs.kernel("pack", name), arguments_of(name, {}))
+def pack_launch(runtime: Runtime, name: str, store: OpenClGptqStore) -> Launch:
+    """A :class:`Launch` of a kernel of ``pack.cl``, for one user, who packs into a store."""
+    macros = {name: store.weight_macros[name] for name in PACK_MACROS}
+    return Launch(runtime.programs.kernel("pack", name, macros), arguments_of(name, macros))
 
 
-def largest_scale(bits: npt.NDArray[np.uint16], dtype: npt.DTypeLike) -> float:
-    """The largest magnitude of scales, from their bits (uint16); refuses scales that are too large for the kernels."""
-    largest = float((bits & MAGNITUDE).max(initial=0).view(dtype))
-    if dtype == np.float16:
-        return min(LARGEST_FLOAT16, largest)  # in this order also of a NaN
-    if not largest < MAX_SCALE:
-        raise UnsupportedError(
-            f"weight.scale: got {largest:g}, expected magnitudes below 2**118, whose products with codes float32 holds"
-        )
+def rows_of_parts(store: OpenClGptqStore, runtime: Runtime) -> list[cl.Buffer]:
+    """The rows of a weight's parts that packed rows come from.
+
+    Two buffers: for packed groups int32 ``[orders, groups]``, -1 for padding; for blocks of 256 packed rows int32
+    ``[blocks]``.
+    """
+    of_groups = np.full((len(store.group_orders), store.groups), -1, np.int32)
+    for rows, order in zip(of_groups, store.group_orders, strict=True):
+        rows[: len(order.scale_rows)] = order.scale_rows
+    of_blocks = np.arange(store.layout.scale_blocks, dtype=np.int32)
+    return [uploaded(runtime, rows, "rows of scales") for rows in (of_groups, of_blocks)]
+
+
+def largest_scale(weight: CanonicalWeight) -> float:
+    """The largest magnitude of scales and minima; refuses those that are too large for the kernels."""
+    largest = 0.0
+    for name in FLOAT_PARTS:
+        part = getattr(weight, name)
+        if part is None or part.dtype.kind in "iu":
+            continue
+        unsigned = np.dtype(f"u{part.dtype.itemsize}")
+        # All bits but the sign are ordered as the magnitudes are.
+        bits = (part.view(unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)).max(initial=0)
+        found = float(bits.view(part.dtype))
+        if part.dtype == np.float16:
+            found = min(LARGEST_FLOAT16, found)  # in this order also of a NaN
+        elif not found < MAX_SCALE:
+            raise UnsupportedError(
+                f"weight.{name}: got {found:g}, expected magnitudes below 2**118, "
+                "whose products with codes float32 holds"
+            )
+        largest = max(largest, found)
     return largest
 
 
@@ -324,14 +361,18 @@ class Staging:
     ----------
     columns : int
         Columns that the buffers hold.
-    words, scale : pyopencl.Buffer
-    zero : pyopencl.Buffer or None
+    words : pyopencl.Buffer
+    parts : dict of str to pyopencl.Buffer
+        The parts of the scale record, by their names.
     nbytes : int
     """
 
-    def __init__(self, runtime: Memory, sizes: StackSizes, has_zeros: bool) -> None:
-        k, n, groups = sizes.k, sizes.n_per_expert, -(-sizes.k // sizes.group_size)
-        column_bytes = (k // 2, 2 * groups, groups) if has_zeros else (k // 2, 2 * groups)
+    def __init__(self, runtime: Memory, sizes: StackSizes, layout: ExpertLayout) -> None:
+        k, n, row = sizes.k, sizes.n_per_expert, layout.code_type
+        groups, blocks = -(-k // sizes.group_size), layout.record.block_parts()
+        column_bytes = [k * row.bits // 8]
+        for name, where in layout.places.items():
+            column_bytes.append(where.dtype.itemsize * (where.rows if name in blocks else groups))
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
         self.columns = min(n, max(limit // STRIP_N, 1) * STRIP_N)
         self.nbytes = self.columns * sum(column_bytes)
@@ -340,10 +381,11 @@ class Staging:
             self._buffers = [
                 cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY, self.columns * nbytes) for nbytes in column_bytes
             ]
-        self.words, self.scale, self.zero = (*self._buffers, None)[:3]
+        self.words = self._buffers[0]
+        self.parts = dict(zip(layout.places, self._buffers[1:], strict=True))
 
     def upload(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Copy words, scales and zeros; returns when the copies have been made."""
+        """Copy words, then the parts of the scale record; returns when the copies have been made."""
         for buffer, array in zip(self._buffers, arrays, strict=True):
             cl.enqueue_copy(self._queue, buffer, array, is_blocking=True)
 

@@ -123,6 +123,8 @@ def product_key(problem: Problem, symmetric: bool, codes: str) -> str:
     """The key under which the result for a product is kept; products of similar sizes share a key."""
     rows, runs = (1 << (number - 1).bit_length() for number in (problem.rows, problem.runs))
     weights = f"k={problem.k} n={problem.n} group={problem.group_rows} codes={codes} symmetric={int(symmetric)}"
+    if problem.scales != "float16":
+        weights += f" scales={problem.scales}"
     return f"{weights} rows={rows} runs={runs}"
 
 

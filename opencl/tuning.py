@@ -17,14 +17,13 @@ import pyopencl as cl
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import Vector, memory_of
-from marlin_cy.opencl.checks.zero_points import random_zeros
+from marlin_cy.opencl.checks.random_weights import random_weight
 from marlin_cy.opencl.gemm.multiply import problem_of
 from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.tiers.configuration import Configuration, Problem, Tier
 from marlin_cy.opencl.timing import times_of
 from marlin_cy.opencl.tuned import PARTIAL_BYTES, SPLITS, partial_bytes, product_key
 from marlin_cy.tuning import Shape
-from marlin_cy.weights.canonical import CanonicalWeight
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
@@ -39,6 +38,7 @@ LAUNCHES, LEAST_LAUNCHES = 15, 5
 SECONDS_A_CANDIDATE = 0.1  # of launches: slow ones are launched less often, but at least LEAST_LAUNCHES times
 WARM_SECONDS = 0.02
 DISTINCT_WEIGHTS = 4
+SCALE = 0.01
 UNWRITTEN = np.uint16(0x7E5A)  # a NaN of float16 that no kernel writes
 COMPARED_ROWS = 512
 GAIN = 0.98  # a candidate replaces the default if its time is below this part of the default's: less may be chance
@@ -127,14 +127,9 @@ def tune(
 
 def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator) -> OpenClMarlinExpertStack:
     """A stack whose experts cycle through a few random weights."""
-    groups = (-(-shape.k // shape.group_size), shape.n)
     weights = [
-        CanonicalWeight(
-            words=rng.integers(0, 1 << 32, (shape.k // 8, shape.n), dtype=np.uint32),
-            scale=rng.uniform(0.005, 0.015, groups).astype(np.float16),
-            zero=random_zeros(rng, shape.codes, groups, shape.symmetric),
-            group_size=shape.group_size,
-            codes=shape.codes,
+        random_weight(
+            rng, shape.k, shape.n, shape.group_size, shape.codes, "float16", symmetric=shape.symmetric, scale=SCALE
         )
         for _ in range(min(DISTINCT_WEIGHTS, shape.experts))
     ]

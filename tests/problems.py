@@ -142,14 +142,14 @@ class Problem:
 
 PARTS = ("scale", "zero", "minimum", "block_scale", "block_minimum")
 
-# The kinds of weights that every backend has: keyword arguments of random_problem, by name.
+# The kinds of weights that the contract tests run on every backend: keyword arguments of random_problem, by name.
 WEIGHT_KINDS = {
     f"{codes}-{scales}": {"codes": codes, "scales": scales}
     for codes in ("uint4", "e2m1")
     for scales in ("float16", "bfloat16")
 }
 
-# The kinds of the CPU that need no blocks of 256 rows, so that they have the same sizes.
+# The kinds that need no blocks of 256 rows, so that they have the same sizes.
 CPU_KINDS = WEIGHT_KINDS | {
     f"{codes}-{scales}": {"codes": codes, "scales": scales}
     for codes, scales in [
@@ -163,7 +163,7 @@ CPU_KINDS = WEIGHT_KINDS | {
     ]
 }
 
-# The kinds of the CPU with two levels, which need a K that is a multiple of 256.
+# The kinds with two levels, which need a K that is a multiple of 256.
 TWO_LEVEL_KINDS = {
     f"{codes}-{scales}": {"codes": codes, "scales": scales}
     for codes, scales in [

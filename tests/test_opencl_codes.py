@@ -7,6 +7,7 @@ import pytest
 
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import BLOCK_ROWS, SCALE_RECORDS
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
@@ -55,10 +56,9 @@ __kernel void decode(__global const uint *words, __global uint *integers, __glob
 
 
 @each_device
-@pytest.mark.parametrize("name", SUPPORTED_CODES)
+@pytest.mark.parametrize("name", [name for name in SUPPORTED_CODES if CODE_TYPES[name].bits == 4])
 def test_every_code_at_every_nibble(device, rng, name):
     row, runtime = CODE_TYPES[name], runtime_of(device)
-    assert row.bits == 4
     codes = np.concatenate(
         [np.repeat(np.arange(16), 8).reshape(16, 8), rng.integers(0, 16, (100, 8)), np.arange(8)[None]]
     )
@@ -89,8 +89,18 @@ def test_every_code_at_every_nibble(device, rng, name):
 def test_macros_are_the_row_s(name, symmetric):
     row, macros = CODE_TYPES[name], code_macros(name, symmetric)
     assert [macro for macro in macros if macro.startswith("CODES_")] == [f"CODES_{name.upper()}"]
+    assert macros["CODE_BITS"] == row.bits
     assert macros["SYMMETRIC"] == (symmetric or not row.has_zero_points)
     assert (macros["SYMMETRIC_ZERO"], macros["UNITS_PER_ONE"]) == (row.symmetric_zero, row.units_per_one)
+
+
+@pytest.mark.parametrize("scales", SCALE_RECORDS)
+def test_macros_are_the_record_s(scales):
+    record, macros = SCALE_RECORDS[scales], code_macros("uint4", False, scales, 4)
+    assert (macros["SCALE_BITS"], macros["MINIMA"]) == (8 * record.scale.itemsize, record.has_minimum)
+    assert (macros["SYMMETRIC"] == 0) == record.has_zero_points(CODE_TYPES["uint4"])
+    assert macros["SYMMETRIC_ZERO"] == record.constant_zero(CODE_TYPES["uint4"])
+    assert [code_macros("uint8", True, scales, shift)["GROUP_16"] for shift in (4, 5, 7)] == [1, 0, 0]
 
 
 # Constants that Python and the .cl files both name ------------------------------------------------
@@ -168,6 +178,7 @@ def test_the_layout():
     sizes = defined("common")
     names = "STRIP_N", "BLOCK_K", "BLOCK_WORDS"
     assert [sizes[name] for name in names] == [getattr(layout, name) for name in names]
+    assert 1 << defined("records")["BLOCK_SHIFT"] == BLOCK_ROWS
 
 
 def test_weights_come_in_as_many_parts_as_kernels_take():

@@ -10,6 +10,7 @@ import pytest
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from asserts import relative_error  # noqa: E402
+from problems import random_problem  # noqa: E402
 
 from marlin_cy.decoder import reference  # noqa: E402
 from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, RopeTable  # noqa: E402
@@ -463,11 +464,20 @@ def test_merged_layers(device_alone, rng, factors):
         np.testing.assert_array_equal(part, np.concatenate(parts, axis=1))
 
 
+@pytest.mark.parametrize("kind", ["uint8-two_level", "uint4-two_level_min", "uint8-float32"])
+def test_merged_layers_of_other_kinds(device_alone, rng, kind):
+    codes, scales = kind.split("-")
+    layers = [random_problem(rng, 1, 256, n, 32, codes=codes, scales=scales).linear(device_alone) for n in (48, 16)]
+    merged = Merger(device_alone.runtime)(layers)
+    assert (merged.codes, merged.scales, merged.weight_factor) == (codes, scales, 1)
+    expected = [contents(device_alone, layer.store) for layer in layers]
+    for part, parts in zip(contents(device_alone, merged), zip(*expected, strict=True), strict=True):
+        np.testing.assert_array_equal(part, np.concatenate(parts, axis=1))
+
+
 def contents(backend, store):
-    q, scale, zero = unpack_expert(
-        store.read(backend.runtime.loading_queue, 0), store.group_orders[0], store.layout, store.k
-    )
-    return q, scale.astype(np.float64) * store.weight_factor, zero
+    q, parts = unpack_expert(store.read(backend.runtime.loading_queue, 0), store.group_orders[0], store.layout, store.k)
+    return [q, parts.pop("scale").astype(np.float64) * store.weight_factor, *parts.values()]
 
 
 def test_layers_that_are_not_merged(device_alone, rng):

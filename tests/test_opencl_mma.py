@@ -34,6 +34,12 @@ KINDS = {
     "zero points": {"group_size": 32},
     "symmetric": {"group_size": 128, "checkpoint_format": "gptq_v2", "sym": True},
     "e2m1": {"group_size": 32, "codes": "e2m1", "scales": "bfloat16"},
+    "8 bits": {"group_size": 128, "codes": "uint8"},
+    "8 bits, groups of 16": {"group_size": 16, "codes": "uint8", "scales": "float32"},
+}
+TWO_LEVEL_KINDS = {
+    "Q4_K": {"group_size": 32, "scales": "two_level_min"},
+    "Q6_K": {"group_size": 16, "codes": "uint8", "scales": "two_level"},
 }
 
 
@@ -90,6 +96,23 @@ class TestEmulated:
         view.forward(ctx, backend.from_host(x), out.buffer, 21)
         w = np.concatenate(problem.dense_all(), axis=1)[:, 24:88]
         assert_close(out.result(), x.astype(np.float64) @ w + bias, 2 * product_bound(backend, x, w) + 2.0**-20)
+
+
+@pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
+@pytest.mark.parametrize("configuration", ["direct", "tiled"])
+@pytest.mark.parametrize("kind", TWO_LEVEL_KINDS)
+def test_two_levels(rng, kind, configuration):
+    backend = emulating(CONFIGURATIONS[configuration])
+    problem = random_problem(rng, 2, 512, 40, **TWO_LEVEL_KINDS[kind])
+    x, out = activations(rng, 9, 512, np.float16), GuardedBuffer(backend, (9, 40), np.float32)
+    problem.stack(backend).gemm_phase_batched(
+        backend.new_context(), backend.from_host(x), [(1, 0, 0, 9)], out.buffer, 512
+    )
+    # Both terms of a weight count where it has a minimum.
+    _, minimum = reference.float_scales(problem.canonical(1))
+    w = problem.dense(1)
+    terms = np.abs(w) if minimum is None else np.abs(w) + 2 * np.abs(minimum).repeat(problem.group, axis=0)
+    assert_close(out.result(), x.astype(np.float64) @ w, product_bound(backend, x, terms))
 
 
 @pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")

@@ -26,7 +26,9 @@ BFLOAT16 = DTYPES["bfloat16"]
 
 def builder_for(runtime, problem):
     shape = problem.num_experts, problem.k, problem.n, problem.group
-    return OpenClStackBuilder(runtime, StackSizes(*shape, normalised(problem), problem.codes, problem.scale.dtype))
+    return OpenClStackBuilder(
+        runtime, StackSizes(*shape, normalised(problem), problem.codes, problem.canonical(0).scales)
+    )
 
 
 def normalised(problem):
@@ -45,8 +47,10 @@ def store_of(runtime, problem):
 def assert_packed(runtime, store, problem):
     for expert in range(problem.num_experts):
         order = store.group_orders[store.order_of[expert]]
-        scale = (problem.scale[expert].astype(np.float64) / store.weight_factor).astype(np.float16)
-        expected = pack_expert(problem.q[expert], scale, problem.parts(expert)[2], order, store.layout)
+        parts = {name: getattr(problem, name)[expert] for name in store.layout.places}
+        scale = store.layout.places["scale"].dtype
+        parts["scale"] = (parts["scale"].astype(np.float64) / store.weight_factor).astype(scale)
+        expected = pack_expert(problem.q[expert], parts, order, store.layout)
         np.testing.assert_array_equal(store.read(runtime.queue, expert), expected, f"expert {expert}")
 
 
@@ -70,7 +74,7 @@ class TestLayout:
 
     @pytest.mark.parametrize(("packed_k", "n", "expert_words"), [(32, 8, 192), (2880, 5760, 2332800)])
     def test_sizes_without_zero_points(self, packed_k, n, expert_words):
-        layout = expert_layout(packed_k, n, 32, has_zeros=False)
+        layout = expert_layout(packed_k, n, 32, "e2m1")
         assert layout.expert_words == expert_words
         assert layout.zero_offset == expert_layout(packed_k, n, 32).zero_offset
 
@@ -84,7 +88,7 @@ class TestLayout:
         scale, zero = np.zeros((1, 32), np.float16), np.zeros((1, 32), np.uint8)
         scale[0, 16 + 8 + 5], zero[0, 16 + 8 + 5] = 1, 7
         layout = expert_layout(128, 32, 128)
-        expert = pack_expert(q, scale, zero, group_order(None, 128, 128), layout)
+        expert = pack_expert(q, {"scale": scale, "zero": zero}, group_order(None, 128, 128), layout)
         expected = np.zeros_like(expert)
         expected[(1 * 2 + 1) * 128 + 4 * (4 * 5 + 3) + 3] = 9 << 4 * 3
         expected[layout.scale_offset + 8 + 5] = 0x3C00 << 16
@@ -97,12 +101,13 @@ class TestLayout:
     def test_unpacks_to_what_was_packed(self, rng, group_size, g_idx, codes):
         problem = random_problem(rng, 1, 160, 24, group_size, g_idx=g_idx, codes=codes)
         order = group_order(normalised(problem)[0], problem.k, problem.group)
-        layout = expert_layout(order.packed_k + 32, problem.n, min(problem.group, 128), has_zeros=codes == "uint4")
-        expert = pack_expert(*problem.parts(0), order, layout)
-        q, scale, zero = unpack_expert(expert, order, layout, problem.k)
+        layout = expert_layout(order.packed_k + 32, problem.n, min(problem.group, 128), codes)
+        expert = pack_expert(problem.q[0], {name: getattr(problem, name)[0] for name in layout.places}, order, layout)
+        q, parts = unpack_expert(expert, order, layout, problem.k)
         np.testing.assert_array_equal(q, problem.q[0])
         # Scales and zero points come back row by row.
-        np.testing.assert_array_equal(dequantize(q, scale, zero, 1, codes=codes), problem.dense(0))
+        zero = parts.get("zero")
+        np.testing.assert_array_equal(dequantize(q, parts["scale"], zero, 1, codes=codes), problem.dense(0))
 
 
 @each_device
@@ -267,8 +272,11 @@ class TestScales:
         runtime = runtime_of(device)
         store = store_of(runtime, problem)
         order = store.group_orders[0]
-        _, stored, _ = unpack_expert(store.read(runtime.queue, 0), order, store.layout, problem.k)
-        stored, given = stored[::32].astype(np.float64) * store.weight_factor, problem.scale[0].astype(np.float64)
+        _, parts = unpack_expert(store.read(runtime.queue, 0), order, store.layout, problem.k)
+        stored, given = (
+            parts["scale"][::32].astype(np.float64) * store.weight_factor,
+            problem.scale[0].astype(np.float64),
+        )
         kept = np.abs(given) >= largest / 2**31
         np.testing.assert_array_equal(stored[kept], given[kept])
         assert (np.abs(stored - given) <= 2.0**-39 * largest).all()

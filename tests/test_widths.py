@@ -22,7 +22,9 @@ from marlin_cy.commands.inspect import width_words, widths
 from marlin_cy.decoder.model import load_model
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
+from marlin_cy.stacks.builder import refuse_unsupported
 from marlin_cy.weights.canonical import pack_words, unpack_words
+from marlin_cy.weights.sizes import checked_stack_sizes
 
 TEXT = [5, 17, 99, 200, 3, 42]
 MIXES = {
@@ -108,16 +110,14 @@ def test_widths_within_a_stack(tmp_path, logits):
     assert_same_bits(load_model(folder, context_length=64).forward(TEXT, all_logits=True), logits)
 
 
-def test_opencl_refuses_by_name(backend):
-    if backend.name == "cpu":
-        pytest.skip("the CPU has all kinds")
-    for options, message in (
-        ({"codes": "uint8"}, "codes: got 'uint8', the OpenCL backend supports 'uint4', 'e2m1'"),
-        ({"scales": "float32"}, "scales: got 'float32', the OpenCL backend supports 'float16', 'bfloat16'"),
-        ({"scales": "two_level_min"}, "scales: got 'two_level_min', the OpenCL backend supports"),
+def test_a_backend_refuses_by_name():
+    sizes = checked_stack_sizes(1, 256, 16, 32, None, "uint8", "two_level_min")
+    for codes, scales, message in (
+        (("uint4", "e2m1"), ("two_level_min",), "codes: got 'uint8', the XPU backend supports 'uint4', 'e2m1'"),
+        (("uint8",), ("float16",), "scales: got 'two_level_min', the XPU backend supports 'float16'"),
     ):
         with pytest.raises(UnsupportedError, match=message):
-            backend.new_stack_builder(1, 256, 16, group_size=32, **options)
+            refuse_unsupported("XPU", sizes, codes, scales)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

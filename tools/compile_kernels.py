@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from marlin_cy.opencl.decoder.phased_shape import LAYER, SHARED_LAYER
-from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros
+from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.program import kernel_files, source
+from marlin_cy.opencl.selfcheck import CODES
 
 FLAGS = [
     "-x",
@@ -107,8 +108,21 @@ STEP_SEGMENTS = {"CACHE_TYPE": 2, "SEGMENTS": 8, "SEGMENT_SHIFT": 9}
 STEP_SHARED = {"SHARED": 1, "LAYER_BYTES": SHARED_LAYER.itemsize}
 SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
+# Code type, scale record and group shift of weights, which together have every branch of records.cl and of the files
+# that include it. Files of products are compiled with each of them once.
+OTHER_WEIGHTS = [
+    ("iq4_nl", "float16", 7),
+    ("uint8", "float16", 7),
+    ("uint8", "float32", 4),
+    ("uint4", "float32_min", 6),
+    ("uint4", "float16_min", 5),
+    ("uint4", "two_level_min", 5),
+    ("uint8", "float32_min", 4),
+    ("e2m1", "two_level", 6),
+    ("uint8", "two_level", 4),
+]
 # Macro sets by file, which together have every branch of it; a file that is not here is compiled without macros. Files
-# of products are compiled with each set for every code type, too.
+# of products are compiled with each set for the two code types of the tiers' check, too.
 VARIANTS: dict[str, list[dict[str, int]]] = {
     "gemm_portable": [
         {},
@@ -152,7 +166,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
     ],
     "align_prepare": [
         {"PREPARED_TYPE": 0, "INPUT_TYPE": 2, "GATHER": 1},
-        {"PREPARED_TYPE": 2, "INPUT_TYPE": 1, "GATHER": 1, "GROUP_SHIFT": 7},
+        {"PREPARED_TYPE": 2, "INPUT_TYPE": 1, "GATHER": 1, "GROUP_SHIFT": 4},
         {"PREPARED_TYPE": 1, "INPUT_TYPE": 2, "GATHER": 0, "ALIGNED": 1},
     ],
     "reduce": [{"OUTPUT_TYPE": 1, "BIAS": 1}, {"OUTPUT_TYPE": 1, "BIAS": 2}, {"OUTPUT_TYPE": 2, "ROUTED": 1}],
@@ -169,7 +183,7 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"LOGITS_TYPE": 2, "SCORING": 1, "GROUPING": 1},
         {"SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
     ],
-    "pack": [{}],
+    "pack": [{"CODE_BITS": 8}, {"CODE_BITS": 8, "GROUP_16": 1}, {}],
     "decoder_rows": [
         {"INPUT_TYPE": 2, "ADDED": 1, "OUTPUT_TYPE": 1, "ACTIVATION": 1},
         {"INPUT_TYPE": 1, "PICKED": 1, "ROW_ITEMS": 16, "ACTIVATION": 4},
@@ -235,11 +249,23 @@ def variants_of(file: str) -> list[dict[str, int]]:
     variants = VARIANTS.get(file, [{}])
     if not file.startswith(("gemm", "decoder_step")):
         return variants
-    return [
+    found = [
         {**variant, **code_macros(name, bool(variant.get("SYMMETRIC")))}
-        for name in reversed(SUPPORTED_CODES)
+        for name in reversed(CODES)
         for variant in variants
     ]
+    if not file.startswith("gemm"):
+        return found
+    others = [
+        {**variants[number % len(variants)], **code_macros(codes, number % 2 == 1, scales, shift)}
+        for number, (codes, scales, shift) in enumerate(OTHER_WEIGHTS)
+    ]
+    for macros, (_, _, shift) in zip(others, OTHER_WEIGHTS, strict=True):
+        if has_ptx(file):
+            macros["GROUP_32"] = int(shift == 5)
+        if file == "gemm_mma_tiled":  # in the 64 KiB of local memory that AMD's GPUs have
+            macros |= {"WAVES": 4, "STRIPS_PER_WAVE": 2, "DEPTH": 2}
+    return [*others, *found]
 
 
 def has_ptx(file: str) -> bool:

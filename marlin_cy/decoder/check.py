@@ -45,9 +45,7 @@ class HeaderLoader(Loader):
         self._use(tensor)
         return np.broadcast_to(np.float16(0), shape)
 
-    def projection(
-        self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None
-    ) -> Projection:
+    def projection(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> Projection:
         if self.is_quantised(module):
             return DenseLinear(rows_of(self.unpacked(module, k, n, bias), columns))
         return self.dense(module, k, n, bias, columns)

@@ -17,15 +17,14 @@ from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.errors import BuildError, DeviceError
 from marlin_cy.moe.align import moe_align_block_size
 from marlin_cy.opencl.buffers import TYPES, Rows, int32_vector, memory_of
+from marlin_cy.opencl.checks.random_weights import random_weight
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
-from marlin_cy.opencl.checks.zero_points import random_zeros
 from marlin_cy.opencl.gemm.work import RoutedBlocks, TileList
 from marlin_cy.opencl.memory import uploaded
 from marlin_cy.opencl.store import OpenClGptqStore, OpenClStackBuilder
 from marlin_cy.opencl.tiers.configuration import Configuration
 from marlin_cy.stacks.builder import checked_stack_sizes
-from marlin_cy.weights.canonical import CanonicalWeight, pack_words
-from marlin_cy.weights.code_types import CODE_TYPES
+from marlin_cy.weights.scale_records import SCALE_RECORDS
 
 if TYPE_CHECKING:
     from marlin_cy.opencl.backend import OpenClBackend
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["ProductKind", "right_configuration"]
 
 # 16 blocks of K and a half, so that 8 waves along K have 2 blocks each and some 3; 2 strips of columns and a half.
-K, N = 1056, 40
+# With two levels, K has to be a multiple of 256.
+K, BLOCK_K, N = 1056, 1280, 40
 TOLERANCE = 2e-3  # of the norm: float16 products give 3e-4; one wrong number of a thousand gives 3e-2
 BFLOAT16_TOLERANCE = 4e-3  # rounding to bfloat16 gives 1e-3 by itself
 NO_BIAS, OUTPUT_BIAS, EXPERT_BIAS = range(3)  # BIAS of common.cl
@@ -59,7 +59,8 @@ class ProductKind(NamedTuple):
         Of routed products: whether several of the ids read the same input row.
     one_order : bool
         Of products by a list of tiles: whether the product is a view's.
-    codes : str
+    codes, scales : str
+        The scale record is the one that is stored.
     symmetric : bool
     group_shift : int
     order : {"own", "common", "each"}
@@ -79,10 +80,16 @@ class ProductKind(NamedTuple):
     several_choices: bool
     one_order: bool
     codes: str
+    scales: str
     symmetric: bool
     group_shift: int
     order: str
     parts: int
+
+    @property
+    def k(self) -> int:
+        """Rows of K of the tiny product."""
+        return BLOCK_K if SCALE_RECORDS[self.scales].has_blocks else K
 
 
 def right_configuration(
@@ -157,6 +164,7 @@ def kind_of(
         several_choices=isinstance(work, RoutedBlocks) and work.top_k > 1,
         one_order=isinstance(work, TileList) and work.one_order,
         codes=store.codes,
+        scales=store.scales,
         symmetric=store.symmetric,
         group_shift=store.layout.group_shift,
         order="own" if store.order is None else "common" if len(store.group_orders) == 1 else "each",
@@ -189,10 +197,10 @@ def relative_error(
     backend = ctx.backend
     work, pairs, input_rows = small_work(backend, kind, len(weights), rng)
     gated = kind.activation is not None and ACTIVATIONS[kind.activation].gated
-    x = rng.standard_normal((input_rows, 2 * K if gated else K)).astype(TYPES[kind.input_type])
+    x = rng.standard_normal((input_rows, 2 * kind.k if gated else kind.k)).astype(TYPES[kind.input_type])
     values = x.astype(np.float64)
     if kind.activation is not None:
-        values = ACTIVATIONS[kind.activation].reference(values[:, :K], values[:, -K:])
+        values = ACTIVATIONS[kind.activation].reference(values[:, : kind.k], values[:, -kind.k :])
     bias, bias_buffer = None, None
     if kind.bias_kind != NO_BIAS:
         bias = rng.standard_normal(weights.shape[::2]).astype(np.float32)
@@ -249,18 +257,14 @@ def small_work(
 
 def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[Any, npt.NDArray[np.float64]]:
     """A stack that suits a kind, and its weights, float64 ``[experts, K, N]``."""
-    group_size = 1 << kind.group_shift
-    groups, experts = -(-K // group_size), max(4, kind.parts)
+    group_size, k = 1 << kind.group_shift, kind.k
+    experts = max(4, kind.parts)
     g_idx = [None] * experts
     if kind.order != "own":
-        orders = [rng.permutation(np.arange(K, dtype=np.int32) // group_size) for _ in range(experts)]
+        orders = [rng.permutation(np.arange(k, dtype=np.int32) // group_size) for _ in range(experts)]
         g_idx = orders if kind.order == "each" else orders[:1] * experts
-    q = rng.integers(0, 1 << CODE_TYPES[kind.codes].bits, (experts, K, N)).astype(np.uint8)
-    scale = rng.uniform(0.5, 2, (experts, groups, N)).astype(np.float16)
-    zeros = random_zeros(rng, kind.codes, scale.shape, kind.symmetric)
-    zero: Any = [None] * experts if zeros is None else zeros
     sizes = checked_stack_sizes(
-        experts, K, N, group_size, None if kind.order == "own" else g_idx, kind.codes, np.float16
+        experts, k, N, group_size, None if kind.order == "own" else g_idx, kind.codes, kind.scales
     )
     # Not limited by a caller's max_alloc_bytes, which decides about parts alone.
     runtime = dataclasses.replace(backend.runtime, max_alloc_bytes=backend.runtime.capabilities.max_allocation)
@@ -271,8 +275,8 @@ def small_stack(backend: OpenClBackend, kind: ProductKind, rng: Any) -> tuple[An
     builder = OpenClStackBuilder(runtime, sizes)
     weights = []
     for expert in range(experts):
-        weight = CanonicalWeight(
-            pack_words(q[expert]), scale[expert], zero[expert], group_size, g_idx[expert], kind.codes
+        weight = random_weight(
+            rng, k, N, group_size, kind.codes, kind.scales, symmetric=kind.symmetric, g_idx=g_idx[expert]
         )
         builder.add(expert, 0, weight)
         weights.append(reference.dequantize_weight(weight))

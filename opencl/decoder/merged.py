@@ -64,6 +64,7 @@ class Merger:
                 group_size=first.weight_group_size,
                 g_idx=[None],
                 codes=first.codes,
+                scales=first.scales,
             ),
         )
         merged.symmetric = all(store.symmetric for store in stores)
@@ -75,17 +76,12 @@ class Merger:
     def _copy(self, merged: OpenClGptqStore, stores: Sequence[OpenClGptqStore], exponents: Sequence[int]) -> None:
         """Copy the sections of each store's only expert to their places, and rescale where the powers of two differ."""
         runtime, target = self._runtime, merged.layout
-        rescale = pack_launch(runtime, "rescale")
+        rescale = pack_launch(runtime, "rescale", merged)
         strip = 0
         with runtime.loading_lock, memory_errors(runtime, merged.nbytes, "merging of layers"):
             for store, exponent in zip(stores, exponents, strict=True):
                 layout = store.layout
-                sections = (
-                    (0, 0, layout.words),
-                    (layout.scale_offset, target.scale_offset, layout.zero_offset - layout.scale_offset),
-                    (layout.zero_offset, target.zero_offset, layout.strips * layout.groups * STRIP_N // 4),
-                )
-                for source, begin, words in sections[: 2 + layout.has_zeros]:
+                for (source, words), (begin, _) in zip(layout.sections, target.sections, strict=True):
                     # Every section has as many words for each strip.
                     place = begin + words // layout.strips * strip
                     cl.enqueue_copy(
@@ -128,4 +124,4 @@ def is_whole(layer: OpenClLinear) -> bool:
 
 def kind_of(store: OpenClGptqStore) -> tuple[object, ...]:
     """What stores that are merged have in common."""
-    return store.k, store.packed_k, store.group_shift, store.weight_group_size, store.codes
+    return store.k, store.packed_k, store.group_shift, store.weight_group_size, store.codes, store.scales

@@ -410,7 +410,11 @@ def covering(parts: Sequence[PackedColumns], begin: int, columns: int) -> tuple[
 
 
 def check_store(store: OpenClGptqStore) -> None:
-    """Refuse weights whose rows of K have another order, and scales out of range."""
+    """Refuse codes and scale records that the kernel does not read, another order of K, and scales out of range."""
+    if store.layout.code_type.bits != 4:
+        raise NotPhased("its weights have codes of 8 bits")
+    if store.scales != "float16":
+        raise NotPhased(f"its weights have {store.scales} scales")
     if store.order is not None or store.packed_k != store.k:
         raise NotPhased("its weights have an order of K (act-order)")
     if not 2.0**-100 < store.weight_factor < 2.0**100:

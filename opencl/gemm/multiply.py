@@ -14,7 +14,6 @@ import pyopencl as cl
 from marlin_cy.opencl.arguments import arguments_of, product_input_values, product_output_values
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.checks.products import right_configuration
-from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.gemm.prepare import Prepared, are_aligned, needs_preparation, prepare
 from marlin_cy.opencl.gemm.work import RoutedBlocks, Work
 from marlin_cy.opencl.launch import Launch
@@ -193,7 +192,7 @@ def make_plan(
     gemm_macros = {
         **dict(configuration.macros),
         **shape,
-        **code_macros(store.codes, store.symmetric),
+        **store.weight_macros,
         "INPUT_TYPE": PREPARED_INPUT_TYPE[inputs.prepared_type] if prepared else rows.type_code,
         "ALIGNED": int(prepared or are_aligned(rows)),
         "ROW_FACTOR": int(prepared and inputs.prepared_type == FLOAT16_ROWS),
@@ -252,4 +251,6 @@ def problem_of(store: OpenClGptqStore, work: Work, device: Capabilities) -> Prob
         n=columns,
         group_rows=1 << store.layout.group_shift,
         device=device,
+        codes=store.codes,
+        scales=store.scales,
     )

@@ -95,13 +95,21 @@ DEFINE_LOAD(1, vload_half(i, p), vload_half8(0, p + i))
 DEFINE_LOAD(2, bfloat16_to_float(p[i]), as_float8(convert_uint8(vload8(0, p + i)) << 16))
 #endif
 
+static inline float4 load4_0(__global const float *p, ulong i) { return vload4(0, p + i); }
+static inline float4 load4_1(__global const half *p, ulong i) { return vload_half4(0, p + i); }
+static inline float4 load4_2(__global const ushort *p, ulong i)
+{
+    return as_float4(convert_uint4(vload4(0, p + i)) << 16);
+}
+
 static inline void store_0(float value, __global float *p, ulong i) { p[i] = value; }
 static inline void store_1(float value, __global half *p, ulong i) { vstore_half_rte(value, i, p); }
 static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = float_to_bfloat16(value); }
 
-// load_input, load8_input: element i, or elements i to i + 7, of a buffer of INPUT, as float.
+// load_input, load4_input, load8_input: element i, or elements i to i + 3 or i + 7, of a buffer of INPUT, as float.
 // store_output: stores a float in a buffer of OUTPUT.
 #define load_input JOIN(load_, INPUT_TYPE)
+#define load4_input JOIN(load4_, INPUT_TYPE)
 #define load8_input JOIN(load8_, INPUT_TYPE)
 #define store_output JOIN(store_, OUTPUT_TYPE)
 
@@ -109,26 +117,39 @@ static inline void store_2(float value, __global ushort *p, ulong i) { p[i] = fl
 //
 // K is padded to blocks of 64 rows, N to strips of 16 columns. The layout of one expert, in uints:
 //
-//   words   [strips][k_blocks][32 lanes][4 steps]
-//   scales  [strips][groups][8]        float16: column g in the low half, column g + 8 in the high half, g = 0..7.
-//                                      A power of two brings the stack's largest scale between 2^14 and 2^15
-//   zeros   [strips][groups][8]        ushorts of two bytes: column g in the low byte, column g + 8 in the high byte;
-//                                      left out for code types without zero points
+//   words     [strips][k_blocks][32 lanes][4 steps]               codes of 4 bits
+//             [strips][k_blocks][2 halves][32 lanes][2 steps][2]   codes of 8 bits
+//   records   [strips][groups][8]    of columns g and g + 8, g = 0..7: their scales or sub-scales, column g first, and
+//                                    then their minima or sub-minima, if there are any
+//   and one of these, or neither:
+//   zeros     [strips][groups][8]    zero points of columns g and g + 8: bytes, or ushorts with codes of 8 bits. Left
+//                                    out for code types without zero points, with minima, and with two levels
+//   blocks    [strips][ceil(k / 256)][8]   with two levels: float16 scales of columns g and g + 8, and then their minima
 //
-// It is padded to expert_words. Lane 4 * g + t of step s holds columns g and g + 8 of the strip, at rows
+// It is padded to expert_words. records.cl has the types of a record. Scales of float16 without minima are normalised: a
+// power of two brings the stack's largest scale between 2^14 and 2^15.
+//
+// Lane 4 * g + t of step s holds columns g and g + 8 of the strip, at rows
 //
 //   64 * block + 32 * (s / 2) + 8 * t + 4 * (s % 2) + {0, 1, 2, 3}
 //
-// in nibbles {0, 4, 2, 6} for column g and {1, 5, 3, 7} for column g + 8. So
+// or, with groups of 16 rows, so that a step has rows of one group, at rows
 //
-// - a lane's rows of two steps are eight consecutive rows;
+//   64 * block + 32 * (s / 2) + 16 * (s % 2) + 4 * t + {0, 1, 2, 3}
+//
+// Codes of 4 bits are in nibbles {0, 4, 2, 6} for column g and {1, 5, 3, 7} for column g + 8. So
+//
+// - a lane's rows of two steps are eight consecutive rows (with groups of 16, two runs of four);
 // - (word & 0x0f0f0f0f) is column g as four bytes in row order 0, 2, 1, 3;
 // - nibbles 0 and 4 lie in the lowest bits of the two float16 of a 32-bit register.
+//
+// Codes of 8 bits are in bytes 0 and 2 of a step's first word for rows 0 and 1 of column g, in its bytes 1 and 3 for
+// column g + 8, and in its second word for rows 2 and 3. So (word & 0x00ff00ff) is in the lowest bits of two float16.
 //
 // The order is that of mma.m16n8k16's first operand, as in Marlin (Frantar et al., "MARLIN: Mixed-Precision
 // Auto-Regressive Parallel Inference on Large Language Models", 2024), with K permuted within 32 rows.
 //
-// A group is 32, 64 or 128 rows of packed K: group_shift is 5, 6 or 7. The meaning of a nibble is in codes.cl.
+// A group is 16, 32, 64 or 128 rows of packed K: group_shift is 4, 5, 6 or 7. The meaning of a code is in codes.cl.
 
 #define STRIP_N 16
 #define BLOCK_K 64

@@ -63,6 +63,20 @@ static inline float sum_of_waves(__local const float *sums, uint r, uint c)
         }                                                                                                \
     }
 
+// A lane's eight values of 32 of a token: eight consecutive ones, or two runs of four with groups of 16.
+#if GROUP_16
+typedef uint2 Octets;
+#define BLOCK_OCTETS 16
+static inline uint4 load_octets(__global const Octets *p)
+{
+    return (uint4)(load_early_pair(p), load_early_pair(p + 4));
+}
+#else
+typedef uint4 Octets;
+#define BLOCK_OCTETS 8
+static inline uint4 load_octets(__global const Octets *p) { return load_early(p); }
+#endif
+
 // The place in `partial` of the sum for row r and a column of the expert, over this part of K.
 #define PARTIAL_AT(r, column) ((((ulong)part * tiles_capacity + row_index) * ROWS + (r)) * n + ((column) - tile.column))
 
@@ -92,10 +106,10 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
     if (!row_tile_exists(row_index, WORK) || tile.expert < 0 || first_strip >= strips)
         return;
     const Expert expert = expert_at(EXPERT_BASE(tile.expert), strips, blocks, groups);
-    __global const uint4 *tokens[TOKEN_TILES];
+    __global const Octets *tokens[TOKEN_TILES];
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++)
-        tokens[i] = (__global const uint4 *)(input + input_offset + (ulong)max(rows[i], 0) * k) + t;
+        tokens[i] = (__global const Octets *)(input + input_offset + (ulong)max(rows[i], 0) * k) + t;
     const uint begin = part * share + wave * run;
     const uint end = min(min(begin + run, (part + 1) * share), blocks);
 
@@ -107,8 +121,11 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
             total[s][i] = (float4)(0);
 #pragma unroll 1
     for (uint chunk = begin; chunk < end; chunk += DEPTH) {
-        uint4 words[DEPTH][S], x[DEPTH][TOKEN_TILES][2];
-        uint scales[DEPTH][S][HALVES], zeros[DEPTH][S][HALVES];
+        BlockWords words[DEPTH][S];
+        uint4 x[DEPTH][TOKEN_TILES][2];
+        Record records[DEPTH][S][HALVES];
+        BlockRecord of_rows[DEPTH][S];
+        uint zeros[DEPTH][S][HALVES];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             const bool exists = chunk + d < end;
@@ -116,23 +133,29 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 const uint strip = min(first_strip + s, strips - 1);
-                words[d][s] = load_once(expert.words + (strip * blocks + block) * LANES + lane);
+                words[d][s] = load_words_once(expert.words + (strip * blocks + block) * (BLOCK_QUADS * LANES) + lane);
 #pragma unroll
                 for (int h = 0; h < HALVES; h++) {
-                    const uint group = min((BLOCK_K * block + 32 * h) >> group_shift, groups - 1);
+                    const uint group = min((BLOCK_K * block + GROUP_K * h) >> group_shift, groups - 1);
                     const uint at = (strip * groups + group) * 8 + g;
-                    scales[d][s][h] = load_early_word(expert.scales + at);
+                    records[d][s][h] = load_early_record(expert.records + at);
                     zeros[d][s][h] = SYMMETRIC ? 0 : expert.zeros[at];
                 }
+#if TWO_LEVELS
+                const uint row = strip * blocks_of_rows(blocks) + (BLOCK_K * block >> BLOCK_SHIFT);
+                of_rows[d][s] = expert.of_rows[row * 8 + g];
+#else
+                of_rows[d][s] = 0;
+#endif
             }
 #pragma unroll
             for (int i = 0; i < TOKEN_TILES; i++) {
                 const bool reads = exists && rows[i] >= 0;
                 x[d][i][0] = x[d][i][1] = (uint4)(0);
                 if (reads)
-                    x[d][i][0] = load_early(tokens[i] + block * 8);
+                    x[d][i][0] = load_octets(tokens[i] + block * BLOCK_OCTETS);
                 if (reads && BLOCK_K * block + 32 < k)
-                    x[d][i][1] = load_early(tokens[i] + block * 8 + 4);
+                    x[d][i][1] = load_octets(tokens[i] + block * BLOCK_OCTETS + BLOCK_OCTETS / 2);
             }
         }
         issue_loads();
@@ -144,14 +167,14 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(LANES * WAVES, 1, 1))) __kernel v
                 sum_tokens(token_sums[i], x[d][i][0], x[d][i][1]);
 #pragma unroll
             for (int s = 0; s < S; s++) {
-                float2 scale[HALVES];
+                Factors factors[HALVES];
 #pragma unroll
                 for (int h = 0; h < HALVES; h++)
-                    scale[h] = half2_to_float2(scales[d][s][h]);
+                    factors[h] = group_factors(records[d][s][h], of_rows[d][s]);
 #pragma unroll
                 for (int i = 0; i < TOKEN_TILES; i++)
-                    total[s][i] =
-                        add_block(total[s][i], words[d][s], x[d][i][0], x[d][i][1], token_sums[i], scale, zeros[d][s]);
+                    total[s][i] = add_block(total[s][i], words[d][s], x[d][i][0], x[d][i][1], token_sums[i], factors,
+                                            zeros[d][s]);
             }
         }
     }

@@ -24,24 +24,90 @@
 #define SCRATCH_SIZE STAGE_SIZE
 #endif
 
-// The weights of a word times WEIGHT_UNIT, four rows each of columns g (low) and g + 8 (high). The results are exact,
-// as scales have 11 bits.
+// The weights of a step times WEIGHT_UNIT, four rows each of columns g (low) and g + 8 (high). With normalised float16
+// scales and codes of 4 bits, weights are exact.
 #if !HAS_ZERO_POINTS
-static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
+typedef Factors Terms;
+static inline Terms terms_of(Factors factors, float2 zero) { return factors; }
+
+static inline void dequantise(uint word, Terms terms, float4 *low, float4 *high)
 {
     const uint4 codes = code_halves(word);
-    *low = (float4)(halves_to_float2(codes.x), halves_to_float2(codes.z)) * scale.x;
-    *high = (float4)(halves_to_float2(codes.y), halves_to_float2(codes.w)) * scale.y;
+    *low = (float4)(halves_to_float2(codes.x), halves_to_float2(codes.z)) * terms.x;
+    *high = (float4)(halves_to_float2(codes.y), halves_to_float2(codes.w)) * terms.y;
 }
-#else
+#elif CODE_BITS == 4 && PLAIN_SCALES
+typedef struct {
+    float2 scale, offset;
+} Terms;
+
+static inline Terms terms_of(Factors factors, float2 zero)
+{
+    Terms terms;
+    terms.scale = factors;
+    terms.offset = -((float2)(2048, 128) + zero) * factors;
+    return terms;
+}
+
 // q * scale + offset: a nibble at bit 12 of the float 2^11, or at bit 16 of the float 2^7, adds its value to the float.
-static inline void dequantise(uint word, float2 scale, float2 offset, float4 *low, float4 *high)
+static inline void dequantise(uint word, Terms terms, float4 *low, float4 *high)
 {
     word = code_integers(word);
     uint4 at = (uint4)(word << 12, word >> 4, word << 4, word >> 12);
-    *low = as_float4((at & 0xf000u) | 0x45000000u) * scale.x + offset.x;
-    *high = as_float4((at & 0xf0000u) | 0x43000000u) * scale.y + offset.y;
+    *low = as_float4((at & 0xf000u) | 0x45000000u) * terms.scale.x + terms.offset.x;
+    *high = as_float4((at & 0xf0000u) | 0x43000000u) * terms.scale.y + terms.offset.y;
 }
+#else
+typedef struct {
+    Factors factors;
+    float2 magic; // the floats whose lowest bits are codes, plus zero points
+} Terms;
+
+#if CODE_BITS == 8
+#define MAGIC (float2)(0x1p23f, 0x1p23f)
+#else
+#define MAGIC (float2)(2048, 128)
+#endif
+static inline Terms terms_of(Factors factors, float2 zero)
+{
+    Terms terms;
+    terms.factors = factors;
+    terms.magic = MAGIC + zero;
+    return terms;
+}
+
+// The difference of code and zero point is exact, then comes one multiply-add.
+static inline void dequantise(StepWords words, Terms terms, float4 *low, float4 *high)
+{
+#if CODE_BITS == 8
+    const uint4 at = (uint4)(words.x, words.x >> 16, words.y, words.y >> 16);
+    *low = as_float4((at & 0xffu) | 0x4b000000u) - terms.magic.x;
+    *high = as_float4((at >> 8 & 0xffu) | 0x4b000000u) - terms.magic.y;
+#else
+    const uint word = code_integers(words);
+    const uint4 at = (uint4)(word << 12, word >> 4, word << 4, word >> 12);
+    *low = as_float4((at & 0xf000u) | 0x45000000u) - terms.magic.x;
+    *high = as_float4((at & 0xf0000u) | 0x43000000u) - terms.magic.y;
+#endif
+#if MINIMA
+    *low = fma(*low, (float4)(terms.factors.x), (float4)(-terms.factors.z));
+    *high = fma(*high, (float4)(terms.factors.y), (float4)(-terms.factors.w));
+#else
+    *low *= terms.factors.x;
+    *high *= terms.factors.y;
+#endif
+}
+#endif
+
+// A lane's eight rows of 32, from the first of them on, in global or in local memory.
+#if GROUP_16
+#define LANE_ROW(t) (4 * (t))
+#define LOAD_ROWS(i) (float8)(load4_input(input + input_offset, i), load4_input(input + input_offset, (i) + 16))
+#define STAGED_ROWS(p) (float8)(vload4(0, p), vload4(0, (p) + 16))
+#else
+#define LANE_ROW(t) (8 * (t))
+#define LOAD_ROWS(i) load8_input(input + input_offset, i)
+#define STAGED_ROWS(p) vload8(0, p)
 #endif
 
 static inline float add_products(float sum, float8 a, float4 w0, float4 w1)
@@ -124,7 +190,7 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
 #pragma unroll UNROLL_ROWS
         for (int r = 0; r < WAVE_ROWS; r++) {
             int row = in_rows[r * ROW_WAVES + row_wave];
-            starts[r] = (ulong)(row >= 0 ? row : some_row) * k + 8 * t;
+            starts[r] = (ulong)(row >= 0 ? row : some_row) * k + LANE_ROW(t);
         }
         for (; block < end_block; block += K_WAVES)
 #endif
@@ -136,7 +202,7 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
                 if (block + K_WAVES < end_block)
                     load_blocks(next, at, wave_strip, strips, block + K_WAVES, k_blocks, groups, group_shift);
 
-                float2 scale[WAVE_STRIPS], offset[WAVE_STRIPS];
+                Terms terms[WAVE_STRIPS][PIECES];
                 for (int half_block = 0; half_block < 2; half_block++) {
                     const uint row_k = block * BLOCK_K + 32 * half_block;
                     if (row_k >= k || wave_rows <= 0)
@@ -144,19 +210,21 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
                     float4 w[WAVE_STRIPS][4]; // rows 0 to 3 and 4 to 7 of column g, then those of column g + 8
 #pragma unroll
                     for (int s = 0; s < WAVE_STRIPS; s++) {
-                        if (half_block == 0 || group_shift == 5) {
-                            scale[s] = halves_to_float2(half_block ? loaded[s].scales.y : loaded[s].scales.x);
+                        if (half_block == 0 || group_shift <= 5) {
+#pragma unroll
+                            for (int p = 0; p < PIECES; p++) {
 #if SYMMETRIC
-                            const float2 zero = SYMMETRIC_ZERO;
+                                const float2 zero = SYMMETRIC_ZERO;
 #else
-                        const uint zeros = half_block ? loaded[s].zeros.y : loaded[s].zeros.x;
-                        const float2 zero = (float2)(zeros & 255u, zeros >> 8);
+                            const uint zeros = OF_PIECE(loaded[s].zeros, half_block, p);
+                            const float2 zero = (float2)(LOW_ZERO(zeros), HIGH_ZERO(zeros));
 #endif
-                            offset[s] = -((float2)(2048, 128) + zero) * scale[s];
+                                terms[s][p] = terms_of(FACTORS_OF(loaded[s], half_block, p), zero);
+                            }
                         }
-                        const uint2 words = half_block ? loaded[s].words.zw : loaded[s].words.xy;
-                        dequantise(words.x, scale[s], offset[s], &w[s][0], &w[s][2]);
-                        dequantise(words.y, scale[s], offset[s], &w[s][1], &w[s][3]);
+                        const HalfWords words = HALF_WORDS(loaded[s], half_block);
+                        dequantise(STEP_WORDS(words, 0), terms[s][0], &w[s][0], &w[s][2]);
+                        dequantise(STEP_WORDS(words, 1), terms[s][PIECES - 1], &w[s][1], &w[s][3]);
                     }
 #pragma unroll UNROLL_STEPS
                     for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
@@ -164,10 +232,11 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
 #pragma unroll
                             for (int r = step; r < step + ROW_STEP; r++) {
 #if STAGED
-                                const float8 a = vload8(0, scratch + (r * ROW_WAVES + row_wave) * STAGE_K +
-                                                               k_wave * BLOCK_K + 32 * half_block + 8 * t);
+                                __local const float *from = scratch + (r * ROW_WAVES + row_wave) * STAGE_K +
+                                                            k_wave * BLOCK_K + 32 * half_block + LANE_ROW(t);
+                                const float8 a = STAGED_ROWS(from);
 #else
-                            const float8 a = load8_input(input + input_offset, starts[r] + row_k);
+                            const float8 a = LOAD_ROWS(starts[r] + row_k);
 #endif
 #pragma unroll
                                 for (int s = 0; s < WAVE_STRIPS; s++) {

@@ -1,3 +1,5 @@
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define RECORD_HALVES(pair) convert_float2(as_half2(pair))
 #include "wave_tiled.cl"
 
 // gemm, tier "subgroup": needs cl_khr_fp16 and sub-groups; with DOT=1 the integer dot product, too.
@@ -14,6 +16,10 @@
 //   DOT=1   input rows are integer planes (PREPARED_PLANES of prepare.cl). The sum is exact:
 //           256 * dot(high, q) + dot(low, q) - zero * sum(a). Here q and zero are multiplicands (codes.cl).
 //
+// A minimum is multiplied by the sum of the group's activations.
+//
+// A work-item multiplies ROWS_AT_ONCE rows of K at a time: its eight of 32, or its four of 16 with groups of 16.
+//
 // Build options besides those of wave_tiled.cl
 //   DOT       1: integer planes (0)
 //   SHUFFLE   1: sub_group_shuffle_xor adds the sums of the four t; needs cl_khr_subgroup_shuffle
@@ -23,32 +29,55 @@
 //             row_bytes = 2 * k + 16 * ceil(groups / 2); input_offset is a multiple of 4
 //   ROWS      each sum of a work-item takes two registers (DOT=1: three)
 
-#pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #ifdef cl_khr_subgroups
 #pragma OPENCL EXTENSION cl_khr_subgroups : enable
 #endif
 
+#define ROWS_AT_ONCE (8 / PIECES)
+#if GROUP_16
+typedef StepWords Words;
+#define WORDS_OF(words, piece) STEP_WORDS(words, piece)
+#else
+typedef HalfWords Words;
+#define WORDS_OF(words, piece) (words)
+#endif
+#if CODE_BITS == 8
+#define LOW_BYTES 0x00ff00ffu
+#if GROUP_16
+#define EVEN_WORDS(words) (words).x
+#define ODD_WORDS(words) (words).y
+#else
+#define EVEN_WORDS(words) (words).even
+#define ODD_WORDS(words) (words).odd
+#endif
+#endif
+
 #if DOT
 
-// Dot products of four rows with the high and the low plane.
+// Dot products of the rows with the high and the low plane.
 typedef int2 Part;
-typedef uint2 Weights; // a column's eight rows, as bytes
-typedef uint4 Activations;
+#if GROUP_16
+typedef uint Weights; // a column's rows, as bytes
+typedef uint2 Activations;
 
-static inline Activations load_activations(__global const INPUT *input, ulong i)
+static inline Activations load_activations(__global const INPUT *input, ulong i, int piece)
 {
-    return *(__global const uint4 *)(input + i);
+    return (uint2)(as_uint(input[i + piece]), as_uint(input[i + 2 + piece]));
 }
 
-static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
+static inline Part add_products(Part part, Activations a, Weights w)
 {
-#if HAS_ZERO_POINTS
-    words = code_integers(words);
-    *low = words & 0x0f0f0f0fu;
-    *high = words >> 4 & 0x0f0f0f0fu;
+    part.x += dot_4x8packed_us_int(w, a.x);
+    part.y += dot_4x8packed_us_int(w, a.y);
+    return part;
+}
 #else
-    code_bytes(words, low, high);
-#endif
+typedef uint2 Weights;
+typedef uint4 Activations;
+
+static inline Activations load_activations(__global const INPUT *input, ulong i, int piece)
+{
+    return *(__global const uint4 *)(input + i);
 }
 
 static inline Part add_products(Part part, Activations a, Weights w)
@@ -57,29 +86,67 @@ static inline Part add_products(Part part, Activations a, Weights w)
     part.y += dot_4x8packed_us_int(w.x, a.z) + dot_4x8packed_us_int(w.y, a.w);
     return part;
 }
+#endif
+
+static inline void unpack(Words words, half2 zero, Weights *low, Weights *high)
+{
+#if CODE_BITS == 8 // bytes in row order 0, 2, 1, 3, as in the planes
+    *low = (EVEN_WORDS(words) & LOW_BYTES) | (ODD_WORDS(words) & LOW_BYTES) << 8;
+    *high = (EVEN_WORDS(words) >> 8 & LOW_BYTES) | (ODD_WORDS(words) & ~LOW_BYTES);
+#elif HAS_ZERO_POINTS
+    words = code_integers(words);
+    *low = words & 0x0f0f0f0fu;
+    *high = words >> 4 & 0x0f0f0f0fu;
+#elif GROUP_16
+#error "codes without zero points have no groups of 16"
+#else
+    code_bytes(words, low, high);
+#endif
+}
 
 #else
 
 typedef float Part;
-typedef half8 Weights; // a column's eight rows, minus the zero point, times WEIGHT_UNIT
+#if GROUP_16
+typedef half4 Weights; // a column's rows, minus the zero point, times WEIGHT_UNIT
+typedef float4 Activations;
+#define load_activations(input, i, piece) load4_input(input, (i) + 16 * (piece))
+#else
+typedef half8 Weights;
 #if INPUT_TYPE == 1 && ALIGNED
 typedef half8 Activations;
-static inline Activations load_activations(__global const INPUT *input, ulong i)
+static inline Activations load_activations(__global const INPUT *input, ulong i, int piece)
 {
     return *(__global const half8 *)(input + i);
 }
 #else
 typedef float8 Activations;
-#define load_activations load8_input
+#define load_activations(input, i, piece) load8_input(input, i)
+#endif
 #endif
 
-#if !HAS_ZERO_POINTS
+#if CODE_BITS == 8
+#if GROUP_16
+#define AS_WEIGHTS as_half4
+#else
+#define AS_WEIGHTS as_half8
+#endif
+// Puts bytes in the lowest bits of the float16 1024.
+static inline void unpack(Words words, half2 zero, Weights *low, Weights *high)
+{
+    const half2 offset = (half)1024 + zero;
+    *low = AS_WEIGHTS((words & LOW_BYTES) | 0x64006400u) - offset.x;
+    *high = AS_WEIGHTS((words >> 8 & LOW_BYTES) | 0x64006400u) - offset.y;
+}
+#elif !HAS_ZERO_POINTS
 static inline void unpack(uint2 words, half2 zero, Weights *low, Weights *high)
 {
     const uint4 first = code_halves(words.x), second = code_halves(words.y);
     *low = as_half8((uint4)(first.xz, second.xz));
     *high = as_half8((uint4)(first.yw, second.yw));
 }
+#elif GROUP_16
+#error "codes of 4 bits have no groups of 16"
 #else
 // Puts nibbles 0, 4, 2, 6 of both words (column g) and nibbles 1, 5, 3, 7 (column g + 8) in the lowest bits of the
 // float16 1024.
@@ -99,12 +166,27 @@ static inline Part add_products(Part part, Activations a, Weights w)
     part += (float)a.s1 * (float)w.s1;
     part += (float)a.s2 * (float)w.s2;
     part += (float)a.s3 * (float)w.s3;
+#if !GROUP_16
     part += (float)a.s4 * (float)w.s4;
     part += (float)a.s5 * (float)w.s5;
     part += (float)a.s6 * (float)w.s6;
     part += (float)a.s7 * (float)w.s7;
+#endif
     return part;
 }
+
+#if MINIMA
+// The sum of the activations, in float32.
+#if GROUP_16
+static inline float sum_of(Activations a) { return (a.s0 + a.s1) + (a.s2 + a.s3); }
+#else
+static inline float sum_of(Activations values)
+{
+    const float8 a = convert_float8(values);
+    return ((a.s0 + a.s1) + (a.s2 + a.s3)) + ((a.s4 + a.s5) + (a.s6 + a.s7));
+}
+#endif
+#endif
 
 #endif
 
@@ -155,13 +237,19 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
 #pragma unroll
             for (int c = 0; c < 2 * WAVE_STRIPS; c++)
                 sums[r][c] = 0, parts[r][c] = 0;
+#if MINIMA && !DOT
+        float row_sums[WAVE_ROWS]; // of the group's activations, of the work-item's rows of K
+#pragma unroll UNROLL_ROWS
+        for (int r = 0; r < WAVE_ROWS; r++)
+            row_sums[r] = 0;
+#endif
 #if DOT
         const ulong row_length = k / 2 + (groups + 1) / 2 * 4;
         const uint meta = k / 2; // scales and sums, from the start of a row
         const int lane_k = 4 * t, half_block_k = 16; // steps in a row of planes
 #else
         const ulong row_length = k;
-        const int lane_k = 8 * t, half_block_k = 32;
+        const int lane_k = ROWS_AT_ONCE * t, half_block_k = 32;
 #endif
         ulong starts[WAVE_ROWS]; // of the input rows; padding has the start of some row, as every start is read from
 #pragma unroll UNROLL_ROWS
@@ -183,67 +271,88 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
                 const uint row_k = block * BLOCK_K + 32 * half_block;
                 if (row_k >= k || wave_rows <= 0)
                     break;
-                Weights w[WAVE_STRIPS][2]; // columns g and g + 8
-                int2 zero[WAVE_STRIPS];
+#if GROUP_16
 #pragma unroll
-                for (int s = 0; s < WAVE_STRIPS; s++) {
+                for (int piece = 0; piece < PIECES; piece++)
+#else
+                const int piece = 0;
+#endif
+                {
+                    Weights w[WAVE_STRIPS][2]; // columns g and g + 8
+                    int2 zero[WAVE_STRIPS];
+#pragma unroll
+                    for (int s = 0; s < WAVE_STRIPS; s++) {
 #if SYMMETRIC
-                    zero[s] = SYMMETRIC_ZERO;
+                        zero[s] = SYMMETRIC_ZERO;
 #else
-                    const uint zeros = half_block ? loaded[s].zeros.y : loaded[s].zeros.x;
-                    zero[s] = (int2)(zeros & 255u, zeros >> 8);
+                        const uint zeros = OF_PIECE(loaded[s].zeros, half_block, piece);
+                        zero[s] = (int2)(LOW_ZERO(zeros), HIGH_ZERO(zeros));
 #endif
-                    unpack(half_block ? loaded[s].words.zw : loaded[s].words.xy, convert_half2(zero[s]), &w[s][0],
-                           &w[s][1]);
-                }
+                        const HalfWords words = HALF_WORDS(loaded[s], half_block);
+                        unpack(WORDS_OF(words, piece), convert_half2(zero[s]), &w[s][0], &w[s][1]);
+                    }
 #pragma unroll UNROLL_STEPS
-                for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
-                    if (step < wave_rows)
+                    for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
+                        if (step < wave_rows)
 #pragma unroll
-                        for (int r = step; r < step + ROW_STEP; r++) {
-                            const Activations a =
-                                load_activations(input, starts[r] + row_k / 32 * half_block_k + lane_k);
+                            for (int r = step; r < step + ROW_STEP; r++) {
+                                const Activations a =
+                                    load_activations(input, starts[r] + row_k / 32 * half_block_k + lane_k, piece);
+#if MINIMA && !DOT
+                                row_sums[r] += sum_of(a);
+#endif
 #pragma unroll
-                            for (int s = 0; s < WAVE_STRIPS; s++) {
-                                parts[r][2 * s] = add_products(parts[r][2 * s], a, w[s][0]);
-                                parts[r][2 * s + 1] = add_products(parts[r][2 * s + 1], a, w[s][1]);
+                                for (int s = 0; s < WAVE_STRIPS; s++) {
+                                    parts[r][2 * s] = add_products(parts[r][2 * s], a, w[s][0]);
+                                    parts[r][2 * s + 1] = add_products(parts[r][2 * s + 1], a, w[s][1]);
+                                }
                             }
-                        }
 
-                // The end of a group.
-                const uint next_k = row_k + 32;
-                if (next_k < k && (next_k & ((1u << group_shift) - 1)) != 0)
-                    continue;
-                float2 scale[WAVE_STRIPS];
+                    // The end of a group.
+                    const uint next_k = row_k + 32;
+                    if (next_k < k && (next_k & ((1u << group_shift) - 1)) != 0)
+                        continue;
+                    Factors factors[WAVE_STRIPS];
 #pragma unroll
-                for (int s = 0; s < WAVE_STRIPS; s++)
-                    scale[s] = convert_float2(as_half2(half_block ? loaded[s].scales.y : loaded[s].scales.x));
+                    for (int s = 0; s < WAVE_STRIPS; s++)
+                        factors[s] = FACTORS_OF(loaded[s], half_block, piece);
 #pragma unroll UNROLL_STEPS
-                for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
-                    if (step < wave_rows)
+                    for (int step = 0; step < WAVE_ROWS; step += ROW_STEP)
+                        if (step < wave_rows)
 #pragma unroll
-                        for (int r = step; r < step + ROW_STEP; r++) {
+                            for (int r = step; r < step + ROW_STEP; r++) {
 #if DOT
-                            const uint2 of_group =
-                                *(__global const uint2 *)(input + starts[r] + meta + 2 * (row_k >> group_shift));
-                            const float row_scale = as_float(of_group.x);
-                            const int row_sum = t == 0 ? as_int(of_group.y) : 0; // once for the four t
+                                const uint2 of_group = *(__global const uint2 *)(input + starts[r] + meta +
+                                                                                 2 * ((row_k >> group_shift) + piece));
+                                const float row_scale = as_float(of_group.x);
+                                const int row_sum = t == 0 ? as_int(of_group.y) : 0; // once for the four t
 #endif
 #pragma unroll
-                            for (int s = 0; s < WAVE_STRIPS; s++) {
+                                for (int s = 0; s < WAVE_STRIPS; s++) {
 #if DOT
-                                const int2 low = parts[r][2 * s], high = parts[r][2 * s + 1];
-                                sums[r][2 * s] +=
-                                    (float)(256 * low.x + low.y - zero[s].x * row_sum) * (row_scale * scale[s].x);
-                                sums[r][2 * s + 1] +=
-                                    (float)(256 * high.x + high.y - zero[s].y * row_sum) * (row_scale * scale[s].y);
+                                    const int2 low = parts[r][2 * s], high = parts[r][2 * s + 1];
+                                    sums[r][2 * s] +=
+                                        (float)(256 * low.x + low.y - zero[s].x * row_sum) * (row_scale * factors[s].x);
+                                    sums[r][2 * s + 1] += (float)(256 * high.x + high.y - zero[s].y * row_sum) *
+                                                          (row_scale * factors[s].y);
 #else
-                                sums[r][2 * s] += parts[r][2 * s] * scale[s].x;
-                                sums[r][2 * s + 1] += parts[r][2 * s + 1] * scale[s].y;
+                                    sums[r][2 * s] += parts[r][2 * s] * factors[s].x;
+                                    sums[r][2 * s + 1] += parts[r][2 * s + 1] * factors[s].y;
 #endif
-                                parts[r][2 * s] = 0, parts[r][2 * s + 1] = 0;
+#if MINIMA && DOT
+                                    sums[r][2 * s] -= (float)row_sum * (row_scale * factors[s].z);
+                                    sums[r][2 * s + 1] -= (float)row_sum * (row_scale * factors[s].w);
+#elif MINIMA
+                                    sums[r][2 * s] -= row_sums[r] * factors[s].z;
+                                    sums[r][2 * s + 1] -= row_sums[r] * factors[s].w;
+#endif
+                                    parts[r][2 * s] = 0, parts[r][2 * s + 1] = 0;
+                                }
+#if MINIMA && !DOT
+                                row_sums[r] = 0;
+#endif
                             }
-                        }
+                }
             }
             block = next_block;
         }

@@ -1,5 +1,6 @@
-#include "codes.cl"
 #include "ptx.cl"
+#define RECORD_HALVES half2_to_float2
+#include "records.cl"
 
 // Shared by the kernels for NVIDIA tensor cores (compute capability 8.0 and later).
 //
@@ -11,12 +12,12 @@
 //   gemm_mma_direct    for few rows per expert, where reading weights takes the time: waves split K
 //   gemm_mma_tiled     for many rows per expert, where multiplying takes the time: waves share the tokens
 //
-// Build options of both, besides those of common.cl and codes.cl
+// Build options of both, besides those of common.cl, codes.cl and records.cl
 //   ROWS              rows of a tile: a multiple of 8
 //   WAVES             waves of 32 work-items; the local size is 32 * WAVES
 //   STRIPS_PER_WAVE   strips of 16 columns that a wave computes
 //   DEPTH             blocks of K that are in flight at a time
-//   GROUP_32          1: groups of 32 rows; 0: groups of 64 or 128 rows
+//   GROUP_32          1: groups of 32 rows; 0: groups of 64 or 128 rows, or of 16 rows with GROUP_16
 //   SPLIT             gemm_mma_direct only
 //
 // The kernels use more local memory than the 48 KiB that the driver reports; it allows as much as the hardware has.
@@ -37,20 +38,60 @@
 #define S STRIPS_PER_WAVE
 #define TOKEN_TILES (ROWS / 8)
 #define LANES 32
-#define HALVES (1 + GROUP_32)  // groups in a block of K
+#define HALVES (GROUP_16 ? 4 : 1 + GROUP_32)  // groups in a block of K
+#define GROUP_K (BLOCK_K / HALVES)            // rows of a group in a block
 
 // Sections of an expert.
 typedef struct {
-    __global const uint4 *words;    // [strips][blocks][32]
-    __global const uint *scales;    // [strips][groups][8]
-    __global const ushort *zeros;   // [strips][groups][8]
+    __global const uint4 *words;            // [strips][blocks][BLOCK_QUADS][32]
+    __global const Record *records;         // [strips][groups][8]
+    __global const ZeroPair *zeros;         // [strips][groups][8]
+#if TWO_LEVELS
+    __global const BlockRecord *of_rows;    // [strips][blocks_of_rows(blocks)][8], in place of zeros
+#endif
 } Expert;
 
 static inline Expert expert_at(__global const uint *base, uint strips, uint blocks, uint groups)
 {
     Expert expert;
     expert.words = (__global const uint4 *)base;
-    expert.scales = base + (ulong)strips * blocks * BLOCK_WORDS;
-    expert.zeros = (__global const ushort *)(expert.scales + (ulong)strips * groups * 8);
+    __global const uint *records = base + WORDS_OF_EXPERT(strips, blocks);
+    expert.records = (__global const Record *)records;
+    expert.zeros = (__global const ZeroPair *)(records + UINTS_OF_RECORDS(strips, groups));
+#if TWO_LEVELS
+    expert.of_rows = (__global const BlockRecord *)expert.zeros;
+#endif
     return expert;
 }
+
+static inline uint blocks_of_rows(uint blocks) { return (blocks + 3) / 4; }
+
+// A record that is loaded before issue_loads() (ptx.cl).
+static inline Record load_early_record(__global const Record *p)
+{
+#if RECORD_BYTES == 16
+    return load_early(p);
+#elif RECORD_BYTES == 8
+    return load_early_pair(p);
+#elif RECORD_BYTES == 4
+    return load_early_word(p);
+#else
+    return *p;
+#endif
+}
+
+// The words of a lane in a block, in steps.
+#if CODE_BITS == 8
+typedef uint8 BlockWords;
+#define BLOCK_STEP(words, step) \
+    ((step) < 2 ? ((step) == 0 ? (words).s01 : (words).s23) : ((step) == 2 ? (words).s45 : (words).s67))
+static inline BlockWords load_words_once(__global const uint4 *p)
+{
+    return (uint8)(load_once(p), load_once(p + LANES));
+}
+#else
+typedef uint4 BlockWords;
+#define BLOCK_STEP(words, step) \
+    ((step) < 2 ? ((step) == 0 ? (words).x : (words).y) : ((step) == 2 ? (words).z : (words).w))
+static inline BlockWords load_words_once(__global const uint4 *p) { return load_once(p); }
+#endif

@@ -31,6 +31,8 @@
 //                            order is that of (word & 0x0f0f0f0f) in the packed weight
 //   [groups] of 8            scale (float), sum of the group's values (int); groups = ceil(k_out / 2^GROUP_SHIFT)
 //
+// With groups of 16, 16 bytes hold rows 4 t to 4 t + 3 and 16 + 4 t to 19 + 4 t of 32, as a lane of packed weights does.
+//
 // It is padded to a multiple of 16: 2 * k_out + 16 * ceil(groups / 2) bytes. A group with a NaN or an infinity has a
 // scale of NaN and values of 0.
 
@@ -168,11 +170,22 @@ __attribute__((always_inline)) static inline void prepare_row(uint i, ulong from
             high[j] = (value + 128) >> 8;
             low[j] = value - 256 * high[j];
         }
+#if GROUP_SHIFT == 4
+        // With groups of 16, quad t of 32 rows holds rows 4 t on of both groups (common.cl): here t is 2 (octet % 2) and
+        // one more.
+        if (octet < octets)
+            for (uint j = 0; j < 2; j++) {
+                const uint first = 4 * (octet / 4 * 4 + octet % 2 * 2 + j) + octet % 4 / 2;
+                to[first] = plane_word(high[4 * j], high[4 * j + 1], high[4 * j + 2], high[4 * j + 3]);
+                to[first + 2] = plane_word(low[4 * j], low[4 * j + 1], low[4 * j + 2], low[4 * j + 3]);
+            }
+#else
         if (octet < octets)
             vstore4((uint4)(plane_word(high[0], high[1], high[2], high[3]),
                             plane_word(high[4], high[5], high[6], high[7]), plane_word(low[0], low[1], low[2], low[3]),
                             plane_word(low[4], low[5], low[6], low[7])),
                     octet, to);
+#endif
         value_sums[item] = sum;
         barrier(CLK_LOCAL_MEM_FENCE);
         if (item == leader && octet < octets) {

@@ -67,6 +67,7 @@ static inline float from_lane(float value, uint lane) { return sub_group_shuffle
 static inline uint ballot(bool condition) { return sub_group_ballot(condition).x; }
 static inline uint4 load_once(__global const uint4 *p) { return *p; }
 static inline uint4 load_early(__global const uint4 *p) { return *p; }
+static inline uint2 load_early_pair(__global const uint2 *p) { return *p; }
 static inline uint load_early_word(__global const uint *p) { return *p; }
 static inline void issue_loads(void) {}
 static inline void prefetch_line(__global const void *p) {}
@@ -219,6 +220,12 @@ static inline uint4 load_early(__global const uint4 *p)
     uint x = 0, y = 0, z = 0, w = 0;
     ORDERED_ASM("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p) : "memory");
     return (uint4)(x, y, z, w);
+}
+static inline uint2 load_early_pair(__global const uint2 *p)
+{
+    uint x = 0, y = 0;
+    ORDERED_ASM("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "l"(p) : "memory");
+    return (uint2)(x, y);
 }
 static inline uint load_early_word(__global const uint *p)
 {

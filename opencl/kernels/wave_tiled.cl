@@ -1,4 +1,4 @@
-#include "codes.cl"
+#include "records.cl"
 
 // Shared by gemm_portable and gemm_subgroup: the division of a tile among waves, and the addition of their sums.
 //
@@ -143,21 +143,41 @@ static inline Turn turn_of(long number, int column_tiles, int runs, uint num_exp
     return turn;
 }
 
-// A lane's part of one block of a strip; a scale and a zero point for each 32 rows.
+// A lane's part of one block of a strip; a record and a zero point for each 32 rows, or for each 16.
 typedef struct {
-    uint4 words;
-    uint2 scales;
+    uint4 words[BLOCK_QUADS];
+    Record records[2 * PIECES];
+#if TWO_LEVELS
+    BlockRecord of_rows;
+#endif
 #if !SYMMETRIC
-    ushort2 zeros;
+    ZeroPair zeros[2 * PIECES];
 #endif
 } Block;
+
+// The words, the record and the zero points of a half of a block.
+#if CODE_BITS == 8
+#define HALF_WORDS(block, half_block) ((half_block) ? (block).words[1] : (block).words[0])
+#else
+#define HALF_WORDS(block, half_block) ((half_block) ? (block).words[0].zw : (block).words[0].xy)
+#endif
+#define OF_PIECE(values, half_block, piece) ((half_block) ? (values)[PIECES + (piece)] : (values)[piece])
+#define RECORD_OF(block, half_block, piece) OF_PIECE((block).records, half_block, piece)
+#if TWO_LEVELS
+#define FACTORS_OF(block, half_block, piece) factors_of(RECORD_OF(block, half_block, piece), (block).of_rows)
+#else
+#define FACTORS_OF(block, half_block, piece) factors_of(RECORD_OF(block, half_block, piece), 0)
+#endif
 
 // A lane's view of one expert.
 typedef struct {
     __global const uint4 *words;
-    __global const uint *scales;
+    __global const Record *records;
+#if TWO_LEVELS
+    __global const BlockRecord *of_rows;
+#endif
 #if !SYMMETRIC
-    __global const ushort *zeros;
+    __global const ZeroPair *zeros;
 #endif
 } Lane;
 
@@ -165,12 +185,20 @@ static inline Block load_block(Lane at, uint strip, uint block, uint k_blocks, u
 {
     Block loaded;
     uint first = strip * groups, last = groups - 1;
-    uint group0 = (first + min((block * BLOCK_K) >> group_shift, last)) * 8;
-    uint group1 = (first + min((block * BLOCK_K + 32) >> group_shift, last)) * 8;
-    loaded.words = at.words[(strip * k_blocks + block) * LANES];
-    loaded.scales = (uint2)(at.scales[group0], at.scales[group1]);
+#pragma unroll
+    for (uint i = 0; i < BLOCK_QUADS; i++)
+        loaded.words[i] = at.words[((strip * k_blocks + block) * BLOCK_QUADS + i) * LANES];
+#pragma unroll
+    for (uint i = 0; i < 2 * PIECES; i++) {
+        const uint group = (first + min((block * BLOCK_K + i * (32 / PIECES)) >> group_shift, last)) * 8;
+        loaded.records[i] = at.records[group];
 #if !SYMMETRIC
-    loaded.zeros = (ushort2)(at.zeros[group0], at.zeros[group1]);
+        loaded.zeros[i] = at.zeros[group];
+#endif
+    }
+#if TWO_LEVELS
+    const uint blocks_of_rows = (k_blocks + (1 << BLOCK_SHIFT) / BLOCK_K - 1) / ((1 << BLOCK_SHIFT) / BLOCK_K);
+    loaded.of_rows = at.of_rows[(strip * blocks_of_rows + (block * BLOCK_K >> BLOCK_SHIFT)) * 8];
 #endif
     return loaded;
 }
@@ -179,9 +207,13 @@ static inline Lane lane_of(__global const uint *weights, Place place, uint strip
 {
     Lane at;
     at.words = (__global const uint4 *)weights + place.lane;
-    at.scales = weights + (ulong)strips * k_blocks * BLOCK_WORDS + place.g;
+    __global const uint *records = weights + WORDS_OF_EXPERT(strips, k_blocks);
+    at.records = (__global const Record *)records + place.g;
+#if TWO_LEVELS
+    at.of_rows = (__global const BlockRecord *)(records + UINTS_OF_RECORDS(strips, groups)) + place.g;
+#endif
 #if !SYMMETRIC
-    at.zeros = (__global const ushort *)(at.scales - place.g + strips * groups * 8) + place.g;
+    at.zeros = (__global const ZeroPair *)(records + UINTS_OF_RECORDS(strips, groups)) + place.g;
 #endif
     return at;
 }

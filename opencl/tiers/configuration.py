@@ -85,6 +85,8 @@ class Problem(NamedTuple):
     group_rows : int
         Rows of K in a packed group.
     device : Capabilities
+    codes, scales : str
+        The names of the weights' code type, and of the scale record that is stored.
     """
 
     rows: int
@@ -94,6 +96,8 @@ class Problem(NamedTuple):
     n: int
     group_rows: int
     device: Capabilities
+    codes: str = "uint4"
+    scales: str = "float16"
 
 
 class Inputs(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from marlin_cy.opencl.layout import expert_layout
 from marlin_cy.opencl.tiers.configuration import (
     FLOAT16,
     FLOAT16_ROWS,
@@ -28,6 +29,7 @@ KIB = 1 << 10
 MMA_LOCAL_BYTES = {(8, 0): 163 * KIB, (8, 7): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB}
 MMA_OTHER_LOCAL_BYTES = 99 * KIB  # local memory of a work-group; the driver reports 48 KiB but allows more
 ALL_GROUPS = 1 << 31  # a work-group for each tile
+LANE_BYTES = 32  # at most, with codes of 4 bits and float16 scales
 
 
 def mma_macros(waves: int, strips: int, depth: int) -> tuple[tuple[str, int], ...]:
@@ -48,9 +50,9 @@ def direct(rows: int, strips: int, waves: int, depth: int) -> Configuration:
     )
 
 
-def tiled(rows: int, strips: int, waves: int, depth: int) -> Configuration:
-    """A configuration of ``gemm_mma_tiled.cl``."""
-    stage = 128 * rows + waves * 32 * 32 * strips
+def tiled(rows: int, strips: int, waves: int, depth: int, lane_bytes: int = LANE_BYTES) -> Configuration:
+    """A configuration of ``gemm_mma_tiled.cl``; a lane has ``lane_bytes`` of weights in a block of a strip."""
+    stage = 128 * rows + waves * 32 * lane_bytes * strips
     return Configuration(
         file="gemm_mma_tiled",
         rows=rows,
@@ -89,13 +91,36 @@ def mma_configurations(problem: Problem) -> list[Configuration]:
     device = problem.device
     limit = local_limit(device)
     group_32 = ("GROUP_32", int(problem.group_rows == 32))
+    lane_bytes = bytes_of_lane(problem)
     return [
-        with_splits(problem, replace(candidate, macros=(*candidate.macros, group_32)), device.compute_units // 2)
+        with_splits(problem, candidate, device.compute_units // 2)
         if candidate.file == "gemm_mma_direct"  # gemm_mma_tiled has no SPLIT
-        else replace(candidate, macros=(*candidate.macros, group_32))
-        for candidate in (mma_few(problem) if problem.rows <= 8 else mma_many(problem))
+        else candidate
+        for candidate in (
+            replace(in_stages(candidate, lane_bytes), macros=(*candidate.macros, group_32))
+            for candidate in (mma_few(problem) if problem.rows <= 8 else mma_many(problem))
+        )
         if candidate.local_bytes <= limit
     ]
+
+
+def bytes_of_lane(problem: Problem) -> int:
+    """Bytes of weights that a lane has in a block of a strip: ``LANE_UINTS`` of mma_stage.cl, and the words."""
+    layout = expert_layout(problem.k, problem.n, problem.group_rows, problem.codes, problem.scales)
+    if layout.code_type.bits == 4 and layout.scales == "float16":
+        return LANE_BYTES
+    groups = max(1, 64 // problem.group_rows)
+    of_rows = (1 + layout.record.has_minimum) * layout.record.has_blocks
+    uints = groups * (-(-layout.record_bytes // 4) + layout.has_zeros) + of_rows
+    return 4 * layout.code_type.bits + 4 * uints
+
+
+def in_stages(configuration: Configuration, lane_bytes: int) -> Configuration:
+    """A configuration of :func:`tiled` for other weights; one of :func:`direct` as it is."""
+    if configuration.file != "gemm_mma_tiled" or lane_bytes == LANE_BYTES:
+        return configuration
+    sizes = dict(configuration.macros)
+    return tiled(configuration.rows, sizes["STRIPS_PER_WAVE"], sizes["WAVES"], sizes["DEPTH"], lane_bytes)
 
 
 def mma_few(problem: Problem) -> list[Configuration]:
@@ -132,7 +157,19 @@ def mma_many(problem: Problem) -> list[Configuration]:
         found, narrow = [*large, *middle], [tiled(64, 2, 4, 4), tiled(32, 2, 4, 4)]
     if tiles_of(found[0], problem) < problem.device.compute_units:
         found[:0] = narrow
+    if problem.scales != "float16" or problem.group_rows < 32:
+        more = [tiled(64, 2, 4, 4)] if problem.rows > 32 else []
+        found = sorted([*more, *found], key=has_many_totals)
     return found
+
+
+def has_many_totals(configuration: Configuration) -> bool:
+    """Whether totals take more than 64 registers of a work-item.
+
+    Weights whose scales are applied in float32 need registers for a group's sums, too. With 64 rows and 4 strips, ptxas
+    spills 0.9 to 3.4 KiB; with 2 strips 0.2 to 0.3 KiB.
+    """
+    return configuration.rows * dict(configuration.macros)["STRIPS_PER_WAVE"] > 128
 
 
 def tiles_of(configuration: Configuration, problem: Problem) -> int:
