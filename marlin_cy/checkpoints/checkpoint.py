@@ -107,9 +107,8 @@ def open_checkpoint(
 class Checkpoint:
     """An open checkpoint, made by :func:`open_checkpoint`; a context manager that closes its files.
 
-    Nothing is cached: each call that returns a layer packs it again, or maps it again if the folder is packed. Layers
-    stay valid after :meth:`close`; those of a packed folder may keep its files mapped. Arrays from :meth:`tensor` and
-    :meth:`router_weight` are views of the files: copy them before the files change.
+    Nothing is cached: each call packs its layer again, or maps it again if the folder is packed. Layers stay valid after
+    :meth:`close`. Arrays from :meth:`tensor` and :meth:`router_weight` are views of the files.
 
     Attributes
     ----------
@@ -327,7 +326,7 @@ class Checkpoint:
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``.
 
-        A read-only view in the file's dtype; float32, or float16 for FP8, if the file has the router quantised.
+        A read-only view in the file's dtype; float32, or float16 for FP8, if the router is quantised.
 
         Raises
         ------
@@ -436,14 +435,13 @@ class Checkpoint:
 
     def _block(self, layer: int) -> MoeBlock:
         self._check_layer(layer)
-        name = self.moe_block(layer)
-        options = self._config_file, self.float8, self.shard
-        return MoeBlock(name, self._tensors, self._source, self._naming, self.moe_spec, *options)
+        files = self._tensors, self._source, self._naming
+        return MoeBlock(self.moe_block(layer), *files, self.moe_spec, self._config_file, self.float8, self.shard)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""
-        progress, name = self._progress or (lambda *_: None), description or ""
-        report = (lambda done: progress(done, total, name)) if name else (lambda _: None)
+        progress, name = self._progress, description or ""
+        report = (lambda done: progress(done, total, name)) if progress and name else (lambda _: None)
         call_in_parallel(work, total, self._num_threads, report)
 
     # Checks ------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ The address space of the whole range is reserved, and the wanted pages are mappe
     file       | expert 0: a b c d | expert 1: a b c d | ...
     memory     |           . b . . |           . b . . |           . = reserved: no memory, no access
 
-If a whole file is mapped and a part of it is read, the system also maps pages around those that are read, if they are in
-its cache. With one map for each part, it does not.
+If a whole file is mapped and a part of it is read, the system also maps pages around that part, if they are in its
+cache. With one map for each part, it does not.
 """
 
 from __future__ import annotations
