@@ -107,8 +107,8 @@ def open_checkpoint(
 class Checkpoint:
     """An open checkpoint, made by :func:`open_checkpoint`; a context manager that closes its files.
 
-    Nothing is cached: each call packs its layer again, or maps it again if the folder is packed. Layers stay valid after
-    :meth:`close`. Arrays from :meth:`tensor` and :meth:`router_weight` are views of the files.
+    Nothing is cached: each call packs its layer again, or maps it again if the folder is packed. Layers are valid after
+    :meth:`close`; arrays from :meth:`tensor` and :meth:`router_weight` are views of the files.
 
     Attributes
     ----------
@@ -440,9 +440,8 @@ class Checkpoint:
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""
-        progress, name = self._progress, description or ""
-        report = (lambda done: progress(done, total, name)) if progress and name else (lambda _: None)
-        call_in_parallel(work, total, self._num_threads, report)
+        progress, name = self._progress if description else None, description or ""
+        call_in_parallel(work, total, self._num_threads, lambda done: progress and progress(done, total, name))
 
     # Checks ------------------------------------------------------------------------------------
 
