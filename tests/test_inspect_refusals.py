@@ -119,6 +119,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_decoder_refuses(copy_of, capsys, name):
     model_type, change, is_problem = CASES[name]
@@ -176,7 +177,7 @@ def test_layers_of_another_format_in_a_packed_folder(sources, tmp_path):
 # The model's class in transformers
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("model_type", family_models.CONFIGS)
 def test_transformers_refuses_nothing_without_a_fault(tmp_path, model_type):
     with torch.no_grad():
@@ -185,6 +186,7 @@ def test_transformers_refuses_nothing_without_a_fault(tmp_path, model_type):
         assert transformers_problems(checkpoint) == []
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [name for name, (model_type, _, _) in CASES.items() if model_type == "dots1"])
 def test_what_transformers_refuses(copy_of, capsys, name):
     """By ``Checkpoint.problems``, or by the comparison with the class."""
