@@ -60,13 +60,18 @@ class WeightsMapper:
 
 def install(monkeypatch, additional_config=None, load_format="auto"):
     """Put the names into ``sys.modules``; returns the plugin's module ``config``, imported anew."""
+    layers_by_name = {}
     current = types.SimpleNamespace(
-        additional_config=additional_config or {}, load_config=types.SimpleNamespace(load_format=load_format)
+        additional_config=additional_config or {},
+        load_config=types.SimpleNamespace(load_format=load_format),
+        compilation_config=types.SimpleNamespace(static_forward_context=layers_by_name),
     )
+    context = types.SimpleNamespace(no_compile_layers=layers_by_name)
     layers = "vllm.model_executor.layers"
     contents = {
         "vllm": {},
         "vllm.config": {"get_current_vllm_config": lambda: current},
+        "vllm.forward_context": {"get_forward_context": lambda: context},
         "vllm.model_executor": {},
         layers: {},
         f"{layers}.fused_moe": {
@@ -97,6 +102,10 @@ def install(monkeypatch, additional_config=None, load_format="auto"):
     parts = ("config", "linear", "experts", "tensors", "expert_weights", "packed_folder")
     for part in parts:
         monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
+    # A process can define operators only once.
+    operators = importlib.import_module(f"{PLUGIN}.operators")
+    monkeypatch.setattr(operators, "get_current_vllm_config", lambda: current)
+    monkeypatch.setattr(operators, "get_forward_context", lambda: context)
     config = importlib.import_module(f"{PLUGIN}.config")
     for part in parts:
         monkeypatch.setitem(sys.modules, f"{PLUGIN}.{part}", sys.modules[f"{PLUGIN}.{part}"])

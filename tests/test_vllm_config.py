@@ -140,6 +140,8 @@ def test_parts_side_by_side(config, rng, form):
     assert len(method._runners) == (3 if form == "gptq" else 1)
     expected = torch.cat(expected, dim=1)
     assert (method.apply(layer, x).double() - expected).norm() <= 1e-4 * expected.norm()
+    compiled = torch.compile(lambda x: method.apply(layer, x), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), method.apply(layer, x), rtol=0, atol=0)
     ones = torch.ones(64)
     assert (method.apply(layer, x, ones).double() - expected - 1).norm() <= 1e-4 * expected.norm()
 

@@ -14,18 +14,24 @@ from marlin_cy.reference import dequantize_weight
 from marlin_cy.weights.canonical import CanonicalWeight
 
 
+CONFIG = "marlin_cy.integrations.vllm.config"
+
+
 def test_returns_at_once_on_other_platforms(monkeypatch):
     """Nothing of vLLM but its platform is looked at."""
+    monkeypatch.delitem(sys.modules, CONFIG, raising=False)
     platforms = types.ModuleType("vllm.platforms")
     platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     plugin.register()
-    assert "marlin_cy.integrations.vllm.config" not in sys.modules
+    assert CONFIG not in sys.modules
 
 
 def test_a_vllm_without_the_places_of_the_plugin(monkeypatch):
     """The plugin is off, with a warning that names the range."""
+    monkeypatch.delitem(sys.modules, CONFIG, raising=False)
+    monkeypatch.delattr(plugin, "config", raising=False)
     vllm, platforms = types.ModuleType("vllm"), types.ModuleType("vllm.platforms")
     vllm.__version__ = "0.32.0"
     platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.integrations import compiled
 from marlin_cy.integrations.modules import Contexts, ExpertsRunner, experts_runner
+from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.expert_weights import ALL, FIRST, SECOND, ExpertSizes, pack_experts
 from marlin_cy.integrations.vllm.tensors import BIAS, LayerTensors, expected_dtypes, naming, refused
 from marlin_cy.moe.layer import MoeLayer
@@ -51,6 +51,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self._name, self._contexts = name, contexts
         self._runner: ExpertsRunner | None = None
+        self._key = operators.known_as(name, self)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """No kernel of vLLM runs."""
@@ -66,13 +67,17 @@ class ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """The experts' weighted sum. Experts of other processes are skipped. vLLM itself runs the shared experts."""
-        assert self._runner is not None, "weights were not loaded"
         local = layer.expert_map
         ids = topk_ids if local is None else local[topk_ids.long()]
         if torch.compiler.is_compiling():
-            output: torch.Tensor = compiled.experts(x, ids, topk_weights, self._runner.number)
+            output: torch.Tensor = operators.experts(x, ids, topk_weights, self._key)
             return output
-        return self._runner(x, ids, topk_weights)
+        return self.compute(x, ids, topk_weights)
+
+    def compute(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of this process's experts; ids of -1 are skipped."""
+        assert self._runner is not None, "weights were not loaded"
+        return self._runner(x, topk_ids, topk_weights)
 
 
 class PackedExpertsMethod(ExpertsMethod):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.checkpoints.builders import new_builder
-from marlin_cy.integrations import compiled
 from marlin_cy.integrations.modules import Contexts, LinearRunner, linear_runner
+from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.shares import columns, share
 from marlin_cy.integrations.vllm.tensors import LayerTensors, canonical, expected_dtypes, naming, refused
 from marlin_cy.stacks.builder import same_groups
@@ -37,12 +37,26 @@ class LinearMethod(LinearMethodBase):
     def __init__(self, name: str, contexts: Contexts) -> None:
         self._name, self._contexts = name, contexts
         self._runners: list[LinearRunner] = []
+        self._width = 0
+        self._key = operators.known_as(name, self)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output: those of its packed layers, side by side."""
-        outputs = [run(runner, x) for runner in self._runners]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        """The layer's output, eager or compiled."""
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = operators.linear(x, self._key, self._width)
+        else:
+            output = self.compute(x)
         return output if bias is None else output + bias
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of the packed layers, side by side."""
+        outputs = [runner(x) for runner in self._runners]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _use(self, linears: Sequence[Any]) -> None:
+        """Run these packed layers from now on."""
+        self._runners = [linear_runner(linear, self._contexts) for linear in linears]
+        self._width = sum(linear.out_features for linear in linears)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A quantised head is used, whatever ``tie_word_embeddings`` says."""
@@ -103,10 +117,8 @@ class PackedLinearMethod(LinearMethod):
         if sorted(pieces) != list(range(len(self._widths))):
             raise refused(self._name, f"got the parts {sorted(pieces)}, expected {len(self._widths)} parts")
         with naming(self._name):
-            self._runners = [
-                linear_runner(packed(self._contexts, run), self._contexts)
-                for run in alike([pieces[number] for number in range(len(pieces))])
-            ]
+            runs = alike([pieces[number] for number in range(len(pieces))])
+            self._use([packed(self._contexts, run) for run in runs])
         self._tensors.close()
 
     def _numbers(self, part: Any) -> list[int]:
@@ -157,11 +169,3 @@ def packed(contexts: Contexts, pieces: list[CanonicalWeight]) -> Any:
         builder.add(0, start, piece)
         start += piece.n
     return backend.linear_of(builder.finish(), None)
-
-
-def run(runner: LinearRunner, x: torch.Tensor) -> torch.Tensor:
-    """The output of a packed layer, eager or compiled."""
-    if torch.compiler.is_compiling():
-        output: torch.Tensor = compiled.linear(x, runner.number, runner.layer.out_features)
-        return output
-    return runner(x)

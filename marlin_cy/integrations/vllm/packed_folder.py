@@ -14,7 +14,7 @@ from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from marlin_cy.checkpoints.packed import G_IDX, PACKED
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.integrations.modules import experts_runner, linear_runner
+from marlin_cy.integrations.modules import experts_runner
 from marlin_cy.integrations.vllm.experts import ExpertsMethod
 from marlin_cy.integrations.vllm.linear import LinearMethod
 from marlin_cy.integrations.vllm.tensors import naming, refused
@@ -87,7 +87,7 @@ class StoredLinearMethod(LinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Called by vLLM after the other weights are loaded: map the layers."""
         with naming(self._name):
-            self._runners = [linear_runner(opened(self._folder).linear(name), self._contexts) for name in self._names]
+            self._use([opened(self._folder).linear(name) for name in self._names])
 
 
 class StoredExpertsMethod(ExpertsMethod):
