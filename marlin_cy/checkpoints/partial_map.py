@@ -5,7 +5,7 @@ The address space of the whole range is reserved, and the wanted pages are mappe
     file       | expert 0: a b c d | expert 1: a b c d | ...
     memory     |           . b . . |           . b . . |           . = reserved: no memory, no access
 
-If a whole file is mapped and a part of it is read, the system also maps pages around those that are read, if it has them
+If a whole file is mapped and a part of it is read, the system also maps pages around the part, if it has them
 in its cache. With one map for each part, it does not.
 """
 
