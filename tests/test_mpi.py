@@ -165,3 +165,13 @@ def test_more_hosts_than_columns():
     result, seconds = mpiexec(5, "-m", "marlin_cy", "generate", "--mpi", "--prompt", "a", "--threads", "1")
     assert result.returncode != 0 and seconds < 30
     assert "got 5 hosts, expected at most 4" in result.stderr
+
+
+def test_benchmark(tmp_path):
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench", "mpi", "--quick", "--output", str(output)]
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run(command, check=True, cwd=root, timeout=SECONDS, env={**os.environ, **ENVIRONMENT})
+    figures = json.loads(output.read_text())["figures"]
+    assert figures["memory"]["median"] <= 1.05
+    assert figures["speedup"]["median"] > 0 and figures["exchange"]["median"] > 0

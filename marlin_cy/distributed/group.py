@@ -245,10 +245,6 @@ class Group:
                 self._lost = f"{call}: rank {self.rank} has failed before; start all hosts again"
             raise
 
-    def first(self, value: int) -> int:
-        """The value of rank 0, on every host."""
-        return int(self.gather_values(np.array([value], np.int64))[0, 0])
-
 
 FAILED = -1
 """In place of the checksum of a call: the host has failed."""
