@@ -35,7 +35,7 @@ from marlin_cy.interface import Backend, Context, Linear, MarlinExpertStack
 
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import open_checkpoint
-    from marlin_cy.decoder.model import load_model
+    from marlin_cy.decoder.load import load_model
     from marlin_cy.moe import MoeLayer, Routing, SharedExpert, moe_align_block_size
 
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ _LAZY = {
     "Routing": "marlin_cy.moe",
     "SharedExpert": "marlin_cy.moe",
     "moe_align_block_size": "marlin_cy.moe",
-    "load_model": "marlin_cy.decoder.model",
+    "load_model": "marlin_cy.decoder.load",
     "open_checkpoint": "marlin_cy.checkpoints.checkpoint",
 }
 

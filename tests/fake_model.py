@@ -109,7 +109,7 @@ class FakeModel:
 
 
 def install(monkeypatch, model):
-    """Let :func:`marlin_cy.decoder.model.load_model` give this model. Gives the list of its calls' arguments."""
+    """Let :func:`marlin_cy.decoder.load.load_model` give this model. Gives the list of its calls' arguments."""
     calls = []
 
     def load_model(path, backend, *, context_length, cache_tokens, cache_dtype, lm_head, progress, **options):
@@ -118,7 +118,7 @@ def install(monkeypatch, model):
         model.context = backend.new_context(**options)
         return model
 
-    monkeypatch.setattr("marlin_cy.decoder.model.load_model", load_model)
+    monkeypatch.setattr("marlin_cy.decoder.load.load_model", load_model)
     return calls
 
 

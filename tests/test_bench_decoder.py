@@ -22,7 +22,7 @@ from bench.models.llama import LlamaBatchedBench, LlamaBench  # noqa: E402
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, num_weights, write_qwen3_moe  # noqa: E402
 from bench.models.synthetic_gguf import BLOCKS, has_more_bits, random_blocks, write_qwen3_moe_gguf  # noqa: E402
 from bench.report import decoder_bars, decoder_pictures, pictures  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
 LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "9c", "10a", "10b"}

@@ -18,7 +18,7 @@ from served import Serving, built_in  # noqa: E402
 
 from bench.models import serve_clients  # noqa: E402
 from bench.models.serve import judge  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
 

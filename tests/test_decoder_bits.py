@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ISAS
 
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from asserts import relative_error
 
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.decoder.perplexity import perplexity
 from marlin_cy.decoder.reference import reference_logits
 from marlin_cy.moe.routing import Routing

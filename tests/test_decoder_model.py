@@ -10,7 +10,7 @@ from asserts import relative_error
 
 from marlin_cy import ContextInUse, UnsupportedError
 from marlin_cy.decoder.cache import CacheFull
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.decoder.reference import reference_logits
 from marlin_cy.decoder.steps import cut_into_steps
 

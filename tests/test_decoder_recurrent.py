@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from marlin_cy.decoder.cache import CacheFull
-from marlin_cy.decoder.model import DEFAULT_STATES, load_model
+from marlin_cy.decoder.load import load_model
+from marlin_cy.decoder.model import DEFAULT_STATES
 from marlin_cy.errors import UnsupportedError
 
 pytest.importorskip("torch", reason="PyTorch is not installed")

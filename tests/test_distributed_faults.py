@@ -15,7 +15,7 @@ from layers import Layer
 import marlin_cy
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.checkpoints.partial_map import map_parts
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.distributed import Group
 from marlin_cy.errors import CheckpointError, GroupError, UnsupportedError
 

@@ -6,7 +6,7 @@ from hosts import on_hosts
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")

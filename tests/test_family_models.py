@@ -11,7 +11,7 @@ from checkpoint_files import edit_tensor
 from marlin_cy import open_checkpoint
 from marlin_cy.decoder.architecture import ARCHITECTURES, MISSING
 from marlin_cy.decoder.config import read_decoder_config
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.errors import CheckpointError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -11,7 +11,7 @@ from asserts import relative_error
 from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.cli import main
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats import float8
 

@@ -140,7 +140,7 @@ def test_whole_models(rng):
         rng,
         """
 from importlib.resources import files
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 
 folder = files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"
 tokens = rng.integers(0, 256, 40)

@@ -224,7 +224,7 @@ def test_refuses_a_cache_that_does_not_fit(run, monkeypatch):
     def refuse(*arguments, **options):
         raise MemoryError("cache: 9 GB, 1 GB would fit")
 
-    monkeypatch.setattr("marlin_cy.decoder.model.load_model", refuse)
+    monkeypatch.setattr("marlin_cy.decoder.load.load_model", refuse)
     assert_refused(run("--prompt", "a"), "cache: 9 GB, 1 GB would fit")
 
 

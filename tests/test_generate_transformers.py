@@ -120,7 +120,7 @@ def test_a_model_that_the_decoder_does_not_have(run, monkeypatch):
     def refuse(*arguments, **options):
         raise UnsupportedError("model_type 'abacus'")
 
-    monkeypatch.setattr("marlin_cy.decoder.model.load_model", refuse)
+    monkeypatch.setattr("marlin_cy.decoder.load.load_model", refuse)
     options = ("--prompt", PROMPT, "--max-new-tokens", 4, "--json")
     code, out, err = run(*options, engine=())
     assert code == 0

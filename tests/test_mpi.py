@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 
 pytestmark = pytest.mark.mpi
 

@@ -12,7 +12,7 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 from asserts import relative_error  # noqa: E402
 
 from marlin_cy.decoder.cache import CacheFull  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.errors import DeviceMemoryError  # noqa: E402
 from marlin_cy.opencl.decoder import cache  # noqa: E402
 from marlin_cy.opencl.decoder.cache import KvPool, Segmentation  # noqa: E402

@@ -13,7 +13,7 @@ from asserts import relative_error  # noqa: E402
 
 from marlin_cy import ContextInUse  # noqa: E402
 from marlin_cy.decoder.cache import CacheFull  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 

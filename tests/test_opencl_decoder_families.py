@@ -11,7 +11,7 @@ import language_models  # noqa: E402
 from asserts import relative_error  # noqa: E402
 from language_models import write_model  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 
 TOKENS = np.random.default_rng(1).integers(1, language_models.VOCABULARY, 40).astype(np.int32)
 BOUND = 2e-3

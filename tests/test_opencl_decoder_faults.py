@@ -15,7 +15,7 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 from asserts import relative_error  # noqa: E402
 from test_opencl_faults import broken, failing  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.errors import BuildError, DeviceError, DeviceMemoryError  # noqa: E402
 from marlin_cy.opencl import context, program  # noqa: E402
 

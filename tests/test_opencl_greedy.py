@@ -13,7 +13,7 @@ import pytest
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))

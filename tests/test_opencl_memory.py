@@ -8,7 +8,8 @@ import pytest
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from bench.models.synthetic import QWEN3_30B_A3B, write_qwen3_moe  # noqa: E402
-from marlin_cy.decoder.model import MAX_ROWS, load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
+from marlin_cy.decoder.model import MAX_ROWS  # noqa: E402
 from marlin_cy.opencl.decoder.program import HEAD_ROWS  # noqa: E402
 from marlin_cy.opencl.memory import live_stores  # noqa: E402
 

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 i
 from asserts import relative_error  # noqa: E402
 from language_models import VOCABULARY, write_model  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased  # noqa: E402
 from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
 

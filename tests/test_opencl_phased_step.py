@@ -16,7 +16,7 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 from asserts import relative_error  # noqa: E402
 from test_opencl_faults import broken  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 from marlin_cy.opencl import program as opencl_program  # noqa: E402

@@ -7,7 +7,7 @@ from test_widths import MIXES, stored_again
 
 from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 from test_perplexity import KEYS, RECORDED, report_of  # noqa: E402
 
 from marlin_cy.commands import language_model  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.perplexity import perplexity  # noqa: E402
 from marlin_cy.errors import UnsupportedError  # noqa: E402
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
@@ -158,7 +158,7 @@ def test_a_model_that_the_decoder_does_not_have(run, monkeypatch):
     def refuse(*arguments, **options):
         raise UnsupportedError("model_type 'abacus'")
 
-    monkeypatch.setattr("marlin_cy.decoder.model.load_model", refuse)
+    monkeypatch.setattr("marlin_cy.decoder.load.load_model", refuse)
     code, out, err = run("--json", "--window", 16, engine=())
     assert code == 0
     assert json.loads(out)["results"][0]["engine"] == "transformers"

@@ -12,7 +12,7 @@ from served import TEMPLATE, Serving, built_in, chat_folder  # noqa: E402
 
 from marlin_cy.decoder.chat import chat  # noqa: E402
 from marlin_cy.decoder.generate import generate  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.sampling import read_sampling  # noqa: E402
 from marlin_cy.serve.api import MOST_BODY_BYTES  # noqa: E402
 

@@ -13,7 +13,7 @@ for name in ("tokenizers", "jinja2", "uvicorn", "starlette", "pydantic", "promet
 
 from served import Serving, built_in  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.errors import DeviceError  # noqa: E402
 from marlin_cy.serve import api  # noqa: E402
 from marlin_cy.serve.answer import Answer  # noqa: E402

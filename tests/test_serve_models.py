@@ -11,7 +11,7 @@ from asserts import relative_error  # noqa: E402
 from served import built_in, request_for, run, text_of, watched  # noqa: E402
 
 from marlin_cy.decoder.detokenize import TextStream  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.sampling import SamplingParams  # noqa: E402
 from marlin_cy.decoder.writer import Writer  # noqa: E402
 from marlin_cy.serve.engine import Engine  # noqa: E402

@@ -14,7 +14,7 @@ for name in ("tokenizers", "jinja2", "uvicorn", "starlette", "pydantic", "promet
 from chromium import Chromium  # noqa: E402
 from served import Serving, built_in, chat_folder  # noqa: E402
 
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 
 TEXTS = "[...document.querySelectorAll('article')].map((one) => one.textContent)"
 IDLE = "!document.getElementById('send').disabled"

@@ -12,7 +12,7 @@ from fake_model import FakeModel, write_tokenizer  # noqa: E402
 from served import FullModel, built_in, request_for, run, text_of, watched  # noqa: E402
 
 from marlin_cy.decoder.generate import generate  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.program import PAGE_TOKENS  # noqa: E402
 from marlin_cy.errors import DeviceError, MarlinError  # noqa: E402
 from marlin_cy.serve.pace import FIRST, LEAST, MOST, Pace  # noqa: E402

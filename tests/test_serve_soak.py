@@ -24,7 +24,7 @@ for name in ("tokenizers", "jinja2", "uvicorn", "starlette", "pydantic", "promet
 from served import Process, built_in  # noqa: E402
 
 from marlin_cy.decoder.generate import generate  # noqa: E402
-from marlin_cy.decoder.model import load_model  # noqa: E402
+from marlin_cy.decoder.load import load_model  # noqa: E402
 
 REQUESTS = int(os.environ.get("MARLIN_CY_SOAK_REQUESTS", 300))
 CLIENTS = 12

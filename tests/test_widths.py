@@ -19,7 +19,7 @@ import marlin_cy
 from marlin_cy import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
 from marlin_cy.commands.inspect import width_words, widths
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats import gptq
 from marlin_cy.stacks.builder import refuse_unsupported

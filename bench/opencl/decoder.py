@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bench.opencl.machine import document_of
     from marlin_cy import get_backend
     from marlin_cy.commands.output import console
-    from marlin_cy.decoder.model import load_model
+    from marlin_cy.decoder.load import load_model
 
     screen = console()
     options = {name: getattr(arguments, name) for name in ("device", "tier") if getattr(arguments, name) is not None}

@@ -73,7 +73,7 @@ def load_decoder(
     MarlinError
         The folder is damaged, or an option has an invalid value.
     """
-    from marlin_cy.decoder.model import load_model
+    from marlin_cy.decoder.load import load_model
 
     opened = open_backend(backend or arguments.backend, arguments)
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cy.decoder.model import load_model
+from marlin_cy.decoder.load import load_model
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.configs import check_device_map, read_config, read_generation_config
