@@ -4,6 +4,7 @@ There are no ISA flags here: the C files of ``marlin_cy/cpu/ukernels`` set them 
 runs on every CPU of its architecture.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def extension(name, sources=(), package="cpu"):
         depends=HEADERS,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )
+
+
+def fork_is_the_default():
+    """Whether new processes start with what this one has. Otherwise each would run this file, and build again."""
+    return multiprocessing.get_context().get_start_method() == "fork"
 
 
 class BuildExt(build_ext):
@@ -168,6 +174,7 @@ setup(
             "embedsignature": True,
         },
         build_dir="build/cython",
+        nthreads=os.cpu_count() if fork_is_the_default() else 0,
     ),
     cmdclass={"build_ext": BuildExt},
 )
