@@ -46,6 +46,7 @@ def check_bits(folder, hosts, **options):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.sampled(5)
 def test_bits(folder):
     check_bits(folder, 3)
 

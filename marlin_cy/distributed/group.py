@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,14 @@ __all__ = ["Communicator", "Group", "checksum"]
 TIMEOUT = 20.0
 """Seconds that a host waits for the others, unless told otherwise."""
 
-SPINS = 2000
-"""Polls without a pause. An exchange takes microseconds if all hosts have arrived."""
+SPIN_SECONDS = 0.2
+"""Seconds of polls without a pause: MPI moves a message on only while it is polled."""
 
-PAUSE = 50e-6
-"""Seconds between later polls."""
+PAUSE = 100e-6
+"""Seconds between later polls. The other hosts are late, or lost."""
+
+give_way = getattr(os, "sched_yield", lambda: time.sleep(0))
+"""Let another process run, if one waits for this CPU: it may be one of the hosts."""
 
 FIELDS = 48
 """Values that :meth:`Group.agree` compares, at most."""
@@ -165,19 +169,20 @@ class Group:
             self.seconds += time.perf_counter() - start
 
     def _wait(self, request: Any, buffers: Any) -> None:
-        for _ in range(SPINS):
-            if request.Test():
-                return
-        deadline = time.monotonic() + self.timeout
+        start = time.monotonic()
         while not request.Test():
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - start
+            if waited > self.timeout:
                 self._pending += [request, buffers]
                 self._lost = (
                     f"rank {self.rank} got no answer from the other hosts within {self.timeout:g} s: a host has ended, "
                     "or is in another call"
                 )
                 raise GroupError(self._lost)
-            time.sleep(PAUSE)
+            if waited < SPIN_SECONDS:
+                give_way()
+            else:
+                time.sleep(PAUSE)
 
     def gather_values(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 ``[size, len(values)]``: those of every host. The length is the same on all hosts."""
