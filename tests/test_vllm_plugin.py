@@ -13,7 +13,6 @@ from marlin_cy.integrations.vllm.shares import columns, deinterleaved, rows, sha
 from marlin_cy.reference import dequantize_weight
 from marlin_cy.weights.canonical import CanonicalWeight
 
-
 CONFIG = "marlin_cy.integrations.vllm.config"
 
 
