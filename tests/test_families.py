@@ -283,8 +283,10 @@ def test_experts_in_one_tensor(tmp_path, rng):
         np.testing.assert_array_equal(run(checkpoint, 1, x)[1], run(single, 1, x)[1])
 
 
-def test_gpt_oss_folder(tmp_path, rng):
-    weights = write_gpt_oss(tmp_path, seed=5)
+@pytest.mark.parametrize("inter", [96, 32])
+def test_gpt_oss_folder(tmp_path, rng, inter):
+    """With 32, both biases have 64 numbers, and only one has gate and up in turn."""
+    weights = write_gpt_oss(tmp_path, inter=inter, seed=5)
     x = rng.standard_normal((5, 64)).astype(np.float32)
     with open_checkpoint(tmp_path) as checkpoint:
         layer, out, logits = run(checkpoint, 0, x)

@@ -227,7 +227,8 @@ class QuantizedSource(QuantizedLayers):
         if name not in self._tensors:
             return None
         bias: npt.NDArray[np.float32] = self._tensors.tensor(name).astype(np.float32)
-        interleaved = self._family.interleaved and bias.shape[1] == self._inner_width
+        # By its name: the other bias may be as long.
+        interleaved = self._family.interleaved and parts[0][0].module.endswith(f".{self._family.gate_up}")
         return np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1) if interleaved else bias
 
     def _gate_and_up(self, weight: CanonicalWeight) -> list[CanonicalWeight]:
