@@ -60,6 +60,7 @@ def compared(tmp_path_factory):
     return output, done.stdout
 
 
+@pytest.mark.sweep
 def test_every_case_has_the_times_of_ours_and_the_peer(compared):
     document = json.loads(compared[0].read_text())
     cases = document["cases"]

@@ -250,6 +250,7 @@ def test_run_on_opencl_bounds_errors_by_dtype(capsys, save_activations, dtype):
     assert json.loads(capsys.readouterr().out)["error_bound"] == {np.float16: 1e-3}.get(dtype, 5e-3)
 
 
+@pytest.mark.sweep
 @needs_opencl
 def test_run_on_opencl_fails_when_the_error_bound_is_exceeded(capsys, save_activations):
     recorded = load_file(BUILT_IN / run.ACTIVATIONS_FILE)["layers.2.moe_output"]

@@ -27,7 +27,7 @@ pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 i
 
 from language_models import write_model  # noqa: E402
 
-EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "12"))
 FAMILIES = ("qwen2_moe", "deepseek_v3", "gpt_oss", "qwen3_5_moe", "qwen3_next")
 DEFECTS = st.one_of(st.just("missing"), st.just("double"), st.just("negative"), json_values)
 

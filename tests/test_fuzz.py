@@ -26,7 +26,7 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.json_fields import read_json
 from marlin_cy.formats.registry import read_scheme
 
-EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MARLIN_CY_FUZZ_EXAMPLES", "30"))
 SOURCES = (
     "gptq",
     "gptq desc_act",

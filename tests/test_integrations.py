@@ -53,6 +53,7 @@ except BackendUnavailable as error:
     assert "pip install 'marlin-cy[transformers]'" in done.stdout, done.stderr
 
 
+@pytest.mark.sweep
 def test_an_old_transformers_will_not_do():
     pytest.importorskip("transformers", reason="transformers is not installed")
     done = python("import transformers; transformers.__version__ = '5.7.9'\nimport marlin_cy.integrations.transformers")

@@ -368,6 +368,7 @@ class TestLayer:
         first = ["route, align", "gate_up: prepare_rows", "gate_up"]
         check_layer(with_order, monkeypatch, first, g_idx="per_expert")
 
+    @pytest.mark.sweep
     def test_more_tokens_than_one_work_group_aligns(self, with_order, monkeypatch):
         """The largest number of tokens that one work-group has marks for, and one more."""
         experts = 200
@@ -383,6 +384,7 @@ class TestLayer:
         first = ["route", "align, gate_up: prepare_rows", "gate_up"]
         check_layer(device_alone, monkeypatch, first, tokens=20, g_idx="common", shared=160)
 
+    @pytest.mark.sweep
     def test_little_local_memory(self, with_order, monkeypatch):
         little = dataclasses.replace(with_order.runtime.capabilities, local_memory=5200)
         monkeypatch.setattr(with_order, "runtime", dataclasses.replace(with_order.runtime, capabilities=little))

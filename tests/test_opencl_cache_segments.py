@@ -48,6 +48,7 @@ def provided(model):
     return number
 
 
+@pytest.mark.sweep
 def test_growth(model, expected):
     """Steps before and after a new segment; a fork whose page is copied into another segment; full to the last page."""
     assert model.free_tokens == CACHE_TOKENS

@@ -27,7 +27,7 @@ def need(target):
         pytest.skip(f"{target} needs {reason}")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("target", check.TARGETS)
 def test_compiles(target):
     need(target)

@@ -69,6 +69,7 @@ class TestLogits:
             assert (logits.shape, logits.dtype) == ((model.vocab_size,), np.float32)
             assert_near(logits, expected[place])
 
+    @pytest.mark.sweep
     def test_long_prompt(self, model, sequence, expected):
         """More rows whose logits are wanted than the head takes at once."""
         assert_near(model.forward(TEXT, sequence=sequence, all_logits=True), expected)
@@ -80,6 +81,7 @@ class TestLogits:
             assert_near(logits, expected[begin : begin + count])
             begin += count
 
+    @pytest.mark.sweep
     def test_rows_of_float16(self, device_alone, expected, monkeypatch):
         """As on devices whose products read float16 rows alone."""
         monkeypatch.setattr("marlin_cy.opencl.decoder.program.row_type", lambda ctx: 1)

@@ -68,6 +68,7 @@ def test_a_text_whose_device_is_lost(model, monkeypatch):
             next(pieces)
 
 
+@pytest.mark.sweep
 def test_a_step_whose_workspace_does_not_fit(model, monkeypatch):
     """The sequence is as before, others go on, and so does the sequence with fewer rows."""
     asks, other = model.new_sequence(), model.new_sequence()

@@ -29,7 +29,7 @@ def new_model(tmp_path, backend, model_type, **changes):
     return model, lambda: PhasedStep(program._ctx, program._plan, program._layers, program._ends(), False)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

@@ -26,6 +26,7 @@ def environment(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.sweep
 def test_run_without_a_home(environment):
     done = subprocess.run(
         RUN, env=os.environ | {"MARLIN_CY_CACHE_DIR": ""}, capture_output=True, text=True, check=False
