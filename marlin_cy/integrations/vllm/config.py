@@ -5,6 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
 from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.packed import is_packed
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -21,16 +31,6 @@ from marlin_cy.integrations.vllm.packed_folder import (
     stored_linears,
 )
 from marlin_cy.integrations.vllm.tensors import refused
-
-import torch  # isort: skip
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.utils import WeightsMapper
-from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 __all__ = ["NAME", "OPTIONS", "VllmConfig"]
 

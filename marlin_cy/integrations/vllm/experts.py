@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.integrations.modules import Contexts, ExpertsRunner, experts_runner
 from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.expert_weights import ALL, FIRST, SECOND, ExpertSizes, pack_experts
 from marlin_cy.integrations.vllm.tensors import BIAS, LayerTensors, expected_dtypes, naming, refused
 from marlin_cy.moe.layer import MoeLayer
-
-import torch  # isort: skip
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme

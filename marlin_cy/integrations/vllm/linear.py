@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase
+
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.integrations.modules import Contexts, LinearRunner, linear_runner
 from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.shares import columns, share
 from marlin_cy.integrations.vllm.tensors import LayerTensors, canonical, expected_dtypes, naming, refused
 from marlin_cy.stacks.builder import same_groups
-
-import torch  # isort: skip
-from vllm.model_executor.layers.linear import LinearMethodBase
 
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme

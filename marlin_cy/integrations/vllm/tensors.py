@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from vllm.config import get_current_vllm_config
 
 from marlin_cy.errors import MarlinError, UnsupportedError
 from marlin_cy.integrations.modules import array_of
-
-import torch  # isort: skip
-from vllm.config import get_current_vllm_config
 
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme
