@@ -112,7 +112,7 @@ def install(monkeypatch, model):
     """Let :func:`marlin_cy.decoder.load.load_model` give this model. Gives the list of its calls' arguments."""
     calls = []
 
-    def load_model(path, backend, *, context_length, cache_tokens, cache_dtype, lm_head, progress, **options):
+    def load_model(path, backend, *, context_length, cache_tokens, cache_dtype, lm_head, group, progress, **options):
         calls.append({**options, "path": path, "context_length": context_length, "cache_tokens": cache_tokens})
         calls[-1]["cache_dtype"] = cache_dtype
         model.context = backend.new_context(**options)
