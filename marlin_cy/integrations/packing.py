@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from marlin_cy.errors import CheckpointError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.modules import Contexts
 from marlin_cy.integrations.packed_modules import PackedModules, Progress
@@ -61,7 +62,7 @@ class Packing:
         Raises
         ------
         CheckpointError, UnsupportedError
-            The model has no such modules.
+            The model has no such modules; or the files have tensors of quantised layers that the model does not have.
         """
         self._modules.replace(model)
         model.set_experts_implementation(NAME)
@@ -71,8 +72,9 @@ class Packing:
         kind = list if passed_over is None else type(passed_over)
         checkpoint = self._checkpoint
         names = {name for name in checkpoint.tensor_names if checkpoint.is_passed_over(name)}
-        patterns = name_patterns(names | quantised_names(checkpoint) - self._tensors.keys())
-        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *patterns])
+        names |= quantised_names(checkpoint) - self._tensors.keys()
+        refuse_lookalikes(checkpoint, names)
+        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *name_patterns(names)])
 
     def write_tensors(self) -> list[str]:
         """Write the tensors for the loader to a file; an empty list if there are none. :meth:`fill` removes it."""
@@ -104,7 +106,23 @@ def untie(model: Any) -> None:
 
 def name_patterns(names: Iterable[str]) -> set[str]:
     """Regular expressions that match these names, wherever they begin: one for names that differ in numbers only."""
-    return {r"(?:^|\.)" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in names}
+    return {rf"(?:^|\.){pattern}$" for pattern in map(without_numbers, names)}
+
+
+def without_numbers(name: str) -> str:
+    """A regular expression for names that differ from this one in numbers only."""
+    return re.sub(r"\d+", r"\\d+", re.escape(name))
+
+
+def refuse_lookalikes(checkpoint: Checkpoint, names: set[str]) -> None:
+    """Refuse tensors that :func:`name_patterns` would let transformers pass over, although they are not in ``names``.
+
+    Weights and biases may have the names of quantised ones in other layers: transformers looks for those itself.
+    """
+    patterns = set(map(without_numbers, names))
+    for name in checkpoint.tensor_names:
+        if name not in names and not name.endswith((".weight", "bias")) and without_numbers(name) in patterns:
+            raise CheckpointError("the model has no such weight", file=checkpoint.path, tensor=name)
 
 
 def quantised_names(checkpoint: Checkpoint) -> set[str]:
