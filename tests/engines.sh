@@ -4,7 +4,7 @@
 #     tests/engines.sh [PYTHON [PYTEST ARGUMENTS]]
 #
 # PYTHON (.venv/bin/python unless given) has the project with its extras "test" and "transformers". The programs are
-# installed into the same environment. The time limit is ENGINES_SECONDS (600 unless set).
+# installed into the same environment. The time limit is ENGINES_SECONDS (900 unless set).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,9 +1,10 @@
 """One set of bits for a token's logits, whatever is run beside it, before it, on how many threads, and by which ISA.
 
-The sweep has 2,000 cases.
+``MARLIN_CY_BITS_CASES=200`` runs more than 2,000 cases in the sweep: it is the number of cases of each family.
 """
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 i
 
 from language_models import CONFIGS, VOCABULARY, write_model  # noqa: E402
 
+CASES = int(os.environ.get("MARLIN_CY_BITS_CASES", "40"))
 THREADS = 1, 2, 3, 7
 CONTEXT = 640  # more than two chunks of the cache
 SETTINGS = list(itertools.product([name for name, isa in ISAS.items() if isa["available"]], THREADS))
@@ -86,5 +88,5 @@ def test_bits(models, rng):
 
 @pytest.mark.sweep
 def test_bits_of_many_cases(models, rng):
-    for _ in range(200):
+    for _ in range(CASES):
         run_case(models, rng)
