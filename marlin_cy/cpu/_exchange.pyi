@@ -1,2 +1,5 @@
+from typing import final
+
+@final
 class Hosts:
     def __init__(self, group: object) -> None: ...
