@@ -36,7 +36,7 @@ def rng(request):
 # Compiled programs are not left in the user's cache.
 os.environ.setdefault("MARLIN_CY_CACHE_DIR", "")
 # PoCL, an OpenCL driver for CPUs, compiles without its optimiser, which would take three quarters of the time of the
-# OpenCL tests. A variable that is set is kept: with `POCL_EXTRA_BUILD_FLAGS= pytest`, PoCL compiles as it does for users.
+# OpenCL tests. A variable that is set is kept: with `POCL_EXTRA_BUILD_FLAGS= pytest`, PoCL compiles as for users.
 os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
 
 
