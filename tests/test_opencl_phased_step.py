@@ -20,6 +20,7 @@ from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 from marlin_cy.opencl import program as opencl_program  # noqa: E402
+from marlin_cy.opencl.buffers import Rows  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
 from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
@@ -164,6 +165,36 @@ class TestAgainstLaunches:
             logits = phased.forward(TEXT[10:11], sequence=sequence)
         assert phased._program._phased is None
         assert relative_error(logits, by_phases) < BOUND
+
+    @pytest.mark.parametrize("has_head", [True, False])
+    def test_another_way_by_phases(self, phased, rng, has_head, monkeypatch):
+        """After a step that is given up, tokens come from the logits of the way that takes its place."""
+        program = phased._program
+
+        def steps_by(ctx, plan, layers, ends, resident):
+            return PhasedStep(ctx, plan, layers, ends if has_head else ends._replace(head=None), resident)
+
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.new_phased_step", steps_by)
+        monkeypatch.setattr(PhasedStep, "kind", lambda self, rows: "of this test, with a verdict")
+        monkeypatch.setattr(phased.context.backend.runtime.verdicts, "knows", lambda kind: True)
+        monkeypatch.setattr(phased.context.backend.runtime.verdicts, "reason_wrong", lambda kind, check: None)
+        program._phased = first = steps_by(program._ctx, program._plan, program._layers, program._ends(), False)
+        sampling = SamplingParams(temperature=1.0)
+
+        def picked(batch):
+            return program.pick(batch, [(Sampler(sampling, phased.vocab_size, []), 7)] * len(batch.tokens))
+
+        picked(row_batch(phased, rng.integers(0, phased.vocab_size, 4), [0] * 4))
+        first.resident = True  # as by one launch
+        monkeypatch.setattr(first, "gave_up", lambda: True)
+        monkeypatch.setattr(first, "enqueue", lambda batch, greedy: Rows(first._rooms_for(4)["x"], 0, 0, 4, 1))
+        batch = row_batch(phased, rng.integers(0, phased.vocab_size, 4), [0] * 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = picked(batch)
+        assert program._phased is not first
+        logits = program.step(batch)
+        assert found == [Sampler(sampling, phased.vocab_size, []).pick(row, 7) for row in logits]
 
 
 def test_prompts_are_not_taken(phased):

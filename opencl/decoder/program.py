@@ -126,11 +126,9 @@ class OpenClDecoder(DecoderProgram):
 
     def provide_pages(self, num_pages: int) -> int:
         pools = [pool for pool in self._pools if isinstance(pool, KvPool)]
-        with self._ctx as ctx:
+        with self._ctx:
             if provide_pages(pools, num_pages):
-                # Recordings have the segments as arguments. Earlier steps may still be in the queue.
-                ctx.queue.finish()
-                self._recordings.clear()
+                self._forget_recordings()  # they have the segments as arguments
                 if self._phased is not None:
                     self._phased.cache_grown()
         return min((pool.provided_pages for pool in pools), default=num_pages)
@@ -288,8 +286,7 @@ class OpenClDecoder(DecoderProgram):
         """Write what chooses the tokens of ``rows`` rows."""
         described = describe_choices(choices, rows)
         if self._chooser.reserve(len(described.ints)):
-            self._ctx.queue.finish()
-            self._recordings.clear()
+            self._forget_recordings()
         self._chooser.write(self._ctx.queue, described)
         return described
 
@@ -305,8 +302,7 @@ class OpenClDecoder(DecoderProgram):
     def _reserve_step(self, ints: int) -> None:
         """Make room for a step's description. All recordings refer to the buffer, so it grows by doubling."""
         if 4 * ints > self._step.size:
-            self._ctx.queue.finish()
-            self._recordings.clear()
+            self._forget_recordings()
             (self._step,) = zeroed_buffers(
                 self._ctx.backend.runtime, [4 << (ints - 1).bit_length()], "description of a step"
             )
@@ -361,6 +357,7 @@ class OpenClDecoder(DecoderProgram):
     def _leave(self, steps: PhasedStep, reason: str) -> None:
         """Use the next way from now on: after one launch a launch for each phase, then recorded launches."""
         self._phased = None
+        self._forget_recordings()  # those of a head refer to the buffers of the way that is left
         if steps.resident:
             self._phased = new_phased_step(self._ctx, self._plan, self._layers, self._ends(), False)
         verdicts = self._ctx.backend.runtime.verdicts
@@ -384,13 +381,17 @@ class OpenClDecoder(DecoderProgram):
             if not recorder.grown:
                 break
             # Older recordings refer to buffers that have been replaced, and so may the beginning of this one.
-            self._ctx.queue.finish()
-            self._recordings.clear()
+            self._forget_recordings()
         while len(self._recordings) >= MAX_RECORDINGS:
             self._ctx.queue.finish()
             self._recordings.popitem(last=False)
         self._recordings[key] = Recorded(recorder.recording, result)
         return self._recordings[key]
+
+    def _forget_recordings(self) -> None:
+        """Make recordings anew, because they refer to a buffer that has been replaced. Steps may be in the queue."""
+        self._ctx.queue.finish()
+        self._recordings.clear()
 
     def _record_layers(self, maker: Maker) -> Residual:
         """Record the embedding and all layers."""
