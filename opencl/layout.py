@@ -44,12 +44,15 @@ class Place:
         Pairs of 16 columns follow each other for each packed group, or for each block of 256 packed rows.
     dtype : dtype
         The value of column g + 8 follows that of column g.
+    of_blocks : bool
+        Whether the rows are those of blocks.
     """
 
     base: int
     record_bytes: int
     rows: int
     dtype: np.dtype[Any]
+    of_blocks: bool = False
 
     def of(self, strip: int, row: int, column: int) -> int:
         """The byte of the value of a column of a strip, 0 to 15."""
@@ -145,28 +148,31 @@ class ExpertLayout:
     def places(self) -> Mapping[str, Place]:
         """Where the parts of a weight's scale record lie, by the names of a canonical weight's attributes."""
         record, begin, second = self.record, 4 * self.scale_offset, 4 * self.zero_offset
+        rows, record_bytes = self.second_record
         places = {"scale": Place(begin, self.record_bytes, self.groups, record.scale)}
         if record.has_minimum:
             minimum = begin + 2 * record.scale.itemsize
             places["minimum"] = Place(minimum, self.record_bytes, self.groups, record.scale)
         if self.has_zeros:
             zero = self.code_type.zero_dtype
-            places["zero"] = Place(second, 2 * zero.itemsize, self.groups, zero)
-        blocks = record.block_parts()
-        for number, (name, dtype) in enumerate(blocks.items()):
-            size = 2 * dtype.itemsize
-            places[name] = Place(second + number * size, len(blocks) * size, self.scale_blocks, dtype)
+            places["zero"] = Place(second, record_bytes, rows, zero)
+        for name, dtype in record.block_parts().items():
+            places[name] = Place(second, record_bytes, rows, dtype, of_blocks=True)
+            second += 2 * dtype.itemsize
         return places
+
+    @property
+    def second_record(self) -> tuple[int, int]:
+        """Of the zero points or the block scales: the rows of a strip, and the bytes of two columns of a row."""
+        if self.has_zeros:
+            return self.groups, 2 * self.code_type.zero_dtype.itemsize
+        return self.scale_blocks, 2 * sum(dtype.itemsize for dtype in self.record.block_parts().values())
 
     @property
     def end(self) -> int:
         """Words of an expert without its padding."""
-        values = 0
-        if self.has_zeros:
-            values = self.groups * self.code_type.zero_dtype.itemsize
-        elif self.record.has_blocks:
-            values = self.scale_blocks * sum(dtype.itemsize for dtype in self.record.block_parts().values())
-        return self.zero_offset + self.strips * STRIP_N * values // 4
+        rows, record_bytes = self.second_record
+        return self.zero_offset + self.strips * rows * 8 * record_bytes // 4
 
     @property
     def expert_words(self) -> int:
@@ -222,20 +228,13 @@ def pack_expert(
                 expert[word] |= np.uint32(q[row, column]) << np.uint32(bit)
     data = expert.view(np.uint8)
     for name, where in layout.places.items():
-        from_rows = scale_rows_of(name, order, layout)
+        from_rows = np.arange(where.rows) if where.of_blocks else order.scale_rows
         for column in range(layout.n):
             for packed_row, row in enumerate(from_rows):
                 begin = where.of(column // STRIP_N, packed_row, column % STRIP_N)
                 value = parts[name][row, column]
                 data[begin : begin + where.dtype.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
     return expert
-
-
-def scale_rows_of(name: str, order: GroupOrder, layout: ExpertLayout) -> npt.NDArray[np.int32]:
-    """The row of a weight's part for each packed group, or for each block of 256 packed rows."""
-    if name in layout.record.block_parts():
-        return np.arange(layout.scale_blocks, dtype=np.int32)
-    return order.scale_rows
 
 
 def unpack_expert(
@@ -254,8 +253,7 @@ def unpack_expert(
             word, bit = place(position, column, layout)
             q[row, column] = expert[word] >> np.uint32(bit) & np.uint32(2**layout.code_type.bits - 1)
             for name, where in places.items():
-                of_group = name not in layout.record.block_parts()
-                packed_row = position >> layout.group_shift if of_group else position // BLOCK_ROWS
+                packed_row = position // BLOCK_ROWS if where.of_blocks else position >> layout.group_shift
                 begin = where.of(column // STRIP_N, packed_row, column % STRIP_N)
                 parts[name][row, column] = data[begin : begin + where.dtype.itemsize].view(where.dtype)[0]
     return q, parts

@@ -252,19 +252,17 @@ class OpenClStackBuilder(CheckedStackBuilder):
                 column_offset=column_offset,
             ),
         )
-        for name, buffer in staging.parts.items():
-            where = layout.places[name]
-            of_blocks = name in layout.record.block_parts()
+        for name, where in staging.places.items():
             self._pack_values(
                 queue,
                 (n, where.rows),
                 None,
                 pack_values_values(
-                    values=buffer,
+                    values=staging.parts[name],
                     size=where.dtype.itemsize,
                     n=n,
-                    from_rows=self._from_rows[of_blocks],
-                    from_offset=0 if of_blocks else order * layout.groups,
+                    from_rows=self._from_rows[where.of_blocks],
+                    from_offset=0 if where.of_blocks else order * layout.groups,
                     packed=part,
                     base=4 * base + where.base,
                     record_bytes=where.record_bytes,
@@ -362,17 +360,19 @@ class Staging:
     columns : int
         Columns that the buffers hold.
     words : pyopencl.Buffer
+    places : dict of str to Place
+        Of ``layout``, by the names of the parts of the scale record.
     parts : dict of str to pyopencl.Buffer
-        The parts of the scale record, by their names.
+        By the same names.
     nbytes : int
     """
 
     def __init__(self, runtime: Memory, sizes: StackSizes, layout: ExpertLayout) -> None:
         k, n, row = sizes.k, sizes.n_per_expert, layout.code_type
-        groups, blocks = -(-k // sizes.group_size), layout.record.block_parts()
+        groups, self.places = -(-k // sizes.group_size), layout.places
         column_bytes = [k * row.bits // 8]
-        for name, where in layout.places.items():
-            column_bytes.append(where.dtype.itemsize * (where.rows if name in blocks else groups))
+        for where in self.places.values():
+            column_bytes.append(where.dtype.itemsize * (where.rows if where.of_blocks else groups))
         limit = min(STAGING_BYTES, runtime.max_alloc_bytes) // sum(column_bytes)
         self.columns = min(n, max(limit // STRIP_N, 1) * STRIP_N)
         self.nbytes = self.columns * sum(column_bytes)
@@ -382,7 +382,7 @@ class Staging:
                 cl.Buffer(runtime.context, cl.mem_flags.READ_ONLY, self.columns * nbytes) for nbytes in column_bytes
             ]
         self.words = self._buffers[0]
-        self.parts = dict(zip(layout.places, self._buffers[1:], strict=True))
+        self.parts = dict(zip(self.places, self._buffers[1:], strict=True))
 
     def upload(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Copy words, then the parts of the scale record; returns when the copies have been made."""
