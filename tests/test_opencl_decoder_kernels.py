@@ -23,7 +23,7 @@ from marlin_cy.opencl.decoder.heads import Rotation, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
 from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402
-from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded  # noqa: E402
+from marlin_cy.opencl.decoder.step import Cuts, Known, StepLayout, describe_step, rows_recorded  # noqa: E402
 from marlin_cy.opencl.layout import unpack_expert  # noqa: E402
 from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
 
@@ -130,7 +130,7 @@ def test_embedding(bench, rng, dtype):
     table = rng.standard_normal((50, 24), np.float32).astype(DTYPES[dtype])
     batch = batch_of(rng, [(0, 3)])
     layout = StepLayout(3)
-    step, _ = describe_step(batch, layout, 4, 1, 128)
+    step, _ = describe_step(batch, layout, Cuts(4, 1), 128)
     maker, x = bench.maker(step, 3), bench.empty(3, 24)
     macros, table_rows = {"INPUT_TYPE": TYPE_CODES[table.dtype]}, bench.rows(table)
     maker.record(
@@ -240,8 +240,8 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
         segments = np.stack([first, lengths[used], starts[used], np.zeros_like(first)], axis=1)
         rows = rows_recorded(int(lengths.sum()))
         step_batch = Batch(np.zeros(int(lengths.sum()), np.int32), segments, batch.pages[used], NONE[:, 0])
-        tile_rows = shape.tile_rows(backend.runtime.capabilities)
-        step, known = describe_step(step_batch, StepLayout(rows), tile_rows, *(most_splits, 16) * 2)
+        cuts = Cuts(shape.tile_rows(backend.runtime.capabilities), most_splits, most_splits)
+        step, known = describe_step(step_batch, StepLayout(rows), cuts, 16, 16)
         values = rng.standard_normal((rows, width), np.float32)
         maker, projected = bench.maker(step, rows), bench.rows(values)
         place_heads(
@@ -260,7 +260,7 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
             eps=1e-6,
         )
         out = bench.empty(rows, heads * dim)
-        attend.record(maker, projected, q_stride, out, tile_rows, most_splits, most_splits)
+        attend.record(maker, projected, q_stride, out, cuts)
         bench.run(known)
         q, k, v = np.split(values, [heads * q_stride, heads * q_stride + kv_heads * dim], axis=1)
         q = q.reshape(rows, heads, -1)
@@ -347,7 +347,7 @@ def test_rows_recorded():
 def test_step_repeats_its_last_row(rng):
     batch = batch_of(rng, [(3, 2), (0, 15)], wanted=[1, 16])
     layout = StepLayout(20)
-    step, known = describe_step(batch, layout, 4, 30, 16)
+    step, known = describe_step(batch, layout, Cuts(4, 30), 16)
     records = step[16 : 16 + 80].reshape(20, 4)
     np.testing.assert_array_equal(records[:17, 0], batch.tokens)
     np.testing.assert_array_equal(records[:17, 1], [3, 4, *range(15)])
@@ -398,7 +398,7 @@ def test_delta_net(bench, rng, key_heads, value_heads, key_dim, value_dim, taps)
             row += count
         batch = Batch(np.zeros(row, np.int32), np.array(segments), np.zeros((2, 4), np.int32), NONE[:, 0])
         rows = rows_recorded(row)
-        step, known = describe_step(batch, StepLayout(rows), 4, 1, 128)
+        step, known = describe_step(batch, StepLayout(rows), Cuts(4, 1), 128)
         maker, out = bench.maker(step, rows), bench.empty(rows, hidden)
         net.record(maker, bench.rows(np.concatenate([*x, np.zeros((rows - row, hidden), np.float32)])), out, 0)
         bench.run(known)

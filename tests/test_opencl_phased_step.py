@@ -24,7 +24,7 @@ from marlin_cy.opencl.buffers import Rows  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
 from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
-from marlin_cy.opencl.decoder.step import StepLayout, describe_rows, describe_step  # noqa: E402
+from marlin_cy.opencl.decoder.step import Cuts, StepLayout, describe_rows, describe_step  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
@@ -217,7 +217,7 @@ def test_description(rng):
         np.arange(3, dtype=np.int32),
     )
     step, pages = describe_rows(batch)
-    whole, _ = describe_step(batch, StepLayout(3), 4, 8, 128)
+    whole, _ = describe_step(batch, StepLayout(3), Cuts(4, 8), 128)
     assert pages == 3
     records, others = step[16:28].reshape(3, 4), whole[16:28].reshape(3, 4)
     assert np.array_equal(records[:, [0, 1, 3]], others[:, [0, 1, 3]])

@@ -189,7 +189,7 @@ class AttentionBench:
         from marlin_cy.opencl.buffers import Rows
         from marlin_cy.opencl.decoder.maker import Maker
         from marlin_cy.opencl.decoder.program import SPLIT_TOKENS, TILE_SPLIT_TOKENS
-        from marlin_cy.opencl.decoder.step import StepLayout, describe_step
+        from marlin_cy.opencl.decoder.step import Cuts, StepLayout, describe_step
         from marlin_cy.opencl.memory import uploaded
 
         shape, backend = self._shape, self._backend
@@ -202,11 +202,12 @@ class AttentionBench:
         batch = Batch(np.zeros(rows, np.int32), segments.astype(np.int64), numbers, np.zeros(0, np.int32))
         layout = StepLayout(rows)
         one, device = self._attends[0], runtime.capabilities
-        tile_rows = one.tile_rows(device, self.kernels, rows)
-        most_splits = self._splits or one.most_splits(device, self.kernels)
-        most_tile_splits = one.most_tile_splits(device, self.kernels, rows)
-        cuts = most_splits, SPLIT_TOKENS, most_tile_splits, TILE_SPLIT_TOKENS
-        step, known = describe_step(batch, layout, tile_rows, *cuts)
+        cuts = Cuts(
+            one.tile_rows(device, self.kernels, rows),
+            self._splits or one.most_splits(device, self.kernels),
+            one.most_tile_splits(device, self.kernels, rows),
+        )
+        step, known = describe_step(batch, layout, cuts, SPLIT_TOKENS, TILE_SPLIT_TOKENS)
         rng = np.random.default_rng(0)
         width = shape.num_heads * shape.head_dim
         q = Rows(uploaded(runtime, rng.standard_normal((rows, width), np.float32), "queries"), 0, 0, rows, width)
@@ -215,7 +216,7 @@ class AttentionBench:
             self._recorder.begin()
             maker = Maker(self._recorder, uploaded(runtime, step, "step"), layout, rows)
             output = maker.room("attention", width, OUTPUT_TYPE)
-            attend.record(maker, q, shape.head_dim, output, tile_rows, most_splits, most_tile_splits, self.kernels)
+            attend.record(maker, q, shape.head_dim, output, cuts, self.kernels)
             recordings.append(self._recorder.recording)
         times: dict[str, list[float]] = defaultdict(list)
         for number in range(WARM_STEPS + repeat):

@@ -14,7 +14,7 @@ from marlin_cy.decoder.program import PAGE_TOKENS, Batch
 from marlin_cy.opencl.buffers import TYPES, as_bytes
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
 from marlin_cy.opencl.decoder.attention_mma import Kernel, TilesKernel
-from marlin_cy.opencl.decoder.step import FEW_ROWS, StepLayout, describe_step
+from marlin_cy.opencl.decoder.step import FEW_ROWS, Cuts, StepLayout, describe_step
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.recording import RecordingContext
 
@@ -78,7 +78,7 @@ def results(
     segments = np.stack([first, counts, positions, np.zeros_like(first)], axis=1).astype(np.int64)
     batch = Batch(np.zeros(rows, np.int32), segments, pages, np.zeros(0, np.int32))
     layout = StepLayout(rows)
-    step, known = describe_step(batch, layout, tile_rows, setting.splits * rows, 1)
+    step, known = describe_step(batch, layout, Cuts(tile_rows, setting.splits * rows), 1)
 
     q = rng.standard_normal((rows, heads, dim + (value_dim if setting.gated else 0)), np.float32)
     keys, values = (rng.standard_normal((int(lengths.max()), 2, KV_HEADS, width)) for width in (dim, value_dim))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.maker import Maker
     from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.decoder.projections import Uploads
-    from marlin_cy.opencl.decoder.step import Known
+    from marlin_cy.opencl.decoder.step import Cuts, Known
 
 __all__ = ["Attend", "GroupedAttention", "Kernels", "Shape"]
 
@@ -202,17 +202,12 @@ class Attend:
         q: Rows,
         q_head_stride: int,
         output: Rows,
-        tile_rows: int,
-        most_splits: int,
-        most_tile_splits: int = 1,
+        cuts: Cuts,
         kernels: Kernels | None = None,
     ) -> None:
-        """Record the launches for single rows, and for tiles of ``tile_rows`` rows.
-
-        ``most_splits``: splits of all single rows together, at most, unless they have one split each;
-        ``most_tile_splits``: those of all tiles of several rows. ``kernels``: those of :meth:`kernels` unless given.
-        """
+        """Record the launches for single rows, and for tiles of several. ``kernels``: :meth:`kernels` unless given."""
         shape, layout, ctx = self.shape, maker.layout, maker.ctx
+        tile_rows, most_splits, most_tile_splits = cuts
         found = kernels or self.kernels(ctx.backend, output.type_code)
         room = max(most_splits, most_tile_splits * tile_rows if most_tile_splits > 1 else 0) * shape.num_heads
         splits = {
@@ -388,16 +383,7 @@ class GroupedAttention:
     def _attended_type(self, row_type: int) -> int:
         return row_type if self.output.quantised else FLOAT32
 
-    def record(
-        self,
-        maker: Maker,
-        x: Rows,
-        out: Rows,
-        row_type: int,
-        tile_rows: int,
-        most_tile_splits: int,
-        most_splits: int,
-    ) -> None:
+    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, cuts: Cuts) -> None:
         """Record the layer: ``out`` is its output."""
         plan, width = self._plan, self._plan.head_dim
         projected = maker.room("heads", self.inputs.width, shares="down")
@@ -424,5 +410,5 @@ class GroupedAttention:
             eps=self._norm_eps,
         )
         attended = maker.room("attention", plan.num_heads * width, self._attended_type(row_type), shares="gate_up")
-        self.attend.record(maker, projected, head_stride, attended, tile_rows, most_splits, most_tile_splits)
+        self.attend.record(maker, projected, head_stride, attended, cuts)
         self.output.record(maker, attended, out, "o")

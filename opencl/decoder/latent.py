@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.maker import Maker
     from marlin_cy.opencl.decoder.merged import Merger
     from marlin_cy.opencl.decoder.projections import Uploads
+    from marlin_cy.opencl.decoder.step import Cuts
 
 __all__ = ["LatentAttention"]
 
@@ -58,16 +59,7 @@ class LatentAttention:
         """The tensor-core kernels that the backend's device runs; ``row_type`` as for :meth:`record`."""
         return self.attend.kernels(backend, FLOAT32)
 
-    def record(
-        self,
-        maker: Maker,
-        x: Rows,
-        out: Rows,
-        row_type: int,
-        tile_rows: int,
-        most_tile_splits: int,
-        most_splits: int,
-    ) -> None:
+    def record(self, maker: Maker, x: Rows, out: Rows, row_type: int, cuts: Cuts) -> None:
         """Record the layer: ``out`` is its output."""
         plan = self._plan
         key_width, head_width = plan.latent_dim + plan.rope_dim, plan.nope_dim + plan.rope_dim
@@ -107,7 +99,7 @@ class LatentAttention:
             eps=plan.norm_eps,
         )
         latents = maker.room("attended latents", plan.num_heads * plan.latent_dim)
-        self.attend.record(maker, queries, key_width, latents, tile_rows, most_splits, most_tile_splits)
+        self.attend.record(maker, queries, key_width, latents, cuts)
         values = maker.room("attention", plan.num_heads * plan.v_head_dim)
         self._v_up.record(maker, latents, values, x_batch=plan.latent_dim, out_batch=plan.v_head_dim, label="v_up")
         self.output.record(maker, values, out, "o")

@@ -36,7 +36,7 @@ from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.sample import Choices, TokenChooser, describe_choices
-from marlin_cy.opencl.decoder.step import Known, StepLayout, describe_step, rows_recorded
+from marlin_cy.opencl.decoder.step import Cuts, Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.memory import zeroed_buffers
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
@@ -94,6 +94,7 @@ class OpenClDecoder(DecoderProgram):
             if layer.attention is not None
         ]
         self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
+        self._tiles: dict[int, tuple[int, int]] = {}
         self.split_tokens, self.tile_split_tokens = SPLIT_TOKENS, TILE_SPLIT_TOKENS
         (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
         self._chooser = TokenChooser(runtime)
@@ -176,14 +177,18 @@ class OpenClDecoder(DecoderProgram):
         """The launches of a step of ``rows`` rows, by name, without the head. For tests and measurements."""
         return list(self._recorded("layers", rows_recorded(rows), self._record_layers).recording.labels)
 
-    def _tiles(self, rows: int) -> tuple[int, int]:
-        """Of a step of ``rows`` rows: rows of a tile of attention, at most, and splits of all tiles together."""
-        device = self._ctx.backend.runtime.capabilities
-        found = [
-            (attend.tile_rows(device, kernels, rows), attend.most_tile_splits(device, kernels, rows))
-            for attend, kernels in self._attentions
-        ]
-        return min((tile_rows for tile_rows, _ in found), default=1), min((most for _, most in found), default=1)
+    def _cuts(self, rows: int) -> Cuts:
+        """How attention of a step of ``rows`` rows is cut: by what suits every layer."""
+        if rows not in self._tiles:
+            device = self._ctx.backend.runtime.capabilities
+            found = [
+                (attend.tile_rows(device, kernels, rows), attend.most_tile_splits(device, kernels, rows))
+                for attend, kernels in self._attentions
+            ]
+            tile_rows, splits = zip(*found, strict=True) if found else ((1,), (1,))
+            self._tiles[rows] = min(tile_rows), min(splits)
+        of_tiles, splits_of_tiles = self._tiles[rows]
+        return Cuts(of_tiles, self.most_splits, splits_of_tiles)
 
     def _states(self) -> list[StatePool]:
         return [pool for pool in self._pools if isinstance(pool, StatePool)]
@@ -234,9 +239,7 @@ class OpenClDecoder(DecoderProgram):
     def _run_launches(self, batch: Batch, choices: Choosing | None) -> npt.NDArray[Any]:
         """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
-        tile_rows, most_tile_splits = self._tiles(layout.rows)
-        cuts = self.most_splits, self.split_tokens, most_tile_splits, self.tile_split_tokens
-        step, known = describe_step(batch, layout, tile_rows, *cuts)
+        step, known = describe_step(batch, layout, self._cuts(layout.rows), self.split_tokens, self.tile_split_tokens)
         self._reserve_step(len(step))
         layers = self._recorded("layers", layout.rows, self._record_layers)
         slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
@@ -399,7 +402,7 @@ class OpenClDecoder(DecoderProgram):
         hidden, eps = plan.hidden_size, plan.norm_eps
         residual, added = Residual(maker.room("x", hidden)), maker.room("added", hidden)
         normed = maker.room("normed", hidden, self._row_type)
-        tiles = self._tiles(maker.rows)
+        cuts = self._cuts(maker.rows)
         maker.record(
             "decoder_rows",
             "embed_rows",
@@ -417,7 +420,7 @@ class OpenClDecoder(DecoderProgram):
             if isinstance(layer.mixer, DeltaNet):
                 layer.mixer.record(maker, normed, added, self._row_type)
             else:
-                layer.mixer.record(maker, normed, added, self._row_type, *tiles, self.most_splits)
+                layer.mixer.record(maker, normed, added, self._row_type, cuts)
             residual.pending = added
             if isinstance(layer.ffn, MoeFfn):
                 residual.pending = layer.ffn.record(maker, residual, layer.ffn_norm, eps, normed)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch
 
-__all__ = ["Known", "StepLayout", "describe_rows", "describe_step", "rows_recorded"]
+__all__ = ["Cuts", "Known", "StepLayout", "describe_rows", "describe_step", "rows_recorded"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -80,14 +80,26 @@ class Known(NamedTuple):
     tile_splits: int = 1
 
 
+class Cuts(NamedTuple):
+    """How attention of a step is cut into work-groups.
+
+    Attributes
+    ----------
+    tile_rows : int
+        Rows of a tile of several rows, at most.
+    most_splits : int
+        Splits of all single rows together, at most, unless they have one split each.
+    most_tile_splits : int
+        Splits of all tiles of several rows together, at most; 1: no tile has any.
+    """
+
+    tile_rows: int
+    most_splits: int
+    most_tile_splits: int = 1
+
+
 def describe_step(
-    batch: Batch,
-    layout: StepLayout,
-    tile_rows: int,
-    most_splits: int,
-    split_tokens: int,
-    most_tile_splits: int = 1,
-    tile_split_tokens: int = 1,
+    batch: Batch, layout: StepLayout, cuts: Cuts, split_tokens: int, tile_split_tokens: int = 1
 ) -> tuple[Ints, Known]:
     """A batch as the device reads it.
 
@@ -95,14 +107,9 @@ def describe_step(
     ----------
     batch : Batch
     layout : StepLayout
-    tile_rows : int
-        Rows of a tile of several rows.
-    most_splits : int
-        Work-groups that the device should have for attention to few rows.
-    split_tokens : int
-        The fewest positions of a split.
-    most_tile_splits, tile_split_tokens : int
-        The same for attention to tiles of several rows.
+    cuts : Cuts
+    split_tokens, tile_split_tokens : int
+        The fewest positions of a split of a single row, and of a tile of several rows.
     """
     first, counts, positions, slots = (column.astype(np.int64) for column in batch.segments.T)
     rows, number = len(batch.tokens), len(counts)
@@ -117,13 +124,13 @@ def describe_step(
         repeated[:, 3] = -1
     described = step[layout.segments : layout.segments + 4 * number].reshape(-1, 4)
     described[:, 0], described[:, 1], described[:, 2] = first, counts, slots
-    few, many = tiles(first, counts, rows, layout.rows, tile_rows)
+    few, many = tiles(first, counts, rows, layout.rows, cuts.tile_rows)
     for begin, found in ((layout.few_tiles, few), (layout.many_tiles, many)):
         step[begin : begin + 4 * len(found)] = found.reshape(-1)
     picked = batch.wanted[: layout.rows]
     step[layout.picked : layout.picked + len(picked)] = picked
-    step[0] = splits_of(few, most_splits, split_tokens, row_positions)
-    step[1] = splits_of(many, most_tile_splits, tile_split_tokens, row_positions)
+    step[0] = splits_of(few, cuts.most_splits, split_tokens, row_positions)
+    step[1] = splits_of(many, cuts.most_tile_splits, tile_split_tokens, row_positions)
     return step, Known(len(few), len(many), int(step[0]), number, int(step[1]))
 
 
