@@ -17,7 +17,7 @@ from marlin_cy.decoder.plan import DecoderPlan
 from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, addresses, shape_of
-from marlin_cy.opencl.decoder.step import describe_rows
+from marlin_cy.opencl.decoder.step import Description, describe_rows
 from marlin_cy.opencl.launch import bound_kernel
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -131,10 +131,9 @@ class PhasedStep:
         self._layers = uploaded(runtime, shape.table(runtime).view(np.uint8), "table of layers")
         # The counter of work-groups, whether one gave up, the tokens, and their logits.
         (self._state,) = zeroed_buffers(runtime, [4 * STATE_INTS], "state of a step")
-        (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
+        self._step = Description(runtime, LEAST_STEP_INTS, "description of a step")
         self._target = 0
         self._seen = np.zeros(STATE_INTS, np.uint32)
-        self._pending: list[cl.Event] = []
         self._kernels: dict[int, Kernel] = {}
         self._rooms: dict[int, dict[str, cl.Buffer]] = {}
 
@@ -169,12 +168,9 @@ class PhasedStep:
         """
         rows, macros = len(batch.tokens), self._macros
         step, pages = describe_rows(batch)
-        if 4 * len(step) > self._step.size:
+        if self._step.grow(len(step)):
             self._ctx.queue.finish()
             self._kernels.clear()
-            (self._step,) = zeroed_buffers(
-                self._ctx.backend.runtime, [4 << (len(step) - 1).bit_length()], "description of a step"
-            )
         kernel = self._kernels.get(self.capacity(rows))
         if kernel is None:
             kernel = self._kernels[self.capacity(rows)] = self._bound(self.capacity(rows))
@@ -182,8 +178,7 @@ class PhasedStep:
         splits = max(1, min(self._groups // (rows * blocks), pages // SPLIT_PAGES))
         last = macros["LAYERS"] * PHASES + self.has_head * (1 + greedy)
         queue = self._ctx.queue
-        # Dropping the event of a write waits for it: so it is kept until the next step.
-        self._pending = [cl.enqueue_copy(queue, self._step, step, is_blocking=False)]
+        self._step.write(queue, step)
         kernel.set(rows=rows, splits=splits)
         size, local = (self._groups * self._local,), (self._local,)
         if self.resident:
@@ -268,7 +263,7 @@ class PhasedStep:
         program = runtime.programs.program("decoder_step", macros, options)
         values: dict[str, Any] = {
             **rooms,
-            "batch": self._step,
+            "batch": self._step.buffer,
             "layers": self._layers,
             "embedding": self._ends[0],
             "final_norm": self._ends[1],

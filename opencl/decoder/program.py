@@ -36,8 +36,7 @@ from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
 from marlin_cy.opencl.decoder.sample import Choices, TokenChooser, describe_choices
-from marlin_cy.opencl.decoder.step import Cuts, Known, StepLayout, describe_step, rows_recorded
-from marlin_cy.opencl.memory import zeroed_buffers
+from marlin_cy.opencl.decoder.step import Cuts, Description, Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
 from marlin_cy.opencl.tiers.configuration import FLOAT32
@@ -96,9 +95,8 @@ class OpenClDecoder(DecoderProgram):
         self.most_splits = max((attend.most_splits(device, found) for attend, found in self._attentions), default=1)
         self._tiles: dict[int, tuple[int, int]] = {}
         self.split_tokens, self.tile_split_tokens = SPLIT_TOKENS, TILE_SPLIT_TOKENS
-        (self._step,) = zeroed_buffers(runtime, [4 * LEAST_STEP_INTS], "description of a step")
+        self._step = Description(runtime, LEAST_STEP_INTS, "description of a step")
         self._chooser = TokenChooser(runtime)
-        self._upload: cl.Event | None = None
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
         self._phased = new_phased_step(self._ctx, plan, self._layers, self._ends(), True)
@@ -231,7 +229,7 @@ class OpenClDecoder(DecoderProgram):
             results[:] = tokens[wanted]
         else:
             layout = StepLayout(rows_recorded(rows))
-            self._write(wanted, layout.picked)
+            self._step.write(self._ctx.queue, wanted, layout.picked)
             self._run_head(f"{rows} by phases", layout, wanted, Residual(x), choices, results)
         steps.read_state()
         return results
@@ -240,13 +238,14 @@ class OpenClDecoder(DecoderProgram):
         """As ``_run``, by launches."""
         layout = StepLayout(rows_recorded(len(batch.tokens)))
         step, known = describe_step(batch, layout, self._cuts(layout.rows), self.split_tokens, self.tile_split_tokens)
-        self._reserve_step(len(step))
+        if self._step.grow(len(step)):
+            self._forget_recordings()
         layers = self._recorded("layers", layout.rows, self._record_layers)
         slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
         recurrent = len(self._state_lengths) > 0
         if recurrent:
             self._state_lengths[slots] = INCOMPLETE
-        self._write(step, 0)
+        self._step.write(self._ctx.queue, step)
         self._enqueue(layers, known)
         if recurrent:
             self._state_lengths[slots] = lengths
@@ -255,7 +254,7 @@ class OpenClDecoder(DecoderProgram):
         for begin in range(0, len(wanted), HEAD_ROWS):
             part = slice(begin, begin + HEAD_ROWS)
             if begin:  # the step has the first ones
-                self._write(wanted[part], layout.picked)
+                self._step.write(self._ctx.queue, wanted[part], layout.picked)
             of_part = None if choices is None else choices[part]
             self._run_head(f"{layout.rows}", layout, wanted[part], layers.result, of_part, results[part])
         return results
@@ -293,22 +292,9 @@ class OpenClDecoder(DecoderProgram):
         self._chooser.write(self._ctx.queue, described)
         return described
 
-    def _write(self, ints: npt.NDArray[np.int32], place: int) -> None:
-        """Enqueue a write to the step's description; ``ints`` is not changed afterwards."""
-        # Dropping the event of a write waits for it: so it is kept until the next one.
-        self._upload = cl.enqueue_copy(self._ctx.queue, self._step, ints, dst_offset=4 * place, is_blocking=False)
-
     def _enqueue(self, recorded: Recorded, known: Known | Choices | None) -> None:
         for label, event in recorded.recording.enqueue(self._ctx.queue, known):
             self._ctx.log(label, event)
-
-    def _reserve_step(self, ints: int) -> None:
-        """Make room for a step's description. All recordings refer to the buffer, so it grows by doubling."""
-        if 4 * ints > self._step.size:
-            self._forget_recordings()
-            (self._step,) = zeroed_buffers(
-                self._ctx.backend.runtime, [4 << (ints - 1).bit_length()], "description of a step"
-            )
 
     # Steps by phases ---------------------------------------------------------------------------
 
@@ -380,7 +366,7 @@ class OpenClDecoder(DecoderProgram):
         recorder = self._recorder
         while True:
             recorder.begin()
-            result = record(Maker(recorder, self._step, StepLayout(rows), rows))
+            result = record(Maker(recorder, self._step.buffer, StepLayout(rows), rows))
             if not recorder.grown:
                 break
             # Older recordings refer to buffers that have been replaced, and so may the beginning of this one.

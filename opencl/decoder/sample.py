@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pyopencl as cl
 
 from marlin_cy.decoder.draw import TABLES
-from marlin_cy.opencl.memory import uploaded, zeroed_buffers
+from marlin_cy.opencl.decoder.step import Description
+from marlin_cy.opencl.memory import uploaded
 
 if TYPE_CHECKING:
     from marlin_cy.decoder.sampling import Sampler
@@ -95,25 +96,19 @@ class TokenChooser:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
         self._tables = uploaded(runtime, TABLES, "powers of two")
-        (self._ints,) = zeroed_buffers(runtime, [4 * LEAST_INTS], "choices of tokens")
-        self._written: cl.Event | None = None
+        self._ints = Description(runtime, LEAST_INTS, "choices of tokens")
         device = runtime.capabilities
         most = 1 << (min(MOST_ITEMS, device.max_work_group_size).bit_length() - 1)
         self._items = CPU_ITEMS if device.is_cpu else most
 
     def reserve(self, ints: int) -> bool:
         """Make room for choices of so many ints. Returns whether recordings refer to a buffer that was too small."""
-        if 4 * ints <= self._ints.size:
-            return False
-        (self._ints,) = zeroed_buffers(self._runtime, [4 << (ints - 1).bit_length()], "choices of tokens")
-        return True
+        return self._ints.grow(ints)
 
     def write(self, queue: cl.CommandQueue, choices: Choices) -> None:
         """Enqueue a write of choices. There is room for them."""
-        # Dropping the event of a write waits for it: so it is kept until the next one.
-        self._written = cl.enqueue_copy(queue, self._ints, choices.ints, is_blocking=False)
+        self._ints.write(queue, choices.ints)
 
     def record(self, maker: Maker, logits: cl.Buffer, width: int) -> cl.Buffer:
         """Record the launches for rows of ``width`` logits. Returns the buffer of the tokens, int32 ``[rows, 2]``."""
@@ -130,7 +125,7 @@ class TokenChooser:
             size,
             None,
             "penalise_rows",
-            sampling=self._ints,
+            sampling=self._ints.buffer,
             logits=logits,
             width=width,
         )
@@ -141,7 +136,7 @@ class TokenChooser:
             (rows * items,),
             (items,),
             "sample_rows",
-            sampling=self._ints,
+            sampling=self._ints.buffer,
             logits=logits,
             width=width,
             tables=self._tables,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyopencl as cl
 
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch
+from marlin_cy.opencl.memory import zeroed_buffers
 
-__all__ = ["Cuts", "Known", "StepLayout", "describe_rows", "describe_step", "rows_recorded"]
+if TYPE_CHECKING:
+    from marlin_cy.opencl.memory import Memory
+
+__all__ = ["Cuts", "Description", "Known", "StepLayout", "describe_rows", "describe_step", "rows_recorded"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -17,6 +22,40 @@ HEADER = 16
 EXACT_ROWS = 16
 FEW_ROWS = 4
 """Segments of fewer rows are attended to row by row: see ``attend``."""
+
+
+class Description:
+    """A buffer of ints that the host writes for each step. It grows by doubling.
+
+    Parameters
+    ----------
+    runtime : Memory
+    ints : int
+        The room at first.
+    what : str
+        Names the buffer in errors.
+
+    Attributes
+    ----------
+    buffer : pyopencl.Buffer
+    """
+
+    def __init__(self, runtime: Memory, ints: int, what: str) -> None:
+        self._runtime, self._what = runtime, what
+        (self.buffer,) = zeroed_buffers(runtime, [4 * ints], what)
+        self._written: cl.Event | None = None
+
+    def grow(self, ints: int) -> bool:
+        """Make room for so many ints. Returns whether kernel objects refer to a buffer that was too small."""
+        if 4 * ints <= self.buffer.size:
+            return False
+        (self.buffer,) = zeroed_buffers(self._runtime, [4 << (ints - 1).bit_length()], self._what)
+        return True
+
+    def write(self, queue: cl.CommandQueue, ints: Ints, place: int = 0) -> None:
+        """Enqueue a write; there is room for it, and ``ints`` is not changed afterwards."""
+        # Dropping the event of a write waits for it: so it is kept until the next one.
+        self._written = cl.enqueue_copy(queue, self.buffer, ints, dst_offset=4 * place, is_blocking=False)
 
 
 def rows_recorded(rows: int) -> int:
