@@ -59,6 +59,7 @@ def test_scales_that_are_powers_of_two_are_exact(rng):
     held = float8.dequantize(codes.view(np.uint8), scale, BLOCK, float8.held_dtype(scale))
     exact = codes.astype(np.float64) * np.kron(2.0 ** (exponents - 127.0), np.ones(BLOCK))[:, :160]
     np.testing.assert_array_equal(held, exact)
+    assert float8.scale_values(np.array(120, np.uint8)) == 2.0**-7  # of no dimensions: one scale of the tensor
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1e-7, np.float32), (200.0, np.float32), (1e-5, np.float16)])

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.formats.json_fields import JsonObject
+from marlin_cy.formats.mxfp4 import powers_of_two
 
 __all__ = [
     "BLOCK",
@@ -96,14 +97,10 @@ def scale_values(scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     ValueError
         A scale is not finite.
     """
-    if scale.dtype == np.uint8:
-        values = np.exp2(np.minimum(scale, 254).astype(np.float32) - 127)
-        values[scale == 255] = np.nan
-    else:
-        values = scale.astype(np.float32)
+    values = (powers_of_two(scale) if scale.dtype == np.uint8 else scale).astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("got a scale that is not finite, expected finite values")
-    return np.asarray(values, np.float32)
+    return values
 
 
 def held_dtype(scales: npt.NDArray[np.float32]) -> np.dtype[Any]:

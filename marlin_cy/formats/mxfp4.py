@@ -30,7 +30,7 @@ from marlin_cy.weights.arrays import checked_array
 from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.sizes import checked_group_size
 
-__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse", "scales_of_exponents"]
+__all__ = ["Mxfp4Scheme", "pack_mxfp4", "parse", "powers_of_two", "scales_of_exponents"]
 
 GROUP_SIZE = 32
 """Rows of K that share a scale."""
@@ -120,9 +120,13 @@ def scales_of_exponents(name: str, exponents: npt.NDArray[np.uint8]) -> npt.NDAr
     if exponents.max() == NAN:
         row, block = np.argwhere(exponents == NAN)[0]
         raise ValueError(f"{name}: got {NAN} (NaN) at [{row}, {block}], expected 0 to {NAN - 1}")
-    scale = transpose(exponents).astype(np.uint16) << MANTISSA_BITS
-    scale[scale == 0] = SMALLEST
-    return scale.view(BFLOAT16)
+    return powers_of_two(transpose(exponents))
+
+
+def powers_of_two(exponents: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """``2**(e - 127)`` of each exponent, bfloat16; infinity for 255."""
+    bits = np.where(exponents == 0, np.uint16(SMALLEST), exponents.astype(np.uint16) << MANTISSA_BITS)
+    return bits.view(BFLOAT16)
 
 
 def parse(config: JsonObject, file: StrPath) -> Mxfp4Scheme:
