@@ -70,19 +70,23 @@ def widened(weight: CanonicalWeight, kind: StackKind) -> CanonicalWeight:
         return weight
     row, wide = code_type(weight.codes), code_type(kind.codes)
     scale = weight.scale.astype(np.float32) if kind.scales == "float32" else weight.scale
-    zero, words = weight.zero, weight.words
-    if weight.codes != kind.codes:
-        # Multiplicands of every code type fit a byte.
+    zero, is_recoded = weight.zero, weight.codes != kind.codes
+    if is_recoded:
         scale = scale / scale.dtype.type(row.units_per_one)
         if zero is None:
             zero = np.full(scale.shape, row.symmetric_zero)
         zero = zero.astype(wide.zero_dtype)
-        words = words_of_bytes(row.multiplicands[unpack_words(words, row.bits)])
     if weight.group_size != kind.group_size:
         times, groups = weight.group_size // kind.group_size, -(-weight.k // kind.group_size)
         scale = np.repeat(scale, times, axis=0)[:groups]
         zero = None if zero is None else np.repeat(zero, times, axis=0)[:groups]
-    return CanonicalWeight(words, scale, zero, kind.group_size, weight.g_idx, kind.codes)
+    if not is_recoded:
+        return CanonicalWeight(weight.words, scale, zero, kind.group_size, weight.g_idx, kind.codes)
+    # Multiplicands of every code type fit a byte.
+    codes = row.multiplicands[unpack_words(weight.words, row.bits)]
+    return CanonicalWeight.from_codes(
+        codes, scale, group_size=kind.group_size, codes=kind.codes, zero=zero, g_idx=weight.g_idx
+    )
 
 
 def rounded(weight: npt.NDArray[Any], group_size: int, g_idx: npt.NDArray[np.int32] | None = None) -> CanonicalWeight:
@@ -113,11 +117,4 @@ def rounded(weight: npt.NDArray[Any], group_size: int, g_idx: npt.NDArray[np.int
     scale = np.maximum(largest / STEPS, np.finfo(np.float32).tiny)
     codes = (np.rint(rows / scale[group]) + ZERO).astype(np.uint8)
     zero = np.full(scale.shape, ZERO, code_type(ROUNDED.codes).zero_dtype)
-    return CanonicalWeight(words_of_bytes(codes), scale, zero, group_size, g_idx, ROUNDED.codes)
-
-
-def words_of_bytes(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """uint32 ``[K / 4, N]`` from codes of 8 bits, uint8 ``[K, N]``."""
-    fours = codes.reshape(-1, 4, codes.shape[1])
-    words: npt.NDArray[np.uint32] = np.ascontiguousarray(fours.swapaxes(1, 2)).view("<u4")[..., 0].astype(np.uint32)
-    return words
+    return CanonicalWeight.from_codes(codes, scale, group_size=group_size, codes=ROUNDED.codes, zero=zero, g_idx=g_idx)
