@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -235,15 +234,7 @@ class QuantizedSource(QuantizedLayers):
         """A stored weight, cut into gate and up if it interleaves their columns."""
         if not (self._family.interleaved and weight.n == self._inner_width):
             return [weight]
-        return [
-            replace(
-                weight,
-                words=weight.words[:, first::2],
-                scale=weight.scale[:, first::2],
-                zero=None if weight.zero is None else weight.zero[:, first::2],
-            )
-            for first in (0, 1)
-        ]
+        return [weight.columns(slice(first, None, 2)) for first in (0, 1)]
 
     @property
     def _inner_width(self) -> int:

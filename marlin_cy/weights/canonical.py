@@ -133,14 +133,13 @@ class CanonicalWeight:
         """Output width."""
         return int(self.words.shape[1])
 
-    def columns(self, columns: npt.NDArray[np.int64]) -> CanonicalWeight:
-        """Some columns, in a new order. Views, if they follow each other."""
-        run = slice(int(columns[0]), int(columns[-1]) + 1)
-        consecutive = run.stop - run.start == len(columns) and bool((np.diff(columns) == 1).all())
-        kept: slice | npt.NDArray[np.int64] = run if consecutive else columns
+    def columns(self, columns: slice | npt.NDArray[np.int64]) -> CanonicalWeight:
+        """Some columns, in a new order. Views, if they follow each other or are a slice."""
+        if not isinstance(columns, slice) and (np.diff(columns) == 1).all():
+            columns = slice(int(columns[0]), int(columns[-1]) + 1)
         names = "zero", "minimum", "block_scale", "block_minimum"
-        others: dict[str, Any] = {name: part[:, kept] for name in names if (part := getattr(self, name)) is not None}
-        return replace(self, words=self.words[:, kept], scale=self.scale[:, kept], **others)
+        others: dict[str, Any] = {name: part[:, columns] for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, words=self.words[:, columns], scale=self.scale[:, columns], **others)
 
     @property
     def scales(self) -> str:
