@@ -27,7 +27,7 @@ from marlin_cy.reference import dequantize_weight
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.contents import Source, Tensors
 
-__all__ = ["MoeBlock", "dequantized"]
+__all__ = ["MoeBlock", "check_sizes", "dequantized"]
 
 
 class MoeBlock:

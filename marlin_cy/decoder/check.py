@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.checkpoint import Checkpoint
+from marlin_cy.checkpoints.moe_block import check_sizes
 from marlin_cy.decoder.build import PlanBuilder, read_config
 from marlin_cy.decoder.config import LatentAttentionConfig
 from marlin_cy.decoder.loading import Loader, rows_of
@@ -54,7 +55,7 @@ class HeaderLoader(Loader):
         self._bias(module, n, bias)
         if self.is_quantised(module):
             self._used.add(module)
-            self._check_sizes(module, *self.checkpoint.linear_sizes(module), k, n)
+            check_sizes(module, self.checkpoint.linear_sizes(module), (k, n), self.checkpoint.path)
         else:
             self.matrix(f"{module}.weight", n, k)
         return np.broadcast_to(np.float32(0), (n, k))

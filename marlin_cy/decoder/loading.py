@@ -11,6 +11,7 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
+from marlin_cy.checkpoints.moe_block import check_sizes
 from marlin_cy.checkpoints.safetensors import FLOATS
 from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
 from marlin_cy.decoder.share import Share
@@ -116,7 +117,7 @@ class Loader:
             with as_checkpoint_error(self.checkpoint.path, module):
                 return self.checkpoint.linear(module, columns_backend(self.checkpoint.backend, {(k, n): columns}))
         linear = self.checkpoint.linear(module)
-        self._check_sizes(module, linear.in_features, linear.out_features, k, n)
+        check_sizes(module, (linear.in_features, linear.out_features), (k, n), self.checkpoint.path)
         return linear
 
     def mlp(
@@ -159,7 +160,7 @@ class Loader:
             ]
         weight = self.checkpoint.weight(module)
         self._used.add(module)
-        self._check_sizes(module, weight.k, weight.n, k, n)
+        check_sizes(module, (weight.k, weight.n), (k, n), self.checkpoint.path)
         projections: list[Projection] = []
         for part, columns in zip(parts, kept, strict=True):
             # Whether a part is unpacked does not depend on the columns to keep: its bits do not either.
@@ -191,13 +192,6 @@ class Loader:
         if bias.any():
             raise CheckpointError("the model has no such bias", file=self.checkpoint.path, tensor=name)
         return None
-
-    def _check_sizes(self, module: str, k: int, n: int, expected_k: int, expected_n: int) -> None:
-        if (k, n) != (expected_k, expected_n):
-            raise CheckpointError(
-                f"{module}: got {k} to {n} features, expected {expected_k} to {expected_n} by the configuration",
-                file=self.checkpoint.path,
-            )
 
 
 def rows_of(matrix: npt.NDArray[Any], rows: Columns | None) -> npt.NDArray[Any]:
