@@ -66,6 +66,12 @@ class QuantizedSource(QuantizedLayers):
         self._for_each = for_each
         # How each block's experts are stored: see _find_experts.
         self._kinds: dict[str, str] = {}
+        # The first quantised layer of each block's experts.
+        self._first_experts: dict[str, str] = {}
+        for module in self._modules:
+            block, inside, _ = module.partition(".experts.")
+            if inside:
+                self._first_experts.setdefault(block, module)
 
     # Contents ----------------------------------------------------------------------------------
 
@@ -89,7 +95,7 @@ class QuantizedSource(QuantizedLayers):
             for part in self._fused_parts(block, 0):
                 self._check_linear(part.module, part.k, part.n, self._spec.num_experts, self._config_file)
             return "fused"
-        quantised = next((module for module in self._modules if module.startswith(f"{block}.experts.")), None)
+        quantised = self._first_experts.get(block)
         first = self._separate_parts(block, 0)[0].module
         dense = [name for name in (fused, f"{fused}.weight") if name in self._tensors]
         if quantised is not None and dense:
