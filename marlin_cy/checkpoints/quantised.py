@@ -296,14 +296,13 @@ class QuantizedSource(QuantizedLayers):
         """The form of a stack that holds these parts; with permuted rows of K, its groups are those of the files."""
         kinds = {self._kind(part): part.module for part in reversed(parts) if not self._is_dense(part)}
         modules = {kind.group_size: module for kind, module in kinds.items()}
-        wanted = list(kinds)
-        if any(map(self._is_dense, parts)):
-            sizes = list(modules) if permuted else []
-            wanted.append(ROUNDED._replace(group_size=min(sizes or [ROUNDED.group_size])))
         if permuted and len(modules) > 1:
             (size, module), (other_size, other) = list(modules.items())[:2]
             raise UnsupportedError(
                 f"{module} has groups of {size}, {other} has groups of {other_size}: one stack cannot hold them, as "
                 "rows of K are permuted"
             )
+        wanted = list(kinds)
+        if any(map(self._is_dense, parts)):
+            wanted.append(ROUNDED._replace(group_size=wanted[0].group_size) if permuted and wanted else ROUNDED)
         return joined(wanted)

@@ -19,7 +19,7 @@ from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
 from marlin_cy.weights.canonical import CanonicalWeight
-from marlin_cy.weights.widening import ROUNDED, StackKind, rounded, widened
+from marlin_cy.weights.widening import StackKind, rounded, widened
 
 __all__ = ["GIdx", "QuantizedLayers"]
 
@@ -119,9 +119,7 @@ class QuantizedLayers:
         return not self.has_linear(part.module) and f"{part.module}.weight" in self._tensors
 
     def _kind(self, part: ExpertPart) -> StackKind:
-        """The form of a part in the files; that of rounded weights if it is not quantised."""
-        if self._is_dense(part):
-            return ROUNDED
+        """The form of a quantised part in the files."""
         scheme = self._scheme.for_module(part.module)
         stored = DTYPES[self._tensors.info(f"{part.module}{scheme.scales}").dtype]
         return StackKind(scheme.checked_group_size(part.k, part.n), scheme.codes, scheme.scale_dtype(stored).name)
