@@ -172,10 +172,11 @@ class QuantizedLayers:
     def _check_dense(self, part: ExpertPart) -> None:
         """Check the weight of a part that is not quantised, except for its values, and its bias."""
         name, bias = f"{part.module}.weight", f"{part.module}.bias"
-        if not self._float8.has_weight(name):
+        if self._float8.has_weight(name):
+            self._tensors.check(name, (part.n, part.k))
+            self._float8.check(name)
+        else:
             self._tensors.check(name, (part.n, part.k), FLOATS)
-        self._tensors.check(name, (part.n, part.k))
-        self._float8.check(name)
         if bias in self._tensors:
             self._tensors.check(bias, (part.n,))
         for other in self._names[part.module]:
