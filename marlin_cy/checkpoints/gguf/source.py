@@ -225,6 +225,7 @@ class GgufSource:
         spec, modules = self._spec, self._modules(block)
         hidden, inter, experts = spec.hidden_size, spec.intermediate_size, spec.num_experts
         *inner, last = modules
+        self._check_biases(block, inner)
         common, below = self._common(inner), self._type(last)
         gate_up = backend.new_stack_builder(
             experts, hidden, 2 * inter, group_size=common.group_size, codes=common.codes, scales=common.scales
@@ -251,7 +252,6 @@ class GgufSource:
             add(down, below, last, expert, 0)
 
         self._for_each(pack, experts, description)
-        self._check_biases(block, inner)
         biases = [bias for module in inner if (bias := self.bias(module)) is not None]
         return gate_up.finish(np.concatenate(biases, axis=1) if biases else None), down.finish(self.bias(last))
 
