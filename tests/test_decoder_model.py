@@ -9,10 +9,10 @@ import pytest
 from asserts import relative_error
 
 from marlin_cy import ContextInUse, UnsupportedError
+from marlin_cy.decoder.appending import cut_into_steps
 from marlin_cy.decoder.cache import CacheFull
 from marlin_cy.decoder.load import load_model
 from marlin_cy.decoder.reference import reference_logits
-from marlin_cy.decoder.steps import cut_into_steps
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from marlin_cy.decoder.cache import Sequence as CachedSequence
 from marlin_cy.decoder.program import Batch, DecoderProgram
-from marlin_cy.decoder.steps import cut_into_steps
 
-__all__ = ["Wanted", "append"]
+__all__ = ["Wanted", "append", "cut_into_steps"]
 
 T = TypeVar("T", bound=Sequence[Any])
 
@@ -81,3 +80,24 @@ def append(
                 found[index].append(results[row : row + count])  # type: ignore[arg-type]
                 row += count
     return found
+
+
+def cut_into_steps(counts: list[int], max_rows: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut the tokens of several sequences into steps of at most ``max_rows`` rows.
+
+    Yields lists of ``(sequence, begin, end)``: tokens ``begin`` to ``end - 1`` of a sequence.
+    """
+    step: list[tuple[int, int, int]] = []
+    room = max_rows
+    for index, count in enumerate(counts):
+        begin = 0
+        while begin < count:
+            end = min(count, begin + room)
+            step.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield step
+                step, room = [], max_rows
+    if step:
+        yield step
