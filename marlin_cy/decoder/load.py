@@ -64,13 +64,17 @@ def load_model(
     GroupError
         With ``group``: another host has other files or arguments, has failed, or is lost.
     """
-    options = context_length, cache_tokens, cache_dtype, lm_head
+    options: dict[str, Any] = {
+        "context_length": context_length,
+        "cache_tokens": cache_tokens,
+        "cache_dtype": cache_dtype,
+        "lm_head": lm_head,
+    }
     if group is None:
-        return _load(path, backend, options, None, progress, context_options)
+        return _load(path, backend, None, progress, context_options, **options)
     with group.together("load_model"):
-        names = ("context_length", "cache_tokens", "cache_dtype", "lm_head"), options
-        group.agree("load_model", {name: checksum(value) for name, value in zip(*names, strict=True)})
-        model = _load(path, backend, options, group, progress, context_options)
+        group.agree("load_model", {name: checksum(value) for name, value in options.items()})
+        model = _load(path, backend, group, progress, context_options, **options)
     group.agree("load_model, at its end", {})
     return model
 
@@ -78,12 +82,15 @@ def load_model(
 def _load(
     path: StrPath,
     backend: str | Backend,
-    options: tuple[int | None, int | None, str, str | None],
     group: Group | None,
     progress: Callable[[int, int, str], object] | None,
     context_options: dict[str, Any],
+    *,
+    context_length: int | None,
+    cache_tokens: int | None,
+    cache_dtype: str,
+    lm_head: str | None,
 ) -> Model:
-    context_length, cache_tokens, cache_dtype, lm_head = options
     if not isinstance(cache_dtype, str) or cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
     checkpoint = open_checkpoint(path, backend, progress=progress, shard=None if group is None else group.shard())
