@@ -195,8 +195,9 @@ def amounts_of(amounts: npt.NDArray[np.float64]) -> Int64s:
 def draw(logits: Floats, settings: DrawSettings, random: int) -> int:
     """The token that a random number of 64 bits draws. The logits have no NaN, and the largest is finite."""
     scores = scores_of(logits)
-    tokens = np.flatnonzero(scores > scores.max() - settings.limit)
-    distances = scores.max() - scores[tokens]
+    largest = scores.max()
+    tokens = np.flatnonzero(scores > largest - settings.limit)
+    distances = largest - scores[tokens]
     if 0 < settings.top_k < len(tokens):
         kept = largest_of(-distances, settings.top_k)
         tokens, distances = tokens[kept], distances[kept]

@@ -224,9 +224,10 @@ class Sampler:
         check_largest(token, logits[token], position)
         if self.penalties is not None:
             logits = self.penalties.applied(logits)
-            token = int(logits.argmax())
         if self.settings is not None:
             token = draw(logits, self.settings, self.random(position))
+        elif self.penalties is not None:
+            token = int(logits.argmax())
         self.took(token)
         return token
 
