@@ -12,7 +12,7 @@ from marlin_cy.checkpoints.checkpoint import Checkpoint
 from marlin_cy.checkpoints.moe_block import check_sizes
 from marlin_cy.decoder.build import PlanBuilder, read_config
 from marlin_cy.decoder.config import LatentAttentionConfig
-from marlin_cy.decoder.loading import Loader, rows_of
+from marlin_cy.decoder.loading import Loader
 from marlin_cy.decoder.plan import DenseLinear, Projection
 from marlin_cy.distributed.shard import Columns
 from marlin_cy.errors import CheckpointError
@@ -47,8 +47,6 @@ class HeaderLoader(Loader):
         return np.broadcast_to(np.float16(0), shape)
 
     def projection(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> Projection:
-        if self.is_quantised(module):
-            return DenseLinear(rows_of(self.unpacked(module, k, n, bias), columns))
         return self.dense(module, k, n, bias, columns)
 
     def unpacked(self, module: str, k: int, n: int, bias: bool = False) -> npt.NDArray[np.float32]:
