@@ -209,13 +209,7 @@ class Group:
         """
         if self.size == 1:
             return
-        row = np.zeros(FIELDS + 1, np.int64)
-        row[0] = checksum(call)
-        row[1 : len(fields) + 1] = list(fields.values())
-        self._compare(call, fields, row)
-
-    def _compare(self, call: str, fields: Mapping[str, int], row: npt.NDArray[np.int64]) -> None:
-        found = self.gather_values(row)
+        found = self._gather_call(checksum(call), list(fields.values()))
         for rank in range(self.size):
             if found[rank, 0] == FAILED:
                 self._lost = f"{call}: rank {rank} has failed; its own message says why"
@@ -231,6 +225,12 @@ class Group:
                         f"{call}: {name}: rank {rank} has other values than rank 0; every host must have the same"
                     )
 
+    def _gather_call(self, call: int, values: Sequence[int]) -> npt.NDArray[np.int64]:
+        """int64 ``[size, FIELDS + 1]``: what every host passes; zeros follow."""
+        row = np.zeros(FIELDS + 1, np.int64)
+        row[0], row[1 : len(values) + 1] = call, values
+        return self.gather_values(row)
+
     @contextmanager
     def together(self, call: str) -> Iterator[None]:
         """Within this context, an exception of this host is announced to the others, which raise a GroupError too.
@@ -243,10 +243,8 @@ class Group:
             raise
         except Exception:
             if self.size > 1 and self._lost is None:
-                row = np.zeros(FIELDS + 1, np.int64)
-                row[0] = FAILED
                 with suppress(GroupError):  # the exception of this host says more
-                    self.gather_values(row)
+                    self._gather_call(FAILED, [])
                 self._lost = f"{call}: rank {self.rank} has failed before; start all hosts again"
             raise
 
