@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from marlin_cy.distributed.group import Group
-from marlin_cy.distributed.shard import Columns, Cut, Shard, local
+from marlin_cy.distributed.shard import Columns, Cut, Shard
 
 __all__ = ["Heads", "Share", "columns_of"]
 
@@ -73,14 +73,14 @@ class Share:
 
     def columns(self, cut: Cut | None) -> Columns | None:
         """The columns of this host; None for all columns."""
-        return None if cut is None or self._shard is None else np.arange(*local(cut, self._shard.rank))
+        return None if cut is None or self._shard is None else np.arange(*self._shard.local(cut))
 
     def heads(self, name: str, num_heads: int, num_kv_heads: int) -> Heads:
         """This host's heads."""
         if self._shard is None:
             return Heads(slice(0, num_heads), slice(0, num_kv_heads), None)
         cut, begin, end = self._shard.heads(name, num_heads, num_kv_heads)
-        return Heads(slice(*local(cut, self._shard.rank)), slice(begin, end), cut)
+        return Heads(slice(*self._shard.local(cut)), slice(begin, end), cut)
 
 
 def columns_of(heads: slice, width: int, offset: int = 0) -> Columns:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.distributed.shard import Columns, LayerShard, Shard, local
+from marlin_cy.distributed.shard import Columns, LayerShard, Shard
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
@@ -44,10 +44,9 @@ def expert_columns(layer: LayerShard, hidden: int, gated: bool, *, shared: bool)
     cut = layer.shared if shared else layer.inner
     assert cut is not None
     inner, outputs = int(cut[-1]), int(layer.outputs[-1])
-    begin, end = local(cut, layer.shard.rank)
-    first = np.arange(begin, end)
+    first = np.arange(*layer.shard.local(cut))
     gate_up = np.concatenate([first, inner + first]) if gated else first
-    down = np.arange(*local(layer.outputs, layer.shard.rank))
+    down = np.arange(*layer.shard.local(layer.outputs))
     # The two keys are equal only if neither product has gates; then both have the same columns.
     return {(hidden, 2 * inner if gated else inner): gate_up, (inner, outputs): down}
 
@@ -92,8 +91,8 @@ class _ColumnsBackend:
 
     def new_stack_builder(self, num_experts: int, k: int, n_per_expert: int, **options: Any) -> StackBuilder:
         columns = self._of(k, n_per_expert)
-        padded = -(-len(columns) // N_TILE) * N_TILE
-        return _ColumnsBuilder(self._backend.new_stack_builder(num_experts, k, padded, **options), columns)
+        n = len(padded(columns))
+        return _ColumnsBuilder(self._backend.new_stack_builder(num_experts, k, n, **options), columns)
 
     def stack_from_packed(self, packed: PackedTiles) -> MarlinExpertStack | None:
         columns = self._of(packed.k, packed.n)

@@ -17,7 +17,7 @@ from marlin_cy.weights.tile_layout import TILE_N
 if TYPE_CHECKING:
     from marlin_cy.distributed.group import Group
 
-__all__ = ["Columns", "Cut", "LayerShard", "Shard", "local"]
+__all__ = ["Columns", "Cut", "LayerShard", "Shard"]
 
 Cut: TypeAlias = npt.NDArray[np.int64]
 
@@ -99,7 +99,7 @@ class Shard:
 
     def local(self, cut: Cut) -> tuple[int, int]:
         """``(begin, end)``: the columns of this host."""
-        return local(cut, self.rank)
+        return int(cut[self.rank]), int(cut[self.rank + 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +131,3 @@ class LayerShard:
 def evenly(count: int, parts: int) -> npt.NDArray[np.int64]:
     """``count`` things in ``parts`` runs whose lengths differ by at most one: where each begins, and the end."""
     return np.arange(parts + 1, dtype=np.int64) * count // parts
-
-
-def local(cut: Cut, rank: int) -> tuple[int, int]:
-    """``(begin, end)``: the columns of host ``rank``."""
-    return int(cut[rank]), int(cut[rank + 1])
