@@ -31,8 +31,8 @@ def random_layer(rng):
     )
 
 
-def check_bits(backend, rng, hosts):
-    made = random_layer(rng)
+def check_bits(backend, rng, hosts, made=None):
+    made = made or random_layer(rng)
     layer = made.on(backend, top_k=min(2, made.gate_up.num_experts))
     tokens = int(rng.choice([1, 2, 17]))
     dtype = rng.choice([np.float32, np.float16])
@@ -55,6 +55,12 @@ def check_bits(backend, rng, hosts):
 def test_bits(cpu_backend, rng, hosts):
     for _ in range(5):
         check_bits(cpu_backend, rng, hosts)
+
+
+def test_products_of_equal_sizes(cpu_backend, rng):
+    made = Layer(rng, experts=2, hidden=64, inner=64, width=128, group_size=64)
+    assert made.gate_up.k == made.down.k and made.gate_up.n == made.down.n
+    check_bits(cpu_backend, rng, 2, made)
 
 
 @pytest.mark.sweep

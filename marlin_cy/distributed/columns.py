@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.distributed.shard import Columns, LayerShard, Shard
+from marlin_cy.distributed.shard import Columns, Cut, LayerShard, Shard
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
+from marlin_cy.interface import Backend, Linear, MarlinExpertStack, MoePlan, StackBuilder
 from marlin_cy.moe.layer import MoeLayer, SharedExpert
 from marlin_cy.stacks.builder import check_weight
 from marlin_cy.weights.canonical import CanonicalWeight
@@ -40,15 +40,21 @@ def new_layer_shard(shard: Shard, inner: int, outputs: int, shared: int | None) 
 
 
 def expert_columns(layer: LayerShard, hidden: int, gated: bool, *, shared: bool) -> dict[tuple[int, int], Columns]:
-    """The columns of this host of both products of experts, by ``(k, n)`` of the whole product."""
+    """The columns of this host of both products of a checkpoint's experts, by ``(k, n)`` of the whole product."""
     cut = layer.shared if shared else layer.inner
     assert cut is not None
     inner, outputs = int(cut[-1]), int(layer.outputs[-1])
-    first = np.arange(*layer.shard.local(cut))
-    gate_up = np.concatenate([first, inner + first]) if gated else first
-    down = np.arange(*layer.shard.local(layer.outputs))
-    # The two keys are equal only if neither product has gates; then both have the same columns.
+    gate_up, down = product_columns(layer, cut, gated)
+    # A checkpoint's outputs are as wide as its inputs. So the two keys are equal only if there are no gates; then both
+    # products have the same columns.
     return {(hidden, 2 * inner if gated else inner): gate_up, (inner, outputs): down}
+
+
+def product_columns(layer: LayerShard, inner: Cut, gated: bool) -> tuple[Columns, Columns]:
+    """The columns of this host of both products of experts: of gate and up, and of down."""
+    first = np.arange(*layer.shard.local(inner))
+    gate_up = np.concatenate([first, int(inner[-1]) + first]) if gated else first
+    return gate_up, np.arange(*layer.shard.local(layer.outputs))
 
 
 def layer_share(shard: Shard, layer: MoeLayer) -> MoeLayer:
@@ -59,14 +65,13 @@ def layer_share(shard: Shard, layer: MoeLayer) -> MoeLayer:
     gated = ACTIVATIONS[plan.activation].gated
     cuts = new_layer_shard(shard, plan.intermediate_size, plan.output_size, None if expert is None else expert.down.k)
 
-    def share(stack: MarlinExpertStack, shared: bool) -> MarlinExpertStack:
-        columns = expert_columns(cuts, plan.hidden_size, gated, shared=shared)
-        return kept_columns(stack, columns[stack.k, stack.n_per_expert])
+    def share(experts: MoePlan | SharedExpert, inner: Cut) -> tuple[MarlinExpertStack, MarlinExpertStack]:
+        gate_up, down = product_columns(cuts, inner, gated)
+        return kept_columns(experts.gate_up, gate_up), kept_columns(experts.down, down)
 
     if expert is not None and cuts.shared is not None:
-        stacks = share(expert.gate_up, True), share(expert.down, True)
-        expert = SharedExpert(stacks[0], stacks[1], expert.gate_weight, inner=cuts.width(cuts.shared))
-    gate_up, down = share(plan.gate_up, False), share(plan.down, False)
+        expert = SharedExpert(*share(expert, cuts.shared), expert.gate_weight, inner=cuts.width(cuts.shared))
+    gate_up, down = share(plan, cuts.inner)
     return MoeLayer.of_plan(replace(plan, gate_up=gate_up, down=down, shared_expert=expert, shard=cuts))
 
 
