@@ -233,10 +233,7 @@ cdef void forward(void *layer, member *m) noexcept nogil:
         run_product(&job.routed.gate_up, &job.routed.quantize_input, m)
         if job.has_shared:
             run_product(&job.shared.gate_up, &job.shared.quantize_input, m)
-        if job.divided:
-            run_exchange(&job.inner, m)
-        else:
-            barrier(m)
+        run_exchange(&job.inner, m)
         run_product(&job.routed.down, &job.routed.quantize_inner, m)
         if job.has_shared:
             run_product(&job.shared.down, &job.shared.quantize_inner, m)

@@ -142,10 +142,7 @@ cdef void run_latent(latent_job *job, member *m) noexcept nogil:
     run_group(&job.first, m)
     if m.thread == 0:
         begin_attention(&job.attend, job.rows, job.out_rows, job.out.num_rows)
-    if job.divided:
-        run_exchange(&job.low, m)
-    else:
-        barrier(m)
+    run_exchange(&job.low, m)
     run_rows(&job.latent_rows, rows, place_latent, job, m)
     if job.has_second:
         run_group(&job.second, m)
@@ -159,10 +156,7 @@ cdef void run_latent(latent_job *job, member *m) noexcept nogil:
     run_rows(&job.merged_rows, out_rows, merge, job, m)
     barrier(m)
     run_rows(&job.expanded, head_items(job, out_rows), expand, job, m)
-    if job.divided:
-        run_exchange(&job.values, m)
-    else:
-        barrier(m)
+    run_exchange(&job.values, m)
     run_group(&job.out, m)
 
 

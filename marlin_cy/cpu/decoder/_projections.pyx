@@ -3,8 +3,8 @@
 A *group* is up to four linear layers, quantised or dense, that read the same input: a query, a key and a value
 projection, or gate and up. :func:`run_group` is one phase, which all threads of a team run:
 
-1. *rows*: threads take input rows. A row is put together if several hosts have its columns, prepared (the caller's hook: a norm, an activation), and quantised once
-   for all quantised layers that order K alike;
+1. *rows*: threads take input rows. A row is put together if several hosts have its columns, prepared (the caller's
+   hook: a norm, an activation), and quantised once for all quantised layers that order K alike;
 2. a barrier;
 3. *items*: threads take items of each layer in turn, without a barrier between the layers.
 

@@ -29,7 +29,7 @@ from marlin_cy.cpu._dispatch cimport ukernel_table
 from marlin_cy.cpu._exchange cimport (
     Hosts, begin_rows, carve_rows, exchange, has_failed, load_row, run_exchange,
 )
-from marlin_cy.cpu._team cimport barrier, member, queue, run_team
+from marlin_cy.cpu._team cimport member, queue, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 from marlin_cy.cpu.decoder._attention cimport chunks_of
 from marlin_cy.cpu.decoder._batch cimport batch, segment
@@ -394,11 +394,8 @@ cdef void run_step(void *step, member *m) noexcept nogil:
 
 cdef bint complete_delta(step_job *job, bint last, member *m) noexcept nogil:
     """Wait for the outputs of all threads and hosts. Returns whether an exchange has failed."""
-    if not job.divided:
-        barrier(m)
-        return False
     run_exchange(&job.last_delta_rows if last else &job.delta_rows, m)
-    return has_failed(&job.delta_rows)
+    return job.divided and has_failed(&job.delta_rows)
 
 
 cdef void store_logits(void *step, int64_t row, int thread) noexcept nogil:
