@@ -24,6 +24,6 @@ def test_bars():
 def test_no_launcher(monkeypatch, tmp_path):
     monkeypatch.setattr(mpi.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="--mpiexec: there is none beside this Python or on PATH"):
+    with pytest.raises(ValueError, match="--mpiexec: found no mpiexec beside this Python or on PATH"):
         mpi.mpiexec_of(None)
     assert mpi.mpiexec_of(Path("given")) == Path("given")

@@ -83,7 +83,7 @@ def mpiexec_of(given: Path | None) -> Path:
     beside = Path(sys.executable).parent / "mpiexec"
     found = given or (beside if beside.exists() else shutil.which("mpiexec"))
     if found is None:
-        raise ValueError("--mpiexec: there is none beside this Python or on PATH; pip install mpi4py mpich")
+        raise ValueError("--mpiexec: found no mpiexec beside this Python or on PATH; pip install mpi4py mpich")
     return Path(found)
 
 
