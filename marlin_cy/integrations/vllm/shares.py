@@ -46,13 +46,7 @@ def start_of_share(total: int, size: int, rank: int, ranks: int) -> int:
 
 def columns(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
     """Columns ``[start, start + size)``."""
-    part = slice(start, start + size)
-    return replace(
-        weight,
-        words=weight.words[:, part],
-        scale=weight.scale[:, part],
-        zero=None if weight.zero is None else weight.zero[:, part],
-    )
+    return weight.columns(np.arange(start, start + size))
 
 
 def rows(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
@@ -90,13 +84,4 @@ def rows(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
 
 def deinterleaved(weight: CanonicalWeight) -> tuple[CanonicalWeight, CanonicalWeight]:
     """``(gate, up)`` of a weight with alternating gate and up columns."""
-    gate, up = (
-        replace(
-            weight,
-            words=weight.words[:, first::2],
-            scale=weight.scale[:, first::2],
-            zero=None if weight.zero is None else weight.zero[:, first::2],
-        )
-        for first in (0, 1)
-    )
-    return gate, up
+    return weight.columns(np.arange(0, weight.n, 2)), weight.columns(np.arange(1, weight.n, 2))
