@@ -20,7 +20,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["NAME", "Packing", "name_patterns", "quantised_names"]
+__all__ = ["NAME", "Packing", "name_patterns", "packed_names", "quantised_names"]
 
 NAME = "marlin_cy"
 """Name of the experts implementation and of the quantisation method in transformers' registries."""
@@ -127,5 +127,10 @@ def refuse_lookalikes(checkpoint: Checkpoint, names: set[str]) -> None:
 
 def quantised_names(checkpoint: Checkpoint) -> set[str]:
     """The names of tensors that belong to quantised layers."""
-    float8 = {name for module in checkpoint.float8.scales for name in checkpoint.float8.tensors_of(module)}
-    return {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears), *float8}
+    return packed_names(checkpoint) | {f"{module}.weight" for module in checkpoint.float8.scales}
+
+
+def packed_names(checkpoint: Checkpoint) -> set[str]:
+    """As :func:`quantised_names`, without the weights in FP8 that transformers gets dequantised, by the same names."""
+    biases = (f"{name}.bias" for name in checkpoint.linears)
+    return {*checkpoint.quantized_tensors, *biases, *checkpoint.float8.scales.values()}

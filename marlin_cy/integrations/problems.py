@@ -11,6 +11,7 @@ from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.configs import model_on_meta
 from marlin_cy.integrations.expert_modules import check_experts, experts_modules
 from marlin_cy.integrations.packed_modules import linear_modules
+from marlin_cy.integrations.packing import packed_names
 
 with needs_extra():
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -77,12 +78,11 @@ def _targets(
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    quantised = {*checkpoint.quantized_tensors, *(f"{name}.bias" for name in checkpoint.linears)}
-    quantised |= set(checkpoint.float8.scales.values())
+    packed = packed_names(checkpoint)
     shapes = {
         name: checkpoint.tensor_info(name).shape
         for name in checkpoint.tensor_names
-        if name not in quantised and not checkpoint.is_passed_over(name)
+        if name not in packed and not checkpoint.is_passed_over(name)
     }
     shapes |= {f"{name}.weight": checkpoint.linear_sizes(name)[::-1] for name in others}
     for name, shape in shapes.items():
