@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bench.common.machine import restrict_to, spread_over_cores
 from bench.common.shapes import MODELS
@@ -20,6 +20,7 @@ __all__ = [
     "names",
     "positive",
     "restrict_cpus",
+    "set_defaults",
     "values",
 ]
 
@@ -79,6 +80,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_quick(parser: argparse.ArgumentParser) -> None:
     """Add ``--quick``."""
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few short rounds: only checks that it runs")
+
+
+def set_defaults(arguments: argparse.Namespace, defaults: Mapping[str, Any], quick: Mapping[str, Any]) -> None:
+    """Give options that the command line does not have their defaults: ``quick`` with ``--quick``."""
+    for name, value in (quick if arguments.quick else defaults).items():
+        if getattr(arguments, name, None) is None:
+            setattr(arguments, name, value)
 
 
 def positive(text: str) -> int:

@@ -7,13 +7,23 @@ its own. Each claim about the decoder's speed is printed with its bar.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.common.machine import available_memory, document_of
-from bench.common.options import COMPUTE_DTYPES, add_cpus, add_quick, names, positive, restrict_cpus, values
+from bench.common.machine import available_memory
+from bench.common.options import (
+    COMPUTE_DTYPES,
+    add_cpus,
+    add_quick,
+    names,
+    positive,
+    restrict_cpus,
+    set_defaults,
+    values,
+)
+from bench.models.claims import run_claims
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, num_weights, write_qwen3_moe
 
 if TYPE_CHECKING:
@@ -90,36 +100,22 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("llama_bench", "llama_batched_bench"):
         if getattr(arguments, name) and not arguments.gguf:
             raise ValueError(f"--{name.replace('_', '-')}: needs --gguf, a model for llama.cpp; python -m bench gguf")
-    for name, value in (QUICK if arguments.quick else DEFAULTS).items():
-        if getattr(arguments, name, None) is None:
-            setattr(arguments, name, value)
+    set_defaults(arguments, DEFAULTS, QUICK)
     restrict_cpus(arguments)
     # These load OpenMP runtimes, which must see the CPUs that were chosen.
-    from bench.common.results import save, warn_of_load
     from bench.report.decoder_bars import judge
     from bench.report.decoder_tables import print_decoder
-    from marlin_cy.commands.output import console
-    from marlin_cy.cpu import CpuBackend
 
-    context = CpuBackend().new_context(num_threads=arguments.threads)
-    screen = console()
     timing = {name: getattr(arguments, name) for name in ("rounds", "tokens", "pause_ms", "quick")}
-    document = document_of("decoder", SCHEMA_VERSION, context, timing)
-    warn_of_load(screen, document["machine"]["load_average"])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.folder or Path(temporary) / "model").resolve()
-        document |= measure(folder, Path(temporary), arguments, context.num_threads)
-    document["show"] = judge(document)
-    print_decoder(document, screen)
-    print(f"\nSaved to {save(document, arguments.output)}")
-    return 0
+    return run_claims("decoder", SCHEMA_VERSION, arguments, timing, partial(measure, arguments), judge, print_decoder)
 
 
-def measure(folder: Path, temporary: Path, arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, temporary: Path, threads: int) -> dict[str, Any]:
     """The measured part of the document."""
     from bench.models.decoder_cases import Measurement, Settings, pack, start_ours
     from marlin_cy.checkpoints.gguf.documents import read_document
 
+    folder = (arguments.folder or temporary / "model").resolve()
     if not read_document(folder, "config.json"):
         context = max(4096, *(one + arguments.tokens for one in arguments.depths), *arguments.prompts)
         sizes = TINY if arguments.quick else QWEN3_30B_A3B

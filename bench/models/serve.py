@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common.machine import document_of
-from bench.common.options import COMPUTE_DTYPES, add_cpus, add_output, add_quick, names, positive, restrict_cpus
+from bench.common.options import (
+    COMPUTE_DTYPES,
+    add_cpus,
+    add_output,
+    add_quick,
+    names,
+    positive,
+    restrict_cpus,
+    set_defaults,
+)
 from bench.common.processes import Child, module_command, module_environment
 from bench.common.timing import Spread, alternate, ratios, spread
+from bench.models.claims import run_claims
 from bench.models.serve_clients import first_token_seconds, run_clients, whole_seconds
 from bench.models.start_up import write_tokenizer
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, write_qwen3_moe
@@ -64,34 +73,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and save; returns the exit code."""
-    for name, value in (QUICK if arguments.quick else DEFAULTS).items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+    set_defaults(arguments, DEFAULTS, QUICK)
     restrict_cpus(arguments)
-    # These load OpenMP runtimes, which must see the CPUs that were chosen.
-    from bench.common.results import save, warn_of_load
-    from bench.report.show_lines import show_table
-    from marlin_cy.commands.output import console
-    from marlin_cy.cpu import CpuBackend
-
-    context = CpuBackend().new_context(num_threads=arguments.threads)
-    screen = console()
     timing = {name: getattr(arguments, name) for name in (*DEFAULTS, "compute_dtype", "quick")}
-    document = document_of("serve", SCHEMA_VERSION, context, timing)
-    warn_of_load(screen, document["machine"]["load_average"])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.folder or Path(temporary) / "model").resolve()
-        document |= measure(folder, arguments, context.num_threads)
-    document["show"] = judge(document["figures"])
-    machine = document["machine"]
-    screen.print(f"{machine['cpu']}: {machine['threads']} threads, ISA {machine['isa']}", markup=False)
-    screen.print(show_table(document["show"]))
-    print(f"\nSaved to {save(document, arguments.output)}")
-    return 0
+    return run_claims(
+        "serve",
+        SCHEMA_VERSION,
+        arguments,
+        timing,
+        partial(measure, arguments),
+        lambda document: judge(document["figures"]),
+    )
 
 
-def measure(folder: Path, arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, temporary: Path, threads: int) -> dict[str, Any]:
     """The measured part of the document."""
+    folder = (arguments.folder or temporary / "model").resolve()
     if not (folder / "config.json").exists():
         write_qwen3_moe(folder, arguments.layers, TINY if arguments.quick else QWEN3_30B_A3B)
     config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from bench.common.results import verdict
 from bench.common.timing import Spread
 from marlin_cy.commands.output import table
 
-__all__ = ["measured_line", "show_table", "skipped_line"]
+__all__ = ["measured_line", "print_claims", "show_table", "skipped_line"]
 
 
 def measured_line(
@@ -60,6 +61,13 @@ def _line(
         "passed": passed,
         "skipped": skipped,
     }
+
+
+def print_claims(document: Mapping[str, Any], screen: Console) -> None:
+    """Print the machine and the lines of a document."""
+    machine = document["machine"]
+    screen.print(f"{machine['cpu']}: {machine['threads']} threads, ISA {machine['isa']}", markup=False)
+    screen.print(show_table(document["show"]))
 
 
 def show_table(lines: Sequence[dict[str, Any]]) -> Table:
