@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.errors import CheckpointError
@@ -25,7 +25,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["PackedModules", "Progress", "float8_tensors", "linear_modules"]
+__all__ = ["PackedModules", "Progress", "float8_tensors", "linear_modules", "weight_finder"]
 
 
 def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -45,27 +45,50 @@ def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], 
     CheckpointError
         The model has no such weight.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     state, modules = model.state_dict(), dict(model.named_modules())
-    linears, others = {}, []
+    find, linears, others = weight_finder(model, state), {}, []
     for name in checkpoint.linears:
         if checkpoint.is_passed_over(name):
             continue
-        weight, converter = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
+        weight, converted = find(f"{name}.weight")
         path = weight.removesuffix(".weight")
-        # Some renamings, meant for other names, spoil the names of modules.
-        if path not in modules and converter is None and f"{name}.weight" in state:
-            path, weight = name, f"{name}.weight"
-        if converter is None and type(modules.get(path)) is nn.Linear:
+        if converted is None and type(modules.get(path)) is nn.Linear:
             linears[name] = path
-        elif weight in state or converter is not None:
+        elif weight in state or converted is not None:
             others.append(name)
         elif not any(re.search(pattern, weight) for pattern in ignored):
             raise CheckpointError(f"{name}: transformers' {type(model).__name__} has no such linear layer")
     return linears, others
+
+
+def weight_finder(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, list[str] | None]]:
+    """A function that finds the weight of a model for a tensor's name, by transformers' conversion table.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    state : mapping
+        Its ``state_dict``.
+
+    Returns
+    -------
+    callable
+        ``find(name)`` is ``(weight, patterns)``. A converter may merge tensors, or split one: then it makes a weight of
+        each of the patterns, and ``weight`` is the first. Without a converter, ``patterns`` is None.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+
+    def find(name: str) -> tuple[str, list[str] | None]:
+        weight, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if source is not None:
+            return weight, next((entry.target_patterns for entry in converters if source in entry.source_patterns), [])
+        # Some renamings, meant for other names, spoil the names of modules.
+        return (name if weight not in state and name in state else weight), None
+
+    return find
 
 
 class Progress:

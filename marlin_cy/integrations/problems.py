@@ -7,15 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from marlin_cy.errors import CheckpointError, MarlinError
-from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.configs import model_on_meta
 from marlin_cy.integrations.expert_modules import check_experts, experts_modules
-from marlin_cy.integrations.packed_modules import linear_modules
+from marlin_cy.integrations.packed_modules import linear_modules, weight_finder
 from marlin_cy.integrations.packing import packed_names
-
-with needs_extra():
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
@@ -75,10 +70,7 @@ def _targets(
     A converter may split a tensor: into the weight, which has the first name, and further ones. It leaves no shape to
     compare.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    packed = packed_names(checkpoint)
+    find, packed = weight_finder(model, state), packed_names(checkpoint)
     shapes = {
         name: checkpoint.tensor_info(name).shape
         for name in checkpoint.tensor_names
@@ -86,14 +78,9 @@ def _targets(
     }
     shapes |= {f"{name}.weight": checkpoint.linear_sizes(name)[::-1] for name in others}
     for name, shape in shapes.items():
-        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converter is None and target not in state and name in state:
-            target = name
-        targets: list[str] = next(
-            (entry.target_patterns for entry in converters if converter in entry.source_patterns), []
-        )
-        further = [target.replace(targets[0], other) for other in targets[1:]]
-        yield name, target, further, shape if converter is None else None
+        target, patterns = find(name)
+        further = [target.replace(patterns[0], other) for other in patterns[1:]] if patterns else []
+        yield name, target, further, shape if patterns is None else None
 
 
 def _is_ignored(name: str, patterns: Any) -> bool:
