@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from bench.common.machine import document_of
 from bench.common.options import COMPUTE_DTYPES, add_output, add_quick, positive
-from bench.common.processes import ROOT, module_environment
+from bench.common.processes import ROOT, module_command, module_environment
 from bench.common.timing import Spread
 
 __all__ = ["add_options", "judge", "run"]
@@ -95,11 +94,11 @@ def measure(mpiexec: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         The hosts fail.
     """
-    command = [str(mpiexec), "-n", str(settings["hosts"]), sys.executable, "-m", "bench.models.mpi_worker"]
+    worker = module_command("bench.models.mpi_worker", json.dumps(dict(settings)))
     done = subprocess.run(
-        [*command, json.dumps(dict(settings))],
+        [str(mpiexec), "-n", str(settings["hosts"]), *worker],
         cwd=ROOT,
-        env={**os.environ, **module_environment(), "OMP_NUM_THREADS": "1"},
+        env=module_environment({"OMP_NUM_THREADS": "1"}),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
