@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_cy.errors import CheckpointError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.modules import Contexts
-from marlin_cy.integrations.packed_modules import PackedModules, Progress
+from marlin_cy.integrations.packed_modules import PackedModules, Progress, weight_finder
 
 with needs_extra():
     import torch
@@ -73,7 +73,7 @@ class Packing:
         checkpoint = self._checkpoint
         names = {name for name in checkpoint.tensor_names if checkpoint.is_passed_over(name)}
         names |= quantised_names(checkpoint) - self._tensors.keys()
-        refuse_lookalikes(checkpoint, names)
+        refuse_lookalikes(checkpoint, names, model)
         model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *name_patterns(names)])
 
     def write_tensors(self) -> list[str]:
@@ -114,14 +114,18 @@ def without_numbers(name: str) -> str:
     return re.sub(r"\d+", r"\\d+", re.escape(name))
 
 
-def refuse_lookalikes(checkpoint: Checkpoint, names: set[str]) -> None:
+def refuse_lookalikes(checkpoint: Checkpoint, names: set[str], model: Any) -> None:
     """Refuse tensors that :func:`name_patterns` would let transformers pass over, although they are not in ``names``.
 
-    Weights and biases may have the names of quantised ones in other layers: transformers looks for those itself.
+    Weights and biases may have the names of quantised ones in other layers: transformers looks for those itself. What
+    is left of a layer without its codes is named by the weight that the model then lacks.
     """
     patterns = set(map(without_numbers, names))
     for name in checkpoint.tensor_names:
         if name not in names and not name.endswith((".weight", "bias")) and without_numbers(name) in patterns:
+            weight, state = f"{name.rpartition('.')[0]}.weight", model.state_dict()
+            if weight_finder(model, state)(weight)[0] in state:
+                raise CheckpointError("missing", file=checkpoint.path, tensor=weight)
             raise CheckpointError("the model has no such weight", file=checkpoint.path, tensor=name)
 
 
