@@ -61,3 +61,12 @@ def on_hosts(size, run, **options):
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, group) for group in fake_groups(size, **options)]
     return [future.exception() or future.result() for future in futures]
+
+
+def results_on_hosts(size, run):
+    """As :func:`on_hosts`; the exception of a host is raised."""
+    results = on_hosts(size, run)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

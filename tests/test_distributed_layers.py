@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hosts import on_hosts
+from hosts import results_on_hosts
 from layers import Layer
 
 from marlin_cy.activations import ACTIVATIONS
@@ -45,9 +45,7 @@ def check_bits(backend, rng, hosts, made=None):
         ctx = backend.new_context(num_threads=1 + group.rank % 2, compute_dtype=compute_dtype)
         return group.layer(layer)(ctx, x, logits)
 
-    for found in on_hosts(hosts, run):
-        if isinstance(found, Exception):
-            raise found
+    for found in results_on_hosts(hosts, run):
         np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hosts import on_hosts
+from hosts import results_on_hosts
 
 from marlin_cy.checkpoints.checkpoint import open_checkpoint
 from marlin_cy.checkpoints.packed_writer import write_packed
@@ -40,9 +40,7 @@ def logits_of(folder, group=None, **options):
 
 def check_bits(folder, hosts, **options):
     expected = logits_of(folder, **options)
-    for found in on_hosts(hosts, lambda group: logits_of(folder, group, **options)):
-        if isinstance(found, Exception):
-            raise found
+    for found in results_on_hosts(hosts, lambda group: logits_of(folder, group, **options)):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_files import edit_json
 
 from marlin_cy.decoder.load import load_model
 
@@ -146,10 +147,8 @@ def test_other_arguments(tmp_path):
 
 
 def test_other_files(tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(MODEL, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    edit_json(other, "config.json", rope_theta=5.0)
     result, seconds = mpiexec(2, by_rank(tmp_path, [[str(MODEL)], [str(other)]]))
     assert result.returncode != 0 and seconds < 30
     assert "config.json: rank 1 has other values than rank 0" in result.stderr
