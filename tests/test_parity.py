@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from asserts import relative_error
 from checkpoint_files import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
@@ -12,7 +13,7 @@ from marlin_cy.decoder.loading import Loader
 
 BOUND = 1e-4
 ROWS, EXPERTS, K, INTER, GROUP = 9, 3, 128, 64, 32
-BLOCK = "model.layers.0.mlp"
+BLOCK, Q_PROJ = "model.layers.0.mlp", "model.layers.0.self_attn.q_proj"
 SIZES = {"bits": 4, "group_size": GROUP, "checkpoint_format": "gptq"}
 
 
@@ -53,6 +54,10 @@ class Case:
         """Of the up projections, float64 ``[EXPERTS, ROWS, INTER]``."""
         return np.stack([self.x.astype(np.float64) @ self.weights[self.up(expert)] for expert in range(EXPERTS)])
 
+    def queries(self):
+        """Of the queries' projection, float64 ``[ROWS, 32]``."""
+        return self.x @ self.weights[Q_PROJ] + self.tensors[f"{Q_PROJ}.bias"].astype(np.float64)
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
@@ -91,21 +96,19 @@ def by_vllm_phase(backend, ctx, case):
     return backend.to_host(out).reshape(ROWS, EXPERTS, INTER).swapaxes(0, 1), case.products()
 
 
-def checkpoint_linears(folder, backend, ctx, case):
+def linear_of(folder, backend, ctx, case):
     with open_checkpoint(folder, backend, num_threads=1) as checkpoint:
-        found = run_linear(backend, ctx, case, checkpoint.linear("model.layers.0.self_attn.q_proj"))
-    bias = case.tensors["model.layers.0.self_attn.q_proj.bias"].astype(np.float64)
-    return found, case.x @ case.weights["model.layers.0.self_attn.q_proj"] + bias
+        return run_linear(backend, ctx, case, checkpoint.linear(Q_PROJ)), case.queries()
 
 
 def by_checkpoint(backend, ctx, case):
-    return checkpoint_linears(case.folder, backend, ctx, case)
+    return linear_of(case.folder, backend, ctx, case)
 
 
 def by_decoder_projection(backend, ctx, case):
     with open_checkpoint(case.folder, backend, num_threads=1) as checkpoint:
-        linear = Loader(checkpoint).projection("model.layers.0.self_attn.q_proj", K, 32, bias=True)
-    return run_linear(backend, ctx, case, linear), checkpoint_linears(case.folder, backend, ctx, case)[1]
+        linear = Loader(checkpoint).projection(Q_PROJ, K, 32, bias=True)
+    return run_linear(backend, ctx, case, linear), case.queries()
 
 
 def layer_of(folder, backend, ctx, case):
@@ -128,8 +131,7 @@ def by_packed_folder(backend, ctx, case):
     if not packed.exists():
         with open_checkpoint(case.folder, num_threads=1) as checkpoint:
             write_packed(checkpoint, packed)
-    found, expected = checkpoint_linears(packed, backend, ctx, case)
-    assert np.linalg.norm(found - expected) <= BOUND * np.linalg.norm(expected)
+    assert relative_error(*linear_of(packed, backend, ctx, case)) <= BOUND
     return layer_of(packed, backend, ctx, case)
 
 
@@ -150,4 +152,4 @@ def test_parity(device_backend, case, route):
     ctx = device_backend.new_context()
     found, expected = route(device_backend, ctx, case)
     assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= BOUND * np.linalg.norm(expected)
+    assert relative_error(found, expected) <= BOUND
