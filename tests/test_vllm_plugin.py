@@ -4,14 +4,15 @@ import subprocess
 import sys
 import types
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from problems import random_problem
 
 from marlin_cy.integrations import vllm as plugin
 from marlin_cy.integrations.vllm.shares import columns, deinterleaved, rows, share, start_of_share
 from marlin_cy.reference import dequantize_weight
-from marlin_cy.weights.canonical import CanonicalWeight
 
 CONFIG = "marlin_cy.integrations.vllm.config"
 
@@ -64,16 +65,7 @@ def test_untested_versions(version):
 
 
 def random_weight(rng, k, n, group_size, g_idx=None, codes="uint4"):
-    high = 2 ** int(codes[-1])
-    groups = -(-k // group_size)
-    return CanonicalWeight.from_codes(
-        rng.integers(0, high, (k, n)).astype(np.uint8),
-        rng.uniform(0.5, 1, (groups, n)).astype(np.float16),
-        zero=rng.integers(0, 16, (groups, n)).astype(np.uint8 if codes == "uint4" else np.uint16),
-        group_size=group_size,
-        g_idx=g_idx,
-        codes=codes,
-    )
+    return replace(random_problem(rng, 1, k, n, group_size, codes=codes).canonical(0), g_idx=g_idx)
 
 
 @pytest.mark.parametrize("codes", ["uint4", "uint8"])

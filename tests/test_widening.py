@@ -7,15 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from asserts import relative_error
-from checkpoint_files import write_checkpoint
+from checkpoint_files import edit_tensor, write_checkpoint
+from problems import random_problem, with_value
 from safetensors.numpy import load_file, save_file
 
 from marlin_cy import open_checkpoint, reference
 from marlin_cy.cli import main
 from marlin_cy.errors import CheckpointError
 from marlin_cy.reference import dequantize_weight
-from marlin_cy.weights.canonical import CanonicalWeight
-from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.widening import ROUNDED, StackKind, joined, rounded, widened
 
 K, N = 192, 16
@@ -24,14 +23,7 @@ ROUNDING = 1 / 254
 
 
 def random_weight(rng, kind):
-    row = CODE_TYPES[kind.codes]
-    groups = -(-K // kind.group_size)
-    zero = rng.integers(0, row.max_zero + 1, (groups, N)).astype(row.zero_dtype) if row.has_zero_points else None
-    scale = rng.uniform(0.01, 0.02, (groups, N)).astype(
-        ml_dtypes.bfloat16 if kind.scales == "bfloat16" else kind.scales
-    )
-    q = rng.integers(0, 2**row.bits, (K, N)).astype(np.uint8)
-    return CanonicalWeight.from_codes(q, scale, zero=zero, group_size=kind.group_size, codes=kind.codes)
+    return random_problem(rng, 1, K, N, kind.group_size, codes=kind.codes, scales=kind.scales).canonical(0)
 
 
 KINDS = [
@@ -160,9 +152,7 @@ def test_what_inspect_says(tmp_path, capsys):
 def test_dense_parts_that_contradict_the_config(tmp_path, shape, dtype, message):
     weights = write_checkpoint(tmp_path, **SIZES)
     left_dense(tmp_path, weights, PARTS["one matrix"])
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{BLOCK}.experts.2.up_proj.weight"] = np.ones(shape, dtype)
-    save_file(tensors, tmp_path / "model.safetensors")
+    edit_tensor(tmp_path, f"{BLOCK}.experts.2.up_proj.weight", lambda _: np.ones(shape, dtype))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
 
@@ -170,9 +160,7 @@ def test_dense_parts_that_contradict_the_config(tmp_path, shape, dtype, message)
 def test_dense_parts_with_further_tensors(tmp_path):
     weights = write_checkpoint(tmp_path, **SIZES)
     left_dense(tmp_path, weights, PARTS["one matrix"])
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{BLOCK}.experts.2.up_proj.scales"] = np.ones((2, 96), np.float16)
-    save_file(tensors, tmp_path / "model.safetensors")
+    edit_tensor(tmp_path, f"{BLOCK}.experts.2.up_proj.scales", lambda _: np.ones((2, 96), np.float16))
     with pytest.raises(CheckpointError, match=r"up_proj\.scales': .*up_proj is not quantised, and has no such tensor"):
         open_checkpoint(tmp_path)
 
@@ -180,9 +168,7 @@ def test_dense_parts_with_further_tensors(tmp_path):
 def test_dense_parts_that_are_not_finite(tmp_path):
     weights = write_checkpoint(tmp_path, **SIZES)
     left_dense(tmp_path, weights, PARTS["one matrix"])
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{BLOCK}.experts.2.up_proj.weight"][3, 4] = np.nan
-    save_file(tensors, tmp_path / "model.safetensors")
+    edit_tensor(tmp_path, f"{BLOCK}.experts.2.up_proj.weight", lambda w: with_value(w, (3, 4), np.nan))
     message = r"up_proj\.weight': got nan at \[3, 4\], expected finite values"
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=message):
         checkpoint.experts(0)
