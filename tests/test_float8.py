@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -194,10 +195,7 @@ def test_inspect(folders, capsys):
 
 
 def damaged(folders, tmp_path, name, change):
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for file in folders[0].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(folders[0], tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")
     tensor = change(tensors.pop(name))
     if tensor is not None:

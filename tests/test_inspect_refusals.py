@@ -5,6 +5,7 @@ Each case changes a checkpoint so that its headers or its config show a fault.
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -48,12 +49,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture
 def copy_of(sources, tmp_path):
-    def copy(model_type):
-        for file in sources(model_type).iterdir():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-        return tmp_path
-
-    return copy
+    return lambda model_type: shutil.copytree(sources(model_type), tmp_path / "copy")
 
 
 def tensor(name, change):
@@ -132,9 +128,14 @@ def test_what_the_decoder_refuses(copy_of, capsys, name):
     assert bool(report["refused"]) == is_problem
     found = {report["decoder"], *report["refused"]}
     # A fault may show in several ways. The tensor, the module or the key is the same.
-    named = re.search(r"tensor '([^']+)'|(model\.[\w.]+)|config\.json: (\w+)", str(raised.value))
-    module = next(part for part in named.groups() if part).removesuffix(".weight")
-    assert str(raised.value) in found or any(module in str(reason) for reason in found), (raised.value, found)
+    named = named_in(raised.value)
+    assert str(raised.value) in found or any(named in str(reason) for reason in found), (raised.value, found)
+
+
+def named_in(error):
+    """The tensor or module, without ``.weight``, or the key of ``config.json`` that an error names."""
+    found = re.search(r"tensor '([^']+)'|(model\.[\w.]+)|config\.json: (\w+)", str(error))
+    return next(part for part in found.groups() if part).removesuffix(".weight")
 
 
 @pytest.mark.parametrize("model_type", ["dots1", "gpt_oss", "deepseek_v3", "qwen3_next"])
@@ -198,9 +199,7 @@ def test_what_transformers_refuses(copy_of, capsys, name):
     try:
         load(folder, num_threads=1)
     except MarlinError as error:
-        named = re.search(r"tensor '([^']+)'|(model\.[\w.]+)|config\.json: (\w+)", str(error))
-        module = next(part for part in named.groups() if part).removesuffix(".weight")
-        assert any(module in reason for reason in refused), (error, refused)
+        assert any(named_in(error) in reason for reason in refused), (error, refused)
     else:
         # What single layers refuse; transformers ignores a setting, or computes with a dtype that the decoder lacks.
         assert name in ("an unknown tensor in a block", "settings that are not supported", "an embedding of integers")
