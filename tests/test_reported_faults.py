@@ -178,23 +178,22 @@ def test_g_idx_of_zeros(tmp_path):
 
 def test_attention_of_8_bits(tmp_path, capsys):
     """Integers beside a scale; ``test_float8.py`` has FP8."""
-    layout, kind, dtype = "int-quantized", "int", torch.int8
     quantised, _ = write_family(tmp_path, "qwen3_moe", method="compressed-tensors", kept=["self_attn"])
 
     def with_scales(tensors):
         found = dict(tensors)
         for name in [name for name in tensors if re.search(r"self_attn\.\w_proj\.weight$", name)]:
             scale = tensors[name].abs().amax(1, keepdim=True) / 100
-            found[name] = (tensors[name] / scale).round().to(dtype)
+            found[name] = (tensors[name] / scale).round().to(torch.int8)
             found[f"{name}_scale"] = scale.to(torch.bfloat16)
         return found
 
     change_tensors(quantised, with_scales)
     experts = QUANTIZATIONS["compressed-tensors"]["config_groups"]["group_0"]["weights"]
-    eight = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+    eight = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
     groups = {
         "group_0": {"targets": ["re:.*mlp.experts.*"], "format": "pack-quantized", "weights": experts},
-        "group_1": {"targets": ["re:.*self_attn.*"], "format": layout, "weights": eight},
+        "group_1": {"targets": ["re:.*self_attn.*"], "format": "int-quantized", "weights": eight},
     }
     edit_json(
         quantised,
@@ -202,7 +201,7 @@ def test_attention_of_8_bits(tmp_path, capsys):
         quantization_config__format="mixed-precision",
         quantization_config__config_groups=groups,
     )
-    message = rf"layers\.0\.self_attn\.k_proj: format '{layout}', supported: pack-quantized"
+    message = r"layers\.0\.self_attn\.k_proj: format 'int-quantized', supported: pack-quantized"
     with pytest.raises(UnsupportedError, match=message):
         load(quantised)
     assert main(["inspect", str(quantised), "--json"]) == 0
@@ -210,7 +209,7 @@ def test_attention_of_8_bits(tmp_path, capsys):
     assert len(refused) == 8
     assert re.search(message, refused[0])
     assert main(["inspect", str(quantised)]) == 0
-    assert f"format '{layout}'" in capsys.readouterr().out
+    assert "format 'int-quantized'" in capsys.readouterr().out
 
 
 def test_git_lfs_pointer(tmp_path):
