@@ -263,10 +263,8 @@ def write_float8(folder, **sizes):
         tensors[f"{module}.input_scale"] = np.ones(1, np.float32)
     for name in ("experts.0.down_proj", "experts.1.up_proj"):
         module = f"model.layers.0.mlp.{name}"
-        for part in ("qweight", "scales", "qzeros", "g_idx"):
-            shape = tensors.pop(f"{module}.{part}").shape
-        k = shape[0]
-        tensors[f"{module}.weight"] = rng.standard_normal((96 - k, k)).astype(np.float16)
+        _, scale, _, g_idx = (tensors.pop(f"{module}.{part}") for part in ("qweight", "scales", "qzeros", "g_idx"))
+        tensors[f"{module}.weight"] = rng.standard_normal((scale.shape[1], len(g_idx))).astype(np.float16)
     save_file(tensors, folder / "model.safetensors")
 
 
