@@ -1,10 +1,12 @@
 """``python -m bench mpi``: bars are judged, and a missing launcher is named. tests/test_mpi.py measures."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich")
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
 from bench.models import mpi  # noqa: E402
 

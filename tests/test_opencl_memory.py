@@ -1,11 +1,14 @@
 """Device memory of a whole model: all buffers together, against its weights and its cache."""
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
 from bench.models.synthetic import QWEN3_30B_A3B, write_qwen3_moe  # noqa: E402
 from marlin_cy.decoder.load import load_model  # noqa: E402
