@@ -125,6 +125,17 @@ class Problem:
         """float64 ``[K, N]``."""
         return reference.dequantize_weight(self.canonical(expert))
 
+    def terms(self, expert):
+        """What rounding errors of a product go by, float64 ``[K, N]``: magnitudes of weights.
+
+        Where weights have minima, the two terms of a weight are rounded by themselves.
+        """
+        weight, w = self.canonical(expert), np.abs(self.dense(expert))
+        _, minimum = reference.float_scales(weight)
+        if minimum is None:
+            return w
+        return w + 2 * np.abs(minimum.astype(np.float64)).repeat(self.group, axis=0)[: self.k]
+
     def part(self, experts):
         """The same for some of the experts, a slice."""
         parts = {name: getattr(self, name) for name in ("q", "g_idx", "bias", *PARTS)}

@@ -108,11 +108,8 @@ def test_two_levels(rng, kind, configuration):
     problem.stack(backend).gemm_phase_batched(
         backend.new_context(), backend.from_host(x), [(1, 0, 0, 9)], out.buffer, 512
     )
-    # Both terms of a weight count where it has a minimum.
-    _, minimum = reference.float_scales(problem.canonical(1))
-    w = problem.dense(1)
-    terms = np.abs(w) if minimum is None else np.abs(w) + 2 * np.abs(minimum).repeat(problem.group, axis=0)
-    assert_close(out.result(), x.astype(np.float64) @ w, product_bound(backend, x, terms))
+    expected = x.astype(np.float64) @ problem.dense(1)
+    assert_close(out.result(), expected, product_bound(backend, x, problem.terms(1)))
 
 
 @pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")

@@ -11,7 +11,6 @@ from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
 from problems import CPU_KINDS, TWO_LEVEL_KINDS, WEIGHT_KINDS, activations, add_in_parts, random_problem
 
 import marlin_cy
-from marlin_cy import reference
 from marlin_cy.errors import UnsupportedError
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
@@ -46,17 +45,6 @@ SWEPT = [pytest.param(*case, marks=() if case in FEW_CASES[:3] else pytest.mark.
 
 def problem_of(rng, kind, group, experts=3, k=512, n=40, **options):
     return random_problem(rng, experts, k, n, group, **KINDS[kind], **options)
-
-
-def bound_of(backend, x, problem, expert):
-    """Of a product with an expert. Where weights have minima, the two terms of a weight are rounded by themselves."""
-    w = problem.dense(expert)
-    if problem.minimum is None:
-        return product_bound(backend, x, w)
-    canonical = problem.canonical(expert)
-    _, minimum = reference.float_scales(canonical)
-    minimum = np.abs(minimum.astype(np.float64)).repeat(problem.group, axis=0)[: problem.k]
-    return product_bound(backend, x, np.abs(w) + 2 * minimum)
 
 
 class TestLayout:
@@ -186,7 +174,7 @@ def check(backend, rng, problem):
             for row, expert in enumerate(ids[:, 0]):
                 one = x[row, None]
                 expected = one.astype(np.float64) @ problem.dense(expert)
-                assert_close(result[row, None], expected, bound_of(backend, one, problem, expert))
+                assert_close(result[row, None], expected, product_bound(backend, one, problem.terms(expert)))
 
 
 class TestProducts:
