@@ -35,6 +35,12 @@ BOUND = 2e-3
 pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
 
 
+def steps_of(program, **changes):
+    """Steps by phases of a model's program, with other ends where given."""
+    ends = program._ends()._replace(**changes)
+    return PhasedStep(program._ctx, program._plan, program._layers, ends, False)
+
+
 def new_steps(ctx, plan, layers, ends, resident):
     """As on a device whose work-groups are not resident together: see ``new_phased_step``."""
     return None if resident else PhasedStep(ctx, plan, layers, ends, False)
@@ -45,8 +51,7 @@ def phased(device_alone, monkeypatch):
     """A model whose steps of one row a sequence go by phases."""
     monkeypatch.setattr("marlin_cy.opencl.decoder.program.new_phased_step", new_steps)
     model = load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048)
-    program = model._program
-    program._phased = new_steps(program._ctx, program._plan, program._layers, program._ends(), False)
+    model._program._phased = steps_of(model._program)
     return model
 
 
@@ -84,9 +89,7 @@ class TestAgainstLaunches:
         """As with a quantised head, which is no part of the step; the description of a step outgrows its buffer."""
         monkeypatch.setattr(phased_step, "LEAST_STEP_INTS", 24)
         program = phased._program
-        program._phased = steps = PhasedStep(
-            program._ctx, program._plan, program._layers, program._ends()._replace(head=None), False
-        )
+        program._phased = steps = steps_of(program, head=None)
         ours, theirs = phased.new_sequence(), recorded.new_sequence()
         for count in (3, 100):
             prompt = rng.integers(0, phased.vocab_size, count)
@@ -115,9 +118,7 @@ class TestAgainstLaunches:
         """From the logits of the step: of some rows drawn, of others the largest, and of one no token."""
         program = phased._program
         if not has_head:
-            program._phased = PhasedStep(
-                program._ctx, program._plan, program._layers, program._ends()._replace(head=None), False
-            )
+            program._phased = steps_of(program, head=None)
         steps = program._phased
         batch = row_batch(phased, rng.integers(0, phased.vocab_size, 4), [0] * 4)
         logits = program.step(batch)
