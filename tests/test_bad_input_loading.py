@@ -1,6 +1,8 @@
 """Wrong arguments of loading: sizes, tensors, columns of a view; and objects that cannot be copied."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -151,9 +153,6 @@ def test_store_of_another_size(device_backend, rng):
 
 def test_contexts_and_stores_cannot_be_pickled(device_backend, rng):
     """They hold addresses: a copy would point into the memory of the original."""
-    import copy
-    import pickle
-
     stack = random_problem(rng, E, K, N, 32).stack(device_backend)
     for unique in (device_backend.new_context(), stack.store):
         for attempt in (pickle.dumps, copy.deepcopy):

@@ -22,7 +22,10 @@ from bench.models.llama import LlamaBatchedBench, LlamaBench  # noqa: E402
 from bench.models.synthetic import QWEN3_30B_A3B, TINY, num_weights, write_qwen3_moe  # noqa: E402
 from bench.models.synthetic_gguf import BLOCKS, has_more_bits, random_blocks, write_qwen3_moe_gguf  # noqa: E402
 from bench.report import decoder_bars, decoder_pictures, pictures  # noqa: E402
+from marlin_cy import open_checkpoint  # noqa: E402
 from marlin_cy.decoder.load import load_model  # noqa: E402
+from marlin_cy.decoder.model import Model  # noqa: E402
+from marlin_cy.decoder.text import Tokenizer  # noqa: E402
 
 SPREAD = {"median", "p10", "p90"}
 LINES = {"1", "2", "3", "4a", "4b", "5", "6", "7a", "7b", "8", "9a", "9b", "9c", "10a", "10b"}
@@ -251,8 +254,6 @@ def test_batched_bench_gets_room_for_its_sequences(stand_in):
 
 
 def test_worker_runs_what_is_asked(monkeypatch):
-    from marlin_cy.decoder.model import Model
-
     worker = DecoderWorker()
     loaded = worker.load(None, ["int16", "int8"], 1, 600)
     assert (loaded["layers"], loaded["context_length"]) == (4, 1024)
@@ -348,8 +349,6 @@ def test_half_of_the_layers_have_more_bits():
 def test_a_gguf_file_of_mixed_types(tmp_path):
     """The decoder and the tokenizer take it."""
     pytest.importorskip("gguf")
-    from marlin_cy import load_model, open_checkpoint
-    from marlin_cy.decoder.text import Tokenizer
 
     path = tmp_path / "model.gguf"
     write_qwen3_moe_gguf(path, 8, {**TINY, "hidden_size": 256}, types="Q4_K_M")

@@ -1,5 +1,6 @@
 """Chat templates: as transformers renders them, and those that fail or do not end."""
 
+import sys
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from fake_model import write_tokenizer  # noqa: E402
 
 from marlin_cy.decoder import template  # noqa: E402
 from marlin_cy.decoder.text import Tokenizer  # noqa: E402
-from marlin_cy.errors import CheckpointError  # noqa: E402
+from marlin_cy.errors import BackendUnavailable, CheckpointError  # noqa: E402
 from marlin_cy.formats.json_fields import read_json  # noqa: E402
 
 MESSAGES = [
@@ -179,10 +180,6 @@ def test_invalid_options(tmp_path):
 
 
 def test_without_jinja2(tmp_path, monkeypatch):
-    import sys
-
-    from marlin_cy.errors import BackendUnavailable
-
     tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=CHATML))
     monkeypatch.delitem(sys.modules, "marlin_cy.decoder.template")
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -9,10 +9,12 @@ import pytest
 from asserts import relative_error
 
 from marlin_cy import ContextInUse, UnsupportedError
+from marlin_cy.cpu.backend import CpuBackend
 from marlin_cy.decoder.appending import cut_into_steps
 from marlin_cy.decoder.cache import CacheFull
 from marlin_cy.decoder.load import load_model
 from marlin_cy.decoder.reference import reference_logits
+from marlin_cy.interface import Backend
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
@@ -233,9 +235,6 @@ class TestBadInput:
 
 @pytest.fixture
 def opencl_backend_without_decoder():
-    from marlin_cy.cpu.backend import CpuBackend
-    from marlin_cy.interface import Backend
-
     class Plain(CpuBackend):
         new_decoder = Backend.new_decoder
 

@@ -7,6 +7,7 @@ from importlib.resources import files
 import pytest
 
 from marlin_cy import available_backends, cli
+from marlin_cy.commands import language_model
 from marlin_cy.commands.run import BUILT_IN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -94,8 +95,6 @@ def test_it_stops_where_the_context_is_full(run, tmp_path):
 
 
 def test_it_stops_where_the_model_ends_the_text(run, monkeypatch):
-    from marlin_cy.commands import language_model
-
     def ended(self, folder, dtype, load=language_model.PackedPlace.load):
         model = load(self, folder, dtype)
         model.generation_config.eos_token_id = ord(" ")

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import language_models  # noqa: E402
-from gguf_files import ARCHITECTURES, BLOCK_TYPES, Entry, write_gguf_model  # noqa: E402
+from gguf_files import ARCHITECTURES, BLOCK_TYPES, Entry, by_kind, write_gguf, write_gguf_model  # noqa: E402
 from language_models import logits_in_float64  # noqa: E402
 
 from marlin_cy import load_model, open_checkpoint  # noqa: E402
@@ -191,8 +191,6 @@ def test_older_files_of_qwen3_next(tmp_path):
         tensors["blk.0.ssm_in.weight"] = Entry(None, qkv.kind, data[np.argsort(language_order())])
 
     def language_order():
-        from gguf_files import by_kind
-
         return by_kind({f"linear_{name}": size for name, size in SIZES.items()})
 
     SIZES = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 16, "value_head_dim": 16}
@@ -212,8 +210,6 @@ def test_layers_that_predict_several_tokens(tmp_path):
 
 
 def test_parts(tmp_path, qwen):
-    from gguf_files import write_gguf
-
     stored = {}
     written(
         tmp_path, "qwen3_moe", edit=lambda fields, tensors: stored.update(fields=dict(fields), tensors=dict(tensors))

@@ -1,6 +1,7 @@
 """The CPU gives the same bits as ``marlin_cy.reference``, on every instruction set."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -357,8 +358,6 @@ class TestActivations:
 
 def test_reference_fma_rounds_once(rng):
     """Against exact rational arithmetic: random, and cases in which two roundings would give another result."""
-    from fractions import Fraction
-
     a, b = (rng.standard_normal(300).astype(np.float32) for _ in range(2))
     c = (-a * b * (1 + rng.choice([0, 2.0**-23, 2.0**-40, 1e-3], 300))).astype(np.float32)
     tie = np.float32(1 + 2.0**-12), np.float32(1 - 2.0**-12 + 2.0**-24), np.float32(2.0**-24)

@@ -13,12 +13,14 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from opencl_devices import DEVICES, each_device, runtime_of  # noqa: E402
 
+from marlin_cy.opencl import layout  # noqa: E402
 from marlin_cy.opencl.arguments import arguments_of  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES  # noqa: E402
 from marlin_cy.opencl.gemm import multiply, prepare  # noqa: E402
 from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES, code_macros  # noqa: E402
 from marlin_cy.opencl.layer import align, forward, routing  # noqa: E402
 from marlin_cy.opencl.program import KERNELS, source  # noqa: E402
+from marlin_cy.opencl.store import PARTS  # noqa: E402
 from marlin_cy.opencl.tiers import configuration  # noqa: E402
 
 if not DEVICES:
@@ -173,8 +175,6 @@ def test_sizes_of_work_groups():
 
 
 def test_the_layout():
-    from marlin_cy.opencl import layout
-
     sizes = defined("common")
     names = "STRIP_N", "BLOCK_K", "BLOCK_WORDS"
     assert [sizes[name] for name in names] == [getattr(layout, name) for name in names]
@@ -183,8 +183,6 @@ def test_the_layout():
 
 def test_weights_come_in_as_many_parts_as_kernels_take():
     text = (KERNELS / "common.cl").read_text()
-    from marlin_cy.opencl.store import PARTS
-
     assert tuple(map(int, re.findall(r"if PARTS == (\d)\n#define WEIGHT_PARTS", text))) == PARTS
     for parts in PARTS:
         assert [name for name in arguments_of("gemm", {"PARTS": parts}) if re.fullmatch(r"w\d", name)] == [

@@ -13,9 +13,11 @@ from asserts import relative_error  # noqa: E402
 
 from marlin_cy import ContextInUse  # noqa: E402
 from marlin_cy.decoder.cache import CacheFull  # noqa: E402
+from marlin_cy.decoder.generate import generate, keep_tokenizer  # noqa: E402
 from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
+from marlin_cy.decoder.text import Tokenizer  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:300], np.uint8).astype(np.int32)
@@ -297,9 +299,6 @@ def test_a_cache_that_does_not_fit(device_alone, cache_tokens):
 
 def test_generate(device_alone):
     """The text that the CPU gives, where its choice is not close."""
-    from marlin_cy.decoder.generate import generate, keep_tokenizer
-    from marlin_cy.decoder.text import Tokenizer
-
     texts = []
     for backend in ("cpu", device_alone):
         model = load_model(FOLDER, backend, context_length=128)

@@ -13,12 +13,14 @@ from asserts import relative_error  # noqa: E402
 from problems import random_problem  # noqa: E402
 
 from marlin_cy.decoder import reference  # noqa: E402
-from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, RopeTable  # noqa: E402
+from marlin_cy.decoder.plan import AttentionPlan, DeltaNetPlan, DenseLinear, RopeTable  # noqa: E402
 from marlin_cy.decoder.program import PAGE_TOKENS, Batch  # noqa: E402
+from marlin_cy.errors import UnsupportedError  # noqa: E402
 from marlin_cy.formats import gptq  # noqa: E402
 from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes  # noqa: E402
 from marlin_cy.opencl.decoder.attention import Attend, Shape  # noqa: E402
-from marlin_cy.opencl.decoder.cache import KvPool  # noqa: E402
+from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_widths  # noqa: E402
+from marlin_cy.opencl.decoder.delta import DeltaNet  # noqa: E402
 from marlin_cy.opencl.decoder.heads import Rotation, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
@@ -369,10 +371,6 @@ def test_step_repeats_its_last_row(rng):
 )
 def test_delta_net(bench, rng, key_heads, value_heads, key_dim, value_dim, taps):
     """Two steps, of which the second goes on with the states of the first; the conv's state spans both."""
-    from marlin_cy.decoder.plan import DenseLinear
-    from marlin_cy.opencl.decoder.cache import StatePool
-    from marlin_cy.opencl.decoder.delta import DeltaNet
-
     hidden, channels, values = 24, 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim
 
     def dense(n, k=hidden):
@@ -419,9 +417,6 @@ def test_unknown_argument(bench):
 
 
 def test_heads_of_other_widths():
-    from marlin_cy.errors import UnsupportedError
-    from marlin_cy.opencl.decoder.cache import check_widths
-
     plan = attention_plan(2, 1, 16, np.random.default_rng(0))
     for width in (12, 648):
         with pytest.raises(UnsupportedError, match=f"head_dim {width}, the OpenCL backend supports multiples of 8"):

@@ -12,7 +12,7 @@ if not OPENCL_PLACES:
 
 from opencl_devices import EMULATING, emulating_backend  # noqa: E402
 
-from marlin_cy.opencl.checks import dense  # noqa: E402
+from marlin_cy.opencl.checks import builds, dense  # noqa: E402
 from marlin_cy.opencl.decoder.dense_mma import DenseKernel, dense_kernel  # noqa: E402
 from marlin_cy.opencl.tiers.configuration import BFLOAT16, FLOAT16, FLOAT32  # noqa: E402
 
@@ -42,8 +42,6 @@ def test_against_float64(kernel, sizes):
 
 def test_sizes_by_product(monkeypatch):
     """Large tiles where there are enough of them; local memory that every device of the tier has."""
-    from marlin_cy.opencl.checks import builds
-
     runtime = SimpleNamespace(verdicts=None, capabilities=SimpleNamespace(compute_units=132, compute_capability=(8, 6)))
     backend = SimpleNamespace(tier=SimpleNamespace(name="mma"), runtime=runtime)
     assert dense_kernel(backend, FLOAT32, BFLOAT16, 64, 151936, 1).row_strips == 4

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import gc
 import threading
+import time
 
 import numpy as np
 import pytest
 from asserts import GuardedBuffer, assert_close, assert_same_bits, product_bound
 from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
+from layers import Layer
 from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
 
 import marlin_cy
@@ -28,7 +30,7 @@ from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
 from marlin_cy.opencl.gemm.codes import SUPPORTED_CODES  # noqa: E402
 from marlin_cy.opencl.gemm.work import TileList  # noqa: E402
 from marlin_cy.opencl.layer import forward as moe  # noqa: E402
-from marlin_cy.opencl.tiers import wave_tiled as wave_tiled  # noqa: E402
+from marlin_cy.opencl.tiers import wave_tiled  # noqa: E402
 from marlin_cy.opencl.tiers.configuration import Problem, fitting  # noqa: E402
 from marlin_cy.opencl.timing import times_of  # noqa: E402
 
@@ -331,7 +333,7 @@ class TestThreads:
     def test_a_context_of_two_threads(self, portable, rng, problem):
         stack, ctx = problem.stack(portable), portable.new_context()
         x, out = portable.from_host(activations(rng, ROWS, K)), GuardedBuffer(portable, (ROWS, N), np.float32)
-        layer = layer_of(rng).on(portable)
+        layer = Layer(rng).on(portable)
         ids = portable.from_host(np.zeros(4, np.int32))
         calls = [
             lambda: stack.gemm_phase_batched(ctx, x, [(0, 0, 0, 1)], out.buffer, K),
@@ -545,16 +547,10 @@ class TestTiers:
             OpenClBackend(tier=tier)
 
 
-def layer_of(rng, **sizes):
-    from test_moe import Layer
-
-    return Layer(rng, **sizes)
-
-
 class TestLayer:
     def test_chosen_on_the_device(self, backend, rng):
         """The same as from the host; ids out of range take no part."""
-        layer, ctx = layer_of(rng).on(backend), backend.new_context()
+        layer, ctx = Layer(rng).on(backend), backend.new_context()
         x = backend.from_host(activations(rng, 12, 96))
         ids = rng.integers(-1, 5, (12, 3)).astype(np.int32)
         weights = rng.standard_normal((12, 3)).astype(np.float32)
@@ -594,7 +590,7 @@ class TestLayer:
         assert_close(backend.to_host(out), expected, bound)
 
     def test_slices(self, portable, rng, monkeypatch):
-        layer, ctx = layer_of(rng).on(portable), portable.new_context()
+        layer, ctx = Layer(rng).on(portable), portable.new_context()
         x = portable.from_host(activations(rng, 50, 96))
         logits = portable.from_host(rng.standard_normal((50, 5)).astype(np.float32))
         expected = portable.to_host(layer(ctx, x, logits))
@@ -606,7 +602,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("block_size", [1, 4, 8, 32, 64])
     def test_block_sizes(self, portable, rng, monkeypatch, block_size):
-        layer, ctx = layer_of(rng), portable.new_context()
+        layer, ctx = Layer(rng), portable.new_context()
         tier = dataclasses.replace(portable.tier, block_size=lambda average_rows: block_size)
         monkeypatch.setattr(portable, "_tier", tier)
         x, ids = activations(rng, 30, 96), rng.integers(-1, 5, (30, 2))
@@ -626,19 +622,19 @@ class TestLayer:
         ],
     )
     def test_refused(self, portable, rng, ids, weights, exception, message):
-        layer, x = layer_of(rng).on(portable), portable.from_host(activations(rng, 4, 96))
+        layer, x = Layer(rng).on(portable), portable.from_host(activations(rng, 4, 96))
         with pytest.raises(exception, match=message):
             layer.forward_routed(portable.new_context(), x, portable.from_host(ids), portable.from_host(weights))
 
     def test_ids_and_weights_of_two_sides(self, portable, rng):
-        layer, x = layer_of(rng).on(portable), portable.from_host(activations(rng, 4, 96))
+        layer, x = Layer(rng).on(portable), portable.from_host(activations(rng, 4, 96))
         ids, weights = np.zeros((4, 2), np.int32), np.ones((4, 2), np.float32)
         for given in ((portable.from_host(ids), weights), (ids, portable.from_host(weights))):
             with pytest.raises(TypeError, match="topk_(ids|weights): got a numpy.ndarray, which lies on the host"):
                 layer.forward_routed(portable.new_context(), x, *given)
 
     def test_stacks_of_another_backend(self, portable, cpu_backend, rng):
-        layer = layer_of(rng)
+        layer = Layer(rng)
         x, logits = activations(rng, 4, 96), np.zeros((4, 5), np.float32)
         with pytest.raises(TypeError, match="ctx: got an OpenCL context, but the layer's gate_up is a CpuMarlin"):
             layer.on(cpu_backend)(portable.new_context(), *map(portable.from_host, (x, logits)))
@@ -656,8 +652,6 @@ def test_tiles_of_runs():
 
 def test_host_time_of_a_warm_call(portable, rng):
     """What a call costs before its kernel is enqueued: a bound that notices blunders, not the figure itself."""
-    import time
-
     problem = random_problem(rng, E, K, N, 32)
     stack, ctx = problem.stack(portable), portable.new_context()
     x, out = portable.from_host(activations(rng, ROWS, K)), portable.empty((ROWS, N), np.float32)
