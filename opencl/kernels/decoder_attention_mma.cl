@@ -32,6 +32,9 @@ static inline float capped(float x, float soft_cap)
     return soft_cap * LOG2_E * (1 - 2 / (native_exp2(2 * LOG2_E * x) + 1));
 }
 
+// The weight of sums whose maximum is `high` beside others. Sums of no positions have the maximum -INFINITY; a NaN stays.
+static inline float beside(float high, float highest) { return high == -INFINITY ? 0 : native_exp2(high - highest); }
+
 // The factor of a query's sums, which divides them by the sum of the weights.
 static inline float share_of(float high, float total, float sink)
 {

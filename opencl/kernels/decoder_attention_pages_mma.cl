@@ -25,9 +25,6 @@
 static inline uint low_halves(uint a, uint b) { return (a & 0xffffu) | b << 16; }
 static inline uint high_halves(uint a, uint b) { return a >> 16 | (b & 0xffff0000u); }
 
-// The weight of sums whose maximum is `high` beside others.
-static inline float beside(float high, float highest) { return high == -INFINITY ? 0 : native_exp2(high - highest); }
-
 // The first operand of the products with keys: 16 numbers of HEAD_DIM of 16 heads. row_q(head, at): eight values of a
 // head's query from `at` on, as float8.
 #define READ_QUERIES(queries, row_q)                                                        \

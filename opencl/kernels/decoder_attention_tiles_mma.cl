@@ -72,14 +72,6 @@ typedef struct {
     float high[2], total[2];
 } Strip;
 
-#if SPLIT_TILES
-// The weight of a split's sums whose maximum is `high`. A split without positions has the maximum -INFINITY; a NaN stays.
-static inline float beside_split(float high, float highest)
-{
-    return high == -INFINITY ? 0 : native_exp2(high - highest);
-}
-#endif
-
 // Arguments as of `attend` in decoder_attention.cl. Groups: heads, tiles, splits; the last tiles, which see most positions,
 // begin first. With SPLIT_TILES partial, stats and arrived are those of `attend_rows`, with TILE_ROWS rows for each tile.
 WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void attend_tiles(
@@ -319,13 +311,13 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void atte
         for (uint i = 0; i < splits; i++)
             high = fmax(high, stats[part + i].x);
         for (uint i = 0; i < splits; i++)
-            total = fma(stats[part + i].y, beside_split(stats[part + i].x, high), total);
+            total = fma(stats[part + i].y, beside(stats[part + i].x, high), total);
         const float share = share_of(high, total, sinks ? sinks[head] * LOG2_E : -INFINITY);
         __global const float *gate = q + (ulong)(first_row + row) * q_row_stride + head * q_head_stride + gate_offset;
         for (uint column = 2 * lane; column < VALUE_DIM; column += 2 * LANES) {
             float2 value = (float2)(0);
             for (uint i = 0; i < splits; i++)
-                value += beside_split(stats[part + i].x, high) *
+                value += beside(stats[part + i].x, high) *
                          *(__global const float2 *)(partial + (part + i) * VALUE_DIM + column);
             value *= share;
             if (gate_offset)
