@@ -95,3 +95,12 @@ typedef uint4 BlockWords;
     ((step) < 2 ? ((step) == 0 ? (words).x : (words).y) : ((step) == 2 ? (words).z : (words).w))
 static inline BlockWords load_words_once(__global const uint4 *p) { return load_once(p); }
 #endif
+
+// Adds the sums of a group's products to the total. token_sums: the sums of the tokens' values, for minima.
+static inline float4 add_group(float4 total, float4 sum, float4 token_sums, Factors factors)
+{
+#if MINIMA
+    total -= token_sums * factors.zzww;
+#endif
+    return total + sum * factors.xxyy;
+}

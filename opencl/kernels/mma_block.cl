@@ -72,15 +72,6 @@ static inline Factors group_factors(Record record, BlockRecord block)
 #endif
 }
 
-// Adds a group's sums to the total.
-static inline float4 add_group(float4 total, float4 sum, float4 token_sums, Factors factors)
-{
-#if MINIMA
-    total -= token_sums * factors.zzww;
-#endif
-    return total + sum * factors.xxyy;
-}
-
 // Adds the products of one strip and one block with eight tokens to their totals.
 static inline float4 add_block(float4 total, BlockWords words, uint4 x, uint4 y, const float4 token_sums[HALVES],
                                const Factors factors[HALVES], const uint zeros[HALVES])

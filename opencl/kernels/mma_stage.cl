@@ -282,30 +282,23 @@ static inline uint4 weights_of(StepWords words, Group group)
     _Pragma("unroll") for (int s = 0; s < S; s++) total[s][i] = mma(a[s][0], x.x, x.y, total[s][i]); \
     _Pragma("unroll") for (int s = 0; s < S; s++) total[s][i] = mma(a[s][1], x.z, x.w, total[s][i]);
 #else
-static inline float4 add_scaled(float4 total, float4 sum, float4 token_sums, Factors factors)
-{
-#if MINIMA
-    total -= token_sums * factors.zzww;
-#endif
-    return total + sum * factors.xxyy;
-}
 #if MINIMA
 #define SUMS_OF_TOKENS(b0, b1, sum) mma((uint4)(0x3c003c00u), b0, b1, sum)
 #else
 #define SUMS_OF_TOKENS(b0, b1, sum) (float4)(0)
 #endif
 #if GROUP_16
-#define ADD_PRODUCTS(total, i, a, x, group)                                          \
-    {                                                                                \
-        const float4 first = SUMS_OF_TOKENS(x.x, x.y, (float4)(0));                  \
-        const float4 second = SUMS_OF_TOKENS(x.z, x.w, (float4)(0));                 \
-        _Pragma("unroll") for (int s = 0; s < S; s++)                                \
-        {                                                                            \
-            float4 sum = mma(a[s][0], x.x, x.y, (float4)(0));                        \
-            total[s][i] = add_scaled(total[s][i], sum, first, group[s][0].factors);  \
-            sum = mma(a[s][1], x.z, x.w, (float4)(0));                               \
-            total[s][i] = add_scaled(total[s][i], sum, second, group[s][1].factors); \
-        }                                                                            \
+#define ADD_PRODUCTS(total, i, a, x, group)                                         \
+    {                                                                               \
+        const float4 first = SUMS_OF_TOKENS(x.x, x.y, (float4)(0));                 \
+        const float4 second = SUMS_OF_TOKENS(x.z, x.w, (float4)(0));                \
+        _Pragma("unroll") for (int s = 0; s < S; s++)                               \
+        {                                                                           \
+            float4 sum = mma(a[s][0], x.x, x.y, (float4)(0));                       \
+            total[s][i] = add_group(total[s][i], sum, first, group[s][0].factors);  \
+            sum = mma(a[s][1], x.z, x.w, (float4)(0));                              \
+            total[s][i] = add_group(total[s][i], sum, second, group[s][1].factors); \
+        }                                                                           \
     }
 #else
 #define ADD_PRODUCTS(total, i, a, x, group)                                                         \
@@ -315,7 +308,7 @@ static inline float4 add_scaled(float4 total, float4 sum, float4 token_sums, Fac
         _Pragma("unroll") for (int s = 0; s < S; s++) sum[s] = mma(a[s][0], x.x, x.y, (float4)(0)); \
         _Pragma("unroll") for (int s = 0; s < S; s++) sum[s] = mma(a[s][1], x.z, x.w, sum[s]);      \
         _Pragma("unroll") for (int s = 0; s < S; s++) total[s][i] =                                 \
-            add_scaled(total[s][i], sum[s], token_sums, group[s][0].factors);                       \
+            add_group(total[s][i], sum[s], token_sums, group[s][0].factors);                        \
     }
 #endif
 #endif
