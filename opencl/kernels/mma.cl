@@ -64,8 +64,6 @@ static inline Expert expert_at(__global const uint *base, uint strips, uint bloc
     return expert;
 }
 
-static inline uint blocks_of_rows(uint blocks) { return (blocks + 3) / 4; }
-
 // A record that is loaded before issue_loads() (ptx.cl).
 static inline Record load_early_record(__global const Record *p)
 {

@@ -111,3 +111,9 @@ typedef uint2 HalfWords;
 // The sections of an expert after its words.
 #define WORDS_OF_EXPERT(strips, k_blocks) ((ulong)(strips) * (k_blocks) * (BLOCK_WORDS * BLOCK_QUADS))
 #define UINTS_OF_RECORDS(strips, groups) ((ulong)(strips) * (groups) * (8 * RECORD_BYTES) / 4)
+
+// BlockRecords of a column, in so many blocks of K.
+static inline uint blocks_of_rows(uint k_blocks)
+{
+    return (k_blocks + (1 << BLOCK_SHIFT) / BLOCK_K - 1) / ((1 << BLOCK_SHIFT) / BLOCK_K);
+}

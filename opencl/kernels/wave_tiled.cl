@@ -197,8 +197,7 @@ static inline Block load_block(Lane at, uint strip, uint block, uint k_blocks, u
 #endif
     }
 #if TWO_LEVELS
-    const uint blocks_of_rows = (k_blocks + (1 << BLOCK_SHIFT) / BLOCK_K - 1) / ((1 << BLOCK_SHIFT) / BLOCK_K);
-    loaded.of_rows = at.of_rows[(strip * blocks_of_rows + (block * BLOCK_K >> BLOCK_SHIFT)) * 8];
+    loaded.of_rows = at.of_rows[(strip * blocks_of_rows(k_blocks) + (block * BLOCK_K >> BLOCK_SHIFT)) * 8];
 #endif
     return loaded;
 }
