@@ -94,6 +94,33 @@ typedef uint4 BlockWords;
 static inline BlockWords load_words_once(__global const uint4 *p) { return load_once(p); }
 #endif
 
+// The codes of a step as a float16 fragment of mma: EVEN_UNIT times their values in column g, and ODD_UNIT times in column
+// g + 8.
+#if !HAS_ZERO_POINTS
+#define EVEN_UNIT CODE_UNIT
+#define ODD_UNIT CODE_UNIT
+static inline uint4 codes(uint word) { return code_halves(word); }
+#elif CODE_BITS == 8
+// Bytes without an exponent are subnormal float16, which tensor cores multiply exactly.
+#define EVEN_UNIT 0x1p-24f
+#define ODD_UNIT 0x1p-24f
+static inline uint4 codes(uint2 words)
+{
+    const uint2 odd = words >> 8;
+    return (uint4)(words.x, odd.x, words.y, odd.y) & 0x00ff00ffu;
+}
+#else
+// Nibbles without an exponent are subnormal float16, which tensor cores multiply exactly.
+#define EVEN_UNIT 0x1p-24f
+#define ODD_UNIT 0x1p-20f
+static inline uint4 codes(uint word)
+{
+    word = code_integers(word);
+    const uint next = word >> 8;
+    return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
+}
+#endif
+
 // Adds the sums of a group's products to the total. token_sums: the sums of the tokens' values, for minima.
 static inline float4 add_group(float4 total, float4 sum, float4 token_sums, Factors factors)
 {

@@ -2,47 +2,20 @@
 
 // Products of one strip and one block of K with eight tokens, by tensor cores.
 
-// codes: the codes of a word as a float16 fragment of mma: EVEN_UNIT times their values in column g, and ODD_UNIT times
-// in column g + 8. STORE_SUM divides by the units.
-// start_of: the initial value of a group's sums, with which they become sums of (q - z) * x. x: the sums of the tokens'
-// values.
-#if !HAS_ZERO_POINTS
-#define EVEN_UNIT CODE_UNIT
-#define ODD_UNIT CODE_UNIT
-static inline uint4 codes(uint word) { return code_halves(word); }
-static inline float4 start_of(float4 x, uint zeros) { return (float4)(0); }
-#elif CODE_BITS == 8
-// Bytes without an exponent are subnormal float16, which tensor cores multiply exactly.
-#define EVEN_UNIT 0x1p-24f
-#define ODD_UNIT 0x1p-24f
-static inline uint4 codes(uint2 words)
-{
-    const uint2 odd = words >> 8;
-    return (uint4)(words.x, odd.x, words.y, odd.y) & 0x00ff00ffu;
-}
-#else
-// Nibbles without an exponent are subnormal float16, which tensor cores multiply exactly.
-#define EVEN_UNIT 0x1p-24f
-#define ODD_UNIT 0x1p-20f
-static inline uint4 codes(uint word)
-{
-    word = code_integers(word);
-    const uint next = word >> 8;
-    return (uint4)(word & 0x000f000fu, word & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
-}
-#endif
-
-#if HAS_ZERO_POINTS
+// The initial value of a group's sums, with which they become sums of (q - z) * x. x: the sums of the tokens' values.
 static inline float4 start_of(float4 x, uint zeros)
 {
+#if !HAS_ZERO_POINTS
+    return (float4)(0);
+#else
 #if SYMMETRIC
     const float even = -SYMMETRIC_ZERO * EVEN_UNIT, odd = -SYMMETRIC_ZERO * ODD_UNIT;
 #else
     const float even = -EVEN_UNIT * LOW_ZERO(zeros), odd = -ODD_UNIT * HIGH_ZERO(zeros);
 #endif
     return (float4)(even * x.x, even * x.y, odd * x.z, odd * x.w);
-}
 #endif
+}
 
 // The sums of eight tokens' values over one block of K, by group: x and y are their fragments of 16 bytes.
 static inline void sum_tokens(float4 sums[HALVES], uint4 x, uint4 y)

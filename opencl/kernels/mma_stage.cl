@@ -132,7 +132,8 @@ static inline Offsets offsets_of(uint z, uint z8)
 static inline uint4 dequantise(uint word, Offsets offsets)
 {
     const uint magic = 0x64006400u, sixteenth = 0x2c002c00u;
-    uint next = word >> 8;
+    word = code_integers(word);
+    const uint next = word >> 8;
     return (uint4)(half2_sub((word & 0x000f000fu) | magic, offsets.even),
                    half2_fma((word & 0x00f000f0u) | magic, sixteenth, offsets.odd),
                    half2_sub((next & 0x000f000fu) | magic, offsets.even),
@@ -152,13 +153,7 @@ typedef struct {
 
 #if HAS_ZERO_POINTS
 #define WEIGHT_UNIT 1.0f
-static inline uint4 weights_of(StepWords words, Group group)
-{
-#if CODE_BITS == 4
-    words = code_integers(words);
-#endif
-    return dequantise(words, group.offsets);
-}
+static inline uint4 weights_of(StepWords words, Group group) { return dequantise(words, group.offsets); }
 #else
 #define WEIGHT_UNIT CODE_UNIT
 static inline uint4 weights_of(uint word, Group group) { return code_halves(word); }
@@ -252,16 +247,8 @@ static inline Group group_of(uint scales, uint zeros)
 
 static inline uint4 weights_of(StepWords words, Group group)
 {
-#if CODE_BITS == 4
-    words = code_integers(words);
-#endif
 #if SYMMETRIC
-#if CODE_BITS == 8
-    const uint4 q = (uint4)(words.x, words.x >> 8, words.y, words.y >> 8) & 0x00ff00ffu;
-#else
-    const uint next = words >> 8;
-    const uint4 q = (uint4)(words & 0x000f000fu, words & 0x00f000f0u, next & 0x000f000fu, next & 0x00f000f0u);
-#endif
+    const uint4 q = codes(words);
     return (uint4)(half2_fma(q.x, group.even, group.even_add), half2_fma(q.y, group.odd, group.odd_add),
                    half2_fma(q.z, group.even, group.even_add), half2_fma(q.w, group.odd, group.odd_add));
 #else
