@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 UKERNELS = sorted(str(path) for path in Path("marlin_cy/cpu/ukernels").glob("*.c"))
-HEADERS = sorted(str(path) for path in Path("marlin_cy").glob("c*/*/*.h"))
+HEADERS = sorted(str(path) for path in Path("marlin_cy").rglob("*.h"))
 # In a clone, marlin_cy/opencl is a link to opencl/, so all packages lie below this folder. An editable install then
 # adds this folder to the path, which type checkers and editors understand. Without the link (in an sdist, or where a
 # clone has no symbolic links), setuptools is told where the package is.
