@@ -22,8 +22,6 @@ if ! "$environment/bin/python" -c "import vllm, marlin_cy, xdist" 2>/dev/null; t
     # torchvision and its like from PyPI need a PyTorch for CUDA, and language models need none of them.
     "$environment/bin/python" -m pip uninstall -y torchvision torchaudio torchcodec
 fi
-# Python compiles each module once, although a variable may say otherwise: every process imports thousands of them.
-unset PYTHONDONTWRITEBYTECODE
 # Warnings are those of vLLM and its packages.
 timeout "${VLLM_SECONDS:-900}" "$environment/bin/python" -m pytest -q -n 0 -p no:cacheprovider -W default -m vllm \
     tests/test_vllm.py "$@"
