@@ -46,7 +46,7 @@ def start_of_share(total: int, size: int, rank: int, ranks: int) -> int:
 
 def columns(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
     """Columns ``[start, start + size)``."""
-    return weight.columns(np.arange(start, start + size))
+    return weight.columns(slice(start, start + size))
 
 
 def rows(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
@@ -84,4 +84,4 @@ def rows(weight: CanonicalWeight, start: int, size: int) -> CanonicalWeight:
 
 def deinterleaved(weight: CanonicalWeight) -> tuple[CanonicalWeight, CanonicalWeight]:
     """``(gate, up)`` of a weight with alternating gate and up columns."""
-    return weight.columns(np.arange(0, weight.n, 2)), weight.columns(np.arange(1, weight.n, 2))
+    return weight.columns(slice(0, None, 2)), weight.columns(slice(1, None, 2))
