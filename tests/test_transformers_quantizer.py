@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 
 from marlin_cy.integrations.modules import MarlinLinear  # noqa: E402
-from marlin_cy.integrations.packing import name_patterns  # noqa: E402
+from marlin_cy.integrations.packing import name_pattern  # noqa: E402
 from marlin_cy.integrations.transformers import MarlinCyConfig, load, register  # noqa: E402
 
 FOLDER = str(files("marlin_cy") / BUILT_IN)
@@ -244,8 +244,9 @@ def test_what_cannot_be_saved_or_trained(model, tmp_path):
 
 
 def test_patterns_of_names():
-    patterns = name_patterns(f"layers.{layer}.experts.{expert}.w.qweight" for layer in range(9) for expert in range(9))
-    (pattern,) = patterns
+    (pattern,) = {
+        name_pattern(f"layers.{layer}.experts.{expert}.w.qweight") for layer in range(9) for expert in range(9)
+    }
     assert re.search(pattern, "model.layers.10.experts.127.w.qweight")
     assert not re.search(pattern, "model.layers.10.experts.127.w.qweight.other")
     assert not re.search(pattern, "model.otherlayers.1.experts.1.w.qweight")

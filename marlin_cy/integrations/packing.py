@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["NAME", "Packing", "name_patterns", "packed_names", "quantised_names"]
+__all__ = ["NAME", "Packing", "name_pattern", "packed_names", "quantised_names"]
 
 NAME = "marlin_cy"
 """Name of the experts implementation and of the quantisation method in transformers' registries."""
@@ -73,8 +73,9 @@ class Packing:
         checkpoint = self._checkpoint
         names = {name for name in checkpoint.tensor_names if checkpoint.is_passed_over(name)}
         names |= quantised_names(checkpoint) - self._tensors.keys()
-        refuse_lookalikes(checkpoint, names, model)
-        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *name_patterns(names)])
+        patterns = set(map(name_pattern, names))
+        refuse_lookalikes(checkpoint, names, patterns, model)
+        model._keys_to_ignore_on_load_unexpected = kind([*(passed_over or ()), *patterns])
 
     def write_tensors(self) -> list[str]:
         """Write the tensors for the loader to a file; an empty list if there are none. :meth:`fill` removes it."""
@@ -104,25 +105,20 @@ def untie(model: Any) -> None:
     }
 
 
-def name_patterns(names: Iterable[str]) -> set[str]:
-    """Regular expressions that match these names, wherever they begin: one for names that differ in numbers only."""
-    return {rf"(?:^|\.){pattern}$" for pattern in map(without_numbers, names)}
+def name_pattern(name: str) -> str:
+    """A regular expression for this name and names that differ from it in numbers only, wherever they begin."""
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(name))
+    return rf"(?:^|\.){pattern}$"
 
 
-def without_numbers(name: str) -> str:
-    """A regular expression for names that differ from this one in numbers only."""
-    return re.sub(r"\d+", r"\\d+", re.escape(name))
-
-
-def refuse_lookalikes(checkpoint: Checkpoint, names: set[str], model: Any) -> None:
-    """Refuse tensors that :func:`name_patterns` would let transformers pass over, although they are not in ``names``.
+def refuse_lookalikes(checkpoint: Checkpoint, names: set[str], patterns: set[str], model: Any) -> None:
+    """Refuse tensors that ``patterns`` would let transformers pass over, although they are not in ``names``.
 
     Weights and biases may have the names of quantised ones in other layers: transformers looks for those itself. What
     is left of a layer without its codes is named by the weight that the model then lacks.
     """
-    patterns = set(map(without_numbers, names))
     for name in checkpoint.tensor_names:
-        if name not in names and not name.endswith((".weight", "bias")) and without_numbers(name) in patterns:
+        if name not in names and not name.endswith((".weight", "bias")) and name_pattern(name) in patterns:
             weight, state = f"{name.rpartition('.')[0]}.weight", model.state_dict()
             if weight_finder(model, state)(weight)[0] in state:
                 raise CheckpointError("missing", file=checkpoint.path, tensor=weight)
