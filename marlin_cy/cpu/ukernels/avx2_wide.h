@@ -128,7 +128,7 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
 }
 
 /* Both tiles of a group are multiplied before the next group, so that activations are joined once. `known` is a constant:
- * what is known of the task's scale record. A constant record means one row. */
+ * what is known of the task's scale record. A constant record means one row. `planes` need not be a constant. */
 KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
@@ -140,14 +140,17 @@ KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int 
     for (int g = 0; g < task->num_groups; g++) {
         const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), ahead = begin + PREFETCH_FAR;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        join_rows(task, &view, planes);
+        if (planes == 2)
+            join_rows(task, &view, 2);
+        else
+            join_rows(task, &view, 1);
         for (int t = 0; t < num_tiles; t++) {
             const group_record record = record_of(task->header[t], &layout, g);
             const group_header header = load_header(record, task->scales, codes, known);
             view.packed = task->body[t] + begin;
             view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.sums = task->scratch->sums + t * TILE_N;
-            if (known >= 0)
+            if (known != ANY)
                 wide_micro_kernel(task, &view, &header, 0, 1, UNPACK, codes);
             else
                 wide_rows_of_group(task, &view, &header, codes);
@@ -161,8 +164,5 @@ KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int 
 
 KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
 {
-    if (task->m == 1 && task->scales == SCALES_F16)
-        gemm_wide_records(task, planes, codes, SCALES_F16);
-    else
-        WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
+    WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
 }

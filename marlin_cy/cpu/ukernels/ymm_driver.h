@@ -46,11 +46,10 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 /* `known` is a constant: what is known of the task's scale record. A constant record means one row. */
 KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known)
 {
-    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16
-                                                            : known == ANY ? task->scales
-                                                                           : known;
+    const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task, codes);
-    const header_layout layout = layout_of_header(scales, codes, task->group_blocks * LANE_K);
+    const header_layout layout =
+        layout_of_header(known == ANY ? task->scales : known, codes, task->group_blocks * LANE_K);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int t = 0; t < num_tiles; t++) {
         const uint8_t *body = task->body[t], *next = t + 1 < num_tiles ? task->body[t + 1] : task->next[0];
@@ -67,10 +66,13 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_FAR;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
             view.packed = body;
-            if (known >= 0)
+            if (known != ANY) {
                 micro_kernel(task, &view, &header, 0, 1, planes, UNPACK, codes);
-            else
-                rows_of_group(task, &view, &header, planes, codes);
+            } else {
+                const group_header *stored = &header;
+                KEEP_STORED(stored);
+                rows_of_group(task, &view, stored, planes, codes);
+            }
             finish_group(task, &view, record, known);
             body += view.blocks * block_bytes(codes);
             view.a += task->a_group_stride;
@@ -80,10 +82,4 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
     finish(task, num_tiles * TILE_N);
 }
 
-KERNEL void gemm(const gemm_task *task, int planes, int codes)
-{
-    if (task->scales == SCALES_F16 || task->scales == SCALES_BF16)
-        gemm_records(task, planes, codes, PLAIN);
-    else
-        WITH_KNOWN_RECORD(gemm_records, task, planes, codes);
-}
+KERNEL void gemm(const gemm_task *task, int planes, int codes) { WITH_KNOWN_RECORD(gemm_records, task, planes, codes); }
