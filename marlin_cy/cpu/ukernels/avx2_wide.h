@@ -37,7 +37,7 @@ KERNEL void join_rows(const gemm_task *task, const group_view *view, int planes)
 {
     const int size = view->blocks * LANE_K;
     for (int r = 0; r < task->m; r++) {
-        const int8_t *const a = row_of(view, r);
+        const int8_t *const a = view->a + view->places[r].a;
         int16_t *const to = task->scratch->joined + r * MAX_GROUP_K;
         for (int k = 0; k < size; k += 16)
             join_16(to + k / 2, a + k, a + size + k, planes);
@@ -63,7 +63,7 @@ KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, con
     __m256i total[WIDE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        meta[r] = meta_of(view, row + r);
+        meta[r] = meta_of(view, view->places[row + r]);
         zero_terms(total[r], header, meta[r], codes);
     }
     for (ptrdiff_t block = 0; block < blocks; block++) {
@@ -78,7 +78,8 @@ KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, con
                     pairs[half] = odd ? _mm256_srli_epi16(w[half], 8) : _mm256_and_si256(w[half], low_byte);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
-                    const __m256i x = broadcast_pair(joined + (row + r) * MAX_GROUP_K + odd * ODD + 4 * block + 2 * quad);
+                    const __m256i x =
+                        broadcast_pair(joined + (row + r) * MAX_GROUP_K + odd * ODD + 4 * block + 2 * quad);
                     for (int half = 0; half < 2; half++) {
                         __m256i product = _mm256_madd_epi16(pairs[half], x);
                         KEEP(product);
@@ -89,9 +90,15 @@ KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, con
             }
         }
     }
+    if (header->has_minimum) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            add_group(sums + r * PAIR_N, total[r], header, meta[r], 1);
+        return;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
-        add_group(sums + r * PAIR_N, total[r], header, meta[r]);
+        add_group(sums + r * PAIR_N, total[r], header, meta[r], 0);
 }
 
 KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, const group_header *header, int codes)
@@ -102,11 +109,11 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
         for (row = WIDE_ROWS; row + WIDE_ROWS <= task->m; row += WIDE_ROWS)
             wide_micro_kernel(task->scratch->joined, view, header, row, WIDE_ROWS, UNPACKED, codes);
     }
-#define REST(rows)                                                             \
-    case rows:                                                                 \
-        if (source == UNPACK)                                                  \
+#define REST(rows)                                                                              \
+    case rows:                                                                                  \
+        if (source == UNPACK)                                                                   \
             wide_micro_kernel(task->scratch->joined, view, header, row, rows, UNPACK, codes);   \
-        else                                                                   \
+        else                                                                                    \
             wide_micro_kernel(task->scratch->joined, view, header, row, rows, UNPACKED, codes); \
         break
     switch (task->m - row) {
@@ -121,7 +128,7 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
 }
 
 /* Both tiles of a group are multiplied before the next group, so that activations are joined once. `known` is a constant:
- * what is known of the task's scale record. A constant record means one row. */
+ * what is known of the task's scale record. A constant record means one row. `planes` need not be a constant. */
 KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
@@ -135,14 +142,18 @@ KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int 
     for (int g = 0; g < task->num_groups; g++) {
         const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), ahead = begin + PREFETCH_FAR;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        join_rows(task, &view, planes);
+        if (planes == 2)
+            join_rows(task, &view, 2);
+        else
+            join_rows(task, &view, 1);
         for (int t = 0; t < num_tiles; t++) {
             const group_record record = record_of(task->header[t], &layout, g);
-            const group_header header = load_header(record, task->scales, codes, known);
+            group_header header;
+            load_header(&header, record, task->scales, codes, known);
             view.packed = task->body[t] + begin;
             view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.sums = task->scratch->sums + t * TILE_N;
-            if (known >= 0)
+            if (known != ANY)
                 wide_micro_kernel(task->scratch->joined, &view, &header, 0, 1, UNPACK, codes);
             else
                 wide_rows_of_group(task, &view, &header, codes);
@@ -155,8 +166,5 @@ KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int 
 
 KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
 {
-    if (task->m == 1 && task->scales == SCALES_F16)
-        gemm_wide_records(task, planes, codes, SCALES_F16);
-    else
-        WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
+    WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
 }

@@ -24,7 +24,7 @@ KERNEL void micro_kernel(const group_view *view, const group_header *header, int
     __m256i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
-        a[i] = row_of(view, row + i / planes) + i % planes * view->blocks * LANE_K;
+        a[i] = view->a + view->places[row + i / planes].a + i % planes * view->blocks * LANE_K;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
@@ -45,7 +45,7 @@ KERNEL void micro_kernel(const group_view *view, const group_header *header, int
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const act_meta *meta = meta_of(view, row + r);
+        const act_meta *const meta = meta_of(view, view->places[row + r]);
         __m256i total[2], terms[2];
         zero_terms(terms, header, meta, codes);
         for (int half = 0; half < 2; half++) {
@@ -54,7 +54,10 @@ KERNEL void micro_kernel(const group_view *view, const group_header *header, int
                 total[half] = _mm256_add_epi32(_mm256_slli_epi32(total[half], 8), sum[r * planes + 1][half]);
             total[half] = _mm256_add_epi32(total[half], terms[half]);
         }
-        add_group(view->sums + (row + r) * PAIR_N, total, header, meta);
+        if (header->has_minimum)
+            add_group(view->sums + (row + r) * PAIR_N, total, header, meta, 1);
+        else
+            add_group(view->sums + (row + r) * PAIR_N, total, header, meta, 0);
     }
 }
 

@@ -46,10 +46,9 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
 /* `known` is a constant: what is known of the task's scale record. A constant record means one row. */
 KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known)
 {
-    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16
-                                                            : known == ANY ? task->scales
-                                                                           : known;
+    const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task, codes);
+    const int scales = known == ANY ? task->scales : known == PLAIN ? SCALES_F16 : known;
     const header_layout layout = layout_of_header(scales, codes, task->group_blocks * LANE_K);
     row_place places[MAX_MC];
     find_rows(places, task);
@@ -65,7 +64,8 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
         };
         for (int g = 0; g < task->num_groups; g++) {
             const group_record record = record_of(task->header[t], &layout, g);
-            const group_header header = load_header(record, task->scales, codes, known);
+            group_header header;
+            load_header(&header, record, task->scales, codes, known);
             view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_FAR;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
@@ -82,9 +82,10 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
     finish(task, num_tiles * TILE_N);
 }
 
+/* The most common kind of weights has kernels for many rows of its own. */
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
-    if (task->scales == SCALES_F16 || task->scales == SCALES_BF16)
+    if (codes == CODES_UINT4 && task->m > 1 && (task->scales == SCALES_F16 || task->scales == SCALES_BF16))
         gemm_records(task, planes, codes, PLAIN);
     else
         WITH_KNOWN_RECORD(gemm_records, task, planes, codes);
