@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,12 @@ OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() 
 # Python's own flags may ask for debug information, which takes a quarter of the time to compile.
 GCC_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+# For C files that Cython writes: with -O3 they take three times as long to compile, and a token takes as many
+# instructions.
+LIGHT_GCC_FLAGS = ["-O1"]
+# Modules that are compiled with GCC_FLAGS: they have loops over weights, or their part of a token takes more
+# instructions with LIGHT_GCC_FLAGS.
+HEAVY = {"_bandwidth", "_blocks", "_gemm", "_nibbles", "_store"}
 # The module that holds Cython's own code for memoryviews, once. Compiled into every module, the code would take half of
 # the time.
 SHARED = "marlin_cy._cyutility"
@@ -51,7 +59,11 @@ def fork_is_the_default():
 
 
 class BuildExt(build_ext):
-    """Adds the compiler's flags, and OpenMP if the compiler supports it."""
+    """Adds the compiler's flags, and OpenMP if the compiler supports it. Compiles all C files in one pool of threads.
+
+    setuptools has a thread for each extension, which compiles the extension's files one after the other. The files of
+    `_dispatch` take most of the time.
+    """
 
     def finalize_options(self):
         super().finalize_options()
@@ -65,10 +77,22 @@ class BuildExt(build_ext):
             compile_args, link_args = compile_args + sanitize, link_args + sanitize
         for ext in self.extensions:
             ext.extra_compile_args = (MSVC_FLAGS if msvc else GCC_FLAGS) + compile_args
-            if ext.name == SHARED and not msvc:
-                ext.extra_compile_args.append("-O1")  # no loops over weights or activations
             ext.extra_link_args = link_args
-        super().build_extensions()
+        light = [] if msvc else LIGHT_GCC_FLAGS
+        with ThreadPoolExecutor(self.parallel) as pool:
+            self.compiler.compile = partial(self.compile_in, pool, self.compiler.compile, light)
+            self.parallel = len(self.extensions)  # the extensions' threads wait for the pool, and then link
+            super().build_extensions()
+
+    @staticmethod
+    def compile_in(pool, compile, light, sources, extra_postargs, **options):
+        """Compile each source in the pool. Returns the names of the object files; raises what ``compile`` raises."""
+        jobs = []
+        for source in sources:
+            heavy = source in UKERNELS or Path(source).stem in HEAVY
+            arguments = extra_postargs if heavy else [*extra_postargs, *light]
+            jobs.append(pool.submit(compile, [source], extra_postargs=arguments, **options))
+        return [name for job in jobs for name in job.result()]
 
     def openmp_flags(self, msvc):
         if msvc:
@@ -129,8 +153,10 @@ setup(
         "marlin_cy.weights": ["*.pyi"],
     },
     ext_modules=cythonize(
+        # Those that take the longest to compile come first.
         [
             extension("_dispatch", UKERNELS),
+            Extension(SHARED, [f"{SHARED.replace('.', '/')}.c"]),  # Cython writes this file, into build_dir
             extension("_workspace"),
             extension("_buffers"),
             extension("_store"),
@@ -162,7 +188,6 @@ setup(
             extension("_bandwidth", package="cpu.measure"),
             extension("_peak", package="cpu.measure"),
             extension("_nibbles", package="weights"),
-            Extension(SHARED, [f"{SHARED.replace('.', '/')}.c"]),  # Cython writes this file, into build_dir
         ],
         language_level=3,
         shared_utility_qualified_name=SHARED,

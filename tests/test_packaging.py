@@ -112,6 +112,47 @@ def test_editable_install_needs_no_import_hook(tmp_path):
     assert (tmp_path / "source" / "marlin_cy" / "opencl" / "__init__.py").exists()
 
 
+def build_extension(folder, **sources):
+    """Compile C files, given by name, into one extension ``pair`` by the project's own command ``build_ext``."""
+    text, compiled = (ROOT / "setup.py").read_text(), "ext_modules=cythonize("
+    assert compiled in text
+    extension = f'Extension("pair", {[f"{name}.c" for name in sources]})'
+    (folder / "setup.py").write_text(text.replace(compiled, f"ext_modules=(lambda *args, **options: [{extension}])("))
+    for name, source in sources.items():
+        (folder / f"{name}.c").write_text(source)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+MODULE = """
+#include <Python.h>
+long two(void);
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "pair"};
+PyMODINIT_FUNC PyInit_pair(void)
+{
+    PyObject *made = PyModule_Create(&module);
+    PyModule_AddIntConstant(made, "two", two());
+    return made;
+}
+"""
+
+
+def test_files_that_are_compiled_side_by_side_are_linked(tmp_path):
+    done = build_extension(tmp_path, module=MODULE, other="long two(void) { return 2; }\n")
+    assert done.returncode == 0, done.stderr
+    assert succeed(sys.executable, "-c", "import pair; print(pair.two)", cwd=tmp_path / "built").strip() == "2"
+
+
+@pytest.mark.parametrize("broken", ["first", "last"])
+def test_an_error_in_any_file_is_shown_and_fails_the_build(tmp_path, broken):
+    sources = {"first": "long two(void) { return 2; }\n", "middle": MODULE, "last": "long three(void) { return 3; }\n"}
+    sources[broken] = "#error this file is broken\n"
+    done = build_extension(tmp_path, **sources)
+    assert done.returncode != 0
+    assert f"{broken}.c:1" in done.stderr and "this file is broken" in done.stderr
+    assert not list(tmp_path.glob("built/**/*.so"))
+
+
 def test_install_and_run_elsewhere(distributions, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=os.name == "posix")

@@ -120,8 +120,8 @@ typedef struct {
 /* Whether zero points are left to the float epilogue. `codes` is a constant. */
 KERNEL int leaves_zeros(int codes) { return code_types[codes].bits == 8; }
 
-KERNEL unpacking begin_unpacking(const gemm_task *task, const header_layout *layout, const group_view *view, int g,
-                                 int tiles, int codes)
+KERNEL unpacking begin_unpacking(const gemm_task *task, const task_tiles *tiles, const header_layout *layout,
+                                 const group_view *view, int g, int codes)
 {
     const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), bytes = task_bytes(task, codes);
     const ptrdiff_t ahead = begin + PREFETCH_FAR;
@@ -129,8 +129,8 @@ KERNEL unpacking begin_unpacking(const gemm_task *task, const header_layout *lay
     group_terms *const terms = view->terms;
     terms->has_minimum = scale_records[task->scales].has_minimum;
     terms->has_rest = 0;
-    for (int t = 0; t < tiles; t++) {
-        const group_record record = record_of(task->header[t], layout, g);
+    for (int t = 0; t < 2; t++) {
+        const group_record record = record_of(tiles->header[t], layout, g);
         __m512i zeros = load_zeros(record, task->scales, codes);
         terms->scale[t] = load_scales(record, task->scales, codes);
         if (terms->has_minimum)
@@ -143,8 +143,8 @@ KERNEL unpacking begin_unpacking(const gemm_task *task, const header_layout *lay
             zeros = subtracted;
         }
         group.zeros[t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(0x01010101));
-        group.packed[t] = task->body[t] + begin;
-        group.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
+        group.packed[t] = tiles->body[t] + begin;
+        group.ahead[t] = ahead < bytes ? tiles->body[t] + ahead : tiles->next[t] + (ahead - bytes);
     }
     return group;
 }
@@ -165,11 +165,11 @@ KERNEL __m512i load_quad(const unpacking *group, int t, int b, int quad, int cod
 }
 
 /* Unpack up to `most` more blocks of each tile. A block is two rows of B. */
-KERNEL void unpack_blocks(unpacking *group, int most, int tiles, int codes)
+KERNEL void unpack_blocks(unpacking *group, int most, int codes)
 {
     const int end = group->done + most < group->blocks ? group->done + most : group->blocks;
     for (int b = group->done; b < end; b++)
-        for (int t = 0; t < tiles; t++) {
+        for (int t = 0; t < 2; t++) {
             int8_t *const w = group->weights + t * TILE_WEIGHTS + 2 * b * LINE_BYTES;
             for (int quad = 0; quad < 2; quad++)
                 _mm512_store_si512(w + quad * LINE_BYTES,
@@ -230,19 +230,18 @@ typedef struct {
 } side_work;
 
 /* Portions alternate with the products of 16 rows; `portion` is a constant. */
-KERNEL void do_portion(const side_work *side, int portion, int planes, int tiles, int codes)
+KERNEL void do_portion(const side_work *side, int portion, int planes, int codes)
 {
     const int rows = REGISTER_ROWS / (PORTIONS * planes);
     add_rows(side->pending, portion * rows, (portion + 1) * rows, planes, codes);
-    unpack_blocks(side->group, side->blocks, tiles, codes);
+    unpack_blocks(side->group, side->blocks, codes);
     COMPILER_BARRIER();
 }
 
-/* Load B of a group. Then its memory is free for the next group. A task of a single tile loads it twice, and nothing
- * reads the sums of the second copy. */
-KERNEL void load_weights(const int8_t *weights, int size, int tiles)
+/* Load B of a group. Then its memory is free for the next group. */
+KERNEL void load_weights(const int8_t *weights, int size)
 {
-    const int8_t *const neighbour = weights + (tiles - 1) * TILE_WEIGHTS;
+    const int8_t *const neighbour = weights + TILE_WEIGHTS;
     COMPILER_BARRIER();
     _tile_loadd(4, weights, 4 * TILE_N);
     _tile_loadd(5, neighbour, 4 * TILE_N);
@@ -255,7 +254,7 @@ KERNEL void load_weights(const int8_t *weights, int size, int tiles)
 
 /* A step; `before` is the product buffer of the previous step. */
 KERNEL void multiply(const int8_t *a, ptrdiff_t a_stride, int size, int32_t *before, const side_work *side, int plane,
-                     int planes, int tiles, int codes)
+                     int planes, int codes)
 {
     _tile_loadd(2, a, a_stride);
     if (size > DEPTH)
@@ -265,26 +264,25 @@ KERNEL void multiply(const int8_t *a, ptrdiff_t a_stride, int size, int32_t *bef
     _tile_zero(1);
     _tile_dpbssd(0, 2, 4);
     _tile_dpbssd(1, 2, 5);
-    do_portion(side, PORTIONS * plane, planes, tiles, codes);
+    do_portion(side, PORTIONS * plane, planes, codes);
     if (size > DEPTH) {
         _tile_dpbssd(0, 3, 6);
         _tile_dpbssd(1, 3, 7);
     }
-    do_portion(side, PORTIONS * plane + 1, planes, tiles, codes);
+    do_portion(side, PORTIONS * plane + 1, planes, codes);
 }
 
 KERNEL int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-/* `planes`, `tiles` and `codes` are constants. */
-KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
+/* `planes` and `codes` are constants. */
+KERNEL void gemm_tiles(const gemm_task *task, int planes, int codes)
 {
     _Alignas(64) int32_t products[2 * SLOTS][2 * SUMS]; /* by step; with one plane, half of them are not used */
     group_terms terms[TERMS];                           /* by group, in turn */
     const int m = task->m;
     const ptrdiff_t stride = task->a_row_stride;
-    /* Sums over the groups so far. They are kept outside `out` if they are to be added to it, and also with a single
-     * tile, because columns 16..31 of `out` must not change. */
-    float *const sums = task->accumulate || tiles == 1 ? task->scratch->sums : task->out;
+    float *const sums = sums_of(task);
+    const task_tiles tiles = tiles_of(task);
     const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     pending_rows stored = {.terms = terms}, multiplied = stored;
     int slot = 0;
@@ -293,15 +291,15 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
     memset(sums, 0, (size_t)m * PAIR_N * sizeof(float));
     memset(terms, 0, sizeof terms);
     group_view view = view_group(task, terms, 0);
-    unpacking unpacked = begin_unpacking(task, &layout, &view, 0, tiles, codes);
-    unpack_blocks(&unpacked, unpacked.blocks, tiles, codes);
+    unpacking unpacked = begin_unpacking(task, &tiles, &layout, &view, 0, codes);
+    unpack_blocks(&unpacked, unpacked.blocks, codes);
     configure(view.size);
     for (int g = 0; g < task->num_groups; g++) {
         group_view next = view;
-        load_weights((int8_t *)task->scratch->weights, view.size, tiles);
+        load_weights((int8_t *)task->scratch->weights, view.size);
         if (g + 1 < task->num_groups) {
             next = view_group(task, terms, g + 1);
-            unpacked = begin_unpacking(task, &layout, &next, g + 1, tiles, codes);
+            unpacked = begin_unpacking(task, &tiles, &layout, &next, g + 1, codes);
         }
         const int portions = PORTIONS * planes * divide_up(m, REGISTER_ROWS);
         const side_work side = {&stored, &unpacked, divide_up(unpacked.blocks, portions)};
@@ -310,7 +308,7 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
 #pragma GCC unroll 2
             for (int plane = 0; plane < planes; plane++) {
                 const int8_t *const a = view.a + first * stride + plane * view.size;
-                multiply(a, stride, view.size, before, &side, plane, planes, tiles, codes);
+                multiply(a, stride, view.size, before, &side, plane, planes, codes);
                 before = products[slot + plane];
             }
             stored = multiplied;
@@ -334,21 +332,15 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
     _tile_release();
     add_rows(&stored, 0, REGISTER_ROWS, planes, codes);
     add_rows(&multiplied, 0, REGISTER_ROWS, planes, codes);
-    if (task->accumulate)
-        add_to_out(task, tiles);
-    else if (tiles == 1)
-        for (int r = 0; r < m; r++)
-            _mm512_store_ps(task->out + r * PAIR_N, _mm512_load_ps(sums + r * PAIR_N));
+    put_out(task);
 }
 
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     if (task->m < REGISTER_ROWS)
         isa_avx512vnni.kernels.gemm[codes][planes - 1](task);
-    else if (task->header[1])
-        gemm_tiles(task, planes, 2, codes);
     else
-        gemm_tiles(task, planes, 1, codes);
+        gemm_tiles(task, planes, codes);
 }
 
 TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }

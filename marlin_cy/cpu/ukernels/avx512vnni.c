@@ -1,5 +1,7 @@
 /* AVX-512 with VNNI: a row of a tile is one 512-bit vector of 16 lanes, one lane per column. The two tiles of a task
- * are multiplied together, so that each broadcast activation is used twice.
+ * are multiplied together, so that each broadcast activation is used twice. A task of a single tile, of which a product
+ * has at most one for each expert and block of rows, is multiplied as if both tiles were this one: kernels of their own
+ * would double the code and the time to compile it.
  *
  * Registers, of 32: `rows * planes` (8) times two tiles of 32-bit sums, 4 weights, mask, activation. Twelve rows times
  * two tiles would fit by count, but the compilers spill them, and the gain is small: with 8, the inner loop on unpacked
@@ -75,12 +77,12 @@ KERNEL void prefetch_line(const group_view *view, int t, ptrdiff_t place)
 }
 
 /* Load the weights of one block as bytes: w[values 0-3 or 4-7 of K][tile]. Codes of 8 bits need no unpacking. */
-KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles, int source, int codes)
+KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int source, int codes)
 {
     const __m512i mask = _mm512_set1_epi8(15);
     const ptrdiff_t place = b * block_bytes(codes);
     uint8_t *const unpacked = view->unpacked + b * UNPACKED_BLOCK;
-    for (int t = 0; t < tiles; t++) {
+    for (int t = 0; t < 2; t++) {
         if (code_types[codes].bits == 8) {
             for (int quad = 0; quad < 2; quad++) {
                 w[quad][t] = _mm512_load_si512(view->packed[t] + place + quad * LINE_BYTES);
@@ -105,9 +107,9 @@ KERNEL void load_block(__m512i w[2][2], const group_view *view, int b, int tiles
     }
 }
 
-/* rows, planes, tiles, source and codes are constants wherever this is inlined. */
-KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
-                         int source, int codes)
+/* rows, planes, source and codes are constants wherever this is inlined. */
+KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row, int rows, int planes, int source,
+                         int codes)
 {
     const int8_t *a[PLANE_ROWS];
     float row_scale[PLANE_ROWS];
@@ -120,20 +122,20 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
         row_scale[r] = meta->scale;
         a[r] = view->a + index * task->a_row_stride;
         for (int plane = 0; plane < planes; plane++) {
-            for (int t = 0; t < tiles; t++)
+            for (int t = 0; t < 2; t++)
                 sum[r * planes + plane][t] = plane == planes - 1 ? begin : _mm512_setzero_si512();
         }
     }
     for (int block = 0; block < view->blocks; block++) {
         __m512i w[2][2];
         const ptrdiff_t plane0 = block * LANE_K, plane1 = plane0 + view->blocks * LANE_K;
-        load_block(w, view, block, tiles, source, codes);
+        load_block(w, view, block, source, codes);
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; quad++)
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
                 const __m512i x = broadcast_quad(a[i / planes] + (i % planes ? plane1 : plane0) + 4 * quad);
-                for (int t = 0; t < tiles; t++) {
+                for (int t = 0; t < 2; t++) {
                     sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], w[quad][t], x);
                     KEEP(sum[i][t]);
                 }
@@ -143,7 +145,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const act_meta *const meta = view->meta + task->rows[row + r];
-            for (int t = 0; t < tiles; t++) {
+            for (int t = 0; t < 2; t++) {
                 __m512i *const last = &sum[r * planes + planes - 1][t];
                 *last = _mm512_add_epi32(*last, zero_term(view->zero_factor[t], meta, codes));
             }
@@ -152,7 +154,7 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
     float *const sums = view->sums + row * PAIR_N;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tiles; t++) {
+        for (int t = 0; t < 2; t++) {
             __m512i total = sum[r * planes][t];
             if (planes == 2)
                 total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * planes + 1][t]);
@@ -160,74 +162,71 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, int row,
         }
 }
 
-KERNEL void some_rows(const gemm_task *task, const group_view *view, int row, int rows, int planes, int tiles,
-                      int source, int codes)
+KERNEL void some_rows(const gemm_task *task, const group_view *view, int row, int rows, int planes, int source,
+                      int codes)
 {
     const int most = PLANE_ROWS / planes;
     switch (rows) {
-    case 1: micro_kernel(task, view, row, 1, planes, tiles, source, codes); break;
-    case 2: micro_kernel(task, view, row, 2, planes, tiles, source, codes); break;
-    case 3: micro_kernel(task, view, row, 3, planes, tiles, source, codes); break;
-    case 4: micro_kernel(task, view, row, 4, planes, tiles, source, codes); break;
+    case 1: micro_kernel(task, view, row, 1, planes, source, codes); break;
+    case 2: micro_kernel(task, view, row, 2, planes, source, codes); break;
+    case 3: micro_kernel(task, view, row, 3, planes, source, codes); break;
+    case 4: micro_kernel(task, view, row, 4, planes, source, codes); break;
     case 5:
         if (most >= 5)
-            micro_kernel(task, view, row, 5, planes, tiles, source, codes);
+            micro_kernel(task, view, row, 5, planes, source, codes);
         break;
     case 6:
         if (most >= 6)
-            micro_kernel(task, view, row, 6, planes, tiles, source, codes);
+            micro_kernel(task, view, row, 6, planes, source, codes);
         break;
     case 7:
         if (most >= 7)
-            micro_kernel(task, view, row, 7, planes, tiles, source, codes);
+            micro_kernel(task, view, row, 7, planes, source, codes);
         break;
     case 8:
         if (most >= 8)
-            micro_kernel(task, view, row, 8, planes, tiles, source, codes);
+            micro_kernel(task, view, row, 8, planes, source, codes);
         break;
     }
 }
 
-KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int tiles, int codes)
+KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int planes, int codes)
 {
     const int most = PLANE_ROWS / planes;
-    if (task->m <= most) {
-        some_rows(task, view, 0, task->m, planes, tiles, UNPACK, codes);
-        return;
-    }
     if (task->m <= 2 * most) {
-        micro_kernel(task, view, 0, most, planes, tiles, UNPACK, codes);
-        some_rows(task, view, most, task->m - most, planes, tiles, UNPACK, codes);
+        for (int row = 0; row < task->m; row += most)
+            some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, UNPACK, codes);
         return;
     }
-    micro_kernel(task, view, 0, most, planes, tiles, UNPACK_AND_KEEP, codes);
+    micro_kernel(task, view, 0, most, planes, UNPACK_AND_KEEP, codes);
     for (int row = most; row < task->m; row += most)
-        some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, tiles, UNPACKED, codes);
+        some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, UNPACKED, codes);
 }
 
-KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
+KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
     const int symmetric_zero = code_types[codes].symmetric_zero;
+    const task_tiles tiles = tiles_of(task);
     group_view view = {
-        .packed = {task->body[0], task->body[1]},
+        .packed = {tiles.body[0], tiles.body[1]},
         .unpacked = task->scratch->weights,
         .a = task->a,
         .meta = task->meta,
-        .sums = task->accumulate ? task->scratch->sums : task->out,
+        .sums = sums_of(task),
     };
     const int has_minimum = scale_records[task->scales].has_minimum;
     const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
     for (int r = 0; r < task->m; r++)
-        for (int t = 0; t < tiles; t++)
+        for (int t = 0; t < 2; t++)
             _mm512_store_ps(view.sums + r * PAIR_N + t * TILE_N, _mm512_setzero_ps());
     const ptrdiff_t bytes = task_bytes(task, codes);
     for (int g = 0; g < task->num_groups; g++) {
         __mmask16 asymmetric = 0;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        for (int t = 0; t < tiles; t++) {
+        for (int t = 0; t < 2; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * block_bytes(codes) + PREFETCH_FAR;
-            view.ahead[t] = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            const group_record record = record_of(task->header[t], &layout, g);
+            view.ahead[t] = ahead < bytes ? tiles.body[t] + ahead : tiles.next[t] + (ahead - bytes);
+            const group_record record = record_of(tiles.header[t], &layout, g);
             const __m512i zeros = load_zeros(record, task->scales, codes);
             const __m512i difference = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), zeros);
             view.scale[t] = load_scales(record, task->scales, codes);
@@ -235,26 +234,17 @@ KERNEL void gemm_tiles(const gemm_task *task, int planes, int tiles, int codes)
             asymmetric |= _mm512_test_epi32_mask(difference, difference);
         }
         view.symmetric = !code_types[codes].has_zero_points || !asymmetric;
-        rows_of_group(task, &view, planes, tiles, codes);
-        for (int t = 0; t < tiles && has_minimum; t++) {
-            const __m512 minimum = load_minima(record_of(task->header[t], &layout, g), task->scales);
+        rows_of_group(task, &view, planes, codes);
+        for (int t = 0; t < 2 && has_minimum; t++) {
+            const __m512 minimum = load_minima(record_of(tiles.header[t], &layout, g), task->scales);
             add_minima(view.sums + t * TILE_N, minimum, view.meta, task->rows, task->m);
         }
-        for (int t = 0; t < tiles; t++)
+        for (int t = 0; t < 2; t++)
             view.packed[t] += view.blocks * block_bytes(codes);
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
     }
-    if (task->accumulate)
-        add_to_out(task, tiles);
-}
-
-KERNEL void gemm(const gemm_task *task, int planes, int codes)
-{
-    if (task->header[1])
-        gemm_tiles(task, planes, 2, codes);
-    else
-        gemm_tiles(task, planes, 1, codes);
+    put_out(task);
 }
 
 /* Quantise 16 values at a time. vpmovdb keeps the low byte of each value, which is plane 1. Plane 0 is the upper byte

@@ -105,14 +105,38 @@ static __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx51
     }
 }
 
-/* Add the sums in the scratch memory to the output. */
-ZMM void add_to_out(const gemm_task *task, int tiles)
+/* The tiles of a task. A task of a single tile multiplies it twice, and nothing reads the sums of the second copy. */
+typedef struct {
+    const uint8_t *header[2], *body[2], *next[2];
+} task_tiles;
+
+ZMM task_tiles tiles_of(const gemm_task *task)
 {
-    for (int r = 0; r < task->m; r++)
+    const int second = task->header[1] != NULL;
+    return (task_tiles){
+        .header = {task->header[0], task->header[second]},
+        .body = {task->body[0], task->body[second]},
+        .next = {task->next[0], task->next[second]},
+    };
+}
+
+/* Where the sums over the groups so far are: in the output, or in the scratch memory if they are to be added to the
+ * output. Those of a single tile are in the scratch memory too: columns 16..31 of the output must not change. */
+ZMM float *sums_of(const gemm_task *task)
+{
+    return task->accumulate || !task->header[1] ? task->scratch->sums : task->out;
+}
+
+/* Write the sums in the scratch memory, if they are there, to the output, or add them to it. */
+ZMM void put_out(const gemm_task *task)
+{
+    const float *const sums = sums_of(task);
+    const int tiles = task->header[1] ? 2 : 1;
+    for (int r = 0; r < task->m && sums != task->out; r++)
         for (int t = 0; t < tiles; t++) {
             float *const out = task->out + r * PAIR_N + t * TILE_N;
-            const __m512 sum = _mm512_load_ps(task->scratch->sums + r * PAIR_N + t * TILE_N);
-            _mm512_store_ps(out, _mm512_add_ps(_mm512_load_ps(out), sum));
+            const __m512 sum = _mm512_load_ps(sums + r * PAIR_N + t * TILE_N);
+            _mm512_store_ps(out, task->accumulate ? _mm512_add_ps(_mm512_load_ps(out), sum) : sum);
         }
 }
 
