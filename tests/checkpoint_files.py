@@ -1,6 +1,7 @@
 """Small synthetic GPTQ checkpoints, and ways to damage them."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from marlin_cy.checkpoints.families import FAMILIES
 from marlin_cy.formats import gptq
 from marlin_cy.formats.awq import pack_awq
 from marlin_cy.formats.compressed_tensors import pack_compressed
+from marlin_cy.formats.json_fields import read_json
 from marlin_cy.weights.code_types import CODE_TYPES
 
 # The differences between the configurations of families; all other settings are equal.
@@ -266,6 +268,30 @@ def write_float8(folder, **sizes):
         _, scale, _, g_idx = (tensors.pop(f"{module}.{part}") for part in ("qweight", "scales", "qzeros", "g_idx"))
         tensors[f"{module}.weight"] = rng.standard_normal((scale.shape[1], len(g_idx))).astype(np.float16)
     save_file(tensors, folder / "model.safetensors")
+
+
+def write_widths(folder, method, **sizes):
+    """Write a checkpoint some of whose layers have 8 bits, by rules of the configuration: down projections, and attention."""
+    write_checkpoint(folder, method=method, **sizes)
+    tensors, eight = load_file(folder / "model.safetensors"), re.compile(r"self_attn|\.down_proj")
+    for name in [name for name in tensors if eight.search(name)]:
+        if name.endswith((".qweight", ".qzeros", ".weight_packed", ".weight_zero_point")):
+            tensors[name] = np.concatenate([tensors[name]] * 2, axis=WORDS_AXIS[name.rpartition(".")[2]])
+    save_file(tensors, folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    quantization = config["quantization_config"]
+    if method == "gptq":
+        quantization["dynamic"] = {r".*(self_attn|\.down_proj).*": {"bits": 8}}
+        write_json(folder, "quantize_config.json", quantization)
+    else:
+        (group,) = quantization["config_groups"].values()
+        weights = {**group["weights"], "num_bits": 8}
+        quantization["config_groups"]["group_1"] = {"targets": ["re:.*(self_attn|\\.down_proj).*"], "weights": weights}
+    write_json(folder, "config.json", config)
+
+
+WORDS_AXIS = {"qweight": 0, "qzeros": 1, "weight_packed": 1, "weight_zero_point": 0}
+"""The axis along which words hold several codes."""
 
 
 def write_deepseek_fp4(folder, *, num_experts=2, hidden=64, inter=32):

@@ -132,7 +132,7 @@ class Checkpoint:
     dense_moe_layers : list of int
         The MoE layers whose routed experts are not quantised.
     float8 : Float8Layers
-        The linear layers in FP8, which are held as float16.
+        The linear layers in FP8.
     num_layers : int
     layer_prefix : str
         The part of a tensor's name before the layer's number: ``"model.layers"``.
@@ -326,7 +326,7 @@ class Checkpoint:
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``.
 
-        A read-only view in the file's dtype; float32, or float16 for FP8, if the router is quantised.
+        A read-only view in the file's dtype; float32 if the router is quantised or in FP8.
 
         Raises
         ------

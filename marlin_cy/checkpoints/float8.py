@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
@@ -108,34 +110,37 @@ class Float8Layers:
                 f"scale, called {' or '.join(suffix[1:] for suffix in float8.SCALE_SUFFIXES)}"
             )
 
-    def weight(self, module: str, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-        """The weight of a linear layer, ``[N, K]``, each element rounded once.
+    def elements(self, module: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], int]:
+        """``(weight, scales, scale_k)`` of a linear layer, as :class:`~marlin_cy.decoder.plan.DenseLinear` has them.
 
-        Parameters
-        ----------
-        module : str
-        dtype : dtype, optional
-            By default float16, or float32 where float16 has not enough range.
+        The weight is a view of the file.
 
         Raises
         ------
         CheckpointError
             Of :meth:`kind`; or a weight or a scale is not finite.
         """
-        self.kind(module)
-        tensors, name, scale = self._tensors, f"{module}{WEIGHT}", self.scales[module]
-        with as_checkpoint_error(tensors.file_of(scale).path, scale):
-            scales = float8.scale_values(tensors.tensor(scale))
-        codes = tensors.raw(name).reshape(tensors.info(name).shape)
-        with as_checkpoint_error(tensors.file_of(name).path, name):
-            matrix = float8.dequantize(
-                codes, scales, self._block, float8.held_dtype(scales) if dtype is None else dtype
-            )
-        tensors.release(name)
+        codes, scales = self._codes(module), self._scales(module)
+        with as_checkpoint_error(self._tensors.file_of(f"{module}{WEIGHT}").path, f"{module}{WEIGHT}"):
+            float8.check_elements(codes)
+        return codes.view(ml_dtypes.float8_e4m3fn), *float8.by_rows(scales, codes.shape, self._block)
+
+    def weight(self, module: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """The weight of a linear layer, ``[N, K]``, each element rounded once.
+
+        Raises
+        ------
+        CheckpointError
+            As :meth:`elements`.
+        """
+        codes, scales = self._codes(module), self._scales(module)
+        with as_checkpoint_error(self._tensors.file_of(f"{module}{WEIGHT}").path, f"{module}{WEIGHT}"):
+            matrix = float8.dequantize(codes, scales, self._block, dtype)
+        self._tensors.release(f"{module}{WEIGHT}")
         return matrix
 
     def floats(self, tensor: str) -> npt.NDArray[Any]:
-        """A tensor of a layer that is not quantised: a view of the file, or an FP8 weight as :meth:`weight` has it.
+        """A tensor of a layer that is not quantised: a view of the file, or an FP8 weight in float32.
 
         Raises
         ------
@@ -144,3 +149,13 @@ class Float8Layers:
         """
         self.check(tensor)
         return self.weight(tensor.removesuffix(WEIGHT)) if self.has_weight(tensor) else self._tensors.tensor(tensor)
+
+    def _codes(self, module: str) -> npt.NDArray[np.uint8]:
+        self.kind(module)
+        name = f"{module}{WEIGHT}"
+        return self._tensors.raw(name).reshape(self._tensors.info(name).shape)
+
+    def _scales(self, module: str) -> npt.NDArray[np.float32]:
+        name = self.scales[module]
+        with as_checkpoint_error(self._tensors.file_of(name).path, name):
+            return float8.scale_values(self._tensors.tensor(name))

@@ -192,7 +192,7 @@ def float8_words(checkpoint: Checkpoint) -> list[str]:
     if not kinds:
         return []
     words = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
-    return [f"{kinds.total()} linear layers in FP8, held as float16: scales by {words}"]
+    return [f"{kinds.total()} linear layers in FP8: scales by {words}"]
 
 
 def activation_words(checkpoint: Checkpoint) -> list[str]:

@@ -44,7 +44,7 @@ class HeaderLoader(Loader):
         self.checkpoint.check_tensor(tensor, shape)
         self.checkpoint.float8.check(tensor)
         self._use(tensor)
-        return np.broadcast_to(np.float16(0), shape)
+        return np.broadcast_to(np.float32(0), shape)
 
     def projection(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> Projection:
         return self.dense(module, k, n, bias, columns)

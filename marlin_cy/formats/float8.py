@@ -9,9 +9,9 @@ weight_scale, weight_scale_inv, scale   F32, BF16, F16 or   one value: of the te
 The matrix is ``weight * scale``, whatever the scale is called. Blocks have 128 by 128 elements unless the quantisation
 config has another ``weight_block_size`` or ``block_structure``.
 
-Layers are held as float16. An E4M3 number has 4 significant bits, and the numbers of a group differ in size by up to
-2**18, so integers of 8 bits cannot represent them: rounded to 8 bits in groups of 32, a matrix changes by 5e-3 of its
-norm. With float16, it changes by 1.4e-4, or not at all if the scales are powers of two; with bfloat16, by 1.1e-3.
+The decoder keeps the bytes. It rounds each product of a weight and its scale once to float32, as transformers does when
+it dequantises. If the products were float16, a matrix would change by 1.4e-4 of its norm, and logits of small models
+by up to 8e-4. Integers of 8 bits in groups of 32 would change it by 5e-3: E4M3 numbers differ in size by up to 2**18.
 
 Source: DeepSeek-V3, ``inference/fp8_cast_bf16.py``; compressed-tensors, ``compressors``; transformers,
 ``integrations/finegrained_fp8.py``.
@@ -33,8 +33,9 @@ __all__ = [
     "SCALE_SUFFIXES",
     "WEIGHT_DTYPE",
     "block_size",
+    "by_rows",
+    "check_elements",
     "dequantize",
-    "held_dtype",
     "kind_of",
     "scale_values",
 ]
@@ -53,11 +54,9 @@ VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.
 """The value of each byte. Two bytes are NaN: 127 and 255."""
 
 NAN = 127
-LARGEST_SCALE = 2.0**7
-"""With larger scales, a product may exceed the largest float16: E4M3 numbers reach 448."""
-
-SMALLEST_SCALE = 2.0**-20
-"""If all scales are smaller, the spacing of float16's smallest numbers, 2**-24, is too large beside the products."""
+ROWS = 256  # that are checked at once
+LARGEST_SCALE = 2.0**119
+"""With larger scales, a product may exceed the largest float32: E4M3 numbers reach 448."""
 
 
 def block_size(config: JsonObject) -> tuple[int, int]:
@@ -95,18 +94,39 @@ def scale_values(scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     Raises
     ------
     ValueError
-        A scale is not finite.
+        A scale is not finite, or so large that a weight would not be.
     """
     values = (powers_of_two(scale) if scale.dtype == np.uint8 else scale).astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("got a scale that is not finite, expected finite values")
+    if np.abs(values).max(initial=0) > LARGEST_SCALE:
+        raise ValueError(f"got a scale of {np.abs(values).max()}, expected at most {LARGEST_SCALE}")
     return values
 
 
-def held_dtype(scales: npt.NDArray[np.float32]) -> np.dtype[Any]:
-    """The dtype in which a matrix with these scales is held: float16, or float32 if float16 has not enough range."""
-    largest = float(np.abs(scales).max(initial=0))
-    return np.dtype(np.float16 if SMALLEST_SCALE <= largest <= LARGEST_SCALE else np.float32)
+def by_rows(
+    scales: npt.NDArray[np.float32], shape: tuple[int, int], block: tuple[int, int]
+) -> tuple[npt.NDArray[np.float32], int]:
+    """``(scales [N, ceil(K / scale_k)], scale_k)``: the scales of each row of a matrix ``shape``."""
+    n, k = shape
+    kind = kind_of(shape, scales.shape, block)
+    if kind == "block":
+        return np.repeat(scales, block[0], axis=0)[:n], block[1]
+    return np.ascontiguousarray(np.broadcast_to(scales.reshape(-1, 1), (n, 1))), k
+
+
+def check_elements(codes: npt.NDArray[np.uint8]) -> None:
+    """Refuse weights that are NaN.
+
+    Raises
+    ------
+    ValueError
+    """
+    for begin in range(0, len(codes), ROWS):
+        found = codes[begin : begin + ROWS] & NAN == NAN
+        if found.any():
+            row, column = np.argwhere(found)[0]
+            raise ValueError(f"got NaN at [{begin + row}, {column}], expected finite values")
 
 
 def dequantize(
@@ -128,9 +148,7 @@ def dequantize(
     ValueError
         A weight is NaN.
     """
-    if (codes & NAN == NAN).any():
-        row, column = np.argwhere(codes & NAN == NAN)[0]
-        raise ValueError(f"got NaN at [{row}, {column}], expected finite values")
+    check_elements(codes)
     n, k = codes.shape
     kind = kind_of((n, k), scales.shape, block)
     rows, columns = {"tensor": (n, k), "channel": (1, k)}.get(str(kind), block)

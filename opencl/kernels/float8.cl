@@ -1,0 +1,40 @@
+// Weights of 8 bits, E4M3 without infinities, as float16 times 2^-8: float16 has the same bits from bit 7 on, and 8 more in
+// its exponent's bias. The including file has common.cl before.
+//
+// The matrix is element * scale. Scales are float [n][ceil(k / SCALE_K)], or [n] if SCALE_K is 0.
+
+#ifndef SCALE_K
+#define SCALE_K 0
+#endif
+
+// Two weights, in the low bits of x, as two float16.
+static inline uint float8s_to_halves(uint x)
+{
+    const uint apart = (x & 0xffu) | (x & 0xff00u) << 8;
+    return (apart & 0x00800080u) << 8 | (apart & 0x007f007fu) << 7;
+}
+
+static inline uint4 float8s_to_halves8(uint2 x)
+{
+    return (uint4)(float8s_to_halves(x.x), float8s_to_halves(x.x >> 16), float8s_to_halves(x.y),
+                   float8s_to_halves(x.y >> 16));
+}
+
+#define TYPE_3 uchar
+#if ALIGNED
+DEFINE_LOAD(3, halves_to_float2(float8s_to_halves(p[i])).x,
+            halves_to_float8(float8s_to_halves8(*(__global const uint2 *)(p + i))))
+#else
+DEFINE_LOAD(3, halves_to_float2(float8s_to_halves(p[i])).x,
+            halves_to_float8(float8s_to_halves8(as_uint2(vload8(0, p + i)))))
+#endif
+
+// The factor of what the loads give, for k values of K.
+static inline float scale_at(__global const float *scales, uint column, uint at, uint k)
+{
+#if SCALE_K
+    return 256 * scales[column * (ulong)((k + SCALE_K - 1) / SCALE_K) + at / SCALE_K];
+#else
+    return 256 * scales[column];
+#endif
+}
