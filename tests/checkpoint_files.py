@@ -253,7 +253,7 @@ def write_gpt_oss(folder, *, layers=1, num_experts=4, hidden=64, inter=96, seed=
 
 
 def write_float8(folder, **sizes):
-    """Write a GPTQ checkpoint with FP8 layers of each kind of scale, and a few experts that are not quantised."""
+    """Write a GPTQ checkpoint with FP8 layers of each kind of scale, one in int8, and a few experts that are float."""
     write_checkpoint(folder, **sizes)
     rng, tensors = np.random.default_rng(1), load_file(folder / "model.safetensors")
     scales = {"weight_scale": (1,), "weight_scale_inv": (1, 1), "scale": (64, 1)}
@@ -263,6 +263,8 @@ def write_float8(folder, **sizes):
         tensors[f"{module}.weight"] = weight.astype(ml_dtypes.float8_e4m3fn)
         tensors[f"{module}.{suffix}"] = rng.uniform(0.001, 0.01, shape).astype(np.float32)
         tensors[f"{module}.input_scale"] = np.ones(1, np.float32)
+    tensors["model.layers.0.self_attn.int8.weight"] = rng.integers(-128, 128, (64, 64)).astype(np.int8)
+    tensors["model.layers.0.self_attn.int8.weight_scale"] = rng.uniform(0.001, 0.01, (64, 1)).astype(np.float32)
     for name in ("experts.0.down_proj", "experts.1.up_proj"):
         module = f"model.layers.0.mlp.{name}"
         _, scale, _, g_idx = (tensors.pop(f"{module}.{part}") for part in ("qweight", "scales", "qzeros", "g_idx"))
@@ -271,7 +273,7 @@ def write_float8(folder, **sizes):
 
 
 def write_widths(folder, method, **sizes):
-    """Write a checkpoint some of whose layers have 8 bits, by rules of the configuration: down projections, and attention."""
+    """Write a checkpoint whose down projections and attention have 8 bits, by rules of the configuration."""
     write_checkpoint(folder, method=method, **sizes)
     tensors, eight = load_file(folder / "model.safetensors"), re.compile(r"self_attn|\.down_proj")
     for name in [name for name in tensors if eight.search(name)]:

@@ -16,7 +16,7 @@ from marlin_cy.decoder.load import load_model
 from marlin_cy.decoder.loading import outputs_of
 from marlin_cy.decoder.plan import DenseLinear
 from marlin_cy.errors import CheckpointError, UnsupportedError
-from marlin_cy.formats import float8
+from marlin_cy.formats import scaled
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALES = {"tensor": (1,), "scalar": (), "channel": (96, 1), "channels": (96,), "block": (3, 2)}
@@ -41,12 +41,12 @@ def expanded(scale, shape, block):
 def test_matrix(rng, kind):
     """Every element is rounded once, also in blocks at the edge; so are those of rows and their scales."""
     codes, scale = e4m3(rng, (96, 160)), rng.uniform(0.001, 0.01, SCALES[kind]).astype(np.float32)
-    assert float8.kind_of(codes.shape, scale.shape, BLOCK) in kind.replace("scalar", "tensor")
+    assert scaled.kind_of(codes.shape, scale.shape, BLOCK) in kind.replace("scalar", "tensor")
     exact = codes.astype(np.float64) * expanded(scale, codes.shape, BLOCK)
     for dtype in (np.float32, np.float16):
-        found = float8.dequantize(codes.view(np.uint8), scale, BLOCK, dtype)
+        found = scaled.dequantize(codes, scale, BLOCK, dtype)
         np.testing.assert_array_equal(found, exact.astype(np.float32).astype(dtype))
-    scales, scale_k = float8.by_rows(scale, codes.shape, BLOCK)
+    scales, scale_k = scaled.by_rows(scale, codes.shape, BLOCK)
     layer = DenseLinear(codes, None, scales, scale_k)
     assert scales.shape == (96, -(-160 // scale_k))
     np.testing.assert_array_equal(layer.matrix(), exact.astype(np.float32))
@@ -55,24 +55,26 @@ def test_matrix(rng, kind):
 
 def test_scales_that_are_powers_of_two_are_exact(rng):
     codes, exponents = e4m3(rng, (96, 160)), rng.integers(115, 125, (3, 2)).astype(np.uint8)
-    scale = float8.scale_values(exponents)
-    held = float8.dequantize(codes.view(np.uint8), scale, BLOCK, np.float16)
+    scale = scaled.scale_values(exponents)
+    held = scaled.dequantize(codes, scale, BLOCK, np.float16)
     exact = codes.astype(np.float64) * np.kron(2.0 ** (exponents - 127.0), np.ones(BLOCK))[:, :160]
     np.testing.assert_array_equal(held, exact)
-    assert float8.scale_values(np.array(120, np.uint8)) == 2.0**-7  # of no dimensions: one scale of the tensor
+    assert scaled.scale_values(np.array(120, np.uint8)) == 2.0**-7  # of no dimensions: one scale of the tensor
 
 
 def test_every_code(rng):
-    codes = np.delete(np.arange(256, dtype=np.uint8), [127, 255])[None]
-    held = float8.dequantize(codes, np.ones(1, np.float32), BLOCK, np.float16)
-    np.testing.assert_array_equal(held, codes.view(E4M3).astype(np.float64))
+    codes = np.delete(np.arange(256, dtype=np.uint8), [127, 255]).view(E4M3)[None]
+    held = scaled.dequantize(codes, np.ones(1, np.float32), BLOCK, np.float16)
+    np.testing.assert_array_equal(held, codes.astype(np.float64))
     with pytest.raises(ValueError, match=r"got NaN at \[0, 1\]"):
-        float8.dequantize(np.array([[1, 255]], np.uint8), np.ones(1, np.float32), BLOCK, np.float16)
+        scaled.dequantize(np.array([[1, 255]], np.uint8).view(E4M3), np.ones(1, np.float32), BLOCK, np.float16)
+    integers = np.arange(-128, 128, dtype=np.int8)[None]
+    np.testing.assert_array_equal(scaled.dequantize(integers, np.ones(1, np.float32), BLOCK, np.float16), integers)
     for bad in (np.array([np.inf], np.float32), np.array([255], np.uint8)):
         with pytest.raises(ValueError, match="not finite"):
-            float8.scale_values(bad)
+            scaled.scale_values(bad)
     with pytest.raises(ValueError, match=r"got a scale of 1\.7\d+e\+38, expected at most 6\.6"):
-        float8.scale_values(np.array([254], np.uint8))
+        scaled.scale_values(np.array([254], np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_every_code(rng):
     ],
 )
 def test_sizes_of_blocks(config, expected):
-    assert float8.block_size(config) == expected
+    assert scaled.block_size(config) == expected
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def test_packed_folder(folders, expected, tmp_path):
     for way in (by_transformers, by_the_decoder):
         assert relative_error(way(tmp_path / "packed"), expected) < BOUND
     with open_checkpoint(tmp_path / "packed", verify=True) as checkpoint:
-        assert sorted(checkpoint.float8.scales) == [
+        assert sorted(checkpoint.scaled.scales) == [
             f"{LAYERS}.{i}.self_attn.{p}" for i in (0, 1) for p in sorted(KINDS)
         ]
         assert not checkpoint.problems()

@@ -183,8 +183,8 @@ def use(folder, verify):
                 checkpoint.moe_layer(layer)
         for name in checkpoint.linears:
             checkpoint.linear(name)
-        for name in checkpoint.float8.weights:
-            checkpoint.float8.floats(name)
+        for name in checkpoint.scaled.weights:
+            checkpoint.scaled.floats(name)
         for name in checkpoint.tensor_names:
             checkpoint.raw_tensor(name)
         checkpoint.problems(layers=True)

@@ -177,11 +177,12 @@ def test_dense(bench, rng, rows, k, n, weight, x, with_bias):
     ("rows", "k", "sizes", "scale_k"),
     [(1, 64, (33,), 64), (3, 37, (9, 4), 37), (2, 272, (5,), 128), (130, 80, (40, 25), 32)],
 )
-def test_float8(bench, rng, rows, k, sizes, scale_k):
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.int8])
+def test_dense_products_of_8_bits(bench, rng, rows, k, sizes, scale_k, dtype):
     """A scale for each output, and for each block of K; layers that are one product."""
     layers = [
         DenseLinear(
-            rng.standard_normal((n, k)).astype(ml_dtypes.float8_e4m3fn),
+            (30 * rng.standard_normal((n, k))).astype(dtype),
             rng.standard_normal(n, np.float32),
             rng.uniform(0.5, 2, (n, -(-k // scale_k))).astype(np.float32),
             scale_k,

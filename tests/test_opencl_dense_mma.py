@@ -13,12 +13,12 @@ if not OPENCL_PLACES:
 from opencl_devices import EMULATING, emulating_backend  # noqa: E402
 
 from marlin_cy.opencl.checks import builds, dense  # noqa: E402
-from marlin_cy.opencl.decoder.dense_mma import FLOAT8, DenseKernel, dense_kernel  # noqa: E402
+from marlin_cy.opencl.decoder.dense_mma import FLOAT8, INT8, DenseKernel, dense_kernel  # noqa: E402
 from marlin_cy.opencl.tiers.configuration import BFLOAT16, FLOAT16, FLOAT32  # noqa: E402
 
 needs_emulation = pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
 # Two parts of a row leave out 2^-17 or 2^-23 of each value; a sum of float32 numbers has some 2^-23.
-BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20, FLOAT8: 2.0**-20}
+BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20, FLOAT8: 2.0**-20, INT8: 2.0**-20}
 
 
 @needs_emulation
@@ -31,6 +31,7 @@ BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20, FLOAT8: 2.0**-20}
         (DenseKernel(FLOAT32, FLOAT8, 2, 1, 1), [(35, 33, 72), (1, 31, 64)]),
         (DenseKernel(FLOAT32, FLOAT8, 1, 1, 4, 128), [(17, 40, 1096), (6, 32, 16)]),
         (DenseKernel(FLOAT16, FLOAT8, 1, 2, 2, 64), [(19, 70, 200)]),
+        (DenseKernel(FLOAT32, INT8, 1, 2, 2), [(19, 70, 200)]),
     ],
     ids=str,
 )

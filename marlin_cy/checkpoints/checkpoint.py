@@ -31,12 +31,12 @@ from marlin_cy.checkpoints.families import (
     read_moe_spec,
     text_config,
 )
-from marlin_cy.checkpoints.float8 import find_float8
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.problems import problems_of
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
+from marlin_cy.checkpoints.scaled import find_scaled
 from marlin_cy.distributed.agreement import open_share
 from marlin_cy.distributed.shard import Shard
 from marlin_cy.errors import MarlinError
@@ -131,8 +131,8 @@ class Checkpoint:
         The MoE layers whose routed experts are quantised.
     dense_moe_layers : list of int
         The MoE layers whose routed experts are not quantised.
-    float8 : Float8Layers
-        The linear layers in FP8.
+    scaled : ScaledLayers
+        The linear layers in FP8 and int8.
     num_layers : int
     layer_prefix : str
         The part of a tensor's name before the layer's number: ``"model.layers"``.
@@ -167,9 +167,9 @@ class Checkpoint:
         self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
         self.family, self.layer_prefix = self._naming.family, self._naming.prefix
         self._naming.check_moe_layers(layers)
-        self.float8 = find_float8(self._tensors, self.config)
+        self.scaled = find_scaled(self._tensors, self.config)
         self._source = new_source(
-            contents, self._tensors, self.family, self.moe_spec, self._for_each, verify, self.float8
+            contents, self._tensors, self.family, self.moe_spec, self._for_each, verify, self.scaled
         )
         self.format: str = self._source.format
         self.codes: str = self._source.codes
@@ -291,7 +291,7 @@ class Checkpoint:
         :meth:`moe_layer` refuses is included, though transformers may run the model.
         """
         blocks = map(self._block, self.moe_layers)
-        return problems_of(self._tensors, self._source, self.scheme, self.float8, blocks, layers, self.is_passed_over)
+        return problems_of(self._tensors, self._source, self.scheme, self.scaled, blocks, layers, self.is_passed_over)
 
     @property
     def has_own_head(self) -> bool:
@@ -326,7 +326,7 @@ class Checkpoint:
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``.
 
-        A read-only view in the file's dtype; float32 if the router is quantised or in FP8.
+        A read-only view in the file's dtype; float32 if the router is quantised or has 8 bits.
 
         Raises
         ------
@@ -436,7 +436,7 @@ class Checkpoint:
     def _block(self, layer: int) -> MoeBlock:
         self._check_layer(layer)
         files = self._tensors, self._source, self._naming
-        return MoeBlock(self.moe_block(layer), *files, self.moe_spec, self._config_file, self.float8, self.shard)
+        return MoeBlock(self.moe_block(layer), *files, self.moe_spec, self._config_file, self.scaled, self.shard)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""

@@ -19,9 +19,9 @@ from marlin_cy.checkpoints.builders import stacked_biases
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.expert_parts import ExpertPart, fused_parts, separate_parts
 from marlin_cy.checkpoints.families import Family, MoeSpec
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.quantised_layers import GIdx, QuantizedLayers
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
@@ -46,8 +46,8 @@ class QuantizedSource(QuantizedLayers):
         The file that the spec was read from, for messages.
     for_each : callable
         As :data:`ForEach`.
-    float8 : Float8Layers, optional
-        The layers in FP8, which experts may have too.
+    scaled : ScaledLayers, optional
+        The layers in FP8 and int8, which experts may have too.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class QuantizedSource(QuantizedLayers):
         spec: MoeSpec,
         config_file: StrPath,
         for_each: ForEach,
-        float8: Float8Layers | None = None,
+        scaled: ScaledLayers | None = None,
     ) -> None:
-        super().__init__(tensors, scheme, float8)
+        super().__init__(tensors, scheme, scaled)
         self._family, self._spec = family, spec
         self._config_file = config_file
         self._for_each = for_each

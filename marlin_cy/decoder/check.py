@@ -39,10 +39,10 @@ class HeaderLoader(Loader):
     """A loader that checks matrices by the headers of the files. Those that it returns have no values."""
 
     def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if not self.checkpoint.float8.has_weight(tensor):
+        if not self.checkpoint.scaled.has_weight(tensor):
             return super()._floats(tensor, shape)
         self.checkpoint.check_tensor(tensor, shape)
-        self.checkpoint.float8.check(tensor)
+        self.checkpoint.scaled.check(tensor)
         self._use(tensor)
         return np.broadcast_to(np.float32(0), shape)
 

@@ -74,23 +74,23 @@ class Loader:
         return np.array(values, np.float32)
 
     def matrix(self, tensor: str, rows: int, columns: int) -> npt.NDArray[Any]:
-        """A matrix in the file's dtype: a view of the mapped file. One in FP8 becomes float32."""
+        """A matrix in the file's dtype: a view of the mapped file. One of 8 bits becomes float32."""
         return self._floats(tensor, (rows, columns))
 
     def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        info, float8 = self.checkpoint.tensor_info(tensor), self.checkpoint.float8
-        if info.dtype not in FLOATS and not float8.has_weight(tensor):
+        info, scaled = self.checkpoint.tensor_info(tensor), self.checkpoint.scaled
+        if info.dtype not in FLOATS and not scaled.has_weight(tensor):
             raise UnsupportedError(
                 f"{self.checkpoint.path}, tensor {tensor!r}: dtype {info.dtype}, the decoder supports "
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
         self._use(tensor)
-        return float8.floats(tensor)
+        return scaled.floats(tensor)
 
     def _use(self, tensor: str) -> None:
-        """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
-        self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
+        """Note that the plan uses a tensor; with a weight of 8 bits, its scale too."""
+        self._used |= {tensor, *self.checkpoint.scaled.tensors_of(tensor.removesuffix(".weight"))}
 
     def dense(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> DenseLinear:
         """A linear layer of 16 or 32 bits; the rest is as for :meth:`projection`. Others become float32."""
@@ -123,13 +123,13 @@ class Loader:
         return linear
 
     def _unquantised(self, module: str, k: int, n: int) -> DenseLinear:
-        """A linear layer that is not quantised, without its bias; in FP8 if the kernels read its scales."""
-        tensor, float8 = f"{module}.weight", self.checkpoint.float8
-        if not float8.has_weight(tensor):
+        """A linear layer that is not quantised, without its bias; of 8 bits if the kernels read its scales."""
+        tensor, scaled = f"{module}.weight", self.checkpoint.scaled
+        if not scaled.has_weight(tensor):
             return DenseLinear(self.matrix(tensor, n, k))
         self.checkpoint.check_tensor(tensor, (n, k))
         self._use(tensor)
-        elements, scales, scale_k = float8.elements(module)
+        elements, scales, scale_k = scaled.elements(module)
         if scale_k < k and scale_k % SCALE_STEP:
             return DenseLinear(self.matrix(tensor, n, k))
         return DenseLinear(elements, None, scales, scale_k)

@@ -10,7 +10,7 @@ import pyopencl as cl
 
 from marlin_cy.opencl.buffers import TYPES, WEIGHT_CODES, as_bytes
 from marlin_cy.opencl.checks.verdicts import unchecked_backend
-from marlin_cy.opencl.decoder.dense_mma import FLOAT8, WAVE_K
+from marlin_cy.opencl.decoder.dense_mma import FLOAT8, INT8, WAVE_K
 from marlin_cy.opencl.memory import uploaded, zeroed_buffers
 from marlin_cy.opencl.recording import RecordingContext
 
@@ -45,11 +45,12 @@ def results(
     x_stride, out_stride = BATCH * k + 16, BATCH * n + 3
     x = np.full((rows, x_stride), np.nan, TYPES[kernel.input_type])
     x[:, 8 : 8 + BATCH * k] = rng.standard_normal((rows, BATCH * k))
-    weight = np.full(BATCH * n * k + 1024, np.nan, tuple(WEIGHT_CODES)[kernel.weight_type])
-    weight[: BATCH * n * k] = rng.standard_normal(BATCH * n * k)
+    dtype = tuple(WEIGHT_CODES)[kernel.weight_type]
+    weight = np.full(BATCH * n * k + 1024, 127 if dtype == np.int8 else np.nan, dtype)
+    weight[: BATCH * n * k] = rng.standard_normal(BATCH * n * k) * (30 if kernel.weight_type == INT8 else 1)
     matrices = weight[: BATCH * n * k].reshape(BATCH, n, k).astype(np.float64)
     scales = None
-    if kernel.weight_type == FLOAT8:  # the matrices of a batch have the same scales
+    if kernel.weight_type in (FLOAT8, INT8):  # the matrices of a batch have the same scales
         scale_k = kernel.scale_k or k
         scales = rng.uniform(0.5, 2, (n, -(-k // scale_k))).astype(np.float32)
         matrices *= np.repeat(scales, scale_k, axis=1)[:, :k].astype(np.float64)

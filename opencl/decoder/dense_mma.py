@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DenseKernel", "dense_kernel"]
 
 LANES, STRIP, WAVE_COLUMNS, WAVE_K = 32, 16, 32, 64  # of decoder_dense_mma.cl
-FLOAT8 = 3  # WEIGHT_TYPE of weights that are multiplied as float16
+FLOAT8, INT8 = 3, 4  # WEIGHT_TYPE of weights that are multiplied as float16
 SIZES = ((4, 8, 1), (2, 4, 2), (1, 1, 8))
 """ROW_STRIPS, COLUMN_WAVES and K_WAVES, the largest tile first. A router has few columns: there waves share K."""
 FILLED = 0.75
@@ -57,7 +57,7 @@ class DenseKernel:
     @property
     def local_bytes(self) -> int:
         """Two stages of rows as one or two parts, or the sums of all waves but the first along K."""
-        operand_type = FLOAT16 if self.weight_type == FLOAT8 else self.weight_type
+        operand_type = FLOAT16 if self.weight_type in (FLOAT8, INT8) else self.weight_type
         stages = 2 * (1 + (self.input_type != operand_type)) * self.rows * self.k_waves * 2 * WAVE_K
         return max(stages, 4 * (self.k_waves - 1) * self.rows * self.columns)
 

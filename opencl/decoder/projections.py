@@ -83,7 +83,7 @@ class DenseMatrix:
     weight : float array ``[n, k]`` or ``[batch, n, k]``
     bias : float32 ``[n]`` or None
     scales, scale_k
-        Of one matrix of E4M3, as :class:`~marlin_cy.decoder.plan.DenseLinear` has them.
+        Of one matrix of 8 bits, as :class:`~marlin_cy.decoder.plan.DenseLinear` has them.
     of_plan : bool
         Whether the arrays are the plan's own.
     """

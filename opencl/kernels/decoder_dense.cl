@@ -1,5 +1,3 @@
-#include "float8.cl"
-
 // Products by weights of 8, 16 or 32 bits: out[r][c] = bias[c] + sum over k of x[r][k] * weight[c][k], in float32.
 //
 // A launch may hold several products of equal shape, the heads of latent attention: product h has its own weights, reads
@@ -7,8 +5,8 @@
 //
 // Build options
 //   INPUT_TYPE      of x
-//   WEIGHT_TYPE     of the weights, as INPUT_TYPE; 3: E4M3
-//   SCALE_K         of float8.cl
+//   WEIGHT_TYPE     of the weights, as INPUT_TYPE, or of scaled.cl
+//   SCALE_K         of scaled.cl
 //   ALIGNED         of common.cl, for x and the weights: k, all strides and all offsets are multiples of 8
 //   DENSE_ROWS      rows of a work-group of `dense_few`
 //   TEAM            work-items of `dense_few` that share a column: a power of two
@@ -17,13 +15,15 @@
 // Arguments. Strides and offsets are in elements
 //   x, x_offset, x_stride, x_batch       rows of k values
 //   weight                               WEIGHT [batch][n][k]
-//   scales                               of float8.cl, for E4M3; NULL for the others
+//   scales                               of scaled.cl; NULL for weights of 16 or 32 bits
 //   bias                                 float [n] or NULL
 //   out, out_offset, out_stride, out_batch
 
 #ifndef WEIGHT_TYPE
 #define WEIGHT_TYPE 0
 #endif
+#include "scaled.cl"
+
 #define WEIGHT JOIN(TYPE_, WEIGHT_TYPE)
 #define load_weight JOIN(load_, WEIGHT_TYPE)
 #define load8_weight JOIN(load8_, WEIGHT_TYPE)
@@ -45,7 +45,7 @@
         const uint out_stride, const uint out_batch, const uint rows, const uint n, const uint k
 
 // A weight as it is multiplied.
-#if WEIGHT_TYPE == 3
+#if HAS_SCALES
 #define SCALED(w, column, at) ((w) * scale_at(scales, column, at, k))
 #else
 #define SCALED(w, column, at) (w)

@@ -1,4 +1,3 @@
-#include "float8.cl"
 #include "ptx.cl"
 
 // dense_tiles: products by weights of 8 or 16 bits for many rows, by tensor cores. The formula and the arguments are those
@@ -8,7 +7,7 @@
 // sums in float32 then differ from those of float32 rows by 2^-16 of the terms with bfloat16, and by 2^-22 with float16.
 // float16 holds rows up to 65504; larger values give NaN. Rows of the weights' own type are not split.
 //
-// Weights of E4M3 are multiplied as float16, and their sums by the scales: the sums of all of K, or, if SCALE_K is not 0,
+// Weights of 8 bits are multiplied as float16, and their sums by the scales: the sums of all of K, or, if SCALE_K is not 0,
 // those of a wave's part of a stage. SCALE_K is a multiple of WAVE_K.
 //
 // A work-group computes TILE_ROWS rows and COLUMNS columns, STAGE_K values of K at a time. COLUMN_WAVES waves have
@@ -25,8 +24,8 @@
 // so that the eight lanes that read together (two rows, four chunks) use all banks.
 //
 // Build options
-//   INPUT_TYPE, WEIGHT_TYPE   of common.cl; WEIGHT_TYPE is 1 or 2, or 3: E4M3
-//   SCALE_K                   of float8.cl
+//   INPUT_TYPE, WEIGHT_TYPE   of common.cl; WEIGHT_TYPE is 1 or 2, or of scaled.cl
+//   SCALE_K                   of scaled.cl
 //   ROW_STRIPS                TILE_ROWS is 16 * ROW_STRIPS
 //   COLUMN_WAVES, K_WAVES
 //
@@ -35,6 +34,7 @@
 #ifndef WEIGHT_TYPE
 #define WEIGHT_TYPE 2
 #endif
+#include "scaled.cl"
 #ifndef ROW_STRIPS
 #define ROW_STRIPS 4
 #define COLUMN_WAVES 8
@@ -52,7 +52,6 @@
 #define WAVE_K 64
 #define WAVE_CHUNKS (WAVE_K / 8)
 #define STAGE_K (WAVE_K * K_WAVES)
-#define HAS_SCALES (WEIGHT_TYPE == 3)
 #define OPERAND_TYPE (HAS_SCALES ? 1 : WEIGHT_TYPE)
 #define SPLIT_X (INPUT_TYPE != OPERAND_TYPE)
 #define X_PARTS (1 + SPLIT_X)
@@ -72,10 +71,12 @@
 #define UNPAIR half2_to_float2
 #endif
 
+static inline uint4 pairs_of(float8 x) { return (uint4)(PAIR(x.s01), PAIR(x.s23), PAIR(x.s45), PAIR(x.s67)); }
+
 // Eight weights in memory, and as an operand.
 #if HAS_SCALES
 #define STORED uint2
-#define OPERAND(stored) float8s_to_halves8(stored)
+#define OPERAND(stored) (WEIGHT_TYPE == 3 ? float8s_to_halves8(stored) : pairs_of(convert_float8(as_char8(stored))))
 #define LOAD_STORED(from) load_early_pair((__global const uint2 *)(from))
 #else
 #define STORED uint4
@@ -83,7 +84,6 @@
 #define LOAD_STORED(from) load_early((__global const uint4 *)(from))
 #endif
 
-static inline uint4 pairs_of(float8 x) { return (uint4)(PAIR(x.s01), PAIR(x.s23), PAIR(x.s45), PAIR(x.s67)); }
 static inline float8 unpaired(uint4 x) { return (float8)(UNPAIR(x.x), UNPAIR(x.y), UNPAIR(x.z), UNPAIR(x.w)); }
 
 // Groups: columns, rows, batch.

@@ -1,36 +1,36 @@
-"""The FP8 linear layers of a checkpoint, found by their tensors: their checks, and their weights as floats."""
+"""The linear layers of 8-bit numbers with scales, found by their tensors: their checks, and their weights."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.formats import float8
+from marlin_cy.formats import scaled
 from marlin_cy.formats.json_fields import JsonObject
 
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.contents import Tensors
 
-__all__ = ["Float8Layers", "find_float8"]
+__all__ = ["ScaledLayers", "find_scaled"]
 
 WEIGHT = ".weight"
+FP8 = "F8_E4M3"
 
 
-def find_float8(tensors: Tensors, config: JsonObject) -> Float8Layers:
-    """The FP8 linear layers of a checkpoint whose ``config.json`` is ``config``."""
+def find_scaled(tensors: Tensors, config: JsonObject) -> ScaledLayers:
+    """The linear layers in FP8 and int8 of a checkpoint whose ``config.json`` is ``config``."""
     found: Any = config.get("quantization_config")
     found = found if isinstance(found, dict) else {}
     source = found.get("source")  # a packed folder keeps the settings of its source
-    return Float8Layers(tensors, float8.block_size(source if isinstance(source, dict) else found))
+    return ScaledLayers(tensors, scaled.block_size(source if isinstance(source, dict) else found))
 
 
-class Float8Layers:
-    """The FP8 linear layers of a checkpoint; :mod:`marlin_cy.formats.float8` describes their tensors.
+class ScaledLayers:
+    """The linear layers in FP8 and int8 of a checkpoint; :mod:`marlin_cy.formats.scaled` describes their tensors.
 
     Parameters
     ----------
@@ -46,26 +46,29 @@ class Float8Layers:
         The names of weights in FP8 that have no scale, or several.
     """
 
-    def __init__(self, tensors: Tensors, block: tuple[int, int] = float8.BLOCK) -> None:
+    def __init__(self, tensors: Tensors, block: tuple[int, int] = scaled.BLOCK) -> None:
         self._tensors, self._block = tensors, block
         self.scales: dict[str, str] = {}
         self.alone: list[str] = []
         for name in tensors.names:
-            if name.endswith(WEIGHT) and tensors.info(name).dtype == float8.WEIGHT_DTYPE:
+            dtype = tensors.info(name).dtype
+            if name.endswith(WEIGHT) and dtype in scaled.WEIGHT_DTYPES:
                 module = name.removesuffix(WEIGHT)
-                found = [f"{module}{suffix}" for suffix in float8.SCALE_SUFFIXES if f"{module}{suffix}" in tensors]
-                if len(found) == 1:
+                found = [
+                    f"{module}{suffix}" for suffix in scaled.SCALE_SUFFIXES[dtype] if f"{module}{suffix}" in tensors
+                ]
+                if len(found) == 1 and f"{module}{scaled.ZERO_POINTS}" not in tensors:
                     self.scales[module] = found[0]
-                else:
+                elif dtype == FP8:
                     self.alone.append(name)
 
     @property
     def weights(self) -> list[str]:
-        """The names of all weights in FP8."""
+        """The names of the weights of these layers, and of those in ``alone``."""
         return [*(f"{module}{WEIGHT}" for module in self.scales), *self.alone]
 
     def has_weight(self, tensor: str) -> bool:
-        """Whether a tensor is the weight of an FP8 linear layer."""
+        """Whether a tensor is the weight of such a layer."""
         return tensor.endswith(WEIGHT) and tensor.removesuffix(WEIGHT) in self.scales
 
     def kind(self, module: str) -> str:
@@ -79,22 +82,22 @@ class Float8Layers:
         weight, scale = self._tensors.info(f"{module}{WEIGHT}"), self._tensors.info(self.scales[module])
         if len(weight.shape) != 2 or 0 in weight.shape:
             raise self._tensors.error(f"{module}{WEIGHT}", f"got shape {weight.shape}, expected two dimensions")
-        kind = float8.kind_of((weight.shape[0], weight.shape[1]), scale.shape, self._block)
-        if kind is None or scale.dtype not in float8.SCALE_DTYPES:
+        kind = scaled.kind_of((weight.shape[0], weight.shape[1]), scale.shape, self._block)
+        if kind is None or scale.dtype not in scaled.SCALE_DTYPES:
             raise self._tensors.error(
                 self.scales[module],
-                f"got {scale.dtype} {scale.shape}, expected {', '.join(float8.SCALE_DTYPES)}: one scale, one for each "
+                f"got {scale.dtype} {scale.shape}, expected {', '.join(scaled.SCALE_DTYPES)}: one scale, one for each "
                 f"of {weight.shape[0]} outputs, or one for each block of {self._block[0]} by {self._block[1]} elements "
                 f"of {weight.shape}",
             )
         return kind
 
     def tensors_of(self, module: str) -> list[str]:
-        """The names of a layer's weight and scale; none if the layer is not in FP8."""
+        """The names of a layer's weight and scale; none of another layer."""
         return [f"{module}{WEIGHT}", self.scales[module]] if module in self.scales else []
 
     def check(self, tensor: str) -> None:
-        """Refuse a weight in FP8 that cannot be read, but for its values.
+        """Refuse a weight that cannot be read, but for its values.
 
         Raises
         ------
@@ -106,8 +109,8 @@ class Float8Layers:
             self.kind(tensor.removesuffix(WEIGHT))
         elif tensor in self.alone:
             raise UnsupportedError(
-                f"{self._tensors.file_of(tensor).path}, tensor {tensor!r}: {float8.WEIGHT_DTYPE} weights must have one "
-                f"scale, called {' or '.join(suffix[1:] for suffix in float8.SCALE_SUFFIXES)}"
+                f"{self._tensors.file_of(tensor).path}, tensor {tensor!r}: {FP8} weights must have one "
+                f"scale, called {' or '.join(suffix[1:] for suffix in scaled.SCALE_SUFFIXES[FP8])}"
             )
 
     def elements(self, module: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], int]:
@@ -120,10 +123,10 @@ class Float8Layers:
         CheckpointError
             Of :meth:`kind`; or a weight or a scale is not finite.
         """
-        codes, scales = self._codes(module), self._scales(module)
+        weight, scales = self._elements(module), self._scales(module)
         with as_checkpoint_error(self._tensors.file_of(f"{module}{WEIGHT}").path, f"{module}{WEIGHT}"):
-            float8.check_elements(codes)
-        return codes.view(ml_dtypes.float8_e4m3fn), *float8.by_rows(scales, codes.shape, self._block)
+            scaled.check_elements(weight)
+        return weight, *scaled.by_rows(scales, weight.shape, self._block)
 
     def weight(self, module: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """The weight of a linear layer, ``[N, K]``, each element rounded once.
@@ -133,14 +136,14 @@ class Float8Layers:
         CheckpointError
             As :meth:`elements`.
         """
-        codes, scales = self._codes(module), self._scales(module)
+        weight, scales = self._elements(module), self._scales(module)
         with as_checkpoint_error(self._tensors.file_of(f"{module}{WEIGHT}").path, f"{module}{WEIGHT}"):
-            matrix = float8.dequantize(codes, scales, self._block, dtype)
+            matrix = scaled.dequantize(weight, scales, self._block, dtype)
         self._tensors.release(f"{module}{WEIGHT}")
         return matrix
 
     def floats(self, tensor: str) -> npt.NDArray[Any]:
-        """A tensor of a layer that is not quantised: a view of the file, or an FP8 weight in float32.
+        """A tensor of a layer that is not quantised: a view of the file, or a weight of 8 bits in float32.
 
         Raises
         ------
@@ -150,12 +153,13 @@ class Float8Layers:
         self.check(tensor)
         return self.weight(tensor.removesuffix(WEIGHT)) if self.has_weight(tensor) else self._tensors.tensor(tensor)
 
-    def _codes(self, module: str) -> npt.NDArray[np.uint8]:
+    def _elements(self, module: str) -> npt.NDArray[Any]:
         self.kind(module)
         name = f"{module}{WEIGHT}"
-        return self._tensors.raw(name).reshape(self._tensors.info(name).shape)
+        info = self._tensors.info(name)
+        return self._tensors.raw(name).view(scaled.WEIGHT_DTYPES[info.dtype]).reshape(info.shape)
 
     def _scales(self, module: str) -> npt.NDArray[np.float32]:
         name = self.scales[module]
         with as_checkpoint_error(self._tensors.file_of(name).path, name):
-            return float8.scale_values(self._tensors.tensor(name))
+            return scaled.scale_values(self._tensors.tensor(name))
