@@ -157,7 +157,8 @@ class ScaledLayers:
         self.kind(module)
         name = f"{module}{WEIGHT}"
         info = self._tensors.info(name)
-        return self._tensors.raw(name).view(scaled.WEIGHT_DTYPES[info.dtype]).reshape(info.shape)
+        weight: npt.NDArray[Any] = self._tensors.raw(name).view(scaled.WEIGHT_DTYPES[info.dtype])
+        return weight.reshape(info.shape)
 
     def _scales(self, module: str) -> npt.NDArray[np.float32]:
         name = self.scales[module]
