@@ -16,8 +16,7 @@
  * (TILE_ROWS * 2 KiB) pass by. Rows of x and of weights are often a multiple of 4 KiB apart, so that they share cache
  * sets: only the rows of x of one tile must be in the cache at once, and the copies of weights are spread out.
  *
- * WEIGHTS OF 8 BITS are multiplied by their scales where they are widened, in both cases. A tile, or a run of widened
- * values, ends where the scale does.
+ * WEIGHTS OF 8 BITS are multiplied by their scales where they are widened, in both cases.
  */
 #ifndef MARLIN_CY_DENSE_H
 #define MARLIN_CY_DENSE_H
@@ -37,8 +36,9 @@ typedef struct {
     ptrdiff_t x_stride;
     const char *w;
     ptrdiff_t w_stride; /* bytes */
-    const float *scales; /* of each row of weights, for the values of K of this view */
+    const float *scales; /* of each row of weights of 8 bits, at the first value of K */
     ptrdiff_t scale_stride;
+    int64_t scale_left, scale_k; /* values of K of the first scale, and of the next ones */
     float *sums;        /* [rows][cols][LANES] */
     ptrdiff_t sums_stride;
 } dense_view;
@@ -75,17 +75,23 @@ KERNEL void dense_step(vec *sum, const dense_view *view, const vec *scales, int6
 KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype)
 {
     vec sum[PARTS * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)], scales[8];
-    if (is_scaled(dtype))
-#pragma GCC unroll 8
-        for (int c = 0; c < cols; c++)
-            scales[c] = scale_vec(view->scales[c * view->scale_stride], dtype);
+    const float *scale = view->scales;
+    int64_t i = 0, end = is_scaled(dtype) && view->scale_left < k ? view->scale_left : k;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int s = 0; s < cols * PARTS; s++)
             sum[r * cols * PARTS + s] = vec_load(view->sums + r * view->sums_stride + s * VEC_N);
-    for (int64_t i = 0; i < k; i += LANES)
-        dense_step(sum, view, scales, i, rows, cols, dtype);
+    while (i < k) {
+        if (is_scaled(dtype))
+#pragma GCC unroll 8
+            for (int c = 0; c < cols; c++)
+                scales[c] = scale_vec(scale[c * view->scale_stride], dtype);
+        for (; i < end; i += LANES)
+            dense_step(sum, view, scales, i, rows, cols, dtype);
+        scale++;
+        end = k - i < view->scale_k ? k : i + view->scale_k;
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
@@ -161,17 +167,13 @@ TARGET static void put_sums(const dense_task *task, const dense_view *view, int6
         }
 }
 
-/* How many of `size` values of K, from k on, have one scale in each row of weights. */
-KERNEL int64_t of_one_scale(const dense_task *task, int64_t k, int64_t size)
+/* Set the scales of a view whose first values are those at k, of row `col` of the weights on. */
+KERNEL void set_scales(dense_view *view, const dense_task *task, int64_t col, int64_t k)
 {
-    const int64_t left = is_scaled(task->dtype) ? task->scale_k - k % task->scale_k : size;
-    return left < size ? left : size;
-}
-
-/* The scale of row `col` of the weights at k; NULL if weights have none. */
-KERNEL const float *scale_at(const dense_task *task, int64_t col, int64_t k)
-{
-    return is_scaled(task->dtype) ? task->scales + col * task->scale_stride + k / task->scale_k : NULL;
+    if (!is_scaled(task->dtype))
+        return;
+    view->scales = task->scales + col * task->scale_stride + k / task->scale_k;
+    view->scale_left = task->scale_k - k % task->scale_k;
 }
 
 /* Few rows: `cols` outputs of each, `apart` columns apart. */
@@ -185,22 +187,21 @@ TARGET static void dense_few(const dense_task *task, int64_t col, int64_t apart,
         .w = (const char *)task->w + col * task->w_stride * element,
         .w_stride = apart * task->w_stride * element,
         .scale_stride = apart * task->scale_stride,
+        .scale_k = task->scale_k,
         .sums = sums,
         .sums_stride = cols * LANES,
     };
     for (int64_t k = 0; k < task->k; k += CHUNK_K) {
         const int last = k + CHUNK_K >= task->k;
-        const int64_t end = last ? task->k : k + CHUNK_K;
+        const int64_t size = last ? task->k - k : CHUNK_K, whole = size / LANES * LANES;
         memset(sums, 0, (size_t)(rows * cols) * LANES * sizeof *sums);
-        for (int64_t at = k; at < end;) {
-            const int64_t size = of_one_scale(task, at, end - at), whole = size / LANES * LANES;
-            view.scales = scale_at(task, col, at);
-            add_dense_tile(&view, whole, rows, cols, task->dtype);
-            view.x += whole;
-            view.w += whole * element;
-            if (whole < size)
-                dense_tail(&view, rows, cols, task->dtype, (int)(size - whole));
-            at += size;
+        set_scales(&view, task, col, k);
+        add_dense_tile(&view, whole, rows, cols, task->dtype);
+        view.x += whole;
+        view.w += whole * element;
+        if (whole < size) {
+            set_scales(&view, task, col, k + whole);
+            dense_tail(&view, rows, cols, task->dtype, (int)(size - whole));
         }
         put_sums(task, &view, 0, col, apart, rows, cols, k == 0, last);
     }
@@ -229,20 +230,23 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype, flo
 TARGET static void widen_rows(float *widened, const dense_task *task, int64_t col, int cols, int64_t k, int size)
 {
     const int element = element_size(task->dtype);
-    for (int c = 0; c < cols; c++)
-        for (int64_t at = k, n; at < k + size; at += n) {
-            const char *w = (const char *)task->w + ((col + c) * task->w_stride + at) * element;
-            const float *const scale = scale_at(task, col + c, at);
-            float *const to = widened + c * WIDENED_STRIDE + at - k;
-            n = of_one_scale(task, at, k + size - at);
+    dense_view view = {.scales = NULL};
+    for (int64_t at = k, n; at < k + size; at += n) {
+        const char *w = (const char *)task->w + (col * task->w_stride + at) * element;
+        float *to = widened + at - k;
+        n = k + size - at;
+        set_scales(&view, task, col, at);
+        if (view.scales && view.scale_left < n)
+            n = view.scale_left;
+        for (int c = 0; c < cols; c++, w += task->w_stride * element, to += WIDENED_STRIDE)
             switch (task->dtype) {
             case DTYPE_F32: memcpy(to, w, (size_t)n * sizeof *to); break;
             case DTYPE_F16: widen_weights(to, w, n, DTYPE_F16, 1.0f); break;
             case DTYPE_BF16: widen_weights(to, w, n, DTYPE_BF16, 1.0f); break;
-            case DTYPE_I8: widen_weights(to, w, n, DTYPE_I8, *scale); break;
-            case DTYPE_F8: widen_weights(to, w, n, DTYPE_F8, *scale); break;
+            case DTYPE_I8: widen_weights(to, w, n, DTYPE_I8, view.scales[c * task->scale_stride]); break;
+            case DTYPE_F8: widen_weights(to, w, n, DTYPE_F8, view.scales[c * task->scale_stride]); break;
             }
-        }
+    }
 }
 
 /* Add `size` products to the sums of `m` rows by `cols` columns. */
