@@ -45,6 +45,7 @@ from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer
 from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.widening import StackKind
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -379,10 +380,9 @@ class Checkpoint:
         self._check_layer(layer)
         return self._source.expert_bytes(self.moe_block(layer))
 
-    def expert_group_sizes(self, layer: int) -> tuple[int, int]:
-        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``."""
-        self._check_layer(layer)
-        return self._source.expert_group_sizes(self.moe_block(layer))
+    def expert_kinds(self, layer: int) -> tuple[StackKind, StackKind]:
+        """Group size, codes and scale record of a MoE layer's stacks: ``(gate and up, down)``."""
+        return self._source.expert_kinds(self._block(layer).name)
 
     def expert_symmetry(self, layer: int) -> tuple[bool, bool]:
         """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.

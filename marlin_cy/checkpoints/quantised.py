@@ -124,9 +124,9 @@ class QuantizedSource(QuantizedLayers):
     def _fused_parts(self, block: str, expert: int) -> list[ExpertPart]:
         return fused_parts(self._family, self._spec, block, expert)
 
-    def expert_group_sizes(self, block: str) -> tuple[int, int]:
-        """Number of rows of K that share a scale: ``(in gate and up, in down)``."""
-        gate_up, down = (self._stack_kind(parts).group_size for parts in self._stacks(block))
+    def expert_kinds(self, block: str) -> tuple[StackKind, StackKind]:
+        """The kind of each stack: ``(gate and up, down)``."""
+        gate_up, down = map(self._stack_kind, self._stacks(block))
         return gate_up, down
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:
