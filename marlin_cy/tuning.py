@@ -21,8 +21,11 @@ class Shape:
     gathered : bool
         The input has a row for each (token, expert) pair, as in a layer's second product.
     symmetric : bool
-        All zero points are 8. Also set for 4-bit floats, which have no zero points.
-    codes : {"uint4", "e2m1"}
+        All zero points are 8. Also set for codes and records without zero points.
+    codes : str
+        Name of the code type.
+    scales : str
+        Name of the scale record.
     """
 
     k: int
@@ -33,6 +36,7 @@ class Shape:
     gathered: bool = False
     symmetric: bool = True
     codes: str = "uint4"
+    scales: str = "float16"
 
 
 class Choice(NamedTuple):

@@ -19,6 +19,7 @@ from pyopencl.array import Array
 __all__ = [
     "TYPES",
     "TYPE_CODES",
+    "WEIGHT_CODES",
     "Rows",
     "Vector",
     "array_info",
@@ -36,6 +37,8 @@ __all__ = [
 # The kernels' names for element types (common.cl), and back.
 TYPE_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 TYPES = tuple(TYPE_CODES)
+WEIGHT_CODES = TYPE_CODES | {np.dtype(ml_dtypes.float8_e4m3fn): 3, np.dtype(np.int8): 4}
+"""Element types of weights that are not quantised."""
 INT32 = np.dtype(np.int32)
 KEPT = "_marlin_cy_array_info"  # name of the attribute in which an array keeps its ArrayInfo
 MAX_INT32 = 2**31 - 1

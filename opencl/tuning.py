@@ -129,11 +129,13 @@ def random_stack(backend: OpenClBackend, shape: Shape, rng: np.random.Generator)
     """A stack whose experts cycle through a few random weights."""
     weights = [
         random_weight(
-            rng, shape.k, shape.n, shape.group_size, shape.codes, "float16", symmetric=shape.symmetric, scale=SCALE
+            rng, shape.k, shape.n, shape.group_size, shape.codes, shape.scales, symmetric=shape.symmetric, scale=SCALE
         )
         for _ in range(min(DISTINCT_WEIGHTS, shape.experts))
     ]
-    builder = backend.new_stack_builder(shape.experts, shape.k, shape.n, group_size=shape.group_size, codes=shape.codes)
+    builder = backend.new_stack_builder(
+        shape.experts, shape.k, shape.n, group_size=shape.group_size, codes=shape.codes, scales=shape.scales
+    )
     for expert in range(shape.experts):
         builder.add(expert, 0, weights[expert % len(weights)])
     return cast("OpenClMarlinExpertStack", builder.finish())

@@ -1,6 +1,7 @@
 """Small synthetic GPTQ checkpoints, and ways to damage them."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from marlin_cy.checkpoints.families import FAMILIES
 from marlin_cy.formats import gptq
 from marlin_cy.formats.awq import pack_awq
 from marlin_cy.formats.compressed_tensors import pack_compressed
+from marlin_cy.formats.json_fields import read_json
 from marlin_cy.weights.code_types import CODE_TYPES
 
 # The differences between the configurations of families; all other settings are equal.
@@ -251,7 +253,7 @@ def write_gpt_oss(folder, *, layers=1, num_experts=4, hidden=64, inter=96, seed=
 
 
 def write_float8(folder, **sizes):
-    """Write a GPTQ checkpoint with FP8 layers of each kind of scale, and a few experts that are not quantised."""
+    """Write a GPTQ checkpoint with FP8 layers of each kind of scale, one in int8, and a few experts that are float."""
     write_checkpoint(folder, **sizes)
     rng, tensors = np.random.default_rng(1), load_file(folder / "model.safetensors")
     scales = {"weight_scale": (1,), "weight_scale_inv": (1, 1), "scale": (64, 1)}
@@ -261,11 +263,37 @@ def write_float8(folder, **sizes):
         tensors[f"{module}.weight"] = weight.astype(ml_dtypes.float8_e4m3fn)
         tensors[f"{module}.{suffix}"] = rng.uniform(0.001, 0.01, shape).astype(np.float32)
         tensors[f"{module}.input_scale"] = np.ones(1, np.float32)
+    tensors["model.layers.0.self_attn.int8.weight"] = rng.integers(-128, 128, (64, 64)).astype(np.int8)
+    tensors["model.layers.0.self_attn.int8.weight_scale"] = rng.uniform(0.001, 0.01, (64, 1)).astype(np.float32)
     for name in ("experts.0.down_proj", "experts.1.up_proj"):
         module = f"model.layers.0.mlp.{name}"
         _, scale, _, g_idx = (tensors.pop(f"{module}.{part}") for part in ("qweight", "scales", "qzeros", "g_idx"))
         tensors[f"{module}.weight"] = rng.standard_normal((scale.shape[1], len(g_idx))).astype(np.float16)
     save_file(tensors, folder / "model.safetensors")
+
+
+def write_widths(folder, method, **sizes):
+    """Write a checkpoint whose down projections and attention have 8 bits, by rules of the configuration."""
+    write_checkpoint(folder, method=method, **sizes)
+    tensors, eight = load_file(folder / "model.safetensors"), re.compile(r"self_attn|\.down_proj")
+    for name in [name for name in tensors if eight.search(name)]:
+        if name.endswith((".qweight", ".qzeros", ".weight_packed", ".weight_zero_point")):
+            tensors[name] = np.concatenate([tensors[name]] * 2, axis=WORDS_AXIS[name.rpartition(".")[2]])
+    save_file(tensors, folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    quantization = config["quantization_config"]
+    if method == "gptq":
+        quantization["dynamic"] = {r".*(self_attn|\.down_proj).*": {"bits": 8}}
+        write_json(folder, "quantize_config.json", quantization)
+    else:
+        (group,) = quantization["config_groups"].values()
+        weights = {**group["weights"], "num_bits": 8}
+        quantization["config_groups"]["group_1"] = {"targets": ["re:.*(self_attn|\\.down_proj).*"], "weights": weights}
+    write_json(folder, "config.json", config)
+
+
+WORDS_AXIS = {"qweight": 0, "qzeros": 1, "weight_packed": 1, "weight_zero_point": 0}
+"""The axis along which words hold several codes."""
 
 
 def write_deepseek_fp4(folder, *, num_experts=2, hidden=64, inter=32):

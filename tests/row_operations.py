@@ -19,6 +19,11 @@ DTYPES = {
     np.dtype(np.float16): CONSTANTS["DTYPE_F16"],
     BFLOAT16: CONSTANTS["DTYPE_BF16"],
 }
+SCALED_DTYPES = {
+    np.dtype(np.int8): CONSTANTS["DTYPE_I8"],
+    np.dtype(ml_dtypes.float8_e4m3fn): CONSTANTS["DTYPE_F8"],
+}
+"""Of weights of dense products, with scales."""
 LANES, KV_BLOCK, CHUNK_PAGES, ATTENTION_CHUNK, MAX_QUERIES, MAX_HEAD_DIM = (
     CONSTANTS[name] for name in ("LANES", "KV_BLOCK", "CHUNK_PAGES", "ATTENTION_CHUNK", "MAX_QUERIES", "MAX_HEAD_DIM")
 )
@@ -44,6 +49,8 @@ class DenseTask(ctypes.Structure):
         ("n", LONG),
         ("k", LONG),
         ("scales", POINTER),
+        ("scale_stride", STRIDE),
+        ("scale_k", LONG),
         ("bias", POINTER),
         ("out", POINTER),
         ("out_stride", STRIDE),
@@ -169,16 +176,19 @@ class RowOperations:
     def glu_rows(self, dst, gate, up, activation):
         self.table.glu_rows(address(dst), address(gate), address(up), len(gate), activation)
 
-    def dense(self, out, x, w, bias=None):
+    def dense(self, out, x, w, bias=None, scales=None, scale_k=0):
         task = DenseTask(
             x=address(x),
             x_stride=stride(x),
             m=len(x),
             w=address(w),
-            dtype=DTYPES[w.dtype],
+            dtype=(DTYPES | SCALED_DTYPES)[w.dtype],
             w_stride=stride(w),
             n=len(w),
             k=x.shape[1],
+            scales=address(scales),
+            scale_stride=0 if scales is None else stride(scales),
+            scale_k=scale_k,
             bias=address(bias),
             out=address(out),
             out_stride=stride(out),
@@ -271,8 +281,8 @@ def names(dtypes):
 
 
 def spaced(array, gap=3):
-    """A copy of a matrix whose rows have NaN between them."""
-    memory = np.full((len(array), array.shape[1] + gap), np.nan, array.dtype)
+    """A copy of a matrix whose rows have NaN between them; int8: large numbers."""
+    memory = np.full((len(array), array.shape[1] + gap), 127 if array.dtype == np.int8 else np.nan, array.dtype)
     memory[:, : array.shape[1]] = array
     return memory[:, : array.shape[1]]
 

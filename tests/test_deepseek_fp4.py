@@ -88,9 +88,9 @@ def test_contents(folders):
     with open_checkpoint(folders[0]) as checkpoint:
         assert checkpoint.format == "deepseek-fp4"
         assert (checkpoint.codes, checkpoint.moe_layers, checkpoint.linears) == ("e2m1", [0, 1], [])
-        assert checkpoint.expert_group_sizes(1) == (32, 32)
+        assert {kind.group_size for kind in checkpoint.expert_kinds(1)} == {32}
         assert checkpoint.problems() == []
-        assert checkpoint.float8.kind("layers.1.attn.wkv") == "block"
+        assert checkpoint.scaled.kind("layers.1.attn.wkv") == "block"
         assert checkpoint.moe_layer(1, shared_expert=False).num_experts == 8
         with pytest.raises(UnsupportedError, match=r"ffn\.shared_experts\.w1 is not quantised; load the layer with"):
             checkpoint.moe_layer(1)

@@ -461,6 +461,23 @@ class TestRegistry:
         with pytest.raises(exception, match=f"^{re.escape(str(tmp_path / 'config.json'))}: .*{re.escape(message)}"):
             self.read(tmp_path, config, **files)
 
+    def test_modelopt(self, tmp_path):
+        """It is named with its number format, from ``config.json`` or from a file of its own."""
+        message = re.escape(f"quantisation method 'modelopt' NVFP4, supported: {', '.join(METHODS)}")
+        with pytest.raises(UnsupportedError, match=rf"config\.json: {message}"):
+            self.read(tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16})
+        own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(own))
+        with pytest.raises(UnsupportedError, match=rf"hf_quant_config\.json: {message}"):
+            read_scheme(tmp_path, {})
+        for other in ("{}", '{"quantization": 3}'):
+            (tmp_path / "hf_quant_config.json").write_text(other)
+            with pytest.raises(UnsupportedError, match="quantisation method 'modelopt', supported"):
+                read_scheme(tmp_path, {})
+        (tmp_path / "hf_quant_config.json").write_text("{")
+        with pytest.raises(CheckpointError, match=r"hf_quant_config\.json"):
+            read_scheme(tmp_path, {})
+
     def test_none_at_all(self, tmp_path):
         for config in ({}, {"quantization_config": None}, {"text_config": None}, {"text_config": [3]}):
             with pytest.raises(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import write_checkpoint, write_deepseek_fp4, write_float8, write_gpt_oss
+from checkpoint_files import write_checkpoint, write_deepseek_fp4, write_float8, write_gpt_oss, write_widths
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
@@ -36,6 +36,8 @@ SOURCES = (
     "compressed-tensors",
     "gpt_oss",
     "float8",
+    "widths",
+    "compressed-tensors widths",
     "deepseek_fp4",
     "packed",
     "packed desc_act",
@@ -58,6 +60,8 @@ def folders(tmp_path_factory):
         write_checkpoint(root / method, method=method, checkpoint_format="gptq_v2", **sizes)
     write_gpt_oss(root / "gpt_oss", num_experts=2, hidden=64, inter=32)
     write_float8(root / "float8", **sizes)
+    write_widths(root / "widths", "gptq", **sizes)
+    write_widths(root / "compressed-tensors widths", "compressed-tensors", checkpoint_format="gptq_v2", **sizes)
     write_deepseek_fp4(root / "deepseek_fp4")
     for name in ("gptq", "gptq desc_act"):
         with open_checkpoint(root / name) as checkpoint:
@@ -179,8 +183,8 @@ def use(folder, verify):
                 checkpoint.moe_layer(layer)
         for name in checkpoint.linears:
             checkpoint.linear(name)
-        for name in checkpoint.float8.weights:
-            checkpoint.float8.floats(name)
+        for name in checkpoint.scaled.weights:
+            checkpoint.scaled.floats(name)
         for name in checkpoint.tensor_names:
             checkpoint.raw_tensor(name)
         checkpoint.problems(layers=True)

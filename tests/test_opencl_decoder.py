@@ -71,6 +71,11 @@ class TestLogits:
             assert (logits.shape, logits.dtype) == ((model.vocab_size,), np.float32)
             assert_near(logits, expected[place])
 
+    def test_a_head_of_8_bits(self, device_alone):
+        options = {"cache_dtype": "float32", "context_length": 64, "lm_head": "int8"}
+        expected = load_model(FOLDER, num_threads=1, **options).forward(TEXT[:20], all_logits=True)
+        assert_near(load_model(FOLDER, device_alone, **options).forward(TEXT[:20], all_logits=True), expected)
+
     @pytest.mark.sweep
     def test_long_prompt(self, model, sequence, expected):
         """More rows whose logits are wanted than the head takes at once."""

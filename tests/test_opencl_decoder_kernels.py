@@ -24,7 +24,7 @@ from marlin_cy.opencl.decoder.delta import DeltaNet  # noqa: E402
 from marlin_cy.opencl.decoder.heads import Rotation, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
-from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402
+from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup, Uploads  # noqa: E402
 from marlin_cy.opencl.decoder.step import Cuts, Known, StepLayout, describe_step, rows_recorded  # noqa: E402
 from marlin_cy.opencl.layout import unpack_expert  # noqa: E402
 from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
@@ -171,6 +171,32 @@ def test_dense(bench, rng, rows, k, n, weight, x, with_bias):
     assert relative_error(found[:, 2 : n + 2], reference.dense(inputs, matrix, bias)) < BOUNDS["float32"]
     assert (found[:, :2] == GUARD).all()
     assert (found[:, n + 2 :] == GUARD).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "sizes", "scale_k"),
+    [(1, 64, (33,), 64), (3, 37, (9, 4), 37), (2, 272, (5,), 128), (130, 80, (40, 25), 32)],
+)
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.int8])
+def test_dense_products_of_8_bits(bench, rng, rows, k, sizes, scale_k, dtype):
+    """A scale for each output, and for each block of K; layers that are one product."""
+    layers = [
+        DenseLinear(
+            (30 * rng.standard_normal((n, k))).astype(dtype),
+            rng.standard_normal(n, np.float32),
+            rng.uniform(0.5, 2, (n, -(-k // scale_k))).astype(np.float32),
+            scale_k,
+        )
+        for n in sizes
+    ]
+    inputs = rng.standard_normal((rows, k), np.float32)
+    group = ProjectionGroup(bench.uploads, layers)
+    assert len(group.parts) == 1
+    maker, out = bench.maker(np.zeros(4), rows), bench.empty(rows, group.width)
+    group.record(maker, bench.rows(inputs), out, "test")
+    bench.run()
+    expected = np.concatenate([reference.projection(inputs, layer) for layer in layers], axis=1)
+    assert relative_error(bench.read(out), expected) < BOUNDS["float32"]
 
 
 @pytest.mark.parametrize("rows", [2, 19])

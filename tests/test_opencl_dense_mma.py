@@ -13,12 +13,12 @@ if not OPENCL_PLACES:
 from opencl_devices import EMULATING, emulating_backend  # noqa: E402
 
 from marlin_cy.opencl.checks import builds, dense  # noqa: E402
-from marlin_cy.opencl.decoder.dense_mma import DenseKernel, dense_kernel  # noqa: E402
+from marlin_cy.opencl.decoder.dense_mma import FLOAT8, INT8, DenseKernel, dense_kernel  # noqa: E402
 from marlin_cy.opencl.tiers.configuration import BFLOAT16, FLOAT16, FLOAT32  # noqa: E402
 
 needs_emulation = pytest.mark.skipif(not EMULATING, reason="no device here has sub-groups of 32 with shuffles")
 # Two parts of a row leave out 2^-17 or 2^-23 of each value; a sum of float32 numbers has some 2^-23.
-BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20}
+BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20, FLOAT8: 2.0**-20, INT8: 2.0**-20}
 
 
 @needs_emulation
@@ -28,6 +28,10 @@ BOUNDS = {BFLOAT16: 2.0**-16, FLOAT16: 2.0**-20}
         (DenseKernel(FLOAT32, BFLOAT16, 1, 2, 2), [(19, 70, 200), (5, 1, 8), (16, 64, 128)]),
         (DenseKernel(FLOAT16, FLOAT16, 2, 1, 1), [(35, 33, 72), (1, 31, 64)]),
         (DenseKernel(FLOAT32, FLOAT16, 1, 1, 4), [(17, 40, 1096), (6, 32, 16)]),
+        (DenseKernel(FLOAT32, FLOAT8, 2, 1, 1), [(35, 33, 72), (1, 31, 64)]),
+        (DenseKernel(FLOAT32, FLOAT8, 1, 1, 4, 128), [(17, 40, 1096), (6, 32, 16)]),
+        (DenseKernel(FLOAT16, FLOAT8, 1, 2, 2, 64), [(19, 70, 200)]),
+        (DenseKernel(FLOAT32, INT8, 1, 2, 2), [(19, 70, 200)]),
     ],
     ids=str,
 )
@@ -49,6 +53,8 @@ def test_sizes_by_product(monkeypatch):
     assert dense_kernel(backend, FLOAT32, BFLOAT16, 1024, 128, 1).k_waves == 8
     assert dense_kernel(backend, FLOAT32, FLOAT16, 512, 512, 16).row_strips == 4
     assert dense_kernel(backend, FLOAT32, FLOAT32, 1024, 4096, 1) is None
+    assert dense_kernel(backend, FLOAT32, FLOAT8, 1024, 4096, 1, 128).scale_k == 128
+    assert dense_kernel(backend, FLOAT32, FLOAT8, 1024, 4096, 1, 96) is None  # a stage would have several scales
     backend.tier.name = "portable"
     assert dense_kernel(backend, FLOAT32, BFLOAT16, 1024, 4096, 1) is None
     monkeypatch.setattr(builds, "local_limit", lambda device: 0)

@@ -8,6 +8,7 @@ import warnings
 from importlib.resources import files
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from marlin_cy.opencl.buffers import Rows  # noqa: E402
 from marlin_cy.opencl.decoder import phased_step  # noqa: E402
 from marlin_cy.opencl.decoder.phased_shape import NotPhased, shape_of  # noqa: E402
 from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
+from marlin_cy.opencl.decoder.projections import DenseMatrix, Uploads  # noqa: E402
 from marlin_cy.opencl.decoder.step import Cuts, StepLayout, describe_rows, describe_step  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
@@ -100,6 +102,15 @@ class TestAgainstLaunches:
             )
             assert program._phased is steps and not steps.has_head
             assert 0 < relative_error(found, expected) < BOUND
+
+    def test_a_head_of_8_bits(self, phased):
+        """It is a product after the step."""
+        program, plan = phased._program, phased.plan
+        scales = np.ones((plan.vocab_size, 1), np.float32)
+        weight = plan.head.weight.astype(ml_dtypes.float8_e4m3fn)
+        uploads = Uploads(phased.context.backend.runtime)
+        head = DenseMatrix(uploads, weight, None, scales, plan.hidden_size, of_plan=False)
+        assert not steps_of(program, head=head).has_head
 
     def test_greedy(self, phased, recorded):
         """The same tokens, and the first of equal logits."""

@@ -1,14 +1,18 @@
 """Tuning: what is measured, what is kept, and what a backend makes of a file, whatever is in it."""
 
+import argparse
 import json
 from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
 import pytest
+from checkpoint_files import write_widths
 
 from marlin_cy import cli, get_backend
 from marlin_cy.commands.run import BUILT_IN
+from marlin_cy.commands.tune import _shapes
+from marlin_cy.cpu.backend import CpuBackend
 from marlin_cy.errors import MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 
@@ -104,13 +108,23 @@ def test_an_unsymmetric_stack_is_another_product(new_backend, rng):
     assert tuned.configurations(backend.tier, longer, True, "uint4")[0] == backend.tier.configurations(longer)[0]
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    "shape", [replace(SHAPE, symmetric=False), replace(SHAPE, codes="e2m1")], ids=["zeros", "e2m1"]
-)
-def test_other_weights(new_backend, shape):
+OTHERS = {
+    "zeros": {"symmetric": False},
+    "e2m1": {"codes": "e2m1"},
+    "bfloat16": {"scales": "bfloat16", "symmetric": False},
+    "8 bits": {"codes": "uint8", "scales": "float32", "symmetric": False},
+    "two levels": {"k": 256, "scales": "two_level_min", "symmetric": False},
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_other_weights(new_backend, changes):
+    """A product's key is that of the weights that were measured. Both 16-bit records are held in the same way."""
+    shape = replace(SHAPE, **changes)
     (result,) = tuning.tune(new_backend(), shape, (1,))
-    assert f"codes={shape.codes} symmetric={int(shape.codes == 'e2m1')}" in result.key
+    assert f"codes={shape.codes} " in result.key
+    assert ("scales=" in result.key) == (shape.scales not in ("float16", "bfloat16"))
     assert result.refused == []
 
 
@@ -314,6 +328,16 @@ def test_command_on_a_checkpoint(new_backend, capsys):
     assert "256, 512, 8" in out
     assert "256, 256, 8" in out
     assert str(results.tuning_file()) in out
+
+
+def test_stacks_of_a_checkpoint(tmp_path):
+    """Each kind of stack once, with its own codes and scales."""
+    write_widths(tmp_path / "model", "compressed-tensors", layers=3, group_size=32, checkpoint_format="gptq_v2")
+    arguments = argparse.Namespace(shape=None, checkpoint=tmp_path / "model")
+    gate_up, down = _shapes(arguments, CpuBackend())
+    assert (gate_up.k, gate_up.n, gate_up.codes, gate_up.scales) == (64, 192, "uint4", "bfloat16")
+    assert (down.k, down.n, down.codes, down.scales, down.gathered) == (96, 64, "uint8", "bfloat16", True)
+    assert gate_up.group_size == down.group_size == 32
 
 
 @pytest.mark.parametrize(

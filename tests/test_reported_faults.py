@@ -176,19 +176,18 @@ def test_g_idx_of_zeros(tmp_path):
     assert_right(quantised, dense)
 
 
-def test_attention_of_8_bits(tmp_path, capsys):
-    """Integers beside a scale; ``test_float8.py`` has FP8."""
-    quantised, _ = write_family(tmp_path, "qwen3_moe", method="compressed-tensors", kept=["self_attn"])
-
-    def with_scales(tensors):
-        found = dict(tensors)
-        for name in [name for name in tensors if re.search(r"self_attn\.\w_proj\.weight$", name)]:
-            scale = tensors[name].abs().amax(1, keepdim=True) / 100
-            found[name] = (tensors[name] / scale).round().to(torch.int8)
-            found[f"{name}_scale"] = scale.to(torch.bfloat16)
-        return found
-
-    change_tensors(quantised, with_scales)
+@pytest.fixture
+def int8_attention(tmp_path):
+    """``(quantised, dense)``: 4-bit experts, and attention in plain int8 with a scale for each output."""
+    quantised, dense = write_family(tmp_path, "qwen3_moe", method="compressed-tensors", kept=["self_attn"])
+    stored, rounded = load_file(quantised / "model.safetensors"), load_file(dense / "model.safetensors")
+    for name in [name for name in stored if re.search(r"self_attn\.\w_proj\.weight$", name)]:
+        scale = (stored[name].abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+        stored[name] = (stored[name] / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        stored[f"{name}_scale"] = scale
+        rounded[name] = stored[name].float() * scale.float()
+    save_tensors(quantised, stored)
+    save_tensors(dense, rounded)
     experts = QUANTIZATIONS["compressed-tensors"]["config_groups"]["group_0"]["weights"]
     eight = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
     groups = {
@@ -200,6 +199,30 @@ def test_attention_of_8_bits(tmp_path, capsys):
         "config.json",
         quantization_config__format="mixed-precision",
         quantization_config__config_groups=groups,
+    )
+    return quantised, dense
+
+
+def test_attention_of_8_bits(int8_attention, tmp_path, capsys):
+    """Integers beside a scale; ``test_float8.py`` has FP8."""
+    quantised, dense = int8_attention
+    assert_right(quantised, dense)
+    with open_checkpoint(quantised) as checkpoint:
+        write_packed(checkpoint, tmp_path / "packed")
+    assert_right(tmp_path / "packed", dense)
+    assert main(["inspect", str(quantised), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["refused"] == []
+    assert "8 linear layers in int8: scales by channel 8" in report["unusual"]
+
+
+def test_attention_of_8_bits_with_zero_points(int8_attention, capsys):
+    quantised, _ = int8_attention
+    change_tensors(
+        quantised,
+        lambda t: (
+            t | {n.replace("_scale", "_zero_point"): torch.ones_like(t[n]) for n in t if "attn" in n and "_scale" in n}
+        ),
     )
     message = r"layers\.0\.self_attn\.k_proj: format 'int-quantized', supported: pack-quantized"
     with pytest.raises(UnsupportedError, match=message):

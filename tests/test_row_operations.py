@@ -3,10 +3,11 @@
 Outputs lie between guards, and rows lie apart with NaN between them. What an operation must not use is NaN.
 """
 
+import ml_dtypes
 import numpy as np
 import pytest
 from asserts import assert_close, assert_same_bits, unit_roundoff
-from row_operations import DTYPES, KV_BLOCK, LANES, MAX_HEAD_DIM, floats, names, run_all, spaced, unset
+from row_operations import DTYPES, KV_BLOCK, LANES, MAX_HEAD_DIM, SCALED_DTYPES, floats, names, run_all, spaced, unset
 
 from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.cpu._dispatch import ACTIVATIONS as ACTIVATION_NUMBERS
@@ -15,6 +16,7 @@ from marlin_cy.cpu._dispatch import CONSTANTS
 U = unit_roundoff(np.float32)
 SMALLEST = 2.0**-149
 CHUNK_K = CONSTANTS["CHUNK_K"]
+ALL_FLOAT8 = np.delete(np.arange(256, dtype=np.uint8), [127, 255]).view(ml_dtypes.float8_e4m3fn)  # without NaN
 WIDTHS = [1, 7, 15, 16, 17, 31, 33, 128, 1023, 1040]
 
 
@@ -173,6 +175,34 @@ def test_a_row_of_a_dense_product_does_not_depend_on_the_others(rng, dtype):
         assert_same_bits(part, whole[:rows])
     columns = run_all(lambda operations, y: operations.dense(y, x, w[5:6]), unset(m, 1))
     assert_same_bits(columns, np.ascontiguousarray(whole[:, 5:6]))
+
+
+@pytest.mark.parametrize("dtype", SCALED_DTYPES, ids=names(SCALED_DTYPES))
+@pytest.mark.parametrize(
+    ("n", "k", "scale_k"),
+    [(1, 1, 1), (5, 17, 17), (9, 47, 16), (17, 512, 128), (7, 2090, 128), (11, 1100, 48), (4, 40, 64)],
+)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 65])
+def test_dense_products_of_8_bits(rng, m, n, k, scale_k, dtype):
+    """The bits of a product by the float32 matrix, on every ISA."""
+    x, bias = spaced(floats(rng, m, k)), floats(rng, n)
+    elements = np.arange(-127, 128, dtype=np.int8) if dtype == np.int8 else ALL_FLOAT8
+    w = spaced(rng.choice(elements, (n, k)))
+    scales = spaced((rng.choice([-1, 1], (n, -(-k // scale_k))) * 2.0 ** rng.uniform(-20, 20)).astype(np.float32))
+    matrix = w.astype(np.float32) * np.repeat(scales, scale_k, axis=1)[:, :k]
+    out = run_all(lambda operations, y: operations.dense(y, x, w, bias, scales, scale_k), unset(m, n))
+    assert_same_bits(out, run_all(lambda operations, y: operations.dense(y, x, matrix, bias), unset(m, n)))
+
+
+def test_every_number_of_8_bits(rng):
+    """Each E4M3 number times 1, and times the smallest and the largest scales."""
+    x, w = np.eye(len(ALL_FLOAT8), dtype=np.float32), ALL_FLOAT8[None]
+    for scale in (1.0, -(2.0**-126), 2.0**-149, 2.0**119):
+        scales = np.full((1, 1), scale, np.float32)
+        out = run_all(
+            lambda operations, y, scales=scales: operations.dense(y, x, w, None, scales, w.size), unset(w.size, 1)
+        )
+        np.testing.assert_array_equal(out[:, 0], w[0].astype(np.float32) * scales[0])
 
 
 def test_dense_writes_only_its_columns(rng):

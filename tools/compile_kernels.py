@@ -208,6 +208,10 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
     "decoder_dense": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 2, "ALIGNED": 1},
         {"WEIGHT_TYPE": 1, "DENSE_ROWS": 4},
+        {"WEIGHT_TYPE": 3, "DENSE_ROWS": 4, "ALIGNED": 1, "SCALE_K": 128},
+        {"WEIGHT_TYPE": 3},
+        {"WEIGHT_TYPE": 4},
+        {"WEIGHT_TYPE": 4, "ALIGNED": 1},
         {"WEIGHT_TYPE": 2, "DENSE_ROWS": 4, "ALIGNED": 1, "TEAM": 8},
     ],
     "decoder_step": [
@@ -239,6 +243,9 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
     "decoder_dense_mma": [
         {"INPUT_TYPE": 1, "WEIGHT_TYPE": 1, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1},
         {"INPUT_TYPE": 0, "WEIGHT_TYPE": 2, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 1, "K_WAVES": 8},
+        {"WEIGHT_TYPE": 3, "ALIGNED": 1, "ROW_STRIPS": 4, "COLUMN_WAVES": 8, "K_WAVES": 1, "SCALE_K": 128},
+        {"INPUT_TYPE": 1, "WEIGHT_TYPE": 3, "ALIGNED": 1, "ROW_STRIPS": 1, "COLUMN_WAVES": 1, "K_WAVES": 8},
+        {"WEIGHT_TYPE": 4, "ALIGNED": 1, "ROW_STRIPS": 2, "COLUMN_WAVES": 4, "K_WAVES": 2},
     ],
     "decoder_delta": [{"OUTPUT_TYPE": 1}, {"KEY_DIM": 16, "VALUE_DIM": 48, "STATE_COLUMNS": 32, "KEY_PARTS": 1}],
 }

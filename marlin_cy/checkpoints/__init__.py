@@ -22,7 +22,7 @@ The path of a weight::
     family_rows.py     model families: names of modules, and routing
     families.py        what config.json says about MoE layers       naming.py    names in the files
     moe_block.py       a block's routing and shared expert           foreign.py   layers of other formats
-    problems.py        what loading would refuse                     float8.py    linear layers in FP8
+    problems.py        what loading would refuse                     scaled.py    linear layers of 8 bits with scales
     quantised.py       QuantizedSource: the layers of a quantiser's folder, with expert_parts.py, quantised_layers.py
     packed.py          PackedSource: the layers of a packed folder
     packed_writer.py   write_packed

@@ -31,12 +31,12 @@ from marlin_cy.checkpoints.families import (
     read_moe_spec,
     text_config,
 )
-from marlin_cy.checkpoints.float8 import find_float8
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.moe_block import MoeBlock, dequantized
 from marlin_cy.checkpoints.naming import Naming
 from marlin_cy.checkpoints.problems import problems_of
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder, TensorInfo
+from marlin_cy.checkpoints.scaled import find_scaled
 from marlin_cy.distributed.agreement import open_share
 from marlin_cy.distributed.shard import Shard
 from marlin_cy.errors import MarlinError
@@ -45,6 +45,7 @@ from marlin_cy.interface import Backend, Linear
 from marlin_cy.moe.layer import MoeLayer
 from marlin_cy.threads import checked_num_threads
 from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.widening import StackKind
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -131,8 +132,8 @@ class Checkpoint:
         The MoE layers whose routed experts are quantised.
     dense_moe_layers : list of int
         The MoE layers whose routed experts are not quantised.
-    float8 : Float8Layers
-        The linear layers in FP8, which are held as float16.
+    scaled : ScaledLayers
+        The linear layers in FP8 and int8.
     num_layers : int
     layer_prefix : str
         The part of a tensor's name before the layer's number: ``"model.layers"``.
@@ -167,9 +168,9 @@ class Checkpoint:
         self._naming = Naming(self._tensors, text, self.family, self.num_layers, self._config_file)
         self.family, self.layer_prefix = self._naming.family, self._naming.prefix
         self._naming.check_moe_layers(layers)
-        self.float8 = find_float8(self._tensors, self.config)
+        self.scaled = find_scaled(self._tensors, self.config)
         self._source = new_source(
-            contents, self._tensors, self.family, self.moe_spec, self._for_each, verify, self.float8
+            contents, self._tensors, self.family, self.moe_spec, self._for_each, verify, self.scaled
         )
         self.format: str = self._source.format
         self.codes: str = self._source.codes
@@ -291,7 +292,7 @@ class Checkpoint:
         :meth:`moe_layer` refuses is included, though transformers may run the model.
         """
         blocks = map(self._block, self.moe_layers)
-        return problems_of(self._tensors, self._source, self.scheme, self.float8, blocks, layers, self.is_passed_over)
+        return problems_of(self._tensors, self._source, self.scheme, self.scaled, blocks, layers, self.is_passed_over)
 
     @property
     def has_own_head(self) -> bool:
@@ -326,7 +327,7 @@ class Checkpoint:
     def router_weight(self, layer: int) -> npt.NDArray[Any]:
         """The router of a MoE layer, ``[num_experts, hidden_size]``.
 
-        A read-only view in the file's dtype; float32, or float16 for FP8, if the router is quantised.
+        A read-only view in the file's dtype; float32 if the router is quantised or has 8 bits.
 
         Raises
         ------
@@ -379,10 +380,9 @@ class Checkpoint:
         self._check_layer(layer)
         return self._source.expert_bytes(self.moe_block(layer))
 
-    def expert_group_sizes(self, layer: int) -> tuple[int, int]:
-        """Number of rows of K that share a scale in a MoE layer's experts: ``(in gate and up, in down)``."""
-        self._check_layer(layer)
-        return self._source.expert_group_sizes(self.moe_block(layer))
+    def expert_kinds(self, layer: int) -> tuple[StackKind, StackKind]:
+        """Group size, codes and scale record of a MoE layer's stacks: ``(gate and up, down)``."""
+        return self._source.expert_kinds(self._block(layer).name)
 
     def expert_symmetry(self, layer: int) -> tuple[bool, bool]:
         """Whether all zero points of a MoE layer's experts are the symmetric one: ``(in gate and up, in down)``.
@@ -436,7 +436,7 @@ class Checkpoint:
     def _block(self, layer: int) -> MoeBlock:
         self._check_layer(layer)
         files = self._tensors, self._source, self._naming
-        return MoeBlock(self.moe_block(layer), *files, self.moe_spec, self._config_file, self.float8, self.shard)
+        return MoeBlock(self.moe_block(layer), *files, self.moe_spec, self._config_file, self.scaled, self.shard)
 
     def _for_each(self, work: Callable[[int], None], total: int, description: str | None) -> None:
         """As :func:`~marlin_cy.checkpoints.calls.call_in_parallel`, with the checkpoint's threads and progress."""

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.families import Family, MoeSpec
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.gguf.files import find_gguf
 from marlin_cy.checkpoints.gguf.model import open_gguf
 from marlin_cy.checkpoints.gguf.source import GgufSource
@@ -18,6 +17,7 @@ from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.checkpoints.packed import PackedSource, is_packed
 from marlin_cy.checkpoints.quantised import QuantizedSource
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.deepseek_fp4 import DeepSeekFp4Scheme
 from marlin_cy.formats.json_fields import JsonObject, read_json
@@ -79,7 +79,7 @@ def new_source(
     spec: MoeSpec,
     for_each: ForEach,
     verify: bool,
-    float8: Float8Layers,
+    scaled: ScaledLayers,
 ) -> Source:
     """The quantised layers. The parameters are those of the sources' classes.
 
@@ -91,7 +91,7 @@ def new_source(
         return GgufSource(tensors, family, spec, for_each)
     if contents.scheme is None:
         return PackedSource(contents.path, contents.config, tensors, spec, verify)
-    source = QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, float8)
+    source = QuantizedSource(tensors, contents.scheme, family, spec, contents.config_file, for_each, scaled)
     if isinstance(contents.scheme, DeepSeekFp4Scheme) and not source.has_modules:
         raise UnsupportedError(
             f"{tensors.source}: no expert has 4-bit weights; models whose experts are in FP8 are not supported"

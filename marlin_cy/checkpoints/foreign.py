@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.packed import PACKED
 from marlin_cy.checkpoints.safetensors import DTYPES, SafetensorsFolder
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.scheme import Scheme
 
@@ -30,7 +30,7 @@ SUFFIXES = (
 
 
 def foreign_layers(
-    tensors: Tensors, scheme: Scheme | None, float8: Float8Layers, is_passed_over: Callable[[str], bool]
+    tensors: Tensors, scheme: Scheme | None, scaled: ScaledLayers, is_passed_over: Callable[[str], bool]
 ) -> Iterator[UnsupportedError]:
     """An error for each quantised layer that the checkpoint's own format does not have; none for GGUF."""
     if not isinstance(tensors, SafetensorsFolder):
@@ -39,7 +39,7 @@ def foreign_layers(
     for name in tensors.names:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         module = name.removesuffix(suffix or "")
-        if suffix is None or module in seen or module in float8.scales or is_passed_over(name):
+        if suffix is None or module in seen or module in scaled.scales or is_passed_over(name):
             continue
         marker = f"{module}{scheme.marker if scheme else PACKED}"
         if marker in tensors and (scheme is None or scheme.marks(marker, tensors.info(marker).dtype)):

@@ -12,9 +12,9 @@ from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.families import MoeSpec
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.naming import Naming
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.distributed.columns import columns_backend, expert_columns, new_layer_shard
 from marlin_cy.distributed.shard import LayerShard, Shard
 from marlin_cy.errors import CheckpointError, UnsupportedError
@@ -43,8 +43,8 @@ class MoeBlock:
     spec : MoeSpec
     config_file : path-like
         For messages.
-    float8 : Float8Layers
-        The linear layers in FP8.
+    scaled : ScaledLayers
+        The linear layers in FP8 and int8.
     shard : Shard, optional
         Stacks have only this host's columns.
     """
@@ -57,11 +57,11 @@ class MoeBlock:
         naming: Naming,
         spec: MoeSpec,
         config_file: StrPath,
-        float8: Float8Layers,
+        scaled: ScaledLayers,
         shard: Shard | None = None,
     ) -> None:
         self.name, self._tensors, self._source, self._naming, self._spec = name, tensors, source, naming, spec
-        self._family, self._config_file, self._float8 = naming.family, config_file, float8
+        self._family, self._config_file, self._scaled = naming.family, config_file, scaled
         self._router = f"{name}.{naming.family.router}"
         self._shard: LayerShard | None = None
         if shard is not None:
@@ -106,7 +106,7 @@ class MoeBlock:
         if self._source.has_linear(self._router):
             return dequantized(self._source, self._router, *shape)
         self._tensors.check(f"{self._router}.weight", shape)
-        return self._float8.floats(f"{self._router}.weight")
+        return self._scaled.floats(f"{self._router}.weight")
 
     def router_bias(self) -> npt.NDArray[Any] | None:
         """As :meth:`Checkpoint.router_bias`."""
@@ -221,7 +221,7 @@ class MoeBlock:
         if family.shared_gate is not None:
             name = f"{self.name}.{family.shared_gate}.weight"
             self._tensors.check(name, (1, hidden))
-            gate_weight = self._float8.floats(name)[0]
+            gate_weight = self._scaled.floats(name)[0]
         elif spec.averaged:
             gate_weight = np.zeros(hidden, np.float32)  # whose sigmoid is a half, exactly
         with as_checkpoint_error(self._tensors.source, name):
@@ -275,7 +275,7 @@ class MoeBlock:
             if family.shared_gate is not None:
                 linears.append(f"{self.name}.{family.shared_gate}")
         for module in linears:
-            used |= {f"{module}.weight", f"{module}.bias", *self._float8.tensors_of(module)}
+            used |= {f"{module}.weight", f"{module}.bias", *self._scaled.tensors_of(module)}
             if source.has_linear(module):
                 used |= set(source.linear_tensors(module))
         used |= {f"{self.name}.{part}" for part in (family.router_scale, family.expert_scale) if part is not None}

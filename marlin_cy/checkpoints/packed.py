@@ -41,6 +41,7 @@ from marlin_cy.weights.canonical import CanonicalWeight
 from marlin_cy.weights.code_types import CODE_TYPES
 from marlin_cy.weights.packed_tiles import PackedTiles
 from marlin_cy.weights.scale_records import SCALE_RECORDS
+from marlin_cy.weights.widening import StackKind
 
 __all__ = [
     "BIAS",
@@ -216,8 +217,9 @@ class PackedSource:
                 raise CheckpointError(f"{name}: got experts, k, n {got}, config.json says {expected}", file=self._file)
         return True
 
-    def expert_group_sizes(self, block: str) -> tuple[int, int]:
-        gate_up, down = (self._stacks[f"{block}.experts.{part}"]["group_size"] for part in EXPERT_PARTS)
+    def expert_kinds(self, block: str) -> tuple[StackKind, StackKind]:
+        tiles = (self._tiles(f"{block}.experts.{part}") for part in EXPERT_PARTS)
+        gate_up, down = (StackKind(part.group_size, part.codes, part.scales) for part in tiles)
         return gate_up, down
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:

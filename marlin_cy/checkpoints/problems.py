@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from marlin_cy.checkpoints.calls import errors_of
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.foreign import foreign_layers, unreadable_tensors
 from marlin_cy.checkpoints.moe_block import MoeBlock
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.errors import MarlinError
 from marlin_cy.formats.scheme import Scheme
 
@@ -23,7 +23,7 @@ def problems_of(
     tensors: Tensors,
     source: Source,
     scheme: Scheme | None,
-    float8: Float8Layers,
+    scaled: ScaledLayers,
     blocks: Iterable[MoeBlock],
     routing: bool,
     is_passed_over: Callable[[str], bool],
@@ -32,7 +32,7 @@ def problems_of(
 
     Parameters
     ----------
-    tensors, source, scheme, float8
+    tensors, source, scheme, scaled
         Of the checkpoint.
     blocks : iterable of MoeBlock
         The blocks whose experts are quantised.
@@ -44,11 +44,11 @@ def problems_of(
     checks: list[Callable[[], None]] = [
         partial(source.check_linear, name) for name in source.linears if not is_passed_over(name)
     ]
-    checks += [partial(float8.check, name) for name in float8.weights if not is_passed_over(name)]
+    checks += [partial(scaled.check, name) for name in scaled.weights if not is_passed_over(name)]
     checks += [partial(block.check_all, routing) for block in blocks]
-    known = {*source.quantized_tensors(), *float8.weights, *float8.scales.values()}
+    known = {*source.quantized_tensors(), *scaled.weights, *scaled.scales.values()}
     return [
         *errors_of(checks),
-        *foreign_layers(tensors, scheme, float8, is_passed_over),
+        *foreign_layers(tensors, scheme, scaled, is_passed_over),
         *unreadable_tensors(tensors, known, is_passed_over),
     ]

@@ -19,9 +19,9 @@ from marlin_cy.checkpoints.builders import stacked_biases
 from marlin_cy.checkpoints.calls import ForEach
 from marlin_cy.checkpoints.expert_parts import ExpertPart, fused_parts, separate_parts
 from marlin_cy.checkpoints.families import Family, MoeSpec
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.quantised_layers import GIdx, QuantizedLayers
 from marlin_cy.checkpoints.safetensors import SafetensorsFolder
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.errors import UnsupportedError
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
@@ -46,8 +46,8 @@ class QuantizedSource(QuantizedLayers):
         The file that the spec was read from, for messages.
     for_each : callable
         As :data:`ForEach`.
-    float8 : Float8Layers, optional
-        The layers in FP8, which experts may have too.
+    scaled : ScaledLayers, optional
+        The layers in FP8 and int8, which experts may have too.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class QuantizedSource(QuantizedLayers):
         spec: MoeSpec,
         config_file: StrPath,
         for_each: ForEach,
-        float8: Float8Layers | None = None,
+        scaled: ScaledLayers | None = None,
     ) -> None:
-        super().__init__(tensors, scheme, float8)
+        super().__init__(tensors, scheme, scaled)
         self._family, self._spec = family, spec
         self._config_file = config_file
         self._for_each = for_each
@@ -124,9 +124,9 @@ class QuantizedSource(QuantizedLayers):
     def _fused_parts(self, block: str, expert: int) -> list[ExpertPart]:
         return fused_parts(self._family, self._spec, block, expert)
 
-    def expert_group_sizes(self, block: str) -> tuple[int, int]:
-        """Number of rows of K that share a scale: ``(in gate and up, in down)``."""
-        gate_up, down = (self._stack_kind(parts).group_size for parts in self._stacks(block))
+    def expert_kinds(self, block: str) -> tuple[StackKind, StackKind]:
+        """The kind of each stack: ``(gate and up, down)``."""
+        gate_up, down = map(self._stack_kind, self._stacks(block))
         return gate_up, down
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:

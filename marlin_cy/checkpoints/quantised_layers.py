@@ -12,9 +12,9 @@ import numpy.typing as npt
 from marlin_cy.checkpoints.argument_errors import as_checkpoint_error
 from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.expert_parts import ExpertPart
-from marlin_cy.checkpoints.float8 import Float8Layers
 from marlin_cy.checkpoints.ignored import is_ignored
 from marlin_cy.checkpoints.safetensors import DTYPES, FLOATS, SafetensorsFolder
+from marlin_cy.checkpoints.scaled import ScaledLayers
 from marlin_cy.formats.json_fields import StrPath
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.interface import Backend, Linear
@@ -33,13 +33,13 @@ class QuantizedLayers:
     ----------
     tensors : SafetensorsFolder
     scheme : Scheme
-    float8 : Float8Layers, optional
-        The layers in FP8, which experts may have too.
+    scaled : ScaledLayers, optional
+        The layers in FP8 and int8, which experts may have too.
     """
 
-    def __init__(self, tensors: SafetensorsFolder, scheme: Scheme, float8: Float8Layers | None = None) -> None:
+    def __init__(self, tensors: SafetensorsFolder, scheme: Scheme, scaled: ScaledLayers | None = None) -> None:
         self._tensors, self._scheme = tensors, scheme
-        self._float8 = Float8Layers(tensors) if float8 is None else float8
+        self._scaled = ScaledLayers(tensors) if scaled is None else scaled
         # The names of each module's tensors, without its bias.
         self._names: dict[str, list[str]] = {}
         # The quantised layers, routed experts among them, in the order of the files.
@@ -129,7 +129,7 @@ class QuantizedLayers:
         if not self._is_dense(part):
             return widened(self._canonical(part, g_idx), kind)
         name = f"{part.module}.weight"
-        floats = self._float8.floats(name)
+        floats = self._scaled.floats(name)
         with self._as_tensor_error(name):
             return rounded(floats, kind.group_size, g_idx)
 
@@ -172,15 +172,15 @@ class QuantizedLayers:
     def _check_dense(self, part: ExpertPart) -> None:
         """Check the weight of a part that is not quantised, except for its values, and its bias."""
         name, bias = f"{part.module}.weight", f"{part.module}.bias"
-        if self._float8.has_weight(name):
+        if self._scaled.has_weight(name):
             self._tensors.check(name, (part.n, part.k))
-            self._float8.check(name)
+            self._scaled.check(name)
         else:
             self._tensors.check(name, (part.n, part.k), FLOATS)
         if bias in self._tensors:
             self._tensors.check(bias, (part.n,))
         for other in self._names[part.module]:
-            if other not in (name, self._float8.scales.get(part.module)) and not is_ignored(other):
+            if other not in (name, self._scaled.scales.get(part.module)) and not is_ignored(other):
                 raise self._tensors.error(other, f"{part.module} is not quantised, and has no such tensor")
 
     def linear_sizes(self, module: str) -> tuple[int, int]:

@@ -158,11 +158,11 @@ def unusual(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.act_order:
         found.append("rows of K are permuted (desc_act): activations are gathered, which costs time")
     found += expert_words(checkpoint)
-    found += float8_words(checkpoint)
+    found += scaled_words(checkpoint)
     found += activation_words(checkpoint)
     quantized = set(checkpoint.quantized_tensors) if checkpoint.format == GgufSource.format else set()
     stored = {checkpoint.tensor_info(name).dtype for name in checkpoint.tensor_names if name not in quantized}
-    strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64", "F8_E4M3", "F8_E8M0"})
+    strange = sorted(stored - {"I32", "F16", "BF16", "F32", "U8", "I64", "I8", "F8_E4M3", "F8_E8M0"})
     if strange:
         found.append(f"tensors of dtype {', '.join(strange)}")
     return found
@@ -181,18 +181,21 @@ def expert_words(checkpoint: Checkpoint) -> list[str]:
     return [f"layers {runs(numbers)}: {note}" for note, numbers in layers.items()]
 
 
-def float8_words(checkpoint: Checkpoint) -> list[str]:
-    """A sentence about the FP8 linear layers, if there are any."""
-    kinds: Counter[str] = Counter()
-    for module in checkpoint.float8.scales:
+def scaled_words(checkpoint: Checkpoint) -> list[str]:
+    """A sentence about the linear layers in FP8, and one about those in int8, if there are any."""
+    kinds: dict[str, Counter[str]] = {}
+    for module in checkpoint.scaled.scales:
+        dtype = checkpoint.tensor_info(f"{module}.weight").dtype
         try:
-            kinds[checkpoint.float8.kind(module)] += 1
+            kind = checkpoint.scaled.kind(module)
         except CheckpointError:  # reported as a problem
-            kinds["unknown"] += 1
-    if not kinds:
-        return []
-    words = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
-    return [f"{kinds.total()} linear layers in FP8, held as float16: scales by {words}"]
+            kind = "unknown"
+        kinds.setdefault({"F8_E4M3": "FP8", "I8": "int8"}[dtype], Counter())[kind] += 1
+    return [
+        f"{counts.total()} linear layers in {name}: scales by "
+        + ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
+        for name, counts in kinds.items()
+    ]
 
 
 def activation_words(checkpoint: Checkpoint) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from marlin_cy import __version__, open_checkpoint
+from marlin_cy.activations import ACTIVATIONS
 from marlin_cy.backends import backend_factory, backend_names
 from marlin_cy.commands.options import add_backend_options, open_backend
 from marlin_cy.commands.output import LoadProgress, console, print_json, table
@@ -104,14 +105,18 @@ def _shapes(arguments: argparse.Namespace, backend: Backend) -> Iterator[Shape]:
     with open_checkpoint(arguments.checkpoint, backend=backend) as checkpoint:
         if not checkpoint.moe_layers:
             raise CheckpointError("the checkpoint has no MoE layers", file=arguments.checkpoint)
-        spec, group_sizes = checkpoint.moe_spec, checkpoint.expert_group_sizes(checkpoint.moe_layers[0])
-        symmetry, codes = checkpoint.expert_symmetry(checkpoint.moe_layers[0]), checkpoint.codes
+        spec = checkpoint.moe_spec
+        layers = {checkpoint.expert_kinds(layer): layer for layer in reversed(checkpoint.moe_layers)}
+        found = [(kinds, checkpoint.expert_symmetry(layer)) for kinds, layer in reversed(layers.items())]
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    sizes = (hidden, 2 * inner), (inner, hidden)
-    for (k, n), group_size, symmetric in zip(sizes, group_sizes, symmetry, strict=True):
-        yield Shape(
-            k, n, spec.num_experts, group_size, spec.top_k, gathered=k == inner, symmetric=symmetric, codes=codes
-        )
+    width = 2 * inner if ACTIVATIONS[spec.activation].gated else inner
+    shapes: dict[Shape, None] = {}  # in order; layers share some
+    for kinds, symmetry in found:
+        for is_down, (k, n) in enumerate([(hidden, width), (inner, hidden)]):
+            kind = kinds[is_down]
+            place = spec.top_k, bool(is_down), symmetry[is_down]
+            shapes[Shape(k, n, spec.num_experts, kind.group_size, *place, kind.codes, kind.scales)] = None
+    yield from shapes
 
 
 def _as_json(result: TuningResult) -> dict[str, Any]:
@@ -121,6 +126,9 @@ def _as_json(result: TuningResult) -> dict[str, Any]:
         "n": shape.n,
         "experts": shape.experts,
         "group_size": shape.group_size,
+        "codes": shape.codes,
+        "scales": shape.scales,
+        "symmetric": shape.symmetric,
         "top_k": shape.top_k,
         "tokens": result.tokens,
         "rows": result.rows,
@@ -136,11 +144,14 @@ def _print_table(tuner: Tuner, results: list[TuningResult]) -> None:
     screen = console()
     screen.print(escape(", ".join(f"{name} {value}" for name, value in tuner.place.items())))
     screen.print()
-    rows = table("K, N, experts", ">tokens", ">rows/\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration")
+    rows = table(
+        "K, N, experts", "weights", ">tokens", ">rows/\nexpert", ">default\nµs", ">best\nµs", ">tried", "configuration"
+    )
     for result in results:
         shape = result.shape
         rows.add_row(
             f"{shape.k}, {shape.n}, {shape.experts}",
+            f"{shape.codes} / {shape.group_size}, {shape.scales}",
             str(result.tokens),
             str(result.rows),
             f"{result.default_seconds * 1e6:.1f}",

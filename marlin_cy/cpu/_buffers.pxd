@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_F8, DTYPE_I8
 
 cdef struct matrix:
     char *data
@@ -12,7 +12,7 @@ cdef struct matrix:
     int dtype       # DTYPE_F32, DTYPE_F16, DTYPE_BF16
 
 cdef inline int64_t element_bytes(int dtype) noexcept nogil:
-    return 4 if dtype == DTYPE_F32 else 1 if dtype == DTYPE_I8 else 2
+    return 4 if dtype == DTYPE_F32 else 1 if dtype == DTYPE_I8 or dtype == DTYPE_F8 else 2
 
 cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) except *
 cdef int refuse_overlap(matrix output, matrix input, str name) except -1

@@ -54,7 +54,7 @@ cdef void dense_item(const dense_job *job, int64_t row, int64_t column) noexcept
     task.w = <const char *>task.w + column * task.w_stride * element_bytes(task.dtype)
     task.out += row * task.out_stride + column
     if task.scales is not NULL:
-        task.scales += column
+        task.scales += column * task.scale_stride
     if task.bias is not NULL:
         task.bias += column
     job.table.dense(&task)

@@ -25,6 +25,7 @@ cdef extern from "ukernel.h" nogil:
         DTYPE_F16
         DTYPE_BF16
         DTYPE_I8
+        DTYPE_F8
         CODES_COUNT
         SCALES_COUNT
         SCALE_BLOCK_K
@@ -119,6 +120,8 @@ cdef extern from "ukernel.h" nogil:
         int64_t n
         int64_t k
         const float *scales
+        ptrdiff_t scale_stride
+        int64_t scale_k
         const float *bias
         float *out
         ptrdiff_t out_stride

@@ -39,12 +39,12 @@ class HeaderLoader(Loader):
     """A loader that checks matrices by the headers of the files. Those that it returns have no values."""
 
     def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if not self.checkpoint.float8.has_weight(tensor):
+        if not self.checkpoint.scaled.has_weight(tensor):
             return super()._floats(tensor, shape)
         self.checkpoint.check_tensor(tensor, shape)
-        self.checkpoint.float8.check(tensor)
+        self.checkpoint.scaled.check(tensor)
         self._use(tensor)
-        return np.broadcast_to(np.float16(0), shape)
+        return np.broadcast_to(np.float32(0), shape)
 
     def projection(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> Projection:
         return self.dense(module, k, n, bias, columns)

@@ -39,9 +39,9 @@ def rounded_head(head: DenseLinear) -> DenseLinear:
     weight = np.empty(head.weight.shape, np.int8)
     scales = np.empty(head.out_features, np.float32)
     for begin in range(0, head.out_features, ROWS):
-        rows = head.weight[begin : begin + ROWS].astype(np.float32)
+        rows = np.array(head.matrix(slice(begin, begin + ROWS)), np.float32)
         largest = np.abs(rows).max(axis=1)
         scales[begin : begin + ROWS] = largest / 127
         rows *= (127 / np.where(largest > 0, largest, 1))[:, None]
         weight[begin : begin + ROWS] = np.rint(rows)
-    return DenseLinear(weight, head.bias, scales)
+    return DenseLinear(weight, head.bias, scales[:, None], head.in_features)

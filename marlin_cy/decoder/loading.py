@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from marlin_cy.checkpoints.builders import new_builder
 from marlin_cy.checkpoints.checkpoint import Checkpoint
 from marlin_cy.checkpoints.moe_block import check_sizes
 from marlin_cy.checkpoints.safetensors import FLOATS
-from marlin_cy.decoder.plan import DenseLinear, MlpPlan, Projection, Vector
+from marlin_cy.decoder.plan import SCALE_STEP, DenseLinear, MlpPlan, Projection, Vector
 from marlin_cy.decoder.share import Share
 from marlin_cy.distributed.columns import columns_backend, padded, runs_of
 from marlin_cy.distributed.shard import Columns, Cut
@@ -29,7 +30,7 @@ __all__ = ["Loader"]
 class Loader:
     """Loads the weights of a checkpoint by the names of their modules.
 
-    Matrices that are not quantised are views of the mapped files, unless their rows are reordered, or they are in FP8.
+    Matrices that are not quantised are views of the mapped files, unless their rows are reordered.
     Vectors are float32 copies.
 
     Parameters
@@ -73,26 +74,26 @@ class Loader:
         return np.array(values, np.float32)
 
     def matrix(self, tensor: str, rows: int, columns: int) -> npt.NDArray[Any]:
-        """A matrix in the file's dtype: a view of the mapped file. One in FP8 is unpacked."""
+        """A matrix in the file's dtype: a view of the mapped file. One of 8 bits becomes float32."""
         return self._floats(tensor, (rows, columns))
 
     def _floats(self, tensor: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        info, float8 = self.checkpoint.tensor_info(tensor), self.checkpoint.float8
-        if info.dtype not in FLOATS and not float8.has_weight(tensor):
+        info, scaled = self.checkpoint.tensor_info(tensor), self.checkpoint.scaled
+        if info.dtype not in FLOATS and not scaled.has_weight(tensor):
             raise UnsupportedError(
                 f"{self.checkpoint.path}, tensor {tensor!r}: dtype {info.dtype}, the decoder supports "
                 f"{', '.join(FLOATS)} and quantised layers"
             )
         self.checkpoint.check_tensor(tensor, shape)
         self._use(tensor)
-        return float8.floats(tensor)
+        return scaled.floats(tensor)
 
     def _use(self, tensor: str) -> None:
-        """Note that the plan uses a tensor; with an FP8 weight, its scale too."""
-        self._used |= {tensor, *self.checkpoint.float8.tensors_of(tensor.removesuffix(".weight"))}
+        """Note that the plan uses a tensor; with a weight of 8 bits, its scale too."""
+        self._used |= {tensor, *self.checkpoint.scaled.tensors_of(tensor.removesuffix(".weight"))}
 
     def dense(self, module: str, k: int, n: int, bias: bool = False, columns: Columns | None = None) -> DenseLinear:
-        """A linear layer that runs dense; the rest is as for :meth:`projection`. A quantised one becomes float32."""
+        """A linear layer of 16 or 32 bits; the rest is as for :meth:`projection`. Others become float32."""
         weight = (
             self.unpacked(module, k, n, bias) if self.is_quantised(module) else self.matrix(f"{module}.weight", n, k)
         )
@@ -110,7 +111,8 @@ class Loader:
             AutoGPTQ writes it.
         """
         if not self.is_quantised(module):
-            return self.dense(module, k, n, bias, columns)
+            layer = outputs_of(self._unquantised(module, k, n), columns)
+            return replace(layer, bias=self._bias(module, n, bias, columns))
         self._bias(module, n, bias)
         self._used.add(module)
         if columns is not None:
@@ -119,6 +121,18 @@ class Loader:
         linear = self.checkpoint.linear(module)
         check_sizes(module, (linear.in_features, linear.out_features), (k, n), self.checkpoint.path)
         return linear
+
+    def _unquantised(self, module: str, k: int, n: int) -> DenseLinear:
+        """A linear layer that is not quantised, without its bias; of 8 bits if the kernels read its scales."""
+        tensor, scaled = f"{module}.weight", self.checkpoint.scaled
+        if not scaled.has_weight(tensor):
+            return DenseLinear(self.matrix(tensor, n, k))
+        self.checkpoint.check_tensor(tensor, (n, k))
+        self._use(tensor)
+        elements, scales, scale_k = scaled.elements(module)
+        if scale_k < k and scale_k % SCALE_STEP:
+            return DenseLinear(self.matrix(tensor, n, k))
+        return DenseLinear(elements, None, scales, scale_k)
 
     def mlp(
         self, module: str, names: Sequence[str], k: int, inner: int, activation: str, share: Share, outputs: Cut | None
@@ -153,11 +167,9 @@ class Loader:
         """
         self._bias(module, n, False)
         if not self.is_quantised(module):
-            matrix = self.matrix(f"{module}.weight", n, k)
-            return [
-                DenseLinear(matrix[part if columns is None else part[columns]])
-                for part, columns in zip(parts, kept, strict=True)
-            ]
+            layer = self._unquantised(module, k, n)
+            own = (part if columns is None else part[columns] for part, columns in zip(parts, kept, strict=True))
+            return [outputs_of(layer, columns) for columns in own]
         weight = self.checkpoint.weight(module)
         self._used.add(module)
         check_sizes(module, (weight.k, weight.n), (k, n), self.checkpoint.path)
@@ -192,6 +204,12 @@ class Loader:
         if bias.any():
             raise CheckpointError("the model has no such bias", file=self.checkpoint.path, tensor=name)
         return None
+
+
+def outputs_of(layer: DenseLinear, columns: Columns | None) -> DenseLinear:
+    """Some outputs of a layer without a bias."""
+    scales = None if layer.scales is None else rows_of(layer.scales, columns)
+    return replace(layer, weight=rows_of(layer.weight, columns), scales=scales)
 
 
 def rows_of(matrix: npt.NDArray[Any], rows: Columns | None) -> npt.NDArray[Any]:

@@ -32,6 +32,7 @@ from marlin_cy.interface import Linear
 from marlin_cy.moe.layer import MoeLayer
 
 __all__ = [
+    "SCALE_STEP",
     "AttentionPlan",
     "DecoderPlan",
     "DeltaNetPlan",
@@ -48,23 +49,31 @@ __all__ = [
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
+SCALE_STEP = 16
+"""The kernels read as many weights of one row at once, by one scale."""
+
 
 @dataclass(frozen=True, eq=False)
 class DenseLinear:
-    """A linear layer with weights of 8, 16 or 32 bits: ``out = (x @ weight.T) * scales + bias``.
+    """A linear layer with weights of 8, 16 or 32 bits: ``out = x @ matrix.T + bias``.
+
+    The matrix is ``weight``. With weights of 8 bits it is ``weight[n, k] * scales[n, k // scale_k]`` in float32.
 
     Attributes
     ----------
-    weight : float32, float16, bfloat16 or int8 ``[out_features, in_features]``
-        C-contiguous. It may be a read-only view of a mapped file.
+    weight : float32, float16, bfloat16, int8 or float8_e4m3fn ``[out_features, in_features]``
+        C-contiguous. It may be a read-only view of a mapped file. None is NaN.
     bias : float32 ``[out_features]`` or None
-    scales : float32 ``[out_features]`` or None
-        Of int8 weights; None for the others.
+    scales : float32 ``[out_features, ceil(in_features / scale_k)]`` or None
+        Of weights of 8 bits; None for the others. C-contiguous.
+    scale_k : int
+        The inputs that a scale belongs to: a multiple of SCALE_STEP, or at least ``in_features``.
     """
 
     weight: npt.NDArray[Any]
     bias: Vector | None = None
-    scales: Vector | None = None
+    scales: npt.NDArray[np.float32] | None = None
+    scale_k: int = 0
 
     @property
     def in_features(self) -> int:
@@ -75,6 +84,15 @@ class DenseLinear:
     def out_features(self) -> int:
         """Width of an output row."""
         return int(self.weight.shape[0])
+
+    def matrix(self, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """Rows of the matrix: those of ``weight``, or float32 if it has 8 bits."""
+        weight = self.weight[rows]
+        if self.scales is None:
+            return weight
+        scales = np.repeat(self.scales[rows], self.scale_k, axis=1)[:, : self.in_features]
+        scales *= weight.astype(np.float32)
+        return scales
 
 
 Projection: TypeAlias = Linear | DenseLinear

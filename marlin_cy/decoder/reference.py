@@ -275,9 +275,7 @@ def dequantized_stack(stack: MarlinExpertStack) -> list[Floats]:
 def dense_weight(linear: Projection) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """``(weight [out_features, in_features], bias or None)`` of a projection: dense, or of the CPU backend."""
     if isinstance(linear, DenseLinear):
-        if linear.scales is not None:
-            return linear.weight * linear.scales.astype(np.float64)[:, None], linear.bias
-        return linear.weight, linear.bias
+        return linear.matrix(), linear.bias
     view = cast(PackedLinear, linear)
     columns = np.concatenate(dequantized_stack(view.stack), axis=1)
     return columns[:, view.offset : view.offset + view.out_features].T, view.bias

@@ -7,7 +7,7 @@ scale    F8_E8M0             ``[N, K/32]``  ``e`` is ``2**(e - 127)``; 255 is Na
 =======  ==================  =============  ==========================================================================
 
 The codes are those of MXFP4 (:mod:`marlin_cy.formats.mxfp4`). Other linear layers are described in
-:mod:`marlin_cy.formats.float8`: their scales are called ``scale`` too. The quantisation config names the method "fp8",
+:mod:`marlin_cy.formats.scaled`: their scales are called ``scale`` too. The quantisation config names the method "fp8",
 and ``expert_dtype`` of ``config.json`` is "fp4", or missing.
 
 Source: DeepSeek-V4, ``inference/convert.py``, and vLLM, ``models/deepseek_v4``, as their documentation describes them;

@@ -40,6 +40,10 @@ METHOD_HINTS = {
 LAYOUTS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
 """The fields in which a method's config may name Marlin's layout."""
 
+MODELOPT = "modelopt"
+MODELOPT_FILE = "hf_quant_config.json"
+"""What ModelOpt writes, beside ``config.json`` or in place of its ``quantization_config``."""
+
 CONSISTENT_FIELDS = (
     "quant_method",
     "method",
@@ -74,7 +78,10 @@ def read_scheme(folder: Path, config: JsonObject) -> Scheme:
     UnsupportedError
         The method, or one of its settings, is not supported.
     """
-    merged, file = _merged(_found(folder, config), folder)
+    found = _found(folder, config)
+    if not found:
+        _refuse_modelopt(folder / MODELOPT_FILE)
+    merged, file = _merged(found, folder)
     if _method(merged, file) == "fp8":
         deepseek_fp4.check_experts(config, folder / "config.json")
     return scheme_of(merged, file)
@@ -133,5 +140,13 @@ def _method(config: JsonObject, file: StrPath) -> str:
         method = next((method for name, method in METHOD_HINTS.items() if name in config), "gptq")
     method = METHOD_ALIASES.get(method, method)
     if method not in METHODS:
-        raise UnsupportedError(f"{file}: quantisation method {method!r}, supported: {', '.join(METHODS)}")
+        kind = f" {config['quant_algo']}" if isinstance(config.get("quant_algo"), str) else ""
+        raise UnsupportedError(f"{file}: quantisation method {method!r}{kind}, supported: {', '.join(METHODS)}")
     return method
+
+
+def _refuse_modelopt(file: Path) -> None:
+    """Refuse a folder whose only quantisation config is ModelOpt's own file."""
+    if file.exists():
+        settings = read_json(file).get("quantization")
+        _method({**(settings if isinstance(settings, dict) else {}), "quant_method": MODELOPT}, file)

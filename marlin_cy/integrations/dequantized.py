@@ -17,7 +17,7 @@ from marlin_cy.errors import UnsupportedError
 from marlin_cy.integrations import needs_extra
 from marlin_cy.integrations.configs import model_on_meta
 from marlin_cy.integrations.expert_modules import experts_modules
-from marlin_cy.integrations.packed_modules import float8_tensors
+from marlin_cy.integrations.packed_modules import scaled_tensors
 from marlin_cy.integrations.transformers import dense_tensors, load_dense
 from marlin_cy.interface import Backend, MarlinExpertStack
 from marlin_cy.reference import dequantize_weight
@@ -66,7 +66,7 @@ def dequantized_model(path: str | PathLike[str], dtype: torch.dtype = torch.floa
             tensors[f"{name}.weight"] = torch.from_numpy(linear.weight.T).to(dtype)
             if linear.bias is not None and linear.bias.any():
                 tensors[f"{name}.bias"] = torch.from_numpy(linear.bias)
-        tensors |= float8_tensors(checkpoint, dtype)
+        tensors |= scaled_tensors(checkpoint, dtype)
         skeleton = model_on_meta(checkpoint.path)
         for layer, module in experts_modules(skeleton, checkpoint).items():
             loaded = checkpoint.experts(layer)

@@ -25,7 +25,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["PackedModules", "Progress", "float8_tensors", "linear_modules", "weight_finder"]
+__all__ = ["PackedModules", "Progress", "scaled_tensors", "linear_modules", "weight_finder"]
 
 
 def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -148,7 +148,7 @@ class PackedModules:
         linears, others = linear_modules(model, self._checkpoint)
         for name in others:
             self._tensors |= dequantized_tensors(self._checkpoint, name, self._dtype)
-        self._tensors |= float8_tensors(self._checkpoint, self._dtype)
+        self._tensors |= scaled_tensors(self._checkpoint, self._dtype)
         for name, path in linears.items():
             parent, _, attribute = path.rpartition(".")
             parent = model.get_submodule(parent)
@@ -215,11 +215,11 @@ def dequantized_tensors(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -
     return tensors
 
 
-def float8_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of all FP8 linear layers that are not experts of a packed layer, each element rounded once."""
+def scaled_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in FP8 and int8 that are not of experts of a packed layer, each element rounded once."""
     packed, like = {*checkpoint.quantized_tensors}, array_of(torch.empty(0, dtype=dtype, device="cpu"))
     return {
-        name: tensor_over(checkpoint.float8.weight(module, like.dtype))
-        for module in checkpoint.float8.scales
+        name: tensor_over(checkpoint.scaled.weight(module, like.dtype))
+        for module in checkpoint.scaled.scales
         if (name := f"{module}.weight") not in packed and not checkpoint.is_passed_over(name)
     }

@@ -127,10 +127,10 @@ def refuse_lookalikes(checkpoint: Checkpoint, names: set[str], patterns: set[str
 
 def quantised_names(checkpoint: Checkpoint) -> set[str]:
     """The names of tensors that belong to quantised layers."""
-    return packed_names(checkpoint) | {f"{module}.weight" for module in checkpoint.float8.scales}
+    return packed_names(checkpoint) | {f"{module}.weight" for module in checkpoint.scaled.scales}
 
 
 def packed_names(checkpoint: Checkpoint) -> set[str]:
-    """As :func:`quantised_names`, without the weights in FP8 that transformers gets dequantised, by the same names."""
+    """As :func:`quantised_names`, without the weights that transformers gets dequantised, by the same names."""
     biases = (f"{name}.bias" for name in checkpoint.linears)
-    return {*checkpoint.quantized_tensors, *biases, *checkpoint.float8.scales.values()}
+    return {*checkpoint.quantized_tensors, *biases, *checkpoint.scaled.scales.values()}

@@ -29,7 +29,7 @@ class StackKind(NamedTuple):
     codes : str
         The name of the code type.
     scales : str
-        The name of a scale record of one level without minima.
+        The name of a scale record. :func:`joined` and :func:`widened` take those of one level without minima.
     """
 
     group_size: int

@@ -130,6 +130,7 @@ DENSE = {
     "x_stride": "uint",
     "x_batch": "uint",
     "weight": "global WEIGHT*",
+    "scales": "global float*",
     "bias": "global float*",
     "out": "global float*",
     "out_offset": "uint",

@@ -53,7 +53,7 @@ class Ends(NamedTuple):
     embedding, final_norm : pyopencl.Buffer
     embedding_type : int
     head : DenseMatrix or None
-        None if the head is quantised; it is then no part of the launch.
+        None if the head is quantised. It is then no part of the launch, and neither is one of 8 bits.
     vocab_size : int
     """
 
@@ -109,7 +109,7 @@ class PhasedStep:
         shape = shape_of(plan, layers)
         waves = CPU_WAVES if device.is_cpu else WAVES
         head = ends.head
-        if head is not None and (head.k % 8 or head.bias is not None):
+        if head is not None and (head.k % 8 or head.bias is not None or head.scales is not None):
             head = None
         self.has_head = head is not None
         self._macros = shape.macros | {

@@ -16,7 +16,7 @@ import pyopencl as cl
 
 from marlin_cy.decoder.plan import DenseLinear, Projection
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.opencl.buffers import TYPE_CODES, Rows, as_bytes
+from marlin_cy.opencl.buffers import WEIGHT_CODES, Rows, as_bytes
 from marlin_cy.opencl.decoder.dense_mma import dense_kernel
 from marlin_cy.opencl.gemm.multiply import NO_BIAS, OUTPUT_BIAS, multiply
 from marlin_cy.opencl.gemm.work import TileList
@@ -75,13 +75,15 @@ class Uploads:
 
 
 class DenseMatrix:
-    """A matrix ``[n, k]`` on the device, or ``batch`` of them, of 16 or 32 bits.
+    """A matrix ``[n, k]`` on the device, or ``batch`` of them, of 8, 16 or 32 bits.
 
     Parameters
     ----------
     uploads : Uploads
     weight : float array ``[n, k]`` or ``[batch, n, k]``
     bias : float32 ``[n]`` or None
+    scales, scale_k
+        Of one matrix of 8 bits, as :class:`~marlin_cy.decoder.plan.DenseLinear` has them.
     of_plan : bool
         Whether the arrays are the plan's own.
     """
@@ -91,14 +93,18 @@ class DenseMatrix:
         uploads: Uploads,
         weight: npt.NDArray[Any],
         bias: npt.NDArray[np.float32] | None = None,
+        scales: npt.NDArray[np.float32] | None = None,
+        scale_k: int = 0,
         *,
         of_plan: bool = True,
     ) -> None:
         self.n, self.k = weight.shape[-2:]
         self.batch = 1 if weight.ndim == 2 else weight.shape[0]
-        self.type_code = TYPE_CODES[weight.dtype]
+        self.type_code = WEIGHT_CODES[weight.dtype]
+        self.scale_k = scale_k if scale_k < self.k else 0
         upload = uploads if of_plan else uploads.new
         self.buffer = upload(weight, "weights that are not quantised")
+        self.scales = None if scales is None else upload(scales, "scales of weights")
         self.bias = None if bias is None else upload(bias, "bias")
 
     def record(
@@ -113,15 +119,18 @@ class DenseMatrix:
         out_batch: int = 0,
         label: str = "dense",
     ) -> None:
-        """Record ``out[r, out_offset + c] = x[r, x_offset:] @ weight.T + bias``, for each matrix of the batch."""
+        """Record ``out[r, out_offset + c] = x[r, x_offset:] @ matrix.T + bias``, for each matrix of the batch."""
         aligned = all(number % 8 == 0 for number in (self.k, x.width, x_offset, x_batch))
         macros = {"INPUT_TYPE": x.type_code, "WEIGHT_TYPE": self.type_code, "ALIGNED": int(aligned)}
+        if self.scale_k:
+            macros["SCALE_K"] = self.scale_k
         values = {
             "x": x.data,
             "x_offset": x_offset,
             "x_stride": x.width,
             "x_batch": x_batch,
             "weight": self.buffer,
+            "scales": self.scales,
             "bias": self.bias,
             "out": out.data,
             "out_offset": out_offset,
@@ -132,7 +141,9 @@ class DenseMatrix:
             "k": self.k,
         }
         if aligned and out.rows >= MMA_ROWS:
-            kernel = dense_kernel(maker.ctx.backend, x.type_code, self.type_code, out.rows, self.n, self.batch)
+            kernel = dense_kernel(
+                maker.ctx.backend, x.type_code, self.type_code, out.rows, self.n, self.batch, self.scale_k
+            )
             if kernel is not None:
                 kernel.record(maker.ctx, self.batch, label, values)
                 return
@@ -225,7 +236,7 @@ class ProjectionGroup:
 
 
 def runs_of(layers: Sequence[Projection]) -> list[list[Any]]:
-    """The layers in order: those that follow each other together if they are dense ones of one dtype, or quantised."""
+    """The layers in order: those that follow each other together if they are dense ones of one form, or quantised."""
     runs: list[list[Any]] = []
     for layer in layers:
         if runs and kind_of(runs[-1][0]) == kind_of(layer):
@@ -236,20 +247,23 @@ def runs_of(layers: Sequence[Projection]) -> list[list[Any]]:
 
 
 def kind_of(layer: Projection) -> object:
-    """The dtype of a dense layer; None for a quantised one."""
-    return layer.weight.dtype if isinstance(layer, DenseLinear) else None
+    """The form of a dense layer; None for a quantised one."""
+    return (layer.weight.dtype, layer.scale_k) if isinstance(layer, DenseLinear) else None
 
 
 def dense_matrix(uploads: Uploads, layers: Sequence[DenseLinear]) -> DenseMatrix:
     """Dense layers as one matrix."""
     if len(layers) == 1:
-        return DenseMatrix(uploads, layers[0].weight, layers[0].bias)
+        return DenseMatrix(uploads, layers[0].weight, layers[0].bias, layers[0].scales, layers[0].scale_k)
     bias = None
     if any(layer.bias is not None for layer in layers):
         bias = np.concatenate(
             [np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias for layer in layers]
         )
-    return DenseMatrix(uploads, np.concatenate([layer.weight for layer in layers]), bias, of_plan=False)
+    found = [layer.scales for layer in layers if layer.scales is not None]
+    scales = np.concatenate(found) if found else None
+    weight = np.concatenate([layer.weight for layer in layers])
+    return DenseMatrix(uploads, weight, bias, scales, layers[0].scale_k, of_plan=False)
 
 
 def packed_columns(

@@ -1,11 +1,12 @@
-// Products by weights of 16 or 32 bits: out[r][c] = bias[c] + sum over k of x[r][k] * weight[c][k], in float32.
+// Products by weights of 8, 16 or 32 bits: out[r][c] = bias[c] + sum over k of x[r][k] * weight[c][k], in float32.
 //
 // A launch may hold several products of equal shape, the heads of latent attention: product h has its own weights, reads
 // x from h * x_batch on, and writes to out from h * out_batch on.
 //
 // Build options
 //   INPUT_TYPE      of x
-//   WEIGHT_TYPE     of the weights, as INPUT_TYPE
+//   WEIGHT_TYPE     of the weights, as INPUT_TYPE, or of scaled.cl
+//   SCALE_K         of scaled.cl
 //   ALIGNED         of common.cl, for x and the weights: k, all strides and all offsets are multiples of 8
 //   DENSE_ROWS      rows of a work-group of `dense_few`
 //   TEAM            work-items of `dense_few` that share a column: a power of two
@@ -14,12 +15,15 @@
 // Arguments. Strides and offsets are in elements
 //   x, x_offset, x_stride, x_batch       rows of k values
 //   weight                               WEIGHT [batch][n][k]
+//   scales                               of scaled.cl; NULL for weights of 16 or 32 bits
 //   bias                                 float [n] or NULL
 //   out, out_offset, out_stride, out_batch
 
 #ifndef WEIGHT_TYPE
 #define WEIGHT_TYPE 0
 #endif
+#include "scaled.cl"
+
 #define WEIGHT JOIN(TYPE_, WEIGHT_TYPE)
 #define load_weight JOIN(load_, WEIGHT_TYPE)
 #define load8_weight JOIN(load8_, WEIGHT_TYPE)
@@ -34,11 +38,18 @@
 #endif
 #define COLUMNS 2 // of a team, so that the loads of one hide the latency of the other's
 
-#define DENSE_ARGS                                                                                                 \
-    __global const INPUT *restrict x, const uint x_offset, const uint x_stride, const uint x_batch,                \
-        __global const WEIGHT *restrict weight, __global const float *restrict bias, __global float *restrict out, \
-        const uint out_offset, const uint out_stride, const uint out_batch, const uint rows, const uint n,         \
-        const uint k
+#define DENSE_ARGS                                                                                  \
+    __global const INPUT *restrict x, const uint x_offset, const uint x_stride, const uint x_batch, \
+        __global const WEIGHT *restrict weight, __global const float *restrict scales,              \
+        __global const float *restrict bias, __global float *restrict out, const uint out_offset,   \
+        const uint out_stride, const uint out_batch, const uint rows, const uint n, const uint k
+
+// A weight as it is multiplied.
+#if HAS_SCALES
+#define SCALED(w, column, at) ((w) * scale_at(scales, column, at, k))
+#else
+#define SCALED(w, column, at) (w)
+#endif
 
 static inline float sum8(float8 value)
 {
@@ -74,7 +85,7 @@ __attribute__((reqd_work_group_size(TEAM * TEAMS, 1, 1))) __kernel void dense_fe
         float8 w[COLUMNS];
 #pragma unroll
         for (uint c = 0; c < COLUMNS; c++)
-            w[c] = load8_weight(weight, columns[c] + 8 * octet);
+            w[c] = SCALED(load8_weight(weight, columns[c] + 8 * octet), min(first + c, n - 1), 8 * octet);
 #pragma unroll
         for (uint r = 0; r < DENSE_ROWS; r++) {
             const float8 a = load8_input(x, starts[r] + 8 * octet);
@@ -86,7 +97,8 @@ __attribute__((reqd_work_group_size(TEAM * TEAMS, 1, 1))) __kernel void dense_fe
     for (uint i = k / 8 * 8 + lane; i < k; i += TEAM)
         for (uint r = 0; r < DENSE_ROWS; r++)
             for (uint c = 0; c < COLUMNS; c++)
-                tails[c][r] = fma(load_input(x, starts[r] + i), load_weight(weight, columns[c] + i), tails[c][r]);
+                tails[c][r] = fma(load_input(x, starts[r] + i),
+                                  SCALED(load_weight(weight, columns[c] + i), min(first + c, n - 1), i), tails[c][r]);
     for (uint c = 0; c < COLUMNS; c++)
         for (uint r = 0; r < DENSE_ROWS; r++) {
             barrier(CLK_LOCAL_MEM_FENCE);
@@ -131,7 +143,9 @@ __attribute__((reqd_work_group_size(256, 1, 1))) __kernel void dense_many(DENSE_
                                ? load_input(x, (ulong)(first_row + place) * x_stride + base + tx)
                                : 0;
             b[tx][place] =
-                inside && first + place < n ? load_weight(weight, (ulong)(first + place) * k + base + tx) : 0;
+                inside && first + place < n
+                    ? SCALED(load_weight(weight, (ulong)(first + place) * k + base + tx), first + place, base + tx)
+                    : 0;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
 #pragma unroll

@@ -1,11 +1,14 @@
 #include "ptx.cl"
 
-// dense_tiles: products by weights of 16 bits for many rows, by tensor cores. The formula and the arguments are those of
-// decoder_dense.cl.
+// dense_tiles: products by weights of 8 or 16 bits for many rows, by tensor cores. The formula and the arguments are those
+// of decoder_dense.cl.
 //
 // Weights are as they are. Rows are split into two numbers of the weights' type, x = high + low, and both are multiplied:
 // sums in float32 then differ from those of float32 rows by 2^-16 of the terms with bfloat16, and by 2^-22 with float16.
 // float16 holds rows up to 65504; larger values give NaN. Rows of the weights' own type are not split.
+//
+// Weights of 8 bits are multiplied as float16, and their sums by the scales: the sums of all of K, or, if SCALE_K is not 0,
+// those of a wave's part of a stage. SCALE_K is a multiple of WAVE_K.
 //
 // A work-group computes TILE_ROWS rows and COLUMNS columns, STAGE_K values of K at a time. COLUMN_WAVES waves have
 // WAVE_COLUMNS columns each; K_WAVES of them share these, each with its own part of K, and their sums are added at the end.
@@ -21,7 +24,8 @@
 // so that the eight lanes that read together (two rows, four chunks) use all banks.
 //
 // Build options
-//   INPUT_TYPE, WEIGHT_TYPE   of common.cl; WEIGHT_TYPE is 1 or 2
+//   INPUT_TYPE, WEIGHT_TYPE   of common.cl; WEIGHT_TYPE is 1 or 2, or of scaled.cl
+//   SCALE_K                   of scaled.cl
 //   ROW_STRIPS                TILE_ROWS is 16 * ROW_STRIPS
 //   COLUMN_WAVES, K_WAVES
 //
@@ -30,6 +34,7 @@
 #ifndef WEIGHT_TYPE
 #define WEIGHT_TYPE 2
 #endif
+#include "scaled.cl"
 #ifndef ROW_STRIPS
 #define ROW_STRIPS 4
 #define COLUMN_WAVES 8
@@ -47,7 +52,8 @@
 #define WAVE_K 64
 #define WAVE_CHUNKS (WAVE_K / 8)
 #define STAGE_K (WAVE_K * K_WAVES)
-#define SPLIT_X (INPUT_TYPE != WEIGHT_TYPE)
+#define OPERAND_TYPE (HAS_SCALES ? 1 : WEIGHT_TYPE)
+#define SPLIT_X (INPUT_TYPE != OPERAND_TYPE)
 #define X_PARTS (1 + SPLIT_X)
 #define ROW_CHUNKS (TILE_ROWS * K_WAVES * WAVE_CHUNKS)
 #define ROW_LOADS ((ROW_CHUNKS + ITEMS - 1) / ITEMS)
@@ -66,13 +72,26 @@
 #endif
 
 static inline uint4 pairs_of(float8 x) { return (uint4)(PAIR(x.s01), PAIR(x.s23), PAIR(x.s45), PAIR(x.s67)); }
+
+// Eight weights in memory, and as an operand.
+#if HAS_SCALES
+#define STORED uint2
+#define OPERAND(stored) (WEIGHT_TYPE == 3 ? float8s_to_halves8(stored) : pairs_of(convert_float8(as_char8(stored))))
+#define LOAD_STORED(from) load_early_pair((__global const uint2 *)(from))
+#else
+#define STORED uint4
+#define OPERAND(stored) (stored)
+#define LOAD_STORED(from) load_early((__global const uint4 *)(from))
+#endif
+
 static inline float8 unpaired(uint4 x) { return (float8)(UNPAIR(x.x), UNPAIR(x.y), UNPAIR(x.z), UNPAIR(x.w)); }
 
 // Groups: columns, rows, batch.
 WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void dense_tiles(
     __global const INPUT *restrict x, const uint x_offset, const uint x_stride, const uint x_batch,
-    __global const WEIGHT *restrict weight, __global const float *restrict bias, __global float *restrict out,
-    const uint out_offset, const uint out_stride, const uint out_batch, const uint rows, const uint n, const uint k)
+    __global const WEIGHT *restrict weight, __global const float *restrict scales, __global const float *restrict bias,
+    __global float *restrict out, const uint out_offset, const uint out_stride, const uint out_batch, const uint rows,
+    const uint n, const uint k)
 {
     __local uint4 room[SLOTS];
     const uint item = get_local_id(0), lane = item % LANES, wave = item / LANES, g = lane / 4, t = lane % 4;
@@ -92,15 +111,24 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void dens
     UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) weights_from[c] =
         weight + (ulong)min(first + 8 * c + g, n - 1) * k + k_wave * WAVE_K + 8 * t;
 
+#if HAS_SCALES
+    // The scales of a lane's two columns of a tile, for both of its rows.
+#define SCALES(c, at)                                                          \
+    (float4)(scale_at(scales, min(first + 8 * (c) + 2 * t, n - 1), at, k),     \
+             scale_at(scales, min(first + 8 * (c) + 2 * t + 1, n - 1), at, k), \
+             scale_at(scales, min(first + 8 * (c) + 2 * t, n - 1), at, k),     \
+             scale_at(scales, min(first + 8 * (c) + 2 * t + 1, n - 1), at, k))
+#endif
+
     float8 next_rows[ROW_LOADS];
-    uint4 next[2][COLUMN_TILES], weights[2][COLUMN_TILES];
+    STORED next[2][COLUMN_TILES];
+    uint4 weights[2][COLUMN_TILES];
     // K may end inside a stage. What is behind the end is 0 on both sides, as it may be NaN in memory.
 #define READ_STAGE(base)                                                                                    \
     {                                                                                                       \
         UNROLLED for (uint j = 0; j < 2; j++) UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) next[j][c] = \
-            (base) + k_wave * WAVE_K + 32 * j + 8 * t < k                                                   \
-                ? load_early((__global const uint4 *)(weights_from[c] + (base) + 32 * j))                   \
-                : (uint4)(0);                                                                               \
+            (base) + k_wave * WAVE_K + 32 * j + 8 * t < k ? LOAD_STORED(weights_from[c] + (base) + 32 * j)  \
+                                                          : (STORED)(0);                                    \
         UNROLLED for (uint i = 0; i < ROW_LOADS; i++) next_rows[i] =                                        \
             (base) + (item + i * ITEMS) % (K_WAVES * WAVE_CHUNKS) * 8 < k ? load8_input(rows_from[i], base) \
                                                                           : (float8)(0);                    \
@@ -109,8 +137,8 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void dens
     {                                                                                         \
         UNROLLED for (uint c = 0; c < COLUMN_TILES; c++)                                      \
         {                                                                                     \
-            weights[0][c] = next[0][c];                                                       \
-            weights[1][c] = next[1][c];                                                       \
+            weights[0][c] = OPERAND(next[0][c]);                                              \
+            weights[1][c] = OPERAND(next[1][c]);                                              \
         }                                                                                     \
         UNROLLED for (uint i = 0; i < ROW_LOADS; i++)                                         \
         {                                                                                     \
@@ -135,17 +163,29 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void dens
         if (base + STAGE_K < k)
             READ_STAGE(base + STAGE_K)
         __local const uint4 *mine = room + stage * STAGE_SLOTS + g * (K_WAVES * WAVE_CHUNKS) + k_wave * WAVE_CHUNKS + t;
-        UNROLLED for (uint j = 0; j < 2; j++) UNROLLED for (uint s = 0; s < ROW_STRIPS; s++)
-            UNROLLED for (uint part = 0; part < X_PARTS; part++)
+#define ADD_PRODUCTS(j, s, sums)                                                                 \
+    UNROLLED for (uint part = 0; part < X_PARTS; part++)                                         \
+    {                                                                                            \
+        __local const uint4 *chunk =                                                             \
+            mine + part * ROW_CHUNKS + 16 * (s) * (K_WAVES * WAVE_CHUNKS) + 4 * ((j) ^ (g & 1)); \
+        const uint4 a = chunk[0], b = chunk[8 * K_WAVES * WAVE_CHUNKS];                          \
+        UNROLLED for (uint c = 0; c < COLUMN_TILES; c++)(sums)[c] =                              \
+            MMA((uint4)(a.x, b.x, a.y, b.y), weights[j][c].x, weights[j][c].y, (sums)[c]);       \
+        UNROLLED for (uint c = 0; c < COLUMN_TILES; c++)(sums)[c] =                              \
+            MMA((uint4)(a.z, b.z, a.w, b.w), weights[j][c].z, weights[j][c].w, (sums)[c]);       \
+    }
+#if HAS_SCALES && SCALE_K
+        UNROLLED for (uint s = 0; s < ROW_STRIPS; s++)
         {
-            __local const uint4 *chunk =
-                mine + part * ROW_CHUNKS + 16 * s * (K_WAVES * WAVE_CHUNKS) + 4 * (j ^ (g & 1));
-            const uint4 a = chunk[0], b = chunk[8 * K_WAVES * WAVE_CHUNKS];
-            UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) sums[s][c] =
-                MMA((uint4)(a.x, b.x, a.y, b.y), weights[j][c].x, weights[j][c].y, sums[s][c]);
-            UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) sums[s][c] =
-                MMA((uint4)(a.z, b.z, a.w, b.w), weights[j][c].z, weights[j][c].w, sums[s][c]);
+            float4 staged[COLUMN_TILES];
+            UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) staged[c] = (float4)(0);
+            UNROLLED for (uint j = 0; j < 2; j++) ADD_PRODUCTS(j, s, staged)
+                UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) sums[s][c] =
+                    fma(staged[c], SCALES(c, min(base + k_wave * WAVE_K, k - 1)), sums[s][c]);
         }
+#else
+        UNROLLED for (uint j = 0; j < 2; j++) UNROLLED for (uint s = 0; s < ROW_STRIPS; s++) ADD_PRODUCTS(j, s, sums[s])
+#endif
         stage = 1 - stage;
         if (base + STAGE_K < k)
             STORE_STAGE(stage)
@@ -167,6 +207,10 @@ WAVE_OF_32 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void dens
     UNROLLED for (uint other = 0; other < K_WAVES - 1; other++) UNROLLED for (uint s = 0; s < ROW_STRIPS; s++)
         UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) sums[s][c] +=
         others[(((other * COLUMN_WAVES + column_wave) * ROW_STRIPS + s) * COLUMN_TILES + c) * LANES + lane];
+#endif
+#if HAS_SCALES && !SCALE_K
+    UNROLLED for (uint c = 0; c < COLUMN_TILES; c++) UNROLLED for (uint s = 0; s < ROW_STRIPS; s++) sums[s][c] *=
+        SCALES(c, 0);
 #endif
     out += out_offset + get_group_id(2) * (ulong)out_batch;
     UNROLLED for (uint s = 0; s < ROW_STRIPS; s++) UNROLLED for (uint c = 0; c < COLUMN_TILES; c++)

@@ -20,6 +20,7 @@ from marlin_cy.checkpoints.gguf.tensors import GgufTensors
 from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.interface import Backend, Linear, MarlinExpertStack, StackBuilder
 from marlin_cy.weights.canonical import CanonicalWeight
+from marlin_cy.weights.widening import StackKind
 
 __all__ = ["GgufSource"]
 
@@ -139,9 +140,11 @@ class GgufSource:
         """None: experts are held as the file has them."""
         return []
 
-    def expert_group_sizes(self, block: str) -> tuple[int, int]:
+    def expert_kinds(self, block: str) -> tuple[StackKind, StackKind]:
         modules = self._modules(block)
-        return self._type(modules[0]).group_size, self._type(modules[-1]).group_size
+        types = self._common(modules[:-1]), self._type(modules[-1])
+        gate_up, down = (StackKind(found.group_size, found.codes, found.scales) for found in types)
+        return gate_up, down
 
     def expert_symmetry(self, block: str) -> tuple[bool, bool]:
         modules = self._modules(block)

@@ -11,13 +11,15 @@ projection, or gate and up. :func:`run_group` is one phase, which all threads of
 Outputs are complete after the caller's next barrier.
 """
 
-from libc.stdint cimport int8_t, int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcmp, memset
+
+import numpy as np
 
 from marlin_cy.cpu._arena cimport arena, take
 from marlin_cy.cpu._buffers cimport float_matrix, matrix
 from marlin_cy.cpu._dense cimport begin_dense, do_dense
-from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_I8
+from marlin_cy.cpu._dispatch cimport DTYPE_F32, DTYPE_F8, DTYPE_I8
 from marlin_cy.cpu._exchange cimport load_row
 from marlin_cy.cpu._gemm cimport (
     begin_items, carve_gemm, do_items, set_columns, set_gemm_job, set_quantize_job,
@@ -100,8 +102,8 @@ cdef int find_quantised(projection_group *group, const quantize_job *job) noexce
 cdef int set_dense(dense_job *job, Workspace workspace, layer, list owners) except -1:
     """Set the members that a ``DenseLinear`` determines."""
     cdef const float[::1] bias = layer.bias
-    cdef const float[::1] scales = layer.scales
-    cdef const int8_t[:, ::1] int8_weight
+    cdef const float[:, ::1] scales = layer.scales
+    cdef const uint8_t[:, ::1] elements
     cdef matrix w
     owners.append(layer)
     memset(job, 0, sizeof(dense_job))
@@ -110,8 +112,9 @@ cdef int set_dense(dense_job *job, Workspace workspace, layer, list owners) exce
         w = float_matrix(layer.weight, "plan: weight", layer.in_features, False)
         job.task.w, job.task.dtype = w.data, w.dtype
     else:
-        int8_weight = layer.weight
-        job.task.w, job.task.dtype, job.task.scales = &int8_weight[0, 0], DTYPE_I8, &scales[0]
+        elements = layer.weight.view(np.uint8)
+        job.task.w, job.task.dtype = &elements[0, 0], DTYPE_I8 if layer.weight.dtype == np.int8 else DTYPE_F8
+        job.task.scales, job.task.scale_stride, job.task.scale_k = &scales[0, 0], scales.shape[1], layer.scale_k
     job.task.n, job.task.k = layer.out_features, layer.in_features
     job.task.w_stride = job.task.x_stride = job.task.k
     job.task.out_stride = job.task.n

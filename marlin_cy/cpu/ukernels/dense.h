@@ -15,6 +15,8 @@
  * at a time (16 KiB; float32 weights are copied). They stay in the first-level cache while tiles of rows of x
  * (TILE_ROWS * 2 KiB) pass by. Rows of x and of weights are often a multiple of 4 KiB apart, so that they share cache
  * sets: only the rows of x of one tile must be in the cache at once, and the copies of weights are spread out.
+ *
+ * WEIGHTS OF 8 BITS are multiplied by their scales where they are widened, in both cases.
  */
 #ifndef MARLIN_CY_DENSE_H
 #define MARLIN_CY_DENSE_H
@@ -34,19 +36,28 @@ typedef struct {
     ptrdiff_t x_stride;
     const char *w;
     ptrdiff_t w_stride; /* bytes */
+    const float *scales; /* of each row of weights of 8 bits, at the first value of K */
+    ptrdiff_t scale_stride;
+    int64_t scale_left, scale_k; /* values of K of the first scale, and of the next ones */
     float *sums;        /* [rows][cols][LANES] */
     ptrdiff_t sums_stride;
 } dense_view;
 
+/* The factor of elements as vec_load_as gives them. `dtype` is a constant. */
+KERNEL vec scale_vec(float scale, int dtype) { return vec_set(dtype == DTYPE_F8 ? scale * 256.0f : scale); }
+
 /* Products of LANES values of K from i on. `rows`, `cols` and `dtype` are constants. */
-KERNEL void dense_step(vec *sum, const dense_view *view, int64_t i, int rows, int cols, int dtype)
+KERNEL void dense_step(vec *sum, const dense_view *view, const vec *scales, int64_t i, int rows, int cols, int dtype)
 {
 #pragma GCC unroll 2
     for (int part = 0; part < PARTS; part++) {
         vec w[8];
 #pragma GCC unroll 8
-        for (int c = 0; c < cols; c++)
+        for (int c = 0; c < cols; c++) {
             w[c] = vec_load_as(view->w + c * view->w_stride, i + part * VEC_N, dtype);
+            if (is_scaled(dtype))
+                w[c] = vec_mul(w[c], scales[c]);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vec x = vec_load(view->x + r * view->x_stride + i + part * VEC_N);
@@ -63,14 +74,24 @@ KERNEL void dense_step(vec *sum, const dense_view *view, int64_t i, int rows, in
 /* Add the products of k values, a multiple of LANES, to the sums. `rows`, `cols` and `dtype` are constants. */
 KERNEL void dense_tile(const dense_view *view, int64_t k, int rows, int cols, int dtype)
 {
-    vec sum[PARTS * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)];
+    vec sum[PARTS * (TILE_ROWS * TILE_COLS > ONE_ROW_COLS ? TILE_ROWS * TILE_COLS : ONE_ROW_COLS)], scales[8];
+    const float *scale = view->scales;
+    int64_t i = 0, end = is_scaled(dtype) && view->scale_left < k ? view->scale_left : k;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int s = 0; s < cols * PARTS; s++)
             sum[r * cols * PARTS + s] = vec_load(view->sums + r * view->sums_stride + s * VEC_N);
-    for (int64_t i = 0; i < k; i += LANES)
-        dense_step(sum, view, i, rows, cols, dtype);
+    while (i < k) {
+        if (is_scaled(dtype))
+#pragma GCC unroll 8
+            for (int c = 0; c < cols; c++)
+                scales[c] = scale_vec(scale[c * view->scale_stride], dtype);
+        for (; i < end; i += LANES)
+            dense_step(sum, view, scales, i, rows, cols, dtype);
+        scale++;
+        end = k - i < view->scale_k ? k : i + view->scale_k;
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
@@ -108,6 +129,7 @@ TARGET static void add_dense_tile(const dense_view *view, int64_t k, int rows, i
     case DTYPE_F16: dense_tile_of(view, k, rows, cols, DTYPE_F16); break;
     case DTYPE_BF16: dense_tile_of(view, k, rows, cols, DTYPE_BF16); break;
     case DTYPE_I8: dense_tile_of(view, k, rows, cols, DTYPE_I8); break;
+    case DTYPE_F8: dense_tile_of(view, k, rows, cols, DTYPE_F8); break;
     }
 }
 
@@ -120,14 +142,17 @@ TARGET static void dense_tail(const dense_view *view, int rows, int cols, int dt
         for (int c = 0; c < cols; c++) {
             float *const sums = view->sums + r * view->sums_stride + c * LANES;
             load_tail(w, view->w + c * view->w_stride, count, dtype);
+            if (is_scaled(dtype))
+                for (int part = 0; part < PARTS; part++)
+                    w[part] = vec_mul(w[part], scale_vec(view->scales[c * view->scale_stride], dtype));
             for (int part = 0; part < PARTS; part++)
                 vec_store(sums + part * VEC_N, vec_fma(x[part], w[part], vec_load(sums + part * VEC_N)));
         }
     }
 }
 
-/* Write the sums of a chunk to the output, or add them to it. The last chunk multiplies by the scale and adds the bias.
- * Columns are `apart` columns of the output apart. */
+/* Write the sums of a chunk to the output, or add them to it. The last chunk adds the bias. Columns are `apart`
+ * columns of the output apart. */
 TARGET static void put_sums(const dense_task *task, const dense_view *view, int64_t row, int64_t col, int64_t apart,
                             int rows, int cols, int first, int last)
 {
@@ -137,11 +162,18 @@ TARGET static void put_sums(const dense_task *task, const dense_view *view, int6
             vec sums[PARTS];
             for (int part = 0; part < PARTS; part++)
                 sums[part] = vec_load(view->sums + r * view->sums_stride + c * LANES + part * VEC_N);
-            float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
-            if (last && task->scales)
-                total = total * task->scales[col + c * apart];
+            const float total = first ? lanes_sum(sums) : *out + lanes_sum(sums);
             *out = last && task->bias ? total + task->bias[col + c * apart] : total;
         }
+}
+
+/* Set the scales of a view whose first values are those at k, of row `col` of the weights on. */
+KERNEL void set_scales(dense_view *view, const dense_task *task, int64_t col, int64_t k)
+{
+    if (!is_scaled(task->dtype))
+        return;
+    view->scales = task->scales + col * task->scale_stride + k / task->scale_k;
+    view->scale_left = task->scale_k - k % task->scale_k;
 }
 
 /* Few rows: `cols` outputs of each, `apart` columns apart. */
@@ -154,6 +186,8 @@ TARGET static void dense_few(const dense_task *task, int64_t col, int64_t apart,
         .x_stride = task->x_stride,
         .w = (const char *)task->w + col * task->w_stride * element,
         .w_stride = apart * task->w_stride * element,
+        .scale_stride = apart * task->scale_stride,
+        .scale_k = task->scale_k,
         .sums = sums,
         .sums_stride = cols * LANES,
     };
@@ -161,28 +195,34 @@ TARGET static void dense_few(const dense_task *task, int64_t col, int64_t apart,
         const int last = k + CHUNK_K >= task->k;
         const int64_t size = last ? task->k - k : CHUNK_K, whole = size / LANES * LANES;
         memset(sums, 0, (size_t)(rows * cols) * LANES * sizeof *sums);
+        set_scales(&view, task, col, k);
         add_dense_tile(&view, whole, rows, cols, task->dtype);
         view.x += whole;
         view.w += whole * element;
-        if (whole < size)
+        if (whole < size) {
+            set_scales(&view, task, col, k + whole);
             dense_tail(&view, rows, cols, task->dtype, (int)(size - whole));
+        }
         put_sums(task, &view, 0, col, apart, rows, cols, k == 0, last);
     }
 }
 
-/* Widen n weights. `dtype` is a constant. */
-KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
+/* Widen n weights of one scale. `dtype` is a constant. */
+KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype, float scale)
 {
+    const vec scales = scale_vec(scale, dtype);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++)
-            vec_store(to + i + part * VEC_N, vec_load_as(from, i + part * VEC_N, dtype));
+        for (int part = 0; part < PARTS; part++) {
+            const vec w = vec_load_as(from, i + part * VEC_N, dtype);
+            vec_store(to + i + part * VEC_N, is_scaled(dtype) ? vec_mul(w, scales) : w);
+        }
     if (i < n) {
         vec tail[PARTS];
         load_tail(tail, from + i * element_size(dtype), n - i, dtype);
         for (int part = 0; part < PARTS; part++)
-            vec_store(to + i + part * VEC_N, tail[part]);
+            vec_store(to + i + part * VEC_N, is_scaled(dtype) ? vec_mul(tail[part], scales) : tail[part]);
     }
 }
 
@@ -190,14 +230,23 @@ KERNEL void widen_weights(float *to, const char *from, int64_t n, int dtype)
 TARGET static void widen_rows(float *widened, const dense_task *task, int64_t col, int cols, int64_t k, int size)
 {
     const int element = element_size(task->dtype);
-    const char *w = (const char *)task->w + (col * task->w_stride + k) * element;
-    for (int c = 0; c < cols; c++, w += task->w_stride * element, widened += WIDENED_STRIDE)
-        switch (task->dtype) {
-        case DTYPE_F32: memcpy(widened, w, (size_t)size * sizeof *widened); break;
-        case DTYPE_F16: widen_weights(widened, w, size, DTYPE_F16); break;
-        case DTYPE_BF16: widen_weights(widened, w, size, DTYPE_BF16); break;
-        case DTYPE_I8: widen_weights(widened, w, size, DTYPE_I8); break;
-        }
+    dense_view view = {.scales = NULL};
+    for (int64_t at = k, n; at < k + size; at += n) {
+        const char *w = (const char *)task->w + (col * task->w_stride + at) * element;
+        float *to = widened + at - k;
+        n = k + size - at;
+        set_scales(&view, task, col, at);
+        if (view.scales && view.scale_left < n)
+            n = view.scale_left;
+        for (int c = 0; c < cols; c++, w += task->w_stride * element, to += WIDENED_STRIDE)
+            switch (task->dtype) {
+            case DTYPE_F32: memcpy(to, w, (size_t)n * sizeof *to); break;
+            case DTYPE_F16: widen_weights(to, w, n, DTYPE_F16, 1.0f); break;
+            case DTYPE_BF16: widen_weights(to, w, n, DTYPE_BF16, 1.0f); break;
+            case DTYPE_I8: widen_weights(to, w, n, DTYPE_I8, view.scales[c * task->scale_stride]); break;
+            case DTYPE_F8: widen_weights(to, w, n, DTYPE_F8, view.scales[c * task->scale_stride]); break;
+            }
+    }
 }
 
 /* Add `size` products to the sums of `m` rows by `cols` columns. */

@@ -4,8 +4,11 @@
 
 #include "activate.h"
 
+/* Whether weights of a dtype have 8 bits, and scales. */
+KERNEL int is_scaled(int dtype) { return dtype == DTYPE_I8 || dtype == DTYPE_F8; }
+
 /* Bytes of an element. */
-KERNEL int element_size(int dtype) { return dtype == DTYPE_F32 ? 4 : dtype == DTYPE_I8 ? 1 : 2; }
+KERNEL int element_size(int dtype) { return dtype == DTYPE_F32 ? 4 : is_scaled(dtype) ? 1 : 2; }
 
 /* Load the lanes of a row's last values: `count` of them, continued with zeros. */
 KERNEL void load_tail(vec parts[PARTS], const void *from, int64_t count, int dtype)

@@ -59,7 +59,10 @@ typedef void glu_rows_fn(float *dst, const float *gate, const float *up, int64_t
  *   total = 0
  *   for chunk in chunks of CHUNK_K values of k:                       (in ascending order; the first has no addition)
  *       total = total + (sum of x[r][i] * w[c][i] over the chunk, by lanes)
- *   out[r][c] = total * scales[c] + bias[c]          (two roundings; without the factor, or the addend, that is NULL)
+ *   out[r][c] = total + bias[c]                       (without the addend if it is NULL)
+ *
+ * A weight of 8 bits, which is a DTYPE_I8 or a DTYPE_F8, is the element times scales[c][i / scale_k], rounded to float32:
+ * products have the bits of those by float32 weights. No element is NaN, and scales are less than 2^120.
  *
  * m, n, k >= 1. out overlaps no input. */
 typedef struct {
@@ -67,11 +70,13 @@ typedef struct {
     ptrdiff_t x_stride;
     int64_t m;
     const void *w;
-    int dtype; /* of w: DTYPE_F32, DTYPE_F16, DTYPE_BF16 or DTYPE_I8 */
+    int dtype; /* of w */
     ptrdiff_t w_stride;
     int64_t n, k;
-    const float *scales; /* [n] */
-    const float *bias;   /* [n] */
+    const float *scales;    /* [n][scale_stride], of weights of 8 bits; NULL for others */
+    ptrdiff_t scale_stride; /* at least k / scale_k, rounded up */
+    int64_t scale_k;        /* a multiple of LANES, or at least k */
+    const float *bias;      /* [n] */
     float *out;
     ptrdiff_t out_stride;
 } dense_task;

@@ -53,8 +53,8 @@ enum {
  * 256 * 127 + 127, the largest value that two signed bytes can represent. */
 enum { QMAX_INT8 = 127, QMAX_INT16 = 32639 };
 
-/* DTYPE_I8 is only of the weights of dense products. */
-enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2, DTYPE_I8 = 3 };
+/* DTYPE_I8 and DTYPE_F8, which is E4M3 without infinities, are only of the weights of dense products. */
+enum { DTYPE_F32 = 0, DTYPE_F16 = 1, DTYPE_BF16 = 2, DTYPE_I8 = 3, DTYPE_F8 = 4 };
 
 /* The activations of a MoE layer; their definitions are in marlin_cy/activations.py. */
 enum {

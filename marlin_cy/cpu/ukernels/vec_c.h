@@ -29,7 +29,7 @@ static inline vec vec_load(const float *from)
     return v;
 }
 
-/* Elements index to index + VEC_N - 1 of an array of `dtype`. */
+/* Elements index to index + VEC_N - 1 of an array of `dtype`; those of DTYPE_F8 times 2^-8. */
 static inline vec vec_load_as(const void *from, int64_t index, int dtype)
 {
     vec v;
@@ -38,6 +38,13 @@ static inline vec vec_load_as(const void *from, int64_t index, int dtype)
     if (dtype == DTYPE_I8) {
         for (int l = 0; l < VEC_N; l++)
             v.lane[l] = (float)((const int8_t *)from)[index + l];
+        return v;
+    }
+    if (dtype == DTYPE_F8) { /* as in vec_ymm.h */
+        for (int l = 0; l < VEC_N; l++) {
+            const uint32_t bits = ((const uint8_t *)from)[index + l];
+            v.lane[l] = half_to_float((uint16_t)((bits & 0x80) << 8 | (bits & 0x7f) << 7));
+        }
         return v;
     }
     for (int l = 0; l < VEC_N; l++) {

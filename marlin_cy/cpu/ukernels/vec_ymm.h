@@ -12,7 +12,7 @@ YMM vec vec_set(float x) { return _mm256_set1_ps(x); }
 
 YMM vec vec_load(const float *from) { return _mm256_loadu_ps(from); }
 
-/* Elements index to index + VEC_N - 1 of an array of `dtype`, which is a constant. */
+/* Elements index to index + VEC_N - 1 of an array of `dtype`, which is a constant; those of DTYPE_F8 times 2^-8. */
 YMM vec vec_load_as(const void *from, int64_t index, int dtype)
 {
     if (dtype == DTYPE_F32)
@@ -20,6 +20,10 @@ YMM vec vec_load_as(const void *from, int64_t index, int dtype)
     if (dtype == DTYPE_I8)
         return _mm256_cvtepi32_ps(
             _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const int8_t *)from + index))));
+    if (dtype == DTYPE_F8) { /* float16 has the same bits from bit 7 on, and 8 more in its exponent's bias */
+        const __m128i signs = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)((const uint8_t *)from + index)));
+        return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(signs, 7), _mm_set1_epi16((short)0xbfff)));
+    }
     const __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + index));
     if (dtype == DTYPE_BF16)
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -12,7 +12,7 @@ ZMM vec vec_set(float x) { return _mm512_set1_ps(x); }
 
 ZMM vec vec_load(const float *from) { return _mm512_loadu_ps(from); }
 
-/* Elements index to index + VEC_N - 1 of an array of `dtype`, which is a constant. */
+/* Elements index to index + VEC_N - 1 of an array of `dtype`, which is a constant; those of DTYPE_F8 times 2^-8. */
 ZMM vec vec_load_as(const void *from, int64_t index, int dtype)
 {
     if (dtype == DTYPE_F32)
@@ -20,6 +20,10 @@ ZMM vec vec_load_as(const void *from, int64_t index, int dtype)
     if (dtype == DTYPE_I8)
         return _mm512_cvtepi32_ps(
             _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)from + index))));
+    if (dtype == DTYPE_F8) { /* as in vec_ymm.h */
+        const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)((const uint8_t *)from + index)));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(signs, 7), _mm256_set1_epi16((short)0xbfff)));
+    }
     const __m256i bits = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + index));
     if (dtype == DTYPE_BF16)
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

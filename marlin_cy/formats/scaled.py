@@ -1,17 +1,20 @@
-"""Linear layers in FP8 that occur beside 4-bit layers, as llm-compressor, ModelOpt and DeepSeek store them.
+"""Linear layers of 8-bit numbers with scales that occur beside 4-bit layers: FP8, and int8.
+
+As llm-compressor, ModelOpt and DeepSeek store FP8, and llm-compressor int8 (``int-quantized``):
 
 ======================================  ==================  =========================================================
-weight                                  F8_E4M3 ``[N, K]``
+weight                                  F8_E4M3 or I8       ``[N, K]``
 weight_scale, weight_scale_inv, scale   F32, BF16, F16 or   one value: of the tensor; ``[N]`` or ``[N, 1]``: of each
                                         F8_E8M0             output; ``[ceil(N / 128), ceil(K / 128)]``: of each block
 ======================================  ==================  =========================================================
 
-The matrix is ``weight * scale``, whatever the scale is called. Blocks have 128 by 128 elements unless the quantisation
-config has another ``weight_block_size`` or ``block_structure``.
+The matrix is ``weight * scale``, whatever the scale is called; that of int8 is ``weight_scale``, and there are no zero
+points. Blocks have 128 by 128 elements unless the quantisation config has another ``weight_block_size`` or
+``block_structure``.
 
-Layers are held as float16. An E4M3 number has 4 significant bits, and the numbers of a group differ in size by up to
-2**18, so integers of 8 bits cannot represent them: rounded to 8 bits in groups of 32, a matrix changes by 5e-3 of its
-norm. With float16, it changes by 1.4e-4, or not at all if the scales are powers of two; with bfloat16, by 1.1e-3.
+The decoder keeps the bytes. It rounds each product of a weight and its scale once to float32, as transformers does when
+it dequantises. If the products were float16, a matrix in FP8 would change by 1.4e-4 of its norm, and logits of small
+models by up to 8e-4. Integers in groups of 32 would change it by 5e-3: E4M3 numbers differ in size by up to 2**18.
 
 Source: DeepSeek-V3, ``inference/fp8_cast_bf16.py``; compressed-tensors, ``compressors``; transformers,
 ``integrations/finegrained_fp8.py``.
@@ -31,33 +34,36 @@ from marlin_cy.formats.mxfp4 import powers_of_two
 __all__ = [
     "BLOCK",
     "SCALE_SUFFIXES",
-    "WEIGHT_DTYPE",
+    "WEIGHT_DTYPES",
+    "ZERO_POINTS",
     "block_size",
+    "by_rows",
+    "check_elements",
     "dequantize",
-    "held_dtype",
     "kind_of",
     "scale_values",
 ]
 
-WEIGHT_DTYPE = "F8_E4M3"
-"""The weight's dtype, by safetensors' name."""
+FP8, INT8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8)
+WEIGHT_DTYPES = {"F8_E4M3": FP8, "I8": INT8}
+"""The dtypes of weights, by safetensors' names."""
 
 EXPONENTS = "F8_E8M0"
 """The dtype of scales that are powers of two: ``e`` is ``2**(e - 127)``, and 255 is NaN."""
 
 SCALE_DTYPES = ("F32", "BF16", "F16", EXPONENTS)
-SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".scale")
+SCALE_SUFFIXES = {"F8_E4M3": (".weight_scale", ".weight_scale_inv", ".scale"), "I8": (".weight_scale",)}
+"""What a scale is called, by the weight's dtype."""
+
+ZERO_POINTS = ".weight_zero_point"
+"""Layers that have these are not read."""
 
 BLOCK = (128, 128)
-VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-"""The value of each byte. Two bytes are NaN: 127 and 255."""
-
-NAN = 127
-LARGEST_SCALE = 2.0**7
-"""With larger scales, a product may exceed the largest float16: E4M3 numbers reach 448."""
-
-SMALLEST_SCALE = 2.0**-20
-"""If all scales are smaller, the spacing of float16's smallest numbers, 2**-24, is too large beside the products."""
+BYTES = np.arange(256, dtype=np.uint8)
+NAN = 127  # of E4M3; 255 is NaN too
+ROWS = 256  # that are checked at once
+LARGEST_SCALE = 2.0**119
+"""With larger scales, a product may exceed the largest float32: E4M3 numbers reach 448."""
 
 
 def block_size(config: JsonObject) -> tuple[int, int]:
@@ -95,29 +101,49 @@ def scale_values(scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     Raises
     ------
     ValueError
-        A scale is not finite.
+        A scale is not finite, or so large that a weight would not be.
     """
     values = (powers_of_two(scale) if scale.dtype == np.uint8 else scale).astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("got a scale that is not finite, expected finite values")
+    if np.abs(values).max(initial=0) > LARGEST_SCALE:
+        raise ValueError(f"got a scale of {np.abs(values).max()}, expected at most {LARGEST_SCALE}")
     return values
 
 
-def held_dtype(scales: npt.NDArray[np.float32]) -> np.dtype[Any]:
-    """The dtype in which a matrix with these scales is held: float16, or float32 if float16 has not enough range."""
-    largest = float(np.abs(scales).max(initial=0))
-    return np.dtype(np.float16 if SMALLEST_SCALE <= largest <= LARGEST_SCALE else np.float32)
+def by_rows(
+    scales: npt.NDArray[np.float32], shape: tuple[int, int], block: tuple[int, int]
+) -> tuple[npt.NDArray[np.float32], int]:
+    """``(scales [N, ceil(K / scale_k)], scale_k)``: the scales of each row of a matrix ``shape``."""
+    n, k = shape
+    kind = kind_of(shape, scales.shape, block)
+    if kind == "block":
+        return np.repeat(scales, block[0], axis=0)[:n], block[1]
+    return np.ascontiguousarray(np.broadcast_to(scales.reshape(-1, 1), (n, 1))), k
+
+
+def check_elements(weight: npt.NDArray[Any]) -> None:
+    """Refuse weights that are NaN.
+
+    Raises
+    ------
+    ValueError
+    """
+    for begin in range(0, len(weight) if weight.dtype == FP8 else 0, ROWS):
+        found = weight[begin : begin + ROWS].view(np.uint8) & NAN == NAN
+        if found.any():
+            row, column = np.argwhere(found)[0]
+            raise ValueError(f"got NaN at [{begin + row}, {column}], expected finite values")
 
 
 def dequantize(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], block: tuple[int, int], dtype: npt.DTypeLike
+    weight: npt.NDArray[Any], scales: npt.NDArray[np.float32], block: tuple[int, int], dtype: npt.DTypeLike
 ) -> npt.NDArray[Any]:
     """The matrix, ``[N, K]``, each element rounded once to ``dtype``.
 
     Parameters
     ----------
-    codes : uint8 ``[N, K]``
-        The weight's bytes.
+    weight : float8_e4m3fn or int8 ``[N, K]``
     scales : float32
         Of a shape that :func:`kind_of` knows.
     block : (int, int)
@@ -128,10 +154,9 @@ def dequantize(
     ValueError
         A weight is NaN.
     """
-    if (codes & NAN == NAN).any():
-        row, column = np.argwhere(codes & NAN == NAN)[0]
-        raise ValueError(f"got NaN at [{row}, {column}], expected finite values")
-    n, k = codes.shape
+    check_elements(weight)
+    n, k = weight.shape
+    values, codes = BYTES.view(weight.dtype).astype(np.float32), weight.view(np.uint8)
     kind = kind_of((n, k), scales.shape, block)
     rows, columns = {"tensor": (n, k), "channel": (1, k)}.get(str(kind), block)
     grid = scales.reshape(-(-n // rows), -(-k // columns))
@@ -141,6 +166,6 @@ def dequantize(
         for j, scale in enumerate(line):
             part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
             with np.errstate(over="ignore", invalid="ignore"):
-                products = (VALUES * scale).astype(dtype)
+                products = (values * scale).astype(dtype)
             matrix[part] = products[codes[part]]
     return matrix
