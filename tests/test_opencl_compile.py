@@ -1,4 +1,4 @@
-"""``tools/compile_kernels.py`` compiles one variant of every ``.cl`` file for every target."""
+"""``tools/compile_kernels.py`` compiles one variant of every ``.cl`` file for its targets, sm_90 excepted."""
 
 import importlib.util
 from pathlib import Path
