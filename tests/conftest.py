@@ -112,6 +112,31 @@ def opencl_backend(request):
     return backend_called(request.param)
 
 
+@pytest.fixture(scope="session")
+def built_programs():
+    """Programs of :func:`shared_programs`, by context, device, source and options."""
+    return {}
+
+
+@pytest.fixture
+def shared_programs(built_programs, monkeypatch):
+    """Backends of one context do not compile a program again that another of them has compiled from the same source.
+
+    For tests that make a backend as a new process would: what it remembers is new, what the compiler gives is not.
+    """
+    from marlin_cy.opencl.program import ProgramCache
+
+    compile_source = ProgramCache._from_source
+
+    def from_source(programs, file, text, options):
+        key = programs._context, programs._device, text, tuple(options)
+        if key not in built_programs:
+            built_programs[key] = compile_source(programs, file, text, options)
+        return built_programs[key]
+
+    monkeypatch.setattr(ProgramCache, "_from_source", from_source)
+
+
 @pytest.fixture(params=DEVICE_LABELS)
 def device_backend(request):
     """Every backend, OpenCL once for each device: for tests that do not depend on the tier."""

@@ -210,7 +210,8 @@ def test_run_refuses_a_backend_that_is_missing(tmp_path):
 
 @needs_opencl
 def test_run_on_opencl_json(capsys):
-    assert cli.main(["run", "--backend", "opencl", "--json", "--tier", "portable", "--repeat", "2"]) == 0
+    options = "--json", "--tier", "portable", "--repeat", "2", "--tokens", "16"
+    assert cli.main(["run", "--backend", "opencl", *options]) == 0
     report = json.loads(capsys.readouterr().out)
     cpu_keys = {"isa", "threads", "compute_dtype", "read_bandwidth_bytes_per_second"}
     own_keys = {"device", "platform", "driver", "tier", "copy_bandwidth_bytes_per_second"}
@@ -220,7 +221,7 @@ def test_run_on_opencl_json(capsys):
     assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2, 3]
     for layer in report["layers"]:
         assert layer["relative_error"] <= report["error_bound"] == 1e-5
-        assert layer["tokens"] == 128
+        assert layer["tokens"] == 16
         assert 1 <= layer["experts_hit"] <= 8
         assert 0 < layer["kernel_seconds"] <= layer["seconds"]
         assert 0 < layer["device_seconds"] <= layer["seconds"]

@@ -61,14 +61,14 @@ def with_text(monkeypatch, changes, files=None):
 
 
 @pytest.fixture
-def new_backend(device_alone, tmp_path, monkeypatch):
+def new_backend(device_alone, shared_programs, tmp_path, monkeypatch):
     """A function that makes a backend with kernels that have faults, as a new process would."""
-    with_text(monkeypatch, {STORE: FAULTS})
+    with_text(monkeypatch, {STORE: FAULTS}, [file for file in program.kernel_files() if file.startswith("gemm")])
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "cache"))
 
     def make():
         monkeypatch.setattr(verdicts, "_memories", {})
-        return OpenClBackend(device=device_alone.device, tier=device_alone.tier.name)
+        return OpenClBackend(context=device_alone.context, device=device_alone.device, tier=device_alone.tier.name)
 
     return make
 

@@ -116,7 +116,7 @@ def test_two_models_on_one_device(device_alone):
     tokens = dict.fromkeys(range(len(PROMPTS)), ())
 
     def text_of(number):
-        return tuple(piece.tokens for piece in models[number].generate(PROMPTS[number], max_new_tokens=12))
+        return tuple(piece.tokens for piece in models[number].generate(PROMPTS[number], max_new_tokens=6))
 
     alone = {number: text_of(number) for number in tokens}
     turns = threading.Barrier(len(models))

@@ -313,7 +313,7 @@ class TestRoute:
     @pytest.mark.parametrize("scoring", SCORINGS)
     @pytest.mark.parametrize(("experts", "groups"), [(5, 1), (100, 1), (100, 10)])
     @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf], [0, np.inf], "all -inf", "all nan"])
-    @pytest.mark.sampled(24)
+    @pytest.mark.sampled(12)
     def test_bad_logits(self, device, rng, bad, experts, groups, scoring, corrected):
         """The row has ids 0, 1, 2, ... and weights of NaN, as on the CPU; other rows do not change."""
         if scoring == "sparsemixer":  # has neither

@@ -100,6 +100,7 @@ class TestActivations:
             result, bound = result[:, order], bound[:, order]
         assert_close(prepared(device, rows, activation, order=order), result, bound)
 
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("prepared_type", [FLOAT16_ROWS, PLANES])
     def test_rows_of_other_kinds(self, device, rng, activation, prepared_type):
         rows = rng.standard_normal((7, parts_of(activation) * 96)).astype(np.float32)
@@ -108,6 +109,7 @@ class TestActivations:
         step = 2.0**-11 * np.abs(result) + 2.0**-37 * largest if prepared_type == FLOAT16_ROWS else largest / 65000
         assert_close(prepared(device, rows, activation, prepared_type), result, bound + step)
 
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("at", [3, 96 + 3])
     @pytest.mark.parametrize("ordered", [False, True])
     def test_a_nan_stays_one(self, device, rng, activation, at, ordered):

@@ -17,7 +17,7 @@ from marlin_cy.errors import MarlinError
 from marlin_cy.moe.align import moe_align_block_size
 
 pytest.importorskip("pyopencl")
-from opencl_devices import DEVICES
+from opencl_devices import DEVICES, runtime_of
 from problems import random_problem
 
 from marlin_cy.opencl import tuned as results
@@ -31,11 +31,12 @@ SHAPE = tuning.Shape(k=512, n=16, experts=2, group_size=128, top_k=1)
 
 
 @pytest.fixture
-def new_backend(tmp_path, monkeypatch):
+def new_backend(shared_programs, tmp_path, monkeypatch):
     """A function that makes a backend whose results lie in a folder of the test's."""
     monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "cache"))
     # Device 0 whatever the environment says; every device has this tier.
-    return lambda: get_backend("opencl", device=DEVICES[0], tier="portable")
+    context = runtime_of(DEVICES[0]).context
+    return lambda: get_backend("opencl", device=DEVICES[0], context=context, tier="portable")
 
 
 @pytest.fixture
