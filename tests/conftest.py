@@ -1,6 +1,7 @@
 """Fixtures that the tests share: printed seeds, and the backends, instruction sets and precisions to run on."""
 
 import functools
+import gc
 import os
 import re
 import sys
@@ -38,6 +39,17 @@ os.environ.setdefault("MARLIN_CY_CACHE_DIR", "")
 # PoCL, an OpenCL driver for CPUs, compiles without its optimiser, which would take three quarters of the time of the
 # OpenCL tests. A variable that is set is kept: with `POCL_EXTRA_BUILD_FLAGS= pytest`, PoCL compiles as for users.
 os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep the garbage collector from the million objects of modules and items, which live as long as the run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -163,10 +175,31 @@ def cpu_backend():
     return backend_called("cpu")
 
 
-@pytest.fixture(params=[name for name, isa in ISAS.items() if isa["available"]])
+@pytest.fixture
+def quick_bandwidth(monkeypatch):
+    """A bandwidth that costs nothing to measure: 10 GB/s. For a process of its own, there is ``quick_command.py``."""
+    monkeypatch.setattr("marlin_cy.cpu.measure._bandwidth.read_bandwidth", lambda num_threads: 10e9)
+
+
+AVAILABLE_ISAS = [name for name, isa in ISAS.items() if isa["available"]]
+
+
+@pytest.fixture(params=AVAILABLE_ISAS)
 def isa(request):
     """Every instruction set that this machine runs; ``test_dispatch.py`` skips, with the reason, for each other."""
     return request.param
+
+
+@pytest.fixture
+def on_every_isa(cpu_backend):
+    """``on_every_isa(**options)``: a context on each instruction set, for tests whose reference takes the most time."""
+
+    def contexts(**options):
+        for name in AVAILABLE_ISAS:
+            print(f"isa {name}")
+            yield cpu_backend.new_context(isa=name, **options)
+
+    return contexts
 
 
 @pytest.fixture(params=["int16", "int8"])

@@ -21,6 +21,7 @@ from language_models import (
     save_tensors,
 )
 from safetensors.torch import load_file
+from written_once import written_once
 
 from marlin_cy.formats.compressed_tensors import pack_compressed
 from marlin_cy.weights.canonical import unpack_words
@@ -227,6 +228,7 @@ def new_model(model_type, seed=0, **changes):
     return model
 
 
+@written_once
 def write_family(folder, model_type, *, method="gptq", module_names=False, kept=(), also=(), rename=None, **changes):
     """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both.
 

@@ -11,6 +11,7 @@ import struct
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from written_once import written_once
 
 # For each type: (place of the float16 d, place of the float16 m or dmin, its ratio to d for values around 0).
 SCALES = {
@@ -51,8 +52,8 @@ def random_blocks(rng, kind, shape, std=0.1):
 
 
 def values_of(data, kind):
-    """float32: the values of blocks, by the package gguf."""
-    return gguf.quants.dequantize(data, Type[kind])
+    """float32: the values of blocks, by the package gguf, which takes long for many short rows."""
+    return gguf.quants.dequantize(data.reshape(1, -1), Type[kind]).reshape(*data.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,6 +126,7 @@ class Entry:
         return self if self.data is not None else Entry(self.values[:, columns])
 
 
+@written_once
 def write_gguf_model(folder, model_type, kind="Q4_0", *, kinds=(), seed=0, edit=None, split=False, **changes):
     """Write ``folder / "model.gguf"`` and ``folder / "dense"``, a checkpoint of transformers; returns both.
 

@@ -14,6 +14,7 @@ import transformers
 from checkpoint_files import random_tensors
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from written_once import written_once
 
 from marlin_cy.formats import gptq
 from marlin_cy.weights.code_types import CODE_TYPES
@@ -89,6 +90,8 @@ CONFIGS = {
     },
 }
 NOT_QUANTISED = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d|in_proj_(a|b|ba)|router|visual)\.weight$")
+WITH_QUANTISED_HEAD = re.compile(r"embed_tokens|norm|gate\.weight")
+"""What is not quantised of a model whose head is."""
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -146,11 +149,22 @@ def write_large(folder, *, layers, experts):
     return (folder / "model.safetensors").stat().st_size
 
 
-def write_model(folder, model_type, *, dtype=torch.float32, seed=0, gain=2.0, kept=(), **changes):
+@written_once
+def write_model(
+    folder,
+    model_type,
+    *,
+    dtype=torch.float32,
+    seed=0,
+    gain=2.0,
+    kept=(),
+    not_quantised=NOT_QUANTISED,
+    **changes,
+):
     """Write ``folder / "quantised"`` and ``folder / "dense"``; returns both.
 
-    Tensors whose names contain an entry of ``kept`` are not quantised. ``seed`` and ``gain`` are those of
-    :func:`new_model`.
+    Tensors whose names contain an entry of ``kept``, or a match of ``not_quantised``, are not quantised. ``seed`` and
+    ``gain`` are those of :func:`new_model`.
     """
     dense, quantised = folder / "dense", folder / "quantised"
     new_model(model_type, seed, gain, **changes).to(dtype).save_pretrained(dense)
@@ -163,7 +177,7 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, gain=2.0, ke
             codes, scales, rounded = round_to_mxfp4(tensor.float().numpy())
             packed[f"{name}_blocks"], packed[f"{name}_scales"] = torch.from_numpy(codes), torch.from_numpy(scales)
             tensor = torch.from_numpy(rounded)
-        elif model_type != "gpt_oss" and is_quantised(name, tensor, kept):
+        elif model_type != "gpt_oss" and is_quantised(name, tensor, kept, not_quantised):
             module = name.removesuffix(".weight")
             parts, rounded = round_to_gptq(tensor.float().numpy().T)
             packed |= {f"{module}.{part}": torch.from_numpy(array) for part, array in parts.items()}
@@ -194,8 +208,8 @@ def write_model(folder, model_type, *, dtype=torch.float32, seed=0, gain=2.0, ke
     return quantised, dense
 
 
-def is_quantised(name, tensor, kept):
-    return tensor.ndim == 2 and not NOT_QUANTISED.search(name) and not any(part in name for part in kept)
+def is_quantised(name, tensor, kept, not_quantised):
+    return tensor.ndim == 2 and not not_quantised.search(name) and not any(part in name for part in kept)
 
 
 def load_reference(dense, dtype=torch.float32):

@@ -14,9 +14,14 @@ from problems import activations, random_problem
 
 import marlin_cy
 
-SECONDS = 2
 WRONG = 1 << 22
 """An id so large that memory there is another's."""
+
+
+@pytest.fixture(params=[0.5, pytest.param(2, marks=pytest.mark.sweep)])
+def seconds(request):
+    """How long calls are repeated: for hundreds of them."""
+    return request.param
 
 
 @pytest.fixture
@@ -46,9 +51,9 @@ def changing():
     sys.setswitchinterval(interval)
 
 
-def repeat(call, expected):
+def repeat(call, expected, seconds):
     """Each call computes the expected result or is refused."""
-    end, computed, refused = time.monotonic() + SECONDS, 0, 0
+    end, computed, refused = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         try:
             result = call()
@@ -65,7 +70,7 @@ def products(backend, rng):
     return stack, ctx, activations(rng, 5000, 32)
 
 
-def test_dispatches(cpu_backend, rng, changing):
+def test_dispatches(cpu_backend, rng, changing, seconds):
     stack, ctx, x = products(cpu_backend, rng)
     dispatches = np.array([(row % 2, row, row, 1) for row in range(len(x))], np.int64)
 
@@ -77,11 +82,11 @@ def test_dispatches(cpu_backend, rng, changing):
 
     expected = call()
     changing(dispatches, len(x) // 2, 2)
-    repeat(call, expected)
+    repeat(call, expected, seconds)
 
 
 @pytest.mark.parametrize("changed", ["sorted_token_ids", "expert_ids"])
-def test_vllm(cpu_backend, rng, changing, changed):
+def test_vllm(cpu_backend, rng, changing, changed, seconds):
     """An id of -1 is refused; one that is too large would be padding."""
     stack, ctx, x = products(cpu_backend, rng)
     ids = np.ascontiguousarray(rng.permutation(len(x)), np.int32)
@@ -96,7 +101,7 @@ def test_vllm(cpu_backend, rng, changing, changed):
     expected = call()
     if changed == "expert_ids":
         changing(experts, len(experts) // 2)
-        repeat(call, expected)
+        repeat(call, expected, seconds)
     else:
         twice = ids.copy()
         twice[len(ids) // 2] = ids[0]
@@ -111,13 +116,13 @@ def test_vllm(cpu_backend, rng, changing, changed):
         thread = threading.Thread(target=change)
         thread.start()
         try:
-            repeat(call, expected)
+            repeat(call, expected, seconds)
         finally:
             stop.set()
             thread.join()
 
 
-def test_layer(cpu_backend, rng, changing):
+def test_layer(cpu_backend, rng, changing, seconds):
     gate_up = random_problem(rng, 2, 32, 64, 32).stack(cpu_backend)
     layer = marlin_cy.MoeLayer(gate_up, random_problem(rng, 2, 32, 32, 32).stack(cpu_backend), top_k=2)
     ctx, x = cpu_backend.new_context(num_threads=1), activations(rng, 3000, 32)
@@ -132,10 +137,10 @@ def test_layer(cpu_backend, rng, changing):
 
     expected = call()
     changing(ids, len(x) // 2, 0)
-    repeat(call, expected)
+    repeat(call, expected, seconds)
 
 
-def test_align(rng, changing):
+def test_align(rng, changing, seconds):
     """Of many ids, so that a check of all of them ends long after it has read the one that changes."""
     ids = rng.integers(0, 4, (500_000, 2))
 
@@ -144,10 +149,10 @@ def test_align(rng, changing):
 
     expected = call()
     changing(ids, 250_000, 1)
-    repeat(call, expected)
+    repeat(call, expected, seconds)
 
 
-def test_expert_map(rng, changing):
+def test_expert_map(rng, changing, seconds):
     """An entry that is checked but changed before it is used would name an expert that does not exist."""
     ids = rng.integers(0, 4, (2000, 2))
     expert_map = np.array([1, 0, -1, 2], np.int64)
@@ -169,7 +174,7 @@ def test_expert_map(rng, changing):
     sys.setswitchinterval(1e-6)
     thread.start()
     try:
-        repeat(call, expected)
+        repeat(call, expected, seconds)
     finally:
         stop.set()
         thread.join()

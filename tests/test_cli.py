@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -45,11 +46,16 @@ needs_opencl = pytest.mark.skipif(
 )
 
 
-def start(*arguments, **environment):
+WHOLE_COMMAND = "-m", "marlin_cy"
+QUICK_COMMAND = (str(Path(__file__).with_name("quick_command.py")),)
+"""The command without its measurement of bandwidth."""
+
+
+def start(*arguments, command=WHOLE_COMMAND, **environment):
     """The command in a process of its own, with colours neither asked for nor forbidden."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")}
     return subprocess.run(
-        [sys.executable, "-m", "marlin_cy", *arguments],
+        [sys.executable, *command, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -66,12 +72,6 @@ def assert_refused(code, captured, *words):
     assert "Traceback" not in captured[1]
     for word in words:
         assert word in captured[1]
-
-
-@pytest.fixture
-def quick_bandwidth(monkeypatch):
-    """A bandwidth that costs nothing to measure: 10 GB/s."""
-    monkeypatch.setattr("marlin_cy.cpu.measure._bandwidth.read_bandwidth", lambda num_threads: 10e9)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def save_activations(tmp_path):
 
 @pytest.mark.parametrize("compute_dtype", sorted(ERROR_BOUNDS))
 def test_run_built_in_json(compute_dtype):
-    done = start("run", "--json", "--compute-dtype", compute_dtype)
+    done = start("run", "--json", "--compute-dtype", compute_dtype, command=QUICK_COMMAND)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     report = json.loads(done.stdout)
@@ -325,7 +325,7 @@ def test_reader_that_has_gone():
     os.close(read_end)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "marlin_cy", "doctor", "--json"],
+            [sys.executable, *QUICK_COMMAND, "doctor", "--json"],
             stdout=write_end,
             stderr=subprocess.PIPE,
             text=True,
@@ -359,7 +359,7 @@ def test_doctor_json():
 
 
 def test_doctor_tables():
-    done = start("doctor", OMP_NUM_THREADS="1")
+    done = start("doctor", command=QUICK_COMMAND, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert ESCAPE not in done.stdout
     for words in ("CPU", "threads", "OpenMP", "memory read, one thread", "transparent huge pages", "backend", "numpy"):

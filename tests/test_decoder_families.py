@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 is not installed")
 
 import language_models  # noqa: E402
-from language_models import logits_in_float64, write_model  # noqa: E402
+from language_models import WITH_QUANTISED_HEAD, logits_in_float64, write_model  # noqa: E402
 
 TOKENS = np.random.default_rng(1).integers(1, language_models.VOCABULARY, 40)
 RELATIVE_ERROR = 1e-12
@@ -156,21 +156,18 @@ def test_layers_that_are_not_quantised(tmp_path, model_type, kept):
         assert isinstance(plan.layers[0].ffn.gate, DenseLinear)
 
 
-def test_narrow_projections_that_are_quantised(tmp_path, monkeypatch):
+def test_narrow_projections_that_are_quantised(tmp_path):
     """The widths of linear attention's b and a are not multiples of what a backend takes, so they are unpacked."""
-    monkeypatch.setattr(
-        language_models, "NOT_QUANTISED", re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d)\.weight$")
-    )
-    plan = assert_same_logits(*write_model(tmp_path, "qwen3_next"))
+    kept = re.compile(r"(lm_head|embed_tokens|norm|gate|conv1d)\.weight$")
+    plan = assert_same_logits(*write_model(tmp_path, "qwen3_next", not_quantised=kept))
     assert isinstance(plan.layers[0].mixer.b, DenseLinear)
 
 
-def test_heads(tmp_path, monkeypatch):
+def test_heads(tmp_path):
     """A tied head is the embedding itself; a head may be quantised."""
     plan = assert_same_logits(*write_model(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True))
     assert plan.head.weight is plan.embedding
-    monkeypatch.setattr(language_models, "NOT_QUANTISED", re.compile(r"embed_tokens|norm|gate\.weight"))
-    plan = assert_same_logits(*write_model(tmp_path / "quantised", "qwen3_moe"))
+    plan = assert_same_logits(*write_model(tmp_path / "quantised", "qwen3_moe", not_quantised=WITH_QUANTISED_HEAD))
     assert not isinstance(plan.head, DenseLinear)
 
 

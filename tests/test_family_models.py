@@ -3,6 +3,8 @@
 The references are transformers' own classes with the same rounded weights, dense.
 """
 
+import functools
+
 import numpy as np
 import pytest
 from asserts import relative_error
@@ -39,6 +41,18 @@ def without_gradients():
         yield
 
 
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """``family(model_type)``: the folder of its quantised model, and the same weights dense by transformers."""
+
+    @functools.cache
+    def written(model_type):
+        quantised, dense = write_family(tmp_path_factory.mktemp(model_type), model_type)
+        return quantised, load_reference(dense)
+
+    return written
+
+
 def blocks_of(model):
     """``{layer: (module, block)}``: the smallest module around each layer's experts that routes."""
     found = {}
@@ -55,9 +69,9 @@ def error_of(actual, expected):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_by_transformers(tmp_path, model_type):
-    quantised, dense = write_family(tmp_path, model_type)
-    expected = load_reference(dense)(TOKENS).logits
+def test_by_transformers(family, model_type):
+    quantised, reference = family(model_type)
+    expected = reference(TOKENS).logits
     assert expected.std() > 0.05
     model = load(quantised, num_threads=1)
     assert error_of(model(TOKENS).logits, expected) < RELATIVE_ERROR
@@ -73,10 +87,10 @@ def reference_layer(model_type, block, x):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_each_layer(tmp_path, model_type):
+def test_each_layer(family, model_type):
     """Routing, experts and shared expert of each MoE layer."""
-    quantised, dense = write_family(tmp_path, model_type)
-    blocks = blocks_of(load_reference(dense))
+    quantised, reference = family(model_type)
+    blocks = blocks_of(reference)
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     with open_checkpoint(quantised, num_threads=1) as checkpoint:
         assert checkpoint.moe_layers == sorted(blocks)
@@ -167,9 +181,9 @@ DECODED = [model_type for model_type in CONFIGS if model_type in ARCHITECTURES]
 
 
 @pytest.mark.parametrize("model_type", DECODED)
-def test_by_the_decoder(tmp_path, model_type):
-    quantised, dense = write_family(tmp_path, model_type)
-    expected = load_reference(dense)(TOKENS).logits[0].double().numpy()
+def test_by_the_decoder(family, model_type):
+    quantised, reference = family(model_type)
+    expected = reference(TOKENS).logits[0].double().numpy()
     model = load_model(quantised, num_threads=1, cache_dtype="float32")
     assert relative_error(model.forward(TOKENS[0].numpy(), all_logits=True), expected) < RELATIVE_ERROR
 

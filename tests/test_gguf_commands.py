@@ -93,7 +93,7 @@ def test_perplexity(model, report, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
-def test_bench_and_run(model, report):
+def test_bench_and_run(model, report, quick_bandwidth):
     found = report("bench", model[0], "--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", *ONE_THREAD)
     assert found["decode_tokens_per_second"] > 0
     found = report("run", model[0], "--tokens", "1", "--repeat", "1", *ONE_THREAD)

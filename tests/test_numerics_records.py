@@ -12,9 +12,14 @@ ROWS = (1, 2, 5, 6, 7, 12, 13, 33)
 NEW_KINDS = {kind: options for kind, options in CPU_KINDS.items() if kind not in ("uint4-float16", "e2m1-float16")}
 
 
-def check(backend, isa, compute_dtype, problem, rng, num_threads=2):
+@pytest.fixture
+def check(cpu_backend, rng, on_every_isa, compute_dtype):
+    """``check(problem)``: by every ISA, the product has the reference's bits."""
+    return lambda problem: check_products(problem.stack(cpu_backend), on_every_isa, compute_dtype, problem, rng)
+
+
+def check_products(stack, on_every_isa, compute_dtype, problem, rng):
     """Every number of rows, each by another expert; some rows hold large values, zeros and a NaN."""
-    stack = problem.stack(backend)
     x = activations(rng, max(ROWS), problem.k)
     x[3] = 0
     x[4, ::7] *= 1e4
@@ -23,35 +28,34 @@ def check(backend, isa, compute_dtype, problem, rng, num_threads=2):
     for number, m in enumerate(ROWS):
         dispatches.append((number % problem.num_experts, 0, at, m))
         at += m
-    ctx = backend.new_context(isa=isa, compute_dtype=compute_dtype, num_threads=num_threads)
-    out = np.full((at, problem.n), 7, np.float32)
-    stack.gemm_phase_batched(ctx, x, dispatches, out, problem.k)
     expected = [problem.reference(expert, x, compute_dtype) for expert in range(problem.num_experts)]
-    for expert, _, begin, m in dispatches:
-        assert_same_bits(out[begin : begin + m], expected[expert][:m])
+    for ctx in on_every_isa(compute_dtype=compute_dtype, num_threads=2):
+        out = np.full((at, problem.n), 7, np.float32)
+        stack.gemm_phase_batched(ctx, x, dispatches, out, problem.k)
+        for expert, _, begin, m in dispatches:
+            assert_same_bits(out[begin : begin + m], expected[expert][:m])
 
 
-@pytest.mark.sampled(150)
+@pytest.mark.sampled(75)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (352, 40), (1184, 24)])
 @pytest.mark.parametrize("kind", NEW_KINDS)
-def test_one_level(cpu_backend, isa, compute_dtype, rng, kind, k, n, group_size, g_idx):
-    problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **NEW_KINDS[kind])
-    check(cpu_backend, isa, compute_dtype, problem, rng)
+def test_one_level(check, rng, kind, k, n, group_size, g_idx):
+    check(random_problem(rng, 3, k, n, group_size, g_idx=g_idx, **NEW_KINDS[kind]))
 
 
-@pytest.mark.sampled(60)
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("k", "n"), [(256, 24), (768, 8), (2304, 40)])
 @pytest.mark.parametrize("kind", TWO_LEVEL_KINDS)
-def test_two_levels(cpu_backend, isa, compute_dtype, rng, kind, k, n, group_size):
-    check(cpu_backend, isa, compute_dtype, random_problem(rng, 3, k, n, group_size, **TWO_LEVEL_KINDS[kind]), rng)
+def test_two_levels(check, rng, kind, k, n, group_size):
+    check(random_problem(rng, 3, k, n, group_size, **TWO_LEVEL_KINDS[kind]))
 
 
 @pytest.mark.parametrize("scales", ["float16", "float32_min", "two_level", "two_level_min"])
-def test_groups_of_16(cpu_backend, isa, compute_dtype, rng, scales):
-    check(cpu_backend, isa, compute_dtype, random_problem(rng, 3, 1280, 40, 16, codes="uint8", scales=scales), rng)
+def test_groups_of_16(check, rng, scales):
+    check(random_problem(rng, 3, 1280, 40, 16, codes="uint8", scales=scales))
 
 
 @pytest.mark.parametrize("kind", ["uint8-two_level", "uint4-two_level_min", "uint8-float32", "uint4-float32_min"])

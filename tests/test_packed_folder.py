@@ -397,7 +397,7 @@ assert "config.json" in os.listdir(".")
         with open_checkpoint(tmp_path / "out", verify=True) as checkpoint:
             assert checkpoint.format == "packed"
 
-    def test_run_on_a_packed_folder(self, packed, capsys):
+    def test_run_on_a_packed_folder(self, packed, capsys, quick_bandwidth):
         assert main(["run", str(packed), "--tokens", "2", "--repeat", "1", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["ok"]
 

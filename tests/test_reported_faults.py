@@ -132,7 +132,7 @@ def test_layers_beyond_the_last(tmp_path):
 # Parts that are not quantised, tensors without a meaning, defaults
 
 
-def test_shared_expert_that_is_not_quantised(tmp_path, capsys):
+def test_shared_expert_that_is_not_quantised(tmp_path, capsys, quick_bandwidth):
     quantised, dense = write_family(tmp_path, "qwen3_5_moe_text", method="compressed-tensors", kept=["shared_expert"])
     assert_right(quantised, dense)
     with open_checkpoint(quantised) as checkpoint:

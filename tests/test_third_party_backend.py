@@ -98,7 +98,8 @@ class TestThePage:
             line.split() for block in blocks("sh") for line in block.splitlines() if line.startswith("marlin-cy")
         ]
         assert [command[1] for command in commands] == ["doctor", "run"]
-        doctor, run = (start(abacus, "-m", "marlin_cy", *command[1:]) for command in commands)
+        quick = str(REPOSITORY / "tests" / "quick_command.py")
+        doctor, run = (start(abacus, quick, *command[1:]) for command in commands)
         assert doctor.returncode == run.returncode == 0, doctor.stderr + run.stderr
         assert re.search(r"^abacus +yes", doctor.stdout, re.MULTILINE)
         assert "4 MoE layers on abacus" in run.stdout
@@ -142,6 +143,8 @@ assert np.isfinite(results[0]).all() and (results[0] == results[1]).all()
 import sys
 import marlin_cy
 from marlin_cy import backends, cli
+from marlin_cy.cpu.measure import _bandwidth
+_bandwidth.read_bandwidth = lambda num_threads: 10e9
 assert "abacus" in backends.backend_names()
 marlin_cy.get_backend("cpu")
 assert cli.main(["run", "--backend", "cpu", "--threads", "1", "--repeat", "1", "--json"]) == 0
@@ -351,8 +354,7 @@ class TestCommandLine:
         for text in ("device 7 beads", "3 wires", "99 wires: too wide", "Stored in shelf.json"):
             assert text in out
 
-    def test_doctor(self, capsys, monkeypatch):
-        monkeypatch.setattr("marlin_cy.cpu.measure._bandwidth.read_bandwidth", lambda num_threads: 10e9)
+    def test_doctor(self, capsys, quick_bandwidth):
         assert cli.main(["doctor", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["plugin"] == {"beads": 10}
