@@ -105,7 +105,7 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
             "VocabParallelEmbedding": VocabParallelEmbedding,
         },
         "vllm.model_executor.models": {},
-        "vllm.platforms": {"current_platform": types.SimpleNamespace(is_zen_cpu=lambda: has_own_products)},
+        "vllm.platforms": {"current_platform": types.SimpleNamespace(is_zen_cpu=lambda: False)},
         "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
         "vllm.transformers_utils": {},
         "vllm.transformers_utils.config": {"get_safetensors_params_metadata": lambda *args, **options: {}},
@@ -117,6 +117,7 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
     parts = ("config", "dense", "linear", "experts", "tensors", "expert_weights", "packed_folder")
     for part in parts:
         monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_own_products)
     # A process can define operators only once.
     operators = importlib.import_module(f"{PLUGIN}.operators")
     monkeypatch.setattr(operators, "get_current_vllm_config", lambda: current)

@@ -65,11 +65,11 @@ class DenseMethod:
         return tensor_over(out).to(x.dtype).view(*x.shape[:-1], self._width)
 
 
-class DenseLinearMethod(DenseMethod, UnquantizedLinearMethod):  # type: ignore[misc]
+class DenseLinearMethod(DenseMethod, UnquantizedLinearMethod):
     """How vLLM runs an unquantised linear layer."""
 
 
-class DenseHeadMethod(DenseMethod, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class DenseHeadMethod(DenseMethod, UnquantizedEmbeddingMethod):
     """How vLLM runs an unquantised output layer."""
 
 
@@ -82,5 +82,5 @@ def dense_method(layer: torch.nn.Module, name: str, contexts: Contexts) -> Any:
 
 
 def has_own_products() -> bool:
-    """Whether vLLM multiplies unquantised weights itself: by oneDNN, which its library for AVX2 lacks, or by ZenDNN."""
-    return hasattr(torch.ops._C, "create_onednn_mm_handler") or current_platform.is_zen_cpu()
+    """Whether vLLM multiplies unquantised weights itself: by oneDNN, which it has for AVX512 only, or by ZenDNN."""
+    return bool(torch.cpu._is_avx512_supported()) or current_platform.is_zen_cpu()
