@@ -46,6 +46,16 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
 
 
 class UnquantizedLinearMethod:
+    """vLLM's products of unquantised weights, by PyTorch."""
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+
+class UnquantizedEmbeddingMethod(UnquantizedLinearMethod):
     pass
 
 
@@ -58,8 +68,11 @@ class WeightsMapper:
     pass
 
 
-def install(monkeypatch, additional_config=None, load_format="auto"):
-    """Put the names into ``sys.modules``; returns the plugin's module ``config``, imported anew."""
+def install(monkeypatch, additional_config=None, load_format="auto", has_own_products=False):
+    """Put the names into ``sys.modules``; returns the plugin's module ``config``, imported anew.
+
+    ``has_own_products``: as where vLLM has products of unquantised weights.
+    """
     layers_by_name = {}
     current = types.SimpleNamespace(
         additional_config=additional_config or {},
@@ -88,9 +101,11 @@ def install(monkeypatch, additional_config=None, load_format="auto"):
         f"{layers}.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
         f"{layers}.vocab_parallel_embedding": {
             "ParallelLMHead": ParallelLMHead,
+            "UnquantizedEmbeddingMethod": UnquantizedEmbeddingMethod,
             "VocabParallelEmbedding": VocabParallelEmbedding,
         },
         "vllm.model_executor.models": {},
+        "vllm.platforms": {"current_platform": types.SimpleNamespace(is_zen_cpu=lambda: False)},
         "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
         "vllm.transformers_utils": {},
         "vllm.transformers_utils.config": {"get_safetensors_params_metadata": lambda *args, **options: {}},
@@ -99,9 +114,10 @@ def install(monkeypatch, additional_config=None, load_format="auto"):
         module = types.ModuleType(name)
         module.__dict__.update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    parts = ("config", "linear", "experts", "tensors", "expert_weights", "packed_folder")
+    parts = ("config", "dense", "linear", "experts", "tensors", "expert_weights", "packed_folder")
     for part in parts:
         monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_own_products)
     # A process can define operators only once.
     operators = importlib.import_module(f"{PLUGIN}.operators")
     monkeypatch.setattr(operators, "get_current_vllm_config", lambda: current)

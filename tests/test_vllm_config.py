@@ -59,9 +59,17 @@ def test_which_layers(config):
     found = new_config(config, gptq_dtypes(*(f"{ATTENTION}.{part}_proj" for part in "qkv"), f"{EXPERTS}.0.up_proj"))
     linear, experts = fake_vllm.LinearBase(), fake_vllm.RoutedExperts(moe_config=None, ckpt_down_proj_name="down_proj")
     assert type(found.get_quant_method(linear, f"{ATTENTION}.qkv_proj")).__name__ == "PackedLinearMethod"
-    assert type(found.get_quant_method(linear, f"{ATTENTION}.o_proj")) is fake_vllm.UnquantizedLinearMethod
+    assert type(found.get_quant_method(linear, f"{ATTENTION}.o_proj")).__name__ == "DenseLinearMethod"
     assert type(found.get_quant_method(experts, "model.layers.1.mlp.experts")) is fake_vllm.UnquantizedFusedMoEMethod
     assert found.get_quant_method(fake_vllm.VocabParallelEmbedding(), "model.embed_tokens") is None
+    assert type(found.get_quant_method(fake_vllm.ParallelLMHead(), "lm_head")).__name__ == "DenseHeadMethod"
+
+
+def test_unquantised_layers_that_vllm_multiplies_itself(monkeypatch):
+    """They are left to vLLM."""
+    found = new_config(fake_vllm.install(monkeypatch, has_own_products=True), gptq_dtypes(f"{EXPERTS}.0.up_proj"))
+    method = found.get_quant_method(fake_vllm.LinearBase(), f"{ATTENTION}.o_proj")
+    assert type(method) is fake_vllm.UnquantizedLinearMethod
     assert found.get_quant_method(fake_vllm.ParallelLMHead(), "lm_head") is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -21,6 +21,7 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.registry import FILES, scheme_of
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.integrations.modules import Contexts
+from marlin_cy.integrations.vllm.dense import dense_method
 from marlin_cy.integrations.vllm.experts import PackedExpertsMethod
 from marlin_cy.integrations.vllm.linear import PackedLinearMethod
 from marlin_cy.integrations.vllm.packed_folder import (
@@ -166,12 +167,13 @@ class VllmConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         names = self._names(prefix)
-        if not any(name in self.modules for name in names):
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        is_quantised = any(name in self.modules for name in names)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
-            if isinstance(layer, VocabParallelEmbedding):
+            if is_quantised and isinstance(layer, VocabParallelEmbedding):
                 raise refused(prefix, "quantised embeddings are not supported in vLLM")
             return None
+        if not is_quantised:
+            return dense_method(layer, prefix, contexts(**options()))
         return self._linear_method(prefix, names)
 
     def _linear_method(self, prefix: str, names: list[str]) -> Any:
