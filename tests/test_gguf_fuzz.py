@@ -1,6 +1,6 @@
 """Damaged GGUF files: a CheckpointError, an UnsupportedError, or a model that loads; nothing else.
 
-The default run tries some hundred, ``-m sweep`` 5,000.
+The default run tries some hundred, ``-m sweep`` 10,000.
 """
 
 import itertools
@@ -115,7 +115,7 @@ MODELS = {
     ),
 }
 KINDS = ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL", "F16")
-SAMPLES, SWEEP, PART = 240, 5_000, 500
+SAMPLES, SWEEP, PART = 240, 10_000, 500
 
 
 def model(arch):
