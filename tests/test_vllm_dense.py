@@ -1,8 +1,5 @@
 """Unquantised layers in the plugin of vLLM, with a stand-in for vLLM; and process groups, with PyTorch's own."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -75,33 +72,3 @@ def test_other_dtypes_are_left_to_vllm(method, rng, monkeypatch, dtype):
     method.process_weights_after_loading(layer)
     monkeypatch.setattr(method, "compute", never)
     assert torch.equal(method.apply(layer, x), torch.nn.functional.linear(x, layer.weight))
-
-
-GROUPS = """
-import os
-import torch
-import torch.distributed as distributed
-from marlin_cy.integrations.vllm.groups import share_threads
-
-def loops():
-    names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
-    return names.count("gloo_tcp_loop")
-
-share_threads()
-share_threads()
-distributed.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
-groups = [distributed.new_group([0], backend="gloo") for _ in range(4)]
-x = torch.arange(3)
-for group in (None, *groups):
-    distributed.all_reduce(x, group=group)
-    distributed.barrier(group)
-print(loops(), x.tolist())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
-def test_process_groups_share_a_thread(tmp_path):
-    """Groups of one process work, and have one thread that waits for messages."""
-    code = GROUPS.replace("{file}", str(tmp_path / "store"))
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert found.stdout.split("\n")[0] == "1 [0, 1, 2]"

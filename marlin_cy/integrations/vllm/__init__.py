@@ -6,7 +6,6 @@
                                           ├── linear.py     linear layers
                                           ├── experts.py    routed experts; expert_weights.py packs them
                                           └── dense.py      unquantised layers, on CPUs without AVX512
-    groups.py   process groups of one process share a thread
     tensors.py  what vLLM's loader hands over               shares.py  this process's part of a weight
 
 vLLM calls :func:`register` in each of its processes, by the entry point ``vllm.general_plugins``.
@@ -43,7 +42,6 @@ def register() -> None:
     warn_if_untested(vllm.__version__)
     try:
         import marlin_cy.integrations.vllm.config  # noqa: F401  registers itself
-        from marlin_cy.integrations.vllm.groups import share_threads
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"vLLM {vllm.__version__} has no place for the plugin of marlin_cy, which is off: {error}. The plugin is "
@@ -51,8 +49,6 @@ def register() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-        return
-    share_threads()
 
 
 def warn_if_untested(version: str) -> None:
