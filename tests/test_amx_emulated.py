@@ -221,6 +221,7 @@ def test_every_number_of_rows(library, rng, m, planes, codes):
         Problem(rng, m, planes, codes, tiles=tiles).check(library)
 
 
+@pytest.mark.sampled(240)
 @pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("codes", CODES)
