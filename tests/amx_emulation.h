@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct {
     int configured;
@@ -83,6 +84,9 @@ static inline void amx_dpbssd(int c, int a, int b)
             memcpy(amx.data[c][m] + 4 * n, &sum, sizeof sum);
         }
 }
+
+/* The operating system permits the use of AMX. */
+#define syscall(...) 0
 
 #undef _tile_loadd
 #undef _tile_stored

@@ -1,5 +1,6 @@
 """Fixtures that the tests share: printed seeds, and the backends, instruction sets and precisions to run on."""
 
+import ctypes
 import functools
 import gc
 import os
@@ -13,6 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tests start more than a hundred Python processes. Without bytecode, each would compile the package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Instruction sets that this machine emulates, a library that emulated.sh compiles. It is loaded before the package, so
+# that the package takes these kernels instead of its own of the same names.
+EMULATED_PATH = os.environ.get("MARLIN_CY_TEST_EMULATED")
+EMULATED = ctypes.CDLL(EMULATED_PATH, ctypes.RTLD_GLOBAL) if EMULATED_PATH else None
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -24,6 +29,7 @@ SEED_VARIABLE = "MARLIN_CY_TEST_SEED"
 # The name of the only backend to test, such as a backend of another package.
 BACKEND_VARIABLE = "MARLIN_CY_TEST_BACKEND"
 ISAS = {isa["name"]: isa for isa in cpu.dispatch_report()["isas"]}
+assert EMULATED is None or ISAS["amx"]["reason"] == "emulated by the tests", "the package has not taken the emulation"
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import EMULATED
+
 from marlin_cy.cpu import _dispatch
 from marlin_cy.cpu._dispatch import KernelTable
 from marlin_cy.cpu._workspace import Workspace
@@ -38,8 +40,10 @@ def build_library(folder, *sources, emulated=()):
 
 
 def emulated_amx_library(folder):
-    """The kernels of AMX on the emulation. They need a CPU with AVX-512 VNNI, whose kernels AMX inherits."""
-    return build_library(folder, emulated=[UKERNELS / "amx.c"])
+    """The kernels of AMX on the emulation. They need AVX-512 VNNI, whose kernels AMX inherits: of the CPU, or emulated
+    for all tests by ``emulated.sh``, which emulates AMX too.
+    """
+    return EMULATED or build_library(folder, emulated=[UKERNELS / "amx.c"])
 
 
 def kernel_table(library, name):

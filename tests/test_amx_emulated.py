@@ -1,9 +1,9 @@
-"""The AMX kernels on machines without AMX: compiled against ``amx_emulation.h``.
+"""The kernels of AVX-512, and those of AMX on machines without AMX: compiled against ``amx_emulation.h``.
 
 Their results are compared with those of the generic kernels, task by task. ``test_numerics_cpu.py`` compares the
 generic kernels with the reference, and AMX itself if the machine has it. Each array of a task ends at a page that
 cannot be read, so that a read past the end crashes. Other tests let the framework make the tasks, whose rows must be
-consecutive.
+consecutive. On machines without AVX-512, ``emulated.sh`` runs these tests.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ if sys.platform != "linux":
 if COMPILER is None:
     pytest.skip("no C compiler", allow_module_level=True)
 if not ISAS.get("avx512vnni", {"available": False})["available"]:
-    pytest.skip("AMX inherits kernels of AVX-512, which this machine lacks", allow_module_level=True)
+    pytest.skip("AMX inherits kernels of AVX-512, which this machine lacks: use emulated.sh", allow_module_level=True)
 
 
 class Task(ctypes.Structure):
@@ -203,20 +203,25 @@ class Problem:
         return result
 
     def check(self, library):
-        amx, generic = own_kernels(library, "amx"), own_kernels(library, "generic")
+        generic = own_kernels(library, "generic")
         expected = self.result(generic)
+        added = self.result(generic, expected)
         assert np.isnan(expected).any(axis=1).sum() == 1
-        assert_same_bits(self.result(amx), expected)
-        assert_same_bits(self.result(amx, expected), self.result(generic, expected))
+        for isa in "avx512vnni", "amx":
+            kernels = own_kernels(library, isa)
+            assert_same_bits(self.result(kernels), expected)
+            assert_same_bits(self.result(kernels, expected), added)
 
 
 @pytest.mark.parametrize("m", range(1, MAX_MC + 1))
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("codes", CODES)
 def test_every_number_of_rows(library, rng, m, planes, codes):
-    Problem(rng, m, planes, codes).check(library)
+    for tiles in 1, 2:
+        Problem(rng, m, planes, codes, tiles=tiles).check(library)
 
 
+@pytest.mark.sampled(240)
 @pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("codes", CODES)
@@ -237,8 +242,10 @@ def test_every_scale_record(library, rng, scales, planes, codes, group_size):
     row, record = CODES_BY_NUMBER[codes], RECORDS_BY_NUMBER[scales]
     if group_size < row.min_group or (record.has_minimum and not row.has_zero_points):
         pytest.skip("the code type has no such weights")
-    for m in (3, 16, 37):
-        Problem(rng, m, planes, codes, group_sizes=(group_size,) * (512 // group_size), scales=scales).check(library)
+    for tiles in 1, 2:
+        for m in 1, 3, 16, 37:
+            groups = (group_size,) * (512 // group_size)
+            Problem(rng, m, planes, codes, tiles=tiles, group_sizes=groups, scales=scales).check(library)
 
 
 @pytest.mark.parametrize("planes", [1, 2])

@@ -34,10 +34,8 @@
 
 #include "zmm.h"
 
-#define TARGET __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
-#define KERNEL                                  \
-    static inline __attribute__((always_inline, \
-                                 target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define TARGET __attribute__((target("amx-tile,amx-int8," ZMM_TARGET)))
+#define KERNEL static inline __attribute__((always_inline, target("amx-tile,amx-int8," ZMM_TARGET)))
 
 enum {
     REGISTER_ROWS = 16,                  /* tasks of fewer rows use AVX-512, which unpacks weights in registers */

@@ -16,9 +16,8 @@
 #include "x86.h"
 #include "zmm.h"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
-#define KERNEL \
-    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define TARGET __attribute__((target(ZMM_TARGET)))
+#define KERNEL static inline __attribute__((always_inline, target(ZMM_TARGET)))
 #define ROWOPS KERNEL
 
 enum {
@@ -43,12 +42,6 @@ typedef struct {
  * the first micro-kernel also stores the unpacked weights, and the others load them. The stores cost a tenth of the
  * products (on Zen 4), which is too much for a single other micro-kernel: two micro-kernels unpack separately. */
 enum { UNPACK, UNPACK_AND_KEEP, UNPACKED };
-
-/* Keep a sum in its register: without it GCC copies sums around the loop and stores some of them. */
-#define KEEP(sum) __asm__("" : "+v"(sum))
-
-/* Keep the compiler from dropping the computation of a vector that nothing reads. */
-#define USE(vector) __asm__ volatile("" : : "v"(vector))
 
 /* -symmetric_zero times the sum of a row's activations: the first value of the row's sums. `codes` is a constant, and
  * meta->symmetric_sum is -8 times the sum, so its other multiples are exact. */

@@ -53,6 +53,6 @@ ZMM float lanes_sum(const vec parts[PARTS])
 }
 
 /* Keep a vector in a register: what follows does not load it again. */
-#define KEEP_VEC(v) __asm__("" : "+v"(v))
+#define KEEP_VEC(v) KEEP(v)
 
 #endif

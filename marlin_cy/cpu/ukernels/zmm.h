@@ -6,8 +6,18 @@
 
 #include "ukernel.h"
 
-#define ZMM \
-    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+/* tests/avx512_emulation.h has its own, for machines without AVX-512. */
+#ifndef ZMM_TARGET
+#define ZMM_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"
+
+/* Keep a vector in its register: without it GCC copies sums around the loop and stores some of them. */
+#define KEEP(vector) __asm__("" : "+v"(vector))
+
+/* Keep the compiler from dropping the computation of a vector that nothing reads. */
+#define USE(vector) __asm__ volatile("" : : "v"(vector))
+#endif
+
+#define ZMM static inline __attribute__((always_inline, target(ZMM_TARGET)))
 
 /* Bytes ahead in each of the two streams of packed weights: far ahead into the second-level cache, and near ahead from
  * there into the first. A single prefetch into the first-level cache, 1024 or 3072 bytes ahead, occupies its few miss
@@ -95,8 +105,8 @@ ZMM void add_group(float *sums, __m512i total, __m512 scale, __m512 row_scale)
 
 /* The step that follows with minima: `rows` rows of one tile, which are rows[0], rows[1], ... of `meta`, or its first
  * rows where `rows` is NULL. Not inlined, so that groups without minima keep their registers. */
-static __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))) void add_minima(
-    float *sums, __m512 minimum, const act_meta *meta, const int32_t *rows, int count)
+static __attribute__((noinline, target(ZMM_TARGET))) void add_minima(float *sums, __m512 minimum, const act_meta *meta,
+                                                                     const int32_t *rows, int count)
 {
     for (int r = 0; r < count; r++, sums += PAIR_N) {
         const act_meta *const row = meta + (rows ? rows[r] : r);
