@@ -32,7 +32,7 @@ ELEMENTS = {
     "CACHE": "CACHE_TYPE",
     "WEIGHT": "WEIGHT_TYPE",
 }
-ELEMENT_TYPES = "float", "half", "ushort"
+ELEMENT_TYPES = "float", "half", "ushort", "uchar", "char"
 ADDRESS_SPACES = {
     cl.kernel_arg_address_qualifier.GLOBAL: "global ",
     cl.kernel_arg_address_qualifier.LOCAL: "local ",
