@@ -8,8 +8,8 @@
  *
  * Larger multiplicands, those of 8-bit codes and of IQ4_NL, are in avx2_wide.h.
  *
- * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product. If a
- * group has several 16-bit sums, the 32-bit sums of the earlier ones are in memory.
+ * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product. The 32-bit
+ * sums are in memory, and are updated once for each 16-bit sum.
  */
 #include "isa.h"
 
@@ -33,19 +33,26 @@ KERNEL int blocks_of_16_bits(int codes)
 }
 
 /* rows, planes, source and codes are constants wherever this is inlined. */
-KERNEL void micro_kernel(const group_view *view, const group_header *header, int row, int rows, int planes, int source,
-                         int codes)
+KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
+                         int planes, int source, int codes)
 {
     const __m256i ones = _mm256_set1_epi16(1), by_256 = _mm256_set1_epi16(256);
     const ptrdiff_t blocks = view->blocks, blocks_per_sum = blocks_of_16_bits(codes);
-    const row_place *const places = view->places + row;
-    float *const sums = view->sums + (ptrdiff_t)row * PAIR_N;
+    const int32_t *const indices = task->rows + row;
+    float *sums = view->sums + (ptrdiff_t)row * PAIR_N;
     const int8_t *a[PLANE_ROWS];
-    __m256i total[PLANE_ROWS][2], saved[PLANE_ROWS][2];
+    const act_meta *meta[PLANE_ROWS];
+    __m256i total[PLANE_ROWS][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < rows * planes; i++)
-        a[i] = view->a + places[i / planes].a + i % planes * blocks * LANE_K;
-    for (ptrdiff_t block = 0;; block += blocks_per_sum) {
+    for (int r = 0; r < rows; r++) {
+        const ptrdiff_t index = indices[r];
+        for (int plane = 0; plane < planes; plane++)
+            a[r * planes + plane] = view->a + index * task->a_row_stride + plane * blocks * LANE_K;
+        meta[r] = view->meta + index;
+        total[r][0] = zero_term(header, meta[r], 0, codes);
+        total[r][1] = zero_term(header, meta[r], 1, codes);
+    }
+    for (ptrdiff_t block = 0; block < blocks; block += blocks_per_sum) {
         __m256i sum16[PLANE_ROWS][2];
 #pragma GCC unroll 4
         for (int b = 0; b < blocks_per_sum; b++) {
@@ -59,49 +66,26 @@ KERNEL void micro_kernel(const group_view *view, const group_header *header, int
                     for (int half = 0; half < 2; half++) {
                         __m256i product = _mm256_maddubs_epi16(w[half], x);
                         KEEP(product);
-                        if (b + quad == 0)
-                            sum16[i][half] = product;
-                        else
-                            ADD_16(sum16[i][half], product);
+                        sum16[i][half] = b + quad == 0 ? product : _mm256_add_epi16(sum16[i][half], product);
+                        KEEP(sum16[i][half]);
                     }
                 }
             }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
+        for (int i = 0; i < rows * planes; i++)
             for (int half = 0; half < 2; half++) {
-                total[r][half] = _mm256_madd_epi16(sum16[r * planes][half], planes == 2 ? by_256 : ones);
-                if (planes == 2)
-                    total[r][half] =
-                        _mm256_add_epi32(total[r][half], _mm256_madd_epi16(sum16[r * planes + 1][half], ones));
+                const __m256i weight = planes == 2 && i % 2 == 0 ? by_256 : ones;
+                const __m256i sum32 = _mm256_madd_epi16(sum16[i][half], weight);
+                total[i / planes][half] = _mm256_add_epi32(total[i / planes][half], sum32);
             }
-        if (block) {
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++)
-                for (int half = 0; half < 2; half++)
-                    total[r][half] = _mm256_add_epi32(total[r][half], saved[r][half]);
-        }
-        if (block + blocks_per_sum == blocks)
-            break;
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            for (int half = 0; half < 2; half++)
-                saved[r][half] = total[r][half];
-    }
-    if (header->has_minimum) {
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            add_group(sums + r * PAIR_N, total[r], header, meta_of(view, places[r]), 1);
-        return;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const act_meta *const meta = meta_of(view, places[r]);
-        __m256i terms[2];
-        zero_terms(terms, header, meta, codes);
-        for (int half = 0; half < 2; half++)
-            total[r][half] = _mm256_add_epi32(total[r][half], terms[half]);
-        add_group(sums + r * PAIR_N, total[r], header, meta, 0);
+        const __m256 row_scale = _mm256_set1_ps(meta[r]->scale);
+        for (int half = 0; half < 2; half++, sums += 8)
+            add_group(sums, total[r][half], header->scale[half], row_scale);
+        sums += PAIR_N - TILE_N;
     }
 }
 
@@ -116,17 +100,13 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-YMM_CALL void gemm_iq4(const gemm_task *task, int planes) { gemm_wide(task, planes, CODES_IQ4_NL); }
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_IQ4_NL); }
 
-TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm_iq4(task, 1); }
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_IQ4_NL); }
 
-TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm_iq4(task, 2); }
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_UINT8); }
 
-YMM_CALL void gemm_u8(const gemm_task *task, int planes) { gemm_wide(task, planes, CODES_UINT8); }
-
-TARGET static void gemm_u8_i8(const gemm_task *task) { gemm_u8(task, 1); }
-
-TARGET static void gemm_u8_i16(const gemm_task *task) { gemm_u8(task, 2); }
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_UINT8); }
 
 /* Store 32 values as bytes; each fits a byte. Two levels of saturating packs work within 128-bit halves, so one
  * permutation of 32-bit lanes then restores the order. */

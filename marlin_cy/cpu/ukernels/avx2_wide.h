@@ -37,7 +37,7 @@ KERNEL void join_rows(const gemm_task *task, const group_view *view, int planes)
 {
     const int size = view->blocks * LANE_K;
     for (int r = 0; r < task->m; r++) {
-        const int8_t *const a = view->a + view->places[r].a;
+        const int8_t *const a = view->a + task->rows[r] * task->a_row_stride;
         int16_t *const to = task->scratch->joined + r * MAX_GROUP_K;
         for (int k = 0; k < size; k += 16)
             join_16(to + k / 2, a + k, a + size + k, planes);
@@ -53,18 +53,21 @@ KERNEL __m256i broadcast_pair(const int16_t *joined)
 }
 
 /* rows, source and codes are constants wherever this is inlined. */
-KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, const group_header *header, int row,
+KERNEL void wide_micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row,
                               int rows, int source, int codes)
 {
     const __m256i low_byte = _mm256_set1_epi16(255);
+    const int16_t *const joined = task->scratch->joined + (ptrdiff_t)row * MAX_GROUP_K;
+    const int32_t *const indices = task->rows + row;
     const ptrdiff_t blocks = view->blocks;
-    float *const sums = view->sums + (ptrdiff_t)row * PAIR_N;
+    float *sums = view->sums + (ptrdiff_t)row * PAIR_N;
     const act_meta *meta[WIDE_ROWS];
     __m256i total[WIDE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        meta[r] = meta_of(view, view->places[row + r]);
-        zero_terms(total[r], header, meta[r], codes);
+        meta[r] = view->meta + indices[r];
+        for (int half = 0; half < 2; half++)
+            total[r][half] = zero_term(header, meta[r], half, codes);
     }
     for (ptrdiff_t block = 0; block < blocks; block++) {
 #pragma GCC unroll 2
@@ -78,8 +81,7 @@ KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, con
                     pairs[half] = odd ? _mm256_srli_epi16(w[half], 8) : _mm256_and_si256(w[half], low_byte);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
-                    const __m256i x =
-                        broadcast_pair(joined + (row + r) * MAX_GROUP_K + odd * ODD + 4 * block + 2 * quad);
+                    const __m256i x = broadcast_pair(joined + r * MAX_GROUP_K + odd * ODD + 4 * block + 2 * quad);
                     for (int half = 0; half < 2; half++) {
                         __m256i product = _mm256_madd_epi16(pairs[half], x);
                         KEEP(product);
@@ -90,31 +92,29 @@ KERNEL void wide_micro_kernel(const int16_t *joined, const group_view *view, con
             }
         }
     }
-    if (header->has_minimum) {
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            add_group(sums + r * PAIR_N, total[r], header, meta[r], 1);
-        return;
+    for (int r = 0; r < rows; r++) {
+        const __m256 row_scale = _mm256_set1_ps(meta[r]->scale);
+        for (int half = 0; half < 2; half++, sums += 8)
+            add_group(sums, total[r][half], header->scale[half], row_scale);
+        sums += PAIR_N - TILE_N;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        add_group(sums + r * PAIR_N, total[r], header, meta[r], 0);
 }
 
 KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, const group_header *header, int codes)
 {
     int row = 0, source = task->m <= WIDE_ROWS ? UNPACK : UNPACK_AND_KEEP;
     if (source == UNPACK_AND_KEEP) {
-        wide_micro_kernel(task->scratch->joined, view, header, 0, WIDE_ROWS, UNPACK_AND_KEEP, codes);
+        wide_micro_kernel(task, view, header, 0, WIDE_ROWS, UNPACK_AND_KEEP, codes);
         for (row = WIDE_ROWS; row + WIDE_ROWS <= task->m; row += WIDE_ROWS)
-            wide_micro_kernel(task->scratch->joined, view, header, row, WIDE_ROWS, UNPACKED, codes);
+            wide_micro_kernel(task, view, header, row, WIDE_ROWS, UNPACKED, codes);
     }
-#define REST(rows)                                                                              \
-    case rows:                                                                                  \
-        if (source == UNPACK)                                                                   \
-            wide_micro_kernel(task->scratch->joined, view, header, row, rows, UNPACK, codes);   \
-        else                                                                                    \
-            wide_micro_kernel(task->scratch->joined, view, header, row, rows, UNPACKED, codes); \
+#define REST(rows)                                                             \
+    case rows:                                                                 \
+        if (source == UNPACK)                                                  \
+            wide_micro_kernel(task, view, header, row, rows, UNPACK, codes);   \
+        else                                                                   \
+            wide_micro_kernel(task, view, header, row, rows, UNPACKED, codes); \
         break
     switch (task->m - row) {
         REST(1);
@@ -128,35 +128,30 @@ KERNEL void wide_rows_of_group(const gemm_task *task, const group_view *view, co
 }
 
 /* Both tiles of a group are multiplied before the next group, so that activations are joined once. `known` is a constant:
- * what is known of the task's scale record. A constant record means one row. `planes` need not be a constant. */
+ * what is known of the task's scale record. A constant record means one row. */
 KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
     const ptrdiff_t bytes = task_bytes(task, codes);
     const header_layout layout =
         layout_of_header(known == ANY ? task->scales : known, codes, task->group_blocks * LANE_K);
-    row_place places[MAX_MC];
-    group_view view = {.unpacked = task->scratch->weights, .a = task->a, .meta = task->meta, .places = places};
-    find_rows(places, task);
+    group_view view = {.unpacked = task->scratch->weights, .a = task->a, .meta = task->meta};
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
     for (int g = 0; g < task->num_groups; g++) {
         const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), ahead = begin + PREFETCH_FAR;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        if (planes == 2)
-            join_rows(task, &view, 2);
-        else
-            join_rows(task, &view, 1);
+        join_rows(task, &view, planes);
         for (int t = 0; t < num_tiles; t++) {
             const group_record record = record_of(task->header[t], &layout, g);
-            group_header header;
-            load_header(&header, record, task->scales, codes, known);
+            const group_header header = load_header(record, task->scales, codes, known);
             view.packed = task->body[t] + begin;
             view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
             view.sums = task->scratch->sums + t * TILE_N;
-            if (known != ANY)
-                wide_micro_kernel(task->scratch->joined, &view, &header, 0, 1, UNPACK, codes);
+            if (known >= 0)
+                wide_micro_kernel(task, &view, &header, 0, 1, UNPACK, codes);
             else
                 wide_rows_of_group(task, &view, &header, codes);
+            finish_group(task, &view, record, known);
         }
         view.a += task->a_group_stride;
         view.meta += task->meta_group_stride;
@@ -166,5 +161,8 @@ KERNEL void gemm_wide_records(const gemm_task *task, int planes, int codes, int 
 
 KERNEL void gemm_wide(const gemm_task *task, int planes, int codes)
 {
-    WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
+    if (task->m == 1 && task->scales == SCALES_F16)
+        gemm_wide_records(task, planes, codes, SCALES_F16);
+    else
+        WITH_KNOWN_RECORD(gemm_wide_records, task, planes, codes);
 }

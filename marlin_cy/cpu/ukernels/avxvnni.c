@@ -17,14 +17,14 @@
 enum { PLANE_ROWS = 6 };
 
 /* rows, planes, source and codes are constants wherever this is inlined. */
-KERNEL void micro_kernel(const group_view *view, const group_header *header, int row, int rows, int planes, int source,
-                         int codes)
+KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const group_header *header, int row, int rows,
+                         int planes, int source, int codes)
 {
     const int8_t *a[PLANE_ROWS];
     __m256i sum[PLANE_ROWS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
-        a[i] = view->a + view->places[row + i / planes].a + i % planes * view->blocks * LANE_K;
+        a[i] = view->a + task->rows[row + i / planes] * task->a_row_stride + i % planes * view->blocks * LANE_K;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * planes; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_si256();
@@ -45,19 +45,15 @@ KERNEL void micro_kernel(const group_view *view, const group_header *header, int
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const act_meta *const meta = meta_of(view, view->places[row + r]);
-        __m256i total[2], terms[2];
-        zero_terms(terms, header, meta, codes);
+        const act_meta *meta = view->meta + task->rows[row + r];
         for (int half = 0; half < 2; half++) {
-            total[half] = sum[r * planes][half];
+            __m256i total = sum[r * planes][half];
             if (planes == 2)
-                total[half] = _mm256_add_epi32(_mm256_slli_epi32(total[half], 8), sum[r * planes + 1][half]);
-            total[half] = _mm256_add_epi32(total[half], terms[half]);
+                total = _mm256_add_epi32(_mm256_slli_epi32(total, 8), sum[r * planes + 1][half]);
+            total = _mm256_add_epi32(total, zero_term(header, meta, half, codes));
+            add_group(view->sums + (row + r) * PAIR_N + 8 * half, total, header->scale[half],
+                      _mm256_set1_ps(meta->scale));
         }
-        if (header->has_minimum)
-            add_group(view->sums + (row + r) * PAIR_N, total, header, meta, 1);
-        else
-            add_group(view->sums + (row + r) * PAIR_N, total, header, meta, 0);
     }
 }
 

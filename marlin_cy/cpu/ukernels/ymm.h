@@ -24,10 +24,6 @@ enum {
  * additions into a tree whose products are stored on the stack, and copies sums around the loop. */
 #define KEEP(vector) __asm__("" : "+x"(vector))
 
-/* Add 16-bit integers to a sum in its register. With an intrinsic and KEEP, GCC copies some sums from register to
- * register in every step: 8% more instructions. */
-#define ADD_16(sum, addend) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(addend))
-
 /* Keep the compiler from dropping the computation of a vector that nothing reads. */
 #define USE(vector) __asm__ volatile("" : : "x"(vector))
 
@@ -42,14 +38,10 @@ YMM __m256i broadcast_quad(const int8_t *a)
 /* The terms of a group: scales as floats, divided by units_per_one, and
  *
  *   minus_zero   negated zero points. With zero points of one byte they are pairs (-zero, -256 * zero) of 16 bits, which
- *                vpmaddwd multiplies by act_meta.sum_split
- *   minimum      minima as floats, divided by SYMMETRIC_ZERO. With minima, all zero points are 0
- *   has_zeros    whether the record stores zero points. If not, all are equal, and minus_constant is the negated one */
+ *                vpmaddwd multiplies by act_meta.sum_split */
 typedef struct {
     __m256 scale[2];
     __m256i minus_zero[2];
-    __m256 minimum[2];
-    int has_minimum, has_zeros, minus_constant;
 } group_header;
 
 YMM __m256 load_halves(const uint8_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
@@ -89,6 +81,24 @@ YMM __m256i load_zeros(const uint8_t *from, int half, int codes)
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8 * half)));
 }
 
+/* The terms of a record. */
+YMM group_header load_terms(group_record record, int scales, int codes)
+{
+    group_header h;
+    for (int half = 0; half < 2; half++) {
+        h.scale[half] = load_floats(record.scale, scales, half);
+        if (scale_records[scales].has_blocks)
+            h.scale[half] = _mm256_mul_ps(h.scale[half], load_halves(record.block + 16 * half));
+        if (code_types[codes].units_per_one != 1)
+            h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(unit_scale(codes)));
+        h.minus_zero[half] = minus_zero_of(stores_zeros(scales) ? load_zeros(record.minimum, half, codes)
+                                                                : _mm256_set1_epi32(constant_zero(scales, codes)),
+                                           codes);
+    }
+    return h;
+}
+
+/* The minima of half of the columns as floats, divided by SYMMETRIC_ZERO. */
 YMM __m256 load_minima(group_record record, int scales, int half)
 {
     __m256 minimum = load_floats(record.minimum, scales, half);
@@ -97,73 +107,36 @@ YMM __m256 load_minima(group_record record, int scales, int half)
     return _mm256_mul_ps(minimum, _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
 }
 
-/* The terms of a record. */
-YMM group_header load_terms(group_record record, int scales, int codes)
-{
-    group_header h = {
-        .has_minimum = scale_records[scales].has_minimum,
-        .has_zeros = stores_zeros(scales),
-        .minus_constant = -constant_zero(scales, codes),
-    };
-    for (int half = 0; half < 2; half++) {
-        h.scale[half] = load_floats(record.scale, scales, half);
-        if (scale_records[scales].has_blocks)
-            h.scale[half] = _mm256_mul_ps(h.scale[half], load_halves(record.block + 16 * half));
-        if (code_types[codes].units_per_one != 1)
-            h.scale[half] = _mm256_mul_ps(h.scale[half], _mm256_set1_ps(unit_scale(codes)));
-        h.minus_zero[half] = minus_zero_of(
-            h.has_zeros ? load_zeros(record.minimum, half, codes) : _mm256_set1_epi32(-h.minus_constant), codes);
-        if (h.has_minimum)
-            h.minimum[half] = load_minima(record, scales, half);
-    }
-    return h;
-}
-
 /* What a driver knows of a task's scale record while it is compiled: that it is one of the two plain ones, nothing, or,
  * for a task of one row, the record itself. A task of one row loads terms for each step of its micro-kernel, so there
  * constants count. */
 enum { PLAIN = -1, ANY = -2 };
 
-/* The terms of the rarer records. Each case has straight-line code. */
 YMM_CALL void load_any(group_header *h, group_record record, int scales, int codes)
 {
-#define CASE(scales) \
-    case scales: *h = load_terms(record, scales, codes); break
-    switch (scales) {
-        CASE(SCALES_F32);
-        CASE(SCALES_F16_MIN);
-        CASE(SCALES_F32_MIN);
-        CASE(SCALES_TWO_LEVEL);
-        CASE(SCALES_TWO_LEVEL_MIN);
-    }
-#undef CASE
+    *h = load_terms(record, scales, codes);
 }
 
 /* `known` is a constant: PLAIN, ANY, or `scales` itself. */
-YMM void load_header(group_header *h, group_record record, int scales, int codes, int known)
+YMM group_header load_header(group_record record, int scales, int codes, int known)
 {
-    if (known >= 0)
-        *h = load_terms(record, known, codes);
-    else if (known == ANY && scales != SCALES_F16 && scales != SCALES_BF16)
-        load_any(h, record, scales, codes);
-    else if (scales == SCALES_F16)
-        *h = load_terms(record, SCALES_F16, codes);
-    else
-        *h = load_terms(record, SCALES_BF16, codes);
+    group_header h;
+    if (known == ANY) {
+        load_any(&h, record, scales, codes);
+        const group_header copy = h;
+        return copy;
+    }
+    if (known == PLAIN)
+        return scales == SCALES_BF16 ? load_terms(record, SCALES_BF16, codes) : load_terms(record, SCALES_F16, codes);
+    return load_terms(record, known, codes);
 }
 
-/* Minus the zero points of both halves times the sum of a row's activations. */
-YMM void zero_terms(__m256i terms[2], const group_header *h, const act_meta *meta, int codes)
+/* Minus the zero points of a half times the sum of a row's activations. */
+YMM __m256i zero_term(const group_header *h, const act_meta *meta, int half, int codes)
 {
-    const int32_t sum = -(meta->symmetric_sum >> 3); /* symmetric_sum is -8 times the sum */
-    if (code_types[codes].zero_bytes == 1)
-        for (int half = 0; half < 2; half++)
-            terms[half] = _mm256_madd_epi16(h->minus_zero[half], _mm256_set1_epi32(meta->sum_split));
-    else if (h->has_zeros)
-        for (int half = 0; half < 2; half++)
-            terms[half] = _mm256_mullo_epi32(h->minus_zero[half], _mm256_set1_epi32(sum));
-    else
-        terms[0] = terms[1] = _mm256_set1_epi32(sum * h->minus_constant);
+    if (code_types[codes].zero_bytes == 2) /* symmetric_sum is -8 times the sum */
+        return _mm256_mullo_epi32(h->minus_zero[half], _mm256_set1_epi32(-(meta->symmetric_sum >> 3)));
+    return _mm256_madd_epi16(h->minus_zero[half], _mm256_set1_epi32(meta->sum_split));
 }
 
 /* Multiplicands from nibbles, one byte each. `codes` is a constant. */
@@ -175,17 +148,6 @@ YMM __m256i weights_of(__m256i nibbles, int codes)
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles);
 }
 
-/* Where a row of a task is, in bytes from row 0 of any group. */
-typedef struct {
-    ptrdiff_t a, meta;
-} row_place;
-
-YMM void find_rows(row_place *places, const gemm_task *task)
-{
-    for (int r = 0; r < task->m; r++)
-        places[r] = (row_place){task->rows[r] * task->a_row_stride, task->rows[r] * (ptrdiff_t)sizeof(act_meta)};
-}
-
 /* One group of one tile, as the micro-kernel sees it. */
 typedef struct {
     const uint8_t *packed; /* its blocks */
@@ -194,14 +156,8 @@ typedef struct {
     int blocks;
     const int8_t *a;
     const act_meta *meta;
-    const row_place *places; /* of the task's rows, in a and meta */
-    float *sums;             /* the tile's first column in row 0 of the task's sums */
+    float *sums; /* the tile's first column in row 0 of the task's sums */
 } group_view;
-
-YMM const act_meta *meta_of(const group_view *view, row_place place)
-{
-    return (const act_meta *)((const char *)view->meta + place.meta);
-}
 
 /* Where a micro-kernel gets its weights. With few rows, one micro-kernel unpacks them in registers. With more rows, the
  * first micro-kernel also stores the unpacked weights, and the others load them. */
@@ -236,40 +192,57 @@ YMM void load_quad(__m256i w[2], const group_view *view, ptrdiff_t b, int quad, 
     }
 }
 
-/* The float steps of one row. `total` is its sum of each half, without zero points if there are minima, which take their
- * place. `has_minimum` is a constant: what the header says. */
-YMM void add_group(float *sums, const __m256i total[2], const group_header *h, const act_meta *meta, int has_minimum)
+/* The float step of one row and half; the zero point is already subtracted from `total`. `row_scale` is the row's scale
+ * in every lane. */
+YMM void add_group(float *sums, __m256i total, __m256 scale, __m256 row_scale)
 {
-    const __m256 row_scale = _mm256_set1_ps(meta->scale);
-    const __m256 factor = _mm256_set1_ps(has_minimum ? meta->scale * (float)meta->symmetric_sum : 0.0f);
-    for (int half = 0; half < 2; half++, sums += 8) {
-        __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[half]), _mm256_mul_ps(row_scale, h->scale[half]),
-                                     _mm256_load_ps(sums));
-        if (has_minimum)
-            sum = _mm256_fmadd_ps(factor, h->minimum[half], sum);
-        _mm256_store_ps(sums, sum);
+    const __m256 s = _mm256_mul_ps(row_scale, scale);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), s, _mm256_load_ps(sums)));
+}
+
+/* The step that follows with minima, of one row. `minimum` is what load_minima returns, of each half. */
+YMM void add_minimum(float *sums, const act_meta *meta, const __m256 minimum[2])
+{
+    const __m256 factor = _mm256_set1_ps(meta->scale * (float)meta->symmetric_sum);
+    for (int half = 0; half < 2; half++, sums += 8)
+        _mm256_store_ps(sums, _mm256_fmadd_ps(factor, minimum[half], _mm256_load_ps(sums)));
+}
+
+/* The same for all rows of a task and one tile. */
+YMM_CALL void add_minima(const gemm_task *task, float *sums, const act_meta *meta, group_record record)
+{
+    const __m256 minimum[2] = {load_minima(record, task->scales, 0), load_minima(record, task->scales, 1)};
+    const int32_t *const rows = task->rows;
+    const ptrdiff_t m = task->m;
+    for (ptrdiff_t r = 0; r < m; r++, sums += PAIR_N)
+        add_minimum(sums, meta + rows[r], minimum);
+}
+
+/* The step with minima after a group of one tile, if the record has minima; `known` as for load_header. */
+YMM void finish_group(const gemm_task *task, const group_view *view, group_record record, int known)
+{
+    if (known == ANY && scale_records[task->scales].has_minimum)
+        add_minima(task, view->sums, view->meta, record);
+    if (known >= 0 && scale_records[known].has_minimum) {
+        const __m256 minimum[2] = {load_minima(record, known, 0), load_minima(record, known, 1)};
+        add_minimum(view->sums, view->meta + task->rows[0], minimum);
     }
 }
 
 /* Call a driver with what is known of the task's record. */
-#define WITH_KNOWN_RECORD(driver, task, planes, codes)           \
-    do {                                                         \
-        const int known = (task)->m == 1 ? (task)->scales : ANY; \
-        const int minima = code_types[codes].has_zero_points;    \
-        if (known == SCALES_F16)                                 \
-            driver(task, planes, codes, SCALES_F16);             \
-        else if (known == SCALES_BF16)                           \
-            driver(task, planes, codes, SCALES_BF16);            \
-        else if (known == SCALES_F32)                            \
-            driver(task, planes, codes, SCALES_F32);             \
-        else if (known == SCALES_TWO_LEVEL)                      \
-            driver(task, planes, codes, SCALES_TWO_LEVEL);       \
-        else if (minima && known == SCALES_F16_MIN)              \
-            driver(task, planes, codes, SCALES_F16_MIN);         \
-        else if (minima && known == SCALES_TWO_LEVEL_MIN)        \
-            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);   \
-        else                                                     \
-            driver(task, planes, codes, ANY);                    \
+#define WITH_KNOWN_RECORD(driver, task, planes, codes)                               \
+    do {                                                                             \
+        const int minima = code_types[codes].has_zero_points;                        \
+        if ((task)->m == 1 && (task)->scales == SCALES_TWO_LEVEL)                    \
+            driver(task, planes, codes, SCALES_TWO_LEVEL);                           \
+        else if ((task)->m == 1 && minima && (task)->scales == SCALES_TWO_LEVEL_MIN) \
+            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);                       \
+        else if ((task)->m == 1 && minima && (task)->scales == SCALES_F16_MIN)       \
+            driver(task, planes, codes, SCALES_F16_MIN);                             \
+        else if ((task)->m == 1 && (task)->scales == SCALES_F32)                     \
+            driver(task, planes, codes, SCALES_F32);                                 \
+        else                                                                         \
+            driver(task, planes, codes, ANY);                                        \
     } while (0)
 
 /* Write the sums of the groups to the output of a task, or add them to it. */
