@@ -31,12 +31,6 @@ OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() 
 # Python's own flags may ask for debug information, which takes a quarter of the time to compile.
 GCC_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
-# For C files that Cython writes: with -O3 they take three times as long to compile, and a token takes as many
-# instructions.
-LIGHT_GCC_FLAGS = ["-O1"]
-# Modules that are compiled with GCC_FLAGS: they have loops over weights, or their part of a token takes more
-# instructions with LIGHT_GCC_FLAGS.
-HEAVY = {"_bandwidth", "_blocks", "_gemm", "_nibbles", "_store"}
 # The module that holds Cython's own code for memoryviews, once. Compiled into every module, the code would take half of
 # the time.
 SHARED = "marlin_cy._cyutility"
@@ -77,21 +71,18 @@ class BuildExt(build_ext):
             compile_args, link_args = compile_args + sanitize, link_args + sanitize
         for ext in self.extensions:
             ext.extra_compile_args = (MSVC_FLAGS if msvc else GCC_FLAGS) + compile_args
+            if ext.name == SHARED and not msvc:
+                ext.extra_compile_args.append("-O1")  # no loops over weights or activations
             ext.extra_link_args = link_args
-        light = [] if msvc else LIGHT_GCC_FLAGS
         with ThreadPoolExecutor(self.parallel) as pool:
-            self.compiler.compile = partial(self.compile_in, pool, self.compiler.compile, light)
+            self.compiler.compile = partial(self.compile_in, pool, self.compiler.compile)
             self.parallel = len(self.extensions)  # the extensions' threads wait for the pool, and then link
             super().build_extensions()
 
     @staticmethod
-    def compile_in(pool, compile, light, sources, extra_postargs, **options):
+    def compile_in(pool, compile, sources, **options):
         """Compile each source in the pool. Returns the names of the object files; raises what ``compile`` raises."""
-        jobs = []
-        for source in sources:
-            heavy = source in UKERNELS or Path(source).stem in HEAVY
-            arguments = extra_postargs if heavy else [*extra_postargs, *light]
-            jobs.append(pool.submit(compile, [source], extra_postargs=arguments, **options))
+        jobs = [pool.submit(compile, [source], **options) for source in sources]
         return [name for job in jobs for name in job.result()]
 
     def openmp_flags(self, msvc):
