@@ -48,20 +48,9 @@ EMULATED __m512i join(__m256i low, __m256i high)
     return v;
 }
 
-EMULATED __m256 float_half_of(__m512 v, int half)
-{
-    __m256 halves[2];
-    memcpy(halves, &v, sizeof v);
-    return halves[half];
-}
+EMULATED __m256 float_half_of(__m512 v, int half) { return (__m256)half_of((__m512i)v, half); }
 
-EMULATED __m512 join_floats(__m256 low, __m256 high)
-{
-    const __m256 halves[2] = {low, high};
-    __m512 v;
-    memcpy(&v, halves, sizeof v);
-    return v;
-}
+EMULATED __m512 join_floats(__m256 low, __m256 high) { return (__m512)join((__m256i)low, (__m256i)high); }
 
 EMULATED void require_aligned(const void *address)
 {
