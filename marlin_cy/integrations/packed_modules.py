@@ -25,7 +25,7 @@ with needs_extra():
 if TYPE_CHECKING:
     from marlin_cy.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["PackedModules", "Progress", "scaled_tensors", "linear_modules", "weight_finder"]
+__all__ = ["PackedModules", "Progress", "linear_modules", "scaled_tensors", "weight_finder"]
 
 
 def linear_modules(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
