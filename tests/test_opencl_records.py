@@ -193,8 +193,8 @@ class TestProducts:
     @pytest.mark.parametrize(("kind", "group"), FEW_CASES)
     @pytest.mark.parametrize(
         "configuration",
-        [wave_tiled.PORTABLE_TABLE.few[-1], wave_tiled.staged(16, column_waves=2, row_waves=2, wave_strips=2)],
-        ids=["few rows", "staged"],
+        [wave_tiled.PORTABLE_TABLE.few[-1], wave_tiled.tiled(16, column_waves=2, row_waves=2, wave_strips=1)],
+        ids=["few rows", "tiled"],
     )
     def test_configurations_of_gpus(self, rng, kind, group, configuration):
         place = next(place for place in USABLE_PLACES.values() if place.tier == "portable")

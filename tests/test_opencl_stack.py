@@ -411,6 +411,14 @@ class TestConfigurations:
         with unless_the_driver_is_wrong(portable.device):
             self.check(with_configuration(portable, configuration), rng)
 
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_tiled(self, portable, rng, splits):
+        """Rows and weights in local memory; tiles of both waves of rows and of columns that are not full."""
+        configuration = wave_tiled.tiled(16, column_waves=2, row_waves=2, wave_strips=1)
+        backend = with_configuration(portable, dataclasses.replace(configuration, splits=splits))
+        with unless_the_driver_is_wrong(portable.device):
+            self.check(backend, rng)
+
     def test_splits(self, backend, rng):
         problem = Problem(rows=4, runs=4, most_runs=4, k=1056, n=40, group_rows=32, device=None)
         problem = problem._replace(device=backend.runtime.capabilities)

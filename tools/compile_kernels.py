@@ -44,6 +44,7 @@ BFLOATS = {"INPUT_TYPE": 2, "OUTPUT_TYPE": 2}
 SPLIT = {"SPLIT": 1, "ROW_FACTOR": 1}
 FEW = {"ROWS": 8, "K_WAVES": 8, "WAVE_STRIPS": 2}
 MANY = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 4, "COLUMN_WAVES": 2, "WAVE_STRIPS": 2, "ROW_STEP": 4}
+TILED = {"ROWS": 64, "K_WAVES": 1, "ROW_WAVES": 2, "COLUMN_WAVES": 2, "WAVE_STRIPS": 4}
 MMA = [
     {**HALVES, **ROUTED, "ROWS": 8},
     {**HALVES, **GROUPS_32, "ROW_FACTOR": 1, "ROWS": 8, "PARTS": 8},
@@ -130,8 +131,12 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {**FEW, **ROUTED, **HALVES},
         {**FEW, **ROUTED, **HALVES, "BIAS": 2},
         {**FEW, **BFLOATS, **SPLIT, "ROUTED": 1, "PARTS": 2},
-        {**MANY, **ROUTED, **HALVES, "STAGED": 1},
-        {**MANY, **SPLIT, "STAGED": 1, "PARTS": 4},
+        {**MANY, **ROUTED, **HALVES},
+    ],
+    "gemm_portable_tiled": [
+        {**TILED, **ROUTED, **HALVES},
+        {**TILED, **BFLOATS, **SPLIT, "PARTS": 4},
+        {**TILED, "BIAS": 1, "UNROLL": 0},
     ],
     "gemm_subgroup": [
         {},

@@ -219,11 +219,7 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
         if (block < end_block)
             load_blocks(next, at, wave_strip, strips, block, k_blocks, groups, group_shift);
 
-        for (int r = place.item; r < ROWS; r += LOCAL_SIZE) {
-            const int2 row = turn.live ? row_of(turn.tile, r, WORK) : (int2)(-1, -1);
-            in_rows[r] = row.x;
-            out_rows[r] = row.y;
-        }
+        list_rows(in_rows, out_rows, place.item, turn, WORK);
         barrier(CLK_LOCAL_MEM_FENCE);
         const int2 used = rows_in_use(in_rows);
         const int rows = used.x, some_row = used.y;

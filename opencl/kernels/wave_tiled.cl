@@ -226,6 +226,16 @@ static inline void load_blocks(Block loaded[WAVE_STRIPS], Lane at, uint wave_str
         loaded[s] = load_block(at, min(wave_strip + s, strips - 1), block, k_blocks, groups, group_shift);
 }
 
+// Writes the input and output rows of a turn's rows; called by all work-items.
+static inline void list_rows(__local int *in_rows, __local int *out_rows, int item, Turn turn, WORK_PARAMS)
+{
+    for (int r = item; r < ROWS; r += LOCAL_SIZE) {
+        const int2 row = turn.live ? row_of(turn.tile, r, WORK_NAMES) : (int2)(-1, -1);
+        in_rows[r] = row.x;
+        out_rows[r] = row.y;
+    }
+}
+
 // (number of rows up to the last that is not padding, the input row of a row that is not padding).
 static inline int2 rows_in_use(__local const int *in_rows)
 {
@@ -234,6 +244,31 @@ static inline int2 rows_in_use(__local const int *in_rows)
         if (in_rows[r] >= 0)
             used = (int2)(r + 1, in_rows[r]);
     return used;
+}
+
+// Stores the sum of a row and a column of a tile, if the row is not padding and the column is one of the turn's.
+static inline void store_sum(float sum, int tile_row, int tile_column, __local const int *in_rows,
+                             __local const int *out_rows, Turn turn, uint n, float weight_factor, float tiny_factor,
+                             __global const float *row_factor, __global OUTPUT *output, ulong output_offset,
+                             uint output_stride, __global const float *bias, __global float *partial,
+                             uint tiles_capacity)
+{
+    const uint column = turn.strip * STRIP_N + tile_column;
+    const int out_row = out_rows[tile_row];
+    if (out_row < 0 || column < turn.tile.column || column >= turn.end_column)
+        return;
+    sum *= weight_factor / WEIGHT_UNIT;
+    sum *= ROW_FACTOR ? tiny_factor * row_factor[in_rows[tile_row]] : tiny_factor;
+    const uint turn_column = column - turn.tile.column;
+#if SPLIT
+    const ulong to = ((ulong)turn.run * tiles_capacity + turn.index) * ROWS + tile_row;
+    partial[to * n + turn_column] = sum;
+#else
+#if BIAS
+    sum += BIAS_AT(turn.tile, turn.tile.out_column + turn_column);
+#endif
+    store_output(sum, output + output_offset, (ulong)out_row * output_stride + turn.tile.out_column + turn_column);
+#endif
 }
 
 // Adds a tile's sums, REDUCE_ROWS rows of each wave at a time, and stores the outputs; called by all work-items. It is
@@ -265,28 +300,15 @@ __attribute__((always_inline)) static inline void add_up_and_store(
             const int c = i % TILE_COLUMNS, from_wave = i / TILE_COLUMNS % ROW_WAVES;
             const int r = i / (TILE_COLUMNS * ROW_WAVES);
             const int tile_row = (first + r) * ROW_WAVES + from_wave;
-            const uint column = turn.strip * STRIP_N + c;
-            const int out_row = tile_row < ROWS ? out_rows[tile_row] : -1;
-            if (out_row < 0 || column < turn.tile.column || column >= turn.end_column)
+            if (tile_row >= ROWS)
                 continue;
             __local const float *term = scratch + (from_wave * COLUMN_WAVES + c / WAVE_COLUMNS) * SLICES * SLICE +
                                         r * WAVE_COLUMNS + c % WAVE_COLUMNS;
             float sum = 0;
             for (int i_term = 0; i_term < SLICES; i_term++)
                 sum += term[i_term * SLICE];
-            sum *= weight_factor / WEIGHT_UNIT;
-            sum *= ROW_FACTOR ? tiny_factor * row_factor[in_rows[tile_row]] : tiny_factor;
-            const uint tile_column = column - turn.tile.column;
-#if SPLIT
-            const ulong to = ((ulong)turn.run * tiles_capacity + turn.index) * ROWS + tile_row;
-            partial[to * n + tile_column] = sum;
-#else
-#if BIAS
-            sum += BIAS_AT(turn.tile, turn.tile.out_column + tile_column);
-#endif
-            store_output(sum, output + output_offset,
-                         (ulong)out_row * output_stride + turn.tile.out_column + tile_column);
-#endif
+            store_sum(sum, tile_row, c, in_rows, out_rows, turn, n, weight_factor, tiny_factor, row_factor, output,
+                      output_offset, output_stride, bias, partial, tiles_capacity);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }

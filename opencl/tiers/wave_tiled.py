@@ -24,7 +24,7 @@ from marlin_cy.opencl.tiers.configuration import (
 if TYPE_CHECKING:
     from marlin_cy.opencl.capabilities import Capabilities
 
-__all__ = ["PORTABLE", "SUBGROUP", "staged", "wave_tiled"]
+__all__ = ["PORTABLE", "SUBGROUP", "tiled", "wave_tiled"]
 
 RESIDENT_WAVES = 64  # waves of 32 work-items that a compute unit of a GPU can hold
 
@@ -36,7 +36,6 @@ def wave_tiled(
     column_waves: int = 1,
     row_waves: int = 1,
     wave_strips: int = 1,
-    staged: int = 0,
     row_step: int = 1,
     macros: tuple[tuple[str, int], ...] = (),
 ) -> Configuration:
@@ -47,7 +46,7 @@ def wave_tiled(
         rows=rows,
         columns=16 * wave_strips * column_waves,
         local_size=32 * waves,
-        local_bytes=max(staged * 256 * rows * k_waves, 16 * waves * (16 * wave_strips * reduce_rows + 8)) + 8 * rows,
+        local_bytes=16 * waves * (16 * wave_strips * reduce_rows + 8) + 8 * rows,
         groups_per_unit=RESIDENT_WAVES // waves,
         macros=(
             ("K_WAVES", k_waves),
@@ -60,9 +59,15 @@ def wave_tiled(
     )
 
 
-def staged(rows: int, **sizes: Any) -> Configuration:
-    """A configuration of gemm_portable.cl that copies activations to local memory."""
-    return wave_tiled(rows, staged=1, macros=(("STAGED", 1),), **sizes)
+def tiled(rows: int, *, column_waves: int = 1, row_waves: int = 1, wave_strips: int = 1) -> Configuration:
+    """A configuration of gemm_portable_tiled.cl, which copies activations and weights to local memory."""
+    configuration = wave_tiled(rows, column_waves=column_waves, row_waves=row_waves, wave_strips=wave_strips)
+    return replace(
+        configuration,
+        file="gemm_portable_tiled",
+        local_bytes=144 * (rows + configuration.columns) + 8 * rows,
+        groups_per_unit=RESIDENT_WAVES // 2 // (column_waves * row_waves),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class WaveTiledTable:
         For GPUs with few rows, where loads of weights limit the speed: waves split K, so that many loads are in
         flight. ``few_short`` is for less than 1024 rows of K.
     many : tuple of Configuration
-        For GPUs with many rows, where loads of activations limit the speed: waves share activations, and a work-item
-        holds up to 64 sums.
+        For GPUs with many rows, where arithmetic limits the speed: waves share activations, and a work-item holds up
+        to 64 sums.
     small : tuple of Configuration
         For devices with small work-groups, and any number of rows.
     """
@@ -130,8 +135,9 @@ PORTABLE_TABLE = WaveTiledTable(
     few_short=FEW_SHORT_ROWS,
     many=(
         wave_tiled(16, k_waves=2, wave_strips=2, row_step=2),
-        staged(32, column_waves=4, row_waves=2, wave_strips=2),
-        staged(64, column_waves=2, row_waves=4, wave_strips=2),
+        tiled(32, column_waves=4, wave_strips=4),
+        tiled(32, column_waves=2, wave_strips=4),  # for devices with 32 KiB of local memory
+        tiled(64, column_waves=2, row_waves=2, wave_strips=4),
     ),
     small=SMALL,
 )
@@ -147,7 +153,7 @@ SUBGROUP_TABLE = replace(
 
 def wave_tiled_block_size(average_rows: float) -> int:
     """Small enough that most blocks have little padding, which work-items multiply if it lies between rows."""
-    return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (24, 8)) if average_rows <= limit), 32)
+    return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (12, 8), (128, 32)) if average_rows <= limit), 64)
 
 
 def portable_inputs(device: Capabilities) -> Inputs:
