@@ -182,12 +182,21 @@ def splits_of(found: Ints, most: int, tokens: int, positions: npt.NDArray[np.int
 
 
 def describe_rows(batch: Batch) -> tuple[Ints, int]:
-    """``(step, pages)``: a batch of one row for each sequence, without tiles, and the pages of the longest sequence."""
-    rows, positions = len(batch.tokens), batch.segments[:, 2]
-    pages = int(positions.max()) // PAGE_TOKENS + 1
-    tables = HEADER + 4 * rows
-    step = np.empty(tables + rows * pages, np.int32)
-    write_rows(step, tables, batch, positions, np.arange(rows), pages)
+    """``(step, pages)``: a batch of one row for each sequence, without tiles, and the pages of the longest sequence.
+
+    The device waits for this: for a few rows, Python's integers take a third of the time of NumPy's.
+    """
+    positions = batch.segments[:, 2].tolist()
+    pages = max(positions) // PAGE_TOKENS + 1
+    tables = HEADER + 4 * len(positions)
+    records = [
+        number
+        for row, (token, position) in enumerate(zip(batch.tokens.tolist(), positions, strict=True))
+        for number in (token, position, tables + row * pages, row)
+    ]
+    step = np.empty(tables + len(positions) * pages, np.int32)
+    step[HEADER:tables] = records
+    step[tables:] = batch.pages[:, :pages].reshape(-1)
     return step, pages
 
 

@@ -117,8 +117,9 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     const bool scores_keys = item < SCORE_LANES * QUERY_SETS;
     const uint weighed = item / TEAM, mate = item % TEAM;
     const uint key_set = item % KEY_SETS, column_lane = item / KEY_SETS % COLUMN_LANES;
-    const uint value_set = item / (KEY_SETS * COLUMN_LANES);
-    const bool sums_values = value_set < QUERY_SETS;
+    // Work-items that are left over repeat another's: with a condition around the sums, Intel's CPU runtime (2026.2)
+    // computes them wrongly from the second round of KEYS positions on.
+    const uint value_set = min(item / (KEY_SETS * COLUMN_LANES), (uint)QUERY_SETS - 1);
 
     float8 sums[SET_QUERIES];
     for (uint i = 0; i < SET_QUERIES; i++)
@@ -177,18 +178,16 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
                 factors[weighed] = factor;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (sums_values) {
+        for (uint i = 0; i < SET_QUERIES; i++)
+            sums[i] *= factors[value_set * SET_QUERIES + i];
+        for (int n = key_set; n < count; n += KEY_SETS) {
+            const int p = base + n;
+            const ulong page = (uint)table[p / PAGE_TOKENS];
+            const float8 value =
+                load8_cache(VALUES_OF(page) + ((ulong)IN_SEGMENT(page) * num_kv_heads + kv_head) * value_head,
+                            column_lane * CHUNK_STRIDE + p % PAGE_TOKENS * CHUNK);
             for (uint i = 0; i < SET_QUERIES; i++)
-                sums[i] *= factors[value_set * SET_QUERIES + i];
-            for (int n = key_set; n < count; n += KEY_SETS) {
-                const int p = base + n;
-                const ulong page = (uint)table[p / PAGE_TOKENS];
-                const float8 value =
-                    load8_cache(VALUES_OF(page) + ((ulong)IN_SEGMENT(page) * num_kv_heads + kv_head) * value_head,
-                                column_lane * CHUNK_STRIDE + p % PAGE_TOKENS * CHUNK);
-                for (uint i = 0; i < SET_QUERIES; i++)
-                    sums[i] = fma((float8)(scores[(value_set * SET_QUERIES + i) * KEYS + n]), value, sums[i]);
-            }
+                sums[i] = fma((float8)(scores[(value_set * SET_QUERIES + i) * KEYS + n]), value, sums[i]);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
@@ -204,8 +203,7 @@ __attribute__((reqd_work_group_size(ATTEND_ITEMS, 1, 1))) __kernel void attend(
     // The key sets are added, one query of each query set at a time.
     for (uint i = 0; i < SET_QUERIES; i++) {
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (sums_values)
-            vstore8(sums[i], item, room);
+        vstore8(sums[i], item, room);
         barrier(CLK_LOCAL_MEM_FENCE);
         for (uint index = item; index < QUERY_SETS * VALUE_DIM; index += ATTEND_ITEMS) {
             const uint column = index % VALUE_DIM, m = index / VALUE_DIM * SET_QUERIES + i, row = m / HEADS;
