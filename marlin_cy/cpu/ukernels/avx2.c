@@ -90,11 +90,24 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 }
 
 #include "ymm_driver.h"
+#include "avx2_group.h"
+#include "avx2_bytes.h"
 #include "avx2_wide.h"
 
-TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
+/* Groups of 32 have kernels for many rows of their own. With few rows, and without minima, those of any group take less
+ * time. */
+KERNEL void gemm_u4(const gemm_task *task, int planes)
+{
+    const int plain = task->scales == SCALES_F16 || task->scales == SCALES_BF16;
+    if (task->group_blocks == 4 && task->m > (plain ? ROWS : 1))
+        gemm_groups_of_32(task, planes);
+    else
+        gemm(task, planes, CODES_UINT4);
+}
 
-TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+TARGET static void gemm_u4_i8(const gemm_task *task) { gemm_u4(task, 1); }
+
+TARGET static void gemm_u4_i16(const gemm_task *task) { gemm_u4(task, 2); }
 
 TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
 
