@@ -31,8 +31,7 @@ KERNEL void single_sum_rows(int row, int rows, const group_view *view, const row
             load_quad(w, view, block, quad, source, CODES_UINT4);
 #pragma GCC unroll 8
             for (int i = 0; i < rows * planes; i++) {
-                const __m256i x =
-                    broadcast_quad(a[i / planes] + (i % planes * BLOCKS + block) * LANE_K + 4 * quad);
+                const __m256i x = broadcast_quad(a[i / planes] + (i % planes * BLOCKS + block) * LANE_K + 4 * quad);
                 for (int half = 0; half < 2; half++) {
                     if (block + quad == 0) {
                         sum[i][half] = _mm256_maddubs_epi16(w[half], x);
@@ -61,19 +60,19 @@ KERNEL void single_sum_rows(int row, int rows, const group_view *view, const row
 }
 
 /* All rows of such a group. The first kernel unpacks the weights for the others. */
-#define SINGLE_SUM(name, planes, kind)                                                                          \
-    YMM_CALL void name(const group_view *view, const row_place *places, int m, const group_terms *terms)        \
-    {                                                                                                           \
-        const int most = ROWS / (planes), first = m < most ? 0 : most;                                          \
-        if (first)                                                                                              \
-            single_sum_rows(0, most, view, places, terms, planes, UNPACK_AND_KEEP, kind);                       \
-        else                                                                                                    \
-            for (int block = 0; block < view->blocks; block++)                                                  \
-                for (int quad = 0; quad < 2; quad++) {                                                          \
-                    __m256i w[2];                                                                               \
-                    load_quad(w, view, block, quad, UNPACK_AND_KEEP, CODES_UINT4);                              \
-                }                                                                                               \
-        CALL_FOR_ROWS(single_sum_rows, first, m, most, view, places, terms, planes, UNPACKED, kind);            \
+#define SINGLE_SUM(name, planes, kind)                                                                   \
+    YMM_CALL void name(const group_view *view, const row_place *places, int m, const group_terms *terms) \
+    {                                                                                                    \
+        const int most = ROWS / (planes), first = m < most ? 0 : most;                                   \
+        if (first)                                                                                       \
+            single_sum_rows(0, most, view, places, terms, planes, UNPACK_AND_KEEP, kind);                \
+        else                                                                                             \
+            for (int block = 0; block < view->blocks; block++)                                           \
+                for (int quad = 0; quad < 2; quad++) {                                                   \
+                    __m256i w[2];                                                                        \
+                    load_quad(w, view, block, quad, UNPACK_AND_KEEP, CODES_UINT4);                       \
+                }                                                                                        \
+        CALL_FOR_ROWS(single_sum_rows, first, m, most, view, places, terms, planes, UNPACKED, kind);     \
     }
 
 SINGLE_SUM(single_sum_i8, 1, ZERO_PAIRS)
@@ -150,10 +149,10 @@ KERNEL void narrow_rows(int row, int rows, const group_view *view, const row_pla
         add_row(sums + r * PAIR_N, total[r], terms, meta_at(view, place[r]), kind);
 }
 
-#define NARROW(name, kind)                                                                                      \
-    YMM_CALL void name(const group_view *view, const row_place *places, int m, const group_terms *terms)        \
-    {                                                                                                           \
-        CALL_FOR_ROWS(narrow_rows, 0, m, NARROW_ROWS, view, places, terms, kind);                               \
+#define NARROW(name, kind)                                                                               \
+    YMM_CALL void name(const group_view *view, const row_place *places, int m, const group_terms *terms) \
+    {                                                                                                    \
+        CALL_FOR_ROWS(narrow_rows, 0, m, NARROW_ROWS, view, places, terms, kind);                        \
     }
 
 NARROW(narrow_with_zeros, ZERO_INTEGERS)

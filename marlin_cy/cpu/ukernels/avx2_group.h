@@ -61,8 +61,9 @@ KERNEL void add_row(float *sums, const __m256i total[2], const group_terms *term
     const __m256 row_scale = _mm256_set1_ps(meta->scale);
     __m256 sum[2];
     for (int half = 0; half < 2; half++)
-        sum[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[half]),
-                                    _mm256_mul_ps(row_scale, terms->header.scale[half]), _mm256_load_ps(sums + 8 * half));
+        sum[half] =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[half]), _mm256_mul_ps(row_scale, terms->header.scale[half]),
+                            _mm256_load_ps(sums + 8 * half));
     if (kind == MINIMA) {
         const __m256 factor = _mm256_set1_ps(meta->scale * (float)meta->symmetric_sum);
         for (int half = 0; half < 2; half++)
@@ -105,25 +106,25 @@ KERNEL const act_meta *meta_at(const group_view *view, row_place place)
 }
 
 /* Call kernel(row, number of rows, ...) for all rows from `begin` to `end` - 1; `most` is a constant, at most ROWS. */
-#define CALL_FOR_ROWS(kernel, begin, end, most, ...)           \
-    do {                                                       \
-        int row = begin;                                       \
-        for (; row + (most) <= (end); row += (most))           \
-            kernel(row, most, __VA_ARGS__);                    \
-        switch ((end)-row) {                                   \
-        case 1: kernel(row, 1, __VA_ARGS__); break;            \
-        case 2: kernel(row, 2, __VA_ARGS__); break;            \
-        case 3:                                                \
-            if ((most) > 3)                                    \
-                kernel(row, 3, __VA_ARGS__);                   \
-            break;                                             \
-        case 4:                                                \
-            if ((most) > 4)                                    \
-                kernel(row, 4, __VA_ARGS__);                   \
-            break;                                             \
-        case 5:                                                \
-            if ((most) > 5)                                    \
-                kernel(row, 5, __VA_ARGS__);                   \
-            break;                                             \
-        }                                                      \
+#define CALL_FOR_ROWS(kernel, begin, end, most, ...) \
+    do {                                             \
+        int row = begin;                             \
+        for (; row + (most) <= (end); row += (most)) \
+            kernel(row, most, __VA_ARGS__);          \
+        switch ((end) - row) {                       \
+        case 1: kernel(row, 1, __VA_ARGS__); break;  \
+        case 2: kernel(row, 2, __VA_ARGS__); break;  \
+        case 3:                                      \
+            if ((most) > 3)                          \
+                kernel(row, 3, __VA_ARGS__);         \
+            break;                                   \
+        case 4:                                      \
+            if ((most) > 4)                          \
+                kernel(row, 4, __VA_ARGS__);         \
+            break;                                   \
+        case 5:                                      \
+            if ((most) > 5)                          \
+                kernel(row, 5, __VA_ARGS__);         \
+            break;                                   \
+        }                                            \
     } while (0)

@@ -132,11 +132,11 @@ KERNEL void wide_rows(int row, int rows, const group_view *view, const int16_t *
         add_row(sums + r * PAIR_N, total[r], terms, meta_at(view, place[r]), kind);
 }
 
-#define WIDE(name, most, packed, kind)                                                                                \
-    YMM_CALL void name(const group_view *view, const int16_t *joined, const row_place *places, int m,                \
-                       const group_terms *terms)                                                                     \
-    {                                                                                                                \
-        CALL_FOR_ROWS(wide_rows, 0, m, most, view, joined, places, terms, packed, kind);                             \
+#define WIDE(name, most, packed, kind)                                                                \
+    YMM_CALL void name(const group_view *view, const int16_t *joined, const row_place *places, int m, \
+                       const group_terms *terms)                                                      \
+    {                                                                                                 \
+        CALL_FOR_ROWS(wide_rows, 0, m, most, view, joined, places, terms, packed, kind);              \
     }
 
 WIDE(wide_with_pairs, ROWS, 0, ZERO_PAIRS)
