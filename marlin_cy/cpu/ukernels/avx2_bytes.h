@@ -105,7 +105,8 @@ KERNEL void gemm_groups_of_32(const gemm_task *task, int planes)
 /* Rows that narrow_rows takes: six 16-bit sums, six 32-bit sums, 2 weights, activation and product fill the registers. */
 enum { NARROW_ROWS = 3 };
 
-/* Rows of a group of weights of 6 bits: a block has a 16-bit sum. `view->unpacked` has the weights. */
+/* Rows of a group of weights of 6 bits: a block has a 16-bit sum, of two pairs, at most 4 * 63 * 128 in magnitude.
+ * `view->unpacked` has the weights. */
 KERNEL void narrow_rows(int row, int rows, const group_view *view, const row_place *places, const group_terms *terms,
                         int kind)
 {

@@ -32,11 +32,13 @@ KERNEL void load_constant_record(group_terms *terms, group_record record, int sc
             terms->minimum[half] = load_minima(record, scales, half);
 }
 
-/* `codes` is a constant; a constant record makes straight-line code. */
+/* `codes` is a constant; a constant record makes straight-line code. A call would take longer than the loads. */
 KERNEL void load_group_terms(group_terms *terms, group_record record, int scales, int codes)
 {
     switch (scales) {
     case SCALES_F16: load_constant_record(terms, record, SCALES_F16, codes); break;
+    case SCALES_BF16: load_constant_record(terms, record, SCALES_BF16, codes); break;
+    case SCALES_F16_MIN: load_constant_record(terms, record, SCALES_F16_MIN, codes); break;
     case SCALES_TWO_LEVEL: load_constant_record(terms, record, SCALES_TWO_LEVEL, codes); break;
     case SCALES_TWO_LEVEL_MIN: load_constant_record(terms, record, SCALES_TWO_LEVEL_MIN, codes); break;
     default: load_constant_record(terms, record, scales, codes);

@@ -11,9 +11,11 @@
  *
  * A weight is at most 255 and an activation at most 32639 in magnitude: 128 products fit 32 bits.
  *
+ * With many rows, both operands of a group are stored in the scratch memory once.
+ *
  * Registers, of 16: rows (6) times two halves of 32-bit sums, 2 weights, activation, product.
  */
-enum { ODD = MAX_GROUP_K / 2, FEW_ROWS = 5 };
+enum { ODD = MAX_GROUP_K / 2, FEW_ROWS = ROWS };
 
 /* sum += weights * x. One statement, so that GCC neither copies sums nor changes the order of additions. */
 #define MULTIPLY_ADD_WORDS(sum, w, x)                                                                     \
