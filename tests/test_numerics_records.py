@@ -58,6 +58,22 @@ def test_groups_of_16(check, rng, scales):
     check(random_problem(rng, 3, 1280, 40, 16, codes="uint8", scales=scales))
 
 
+@pytest.mark.parametrize("beyond", [False, True])
+@pytest.mark.parametrize(
+    ("scales", "group_size"), [("float16", 32), ("float32_min", 64), ("two_level", 16), ("two_level_min", 32)]
+)
+def test_codes_of_six_bits(check, rng, scales, group_size, beyond):
+    """Codes of 8 bits that use only six, as those of Q5_K and Q6_K do; or all but one code in some groups of a tile."""
+    problem = random_problem(rng, 3, 512, 40, group_size, codes="uint8", scales=scales)
+    lowest = 96 if scales == "two_level" else 0
+    problem.q[:] = lowest + problem.q % 64
+    if beyond:
+        problem.q[:, 40, 3] = lowest + 64
+        problem.q[:, 511, 31] = 255
+        problem.q[:, 300, [0, 16]] = (lowest - 1) % 256
+    check(problem)
+
+
 @pytest.mark.parametrize("kind", ["uint8-two_level", "uint4-two_level_min", "uint8-float32", "uint4-float32_min"])
 def test_split_k(cpu_backend, isa, rng, kind):
     """One row and few columns: each chunk of K is an item of its own."""
@@ -69,7 +85,7 @@ def test_split_k(cpu_backend, isa, rng, kind):
     assert_same_bits(out, problem.reference(0, x))
 
 
-@pytest.mark.parametrize(("zero", "value"), [(0, 255), (256, 0), (128, 255), (0, 0)])
+@pytest.mark.parametrize(("zero", "value"), [(0, 255), (256, 0), (128, 255), (0, 0), (0, 63), (16, 63)])
 def test_largest_sums(cpu_backend, isa, compute_dtype, zero, value):
     """The largest group, activations and differences from the zero point."""
     problem = random_problem(np.random.default_rng(0), 1, 128, 16, 128, codes="uint8")

@@ -6,7 +6,8 @@
  * the sum of eight pairs (the two halves of four blocks) fits 16 bits. Weights of 4-bit floats are at most 24: a pair
  * is at most 6144, and four pairs (two blocks) fit.
  *
- * Larger multiplicands, those of 8-bit codes and of IQ4_NL, are in avx2_wide.h.
+ * Larger multiplicands, those of 8-bit codes and of IQ4_NL, are in avx2_wide.h. Many rows of groups of 32, and of codes of
+ * 8 bits that use only six, are in avx2_bytes.h.
  *
  * Registers, of 16: `rows * planes` (6) times two halves of 16-bit sums, 2 weights, activation, product. The 32-bit
  * sums are in memory, and are updated once for each 16-bit sum.
@@ -90,11 +91,35 @@ KERNEL void micro_kernel(const gemm_task *task, const group_view *view, const gr
 }
 
 #include "ymm_driver.h"
+#include "avx2_group.h"
+#include "avx2_bytes.h"
 #include "avx2_wide.h"
 
-TARGET static void gemm_u4_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
+/* Functions of their own: one function with all kernels would have its registers assigned differently. */
+YMM_CALL void gemm_any_groups_i8(const gemm_task *task) { gemm(task, 1, CODES_UINT4); }
 
-TARGET static void gemm_u4_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+YMM_CALL void gemm_any_groups_i16(const gemm_task *task) { gemm(task, 2, CODES_UINT4); }
+
+YMM_CALL void gemm_groups_of_32_i8(const gemm_task *task) { gemm_groups_of_32(task, 1); }
+
+YMM_CALL void gemm_groups_of_32_i16(const gemm_task *task) { gemm_groups_of_32(task, 2); }
+
+/* Whether the kernels for many rows of groups of 32 take less time than those of any group. */
+KERNEL int has_many_rows_of_32(const gemm_task *task)
+{
+    const int plain = task->scales == SCALES_F16 || task->scales == SCALES_BF16;
+    return task->group_blocks == 4 && task->m > (plain ? ROWS : 1);
+}
+
+TARGET static void gemm_u4_i8(const gemm_task *task)
+{
+    (has_many_rows_of_32(task) ? gemm_groups_of_32_i8 : gemm_any_groups_i8)(task);
+}
+
+TARGET static void gemm_u4_i16(const gemm_task *task)
+{
+    (has_many_rows_of_32(task) ? gemm_groups_of_32_i16 : gemm_any_groups_i16)(task);
+}
 
 TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M1); }
 
