@@ -1,5 +1,6 @@
 """What the plugin of vLLM decides about layers, with a stand-in for vLLM: which run packed, and which are refused."""
 
+import functools
 import types
 
 import numpy as np
@@ -297,8 +298,8 @@ def test_experts_route(config, rng, normalised, dtype):
     assert found.dtype is dtype
     expected = method.apply(layer, x, weights.float(), ids, None, None)
     torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max()))
-    compiled = torch.compile(lambda x, logits: method.apply_monolithic(layer, x, logits), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x, logits), found)
+    run = functools.partial(method.apply_monolithic, layer)
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x, logits), found)
 
 
 def other_routing(layer):
