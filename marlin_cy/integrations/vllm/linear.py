@@ -50,14 +50,16 @@ class LinearMethod(LinearMethodBase):
 
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The outputs of the packed layers, side by side, plus ``bias``."""
-        rows = x.contiguous()
-        outputs = [self._output(linear, rows) for linear in self._linears]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        rows, linears = x.contiguous(), self._linears
+        if len(linears) == 1:
+            output = self._output(linears[0], rows, self._width)
+        else:
+            output = torch.cat([self._output(linear, rows, linear.out_features) for linear in linears], dim=-1)
         return output if bias is None else output.add_(bias)
 
-    def _output(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty((*x.shape[:-1], linear.out_features))
-        linear.forward(self._contexts.ctx, x, out, x.numel() // x.shape[-1])
+    def _output(self, linear: Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+        out = x.new_empty((*x.shape[:-1], width))
+        linear.forward(self._contexts.ctx, x, out, out.numel() // width)
         return out
 
     def _use(self, linears: list[Linear]) -> None:

@@ -9,6 +9,7 @@ the CPU's caches, so that each step waits for memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,15 +59,19 @@ def _routed_experts_shape(x: torch.Tensor, router_logits: torch.Tensor, key: str
     return x.new_empty(x.shape)
 
 
-LIBRARY.define("linear(Tensor x, Tensor? bias, str key, SymInt out_features) -> Tensor")
-LIBRARY.impl("linear", _linear, "CPU")
-LIBRARY.impl("linear", _linear_shape, "Meta")
-LIBRARY.define("experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str key) -> Tensor")
-LIBRARY.impl("experts", _experts, "CPU")
-LIBRARY.impl("experts", _experts_shape, "Meta")
-LIBRARY.define("routed_experts(Tensor x, Tensor router_logits, str key) -> Tensor")
-LIBRARY.impl("routed_experts", _routed_experts, "CPU")
-LIBRARY.impl("routed_experts", _routed_experts_shape, "Meta")
+def define(schema: str, function: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor]) -> None:
+    """Define an operator by its schema, its function on CPUs, and what gives the shape of its result."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CPU")
+    LIBRARY.impl(name, shape, "Meta")
+    # There are no gradients: calls need not stop at autograd.
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+define("linear(Tensor x, Tensor? bias, str key, SymInt out_features) -> Tensor", _linear, _linear_shape)
+define("experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str key) -> Tensor", _experts, _experts_shape)
+define("routed_experts(Tensor x, Tensor router_logits, str key) -> Tensor", _routed_experts, _routed_experts_shape)
 
 linear = torch.ops.marlin_cy_vllm.linear
 """``linear(x, bias, key, out_features)``: the output of a linear layer, packed or not."""
