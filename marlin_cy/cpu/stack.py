@@ -110,7 +110,7 @@ class CpuLinear(PackedLinear):
             self.stack.store,
             input,
             out,
-            m if type(m) is int else integer("m", m),
+            integer("m", m),
             self._offset,
             self._width,
             self._bias,
