@@ -77,6 +77,7 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
     current = types.SimpleNamespace(
         additional_config=additional_config or {},
         load_config=types.SimpleNamespace(load_format=load_format),
+        aux_output_config=types.SimpleNamespace(enable_return_routed_experts=False),
         compilation_config=types.SimpleNamespace(static_forward_context=layers_by_name),
     )
     context = types.SimpleNamespace(no_compile_layers=layers_by_name)

@@ -1,5 +1,6 @@
 """What the plugin of vLLM decides about layers, with a stand-in for vLLM: which run packed, and which are refused."""
 
+import functools
 import types
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_parts_side_by_side(config, rng, form):
         expected.append(x.double() @ torch.from_numpy(dequantised(q, scale, zero, g_idx)))
     method.process_weights_after_loading(layer)
     assert not list(layer.parameters())
-    assert len(method._runners) == (3 if form == "gptq" else 1)
+    assert len(method._linears) == (3 if form == "gptq" else 1)
     expected = torch.cat(expected, dim=1)
     assert (method.apply(layer, x).double() - expected).norm() <= 1e-4 * expected.norm()
     compiled = torch.compile(lambda x: method.apply(layer, x), backend="eager", fullgraph=True)
@@ -193,7 +194,8 @@ IDS, WEIGHTS = [[0, 2], [1, 0], [2, 1]], [[0.75, 0.25], [0.5, 0.5], [1.0, 0.125]
 def new_experts(config, quantization, dtypes, rank=0, ranks=1, local=None):
     """A method for this process's share, and its layer; ``local`` is the expert map of expert parallelism."""
     found = new_config(config, dtypes, quantization)
-    moe = types.SimpleNamespace(tp_rank=rank, tp_size=ranks)
+    routing = types.SimpleNamespace(name="RenormalizeNaive")
+    moe = types.SimpleNamespace(tp_rank=rank, tp_size=ranks, routing_method=routing, is_lora_enabled=False)
     value = "swigluoai" if quantization["quant_method"] == "mxfp4" else "silu"
     layer = fake_vllm.RoutedExperts(
         moe_config=moe,
@@ -201,6 +203,9 @@ def new_experts(config, quantization, dtypes, rank=0, ranks=1, local=None):
         activation=types.SimpleNamespace(value=value),
         top_k=2,
         apply_router_weight_on_input=False,
+        renormalize=True,
+        use_grouped_topk=False,
+        custom_routing_function=None,
         expert_map=None if local is None else torch.tensor(local),
     )
     method = found.get_quant_method(layer, EXPERTS)
@@ -227,13 +232,10 @@ def expected_output(x, weights, activate):
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_experts_and_their_shares(config, rng, ranks, desc_act):
-    """The sum of all processes' outputs, with biases, and with rows of K in other orders."""
+def random_experts(rng, desc_act=False):
+    """``(weights, quantization, tensors)``: as for :func:`expected_output`, and GPTQ's configuration and tensors."""
     hidden, inter = EXPERT_SIZES["hidden"], EXPERT_SIZES["inter"]
     group_size = 64 if desc_act else 32  # halves of groups in another order are groups of half the size
-    quantization = GPTQ | {"desc_act": desc_act, "group_size": group_size}
     weights, tensors = [], []
     for expert in range(EXPERT_SIZES["num_experts"]):
         orders = {k: np.arange(k, dtype=np.int32) // group_size for k in (hidden, inter)}
@@ -246,22 +248,81 @@ def test_experts_and_their_shares(config, rng, ranks, desc_act):
             weights[-1].append((dequantised(q, scale, zero, orders[k]), bias.astype(float)))
             parts = gptq_parts(q, scale, zero, orders[k], "gptq") | {"bias": bias}
             tensors += [(expert, shard, name, array) for name, array in parts.items()]
-    x = torch.from_numpy(rng.standard_normal((3, hidden)).astype(np.float32))
+    return weights, GPTQ | {"desc_act": desc_act, "group_size": group_size}, tensors
+
+
+def load_experts(layer, tensors):
+    for expert, shard, name, array in tensors:
+        parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{name}")
+        loaded = torch.from_numpy(np.ascontiguousarray(array))
+        assert parameter.weight_loader(
+            param=parameter, loaded_weight=loaded, shard_id=shard, expert_id=expert, return_success=True
+        )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_experts_and_their_shares(config, rng, ranks, desc_act):
+    """The sum of all processes' outputs, with biases, and with rows of K in other orders."""
+    weights, quantization, tensors = random_experts(rng, desc_act)
+    x = torch.from_numpy(rng.standard_normal((3, EXPERT_SIZES["hidden"])).astype(np.float32))
     found = 0.0
     for rank in range(ranks):
         method, layer = new_experts(config, quantization, gptq_dtypes(f"{EXPERTS}.0.up_proj", DOWN), rank, ranks)
-        for expert, shard, name, array in tensors:
-            parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{name}")
-            loaded = torch.from_numpy(np.ascontiguousarray(array))
-            assert parameter.weight_loader(
-                param=parameter, loaded_weight=loaded, shard_id=shard, expert_id=expert, return_success=True
-            )
+        load_experts(layer, tensors)
         found += output(method, layer, x)
     expected = expected_output(x, weights, ACTIVATIONS["silu"].reference)
     assert relative_error(found, expected) <= 2e-4
 
 
 DOWN = f"{EXPERTS}.0.down_proj"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_route(config, rng, normalised, dtype):
+    """Where vLLM would route by a plain softmax, the logits give the output that vLLM's experts and weights give."""
+    _, quantization, tensors = random_experts(rng)
+    method, layer = new_experts(config, quantization, gptq_dtypes(f"{EXPERTS}.0.up_proj", DOWN))
+    layer.renormalize = normalised
+    load_experts(layer, tensors)
+    assert not method.is_monolithic
+    method.process_weights_after_loading(layer)
+    assert method.is_monolithic
+    x = torch.from_numpy(rng.standard_normal((5, EXPERT_SIZES["hidden"])).astype(np.float32)).to(dtype)
+    logits = torch.from_numpy(rng.permuted(np.tile([-1.5, 0.25, 1.0], (5, 1)), axis=1).astype(np.float32)).to(dtype)
+    weights, ids = torch.topk(logits.double().softmax(dim=-1), 2)
+    if normalised:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    found = method.apply_monolithic(layer, x, logits)
+    assert found.dtype is dtype
+    expected = method.apply(layer, x, weights.float(), ids, None, None)
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max()))
+    run = functools.partial(method.apply_monolithic, layer)
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x, logits), found)
+
+
+def other_routing(layer):
+    layer.moe_config.routing_method.name = "DeepSeekV3"
+
+
+ROUTED_BY_VLLM = {
+    "sigmoid": other_routing,
+    "custom": lambda layer: setattr(layer, "custom_routing_function", len),
+    "groups": lambda layer: setattr(layer, "use_grouped_topk", True),
+    "some experts": lambda layer: setattr(layer, "expert_map", torch.tensor([0, -1, 1])),
+    "lora": lambda layer: setattr(layer.moe_config, "is_lora_enabled", True),
+}
+
+
+@pytest.mark.parametrize("change", ROUTED_BY_VLLM.values(), ids=ROUTED_BY_VLLM)
+def test_routing_that_is_left_to_vllm(config, change):
+    from marlin_cy.integrations.vllm.experts import is_plain_softmax
+
+    _, layer = new_experts(config, GPTQ, gptq_dtypes(f"{EXPERTS}.0.up_proj", DOWN))
+    assert is_plain_softmax(layer)
+    change(layer)
+    assert not is_plain_softmax(layer)
 
 
 def test_experts_of_gpt_oss(config, rng):

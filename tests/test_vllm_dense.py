@@ -1,4 +1,4 @@
-"""Unquantised layers in the plugin of vLLM, with a stand-in for vLLM; and process groups, with PyTorch's own."""
+"""Unquantised layers in the plugin of vLLM, with a stand-in for vLLM."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_compiled(method, rng):
 
 
 def test_shape_on_the_meta_device(method):
-    found = torch.ops.marlin_cy_vllm.dense(torch.empty((3, K), dtype=torch.bfloat16, device="meta"), None, "gate", N)
+    found = torch.ops.marlin_cy_vllm.linear(torch.empty((3, K), dtype=torch.bfloat16, device="meta"), None, "gate", N)
     assert (found.shape, found.dtype) == ((3, N), torch.bfloat16)
 
 

@@ -1,1 +1,3 @@
-# Only C functions, for the other extensions of this package.
+from typing import Any
+
+def accept_tensors(new_type: type, names: dict[Any, str]) -> None: ...

@@ -1,4 +1,4 @@
-"""Checked access to the arrays that callers pass in.
+"""Checked access to the arrays and tensors that callers pass in.
 
 All checks of a call's buffers are here, so that their messages have one form: the argument, what it got, what was
 expected.
@@ -13,13 +13,43 @@ from libc.string cimport memcpy
 
 from marlin_cy.cpu._dispatch cimport DTYPE_BF16, DTYPE_F16, DTYPE_F32
 
+from marlin_cy.errors import UnsupportedError
+
 cnp.import_array()
 
 cdef int BFLOAT16_NUM = np.dtype(ml_dtypes.bfloat16).num
 
+# PyTorch's class of tensors, and the numbers of its dtypes, once PyTorch is in use.
+cdef object tensor_type = None
+cdef dict tensor_dtypes = {}
+
+
+def accept_tensors(new_type, dict names):
+    """Read host tensors of PyTorch in place from now on, wherever ``float_matrix`` takes an array.
+
+    A tensor costs a tenth of the time that its NumPy view does. PyTorch is not imported here, because most users of
+    the library do not need it.
+
+    Parameters
+    ----------
+    new_type : type
+        ``torch.Tensor``.
+    names : dict
+        From PyTorch's dtypes to their names: "float32", "float16", "bfloat16".
+    """
+    global tensor_type, tensor_dtypes
+    numbers = {"float32": DTYPE_F32, "float16": DTYPE_F16, "bfloat16": DTYPE_BF16}
+    tensor_dtypes = {dtype: numbers[name] for dtype, name in names.items()}
+    tensor_type = new_type
+
 
 cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) except *:
-    """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows."""
+    """``array`` as rows of ``width`` floats: ``[rows, width]``, or flat with a whole number of rows.
+
+    A tensor of PyTorch may have any number of dimensions, the last of which is ``width``.
+    """
+    if tensor_type is not None and isinstance(array, tensor_type):
+        return tensor_matrix(array, name, width)
     check_ndarray(array, name)
     cdef cnp.ndarray a = <cnp.ndarray>array
     cdef matrix m
@@ -50,6 +80,24 @@ cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) 
     m.rows = size // width
     m.width = width
     m.nbytes = cnp.PyArray_NBYTES(a)
+    return m
+
+
+cdef matrix tensor_matrix(object tensor, str name, int64_t width) except *:
+    cdef matrix m
+    dtype = tensor_dtypes.get(tensor.dtype)
+    if dtype is None:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, float16 or bfloat16")
+    if not tensor.ndim or tensor.size(-1) != width:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [..., {width}]")
+    if not tensor.is_cpu or tensor.requires_grad:
+        raise UnsupportedError(f"{name}: packed layers need host tensors without gradients")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected "
+                         "contiguous rows")
+    m.dtype, m.width, m.rows = dtype, width, <int64_t>tensor.numel() // width
+    m.nbytes = m.rows * width * element_bytes(m.dtype)
+    m.data = <char *><uintptr_t>tensor.data_ptr()
     return m
 
 

@@ -16,4 +16,3 @@ cdef struct dense_job:
 
 cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil
 cdef void do_dense(dense_job *job, const member *m) noexcept nogil
-cdef void run_dense(dense_job *job, int64_t rows) noexcept nogil

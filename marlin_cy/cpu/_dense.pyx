@@ -1,29 +1,20 @@
 """Products by weights of 8, 16 or 32 bits, whose rows and outputs threads share.
 
-:func:`run_dense` is one product in a parallel region of its own. In a region with other work, one thread calls
-:func:`begin_dense`, and after a barrier all threads call :func:`do_dense`.
+One thread calls :func:`begin_dense`. After a barrier, or in a parallel region that starts after this call, all threads
+call :func:`do_dense`.
 """
 
 from libc.stdint cimport int64_t
 
 from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport dense_task
-from marlin_cy.cpu._team cimport member, run_team, take_item
+from marlin_cy.cpu._team cimport member, take_item
 
 cdef enum:
     DENSE_ROWS = 32             # rows of a dense item, at most
     DENSE_COLUMNS = 256         # outputs of a dense item, at most: 1 MB of bfloat16 weights with K of 2048
     DENSE_STEP = 8              # outputs of a dense item are a multiple of this
     ITEMS_PER_THREAD = 4
-
-
-cdef void run_dense(dense_job *job, int64_t rows) noexcept nogil:
-    begin_dense(job, rows)
-    run_team(job.num_threads, run_alone, job)
-
-
-cdef void run_alone(void *job, member *m) noexcept nogil:
-    do_dense(<dense_job *>job, m)
 
 
 cdef void begin_dense(dense_job *job, int64_t rows) noexcept nogil:

@@ -8,15 +8,19 @@ import numpy as np
 
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memset
 
+from marlin_cy.cpu._arena cimport arena, carve, take_floats
 from marlin_cy.cpu._buffers cimport element_bytes, float_matrix, int32_copy, matrix, refuse_overlap
-from marlin_cy.cpu._dense cimport dense_job, run_dense
+from marlin_cy.cpu._dense cimport begin_dense, dense_job, do_dense
 from marlin_cy.cpu._dispatch cimport (
+    DTYPE_F32,
     LANES,
     delta_task,
     dense_task,
     ukernel_table,
 )
+from marlin_cy.cpu._team cimport barrier, member, run_team
 from marlin_cy.cpu._workspace cimport Workspace
 
 from marlin_cy.arguments import number
@@ -28,12 +32,17 @@ from marlin_cy.errors import UnsupportedError
 cdef int check_shape(object array, str name, tuple shape) except -1:
     """The shape of an array; None stands for any length."""
     got = getattr(array, "shape", None)
-    if got is None or len(got) != len(shape) or any(want is not None and want != n for want, n in zip(shape, got)):
+    cdef Py_ssize_t i, n = len(shape)
+    cdef bint fits = got is not None and len(got) == n
+    if fits:
+        for i in range(n):
+            fits = fits and got[i] != 0 and (shape[i] is None or shape[i] == got[i])
+    if fits:
+        return 0
+    if got is None or len(got) != n or any(want is not None and want != length for want, length in zip(shape, got)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: got {type(array).__name__ if got is None else f'shape {got}'}, expected [{wanted}]")
-    if 0 in got:
-        raise ValueError(f"{name}: got shape {got}, expected no length of 0")
-    return 0
+    raise ValueError(f"{name}: got shape {got}, expected no length of 0")
 
 
 cdef matrix checked(object array, str name, tuple shape, bint writeable, bint any_dtype=False) except *:
@@ -200,29 +209,73 @@ def rope(Workspace workspace, x, cos, sin, positions, bint interleaved):
 # ---------------------------------------------------------------------------------------------
 # Dense products
 
+# A product whose rows or results need not be float32: those of another dtype are converted in the scratch memory.
+cdef struct converted_product:
+    dense_job dense
+    const char *x
+    char *out
+    int x_dtype
+    int out_dtype
+    int64_t x_size              # elements
+    int64_t out_size
+    float *wide_x               # NULL if x is float32
+    float *wide_out             # NULL if out is float32
+
+
 def dense(Workspace workspace, x, weight, bias, out):
-    cdef matrix rows = checked(x, "x", (None, None), False), to, biases
-    cdef matrix weights = checked(weight, "weight", (None, rows.width), False, any_dtype=True)
-    cdef dense_job job
-    cdef dense_task *task = &job.task
-    to = checked(out, "out", (rows.rows, weights.rows), True)
+    cdef matrix weights = checked(weight, "weight", (None, None), False, any_dtype=True), rows, to, biases
+    cdef converted_product job
+    cdef dense_task *task = &job.dense.task
+    memset(&job, 0, sizeof(job))
+    check_shape(x, "x", (None, weights.width))
+    rows = float_matrix(x, "x", weights.width, False)
+    check_shape(out, "out", (rows.rows, weights.rows))
+    to = float_matrix(out, "out", weights.rows, True)
     refuse_overlap(to, rows, "out")
     refuse_overlap(to, weights, "out")
-    task.scales = task.bias = NULL
     if bias is not None:
         biases = checked(bias, "bias", (weights.rows,), False)
         refuse_overlap(to, biases, "out")
         task.bias = <const float *>biases.data
-    task.x, task.x_stride, task.k = <const float *>rows.data, rows.width, rows.width
+    job.x, job.x_dtype, job.x_size = rows.data, rows.dtype, rows.rows * rows.width
+    job.out, job.out_dtype, job.out_size = to.data, to.dtype, to.rows * to.width
+    task.x_stride = task.k = weights.width
     task.w, task.dtype, task.w_stride, task.n = weights.data, weights.dtype, weights.width, weights.rows
-    task.out, task.out_stride = <float *>to.data, to.width
-    job.table, job.num_threads = workspace.table, workspace.num_threads
+    task.out_stride = weights.rows
+    job.dense.table, job.dense.num_threads = workspace.table, workspace.num_threads
     workspace.enter()
     try:
+        carve(workspace, &workspace.scratch, carve_product, &job)
+        task.x = <const float *>job.x if job.wide_x is NULL else job.wide_x
+        task.out = <float *>job.out if job.wide_out is NULL else job.wide_out
         with nogil:
-            run_dense(&job, rows.rows)
+            begin_dense(&job.dense, rows.rows)
+            run_team(workspace.num_threads, multiply_converted, &job)
     finally:
         workspace.leave()
+
+
+cdef void carve_product(arena *memory, void *address) noexcept nogil:
+    cdef converted_product *job = <converted_product *>address
+    if job.x_dtype != DTYPE_F32:
+        job.wide_x = take_floats(memory, job.x_size)
+    if job.out_dtype != DTYPE_F32:
+        job.wide_out = take_floats(memory, job.out_size)
+
+
+cdef void multiply_converted(void *address, member *m) noexcept nogil:
+    cdef converted_product *job = <converted_product *>address
+    cdef int64_t begin, end
+    if job.wide_x is not NULL:
+        begin, end = job.x_size * m.thread // m.num_threads, job.x_size * (m.thread + 1) // m.num_threads
+        job.dense.table.widen(job.wide_x + begin, job.x + begin * element_bytes(job.x_dtype), job.x_dtype, end - begin)
+        barrier(m)
+    do_dense(&job.dense, m)
+    if job.wide_out is not NULL:
+        barrier(m)
+        begin, end = job.out_size * m.thread // m.num_threads, job.out_size * (m.thread + 1) // m.num_threads
+        job.dense.table.narrow(job.out + begin * element_bytes(job.out_dtype), job.wide_out + begin, job.out_dtype,
+                               end - begin)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class CpuOperations(DecoderOperations):
         fork.run(_operations.rope, workspace_of(ctx), x, cos, sin, positions, interleaved)
 
     def dense(self, ctx: Context, x: Array, weight: Array, bias: Array | None, out: Array) -> None:
+        """As in the base class. ``x`` and ``out`` may also be float16 or bfloat16; results are rounded once."""
         fork.run(_operations.dense, workspace_of(ctx), x, weight, bias, out)
 
     def append_to_cache(

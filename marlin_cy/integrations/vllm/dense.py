@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
-from marlin_cy.integrations.modules import Contexts, array_of, tensor_over
+from marlin_cy.integrations.modules import Contexts, array_of
 from marlin_cy.integrations.vllm import operators
 
 __all__ = ["DenseHeadMethod", "DenseLinearMethod", "dense_method"]
@@ -50,19 +49,21 @@ class DenseMethod:
         if not self._width or x.dtype is not torch.bfloat16:
             output = super().apply(layer, x, bias)  # type: ignore[misc]
         elif torch.compiler.is_compiling():
-            output = operators.dense(x, bias, self._key, self._width)
+            output = operators.linear(x, bias, self._key, self._width)
         else:
             output = self.compute(x, bias)
         return output
 
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        rows = x.to(torch.float32, memory_format=torch.contiguous_format).view(-1, x.shape[-1])
-        out = np.empty((len(rows), self._width), np.float32)
-        added = None if bias is None else array_of(bias.detach().float())
-        if out.size:
-            self._contexts.backend.dense(self._contexts.ctx, array_of(rows), self._weight, added, out)
-        return tensor_over(out).to(x.dtype).view(*x.shape[:-1], self._width)
+        out = x.new_empty((*x.shape[:-1], self._width))
+        if out.numel():
+            added = None if bias is None else array_of(bias.detach().float())
+            rows, columns = x.contiguous(), out
+            if x.ndim != 2:
+                rows, columns = rows.view(-1, x.shape[-1]), out.view(-1, self._width)
+            self._contexts.backend.dense(self._contexts.ctx, rows, self._weight, added, columns)
+        return out
 
 
 class DenseLinearMethod(DenseMethod, UnquantizedLinearMethod):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from marlin_cy.activations import ACTIVATIONS
-from marlin_cy.integrations.modules import Contexts, ExpertsRunner, experts_runner
+from marlin_cy.integrations.modules import Contexts, array_of
 from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.expert_weights import ALL, FIRST, SECOND, ExpertSizes, pack_experts
 from marlin_cy.integrations.vllm.tensors import BIAS, LayerTensors, expected_dtypes, naming, refused
@@ -16,6 +17,7 @@ from marlin_cy.moe.layer import MoeLayer
 
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme
+    from marlin_cy.interface import MarlinExpertStack
 
 __all__ = ["ExpertsMethod", "PackedExpertsMethod", "activation_of"]
 
@@ -34,10 +36,14 @@ KNOWN_ACTIVATIONS = {
 """This library's activation by vLLM's name, limit, alpha and beta."""
 
 
+PLAIN_SOFTMAX = ("Default", "RenormalizeNaive")
+"""vLLM's names of routing by a softmax over all experts, whose largest values may be normalised."""
+
+
 class ExpertsMethod(FusedMoEMethodBase):
     """How vLLM runs the routed experts of one layer, after they were packed.
 
-    vLLM routes, and sums the outputs of its processes.
+    vLLM routes where :func:`is_plain_softmax` is false, and sums the outputs of its processes.
 
     Parameters
     ----------
@@ -50,12 +56,18 @@ class ExpertsMethod(FusedMoEMethodBase):
     def __init__(self, name: str, moe: Any, contexts: Contexts) -> None:
         super().__init__(moe)
         self._name, self._contexts = name, contexts
-        self._runner: ExpertsRunner | None = None
+        self._packed: Any = None
+        self._routes = False
         self._key = operators.known_as(name, self)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """No kernel of vLLM runs."""
         return
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM hands over the router's logits, not each token's experts and weights."""
+        return self._routes
 
     def apply(
         self,
@@ -74,10 +86,42 @@ class ExpertsMethod(FusedMoEMethodBase):
             return output
         return self.compute(x, ids, topk_weights)
 
+    def apply_monolithic(
+        self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Route, and sum the weighted outputs of the experts."""
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = operators.routed_experts(x, router_logits, self._key)
+            return output
+        return self.route_and_compute(x, router_logits)
+
     def compute(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of this process's experts; ids of -1 are skipped."""
-        assert self._runner is not None, "weights were not loaded"
-        return self._runner(x, topk_ids, topk_weights)
+        rows = x.contiguous()
+        out = torch.empty_like(rows)
+        self._packed.forward_routed(self._contexts.ctx, rows, array_of(topk_ids), array_of(topk_weights), out=out)
+        return out
+
+    def route_and_compute(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the experts that the logits select."""
+        rows = x.contiguous()
+        out = torch.empty_like(rows)
+        self._packed(self._contexts.ctx, rows, router_logits.contiguous(), out=out)
+        return out
+
+    def _use(
+        self, layer: Any, gate_up: MarlinExpertStack, down: MarlinExpertStack, top_k: int, activation: str
+    ) -> None:
+        """Run these packed experts from now on."""
+        self._routes = is_plain_softmax(layer)
+        self._packed = MoeLayer(
+            gate_up,
+            down,
+            top_k=top_k,
+            activation=activation,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            norm_topk_prob=layer.renormalize,
+        )
 
 
 class PackedExpertsMethod(ExpertsMethod):
@@ -131,13 +175,7 @@ class PackedExpertsMethod(ExpertsMethod):
             stacks = pack_experts(
                 self._contexts.backend, self._tensors, self._schemes, self._sizes, self._name, torch.get_num_threads()
             )
-            packed = MoeLayer(
-                *stacks,
-                top_k=min(layer.top_k, self._sizes.num_experts),
-                activation=self._activation,
-                apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            )
-        self._runner = experts_runner(packed, self._contexts)
+            self._use(layer, *stacks, min(layer.top_k, self._sizes.num_experts), self._activation)
         self._tensors.close()
 
     def _loader(self, layer: Any, product: str, suffix: str) -> Any:
@@ -158,6 +196,22 @@ class PackedExpertsMethod(ExpertsMethod):
             return is_local if return_success else None
 
         return load
+
+
+def is_plain_softmax(layer: Any) -> bool:
+    """Whether a process can route by itself, by a softmax over all experts.
+
+    vLLM routes if the process has only some of the experts, or if something else is to see which experts a token has.
+    """
+    moe, config = layer.moe_config, get_current_vllm_config()
+    return bool(
+        moe.routing_method.name in PLAIN_SOFTMAX
+        and layer.custom_routing_function is None
+        and not layer.use_grouped_topk
+        and layer.expert_map is None
+        and not moe.is_lora_enabled
+        and not config.aux_output_config.enable_return_routed_experts
+    )
 
 
 def activation_of(layer: Any, name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from marlin_cy.checkpoints.builders import new_builder
-from marlin_cy.integrations.modules import Contexts, LinearRunner, linear_runner
+from marlin_cy.integrations.modules import Contexts
 from marlin_cy.integrations.vllm import operators
 from marlin_cy.integrations.vllm.shares import columns, share
 from marlin_cy.integrations.vllm.tensors import LayerTensors, canonical, expected_dtypes, naming, refused
@@ -17,6 +17,7 @@ from marlin_cy.stacks.builder import same_groups
 
 if TYPE_CHECKING:
     from marlin_cy.formats.scheme import Scheme
+    from marlin_cy.interface import Linear
     from marlin_cy.weights.canonical import CanonicalWeight
 
 __all__ = ["LinearMethod", "PackedLinearMethod"]
@@ -36,26 +37,34 @@ class LinearMethod(LinearMethodBase):
 
     def __init__(self, name: str, contexts: Contexts) -> None:
         self._name, self._contexts = name, contexts
-        self._runners: list[LinearRunner] = []
+        self._linears: list[Linear] = []
         self._width = 0
         self._key = operators.known_as(name, self)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output, eager or compiled."""
         if torch.compiler.is_compiling():
-            output: torch.Tensor = operators.linear(x, self._key, self._width)
+            output: torch.Tensor = operators.linear(x, bias, self._key, self._width)
+            return output
+        return self.compute(x, bias)
+
+    def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The outputs of the packed layers, side by side, plus ``bias``."""
+        rows, linears = x.contiguous(), self._linears
+        if len(linears) == 1:
+            output = self._output(linears[0], rows, self._width)
         else:
-            output = self.compute(x)
-        return output if bias is None else output + bias
+            output = torch.cat([self._output(linear, rows, linear.out_features) for linear in linears], dim=-1)
+        return output if bias is None else output.add_(bias)
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs of the packed layers, side by side."""
-        outputs = [runner(x) for runner in self._runners]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    def _output(self, linear: Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+        out = x.new_empty((*x.shape[:-1], width))
+        linear.forward(self._contexts.ctx, x, out, out.numel() // width)
+        return out
 
-    def _use(self, linears: Sequence[Any]) -> None:
+    def _use(self, linears: list[Linear]) -> None:
         """Run these packed layers from now on."""
-        self._runners = [linear_runner(linear, self._contexts) for linear in linears]
+        self._linears = linears
         self._width = sum(linear.out_features for linear in linears)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:

@@ -1,20 +1,28 @@
-"""Packed layers as operators of PyTorch, over which ``torch.compile`` passes without looking inside.
+"""Layers of this library as operators of PyTorch, over which ``torch.compile`` passes without looking inside.
 
 vLLM keeps compiled models on disk, and other processes load them. A layer is therefore known by its name, and found in
 the context of vLLM's current forward pass, as vLLM does with attention.
+
+Operators read and write tensors in place. A call has few steps in Python: the weights of a layer have just gone through
+the CPU's caches, so that each step waits for memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 
-__all__ = ["dense", "experts", "known_as", "linear"]
+from marlin_cy.cpu._buffers import accept_tensors
+
+__all__ = ["experts", "known_as", "linear", "routed_experts"]
 
 LIBRARY = torch.library.Library("marlin_cy_vllm", "FRAGMENT")
+
+accept_tensors(torch.Tensor, {getattr(torch, name): name for name in ("float32", "float16", "bfloat16")})
 
 
 def known_as(name: str, method: Any) -> str:
@@ -24,12 +32,7 @@ def known_as(name: str, method: Any) -> str:
     return key
 
 
-def _linear(x: torch.Tensor, key: str, out_features: int) -> torch.Tensor:
-    output: torch.Tensor = get_forward_context().no_compile_layers[key].compute(x)
-    return output
-
-
-def _dense(x: torch.Tensor, bias: torch.Tensor | None, key: str, out_features: int) -> torch.Tensor:
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, key: str, out_features: int) -> torch.Tensor:
     output: torch.Tensor = get_forward_context().no_compile_layers[key].compute(x, bias)
     return output
 
@@ -39,33 +42,42 @@ def _experts(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     return output
 
 
-def _linear_shape(x: torch.Tensor, key: str, out_features: int) -> torch.Tensor:
+def _routed_experts(x: torch.Tensor, router_logits: torch.Tensor, key: str) -> torch.Tensor:
+    output: torch.Tensor = get_forward_context().no_compile_layers[key].route_and_compute(x, router_logits)
+    return output
+
+
+def _linear_shape(x: torch.Tensor, bias: torch.Tensor | None, key: str, out_features: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _dense_shape(x: torch.Tensor, bias: torch.Tensor | None, key: str, out_features: int) -> torch.Tensor:
-    return _linear_shape(x, key, out_features)
 
 
 def _experts_shape(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, key: str) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-LIBRARY.define("linear(Tensor x, str key, SymInt out_features) -> Tensor")
-LIBRARY.impl("linear", _linear, "CPU")
-LIBRARY.impl("linear", _linear_shape, "Meta")
-LIBRARY.define("dense(Tensor x, Tensor? bias, str key, SymInt out_features) -> Tensor")
-LIBRARY.impl("dense", _dense, "CPU")
-LIBRARY.impl("dense", _dense_shape, "Meta")
-LIBRARY.define("experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str key) -> Tensor")
-LIBRARY.impl("experts", _experts, "CPU")
-LIBRARY.impl("experts", _experts_shape, "Meta")
+def _routed_experts_shape(x: torch.Tensor, router_logits: torch.Tensor, key: str) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def define(schema: str, function: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor]) -> None:
+    """Define an operator by its schema, its function on CPUs, and what gives the shape of its result."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CPU")
+    LIBRARY.impl(name, shape, "Meta")
+    # There are no gradients: calls need not stop at autograd.
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+define("linear(Tensor x, Tensor? bias, str key, SymInt out_features) -> Tensor", _linear, _linear_shape)
+define("experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str key) -> Tensor", _experts, _experts_shape)
+define("routed_experts(Tensor x, Tensor router_logits, str key) -> Tensor", _routed_experts, _routed_experts_shape)
 
 linear = torch.ops.marlin_cy_vllm.linear
-"""``linear(x, key, out_features)``: the output of a linear layer."""
-
-dense = torch.ops.marlin_cy_vllm.dense
-"""``dense(x, bias, key, out_features)``: the output of an unquantised layer."""
+"""``linear(x, bias, key, out_features)``: the output of a linear layer, packed or not."""
 
 experts = torch.ops.marlin_cy_vllm.experts
 """``experts(x, topk_ids, topk_weights, key)``: the weighted sum of a layer's routed experts."""
+
+routed_experts = torch.ops.marlin_cy_vllm.routed_experts
+"""``routed_experts(x, router_logits, key)``: the same by the logits of the router."""

@@ -14,11 +14,9 @@ from marlin_cy.backends import get_backend
 from marlin_cy.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from marlin_cy.checkpoints.packed import G_IDX, PACKED
 from marlin_cy.errors import UnsupportedError
-from marlin_cy.integrations.modules import experts_runner
 from marlin_cy.integrations.vllm.experts import ExpertsMethod
 from marlin_cy.integrations.vllm.linear import LinearMethod
 from marlin_cy.integrations.vllm.tensors import naming, refused
-from marlin_cy.moe.layer import MoeLayer
 
 if TYPE_CHECKING:
     from marlin_cy.integrations.modules import Contexts
@@ -117,11 +115,4 @@ class StoredExpertsMethod(ExpertsMethod):
         assert number is not None, self._name
         with naming(self._name):
             stored = opened(self._folder).experts(int(number[1]))
-            packed = MoeLayer(
-                stored.gate_up,
-                stored.down,
-                top_k=layer.top_k,
-                activation=stored.activation,
-                apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            )
-        self._runner = experts_runner(packed, self._contexts)
+            self._use(layer, stored.gate_up, stored.down, layer.top_k, stored.activation)
