@@ -167,13 +167,22 @@ def device_alone(request):
     return backend_called(request.param)
 
 
+@pytest.fixture(scope="session")
+def made_calls():
+    """What the calls of :func:`call` are made of, by parameter: packed once for all tests."""
+    return {}
+
+
 @pytest.fixture
-def call(request, rng):
+def call(request, made_calls):
     """A right call of one method; the parameter is ``(label of a backend, name in calls.CALLS)``."""
     from calls import CALLS
 
     label, name = request.param
-    return CALLS[name](backend_called(label), rng)
+    seed = int(os.environ.get(SEED_VARIABLE) or zlib.crc32(name.encode()))
+    call = CALLS[name](backend_called(label), np.random.default_rng(seed), made_calls.get(request.param))
+    made_calls.setdefault(request.param, call.made)
+    return call
 
 
 @pytest.fixture
