@@ -1,6 +1,6 @@
 """A valid call of every method that runs weights. Tests change its arguments or make it fail."""
 
-import copy
+from copy import copy as copy_of
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ class Call:
             made = self.call, self.args, self.right().copy()
         self.made = made
         self.call, args, self.expected = made
-        self.args = {**{name: copy.copy(value) for name, value in args.items() if name != "ctx"}, "ctx": self.ctx}
+        self.args = {**{name: copy_of(value) for name, value in args.items() if name != "ctx"}, "ctx": self.ctx}
         self.args[self.output] = self.guarded()
 
     def guarded(self):

@@ -222,6 +222,7 @@ def compare_builds(tmp_path, *arguments):
     return json.loads(output.read_text()), finished.stdout
 
 
+@pytest.mark.sweep
 def test_a_build_beside_itself(tmp_path):
     document, printed = compare_builds(tmp_path)
     assert {side["folder"] for side in document["sides"].values()} == {str(Path(marlin_cy.__file__).parent)}

@@ -73,6 +73,7 @@ def bench(*arguments, timeout=300):
 # The command
 
 
+@pytest.mark.sweep
 def test_every_part_is_measured(tmp_path, stand_in):
     program, calls = stand_in
     output = tmp_path / "result.json"

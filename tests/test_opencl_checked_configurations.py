@@ -140,7 +140,7 @@ def test_the_next_configuration_is_used(new_backend, rng, call, fault):
     assert_close(result, x.astype(np.float64) @ problem.dense(1), product_bound(backend, x, problem.dense(1)))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -88,6 +88,7 @@ def buffer_cases():
                     yield pytest.param(call, name, *BUFFERS[case], id=f"{call}-{name}-{case}")
 
 
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize(("call", "name", "wrong", "exception", "message"), list(buffer_cases()), indirect=["call"])
 def test_buffers(call, name, wrong, exception, message):
     call.refused(lambda args: {name: wrong(call.backend, args[name])}, exception, f"^{name}: {message}")

@@ -53,7 +53,7 @@ def distributions(tmp_path_factory):
 def build(folder):
     """Build both from a copy of the sources; the folder that holds them.
 
-    The wheel is compiled with little optimisation, in half the time: these tests ask what is in it, and whether it runs.
+    The wheel is compiled with -O1, in half the time: these tests ask what is in it, and whether it runs.
     """
     shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
     succeed(sys.executable, "-m", "build", "--sdist", "--outdir", folder / "dist", folder / "source")
