@@ -279,6 +279,7 @@ in_child(wrong)
         ),
     ],
 )
+@pytest.mark.sampled(2)
 def test_fork(rng, code):
     """After the parent has used OpenMP. A hang ends with a traceback of all threads."""
     script = FORK.format(code=code, seed=int(rng.integers(1 << 30)), deadline=DEADLINE_S)

@@ -437,7 +437,7 @@ class TestLinear:
 class TestKindsOfWeights:
     """Other codes, and scales of another type, than GPTQ's."""
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
     def test_batched(self, backend, rng, kind, k, n, group_size):
         problem = random_problem(rng, 3, k, n, group_size, bias=True, **WEIGHT_KINDS[kind])
@@ -506,7 +506,7 @@ class TestStackBias:
         problem.bias[:] = np.nan
         assert_same_bits(bias, given)
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("k", [96, 2080])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_batched(self, backend, rng, k, dtype):

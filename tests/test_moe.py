@@ -232,7 +232,7 @@ class TestWholeModels:
     def inputs(self, rng, dtype=np.float32, tokens=9, hidden=96):
         return activations(rng, tokens, hidden, dtype), rng.standard_normal((tokens, 5)).astype(dtype)
 
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations(self, backend, rng, activation, dtype):

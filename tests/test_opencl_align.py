@@ -361,6 +361,7 @@ class TestLayer:
         first = ["align, gate_up: prepare_rows", "gate_up"]
         check_layer(device_alone, monkeypatch, first, g_idx="common", routed=True)
 
+    @pytest.mark.sweep
     def test_weighed_rows_wait_for_their_weights(self, with_order, monkeypatch):
         first = ["route, align", "weigh_tokens", "gate_up: prepare_rows", "gate_up"]
         check_layer(with_order, monkeypatch, first, g_idx="common", weigh_input=True, shared=64)
@@ -386,6 +387,7 @@ class TestLayer:
         check_layer(with_order, monkeypatch, ["route, align, gate_up: prepare_rows"], tokens=most, **options)
         check_layer(with_order, monkeypatch, ["route", "align, gate_up: prepare_rows"], tokens=most + 1, **options)
 
+    @pytest.mark.sweep
     def test_slices(self, device_alone, monkeypatch):
         """All tokens are routed in one launch, and aligned slice by slice."""
         monkeypatch.setattr(moe, "SLICE_BYTES", 20_000)

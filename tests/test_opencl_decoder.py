@@ -109,6 +109,7 @@ class TestLogits:
         model = load_model(FOLDER, device_alone, cache_dtype=cache_dtype, context_length=64)
         assert_near(model.forward(TEXT[:20], all_logits=True), expected[:20], CACHE_BOUNDS[cache_dtype])
 
+    @pytest.mark.sweep
     def test_tokens_that_the_device_chooses(self, model, sequence):
         """The argmax on the device is that of the logits; more rows are wanted than the head takes at once."""
         rows = HEAD_ROWS + 3
@@ -172,6 +173,7 @@ class TestLogits:
         cl.enqueue_fill_buffer(model.context.queue, pool.values, b"\0" * 4, page * nbytes, nbytes)
         model.free(damaged)
 
+    @pytest.mark.sweep
     def test_prompts_longer_than_a_step(self, model, sequence, expected, monkeypatch):
         monkeypatch.setattr("marlin_cy.decoder.model.MAX_ROWS", 16)
         assert_near(model.forward(TEXT[:40], sequence=sequence, all_logits=True), expected[:40])
@@ -216,6 +218,7 @@ class TestSequences:
         assert_near(model.forward(TEXT[35:45], sequence=fork), expected[44])
         model.free(fork)
 
+    @pytest.mark.sweep
     def test_more_sequences_than_cache(self, device_alone):
         model = load_model(FOLDER, device_alone, context_length=64, cache_tokens=100)
         first = model.new_sequence()

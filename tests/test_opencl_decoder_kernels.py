@@ -349,6 +349,7 @@ def test_attention(bench, rng, heads, kv_heads, dim, changes, dtype, most_splits
     assert relative_error(found, expected) < 4 * BOUNDS[dtype]
 
 
+@pytest.mark.sweep
 def test_a_tile_in_many_splits(bench, rng):
     """More splits than there are positions for; tiles that are not full; a window that leaves splits empty."""
     for changes in ({}, {"window": 300}):

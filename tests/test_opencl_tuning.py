@@ -118,7 +118,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sweep
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
 def test_other_weights(new_backend, changes):
     """A product's key is that of the weights that were measured. Both 16-bit records are held in the same way."""
