@@ -57,9 +57,22 @@ def phased(device_alone, monkeypatch):
     return model
 
 
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
 @pytest.fixture
-def recorded(device_alone):
-    return load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048)
+def recorded(device_alone, models):
+    """One model for each device: its launches are compiled and recorded once."""
+    if id(device_alone) not in models:
+        models[id(device_alone)] = load_model(
+            FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048
+        )
+    model = models[id(device_alone)]
+    yield model
+    for sequence in list(model._sequences):
+        model.free(sequence)
 
 
 @pytest.mark.sweep
