@@ -1,5 +1,7 @@
 """A valid call of every method that runs weights. Tests change its arguments or make it fail."""
 
+from copy import copy as copy_of
+
 import numpy as np
 import pytest
 from asserts import GuardedArray, assert_same_bits
@@ -60,16 +62,22 @@ class Call:
 
     Arguments are NumPy arrays. Those in ``buffers`` (``inputs``, ``output``, ``others``) are converted to the
     backend's buffers, except objects of a subclass of ``ndarray``.
+
+    ``made`` is that of an earlier call of this class on this backend: packed weights, arguments and result, which take
+    most of the time of a test. The new call has copies of the arguments, and a context of its own.
     """
 
     others = ()
 
-    def __init__(self, backend, rng):
+    def __init__(self, backend, rng, made=None):
         self.backend, self.ctx = backend, new_context(backend)
         self.buffers = {*self.inputs, self.output, *self.others}
-        self.args = self.make(backend, rng)
-        self.args["ctx"] = self.ctx
-        self.expected = self.right().copy()
+        if made is None:
+            self.args = {**self.make(backend, rng), "ctx": self.ctx}
+            made = self.call, self.args, self.right().copy()
+        self.made = made
+        self.call, args, self.expected = made
+        self.args = {**{name: copy_of(value) for name, value in args.items() if name != "ctx"}, "ctx": self.ctx}
         self.args[self.output] = self.guarded()
 
     def guarded(self):

@@ -26,6 +26,8 @@ import marlin_cy  # noqa: E402
 from marlin_cy import cpu  # noqa: E402
 
 SEED_VARIABLE = "MARLIN_CY_TEST_SEED"
+# How many times the cases of each test marked `sampled` a run takes: for runs that the sweep does not complete.
+SAMPLES_VARIABLE = "MARLIN_CY_TEST_SAMPLES"
 # The name of the only backend to test, such as a backend of another package.
 BACKEND_VARIABLE = "MARLIN_CY_TEST_BACKEND"
 ISAS = {isa["name"]: isa for isa in cpu.dispatch_report()["isas"]}
@@ -61,13 +63,14 @@ def pytest_collection():
 def pytest_collection_modifyitems(items):
     """Put most cases of a test that is marked ``sampled(n)`` into the sweep.
 
-    The default run takes ``n`` cases of each such test, evenly spread over its parameters; the other cases get the
-    marker ``sweep``. A case that is marked ``sweep`` in its own right does not count.
+    The default run takes ``n`` cases of each such test, evenly spread over its parameters; the environment may multiply
+    ``n``. The other cases get the marker ``sweep``. A case that is marked ``sweep`` in its own right does not count.
     """
+    times = int(os.environ.get(SAMPLES_VARIABLE) or 1)
     cases = {}
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and not item.get_closest_marker("sweep"):
-            cases.setdefault((item.parent.nodeid, item.originalname), (sampled.args[0], []))[1].append(item)
+            cases.setdefault((item.parent.nodeid, item.originalname), (sampled.args[0] * times, []))[1].append(item)
     for kept, of_one_test in cases.values():
         chosen = {round(i * (len(of_one_test) - 1) / max(kept - 1, 1)) for i in range(kept)}
         for position, item in enumerate(of_one_test):
@@ -167,13 +170,22 @@ def device_alone(request):
     return backend_called(request.param)
 
 
+@pytest.fixture(scope="session")
+def made_calls():
+    """What the calls of :func:`call` are made of, by parameter: packed once for all tests."""
+    return {}
+
+
 @pytest.fixture
-def call(request, rng):
+def call(request, made_calls):
     """A right call of one method; the parameter is ``(label of a backend, name in calls.CALLS)``."""
     from calls import CALLS
 
     label, name = request.param
-    return CALLS[name](backend_called(label), rng)
+    seed = int(os.environ.get(SEED_VARIABLE) or zlib.crc32(name.encode()))
+    call = CALLS[name](backend_called(label), np.random.default_rng(seed), made_calls.get(request.param))
+    made_calls.setdefault(request.param, call.made)
+    return call
 
 
 @pytest.fixture

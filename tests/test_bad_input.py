@@ -399,6 +399,7 @@ def test_subclasses_are_arrays(cpu_backend, rng, name):
     assert_same_bits(np.asarray(call.right()), np.asarray(call.expected))
 
 
+@pytest.mark.sampled(1)
 @only("batched")
 def test_any_numbers_in_dispatches(call, rng):
     """Any numbers are either refused as a caller's mistake or valid."""
@@ -421,6 +422,7 @@ def test_any_numbers_in_dispatches(call, rng):
     assert_same_bits(call.right(), call.expected)
 
 
+@pytest.mark.sampled(1)
 @only("vllm")
 def test_any_numbers_in_routing(call, rng):
     names = ("num_tokens_past_padded", "prob_m", "moe_block_size", "top_k")

@@ -73,6 +73,7 @@ def test_show_has_every_line(tmp_path):
     assert lines["3"]["skipped"] == lines["4"]["skipped"] == "left out"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("command, kind", [("products", "gemm"), ("layers", "layer")])
 def test_a_sweep_can_be_of_products_or_of_layers_alone(tmp_path, command, kind):
     document = run_bench(tmp_path, command, "--compute-dtypes", "int8")
@@ -147,7 +148,7 @@ def test_opencl_show_of_a_part(tmp_path):
         (["before-after"], "required: --before"),
     ],
 )
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 def test_wrong_options_are_refused(arguments, message):
     finished = bench(*arguments)
     assert finished.returncode == 2
@@ -222,6 +223,7 @@ def compare_builds(tmp_path, *arguments):
     return json.loads(output.read_text()), finished.stdout
 
 
+@pytest.mark.sweep
 def test_a_build_beside_itself(tmp_path):
     document, printed = compare_builds(tmp_path)
     assert {side["folder"] for side in document["sides"].values()} == {str(Path(marlin_cy.__file__).parent)}
@@ -240,6 +242,7 @@ def test_a_build_beside_itself(tmp_path):
         assert case["name"] in printed
 
 
+@pytest.mark.sweep
 def test_other_starts_and_a_part_of_the_cases(tmp_path):
     options = "--only=overhead", "--compute-dtypes=int8", "--rounds=3", "--starts=2", "--threads=1", "--isa=generic"
     document, printed = compare_builds(tmp_path, *options, "--json")

@@ -73,6 +73,7 @@ def bench(*arguments, timeout=300):
 # The command
 
 
+@pytest.mark.sweep
 def test_every_part_is_measured(tmp_path, stand_in):
     program, calls = stand_in
     output = tmp_path / "result.json"
@@ -313,6 +314,7 @@ def test_the_head_is_the_matrix_in_the_file(tmp_path):
     assert step._program.step(step._batch).shape == (1, 1500)
 
 
+@pytest.mark.sweep
 def test_a_command_that_fails_before_its_first_token(tmp_path):
     with pytest.raises(ValueError, match="marlin-cy generate: ended with"):
         start_up.first_token_seconds(tmp_path / "absent", 1)

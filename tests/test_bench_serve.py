@@ -23,6 +23,7 @@ from marlin_cy.decoder.load import load_model  # noqa: E402
 SPREAD = {"median", "p10", "p90"}
 
 
+@pytest.mark.sweep
 def test_every_part_is_measured(tmp_path):
     output = tmp_path / "result.json"
     command = [sys.executable, "-m", "bench", "serve", "--quick", "--threads", "1", "--output", str(output)]

@@ -98,6 +98,7 @@ def save_activations(tmp_path):
     return save
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("compute_dtype", sorted(ERROR_BOUNDS))
 def test_run_built_in_json(compute_dtype):
     done = start("run", "--json", "--compute-dtype", compute_dtype, command=QUICK_COMMAND)

@@ -143,6 +143,7 @@ def test_every_method_refuses_a_context_in_use(cpu_backend, rng):
     assert_same_bits(work.on(ctx), work.expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_many_threads_with_contexts_of_their_own(device_backend, rng, num_threads):
     work = Work(device_backend, rng)
@@ -278,12 +279,14 @@ in_child(wrong)
         ),
     ],
 )
+@pytest.mark.sampled(2)
 def test_fork(rng, code):
     """After the parent has used OpenMP. A hang ends with a traceback of all threads."""
     script = FORK.format(code=code, seed=int(rng.integers(1 << 30)), deadline=DEADLINE_S)
     assert python(script) == "done\n"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("variable", "value"), [("OMP_THREAD_LIMIT", "1"), ("OMP_THREAD_LIMIT", "2"), ("OMP_DYNAMIC", "true")]
 )

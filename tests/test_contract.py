@@ -106,6 +106,7 @@ class TestStack:
 
 
 class TestBatched:
+    @pytest.mark.sampled(12)
     @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
     @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
     def test_matches_the_reference(self, backend, rng, k, n, group_size, checkpoint_format):
@@ -238,6 +239,7 @@ class TestBatched:
 
 
 class TestVllm:
+    @pytest.mark.sampled(10)
     @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
     @pytest.mark.parametrize("top_k", [1, 2, 4])
     def test_matches_the_reference(self, backend, rng, block_size, top_k):
@@ -435,7 +437,7 @@ class TestLinear:
 class TestKindsOfWeights:
     """Other codes, and scales of another type, than GPTQ's."""
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize(("k", "n", "group_size"), SHAPES)
     def test_batched(self, backend, rng, kind, k, n, group_size):
         problem = random_problem(rng, 3, k, n, group_size, bias=True, **WEIGHT_KINDS[kind])
@@ -447,7 +449,7 @@ class TestKindsOfWeights:
             bound = with_bias(product_bound(backend, rows, w), bias)
             assert_close(result[out_row : out_row + m], rows.astype(np.float64) @ w + bias, bound)
 
-    @pytest.mark.sampled(16)
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128])
     @pytest.mark.parametrize("block_size", [2, 16])
@@ -504,7 +506,7 @@ class TestStackBias:
         problem.bias[:] = np.nan
         assert_same_bits(bias, given)
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("k", [96, 2080])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_batched(self, backend, rng, k, dtype):
@@ -520,7 +522,7 @@ class TestStackBias:
             bound[to] = with_bias(product, problem.bias[expert], dtype)
         assert_close(result, expected, bound)
 
-    @pytest.mark.sampled(16)
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("block_size", [1, 16])
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
     @pytest.mark.parametrize("k", [96, 2080])

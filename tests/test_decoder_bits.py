@@ -81,6 +81,7 @@ def run_case(models, rng):
         model.free(sequence)
 
 
+@pytest.mark.sampled(5)
 def test_bits(models, rng):
     for _ in range(3):
         run_case(models, rng)

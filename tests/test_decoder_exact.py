@@ -56,7 +56,7 @@ def logits_of(model, tokens):
         return model(torch.from_numpy(tokens)[None]).logits[0].double().numpy()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_logits(tmp_path, model_type, rng):
     """Linear layers keep the norm of rows, about.
@@ -109,6 +109,7 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_decided_tokens_keep_their_experts(name, rng):
     """Whatever the errors of the logits are, up to the largest; and other tokens may have others."""

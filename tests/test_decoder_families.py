@@ -91,7 +91,7 @@ DEEPSEEK_YARN = {
 }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -131,6 +131,7 @@ def test_config_of_transformers_4(tmp_path, rope):
     assert_same_logits(quantised, dense)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("model_type", "kept"),
     [

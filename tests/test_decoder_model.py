@@ -41,6 +41,7 @@ def sequence(model):
 
 
 class TestLogits:
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("cache_dtype", BOUNDS)
     def test_near_the_reference(self, cache_dtype):
         model = load_model(FOLDER, cache_dtype=cache_dtype, context_length=512)

@@ -75,6 +75,7 @@ def by_view(stack, ctx, rng, x, expert, dtype):
     return np.concatenate(parts, axis=1)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("case", range(CASES))
 def test_products(cpu_backend, rng, compute_dtype, case):
     k, n, m = 32 * int(rng.integers(1, 100)), 8 * int(rng.integers(1, 16)), int(rng.integers(1, 60))

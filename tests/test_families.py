@@ -235,6 +235,7 @@ def test_a_folder_of_each_family(tmp_path, rng, model_type):
             np.testing.assert_array_equal(layer.routing.correction_bias, checkpoint.correction_bias(1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_folder_of_each_method(tmp_path, backend, rng, method):
     """Zero points are 0 to 15, and bfloat16 scales are rounded as written."""

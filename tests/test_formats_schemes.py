@@ -124,6 +124,7 @@ def assert_means(weight, q, scale, zero, scheme):
     assert weight.words.flags.aligned
 
 
+@pytest.mark.sampled(7)
 @every_case
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 10), n=st.integers(1, 9), which=st.integers(0, 1))
 def test_round_trip(name, seed, k, n, which):

@@ -177,6 +177,7 @@ def test_it_needs_neither_pytorch_nor_transformers():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("module", ["torch", "transformers", "rich", "jinja2", "marlin_cy.opencl"])
 def test_the_first_token_does_not_wait_for(module):
     code = (

@@ -69,6 +69,7 @@ def test_text_and_figures(run):
     assert re.search(r"Weights: 3\.\d MB packed, 0\.\d MB others", err)
 
 
+@pytest.mark.sweep
 def test_sampling(run):
     options = ("--prompt", PROMPT, "--max-new-tokens", 16, "--json", "--temperature", 1.5)
     first, again, other = (report_of(run(*options, "--seed", seed))["tokens"] for seed in (1, 1, 2))

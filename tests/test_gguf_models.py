@@ -65,6 +65,7 @@ def test_every_family(tmp_path, model_type):
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_every_type(tmp_path, kind):
     """By the plan, by the decoder, and from a packed folder with the same bits."""
@@ -108,6 +109,7 @@ def test_shared_experts_of_mixed_types(tmp_path, up):
     assert_same_logits(tmp_path / "packed", dense)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_1"])
 def test_reordered_inputs_of_two_levels(tmp_path, kind):
     """The output projection of Qwen3.5, the heads of whose inputs lie inside of a block of 256."""
@@ -119,6 +121,7 @@ def test_reordered_inputs_of_two_levels(tmp_path, kind):
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

@@ -62,6 +62,7 @@ class TestLayer:
         result = backend.to_host(moe(ctx, backend.from_host(x), backend.from_host(logits)))
         check(backend, layer, x, *reference.route(logits, moe.routing), result)
 
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
     @pytest.mark.parametrize("normalise", [True, False])
     def test_top_k(self, backend, rng, top_k, normalise):
@@ -119,6 +120,7 @@ class TestLayer:
         check(backend, layer, x, ids, weights, result)
         assert (result[4] == 0).all()
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_few_experts_chosen_after_many(self, backend, rng, g_idx):
         """Values that an earlier, larger call left in the workspace are not read."""
@@ -230,7 +232,7 @@ class TestWholeModels:
     def inputs(self, rng, dtype=np.float32, tokens=9, hidden=96):
         return activations(rng, tokens, hidden, dtype), rng.standard_normal((tokens, 5)).astype(dtype)
 
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations(self, backend, rng, activation, dtype):
@@ -253,12 +255,13 @@ class TestWholeModels:
         assert errors["gelu", "gelu"] < errors["gelu", "gelu_tanh"]
         assert errors["gelu_tanh", "gelu_tanh"] < errors["gelu_tanh", "gelu"]
 
-    @pytest.mark.sampled(7)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("parts", MADE_OF)
     def test_parts(self, backend, rng, parts, dtype):
         self.run(backend, Layer(rng, **MADE_OF[parts]), *self.inputs(rng, DTYPES[dtype]))
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     def test_parts_with_g_idx(self, backend, rng, g_idx):
         layer = Layer(rng, g_idx=g_idx, **MADE_OF["all"])
@@ -281,6 +284,7 @@ class TestWholeModels:
     def test_routing(self, backend, rng, routing):
         self.run(backend, Layer(rng, shared=32), *self.inputs(rng), top_k=3, **routing)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("tokens", [1, 2, 49, 130])
     def test_tokens(self, backend, rng, tokens):
         """One token, and more tokens than a block of rows has."""
@@ -361,6 +365,7 @@ class TestWholeModels:
         assert np.isnan(result[[2, 6]]).all()
         assert_same_bits(np.delete(result, [2, 6], axis=0), np.delete(clean, [2, 6], axis=0))
 
+    @pytest.mark.sampled(1)
     def test_few_tokens_after_many(self, backend, rng):
         """Values that another layer's larger call left in the workspace are not read."""
         ctx = backend.new_context()

@@ -61,6 +61,7 @@ def test_equals_the_reference(cpu_backend, rng, on_every_isa, compute_dtype, gro
                 assert_same_bits(product(stack, ctx, x, expert), expected[expert])
 
 
+@pytest.mark.sampled(64)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 96, 97])
 @pytest.mark.parametrize("codes", KERNEL_CODE_TYPES)
 def test_every_number_of_rows(cpu_backend, rng, on_every_isa, compute_dtype, m, codes):
@@ -82,6 +83,7 @@ def test_every_tail_of_n(cpu_backend, rng, on_every_isa, compute_dtype, n, codes
         assert_same_bits(product(stack, ctx, x, 1), expected)
 
 
+@pytest.mark.sampled(80)
 @pytest.mark.parametrize("k", [32, 96, 128, 160, 992, 1024, 1056, 2048, 2080, 3104])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize("codes", KERNEL_CODE_TYPES)

@@ -36,7 +36,7 @@ def check_products(stack, on_every_isa, compute_dtype, problem, rng):
             assert_same_bits(out[begin : begin + m], expected[expert][:m])
 
 
-@pytest.mark.sampled(75)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize(("k", "n"), [(32, 8), (352, 40), (1184, 24)])

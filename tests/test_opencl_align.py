@@ -139,7 +139,7 @@ def right_arrays(ids, block_size, experts):
 @each_device
 @each_prepared_type
 class TestAlignPrepare:
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("sizes", SIZES)
     @each_dtype
     def test_to_the_last_bit(self, device, rng, sizes, dtype, prepared_type):
@@ -151,6 +151,7 @@ class TestAlignPrepare:
         tokens, *_, k = sizes
         self.check(device, rng, sizes, activations(rng, tokens, k), prepared_type, padded_order(rng, k))
 
+    @pytest.mark.sampled(1)
     def test_a_nan_stays_in_its_row(self, device, rng, prepared_type):
         sizes, rows = (9, 2, 4, 8, 96), activations(rng, 9, 96)
         clean = self.check(device, rng, sizes, rows, prepared_type)
@@ -158,6 +159,7 @@ class TestAlignPrepare:
         bad = self.check(device, rng, sizes, rows, prepared_type)
         assert (bad != clean).any(axis=1).tolist() == [False] * 4 + [True, False, False, True, False]
 
+    @pytest.mark.sampled(1)
     def test_no_expert_is_chosen(self, device, rng, prepared_type):
         ids = np.full((9, 2), -1, np.int32)
         self.check(device, rng, (9, 2, 4, 8, 96), activations(rng, 9, 96), prepared_type, ids=ids)
@@ -233,7 +235,7 @@ class RouteAlign:
 
 @each_ordering_device
 class TestRouteAlign:
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("block_size", [1, 8, 48])
     @pytest.mark.parametrize("tokens", [1, 3, 64, 70])
     @pytest.mark.parametrize(
@@ -359,14 +361,17 @@ class TestLayer:
         first = ["align, gate_up: prepare_rows", "gate_up"]
         check_layer(device_alone, monkeypatch, first, g_idx="common", routed=True)
 
+    @pytest.mark.sweep
     def test_weighed_rows_wait_for_their_weights(self, with_order, monkeypatch):
         first = ["route, align", "weigh_tokens", "gate_up: prepare_rows", "gate_up"]
         check_layer(with_order, monkeypatch, first, g_idx="common", weigh_input=True, shared=64)
 
+    @pytest.mark.sweep
     def test_weighed_rows_without_order(self, without_order, monkeypatch):
         first = ["route", "weigh_tokens", "align, gate_up: prepare_rows", "gate_up"]
         check_layer(without_order, monkeypatch, first, g_idx="common", weigh_input=True, shared=64)
 
+    @pytest.mark.sweep
     def test_orders_of_their_own(self, with_order, monkeypatch):
         """A row's order of K depends on its expert."""
         first = ["route, align", "gate_up: prepare_rows", "gate_up"]
@@ -382,6 +387,7 @@ class TestLayer:
         check_layer(with_order, monkeypatch, ["route, align, gate_up: prepare_rows"], tokens=most, **options)
         check_layer(with_order, monkeypatch, ["route", "align, gate_up: prepare_rows"], tokens=most + 1, **options)
 
+    @pytest.mark.sweep
     def test_slices(self, device_alone, monkeypatch):
         """All tokens are routed in one launch, and aligned slice by slice."""
         monkeypatch.setattr(moe, "SLICE_BYTES", 20_000)

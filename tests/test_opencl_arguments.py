@@ -101,7 +101,7 @@ def builds(device, file, macros):
 
 @pytest.mark.parametrize("device", DEVICES, ids=[device.platform.name.strip() for device in DEVICES])
 @pytest.mark.parametrize("file", kernel_files())
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 def test_tables_are_what_the_compiler_reports(device, file):
     variants = [macros for macros in signature_variants(file) if builds(device, file, macros)]
     if not variants:

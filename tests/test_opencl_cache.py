@@ -113,6 +113,7 @@ class TestPrograms:
         context = cl.Context([request.param])
         return lambda: program.ProgramCache(context, request.param, folder=sources, keep_binaries=True)
 
+    @pytest.mark.sweep
     def test_the_folder_stays_below_the_bound(self, programs, tmp_path, monkeypatch):
         folder = tmp_path / "cache" / "opencl"
         programs().kernel("write", "write", {"VALUE": 0})

@@ -77,6 +77,7 @@ def test_growth(model, expected):
     assert relative_error(model.forward(TEXT[99:100], sequence=first), expected[99]) < BOUND
 
 
+@pytest.mark.sweep
 def test_no_memory_while_growing(model, expected, monkeypatch):
     """Who asked is told, and is as before; others go on; with memory there is growth again. No layer grows alone."""
     asks, other = model.new_sequence(), model.new_sequence()

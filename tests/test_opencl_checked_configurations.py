@@ -140,7 +140,7 @@ def test_the_next_configuration_is_used(new_backend, rng, call, fault):
     assert_close(result, x.astype(np.float64) @ problem.dense(1), product_bound(backend, x, problem.dense(1)))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -297,7 +297,7 @@ class TestTuning:
     SHAPE = tuning.Shape(k=512, n=16, experts=2, group_size=128, top_k=1)
 
     @pytest.mark.parametrize("fault", [WRONG, UNWRITTEN], ids=["wrong", "unwritten"])
-    @pytest.mark.sampled(1)
+    @pytest.mark.sweep
     def test_a_wrong_candidate_is_refused(self, new_backend, monkeypatch, fault):
         candidates = tuning.candidates
         monkeypatch.setattr(
@@ -318,6 +318,7 @@ class TestTuning:
         assert not has_fault(result.best)
         assert [has_fault(configuration) for configuration, _ in result.refused] == [True]
 
+    @pytest.mark.sweep
     def test_a_result_that_is_wrong_now_is_not_used(self, new_backend, rng):
         """A file of another machine, or of a driver that says the same of itself and is not."""
         backend = new_backend()
@@ -349,6 +350,7 @@ class TestRoutingAndAlignment:
     def logits(self, backend, rng, tokens):
         return backend.from_host(activations(rng, tokens, 5))
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize(
         "change",
         [

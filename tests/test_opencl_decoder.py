@@ -73,6 +73,7 @@ class TestLogits:
             assert (logits.shape, logits.dtype) == ((model.vocab_size,), np.float32)
             assert_near(logits, expected[place])
 
+    @pytest.mark.sweep
     def test_a_head_of_8_bits(self, device_alone):
         options = {"cache_dtype": "float32", "context_length": 64, "lm_head": "int8"}
         expected = load_model(FOLDER, num_threads=1, **options).forward(TEXT[:20], all_logits=True)
@@ -83,6 +84,7 @@ class TestLogits:
         """More rows whose logits are wanted than the head takes at once."""
         assert_near(model.forward(TEXT, sequence=sequence, all_logits=True), expected)
 
+    @pytest.mark.sweep
     def test_prompt_in_pieces(self, model, sequence, expected):
         """The last piece has more rows than the head takes at once."""
         begin = 0
@@ -101,12 +103,13 @@ class TestLogits:
         assert 3e-5 < relative_error(logits, expected[:20]) < BOUND
         assert_near(model.forward(TEXT[20:21]), expected[20])
 
-    @pytest.mark.sampled(1)
+    @pytest.mark.sweep
     @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
     def test_cache_dtype(self, device_alone, expected, cache_dtype):
         model = load_model(FOLDER, device_alone, cache_dtype=cache_dtype, context_length=64)
         assert_near(model.forward(TEXT[:20], all_logits=True), expected[:20], CACHE_BOUNDS[cache_dtype])
 
+    @pytest.mark.sweep
     def test_tokens_that_the_device_chooses(self, model, sequence):
         """The argmax on the device is that of the logits; more rows are wanted than the head takes at once."""
         rows = HEAD_ROWS + 3
@@ -170,10 +173,12 @@ class TestLogits:
         cl.enqueue_fill_buffer(model.context.queue, pool.values, b"\0" * 4, page * nbytes, nbytes)
         model.free(damaged)
 
+    @pytest.mark.sweep
     def test_prompts_longer_than_a_step(self, model, sequence, expected, monkeypatch):
         monkeypatch.setattr("marlin_cy.decoder.model.MAX_ROWS", 16)
         assert_near(model.forward(TEXT[:40], sequence=sequence, all_logits=True), expected[:40])
 
+    @pytest.mark.sweep
     def test_splits(self, model, sequence, expected, monkeypatch):
         """Positions of few rows are cut into runs, on devices with more compute units than this one may have."""
         monkeypatch.setattr(model._program, "most_splits", 8)
@@ -213,6 +218,7 @@ class TestSequences:
         assert_near(model.forward(TEXT[35:45], sequence=fork), expected[44])
         model.free(fork)
 
+    @pytest.mark.sweep
     def test_more_sequences_than_cache(self, device_alone):
         model = load_model(FOLDER, device_alone, context_length=64, cache_tokens=100)
         first = model.new_sequence()

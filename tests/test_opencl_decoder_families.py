@@ -44,13 +44,13 @@ def assert_same_logits(reference, model):
         assert relative_error(logits[kept], expected[kept]) < BOUND
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", language_models.CONFIGS)
 def test_every_family(tmp_path, device_alone, model_type):
     assert_same_logits(*models(tmp_path, device_alone, model_type))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

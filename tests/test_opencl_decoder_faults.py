@@ -32,6 +32,7 @@ def model(device_alone):
     return load_model(FOLDER, device_alone, cache_dtype="float32", context_length=256, cache_tokens=1024)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("function", "after"), [("enqueue_nd_range_kernel", 7), ("enqueue_copy", 1)], ids=str)
 def test_a_device_that_is_lost_between_tokens(model, monkeypatch, function, after):
     """In the middle of a step's launches, and while its logits are read: the error is named, and nothing goes on."""
@@ -110,6 +111,7 @@ def test_attention_that_does_not_compile(model, monkeypatch):
     assert np.isfinite(model.forward(TEXT[:7])).all()
 
 
+@pytest.mark.sweep
 def test_two_models_on_one_device(device_alone):
     """Their steps interleave, from two threads, and each gives the text that it gives alone."""
     models = [load_model(FOLDER, device_alone, context_length=64) for _ in PROMPTS]

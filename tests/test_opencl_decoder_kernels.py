@@ -97,6 +97,7 @@ def batch_of(rng, sequences, wanted=()):
 # Rows -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("width", "output"), [(32, "float32"), (1000, "float16"), (37, "bfloat16")])
 @pytest.mark.parametrize("added", [False, True])
 def test_norm(bench, rng, width, output, added):
@@ -149,6 +150,7 @@ def test_embedding(bench, rng, dtype):
 # Dense products ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("rows", "k", "n", "weight", "x"),
     [
@@ -173,6 +175,7 @@ def test_dense(bench, rng, rows, k, n, weight, x, with_bias):
     assert (found[:, n + 2 :] == GUARD).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("rows", "k", "sizes", "scale_k"),
     [(1, 64, (33,), 64), (3, 37, (9, 4), 37), (2, 272, (5,), 128), (130, 80, (40, 25), 32)],
@@ -324,7 +327,7 @@ def run_attention(bench, rng, plan, sequences, dtype="float32", most_splits=1):
 MIXED = [(0, 1), (37, 2), (5, 9), (200, 1), (16, 21)]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "changes", "dtype", "most_splits"),
     [
@@ -346,6 +349,7 @@ def test_attention(bench, rng, heads, kv_heads, dim, changes, dtype, most_splits
     assert relative_error(found, expected) < 4 * BOUNDS[dtype]
 
 
+@pytest.mark.sweep
 def test_a_tile_in_many_splits(bench, rng):
     """More splits than there are positions for; tiles that are not full; a window that leaves splits empty."""
     for changes in ({}, {"window": 300}):
@@ -392,6 +396,7 @@ def test_step_repeats_its_last_row(rng):
 # Gated DeltaNet ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("key_heads", "value_heads", "key_dim", "value_dim", "taps"), [(2, 4, 16, 24, 4), (1, 1, 40, 48, 3)]
 )
@@ -485,6 +490,7 @@ def test_merged_layers(device_alone, rng, factors):
         np.testing.assert_array_equal(part, np.concatenate(parts, axis=1))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["uint8-two_level", "uint4-two_level_min", "uint8-float32"])
 def test_merged_layers_of_other_kinds(device_alone, rng, kind):
     codes, scales = kind.split("-")

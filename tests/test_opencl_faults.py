@@ -88,6 +88,7 @@ def buffer_cases():
                     yield pytest.param(call, name, *BUFFERS[case], id=f"{call}-{name}-{case}")
 
 
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize(("call", "name", "wrong", "exception", "message"), list(buffer_cases()), indirect=["call"])
 def test_buffers(call, name, wrong, exception, message):
     call.refused(lambda args: {name: wrong(call.backend, args[name])}, exception, f"^{name}: {message}")
@@ -308,6 +309,7 @@ def test_no_tier_compiles(backend, monkeypatch, fresh_checks):
         assert (f"tier {name!r} is not used on" in str(caught.value)) == (missing is None)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("files", [["moe"], ["routing", "route_align"], ["align", "route_align"]], ids=" ".join)
 def test_a_layer_whose_program_does_not_compile(backend, rng, monkeypatch, files):
     """The tier is right, but not all that a layer needs: the log is shown, and the context is free."""

@@ -232,7 +232,7 @@ def combine(
 
 @each_device
 class TestRoute:
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("scoring", [scoring for scoring in SCORINGS if scoring != "sparsemixer"])
     @pytest.mark.parametrize("sizes", ROUTINGS)
     @pytest.mark.parametrize("corrected", [False, True])
@@ -443,6 +443,7 @@ class TestCombine:
             sums = np.where(ids[:, j, None] >= 0, added, sums)
         return sums
 
+    @pytest.mark.sampled(18)
     @pytest.mark.parametrize("out_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("tokens", "top_k", "width"), [(1, 1, 8), (5, 3, 40), (3, 8, 256), (4, 2, 264)])
@@ -456,7 +457,7 @@ class TestCombine:
     @pytest.mark.parametrize("out_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     @pytest.mark.parametrize("gated", [False, True])
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     def test_from_what_a_shared_expert_gave(self, device, rng, gated, dtype, out_dtype):
         rows = rng.standard_normal((9, 264)).astype(DTYPES[dtype])
         shared = rng.standard_normal((3, 264)).astype(DTYPES[dtype])

@@ -57,14 +57,27 @@ def phased(device_alone, monkeypatch):
     return model
 
 
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
 @pytest.fixture
-def recorded(device_alone):
-    return load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048)
+def recorded(device_alone, models):
+    """One model for each device: its launches are compiled and recorded once."""
+    if id(device_alone) not in models:
+        models[id(device_alone)] = load_model(
+            FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=2048
+        )
+    model = models[id(device_alone)]
+    yield model
+    for sequence in list(model._sequences):
+        model.free(sequence)
 
 
 @pytest.mark.sweep
 class TestAgainstLaunches:
-    @pytest.mark.parametrize("lengths", [[1], [130], [17, 3], [200, 1, 64]], ids=str)
+    @pytest.mark.parametrize("lengths", [[1], [70], [17, 3], [100, 1, 40]], ids=str)
     @pytest.mark.parametrize("groups", [2, 24], ids=["one run", "several runs"])
     def test_logits_and_tokens(self, phased, recorded, rng, lengths, groups, monkeypatch):
         """Rows at several depths, with one run of positions and, where there are pages enough, with several."""

@@ -86,7 +86,7 @@ def expected(rows, activation):
 @each_device
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 class TestActivations:
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("ordered", [False, True])
     def test_matches_the_reference(self, device, rng, activation, dtype, ordered):
@@ -100,7 +100,7 @@ class TestActivations:
             result, bound = result[:, order], bound[:, order]
         assert_close(prepared(device, rows, activation, order=order), result, bound)
 
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("prepared_type", [FLOAT16_ROWS, PLANES])
     def test_rows_of_other_kinds(self, device, rng, activation, prepared_type):
         rows = rng.standard_normal((7, parts_of(activation) * 96)).astype(np.float32)
@@ -109,7 +109,7 @@ class TestActivations:
         step = 2.0**-11 * np.abs(result) + 2.0**-37 * largest if prepared_type == FLOAT16_ROWS else largest / 65000
         assert_close(prepared(device, rows, activation, prepared_type), result, bound + step)
 
-    @pytest.mark.sampled(8)
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("at", [3, 96 + 3])
     @pytest.mark.parametrize("ordered", [False, True])
     def test_a_nan_stays_one(self, device, rng, activation, at, ordered):
@@ -135,6 +135,7 @@ class TestActivations:
         assert_close(result, right, 1e-6 * right + 1e-29)
 
 
+@pytest.mark.sampled(1)
 @each_device
 @pytest.mark.parametrize("prepared_type", [FLOAT32_ROWS, FLOAT16_ROWS, PLANES])
 def test_without_activation(device, rng, prepared_type):

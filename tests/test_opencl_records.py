@@ -120,7 +120,7 @@ def test_stages_of_tensor_cores(kind, group, expected):
 
 @each_device
 class TestPacking:
-    @pytest.mark.sampled(12)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize(("kind", "group"), CASES)
     def test_equals_plain_numpy(self, device, rng, kind, group):
         """Scales are stored as they are, except float16 and bfloat16 scales without minima."""
@@ -131,6 +131,7 @@ class TestPacking:
         assert store.scales == "float16" or store.weight_factor == 1
         assert_packed(runtime, store, problem)
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("g_idx", ["common", "per_expert", "unequal"])
     @pytest.mark.parametrize("kind", ["uint8-float32", "uint4-float32_min"])
     def test_orders_of_k(self, device, rng, kind, g_idx):
@@ -178,6 +179,7 @@ def check(backend, rng, problem):
 
 
 class TestProducts:
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize(("kind", "group"), SWEPT)
     def test_every_kind(self, opencl_backend, rng, kind, group):
         check(opencl_backend, rng, problem_of(rng, kind, group))
@@ -224,6 +226,7 @@ class TestProducts:
         )
         np.testing.assert_allclose(out.result(), w, rtol=2.0**-14)
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("kind", ["uint8-float16", "iq4_nl-float16"])
     def test_every_code(self, opencl_backend, rng, kind):
         """Each code at every place of a block: rows with one value and zeros."""

@@ -104,6 +104,7 @@ def random_logits(rng, rows, vocab, kind):
     return logits
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("vocab", [1, 2, 263, 5000])
 @pytest.mark.parametrize("kind", ["smooth", "equal", "masked", "far"])
 def test_tokens_of_all_options(chooser, rng, vocab, kind):

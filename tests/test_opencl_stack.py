@@ -84,6 +84,7 @@ def placed(backend, x, before):
 
 
 class TestBuffers:
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("before", [1, 8])
     def test_input_within_a_larger_buffer(self, backend, rng, problem, dtype, before):
@@ -463,6 +464,7 @@ class TestConfigurations:
         bound = product_bound(backend, x, w) + 2.0**-21
         assert_close(out.result(), x.astype(np.float64) @ w + bias, bound)
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("splits", [1, 3])
     def test_bias_of_a_stack(self, backend, rng, splits):
         """Added once for all runs of K, whether rows are routed or listed."""
@@ -567,6 +569,7 @@ class TestLayer:
         given = backend.from_host(ids), placed(backend, weights, 3)
         assert_same_bits(backend.to_host(layer.forward_routed(ctx, x, *given)), expected)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations_and_biases(self, backend, rng, activation):
         """Both products have their expert's bias. No activation is steeper than 1.2 times ``up`` (which swigluoai

@@ -95,6 +95,7 @@ class TestLayout:
         expected[layout.zero_offset + 4 + 5 // 2] = 7 << 24
         np.testing.assert_array_equal(expert, expected)
 
+    @pytest.mark.sampled(12)
     @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -112,7 +113,7 @@ class TestLayout:
 
 @each_device
 class TestPacking:
-    @pytest.mark.sampled(14)
+    @pytest.mark.sampled(7)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
     @pytest.mark.parametrize(("k", "n"), [(32, 8), (96, 24), (288, 40), (352, 16)])
@@ -121,7 +122,7 @@ class TestPacking:
         problem = random_problem(rng, 3, k, n, group_size, g_idx=g_idx)
         assert_packed(runtime, store_of(runtime, problem), problem)
 
-    @pytest.mark.sampled(12)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("g_idx", G_IDX_MODES)
     @pytest.mark.parametrize("group_size", [32, -1])
     @pytest.mark.parametrize("kind", WEIGHT_KINDS)
@@ -134,6 +135,7 @@ class TestPacking:
         assert store.nbytes == 3 * 4 * store.layout.expert_words == sum(part.size for part in store.parts)
         assert_packed(runtime, store, problem)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
     def test_columns_in_parts(self, device, rng, g_idx, codes):
@@ -144,6 +146,7 @@ class TestPacking:
         add_in_parts(builder, problem, rng)
         assert_packed(runtime, builder.finish(), problem)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("codes", SUPPORTED_CODES)
     @pytest.mark.parametrize("g_idx", ["none", "unequal"])
     def test_staging_of_fewer_columns(self, device, rng, monkeypatch, g_idx, codes):

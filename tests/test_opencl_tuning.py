@@ -118,7 +118,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sweep
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
 def test_other_weights(new_backend, changes):
     """A product's key is that of the weights that were measured. Both 16-bit records are held in the same way."""
@@ -220,6 +220,7 @@ def test_a_damaged_file_is_left_out_and_rewritten(new_backend, planned, rng, con
     plant(new_backend(), rng)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "change",
     [

@@ -57,6 +57,7 @@ def test_threads_lose_no_results():
     assert kept() == EXPECTED
 
 
+@pytest.mark.sweep
 def test_processes_lose_no_results(request):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_opencl_tuning_file as t; t.keep(int(sys.argv[2]))"
     folder = str(request.path.parent)

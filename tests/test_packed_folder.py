@@ -61,6 +61,7 @@ def outputs(checkpoint, backend, rng):
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gives_the_same_bits(tmp_path, backend, rng, variant):
     write_checkpoint(tmp_path / "source", **VARIANTS[variant])

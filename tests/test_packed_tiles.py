@@ -32,7 +32,7 @@ def tiles_of(problem, backend, bias=None):
     ), store
 
 
-@pytest.mark.sampled(150)
+@pytest.mark.sampled(75)
 @pytest.mark.parametrize("g_idx", G_IDX_MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 256, -1])
 @pytest.mark.parametrize(("k", "n"), [(352, 72), (32, 8), (544, 40)])

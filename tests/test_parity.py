@@ -147,6 +147,7 @@ ROUTES = [
 ]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("route", ROUTES)
 def test_parity(device_backend, case, route):
     ctx = device_backend.new_context()

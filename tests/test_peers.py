@@ -100,6 +100,7 @@ def test_requirements_pin_every_peer_and_say_what_for():
     assert {adapter.distribution for adapter in peers.PEERS} <= pinned.keys()
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("k, n", [(128, 16), (384, 48), (1024, 96)])
 def test_products_are_as_accurate_as_the_peer_says(rng, linear_peer, symmetric, k, n):
     peer, weight = linear_peer, weights_of(rng, 1, k, n, symmetric)[0]
@@ -178,6 +179,7 @@ def test_a_zero_point_of_16_is_right_or_refused(rng, linear_peer):
     assert abs(loaded.rows(x)[0, 3] - expected) <= off * magnitude
 
 
+@pytest.mark.sampled(50)
 @pytest.mark.parametrize("intermediate", [384, 512])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_layers_are_right_or_refused_with_the_reason(rng, peer, symmetric, top_k, intermediate):

@@ -74,6 +74,7 @@ def test_cache_dtypes(run):
     assert 0 < abs(first / second - 1) < 2**-11  # half a unit in the last place of float16
 
 
+@pytest.mark.sweep
 def test_json(run):
     report = report_of(run("--json"))
     assert report.keys() == KEYS

@@ -61,6 +61,7 @@ def reference(dense, tokens):
     return score(dense, tokens)
 
 
+@pytest.mark.sweep
 def test_dense_is_as_recorded(reference):
     assert reference == pytest.approx(RECORDED, abs=5e-5)
 

@@ -120,7 +120,7 @@ def kinds(rng, experts, groups, topk_groups, scoring, group_score):
         yield Routing(experts, top_k, correction_bias=bias, routed_scaling_factor=2.5, **sizes)
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("scoring", SELECTED)
 @pytest.mark.parametrize(
     ("size", "group_score"),
@@ -144,6 +144,7 @@ def test_dtypes(backend, rng, scoring, dtype, normalise):
             check(route(backend, routing, logits), logits, routing)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scoring", SELECTED)
 def test_many_experts_and_tokens(backend, rng, scoring):
     """As DeepSeek-V3 and Qwen3 have them; more tokens than threads or work-groups take at once."""
@@ -153,6 +154,7 @@ def test_many_experts_and_tokens(backend, rng, scoring):
         check(route(backend, routing, logits), logits, routing)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("scoring", SELECTED)
 @pytest.mark.parametrize("sizes", [(1, 1, "max"), (8, 3, "max"), (8, 3, "top2_sum")])
 def test_of_equal_ones_the_smaller_index(backend, rng, sizes, scoring):
@@ -177,6 +179,7 @@ def test_of_equal_ones_the_smaller_index(backend, rng, sizes, scoring):
             assert (weights[0] == weights[0, 0]).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_expert_scale(backend, rng, scoring):
     """Weights alone are scaled, after everything else."""
@@ -291,6 +294,7 @@ class TestExtremes:
         np.testing.assert_array_equal(ids, expected_ids)
         assert_close(weights, expected_weights, 1e-6)
 
+    @pytest.mark.sampled(16)
     @pytest.mark.parametrize("scoring", SELECTED)
     @pytest.mark.parametrize("groups", [(1, 1), (3, 2)])
     @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.nan, np.inf], [-np.inf] * 6, [-np.inf] * 5 + [np.nan]])

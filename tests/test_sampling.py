@@ -45,6 +45,7 @@ def test_shares_are_those_of_softmax(temperature):
     assert (np.abs(shares(LOGITS, temperature=temperature) - expected) <= bound).all()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("options", "kept"),
     [

@@ -42,6 +42,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize(("codes", "scales", "group"), KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dequantised(rng, codes, scales, group, transposed):
@@ -67,6 +68,7 @@ def test_dequantised(rng, codes, scales, group, transposed):
     np.testing.assert_array_equal(reference.dequantize_weight(weight), expected)
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize(("codes", "scales", "group"), KINDS)
 @pytest.mark.parametrize(("compute_dtype", "bound"), [("int16", 1e-4), ("int8", 3e-2)])
 def test_product(rng, codes, scales, group, compute_dtype, bound):

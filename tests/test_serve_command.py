@@ -22,6 +22,7 @@ from marlin_cy.serve import server  # noqa: E402
 LONG = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_text_ends_before_the_server(tmp_path, number):
     folder = chat_folder(tmp_path / "tiny-chat")

@@ -118,6 +118,7 @@ def test_a_body_that_does_not_come(model, monkeypatch):
         connection.close()
 
 
+@pytest.mark.sweep
 def test_a_client_that_reads_slowly(model):
     """Its text is complete, what waits for it is merged, and others do not wait for it."""
     with Serving(model) as serving:

@@ -67,6 +67,7 @@ def test_the_same_bits_in_every_family(tmp_path, rng, family):
     assert model.free_tokens == 128
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
 def test_a_device_on_the_thread_of_the_engine(device_alone):
     """The model was loaded on another thread. Its first logits are those of the CPU, up to rounding."""

@@ -1,8 +1,8 @@
 """Many clients, good and bad, for a long time: answers stay right and memory stays flat.
 
-The default run sends a few hundred requests. For the whole of it::
+The sweep sends a few hundred requests. For the whole of it::
 
-    MARLIN_CY_SOAK_REQUESTS=10000 .venv/bin/python -m pytest -n 0 tests/test_serve_soak.py
+    MARLIN_CY_SOAK_REQUESTS=10000 .venv/bin/python -m pytest -n 0 -m sweep tests/test_serve_soak.py
 """
 
 import collections
@@ -154,6 +154,7 @@ def memory_of(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, for memory")
+@pytest.mark.sweep
 def test_many_clients():
     seed = int(os.environ.get("MARLIN_CY_TEST_SEED", "1"))
     print(f"MARLIN_CY_TEST_SEED={seed}")

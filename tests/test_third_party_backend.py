@@ -92,6 +92,7 @@ class TestThePage:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10
 
+    @pytest.mark.sweep
     def test_commands(self, abacus):
         """The page's own commands."""
         commands = [

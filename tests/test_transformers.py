@@ -85,6 +85,7 @@ def assert_same_weights(model, reference):
 # The right numbers
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model_type", language_models.CONFIGS)
 def test_every_family(tmp_path, model_type):
     """A model with its family's names gives the same outputs as transformers with the same weights, dense."""
@@ -131,6 +132,7 @@ def test_packed_folders(tmp_path, model_type):
     assert_same_weights(dequantized_model(tmp_path / "packed"), dense)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_activations_of_every_dtype(dense, dtype):
     """Packing adds little error to the rounding of activations, which dense weights have too."""

@@ -12,6 +12,8 @@ import marlin_cy
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.sweep  # mypy reads the package and NumPy's stubs: ten seconds
+
 # mypy is in the extra "test": without it, these tests fail rather than skip.
 RIGHT = """\
 from pathlib import Path

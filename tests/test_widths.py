@@ -64,6 +64,7 @@ def logits():
     return load_model(SHIPPED, context_length=64).forward(TEXT, all_logits=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixed_widths_in_the_decoder(tmp_path, logits, mix):
     folder = stored_again(tmp_path / "mixed", MIXES[mix])
