@@ -7,7 +7,6 @@ from importlib.resources import files
 import pytest
 
 from marlin_cy import available_backends, cli
-from marlin_cy.commands import language_model
 from marlin_cy.commands.run import BUILT_IN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -16,6 +15,7 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 from language_models import write_model  # noqa: E402
 from test_generate import KEYS, PROMPT, assert_refused, report_of  # noqa: E402
 
+from marlin_cy.commands import language_model  # noqa: E402
 from marlin_cy.errors import UnsupportedError  # noqa: E402
 from marlin_cy.integrations.dequantized import dequantized_model  # noqa: E402
 

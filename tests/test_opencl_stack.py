@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from asserts import GuardedBuffer, assert_close, assert_same_bits, product_bound
+from asserts import GuardedBuffer, assert_close, assert_same_bits, product_bound, relative_error
 from conftest import OPENCL_PLACES, USABLE_PLACES, backend_called
 from layers import Layer
 from problems import DTYPES, WEIGHT_KINDS, activations, as_given, random_problem
@@ -609,7 +609,10 @@ class TestLayer:
         with ctx.profile() as events:
             result = portable.to_host(layer(ctx, x, logits))
         assert sum(label == "combine" for label, _ in events) > 3
-        assert_same_bits(result, expected)
+        if portable.runtime.capabilities.is_cpu:
+            assert_same_bits(result, expected)
+        else:  # a GPU's kernel for fewer rows adds in another order
+            assert relative_error(result, expected) < 2.0**-20
 
     @pytest.mark.parametrize("block_size", [1, 4, 8, 32, 64])
     def test_block_sizes(self, portable, rng, monkeypatch, block_size):
