@@ -6,7 +6,7 @@ The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` ex
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from marlin_cy.opencl.tiers.configuration import (
     ALL_TYPES,
@@ -153,7 +153,9 @@ SUBGROUP_TABLE = replace(
 
 def wave_tiled_block_size(average_rows: float) -> int:
     """Small enough that most blocks have little padding, which work-items multiply if it lies between rows."""
-    return next((size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (12, 8), (128, 32)) if average_rows <= limit), 64)
+    return next(
+        (size for limit, size in ((0.5, 1), (1.25, 2), (2, 4), (12, 8), (128, 32)) if average_rows <= limit), 64
+    )
 
 
 def portable_inputs(device: Capabilities) -> Inputs:
