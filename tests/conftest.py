@@ -36,8 +36,13 @@ assert EMULATED is None or ISAS["amx"]["reason"] == "emulated by the tests", "th
 
 @pytest.fixture
 def rng(request):
+    """A test's own generator."""
+    return generator(request.node.nodeid)
+
+
+def generator(name):
     """A generator whose seed is printed, so that a failure shows it; the environment can set another."""
-    seed = int(os.environ.get(SEED_VARIABLE) or zlib.crc32(request.node.nodeid.encode()))
+    seed = int(os.environ.get(SEED_VARIABLE) or zlib.crc32(name.encode()))
     print(f"{SEED_VARIABLE}={seed}")
     return np.random.default_rng(seed)
 
@@ -182,8 +187,7 @@ def call(request, made_calls):
     from calls import CALLS
 
     label, name = request.param
-    seed = int(os.environ.get(SEED_VARIABLE) or zlib.crc32(name.encode()))
-    call = CALLS[name](backend_called(label), np.random.default_rng(seed), made_calls.get(request.param))
+    call = CALLS[name](backend_called(label), generator(name), made_calls.get(request.param))
     made_calls.setdefault(request.param, call.made)
     return call
 

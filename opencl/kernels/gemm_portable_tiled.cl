@@ -129,16 +129,11 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
     const int wave = place.item / LANES, y = place.lane / COLUMN_LANES, x = place.lane % COLUMN_LANES;
     const int first_row = place.row_wave * WAVE_ROWS + y, first_column = place.column_wave * WAVE_COLUMNS + x;
     const uint strips = STRIPS, k_blocks = K_BLOCKS;
-    const int column_tiles = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
-#if SPLIT
-    const int runs = splits;
-#else
-    const int runs = 1;
-#endif
-    const long tiles = (long)tiles_capacity * runs * column_tiles;
+    const int column_tiles = COLUMN_TILES;
+    const long tiles = (long)tiles_capacity * RUNS * column_tiles;
 
     for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
-        const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);
+        const Turn turn = turn_of(number, column_tiles, RUNS, num_experts, n, k_blocks, WORK);
         if (!row_tile_exists(turn.index, WORK))
             break; // later tiles do not exist either
         list_rows(in_rows, out_rows, place.item, turn, WORK);

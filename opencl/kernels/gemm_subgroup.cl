@@ -198,16 +198,11 @@ __attribute__((reqd_work_group_size(LOCAL_SIZE, 1, 1))) __kernel void gemm(GEMM_
     const Place place = place_of(get_sub_group_id() * get_max_sub_group_size() + get_sub_group_local_id());
     const int t = place.t, k_wave = place.k_wave, row_wave = place.row_wave;
     const uint strips = STRIPS, k_blocks = K_BLOCKS;
-    const int column_tiles = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
-#if SPLIT
-    const int runs = splits;
-#else
-    const int runs = 1;
-#endif
-    const long tiles = (long)tiles_capacity * runs * column_tiles;
+    const int column_tiles = COLUMN_TILES;
+    const long tiles = (long)tiles_capacity * RUNS * column_tiles;
 
     for (long number = get_group_id(0); number < tiles; number += get_num_groups(0)) {
-        const Turn turn = turn_of(number, column_tiles, runs, num_experts, n, k_blocks, WORK);
+        const Turn turn = turn_of(number, column_tiles, RUNS, num_experts, n, k_blocks, WORK);
         if (!row_tile_exists(turn.index, WORK))
             break; // later tiles do not exist either
         const uint end_block = turn.end_block, wave_strip = turn.strip + place.column_wave * WAVE_STRIPS;

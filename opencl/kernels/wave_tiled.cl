@@ -1,6 +1,7 @@
 #include "records.cl"
 
-// Shared by gemm_portable and gemm_subgroup: the division of a tile among waves, and the addition of their sums.
+// Shared by gemm_portable, gemm_portable_tiled and gemm_subgroup: the division of a tile among waves, and what becomes of
+// their sums.
 //
 // A wave is 32 work-items, one for each lane of a packed block. Lane 4 * g + t multiplies columns g and g + 8 of its
 // wave's strips by rows 8 * t to 8 * t + 7 of every 32 rows of K. Work-items of a work-group are numbered
@@ -62,6 +63,8 @@
 #define WAVE_ROWS (ROWS / ROW_WAVES)
 #define WAVE_COLUMNS (STRIP_N * WAVE_STRIPS)
 #define TILE_COLUMNS (WAVE_COLUMNS * COLUMN_WAVES)
+#define COLUMN_TILES ((n + TILE_COLUMNS - 1) / TILE_COLUMNS)
+#define RUNS (SPLIT ? splits : 1) // into which K is cut
 #if ROWS % (ROW_WAVES * ROW_STEP) != 0
 #error "ROWS must be a multiple of ROW_WAVES * ROW_STEP"
 #endif

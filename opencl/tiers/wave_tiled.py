@@ -1,6 +1,6 @@
 """The tiers for devices of any vendor: "portable" and "subgroup", whose kernels divide a tile in the same way.
 
-The heads of ``wave_tiled.cl``, ``gemm_portable.cl`` and ``gemm_subgroup.cl`` explain their macros.
+The heads of ``wave_tiled.cl`` and of the files that include it explain their macros.
 """
 
 from __future__ import annotations
