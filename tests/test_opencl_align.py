@@ -200,7 +200,7 @@ class RouteAlign:
         macros, arguments, *self.routed = route_call(runtime, logits, how, dtype)
         self.aligned = Aligned(runtime, pairs, how.num_experts, block_size, before=0)
         self.arrived = runtime.buffer(np.zeros(1, np.uint32))
-        program, options = align.route_align_program(capabilities(runtime.device))
+        program, options = align.arrival_program(capabilities(runtime.device))
         arguments = (
             *arguments,
             np.uint32(block_size),

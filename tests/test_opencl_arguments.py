@@ -55,7 +55,10 @@ def signature_variants(file):
     """
     found = {}
     for macros in compile_kernels().variants_of(file):
-        key = tuple(macros.get(name) for name in (*ELEMENTS.values(), "PARTS", "ROUTED", "GATHER", "PREPARES", "ADDED"))
+        key = tuple(
+            macros.get(name)
+            for name in (*ELEMENTS.values(), "PARTS", "ROUTED", "GATHER", "PREPARES", "ADDED", "ROUTES")
+        )
         found.setdefault(key, macros)
     return list(found.values())
 
@@ -83,7 +86,7 @@ def reported(kernel):
 def built(device, file, macros):
     """The kernels of a program that is compiled with information on arguments."""
     options = [f"-D{name}={value}" for name, value in macros.items()]
-    if file == "route_align" and not macros.get("PTX"):
+    if compile_kernels().has_device_atomics(file, macros):
         options.append("-cl-std=CL3.0")
     program = cl.Program(runtime_of(device).context, source(file))
     return program.build([*options, "-cl-kernel-arg-info"], devices=[device], cache_dir=False).all_kernels()
@@ -94,9 +97,9 @@ def builds(device, file, macros):
     has = capabilities(device)
     if file == "gemm_subgroup":
         return has.fp16 and has.sub_groups and (has.integer_dot_product or not macros.get("DOT"))
-    if file == "route_align":
-        return not macros.get("PTX") and has.device_atomics is not None
-    return True
+    if compile_kernels().has_device_atomics(file, macros):
+        return has.device_atomics is not None
+    return not macros.get("PTX")
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=[device.platform.name.strip() for device in DEVICES])

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -195,7 +195,12 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
         {"ADDED": 2, "ACTIVATION": 3},
     ],
     "decoder_sample": [{}, {"SAMPLE_ITEMS": 1024}],
-    "decoder_router": [{"WEIGHT_TYPE": 1}, {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168}],
+    "decoder_router": [
+        {"WEIGHT_TYPE": 1},
+        {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "WIDTH": 7168},
+        {"WEIGHT_TYPE": 2, "OUTPUT_TYPE": 1, "ALIGNED": 1, "ROUTES": 1, "PTX": 1},
+        {"WEIGHT_TYPE": 1, "ALIGNED": 1, "ROUTES": 1, "SCORING": 2, "CORRECTED": 1, "GROUPING": 2},
+    ],
     "decoder_heads": [{}, {"CACHE_TYPE": 1, "SEGMENTS": 8}, {"CACHE_TYPE": 2, "HEAD_ITEMS": 8}],
     "decoder_attention": [
         {"CACHE_TYPE": 1, "OUTPUT_TYPE": 1, "ALIGNED": 1},
@@ -283,6 +288,11 @@ def variants_of(file: str) -> list[dict[str, int]]:
 def has_ptx(file: str) -> bool:
     """Whether a file has inline PTX."""
     return "mma" in file or file == "decoder_step"
+
+
+def has_device_atomics(file: str, macros: Mapping[str, int]) -> bool:
+    """Whether a program has OpenCL's atomics of device scope: see ``arrive.cl``."""
+    return (file == "route_align" or bool(macros.get("ROUTES"))) and not macros.get("PTX")
 
 
 Commands: TypeAlias = Callable[[list[str], str], list[list[str]]]
@@ -422,7 +432,8 @@ class Program(NamedTuple):
         target, macros = TARGETS[self.target], self.macros
         if macros.get("DOT"):
             macros = {**macros, "__opencl_c_integer_dot_product_input_4x8bit_packed": 1}
-        standard = target.newest if self.file in ("gemm_subgroup", "route_align") and not macros.get("PTX") else "CL1.2"
+        newest = self.file == "gemm_subgroup" or has_device_atomics(self.file, macros)
+        standard = target.newest if newest else "CL1.2"
         defined = [f"-D{name}={value}" for name, value in {**macros, **target.macros(self.file)}.items()]
         return target.commands([*FLAGS, f"-cl-std={standard}", *defined], folder)
 

@@ -45,6 +45,26 @@ NORM_ROUTER = {
     "n": "uint",
     "arrived": "global uint*",
 }
+NORM_ROUTER_CHOICE = {
+    "top_k": "uint",
+    "normalise": "int",
+    "factor": "float",
+    "scale": "global float*",
+    "jitter": "float",
+    "correction": "global float*",
+    "num_groups": "uint",
+    "topk_groups": "uint",
+    "ids": "global int*",
+    "weights": "global float*",
+    "fours": "local uint4*",
+    "groups": "local uint*",
+    "picked": "local float*",
+    "block_size": "uint",
+    "sorted_ids": "global int*",
+    "expert_ids": "global int*",
+    "past": "global int*",
+    "marks": "local uint*",
+}
 GLU_ROWS = {"input": "global float*", "output": "global OUTPUT*", "width": "uint"}
 
 # The choice of tokens (decoder_sample.cl) ---------------------------------------------------------
@@ -218,6 +238,11 @@ def norm_rows(macros: Mapping[str, int]) -> Mapping[str, str]:
     return {**NORM_ROWS, **(ADDED_EXPERTS if macros.get("ADDED") == 2 else {})}
 
 
+def norm_router(macros: Mapping[str, int]) -> Mapping[str, str]:
+    """The arguments of ``norm_router``."""
+    return {**NORM_ROUTER, **(NORM_ROUTER_CHOICE if macros.get("ROUTES") else {})}
+
+
 def cache(macros: Mapping[str, int]) -> Mapping[str, str]:
     """CACHE_ARGS of ``decoder.cl``."""
     numbers = range(1, macros.get("SEGMENTS", 1))
@@ -259,7 +284,7 @@ DECODER_KERNELS: Mapping[str, Callable[[Mapping[str, int]], Mapping[str, str]]] 
         "glu_rows": always(GLU_ROWS),
         "penalise_rows": always(PENALISE_ROWS),
         "sample_rows": always(SAMPLE_ROWS),
-        "norm_router": always(NORM_ROUTER),
+        "norm_router": norm_router,
         "place_heads": place_heads,
         "attend": attend,
         "attend_tiles": attend_tiles,

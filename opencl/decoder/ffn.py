@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
 
@@ -13,8 +13,18 @@ from marlin_cy.opencl.checks.routing import is_fused_routing_correct
 from marlin_cy.opencl.context import ARRIVED
 from marlin_cy.opencl.decoder.maker import Combination
 from marlin_cy.opencl.decoder.projections import CPU_TEAM, TEAM, DenseMatrix, ProjectionGroup
-from marlin_cy.opencl.gemm.prepare import activation_number
-from marlin_cy.opencl.layer.align import aligns_as_it_routes, check_experts, enqueue_align, enqueue_route_align
+from marlin_cy.opencl.gemm.prepare import activation_number, has_one_order, needs_preparation
+from marlin_cy.opencl.gemm.work import RoutedBlocks
+from marlin_cy.opencl.layer.align import (
+    aligns_as_it_routes,
+    arrival_program,
+    check_experts,
+    enqueue_align,
+    enqueue_route_align,
+    few_arguments,
+    few_local_bytes,
+    routing_arrays,
+)
 from marlin_cy.opencl.layer.forward import (
     Shared,
     enqueue_products,
@@ -23,7 +33,13 @@ from marlin_cy.opencl.layer.forward import (
     enqueue_weigh,
     stacks_of,
 )
-from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
+from marlin_cy.opencl.layer.routing import (
+    Chosen,
+    check_routing,
+    enqueue_route,
+    route_arguments,
+    routing_macros,
+)
 from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
@@ -83,6 +99,13 @@ class Mlp:
         self.down.record(maker, inner, out, "down")
 
 
+class Choice(NamedTuple):
+    """Where a launch puts the experts that it chooses, and the pairs that it aligns."""
+
+    chosen: Chosen
+    work: RoutedBlocks
+
+
 class MoeFfn:
     """A Mixture-of-Experts block.
 
@@ -125,11 +148,6 @@ class MoeFfn:
         """Record the norm and the block; returns what is to be added. ``x``: rows for the norm's output."""
         ctx, layer, rows = maker.ctx, self.plan, maker.rows
         logits = maker.room("router logits", layer.num_experts)
-        if self._fuses(maker, residual, x):
-            self._record_norm_router(maker, residual, norm, eps, x, logits)
-        else:
-            residual.norm(maker, norm, eps, x, arrived=self._arrived)
-            self.router.record(maker, x, logits, label="router")
         top_k = layer.top_k
         ids, weights = (ctx.reserve(f"topk_{name}", 4 * rows * top_k) for name in ("ids", "weights"))
         chosen = Chosen(ids, 0, weights, 0, top_k)
@@ -137,9 +155,22 @@ class MoeFfn:
         gate_up = layer.gate_up
         assert isinstance(gate_up, OpenClMarlinExpertStack)
         early = None if weighed_before else x
-        if aligns_as_it_routes(ctx, rows, layer.routing) and is_fused_routing_correct(
+        aligns = aligns_as_it_routes(ctx, rows, layer.routing) and is_fused_routing_correct(
             ctx, layer.routing, logits, gate_up, early
-        ):
+        )
+        chooses = None
+        if self._fuses(maker, residual, x):
+            if aligns and self._chooses(maker, early):
+                chooses = Choice(chosen, routing_arrays(ctx, chosen, rows * top_k, layer.num_experts))
+            self._record_norm_router(maker, residual, norm, eps, x, logits, chooses)
+        else:
+            residual.norm(maker, norm, eps, x, arrived=self._arrived)
+            self.router.record(maker, x, logits, label="router")
+        prepared = None
+        if chooses is not None:
+            work = chooses.work
+            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+        elif aligns:
             work, prepared = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, early)
             routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
         else:
@@ -168,10 +199,29 @@ class MoeFfn:
         fits = x.width % 8 == 0 and 4 * (x.width + FUSED_ITEMS) <= local_memory
         return fits and maker.rows <= MOST_FUSED_ROWS and isinstance(residual.pending, Rows)
 
+    def _chooses(self, maker: Maker, early: Rows | None) -> bool:
+        """Whether that launch chooses the experts, too: it prepares no rows, and needs local memory for all steps.
+
+        ``early``: the experts' rows, or None if they are weighed first.
+        """
+        ctx, routing = maker.ctx, self.plan.routing
+        needed = 4 * (self.plan.hidden_size + 3 * FUSED_ITEMS) + few_local_bytes(maker.rows, routing)
+        if needed > ctx.backend.runtime.capabilities.local_memory:
+            return False
+        gate_up, _ = self.stacks
+        return early is None or not (needs_preparation(ctx, gate_up.store, early) and has_one_order(gate_up.store))
+
     def _record_norm_router(
-        self, maker: Maker, residual: Residual, norm: cl.Buffer, eps: float, x: Rows, logits: Rows
+        self,
+        maker: Maker,
+        residual: Residual,
+        norm: cl.Buffer,
+        eps: float,
+        x: Rows,
+        logits: Rows,
+        chooses: Choice | None,
     ) -> None:
-        """Record the norm and the router's product as one launch."""
+        """Record the norm and the router's product as one launch, which ``chooses`` experts, too, unless None."""
         assert isinstance(residual.pending, Rows)
         # Two buffers take turns, because a work-group may still read x when another writes y.
         before = residual.x
@@ -180,20 +230,37 @@ class MoeFfn:
         items = CPU_FUSED_ITEMS if maker.is_cpu else FUSED_ITEMS
         team = CPU_TEAM if maker.is_cpu else TEAM
         teams = items // team
+        ctx, routing = maker.ctx, self.plan.routing
+        macros = {
+            "WIDTH": x.width,
+            "WEIGHT_TYPE": self.router.type_code,
+            "OUTPUT_TYPE": x.type_code,
+            "TEAM": team,
+            "TEAMS": teams,
+            "ALIGNED": 1,
+        }
+        more: dict[str, Any] = {"arrived": self._arrived}
+        options: tuple[str, ...] = ()
+        label = "norm_router"
+        if chooses is not None:
+            program, options = arrival_program(ctx.backend.runtime.capabilities)
+            macros |= {"ROUTES": 1, **program, **routing_macros(routing)}
+            of_route = route_arguments(ctx, routing, chooses.chosen)
+            more = {
+                "arrived": ctx.reserve("decoder counters of routing", 4 * (MOST_FUSED_ROWS + 1)),
+                "correction": of_route.pop("bias"),
+                **of_route,
+                **few_arguments(ctx, chooses.work, routing.num_experts),
+            }
+            label = "norm_router, route, align"
         maker.record(
             "decoder_router",
             "norm_router",
-            {
-                "WIDTH": x.width,
-                "WEIGHT_TYPE": self.router.type_code,
-                "OUTPUT_TYPE": x.type_code,
-                "TEAM": team,
-                "TEAMS": teams,
-                "ALIGNED": 1,
-            },
+            macros,
             (-(-logits.width // teams) * items, maker.rows),
             (items, 1),
-            "norm_router",
+            label,
+            options,
             x=before.data,
             added=residual.pending.data,
             y=after.data,
@@ -204,6 +271,6 @@ class MoeFfn:
             bias=self.router.bias,
             logits=logits.data,
             n=logits.width,
-            arrived=self._arrived,
+            **more,
         )
         residual.x, residual.pending = after, None

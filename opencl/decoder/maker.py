@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,12 @@ class Maker:
         global_size: GlobalSize,
         local_size: tuple[int, ...] | None,
         label: str | None = None,
+        options: Sequence[str] = (),
         **values: Any,
     ) -> None:
-        """Record a launch of a kernel, with its arguments by name."""
+        """Record a launch of a kernel, with its arguments by name. ``options``: of the compiler."""
         table = arguments_of(name, macros)
-        self.ctx.record(file, name, macros, global_size, local_size, table, values, label)
+        self.ctx.record(file, name, macros, global_size, local_size, table, values, label, options)
 
     def norm(
         self,

@@ -1,18 +1,14 @@
 #include "routing.cl"
 #include "align.cl"
 #include "prepare.cl"
+#include "arrive.cl"
 
 // route_align: `route`, then `align` for few pairs, in one launch, and `prepare_rows` for rows that depend on neither.
 // Each work-group prepares a row and routes a token. The last of them aligns the pairs of all tokens.
 //
-// Build options, besides those of routing.cl and prepare.cl
-//   PTX        1: for NVIDIA GPUs of compute capability 7.0 or later, whose OpenCL may lack atomics of device scope
-//              0: OpenCL C 3.0 with __opencl_c_atomic_order_acq_rel and __opencl_c_atomic_scope_device
+// Build options, besides those of routing.cl, prepare.cl and arrive.cl
 //   PREPARES   1: rows are prepared
 
-#ifndef PTX
-#define PTX 0
-#endif
 #ifndef PREPARES
 #define PREPARES 0
 #endif
@@ -25,20 +21,6 @@
 #else
 #define ROW_ARGS
 #endif
-
-// Adds 1 to the count of work-groups, and returns the previous count. After the call, this work-item can read all writes
-// of the work-groups that were counted before.
-static inline uint arrive(__global uint *arrived)
-{
-#if PTX
-    uint before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
-    return before;
-#else
-    return atomic_fetch_add_explicit((volatile __global atomic_uint *)arrived, 1u, memory_order_acq_rel,
-                                     memory_scope_device);
-#endif
-}
 
 // The arguments of `route`, the arguments of `align` except ids and counts, with PREPARES the arguments of
 // `prepare_rows`, and

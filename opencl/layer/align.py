@@ -7,7 +7,7 @@ the pairs of all tokens (``route_align.cl``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,7 +30,18 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.device import Capabilities
     from marlin_cy.opencl.store import OpenClGptqStore
 
-__all__ = ["ALIGN_ITEMS", "Aligned", "aligns_as_it_routes", "check_experts", "enqueue_align", "enqueue_route_align"]
+__all__ = [
+    "ALIGN_ITEMS",
+    "Aligned",
+    "aligns_as_it_routes",
+    "arrival_program",
+    "check_experts",
+    "enqueue_align",
+    "enqueue_route_align",
+    "few_arguments",
+    "few_local_bytes",
+    "routing_arrays",
+]
 
 ALIGN_ITEMS = 256  # work-items in a work-group of `align`
 ALIGN_LOCAL_BYTES = 20 * ALIGN_ITEMS + 4  # `marks`, `sums` and `first_block`; the rest grows with the experts
@@ -79,17 +90,11 @@ def enqueue_route_align(
     work = routing_arrays(ctx, chosen, logits.rows * chosen.top_k, logits.width)
     how = None if rows is None else fused_preparation(ctx, gate_up.store, rows, work)
     macros, arguments = route_call(ctx, logits, routing, chosen)
-    program, options = route_align_program(ctx.backend.runtime.capabilities)
+    program, options = arrival_program(ctx.backend.runtime.capabilities)
     arrived, launch_base = ctx.arrival_counter()
     macros |= program
     arguments += route_align_values(
-        block_size=work.block_size,
-        sorted_ids=work.sorted_ids.data,
-        expert_ids=work.expert_ids.data,
-        past=ctx.reserve(PAST, 4),
-        marks=mark_bytes(work.valid, logits.width),
-        arrived=arrived,
-        launch_base=np.uint32(launch_base),
+        **few_arguments(ctx, work, logits.width), arrived=arrived, launch_base=np.uint32(launch_base)
     )
     label, prepared = "route, align", None
     if how is not None:
@@ -106,8 +111,13 @@ def aligns_as_it_routes(ctx: OpenClContext, tokens: int, routing: Routing) -> bo
     """Whether :func:`enqueue_route_align` works on the device, and is faster than two launches."""
     device = ctx.backend.runtime.capabilities
     marks = mark_bytes(tokens * routing.top_k, routing.num_experts)
-    fits = marks <= MAX_MARK_BYTES and route_local_bytes(routing) + marks + 4 <= device.local_memory  # 4: is_last
+    fits = marks <= MAX_MARK_BYTES and few_local_bytes(tokens, routing) <= device.local_memory
     return fits and device.device_atomics is not None
+
+
+def few_local_bytes(tokens: int, routing: Routing) -> int:
+    """Local memory of a work-group that routes a token, and aligns the pairs of ``tokens`` tokens."""
+    return route_local_bytes(routing) + mark_bytes(tokens * routing.top_k, routing.num_experts) + 8  # two flags
 
 
 def mark_bytes(pairs: int, num_experts: int) -> int:
@@ -115,8 +125,19 @@ def mark_bytes(pairs: int, num_experts: int) -> int:
     return 4 * num_experts * (-(-pairs // 32) | 1)
 
 
-def route_align_program(device: Capabilities) -> tuple[dict[str, int], tuple[str, ...]]:
-    """``(macros, options)`` with which ``route_align.cl`` is built for a device."""
+def few_arguments(ctx: OpenClContext, work: RoutedBlocks, num_experts: int) -> dict[str, Any]:
+    """The arguments of align_few in ``align_few.cl``, by name."""
+    return {
+        "block_size": work.block_size,
+        "sorted_ids": work.sorted_ids.data,
+        "expert_ids": work.expert_ids.data,
+        "past": ctx.reserve(PAST, 4),
+        "marks": mark_bytes(work.valid, num_experts),
+    }
+
+
+def arrival_program(device: Capabilities) -> tuple[dict[str, int], tuple[str, ...]]:
+    """``(macros, options)`` with which a program that includes ``arrive.cl`` is built for a device."""
     return ({"PTX": 1}, ()) if device.device_atomics == "PTX" else ({"PTX": 0}, ("-cl-std=CL3.0",))
 
 

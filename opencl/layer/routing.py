@@ -29,6 +29,7 @@ __all__ = [
     "kept_words",
     "normalises",
     "route",
+    "route_arguments",
     "route_call",
     "route_local_bytes",
     "routing_macros",
@@ -90,37 +91,40 @@ def route_call(
     ctx: OpenClContext, logits: Rows, routing: Routing, chosen: Chosen
 ) -> tuple[dict[str, int], tuple[Any, ...]]:
     """``(macros, arguments)`` of `route`, which fills ``chosen`` from the rows of ``logits``."""
+    macros = {"ROUTE_ITEMS": ROUTE_ITEMS, "LOGITS_TYPE": logits.type_code, **routing_macros(routing)}
+    return macros, route_values(
+        logits=logits.data,
+        logits_offset=logits.offset,
+        num_experts=logits.width,
+        ids_offset=chosen.ids_offset,
+        weights_offset=chosen.weights_offset,
+        **route_arguments(ctx, routing, chosen),
+    )
+
+
+def route_arguments(ctx: OpenClContext, routing: Routing, chosen: Chosen) -> dict[str, Any]:
+    """The arguments of `route` that do not depend on the logits, by name, without offsets."""
     bias = scale = None
     if routing.correction_bias is not None:
         bias = ctx.kept(routing, routing.correction_bias, "correction bias")
     if routing.expert_scale is not None:
         scale = ctx.kept(routing, routing.expert_scale, "expert scale")
-    fours, groups, picked = kept_words(logits.width, routing.num_groups, chosen.top_k)
-    macros = {
-        "ROUTE_ITEMS": ROUTE_ITEMS,
-        "LOGITS_TYPE": logits.type_code,
-        **routing_macros(routing),
+    fours, groups, picked = kept_words(routing.num_experts, routing.num_groups, chosen.top_k)
+    return {
+        "top_k": chosen.top_k,
+        "normalise": normalises(routing),
+        "factor": routing.routed_scaling_factor,
+        "scale": scale,
+        "jitter": routing.mixer_jitter,
+        "bias": bias,
+        "num_groups": routing.num_groups,
+        "topk_groups": routing.topk_groups,
+        "ids": chosen.ids,
+        "weights": chosen.weights,
+        "fours": 4 * fours,
+        "groups": 4 * groups,
+        "picked": 4 * picked,
     }
-    return macros, route_values(
-        logits=logits.data,
-        logits_offset=logits.offset,
-        num_experts=logits.width,
-        top_k=chosen.top_k,
-        normalise=normalises(routing),
-        factor=routing.routed_scaling_factor,
-        scale=scale,
-        jitter=routing.mixer_jitter,
-        bias=bias,
-        num_groups=routing.num_groups,
-        topk_groups=routing.topk_groups,
-        ids=chosen.ids,
-        ids_offset=chosen.ids_offset,
-        weights=chosen.weights,
-        weights_offset=chosen.weights_offset,
-        fours=4 * fours,
-        groups=4 * groups,
-        picked=4 * picked,
-    )
 
 
 def routing_macros(routing: Routing) -> dict[str, int]:
