@@ -37,11 +37,11 @@ SHARED = "marlin_cy._cyutility"
 
 
 def extension(name, sources=(), package="cpu"):
-    path = package.replace(".", "/")
+    folder = "opencl" if package == "opencl" else f"marlin_cy/{package.replace('.', '/')}"
     return Extension(
         f"marlin_cy.{package}.{name}",
-        [f"marlin_cy/{path}/{name}.pyx", *sources],
-        include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels", f"marlin_cy/{path}"],
+        [f"{folder}/{name}.pyx", *sources],
+        include_dirs=[np.get_include(), "marlin_cy/cpu/ukernels", folder],
         depends=HEADERS,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )
@@ -138,7 +138,7 @@ setup(
         "marlin_cy.cpu.decoder": ["*.pxd", "*.pyi"],
         "marlin_cy.cpu.measure": ["*.pyi"],
         "marlin_cy.moe": ["*.pyi"],
-        "marlin_cy.opencl": ["kernels/*.cl"],
+        "marlin_cy.opencl": ["kernels/*.cl", "*.pyi"],
         "marlin_cy.serve": ["page.html"],
         "marlin_cy.stacks": ["*.pxd", "*.pyi"],
         "marlin_cy.weights": ["*.pyi"],
@@ -176,6 +176,7 @@ setup(
             extension("_blocks", package="checkpoints.gguf"),
             extension("_align", package="moe"),
             extension("_dispatches", package="stacks"),
+            extension("_launches", package="opencl"),
             extension("_bandwidth", package="cpu.measure"),
             extension("_peak", package="cpu.measure"),
             extension("_nibbles", package="weights"),

@@ -241,6 +241,11 @@ class OpenClContext(Context):
             buffers[what] = uploaded(self._backend.runtime, array, what)
         return buffers[what]
 
+    @property
+    def is_profiled(self) -> bool:
+        """Whether :meth:`profile` is collecting events."""
+        return self._profile is not None
+
     def log(self, label: str, event: cl.Event) -> cl.Event:
         """Append an event to the list of :meth:`profile`, if one is being filled; returns the event."""
         if self._profile is not None:

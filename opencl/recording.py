@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import numpy.typing as npt
 import pyopencl as cl
 
+from marlin_cy.opencl._launches import enqueue_launches
 from marlin_cy.opencl.arguments import Arguments
 from marlin_cy.opencl.context import ARRIVED, OpenClContext
 from marlin_cy.opencl.launch import Recorder, bound_kernel
@@ -37,6 +42,9 @@ class Recording(Recorder):
         self._launches: list[tuple[cl.Kernel, GlobalSize, tuple[int, ...] | None]] = []
         # OpenCL's kernel objects do not keep the buffers of their arguments alive.
         self._kept: list[Any] = []
+        self._table: npt.NDArray[np.uintp] | None = None
+        self._known: Any = UNKNOWN  # that of the sizes in the table
+        self._sized: list[tuple[int, Callable[[Any], tuple[int, ...] | None]]] = []
 
     def __len__(self) -> int:
         return len(self._launches)
@@ -52,17 +60,70 @@ class Recording(Recorder):
         """Keep an object alive as long as the recording."""
         self._kept.append(thing)
 
-    def enqueue(self, queue: cl.CommandQueue, known: Any = None) -> list[tuple[str, cl.Event]]:
-        """Enqueue all launches; ``known`` is passed to the functions among the sizes. Returns labels and events."""
+    def enqueue(self, queue: cl.CommandQueue, known: Any = None) -> None:
+        """Enqueue all launches. No launch is added after the first call.
+
+        ``known`` is passed to the functions among the sizes. Its type compares by value.
+        """
+        table = self._sized_for(known)
+        function, handle, end = enqueue_function(), queue.int_ptr, len(table)
+        begin = 0
+        while (begin := enqueue_launches(function, handle, table, begin)) < end:
+            # PyOpenCL repeats a launch that failed: it frees memory first, or raises the error.
+            kernel, _, local = self._launches[begin]
+            dimensions = int(table[begin, 1])
+            cl.enqueue_nd_range_kernel(queue, kernel, tuple(table[begin, 2 : 2 + dimensions].tolist()), local)
+            begin += 1
+
+    def enqueue_with_events(self, queue: cl.CommandQueue, known: Any = None) -> list[tuple[str, cl.Event]]:
+        """As :meth:`enqueue`. Returns the label and the event of each launch."""
         launch, events = cl.enqueue_nd_range_kernel, []
         for (kernel, size, local), label in zip(self._launches, self.labels, strict=True):
-            if not isinstance(size, tuple):
-                found = size(known)
-                if found is None:
-                    continue
-                size = found
-            events.append((label, launch(queue, kernel, size, local)))
+            found = size if isinstance(size, tuple) else size(known)
+            if found is not None:
+                events.append((label, launch(queue, kernel, found, local)))
         return events
+
+    def _sized_for(self, known: Any) -> npt.NDArray[np.uintp]:
+        """The table of :func:`enqueue_launches`, with the sizes for ``known``."""
+        table = self._table
+        if table is None:
+            table = self._table = np.zeros((len(self._launches), 8), np.uintp)
+            for place, (kernel, size, local) in enumerate(self._launches):
+                table[place, 0] = kernel.int_ptr
+                if local is not None:
+                    table[place, 5 : 5 + len(local)] = local
+                if isinstance(size, tuple):
+                    set_size(table[place], size)
+                else:
+                    self._sized.append((place, size))
+        if self._known is UNKNOWN or known != self._known:
+            for place, sized in self._sized:
+                set_size(table[place], sized(known))
+            self._known = known
+        return table
+
+
+UNKNOWN = object()
+
+
+def set_size(row: npt.NDArray[np.uintp], size: tuple[int, ...] | None) -> None:
+    """Set the global size of a launch; None: it is left out."""
+    row[1] = 0 if size is None else len(size)
+    if size is not None:
+        row[2 : 2 + len(size)] = size
+
+
+@functools.cache
+def enqueue_function() -> int:
+    """The address of clEnqueueNDRangeKernel in the OpenCL library that PyOpenCL uses.
+
+    On Windows, a handle does not give the functions of the libraries that it depends on.
+    """
+    library = ctypes.CDLL("OpenCL.dll" if os.name == "nt" else cl._cl.__file__)
+    address = ctypes.cast(library.clEnqueueNDRangeKernel, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 class RecordingContext(OpenClContext):

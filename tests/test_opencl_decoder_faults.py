@@ -17,7 +17,7 @@ from test_opencl_faults import broken, failing  # noqa: E402
 
 from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.errors import BuildError, DeviceError, DeviceMemoryError  # noqa: E402
-from marlin_cy.opencl import context, program  # noqa: E402
+from marlin_cy.opencl import context, program, recording  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 TEXT = np.frombuffer((FOLDER / "validation.txt").read_bytes()[:100], np.uint8).astype(np.int32)
@@ -32,9 +32,20 @@ def model(device_alone):
     return load_model(FOLDER, device_alone, cache_dtype="float32", context_length=256, cache_tokens=1024)
 
 
+def fail_launches(patch, after, code="DEVICE_NOT_AVAILABLE"):
+    """Let launches of recordings fail from the ``after``-th on."""
+    enqueue = recording.enqueue_launches
+
+    def first_ones(function, queue, table, begin):
+        return begin if begin >= after else min(enqueue(function, queue, table[:after], begin), after)
+
+    patch.setattr(recording, "enqueue_launches", first_ones)
+    patch.setattr(cl, "enqueue_nd_range_kernel", failing(code))
+
+
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(("function", "after"), [("enqueue_nd_range_kernel", 7), ("enqueue_copy", 1)], ids=str)
-def test_a_device_that_is_lost_between_tokens(model, monkeypatch, function, after):
+@pytest.mark.parametrize("what", ["launches", "copies"])
+def test_a_device_that_is_lost_between_tokens(model, monkeypatch, what):
     """In the middle of a step's launches, and while its logits are read: the error is named, and nothing goes on."""
     asks, other = model.new_sequence(), model.new_sequence()
     pieces = model.generate(PROMPTS[0], temperature=0)
@@ -43,7 +54,10 @@ def test_a_device_that_is_lost_between_tokens(model, monkeypatch, function, afte
         model.forward(TEXT[:10], sequence=sequence)
     free = model.free_tokens
     with monkeypatch.context() as patch:
-        patch.setattr(cl, function, failing("DEVICE_NOT_AVAILABLE", after, getattr(cl, function)))
+        if what == "launches":
+            fail_launches(patch, 7)
+        else:
+            patch.setattr(cl, "enqueue_copy", failing("DEVICE_NOT_AVAILABLE", 1, cl.enqueue_copy))
         with pytest.raises(DeviceError, match="DEVICE_NOT_AVAILABLE"):
             model.forward(TEXT[10:11], sequence=asks)
     assert asks.freed and other.freed
@@ -64,9 +78,25 @@ def test_a_text_whose_device_is_lost(model, monkeypatch):
     pieces = model.generate(PROMPTS[0], temperature=0)
     next(pieces)
     with monkeypatch.context() as patch:
-        patch.setattr(cl, "enqueue_nd_range_kernel", failing("DEVICE_NOT_AVAILABLE"))
+        fail_launches(patch, 0)
         with pytest.raises(DeviceError, match="DEVICE_NOT_AVAILABLE"):
             next(pieces)
+
+
+def test_a_launch_that_fails_once(model, monkeypatch):
+    """PyOpenCL repeats it, and the launches after it follow."""
+    expected = model.forward(TEXT[:4], sequence=model.new_sequence())
+    enqueue, failed = recording.enqueue_launches, []
+
+    def fails_at_3(function, queue, table, begin):
+        if len(table) <= 5 or begin > 3:
+            return enqueue(function, queue, table, begin)
+        failed.append(begin)
+        return enqueue(function, queue, table[:3], begin)
+
+    monkeypatch.setattr(recording, "enqueue_launches", fails_at_3)
+    np.testing.assert_array_equal(model.forward(TEXT[:4], sequence=model.new_sequence()), expected)
+    assert failed == [0]
 
 
 @pytest.mark.sweep

@@ -55,7 +55,7 @@ class Chooser:
         self._recorder.begin()
         tokens = self._chooser.record(Maker(self._recorder, buffer, StepLayout(rows), rows), buffer, width)
         self._chooser.write(self._ctx.queue, described)
-        self._recorder.recording.enqueue(self._ctx.queue, described)
+        self._recorder.recording.enqueue(self._ctx.queue, described.most_entries)
         found = np.empty((rows, 2), np.int32)
         cl.enqueue_copy(self._ctx.queue, found, tokens)
         assert found[-1, 0] == logits[0].argmax()

@@ -220,7 +220,9 @@ class AttentionBench:
             recordings.append(self._recorder.recording)
         times: dict[str, list[float]] = defaultdict(list)
         for number in range(WARM_STEPS + repeat):
-            events = [pair for recording in recordings for pair in recording.enqueue(self._ctx.queue, known)]
+            events = [
+                pair for recording in recordings for pair in recording.enqueue_with_events(self._ctx.queue, known)
+            ]
             self._ctx.finish()
             for label, event in events if number >= WARM_STEPS else []:
                 times[label].append((event.profile.end - event.profile.start) / 1e3)

@@ -35,7 +35,7 @@ from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
-from marlin_cy.opencl.decoder.sample import Choices, TokenChooser, describe_choices
+from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices
 from marlin_cy.opencl.decoder.step import Cuts, Description, Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
@@ -284,17 +284,21 @@ class OpenClDecoder(DecoderProgram):
         self._enqueue(found, known)
         cl.enqueue_copy(self._ctx.queue, results, found.result)
 
-    def _write_choices(self, choices: Choosing, rows: int) -> Choices:
-        """Write what chooses the tokens of ``rows`` rows."""
+    def _write_choices(self, choices: Choosing, rows: int) -> int:
+        """Write what chooses the tokens of ``rows`` rows. Returns what their launches depend on."""
         described = describe_choices(choices, rows)
         if self._chooser.reserve(len(described.ints)):
             self._forget_recordings()
         self._chooser.write(self._ctx.queue, described)
-        return described
+        return described.most_entries
 
-    def _enqueue(self, recorded: Recorded, known: Known | Choices | None) -> None:
-        for label, event in recorded.recording.enqueue(self._ctx.queue, known):
-            self._ctx.log(label, event)
+    def _enqueue(self, recorded: Recorded, known: Known | int | None) -> None:
+        recording, ctx = recorded.recording, self._ctx
+        if not ctx.is_profiled:
+            recording.enqueue(ctx.queue, known)
+            return
+        for label, event in recording.enqueue_with_events(ctx.queue, known):
+            ctx.log(label, event)
 
     # Steps by phases ---------------------------------------------------------------------------
 

@@ -111,12 +111,15 @@ class TokenChooser:
         self._ints.write(queue, choices.ints)
 
     def record(self, maker: Maker, logits: cl.Buffer, width: int) -> cl.Buffer:
-        """Record the launches for rows of ``width`` logits. Returns the buffer of the tokens, int32 ``[rows, 2]``."""
+        """Record the launches for rows of ``width`` logits. Returns the buffer of the tokens, int32 ``[rows, 2]``.
+
+        The launches are enqueued with ``most_entries`` of the choices.
+        """
         tokens = maker.ctx.reserve("decoder tokens", 8 * maker.rows)
         macros, rows, items = {"SAMPLE_ITEMS": self._items}, maker.rows, self._items
 
-        def size(choices: Choices) -> tuple[int, ...] | None:
-            return (choices.most_entries, rows) if choices.most_entries else None
+        def size(most_entries: int) -> tuple[int, ...] | None:
+            return (most_entries, rows) if most_entries else None
 
         maker.record(
             "decoder_sample",
