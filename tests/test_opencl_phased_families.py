@@ -1,4 +1,4 @@
-"""Steps by phases of families with shared experts and dense layers, against recorded launches."""
+"""Steps by phases of families with shared experts, dense layers, sinks, gates, and attention that is not quantised."""
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from marlin_cy.opencl.decoder.phased_step import PhasedStep  # noqa: E402
 
 BOUND = 2e-3  # as in test_opencl_phased_step.py
 HEADS = {"head_dim": 32}
+ALL_FULL = {"layer_types": ["full_attention", "full_attention"]}
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
 torch.set_num_threads(1)
@@ -40,10 +41,43 @@ def new_model(tmp_path, backend, model_type, **changes):
     ],
     ids=str,
 )
-def test_logits(tmp_path, device_alone, rng, monkeypatch, model_type, changes):
-    """A shared expert with and without a gate, wider than the routed ones; dense layers first, and later."""
+def test_shared_experts(tmp_path, device_alone, rng, monkeypatch, model_type, changes):
+    """With and without a gate, wider than the routed ones; dense layers first, and later."""
     model, new_steps = new_model(tmp_path, device_alone, model_type, **changes)
-    program, lengths = model._program, (1, 20, 3)
+    assert new_steps()._macros["SHARED"]
+    assert_same_logits(model, new_steps, rng, monkeypatch, (1, 20, 3))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("groups", [2, 24], ids=["one run", "several runs"])
+@pytest.mark.parametrize(
+    ("model_type", "changes", "macro"),
+    [
+        ("gpt_oss", {"head_dim": 64}, "SINKS"),
+        ("gpt_oss", {"attention_bias": False, "dtype": torch.bfloat16, **HEADS}, "EXPERT_BIASES"),
+        ("qwen3_next", {**ALL_FULL, "head_dim": 64}, "GATED"),
+        ("qwen3_next", {**ALL_FULL, "head_dim": 64, "kept": ["self_attn"]}, "DENSE"),
+        ("qwen3_moe", {"attention_bias": True, "kept": ["self_attn"], **HEADS}, "DENSE"),
+    ],
+    ids=str,
+)
+def test_attention(tmp_path, device_alone, rng, monkeypatch, model_type, changes, macro, groups):
+    """Sinks with windows and biases, gates, and weights that are not quantised; positions in one run and in several."""
+    model, new_steps = new_model(tmp_path, device_alone, model_type, **changes)
+    monkeypatch.setattr("marlin_cy.opencl.decoder.phased_step.SPLIT_PAGES", 1)
+
+    def steps_of_groups():
+        steps = new_steps()
+        assert steps._macros[macro] == 1
+        steps._groups = groups
+        return steps
+
+    assert_same_logits(model, steps_of_groups, rng, monkeypatch, (70, 20, 3))
+
+
+def assert_same_logits(model, new_steps, rng, monkeypatch, lengths):
+    """Of steps of one row, and of as many as there are lengths."""
+    program = model._program
     monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", 0.1)
     sequences = [model.new_sequence() for _ in lengths]
     for sequence, length in zip(sequences, lengths, strict=True):
@@ -55,7 +89,6 @@ def test_logits(tmp_path, device_alone, rng, monkeypatch, model_type, changes):
         program._phased = None
         expected = np.array(model.forward_batch(pairs))
         program._phased = steps = new_steps()
-        assert steps._macros["SHARED"]
         found = np.array(model.forward_batch(again))
         assert program._phased is steps
         assert 0 < relative_error(found, expected) < BOUND
@@ -67,6 +100,9 @@ def test_logits(tmp_path, device_alone, rng, monkeypatch, model_type, changes):
     [
         ("qwen2_moe", {"kept": ["shared_expert."], **HEADS}, "a layer of its feed-forward is not quantised"),
         ("glm4_moe", {"kept": ["self_attn.k"], **HEADS}, "a layer of its attention is not quantised"),
+        ("qwen3_moe", {"kept": ["self_attn.o"], **HEADS}, "a layer of its attention is not quantised"),
+        ("qwen3_moe", {"kept": ["layers.0.self_attn"], **HEADS}, "its layers differ in DENSE"),
+        ("qwen3_next", {}, "it has layers of DeltaNet"),
     ],
     ids=str,
 )

@@ -17,7 +17,9 @@ cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 from asserts import relative_error  # noqa: E402
 from test_opencl_faults import broken  # noqa: E402
 
+from marlin_cy.decoder import build  # noqa: E402
 from marlin_cy.decoder.load import load_model  # noqa: E402
+from marlin_cy.decoder.plan import AttentionPlan  # noqa: E402
 from marlin_cy.decoder.program import Batch  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
 from marlin_cy.opencl import program as opencl_program  # noqa: E402
@@ -99,6 +101,23 @@ class TestAgainstLaunches:
             )
             assert phased._program._phased is steps
             assert 0 < relative_error(found, expected) < BOUND
+
+    @pytest.mark.parametrize("lengths", [[1, 40], [100]], ids=str)
+    def test_a_soft_cap(self, device_alone, rng, lengths, monkeypatch):
+        """In one layer of two, with scores that are often beyond it."""
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", 0.1)
+        caps = iter([0.5, None] * 9)
+        monkeypatch.setattr(build, "AttentionPlan", lambda **values: AttentionPlan(**values, soft_cap=next(caps)))
+        model = load_model(FOLDER, device_alone, cache_dtype="float16", context_length=512, cache_tokens=1024)
+        program, sequences = model._program, [model.new_sequence() for _ in lengths]
+        for sequence, length in zip(sequences, lengths, strict=True):
+            model.forward(rng.integers(0, model.vocab_size, length), sequence=sequence)
+        ours, theirs = ([(model.fork(sequence), [7]) for sequence in sequences] for _ in range(2))
+        expected = np.array(model.forward_batch(theirs))
+        program._phased = steps = steps_of(program)
+        assert steps._macros["CAPPED"]
+        assert 0 < relative_error(np.array(model.forward_batch(ours)), expected) < BOUND
+        assert program._phased is steps
 
     def test_a_head_of_its_own(self, phased, recorded, rng, monkeypatch):
         """As with a quantised head, which is no part of the step; the description of a step outgrows its buffer."""
@@ -254,9 +273,9 @@ def test_what_it_does_not_support(phased):
     """Named, for `doctor` and for whoever asks."""
     plan, layers = phased.plan, phased._program._layers
     shape_of(plan, layers)
-    attention = dataclasses.replace(plan.layers[0].mixer, soft_cap=30.0)
+    attention = dataclasses.replace(plan.layers[0].mixer, head_dim=20)
     changed = dataclasses.replace(plan.layers[0], mixer=attention)
-    with pytest.raises(NotPhased, match="a soft cap"):
+    with pytest.raises(NotPhased, match="its head size is 20, no multiple of 32"):
         shape_of(dataclasses.replace(plan, layers=[changed, *plan.layers[1:]]), layers)
 
 

@@ -107,6 +107,8 @@ STEP = {
 }
 STEP_SEGMENTS = {"CACHE_TYPE": 2, "SEGMENTS": 8, "SEGMENT_SHIFT": 9}
 STEP_SHARED = {"SHARED": 1, "LAYER_BYTES": SHARED_LAYER.itemsize}
+STEP_ATTENTION = {"GATED": 1, "SINKS": 1, "CAPPED": 1}
+STEP_DENSE = {"DENSE": 1, "PROJECTION_TYPE": 2, "EXPERT_BIASES": 1}
 SMALL_TILES = {"WAVES": 2, "WAVE_STRIPS": 1, "KEYS": 64, "QUERIES_LOCAL": 0}
 TILES = {"WAVES": 4, "WAVE_STRIPS": 2, "KEYS": 32, "QUERIES_LOCAL": 1}
 # Code type, scale record and group shift of weights, which together have every branch of records.cl and of the files
@@ -247,6 +249,8 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
             "EXPERTS_PER_PART": 32,
         },
         {**STEP, **STEP_SHARED, "TENSOR": 0, "RESIDENT": 0, "TOKENS": 2},
+        {**STEP, **STEP_ATTENTION, "TENSOR": 0, "RESIDENT": 0, "TOKENS": 2},
+        {**STEP, **STEP_ATTENTION, **STEP_DENSE, "TENSOR": 1, "RESIDENT": 1, "TOKENS": 8, "PTX": 1},
         {**STEP, **STEP_SHARED, "TENSOR": 1, "RESIDENT": 1, "TOKENS": 8, "PTX": 1},
         {**STEP, "TENSOR": 1, "RESIDENT": 1, "PTX": 1},
     ],

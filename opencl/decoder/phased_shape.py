@@ -16,7 +16,7 @@ from marlin_cy.opencl.arguments import arguments_of
 from marlin_cy.opencl.decoder.attention import GroupedAttention
 from marlin_cy.opencl.decoder.cache import SEGMENTS
 from marlin_cy.opencl.decoder.ffn import Mlp, MoeFfn
-from marlin_cy.opencl.decoder.projections import PackedColumns, ProjectionGroup
+from marlin_cy.opencl.decoder.phased_stores import NotPhased, check_store, covering, packed_parts
 from marlin_cy.opencl.gemm.codes import code_macros
 from marlin_cy.opencl.launch import Launch
 from marlin_cy.opencl.layer.routing import normalises, routing_macros
@@ -45,7 +45,8 @@ LAYER = np.dtype(
         ("o", "u8"),
         ("gate_up", "u8", 8),
         ("down", "u8", 8),
-        *((name, "u8") for name in ("mixer_norm", "ffn_norm", "q_norm", "k_norm", "qkv_bias", "o_bias")),
+        *((name, "u8") for name in ("mixer_norm", "ffn_norm", "q_norm", "k_norm", "qkv_bias", "o_bias", "sinks")),
+        *((name, "u8") for name in ("gate_up_bias", "down_bias")),
         ("cosine", "u8"),
         ("sine", "u8"),
         ("keys", "u8", SEGMENTS),
@@ -63,6 +64,8 @@ LAYER = np.dtype(
         ("norm_eps", "f4"),
         ("routing_factor", "f4"),
         ("window", "u4"),
+        ("soft_cap", "f4"),
+        ("pad5", "u4"),
     ]
 )
 
@@ -82,10 +85,6 @@ SHARED_LAYER = np.dtype(
         ("pad4", "u4"),
     ]
 )
-
-
-class NotPhased(Exception):
-    """A model that the kernel does not support."""
 
 
 @dataclass
@@ -206,6 +205,7 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
         raise NotPhased(f"its hidden size is {plan.hidden_size}, no multiple of {STRIP_N}")
     for layer in found:
         layer.entry.numbers["norm_eps", 0] = plan.norm_eps
+    attentions = [its.mixer for its in plan.layers if isinstance(its.mixer, AttentionPlan)]
     shared_inner = max(layer.shared_inner for layer in found)
     layer_type = SHARED_LAYER if shared_inner else LAYER
     if shared_inner:
@@ -214,6 +214,8 @@ def shape_of(plan: DecoderPlan, layers: Sequence[Layer]) -> ModelShape:
         **macros,
         **code_macros(stores[0].codes, all(store.symmetric for store in stores)),
         "GROUP_32": int(any(store.layout.group_shift == 5 for store in stores)),
+        "SINKS": int(any(attention.sinks is not None for attention in attentions)),
+        "CAPPED": int(any(attention.soft_cap for attention in attentions)),
         "LAYERS": len(layers),
         "HIDDEN": plan.hidden_size,
         "LAYER_BYTES": layer_type.itemsize,
@@ -255,19 +257,41 @@ class LayerShape:
             check_store(store)
 
     def _attention(self, plan: AttentionPlan, layer: GroupedAttention) -> None:
-        for what, found in (
-            ("gates of heads", plan.gated),
-            ("sinks", plan.sinks is not None),
-            ("a soft cap", bool(plan.soft_cap)),
-        ):
-            if found:
-                raise NotPhased(f"its attention has {what}")
         heads, kv_heads, width = plan.num_heads, plan.num_kv_heads, plan.head_dim
         if width % 32:
             raise NotPhased(f"its head size is {width}, no multiple of 32")
+        entry = self.entry
+        if layer.inputs.quantised or layer.output.quantised:
+            queries = heads * width * (2 if plan.gated else 1)
+            self._packed_projections(layer, (queries, kv_heads * width, kv_heads * width))
+        else:
+            self._dense_projections(layer)
+        entry.put("q_norm", layer.q_norm)
+        entry.put("k_norm", layer.k_norm)
+        entry.put("cosine", layer.rotation.cosine)
+        entry.put("sine", layer.rotation.sine)
+        entry.put("sinks", layer.attend.sinks)
+        entry.pool = layer.attend.pool
+        entry.numbers["scale", 0] = plan.scale
+        entry.numbers["window", 0] = plan.window or 0
+        entry.numbers["soft_cap", 0] = plan.soft_cap or 0
+        per_kv = heads // kv_heads
+        self.macros |= {
+            "NUM_HEADS": heads,
+            "NUM_KV_HEADS": kv_heads,
+            "HEAD_DIM": width,
+            "HEADS": max(number for number in range(1, MOST_HEADS + 1) if per_kv % number == 0),
+            "PAIRS_ROTATED": layer.rotation.pairs,
+            "INTERLEAVED": int(layer.rotation.interleaved),
+            "GATED": int(plan.gated),
+            **layer.attend.pool.table_macros,
+        }
+
+    def _packed_projections(self, layer: GroupedAttention, widths: Sequence[int]) -> None:
+        """Quantised projections; ``widths``: of queries with their gates, of keys, and of values."""
         parts, outputs = packed_parts(layer.inputs), packed_parts(layer.output)
         entry, begin, shifts = self.entry, 0, set()
-        for index, columns in enumerate((heads * width, kv_heads * width, kv_heads * width)):
+        for index, columns in enumerate(widths):
             store, expert, column = covering(parts, begin, columns)
             entry.put_store("qkv", store, expert, index)
             entry.numbers["qkv_strips", index] = store.layout.strips
@@ -286,25 +310,20 @@ class LayerShape:
         self.stores.append(output)
         entry.put("qkv_bias", parts[0].bias_buffer)
         entry.put("o_bias", outputs[0].bias_buffer)
-        entry.put("q_norm", layer.q_norm)
-        entry.put("k_norm", layer.k_norm)
-        entry.put("cosine", layer.rotation.cosine)
-        entry.put("sine", layer.rotation.sine)
-        entry.pool = layer.attend.pool
-        entry.numbers["scale", 0] = plan.scale
-        entry.numbers["window", 0] = plan.window or 0
-        per_kv = heads // kv_heads
-        self.macros |= {
-            "NUM_HEADS": heads,
-            "NUM_KV_HEADS": kv_heads,
-            "HEAD_DIM": width,
-            "HEADS": max(number for number in range(1, MOST_HEADS + 1) if per_kv % number == 0),
-            "PAIRS_ROTATED": layer.rotation.pairs,
-            "INTERLEAVED": int(layer.rotation.interleaved),
-            "QKV_SHIFT": shifts.pop(),
-            "O_SHIFT": output.layout.group_shift,
-            **layer.attend.pool.table_macros,
-        }
+        self.macros |= {"DENSE": 0, "QKV_SHIFT": shifts.pop(), "O_SHIFT": output.layout.group_shift}
+
+    def _dense_projections(self, layer: GroupedAttention) -> None:
+        """Projections that are not quantised."""
+        inputs, output = layer.inputs.whole_dense, layer.output.whole_dense
+        if inputs is None or output is None or inputs.type_code != output.type_code:
+            raise NotPhased("its projections have several element types")
+        if inputs.scales is not None:
+            raise NotPhased("its projections have 8 bits")
+        self.entry.put("qkv", inputs.buffer)
+        self.entry.put("qkv_bias", inputs.bias)
+        self.entry.put("o", output.buffer)
+        self.entry.put("o_bias", output.bias)
+        self.macros |= {"DENSE": 1, "PROJECTION_TYPE": inputs.type_code}
 
     def _experts(self, plan: MoeFfnPlan, layer: MoeFfn) -> None:
         moe = layer.plan
@@ -313,7 +332,6 @@ class LayerShape:
             ("weights on the experts' input", moe.apply_router_weight_on_input),
             ("a routing by sparsemixer", moe.routing.scoring == "sparsemixer"),
             ("a scale for each expert", moe.routing.expert_scale is not None),
-            ("biases of experts", gate_up.bias_buffer is not None or down.bias_buffer is not None),
         ):
             if found:
                 raise NotPhased(f"it has {what}")
@@ -335,11 +353,14 @@ class LayerShape:
             parts = [(shared_gate_up.store, 0, column) for column in (0, width)]
             self._shared([*parts, (shared_down.store, 0, 0)], width, moe.activation)
             self.entry.put("shared_gate", layer.shared_gate)
+        if (gate_up.bias_buffer is None) != (down.bias_buffer is None):
+            raise NotPhased("only one projection of its experts has biases")
         entry, routing = self.entry, moe.routing
         for name, stack in (("gate_up", gate_up), ("down", down)):
             store = stack.store
             for index, part in enumerate(store.parts):
                 entry.put(name, part, 0, index)
+            entry.put(f"{name}_bias", stack.bias_buffer)
             entry.numbers[f"{name}_factor", 0] = store.weight_factor
             self.stores.append(store)
         entry.put("router", layer.router.buffer)
@@ -349,6 +370,7 @@ class LayerShape:
         self.macros |= {
             "INNER": inner,
             "EXPERTS": moe.num_experts,
+            "EXPERT_BIASES": int(gate_up.bias_buffer is not None),
             "TOP_K": moe.top_k,
             "GATE_SHIFT": gate_up.store.layout.group_shift,
             "DOWN_SHIFT": down.store.layout.group_shift,
@@ -389,33 +411,3 @@ class LayerShape:
             self.stores.append(store)
         entry.numbers["shared_inner", 0] = self.shared_inner = width
         self.shared_activation = ACTIVATIONS[activation].number + 1
-
-
-def packed_parts(group: ProjectionGroup, what: str = "attention") -> list[PackedColumns]:
-    """The parts of projections that are all quantised."""
-    found = [part for part in group.parts if isinstance(part, PackedColumns)]
-    if len(found) < len(group.parts):
-        raise NotPhased(f"a layer of its {what} is not quantised")
-    return found
-
-
-def covering(parts: Sequence[PackedColumns], begin: int, columns: int) -> tuple[OpenClGptqStore, int, int]:
-    """The store, the expert and its first column that give output columns ``begin`` to ``begin + columns - 1``."""
-    for part in parts:
-        for expert, first, count, out in part.columns.tolist():
-            column = first + begin - out
-            if out <= begin and begin + columns <= out + count and column % STRIP_N == columns % STRIP_N == 0:
-                return part.store, expert, column
-    raise NotPhased("the columns of its projections are not whole strips of one stack")
-
-
-def check_store(store: OpenClGptqStore) -> None:
-    """Refuse codes and scale records that the kernel does not read, another order of K, and scales out of range."""
-    if store.layout.code_type.bits != 4:
-        raise NotPhased("its weights have codes of 8 bits")
-    if store.scales != "float16":
-        raise NotPhased(f"its weights have {store.scales} scales")
-    if store.order is not None or store.packed_k != store.k:
-        raise NotPhased("its weights have an order of K (act-order)")
-    if not 2.0**-100 < store.weight_factor < 2.0**100:
-        raise NotPhased(f"its scales have a factor of {store.weight_factor}")

@@ -235,10 +235,11 @@ class PhasedStep:
         macros = self._macros
         heads, width = macros["NUM_HEADS"], macros["HEAD_DIM"]
         pairs, attended = tokens * macros["TOP_K"], heads * width
+        queries = (1 + macros["GATED"]) * heads
         room = self._groups * macros["HEADS"] + tokens * heads
         sizes = {
             "x": 4 * tokens * macros["HIDDEN"],
-            "heads": 4 * tokens * (heads + 2 * macros["NUM_KV_HEADS"]) * width,
+            "heads": 4 * tokens * (queries + 2 * macros["NUM_KV_HEADS"]) * width,
             "attended": 2 * tokens * attended,
             "partial": 4 * room * width,
             "stats": 8 * room,

@@ -12,6 +12,7 @@
 #include "decoder_step_rows.cl"
 #include "decoder_step_attend.cl"
 #include "decoder_step_route.cl"
+#include "decoder_step_dense.cl"
 #include "decoder_step_heads.cl"
 #if SHARED
 #include "decoder_step_shared.cl"
@@ -45,13 +46,17 @@
 //   LAYERS, HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, INNER, EXPERTS, TOP_K, VOCABULARY
 //   SHARED                     1: layers have shared experts, or are dense: decoder_step_shared.cl
 //   HAS_HEAD                   1: the head is part of the launch; it is not quantised
+//   GATED                      1: each query has a gate behind it
+//   SINKS, CAPPED              1: a layer has sinks, or a soft cap
+//   EXPERT_BIASES              1: experts have biases
+//   DENSE                      1: projections of attention have weights of PROJECTION_TYPE, and are not quantised
 //   PAIRS_ROTATED, INTERLEAVED of RoPE; 0 pairs: none
 //   HEADS             heads that a work-group attends with, a divisor of NUM_HEADS / NUM_KV_HEADS
 //   QKV_TEAM, GATE_TEAM        waves that share a strip: divisors of WAVES
 //   QKV_SHIFT, O_SHIFT, GATE_SHIFT, DOWN_SHIFT     group_shift of the weights
 //   GATE_WORDS, DOWN_WORDS     expert_words
 //   EXPERTS_PER_PART           experts in a buffer
-//   EMBEDDING_TYPE, ROUTER_TYPE, HEAD_TYPE         element types, as INPUT_TYPE
+//   EMBEDDING_TYPE, ROUTER_TYPE, HEAD_TYPE, PROJECTION_TYPE      element types, as INPUT_TYPE
 //   NORMALISE, TOPK_GROUPS, NUM_GROUPS, and the options of routing.cl, codes.cl and decoder.cl
 //   LAYER_BYTES                of a layer's entry, as the host sees it
 
@@ -127,9 +132,9 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
         else if (kind == 2) {
             if (splits == 1)
                 continue;
-            join_splits(rows, splits, attended, partial, stats, scratch);
+            join_splits(layer, rows, splits, heads, attended, partial, stats, scratch);
         } else if (kind == 3)
-            project_output(layer, rows, x, attended, scratch);
+            project_output(layer, rows, x, attended, scratch, kept);
         else if (kind == 4)
             score_experts(layer, rows, batch, x, logits, inner_most, weights, scratch, kept);
         else if (kind == 5) {

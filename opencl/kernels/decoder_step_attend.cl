@@ -12,10 +12,44 @@
 #if TENSOR_ATTENTION
 #include "decoder_attention_pages_mma.cl"
 #define BASE_EXP native_exp2 // of weights
+#define SCORE_UNIT LOG2_E
 #else
 #define BASE_EXP exp
+#define SCORE_UNIT 1
+// The factor of a query's sums, which divides them by the sum of the weights.
+static inline float share_of(float high, float total, float sink)
+{
+    float factor = 1;
+    if (sink > high) {
+        factor = exp(high - sink);
+        total = fma(total, factor, 1.0f);
+    } else if (sink > -INFINITY) {
+        total += exp(sink - high);
+    }
+    return total == 0 ? 0 : factor / total;
+}
 #endif
 #define ROTATES_IN_LANES (PAIRS_ROTATED && PAIRS_ROTATED % WAVE == 0 && !INTERLEAVED)
+
+// A head's sink, as a score; -INFINITY without one.
+static inline float sink_of(__constant Layer *layer, uint head)
+{
+#if SINKS
+    if (layer->sinks)
+        return ((__global const float *)layer->sinks)[head] * SCORE_UNIT;
+#endif
+    return -INFINITY;
+}
+
+// What a column of a head's result is multiplied by.
+static inline float gate_of(__global const float *heads, uint row, uint head, uint column)
+{
+#if GATED
+    return 1 / (1 + exp(-heads[row * (ulong)QKV + head * HEAD_STRIDE + HEAD_DIM + column]));
+#else
+    return 1;
+#endif
+}
 
 // Adds up over 32 neighbouring work-items; all work-items of the work-group call it. `sums`: float [ITEMS].
 __attribute__((always_inline)) static inline float wave_sum(float value, __local float *sums)
@@ -44,9 +78,9 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
     for (uint base = 0; base < HEADS + 2; base += WAVES) {
         const uint head = base + wave, kind = head < HEADS ? 0 : head - HEADS + 1;
         const bool exists = kind < 3;
-        const uint column = kind == 0   ? (first_head + head) * HEAD_DIM
-                            : kind == 1 ? ATTENDED + kv_head * HEAD_DIM
-                                        : ATTENDED + (NUM_KV_HEADS + kv_head) * HEAD_DIM;
+        const uint column = kind == 0   ? (first_head + head) * HEAD_STRIDE
+                            : kind == 1 ? QUERIES_WIDTH + kv_head * HEAD_DIM
+                                        : QUERIES_WIDTH + (NUM_KV_HEADS + kv_head) * HEAD_DIM;
         __global const float *norm = (__global const float *)(kind == 0 ? layer->q_norm : layer->k_norm);
         const bool normed = exists && kind < 2 && norm;
         float own[HEAD_DIM / WAVE], square = 0;
@@ -120,9 +154,9 @@ __attribute__((always_inline)) static inline void place_row(__constant Layer *la
 __attribute__((always_inline)) static inline void attend_positions(__constant Layer *layer, uint row, uint first_head,
                                                                    uint kv_head, uint begin, uint end, uint left_out,
                                                                    uint split, uint splits, __global const int *pages,
-                                                                   __global half *attended, __global float *partial,
-                                                                   __global float2 *stats, __local const float *queries,
-                                                                   __local float *memory)
+                                                                   __global const float *heads, __global half *attended,
+                                                                   __global float *partial, __global float2 *stats,
+                                                                   __local const float *queries, __local float *memory)
 {
     const uint item = get_local_id(0);
     __local float *sums = memory, *scores = sums + ITEMS;
@@ -175,7 +209,12 @@ __attribute__((always_inline)) static inline void attend_positions(__constant La
             for (uint j = 0; j < QUARTERS; j++)
                 score += scores[j * (HEADS * KEYS) + i];
             const uint its = from + i % KEYS;
-            weights[i] = its < end && its >= left_out ? score * layer->scale : -INFINITY;
+            score *= layer->scale;
+#if CAPPED
+            if (layer->soft_cap > 0)
+                score = layer->soft_cap * tanh(score / layer->soft_cap);
+#endif
+            weights[i] = its < end && its >= left_out ? score : -INFINITY;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         // Eight lanes of each head find its largest score.
@@ -240,8 +279,9 @@ __attribute__((always_inline)) static inline void attend_positions(__constant La
         const uint head = first_head + i / HEAD_DIM;
         const float total = totals[i / HEAD_DIM];
         if (splits == 1) {
-            vstore_half_rte(total == 0 ? 0 : value / total, row * (ulong)ATTENDED + head * HEAD_DIM + i % HEAD_DIM,
-                            attended);
+            vstore_half_rte(value * share_of(highs[i / HEAD_DIM], total, sink_of(layer, head)) *
+                                gate_of(heads, row, head, i % HEAD_DIM),
+                            row * (ulong)ATTENDED + head * HEAD_DIM + i % HEAD_DIM, attended);
         } else {
             const ulong place = (row * (ulong)NUM_HEADS + head) * splits + split;
             partial[place * HEAD_DIM + i % HEAD_DIM] = value;
@@ -282,14 +322,15 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
         const uint lane = get_local_id(0) % LANES, g = lane / 4, t = lane % 4;
         const ulong head_at = kv_head * (ulong)(HEAD_DIM * PAGE_TOKENS),
                     page_size = NUM_KV_HEADS * HEAD_DIM * PAGE_TOKENS;
-        const float factor = layer->scale * LOG2_E;
+        const float soft_cap = CAPPED ? layer->soft_cap : 0;
+        const float factor = soft_cap > 0 ? layer->scale / soft_cap : layer->scale * LOG2_E;
         uint4 operand[STEPS];
 #define LOCAL_Q(head, at) vload8(0, queries + (head) * HEAD_DIM + (at))
         READ_QUERIES(operand, LOCAL_Q)
         attend_pages(operand, pages, number, (int)wave_page, (int)my_end,
                      LAYER_PAGES(keys, head_at + (PAGE_TOKENS * t + g / 2 + 4 * (g % 2)) * CHUNK),
                      LAYER_PAGES(values, head_at + (PAGE_TOKENS * g + t) * CHUNK), page_size, page_size, (int)position,
-                     layer->window ? (int)layer->window : INT_MAX, 0, room4, wave_stats);
+                     layer->window ? (int)layer->window : INT_MAX, soft_cap, room4, wave_stats);
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, HEADS * QUADS)
         {
@@ -297,8 +338,12 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
             float highest, total;
             const float4 value = join_waves(i / QUADS, column, &highest, &total, room4, wave_stats);
             if (splits == 1) {
-                vstore_half4_rte(value * share_of(highest, total, -INFINITY),
-                                 (row * (ulong)ATTENDED + head * HEAD_DIM + column) / 4, attended);
+                float4 result = value * share_of(highest, total, sink_of(layer, head));
+#if GATED
+                result *= (float4)(gate_of(heads, row, head, column), gate_of(heads, row, head, column + 1),
+                                   gate_of(heads, row, head, column + 2), gate_of(heads, row, head, column + 3));
+#endif
+                vstore_half4_rte(result, (row * (ulong)ATTENDED + head * HEAD_DIM + column) / 4, attended);
             } else {
                 const ulong place = (row * (ulong)NUM_HEADS + head) * splits + split;
                 vstore4(value, (place * HEAD_DIM + column) / 4, partial);
@@ -308,7 +353,7 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
         }
 #else
         attend_positions(layer, row, first_head, kv_head, begin_page * PAGE_TOKENS, min(my_end * PAGE_TOKENS, seen),
-                         left_out, split, splits, pages, attended, partial, stats, queries, rest);
+                         left_out, split, splits, pages, heads, attended, partial, stats, queries, rest);
 #endif
         barrier(CLK_LOCAL_MEM_FENCE);
     }
@@ -316,14 +361,16 @@ __attribute__((always_inline)) static inline void attend_step(__constant Layer *
 
 // Joins the runs of each head of a row. A work-group has 32 columns of a head, and each of its waves some of the runs.
 // `memory`: 32 * WAVES + 2 * splits floats.
-__attribute__((always_inline)) static inline void join_splits(uint rows, uint splits, __global half *attended,
+__attribute__((always_inline)) static inline void join_splits(__constant Layer *layer, uint rows, uint splits,
+                                                              __global const float *heads, __global half *attended,
                                                               __global const float *partial,
                                                               __global const float2 *stats, __local float *memory)
 {
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE, tasks = rows * (ATTENDED / WAVE);
     __local float *highs = memory + ITEMS, *totals = highs + splits;
     for (uint task = get_group_id(0); task < tasks; task += get_num_groups(0)) {
-        const ulong head = task / (HEAD_DIM / WAVE) * (ulong)splits; // the first run of a head of a row
+        const uint head_of_row = task / (HEAD_DIM / WAVE), row = head_of_row / NUM_HEADS, own = head_of_row % NUM_HEADS;
+        const ulong head = head_of_row * (ulong)splits; // its first run
         const uint column = task % (HEAD_DIM / WAVE) * WAVE + lane;
         EACH(i, splits)
         {
@@ -346,7 +393,8 @@ __attribute__((always_inline)) static inline void join_splits(uint rows, uint sp
                 if (highs[split] > -INFINITY)
                     total = fma(totals[split], BASE_EXP(highs[split] - high), total);
             value = group_total(memory + lane, WAVES, WAVE);
-            vstore_half_rte(total == 0 ? 0 : value / total, task * (ulong)WAVE + lane, attended);
+            vstore_half_rte(value * share_of(high, total, sink_of(layer, own)) * gate_of(heads, row, own, column),
+                            task * (ulong)WAVE + lane, attended);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }

@@ -94,8 +94,16 @@ __attribute__((always_inline)) static inline void project_inner(
             uint magnitude = 0;
             if (its_task < tasks) {
                 __local const float *sums = scratch + i / 16 * (GATE_TEAM * K_LANES * 32) + i % 16;
-                const float value = activated(group_total(sums, GATE_TEAM * K_LANES, 32),
-                                              group_total(sums + 16, GATE_TEAM * K_LANES, 32));
+                float gate = group_total(sums, GATE_TEAM * K_LANES, 32);
+                float up = group_total(sums + 16, GATE_TEAM * K_LANES, 32);
+#if EXPERT_BIASES
+                __global const float *bias = (__global const float *)layer->gate_up_bias +
+                                             (uint)chosen[its_task / strips] * (2ul * INNER) +
+                                             its_task % strips * STRIP_N + i % 16;
+                gate += bias[0];
+                up += bias[INNER];
+#endif
+                const float value = activated(gate, up);
                 inner[its_task / strips * (ulong)INNER + its_task % strips * STRIP_N + i % 16] = value;
                 magnitude = as_uint(value) & 0x7fffffffu;
             }
@@ -138,11 +146,13 @@ __attribute__((always_inline)) static inline void project_down(__constant Layer 
             prefetch_bytes(layer[1].mixer_norm, 4 * HIDDEN);
             prefetch_bytes(layer[1].ffn_norm, 4 * HIDDEN);
         }
+#if !DENSE
         for (uint strip = get_group_id(0); strip < QKV / STRIP_N; strip += get_num_groups(0)) {
             const uint part = part_of_strip(strip);
             prefetch_strip(layer[1].qkv[part], layer[1].qkv_strips[part], HIDDEN_BLOCKS, GROUPS_OF(HIDDEN, QKV_SHIFT),
                            layer[1].qkv_first[part] + strip - first_strip_of(part));
         }
+#endif
     }
 #endif
     const uint at_once = WAVES / PARTS_OF_PAIR, part = wave % PARTS_OF_PAIR;
@@ -165,7 +175,15 @@ __attribute__((always_inline)) static inline void project_down(__constant Layer 
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         EACH(i, rows * 16)
-        x[i / 16 * (ulong)HIDDEN + strip * STRIP_N + i % 16] += group_total(scratch + i, WAVES * K_LANES, TOKENS * 16);
+        {
+            float sum = group_total(scratch + i, WAVES * K_LANES, TOKENS * 16);
+#if EXPERT_BIASES
+            __global const float *bias = (__global const float *)layer->down_bias + strip * STRIP_N + i % 16;
+            for (uint pair = i / 16 * TOP_K; pair < (i / 16 + 1) * TOP_K; pair++)
+                sum = fma(weighed[pair], bias[(uint)chosen[pair] * (ulong)HIDDEN], sum);
+#endif
+            x[i / 16 * (ulong)HIDDEN + strip * STRIP_N + i % 16] += sum;
+        }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
 }

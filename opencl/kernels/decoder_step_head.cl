@@ -10,16 +10,7 @@ static inline void keep_better(float *best, uint *place, float value, uint numbe
     }
 }
 
-// The sum over the 32 work-items of a wave; all work-items of the work-group call it.
-#if TENSOR
-__attribute__((always_inline)) static inline float lane_sum(float value, __local float *sums)
-{
-    UNROLLED for (uint mask = 1; mask < WAVE; mask *= 2) value += exchange(value, mask);
-    return value;
-}
-#else
-#define lane_sum wave_sum
-#endif
+DEFINE_PAIR_PRODUCT(pair_of_head, HEAD_TYPE)
 
 // A wave has two columns of the head at a time.
 //   vocabulary   float [TOKENS][VOCABULARY]: the logits
@@ -30,19 +21,12 @@ __attribute__((always_inline)) static inline void score_vocabulary(__constant La
                                                                    __global uint2 *best, __local float *scratch,
                                                                    __local float *kept)
 {
-    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
-    __global const HEAD *weights = (__global const HEAD *)head;
+    const uint lane = get_local_id(0) % WAVE, wave = get_local_id(0) / WAVE;
     {
         float4 normed[TOKENS][FOURS];
         norm_x(normed, rows, x, batch, 0, norm, layers->norm_eps, scratch);
-#pragma unroll
-        for (uint r = 0; r < TOKENS; r++)
-#pragma unroll
-            for (uint j = 0; j < FOURS; j++)
-                if (item + j * ITEMS < HIDDEN / 4)
-                    vstore4(normed[r][j], r * (HIDDEN / 4) + item + j * ITEMS, kept);
+        keep_floats(normed, kept);
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
     float bests[TOKENS];
     uint places[TOKENS];
 #pragma unroll
@@ -53,27 +37,13 @@ __attribute__((always_inline)) static inline void score_vocabulary(__constant La
     const uint waves = get_num_groups(0) * WAVES;
     for (uint base = 0; base < VOCABULARY; base += 2 * waves) {
         const uint first = base + 2 * (wave * get_num_groups(0) + get_group_id(0));
-        float8 sums[2][TOKENS];
-#pragma unroll
-        for (uint r = 0; r < TOKENS; r++)
-            sums[0][r] = sums[1][r] = (float8)(0);
-#pragma unroll 4
-        for (uint octet = lane; octet < HIDDEN / 8; octet += WAVE) {
-            const float8 w0 = load8_head(weights, min(first, VOCABULARY - 1u) * (ulong)HIDDEN + 8 * octet);
-            const float8 w1 = load8_head(weights, min(first + 1, VOCABULARY - 1u) * (ulong)HIDDEN + 8 * octet);
-#pragma unroll
-            for (uint r = 0; r < TOKENS; r++) {
-                const float8 value = vload8(r * (HIDDEN / 8) + octet, kept);
-                sums[0][r] = fma(value, w0, sums[0][r]);
-                sums[1][r] = fma(value, w1, sums[1][r]);
-            }
-        }
+        Partial sums[2][TOKENS];
+        pair_of_head(sums, head, first, VOCABULARY, HIDDEN, kept, lane);
 #pragma unroll
         for (uint r = 0; r < TOKENS; r++)
 #pragma unroll
             for (uint c = 0; c < 2; c++) {
-                const float4 four = sums[c][r].lo + sums[c][r].hi;
-                const float sum = lane_sum(four.x + four.y + (four.z + four.w), scratch);
+                const float sum = lane_sum(sum_of_partial(sums[c][r]), scratch);
                 if (r < rows && first + c < VOCABULARY) {
                     if (lane == 0)
                         vocabulary[r * (ulong)VOCABULARY + first + c] = sum;

@@ -1,20 +1,31 @@
 // The projections of attention in a step in one launch.
 
+#if !DENSE
 // Of the projections side by side: which one a strip belongs to, 0 query, 1 key, 2 value, and its first strip.
 static inline uint part_of_strip(uint strip)
 {
-    return strip < ATTENDED / STRIP_N ? 0 : strip < (ATTENDED + NUM_KV_HEADS * HEAD_DIM) / STRIP_N ? 1 : 2;
+    return strip < QUERIES_WIDTH / STRIP_N ? 0 : strip < (QUERIES_WIDTH + NUM_KV_HEADS * HEAD_DIM) / STRIP_N ? 1 : 2;
 }
 static inline uint first_strip_of(uint part)
 {
-    return part == 0 ? 0 : (ATTENDED + (part - 1) * NUM_KV_HEADS * HEAD_DIM) / STRIP_N;
+    return part == 0 ? 0 : (QUERIES_WIDTH + (part - 1) * NUM_KV_HEADS * HEAD_DIM) / STRIP_N;
 }
+#endif
 
 __attribute__((always_inline)) static inline void project_heads(__constant Layer *layer, bool first, uint rows,
                                                                 __global const int *batch, ulong table,
                                                                 __global float *x, __global float *heads,
                                                                 __local float *scratch, __local uint4 *kept)
 {
+#if DENSE
+    __local float *floats = (__local float *)kept;
+    {
+        float4 normed[TOKENS][FOURS];
+        norm_x(normed, rows, x, batch, first ? table : 0, layer->mixer_norm, layer->norm_eps, scratch);
+        keep_floats(normed, floats);
+    }
+    project_dense(layer->qkv[0], layer->qkv_bias, QKV, HIDDEN, rows, false, heads, floats, scratch);
+#else
     const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
     const uint teams = WAVES / QKV_TEAM, team = wave / QKV_TEAM, member = wave % QKV_TEAM;
     const uint2 share = share_of_blocks(HIDDEN_BLOCKS, QKV_TEAM, member);
@@ -55,17 +66,26 @@ __attribute__((always_inline)) static inline void project_heads(__constant Layer
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
+#endif
 }
 
 __attribute__((always_inline)) static inline void project_output(__constant Layer *layer, uint rows, __global float *x,
-                                                                 __global const half *attended, __local float *scratch)
+                                                                 __global const half *attended, __local float *scratch,
+                                                                 __local uint4 *kept)
 {
-    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
-    const uint2 share = share_of_blocks(ATTENDED_BLOCKS, WAVES, wave);
 #if RESIDENT
     if (get_group_id(0) < EXPERTS)
         prefetch_bytes(layer->router + get_group_id(0) * (ulong)(HIDDEN * sizeof(ROUTER)), HIDDEN * sizeof(ROUTER));
 #endif
+#if DENSE
+    __local float *floats = (__local float *)kept;
+    EACH(i, rows * (ATTENDED / 8))
+    vstore8(load8_1(attended, 8 * (ulong)i), i, floats);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    project_dense(layer->o, layer->o_bias, HIDDEN, ATTENDED, rows, true, x, floats, scratch);
+#else
+    const uint item = get_local_id(0), lane = item % WAVE, wave = item / WAVE;
+    const uint2 share = share_of_blocks(ATTENDED_BLOCKS, WAVES, wave);
     const Sections m = sections_of(layer->o, HIDDEN / STRIP_N, ATTENDED_BLOCKS, GROUPS_OF(ATTENDED, O_SHIFT));
     for (uint strip = get_group_id(0); strip < HIDDEN / STRIP_N; strip += get_num_groups(0)) {
         Total total[TOTALS] = {0};
@@ -84,4 +104,5 @@ __attribute__((always_inline)) static inline void project_output(__constant Laye
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
+#endif
 }
