@@ -8,10 +8,16 @@ import pytest
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
+from test_opencl_checked_configurations import with_text  # noqa: E402
+
 from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.moe.align import moe_align_block_size  # noqa: E402
+from marlin_cy.opencl.backend import OpenClBackend  # noqa: E402
+from marlin_cy.opencl.checks import verdicts  # noqa: E402
 from marlin_cy.opencl.checks.routing import topk_error  # noqa: E402
-from marlin_cy.opencl.decoder.ffn import MOST_FUSED_ROWS, MoeFfn  # noqa: E402
+from marlin_cy.opencl.decoder.ffn import MoeFfn  # noqa: E402
+from marlin_cy.opencl.decoder.norm_router import COUNTERS, MOST_FUSED_ROWS  # noqa: E402
+from marlin_cy.opencl.tiers.configuration import PLANES  # noqa: E402
 
 FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 LABEL = "norm_router, route, align"
@@ -47,7 +53,19 @@ def assert_choices(model, rows, most_rows):
         blocks = len(slots) // block_size
         np.testing.assert_array_equal(read(model, "expert_ids", np.int32, blocks), experts[:blocks])
         if rows <= most_rows:
-            assert not read(model, "decoder counters of routing", np.uint32, MOST_FUSED_ROWS + 1).any()
+            assert not read(model, COUNTERS, np.uint32, MOST_FUSED_ROWS + 1).any()
+
+
+@pytest.fixture
+def new_backend(device_alone, tmp_path, monkeypatch):
+    """A function that makes a backend without verdicts, as a new process would."""
+    monkeypatch.setenv("MARLIN_CY_CACHE_DIR", str(tmp_path / "cache"))
+
+    def make():
+        monkeypatch.setattr(verdicts, "_memories", {})
+        return OpenClBackend(context=device_alone.context, device=device_alone.device, tier=device_alone.tier.name)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +80,35 @@ def test_choices(device_alone, models, rows):
     if id(device_alone) not in models:
         models[id(device_alone)] = load_model(FOLDER, device_alone, context_length=64, cache_tokens=1024)
     model = models[id(device_alone)]
-    first = next(layer.ffn for layer in model._program._layers)
-    prepares = model.context.backend.tier.inputs(device_alone.runtime.capabilities).prepared_type == 2  # PLANES
-    assert_choices(model, rows, 0 if prepares and first is not None else MOST_FUSED_ROWS)
+    backend = model.context.backend
+    prepares = backend.tier.inputs(backend.runtime.capabilities).prepared_type == PLANES
+    assert_choices(model, rows, 0 if prepares else MOST_FUSED_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "reason"),
+    [
+        ("expert_ids[first + block] = (int)e;", "expert_ids[first + block] = (int)e + 1;", "expert_ids are wrong"),
+        (
+            "routes = arrive(arrived + row) ==",
+            "routes = arrive(arrived + row) > 100 +",
+            "expert ids are left unwritten",
+        ),
+        ("arrived[row] = 0;", "arrived[row] = 1;", "expert"),
+        ("sums[item], norm_factor,", "sums[item], 1.01f * norm_factor,", "the logits are wrong"),
+    ],
+    ids=["pairs", "never last", "counter not reset", "logits"],
+)
+def test_a_wrong_launch_is_cut_up(new_backend, monkeypatch, text, wrong, reason):
+    """Experts are chosen by a launch of its own; the error is found by the check, also that of a second launch."""
+    backend = new_backend()
+    if backend.runtime.capabilities.device_atomics is None:
+        pytest.skip("the device has no atomics of device scope")
+    with_text(monkeypatch, {text: wrong}, ["decoder_router"])
+    model = load_model(FOLDER, backend, context_length=64, cache_tokens=256)
+    with pytest.warns(RuntimeWarning, match=f"'norm_router, route, align' is not used: .*{reason}"):
+        labels = model._program.launches(1)
+    assert "norm_router" in labels and "route, align" in labels and LABEL not in labels
 
 
 @pytest.mark.sampled(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import pyopencl as cl
 
@@ -12,17 +12,14 @@ from marlin_cy.opencl.buffers import Rows
 from marlin_cy.opencl.checks.routing import is_fused_routing_correct
 from marlin_cy.opencl.context import ARRIVED
 from marlin_cy.opencl.decoder.maker import Combination
-from marlin_cy.opencl.decoder.projections import CPU_TEAM, TEAM, DenseMatrix, ProjectionGroup
+from marlin_cy.opencl.decoder.norm_router import MOST_FUSED_ROWS, Choice, NormRouter, NormRows
+from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup
 from marlin_cy.opencl.gemm.prepare import activation_number, has_one_order, needs_preparation
-from marlin_cy.opencl.gemm.work import RoutedBlocks
 from marlin_cy.opencl.layer.align import (
     aligns_as_it_routes,
-    arrival_program,
     check_experts,
     enqueue_align,
     enqueue_route_align,
-    few_arguments,
-    few_local_bytes,
     routing_arrays,
 )
 from marlin_cy.opencl.layer.forward import (
@@ -33,13 +30,7 @@ from marlin_cy.opencl.layer.forward import (
     enqueue_weigh,
     stacks_of,
 )
-from marlin_cy.opencl.layer.routing import (
-    Chosen,
-    check_routing,
-    enqueue_route,
-    route_arguments,
-    routing_macros,
-)
+from marlin_cy.opencl.layer.routing import Chosen, check_routing, enqueue_route
 from marlin_cy.opencl.stack import OpenClMarlinExpertStack
 from marlin_cy.opencl.tiers.configuration import FLOAT32
 
@@ -51,9 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Mlp", "MoeFfn"]
 
 GLU_ITEMS = 64
-FUSED_ITEMS, CPU_FUSED_ITEMS = 256, 16
-MOST_FUSED_ROWS = 4
-"""Rows up to which the norm and the router's product are one launch: each row reads the router's weights."""
 
 
 class Mlp:
@@ -99,13 +87,6 @@ class Mlp:
         self.down.record(maker, inner, out, "down")
 
 
-class Choice(NamedTuple):
-    """Where a launch puts the experts that it chooses, and the pairs that it aligns."""
-
-    chosen: Chosen
-    work: RoutedBlocks
-
-
 class MoeFfn:
     """A Mixture-of-Experts block.
 
@@ -136,6 +117,7 @@ class MoeFfn:
         check_routing(ctx, layer.routing)
         check_experts(ctx, layer.num_experts)
         self.router = DenseMatrix(uploads, plan.router.weight, plan.router.bias)
+        self._norm_router = NormRouter(self.router, layer.routing)
         bias = layer.routing.correction_bias
         self.correction = None if bias is None else uploads.new(bias, "correction bias")
         self.shared = None if plan.shared is None else Mlp(uploads, plan.shared)
@@ -158,17 +140,22 @@ class MoeFfn:
         aligns = aligns_as_it_routes(ctx, rows, layer.routing) and is_fused_routing_correct(
             ctx, layer.routing, logits, gate_up, early
         )
-        chooses = None
-        if self._fuses(maker, residual, x):
-            if aligns and self._chooses(maker, early):
-                chooses = Choice(chosen, routing_arrays(ctx, chosen, rows * top_k, layer.num_experts))
-            self._record_norm_router(maker, residual, norm, eps, x, logits, chooses)
+        choice, added = None, residual.pending
+        if rows <= MOST_FUSED_ROWS and isinstance(added, Rows) and self._norm_router.fits(ctx.backend):
+            if aligns and self._chooses(maker, early, x.type_code):
+                choice = Choice(chosen, routing_arrays(ctx, chosen, rows * top_k, layer.num_experts))
+            # Two buffers take turns, because a work-group may still read x when another writes y.
+            before = residual.x
+            after = maker.room("x" if before.data is maker.room("y", x.width).data else "y", x.width)
+            of_rows = NormRows(before, added, after, norm, eps, x)
+            self._norm_router.record(maker, of_rows, logits, choice, self._arrived)
+            residual.x, residual.pending = after, None
         else:
             residual.norm(maker, norm, eps, x, arrived=self._arrived)
             self.router.record(maker, x, logits, label="router")
         prepared = None
-        if chooses is not None:
-            work = chooses.work
+        if choice is not None:
+            work = choice.work
             routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
         elif aligns:
             work, prepared = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, early)
@@ -193,84 +180,17 @@ class MoeFfn:
         """``(gate_up, down)``."""
         return stacks_of(self.plan)
 
-    def _fuses(self, maker: Maker, residual: Residual, x: Rows) -> bool:
-        """Whether the norm and the router's product are one launch."""
-        local_memory = maker.ctx.backend.runtime.capabilities.local_memory
-        fits = x.width % 8 == 0 and 4 * (x.width + FUSED_ITEMS) <= local_memory
-        return fits and maker.rows <= MOST_FUSED_ROWS and isinstance(residual.pending, Rows)
+    def _chooses(self, maker: Maker, early: Rows | None, type_code: int) -> bool:
+        """Whether the launch of the router's product chooses the experts, too: it prepares no rows.
 
-    def _chooses(self, maker: Maker, early: Rows | None) -> bool:
-        """Whether that launch chooses the experts, too: it prepares no rows, and needs local memory for all steps.
-
-        ``early``: the experts' rows, or None if they are weighed first.
+        ``early``: the experts' rows, or None if they are weighed first; ``type_code``: of the normed rows.
         """
-        ctx, routing = maker.ctx, self.plan.routing
-        needed = 4 * (self.plan.hidden_size + 3 * FUSED_ITEMS) + few_local_bytes(maker.rows, routing)
-        if needed > ctx.backend.runtime.capabilities.local_memory:
+        backend = maker.ctx.backend
+        if not self._norm_router.chooses(backend, maker.rows):
             return False
-        gate_up, _ = self.stacks
-        return early is None or not (needs_preparation(ctx, gate_up.store, early) and has_one_order(gate_up.store))
+        store = self.stacks[0].store
+        if early is not None and needs_preparation(maker.ctx, store, early) and has_one_order(store):
+            return False
+        from marlin_cy.opencl.checks.norm_router import is_choice_correct  # it imports modules of the decoder
 
-    def _record_norm_router(
-        self,
-        maker: Maker,
-        residual: Residual,
-        norm: cl.Buffer,
-        eps: float,
-        x: Rows,
-        logits: Rows,
-        chooses: Choice | None,
-    ) -> None:
-        """Record the norm and the router's product as one launch, which ``chooses`` experts, too, unless None."""
-        assert isinstance(residual.pending, Rows)
-        # Two buffers take turns, because a work-group may still read x when another writes y.
-        before = residual.x
-        names = ("x", "y") if before.data is maker.room("y", x.width).data else ("y", "x")
-        after = maker.room(names[0], x.width)
-        items = CPU_FUSED_ITEMS if maker.is_cpu else FUSED_ITEMS
-        team = CPU_TEAM if maker.is_cpu else TEAM
-        teams = items // team
-        ctx, routing = maker.ctx, self.plan.routing
-        macros = {
-            "WIDTH": x.width,
-            "WEIGHT_TYPE": self.router.type_code,
-            "OUTPUT_TYPE": x.type_code,
-            "TEAM": team,
-            "TEAMS": teams,
-            "ALIGNED": 1,
-        }
-        more: dict[str, Any] = {"arrived": self._arrived}
-        options: tuple[str, ...] = ()
-        label = "norm_router"
-        if chooses is not None:
-            program, options = arrival_program(ctx.backend.runtime.capabilities)
-            macros |= {"ROUTES": 1, **program, **routing_macros(routing)}
-            of_route = route_arguments(ctx, routing, chooses.chosen)
-            more = {
-                "arrived": ctx.reserve("decoder counters of routing", 4 * (MOST_FUSED_ROWS + 1)),
-                "correction": of_route.pop("bias"),
-                **of_route,
-                **few_arguments(ctx, chooses.work, routing.num_experts),
-            }
-            label = "norm_router, route, align"
-        maker.record(
-            "decoder_router",
-            "norm_router",
-            macros,
-            (-(-logits.width // teams) * items, maker.rows),
-            (items, 1),
-            label,
-            options,
-            x=before.data,
-            added=residual.pending.data,
-            y=after.data,
-            weight=norm,
-            output=x.data,
-            eps=eps,
-            router=self.router.buffer,
-            bias=self.router.bias,
-            logits=logits.data,
-            n=logits.width,
-            **more,
-        )
-        residual.x, residual.pending = after, None
+        return is_choice_correct(backend, self._norm_router, type_code)
