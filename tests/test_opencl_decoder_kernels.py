@@ -25,7 +25,14 @@ from marlin_cy.opencl.decoder.heads import Rotation, place_heads  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.merged import Merger  # noqa: E402
 from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup, Uploads  # noqa: E402
-from marlin_cy.opencl.decoder.step import Cuts, Known, StepLayout, describe_step, rows_recorded  # noqa: E402
+from marlin_cy.opencl.decoder.step import (  # noqa: E402
+    Cuts,
+    Known,
+    StepLayout,
+    describe_segments,
+    describe_step,
+    rows_recorded,
+)
 from marlin_cy.opencl.layout import unpack_expert  # noqa: E402
 from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
 
@@ -145,6 +152,18 @@ def test_embedding(bench, rng, dtype):
     )
     bench.run()
     np.testing.assert_array_equal(bench.read(x), table[batch.tokens].astype(np.float32))
+
+
+@pytest.mark.parametrize("positions", [[0], [15, 300, 16], list(range(16))], ids=str)
+def test_single_rows_are_described_as_others_are(rng, positions):
+    """Also where not all logits are wanted, and page tables are longer than the sequences."""
+    batch = batch_of(rng, [(position, 1) for position in positions], [0] if len(positions) < 4 else [1, 7])
+    batch = dataclasses.replace(batch, pages=np.pad(batch.pages, ((0, 0), (0, 3))))
+    arguments = batch, StepLayout(len(positions)), Cuts(4, 30, 5), 16
+    step, known = describe_step(*arguments, 16)
+    expected, others = describe_segments(*arguments, 16)
+    assert known == others
+    np.testing.assert_array_equal(step, expected)
 
 
 # Dense products ---------------------------------------------------------------------------------

@@ -241,14 +241,13 @@ class OpenClDecoder(DecoderProgram):
         if self._step.grow(len(step)):
             self._forget_recordings()
         layers = self._recorded("layers", layout.rows, self._record_layers)
-        slots, lengths = batch.segments[:, 3], batch.segments[:, 1] + batch.segments[:, 2]
         recurrent = len(self._state_lengths) > 0
         if recurrent:
-            self._state_lengths[slots] = INCOMPLETE
+            self._state_lengths[batch.segments[:, 3]] = INCOMPLETE
         self._step.write(self._ctx.queue, step)
         self._enqueue(layers, known)
         if recurrent:
-            self._state_lengths[slots] = lengths
+            self._state_lengths[batch.segments[:, 3]] = batch.segments[:, 1] + batch.segments[:, 2]
         wanted = batch.wanted
         results = self._new_results(len(wanted), choices)
         for begin in range(0, len(wanted), HEAD_ROWS):

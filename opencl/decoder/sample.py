@@ -61,6 +61,8 @@ def describe_choices(choices: Sequence[tuple[Sampler, int] | None], rows: int) -
 
     The other rows take the largest logit.
     """
+    if not any(choices):
+        return Choices(np.zeros(rows * ROW.itemsize // 4, np.int32), 0)
     records = np.zeros(rows, ROW)
     entries, first, most = [records.view(np.int32).reshape(-1)], 0, 0
     for record, choice in zip(records, choices, strict=False):
