@@ -248,7 +248,11 @@ class TestProgram:
         labels = model._program.launches(1)
         layers = len(model.plan.layers)
         assert labels[0] == "embed_rows"
-        assert (len(labels) - 1) / layers <= MOST_LAUNCHES
+        by_tensor_cores = model.context.backend.tier.name == "mma"
+        chooses = "norm_router, route, align" in labels
+        assert chooses or not by_tensor_cores
+        most = LAUNCHES + (not by_tensor_cores) + (not chooses)
+        assert (len(labels) - 1) / layers <= most
 
     def test_a_step_allocates_nothing(self, model, sequence, monkeypatch):
         """After the first step of a kind, a step makes no buffer and sets no argument."""
@@ -295,7 +299,7 @@ class TestProgram:
         assert isinstance(failures[0], ContextInUse)
 
 
-MOST_LAUNCHES = 10  # nine, and the one that only cut positions need
+LAUNCHES = 9  # besides the one that only cut positions need, and the choice of experts where it is a launch of its own
 
 
 def raised(model, sequence):
