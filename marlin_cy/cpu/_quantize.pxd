@@ -22,7 +22,7 @@ cdef struct quantize_job:
     int64_t num_distinct        # rows to quantise; the others are copies
     const int64_t *input_rows   # [num_rows], or NULL for 0 .. num_rows - 1
     const int32_t *distinct     # [num_distinct], or NULL for 0 .. num_distinct - 1
-    const int32_t *next_copy    # [num_rows] the next quantised row with the same values, or -1; NULL: no copies
+    const int32_t *copy_of      # [num_rows] the row that this one is a copy of, or -1; NULL: no copies
     const int32_t *row_orders   # [num_rows] the order of each row, or NULL for the first
     const int32_t *orders       # [*, packed_k] input element at each packed position, or NULL for the input's order
     const float *weights        # of input rows; the scales are multiplied by them; NULL for 1
@@ -34,7 +34,9 @@ cdef struct quantize_job:
     act_meta *meta              # [groups][group_rows(num_rows)]
     char[64] before_counters    # keeps the counters, which threads write, off the cache lines that they read
     int64_t next_distinct       # the first distinct row that no thread has taken
-    int64_t num_done            # distinct rows
+    int64_t num_quantised       # distinct rows
+    int64_t next_copy           # the first row that no thread has looked at for copying
+    int64_t num_copied          # rows that were looked at
     char[64] after_counters
 
 cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:

@@ -2,7 +2,8 @@
 
 Each row is widened to float32, permuted if the weights have a packed order of K, and quantised group by
 group by the ISA's ``quantize_row``. ``ukernels/ukernel.h`` has the formula. A row that must lie in several places is
-quantised once and copied to the others; ``_rows.pyx`` draws the places.
+quantised once. When all rows are quantised, they are copied to the other places; ``_rows.pyx`` draws the places.
+Threads share copies by the places that they write, so that no two threads write to the same cache lines.
 """
 
 from libc.stdint cimport int8_t, int32_t, int64_t
@@ -61,9 +62,9 @@ cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nog
     """Set the rows to those of a plan. One thread calls this, before any thread calls :func:`quantize_rows`."""
     job.num_rows, job.num_distinct = plan.num_rows, plan.num_distinct
     job.input_rows, job.row_orders = plan.input_rows, plan.row_orders
-    job.distinct, job.next_copy = plan.distinct, plan.next_copy
+    job.distinct, job.copy_of = plan.distinct, plan.copy_of
     place_quantized(job)
-    job.next_distinct = job.num_done = 0
+    job.next_distinct = job.num_quantised = job.next_copy = job.num_copied = 0
 
 
 cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil:
@@ -71,27 +72,35 @@ cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil:
 
     Threads have no fixed shares: on shared or unequal cores, one thread may need twice the time of another.
     """
-    cdef int64_t turn = max(<int64_t>1, job.num_distinct // (TURNS_PER_THREAD * job.num_threads)), index, begin, end
+    cdef int64_t turn = rows_a_turn(job, job.num_distinct), index, begin, end
     while load(&job.next_distinct) < job.num_distinct:
         begin = fetch_add(&job.next_distinct, turn)
         end = min(begin + turn, job.num_distinct)
         if begin >= end:
             break
         for index in range(begin, end):
-            quantize_with_copies(job, index, thread)
-        fetch_add(&job.num_done, end - begin)
-    wait_until(&job.num_done, job.num_distinct)
+            quantize_one(job, index if job.distinct is NULL else job.distinct[index], thread)
+        fetch_add(&job.num_quantised, end - begin)
+    wait_until(&job.num_quantised, job.num_distinct)
+    if job.num_distinct < job.num_rows:
+        copy_rows(job)
 
 
-cdef void quantize_with_copies(const quantize_job *job, int64_t index, int thread) noexcept nogil:
-    cdef int64_t row = index if job.distinct is NULL else job.distinct[index], copy
-    quantize_one(job, row, thread)
-    if job.next_copy is NULL:
-        return
-    copy = job.next_copy[row]
-    while copy >= 0:
-        copy_quantized(job, row, copy)
-        copy = job.next_copy[copy]
+cdef inline int64_t rows_a_turn(const quantize_job *job, int64_t rows) noexcept nogil:
+    return max(<int64_t>1, rows // (TURNS_PER_THREAD * job.num_threads))
+
+
+cdef void copy_rows(quantize_job *job) noexcept nogil:
+    """Fill places that no other thread has taken; return when all places are filled."""
+    cdef int64_t turn = rows_a_turn(job, job.num_rows), begin, end
+    while load(&job.next_copy) < job.num_rows:
+        begin = fetch_add(&job.next_copy, turn)
+        end = min(begin + turn, job.num_rows)
+        if begin >= end:
+            break
+        copy_to_places(job, begin, end)
+        fetch_add(&job.num_copied, end - begin)
+    wait_until(&job.num_copied, job.num_rows)
 
 
 cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil:
@@ -121,8 +130,14 @@ cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcep
             job.meta[group * stride + row].scale *= job.weights[source]
 
 
-cdef void copy_quantized(const quantize_job *job, int64_t source, int64_t target) noexcept nogil:
-    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows), group
+cdef void copy_to_places(const quantize_job *job, int64_t begin, int64_t end) noexcept nogil:
+    """Copy the rows that belong at places ``begin`` to ``end - 1``, group by group: these are adjacent in memory."""
+    cdef int64_t cell = <int64_t>job.group_size * job.planes, stride = group_rows(job.num_rows), group, place
+    cdef int8_t *a
+    cdef act_meta *meta
     for group in range(num_groups(job)):
-        memcpy(job.a + (group * stride + target) * cell, job.a + (group * stride + source) * cell, cell)
-        job.meta[group * stride + target] = job.meta[group * stride + source]
+        a, meta = job.a + group * stride * cell, job.meta + group * stride
+        for place in range(begin, end):
+            if job.copy_of[place] >= 0:
+                memcpy(a + place * cell, a + job.copy_of[place] * cell, cell)
+                meta[place] = meta[job.copy_of[place]]

@@ -27,9 +27,9 @@ cdef struct row_plan:
     int64_t num_distinct        # rows to quantise; the others are copies
     int64_t *input_rows         # [num_rows] input row
     int32_t *row_orders         # [num_rows] order of K
-    int32_t *next_copy          # [num_rows] place of the next copy, or -1
+    int32_t *copy_of            # [num_rows] place of the row that this one is a copy of, or -1
     int32_t *distinct           # [num_distinct] place
-    int32_t *row_place          # [named rows] the last place of each so far, or -1
+    int32_t *row_place          # [named rows] the first place of each, or -1
 
 # The orders of K of a stack's experts.
 cdef struct expert_orders:

@@ -17,15 +17,15 @@ With ``min_matrix_rows`` 3, experts 0 and 1 with three rows each, and expert 2 w
     block            0   0   0 |  1   1   1 |  2       0 and 1 are large
     input row       70  71  72 | 71  72  73 | 72
     pair_rows        0   1   2 |  1   2   3 |  2       numbers of the named rows
-    in_rows          0   1   2 |  3   4   5 |  4       places
+    in_rows          0   1   2 |  3   4   5 |  2       places
 
     place            0   1   2    3   4   5
     input_rows      70  71  72   71  72  73            num_rows = 6
-    next_copy        -   3   4    -   -   -
+    copy_of          -   -   -    1   2   -
     distinct         0   1   2            5            num_distinct = 4: only these places are quantised
 
     named row        0   1   2   3
-    row_place        0   3   4   5                     the last place of each
+    row_place        0   1   2   5                     the first place of each
 """
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
@@ -152,7 +152,7 @@ cdef void carve_places(arena *memory, row_plan *plan, int64_t pairs, int64_t nam
     plan.in_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     plan.input_rows = <int64_t *>take(memory, pairs * <int64_t>sizeof(int64_t))
     plan.row_orders = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
-    plan.next_copy = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
+    plan.copy_of = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     plan.distinct = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     plan.row_place = <int32_t *>take(memory, named_rows * <int64_t>sizeof(int32_t))
 
@@ -188,11 +188,9 @@ cdef void place_block(row_plan *plan, const row_block *block, const int64_t *row
             continue
         place = <int32_t>plan.num_rows
         plan.num_rows += 1
-        if before >= 0:
-            plan.next_copy[before] = place
-        else:
+        if before < 0:
+            plan.row_place[row] = place
             plan.distinct[plan.num_distinct] = place
             plan.num_distinct += 1
         plan.input_rows[place] = row if rows is NULL else rows[row]
-        plan.row_orders[place], plan.next_copy[place] = order, -1
-        plan.row_place[row] = plan.in_rows[pair] = place
+        plan.row_orders[place], plan.copy_of[place], plan.in_rows[pair] = order, before, place

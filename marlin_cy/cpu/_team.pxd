@@ -33,13 +33,17 @@ cdef inline void barrier(member *m) noexcept nogil:
     fetch_add(&m.group.arrivals, 1)
     wait_until(&m.group.arrivals, m.barriers * m.num_threads)
 
-cdef inline int64_t take_item(queue *items, int64_t count, const member *m) noexcept nogil:
-    """The number of an item that no thread has taken; ``count`` or more if there are none left."""
+cdef inline int64_t take_items(queue *items, int64_t count, int64_t turn, const member *m) noexcept nogil:
+    """The first of ``turn`` items that no thread has taken, and of fewer at the end; ``count`` or more if none are left."""
     cdef int64_t item
     if m.num_threads == 1:
         item = items.next
-        items.next += 1
+        items.next += turn
         return item
     if load(&items.next) >= count:
         return count
-    return fetch_add(&items.next, 1)
+    return fetch_add(&items.next, turn)
+
+cdef inline int64_t take_item(queue *items, int64_t count, const member *m) noexcept nogil:
+    """The number of an item that no thread has taken; ``count`` or more if there are none left."""
+    return take_items(items, count, 1, m)

@@ -27,12 +27,16 @@ from marlin_cy.cpu._gemm cimport (
 from marlin_cy.cpu._quantize cimport begin_quantizing, carve_quantized, quantize_one
 from marlin_cy.cpu._rows cimport carve_blocks, cut_into_blocks
 from marlin_cy.cpu._store cimport CpuGptqStore
-from marlin_cy.cpu._team cimport barrier, member, queue, take_item
+from marlin_cy.cpu._team cimport barrier, member, queue, take_items
 from marlin_cy.cpu._workspace cimport Workspace
 
 from marlin_cy.cpu.stack import CpuLinear
 from marlin_cy.decoder.plan import DenseLinear
 from marlin_cy.errors import UnsupportedError
+
+cdef enum:
+    TURNS_PER_THREAD = 8        # of rows: a slow or busy thread takes fewer
+
 
 # ---------------------------------------------------------------------------------------------
 # Setting up
@@ -210,8 +214,13 @@ cdef void prepare_row(void *job, int64_t row, int thread) noexcept nogil:
 
 
 cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, member *m) noexcept nogil:
-    """Call ``prepare`` for all rows; threads take one row at a time. ``items.next`` is 0 before."""
-    cdef int64_t row = take_item(items, rows, m)
-    while row < rows:
-        prepare(job, row, m.thread)
-        row = take_item(items, rows, m)
+    """Call ``prepare`` for all rows. ``items.next`` is 0 before.
+
+    Threads take adjacent rows, whose results may share cache lines.
+    """
+    cdef int64_t turn = max(<int64_t>1, rows // (TURNS_PER_THREAD * m.num_threads)), row
+    cdef int64_t begin = take_items(items, rows, turn, m)
+    while begin < rows:
+        for row in range(begin, min(begin + turn, rows)):
+            prepare(job, row, m.thread)
+        begin = take_items(items, rows, turn, m)
