@@ -41,8 +41,8 @@ KERNEL void join_16(int16_t *to, const int8_t *high, const int8_t *low, int plan
     _mm_store_si128((__m128i *)(to + ODD), odd);
 }
 
-/* Join the activations of a group, for `m` rows, all rows of the task. */
-KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int planes)
+/* `planes` is a constant. */
+KERNEL void join_planes(const gemm_task *task, const group_view *view, int m, int planes)
 {
     const int size = view->blocks * LANE_K;
     for (int r = 0; r < m; r++) {
@@ -51,6 +51,16 @@ KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int 
         for (int k = 0; k < size; k += 16)
             join_16(to + k / 2, a + k, a + size + k, planes);
     }
+}
+
+/* Join the activations of a group, for `m` rows, all rows of the task. Nothing else depends on `planes`, which is not a
+ * constant: products of both precisions share the code. */
+KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int planes)
+{
+    if (planes == 2)
+        join_planes(task, view, m, 2);
+    else
+        join_planes(task, view, m, 1);
 }
 
 /* A pair of joined activations, in every lane. */
@@ -189,27 +199,19 @@ KERNEL void multiply_wide(const gemm_task *task, const group_view *view, const r
 KERNEL void gemm_one_wide_row(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
-    const ptrdiff_t bytes = task_bytes(task, codes);
     const header_layout layout =
         layout_of_header(known == ANY ? task->scales : known, codes, task->group_blocks * LANE_K);
-    group_view view = {.a = task->a, .meta = task->meta};
     memset(task->scratch->sums, 0, PAIR_N * sizeof(float));
-    for (int g = 0; g < task->num_groups; g++) {
-        const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), ahead = begin + PREFETCH_FAR;
-        view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
-        join_rows(task, &view, 1, planes);
+    for (int g = 0; g < task->num_groups; g++)
         for (int t = 0; t < num_tiles; t++) {
+            const group_view view = view_of(task, t, g, task->next[t], codes);
             const group_record record = record_of(task->header[t], &layout, g);
             const group_header header = load_header(record, task->scales, codes, known);
-            view.packed = task->body[t] + begin;
-            view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
-            view.sums = task->scratch->sums + t * TILE_N;
+            if (t == 0)
+                join_rows(task, &view, 1, planes);
             one_wide_row(task, &view, &header, codes);
             finish_group(task, &view, record, known);
         }
-        view.a += task->a_group_stride;
-        view.meta += task->meta_group_stride;
-    }
     finish(task, num_tiles * TILE_N);
 }
 
