@@ -1,4 +1,4 @@
-"""The cache folder: its size, leftovers of killed processes, processes that share it, damage, no permission to write."""
+"""The cache folder: its size, leftovers of killed processes, sharing, damage, folders that cannot be written."""
 
 import os
 import subprocess

@@ -53,8 +53,8 @@ def distributions(tmp_path_factory):
 def build(folder):
     """Build both from a copy of the sources; the folder that holds them.
 
-    The wheel is compiled with -O0, in a third of the time: these tests ask what is in it, and whether it runs. The build
-    uses the packages of this environment. That pip finds those that pyproject.toml names, each installation shows.
+    The wheel is compiled with -O0, in less time: these tests ask what is in it, and whether it runs. The build uses the
+    packages of this environment. That pip finds those that pyproject.toml names, each installation shows.
     """
     shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
     sdists = ["--sdist", "--no-isolation", "--outdir", folder / "dist"]

@@ -231,19 +231,19 @@ YMM void finish_group(const gemm_task *task, const group_view *view, group_recor
 }
 
 /* Call a driver of tasks of one row with what is known of the task's record. */
-#define WITH_KNOWN_RECORD(driver, task, planes, codes)              \
-    do {                                                            \
-        const int minima = code_types[codes].has_zero_points;       \
-        if ((task)->scales == SCALES_TWO_LEVEL)                     \
-            driver(task, planes, codes, SCALES_TWO_LEVEL);          \
-        else if (minima && (task)->scales == SCALES_TWO_LEVEL_MIN)  \
-            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);      \
-        else if (minima && (task)->scales == SCALES_F16_MIN)        \
-            driver(task, planes, codes, SCALES_F16_MIN);            \
-        else if ((task)->scales == SCALES_F32)                      \
-            driver(task, planes, codes, SCALES_F32);                \
-        else                                                        \
-            driver(task, planes, codes, ANY);                       \
+#define WITH_KNOWN_RECORD(driver, task, planes, codes)             \
+    do {                                                           \
+        const int minima = code_types[codes].has_zero_points;      \
+        if ((task)->scales == SCALES_TWO_LEVEL)                    \
+            driver(task, planes, codes, SCALES_TWO_LEVEL);         \
+        else if (minima && (task)->scales == SCALES_TWO_LEVEL_MIN) \
+            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);     \
+        else if (minima && (task)->scales == SCALES_F16_MIN)       \
+            driver(task, planes, codes, SCALES_F16_MIN);           \
+        else if ((task)->scales == SCALES_F32)                     \
+            driver(task, planes, codes, SCALES_F32);               \
+        else                                                       \
+            driver(task, planes, codes, ANY);                      \
     } while (0)
 
 /* Write the sums of the groups to the output of a task, or add them to it. */
