@@ -199,19 +199,27 @@ KERNEL void multiply_wide(const gemm_task *task, const group_view *view, const r
 KERNEL void gemm_one_wide_row(const gemm_task *task, int planes, int codes, int known)
 {
     const int num_tiles = task->header[1] ? 2 : 1;
+    const ptrdiff_t bytes = task_bytes(task, codes);
     const header_layout layout =
         layout_of_header(known == ANY ? task->scales : known, codes, task->group_blocks * LANE_K);
+    group_view view = {.a = task->a, .meta = task->meta};
     memset(task->scratch->sums, 0, PAIR_N * sizeof(float));
-    for (int g = 0; g < task->num_groups; g++)
+    for (int g = 0; g < task->num_groups; g++) {
+        const ptrdiff_t begin = (ptrdiff_t)g * task->group_blocks * block_bytes(codes), ahead = begin + PREFETCH_FAR;
+        view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
+        join_rows(task, &view, 1, planes);
         for (int t = 0; t < num_tiles; t++) {
-            const group_view view = view_of(task, t, g, task->next[t], codes);
             const group_record record = record_of(task->header[t], &layout, g);
             const group_header header = load_header(record, task->scales, codes, known);
-            if (t == 0)
-                join_rows(task, &view, 1, planes);
+            view.packed = task->body[t] + begin;
+            view.ahead = ahead < bytes ? task->body[t] + ahead : task->next[t] + (ahead - bytes);
+            view.sums = task->scratch->sums + t * TILE_N;
             one_wide_row(task, &view, &header, codes);
             finish_group(task, &view, record, known);
         }
+        view.a += task->a_group_stride;
+        view.meta += task->meta_group_stride;
+    }
     finish(task, num_tiles * TILE_N);
 }
 
