@@ -158,6 +158,7 @@ class TestAgainstLaunches:
         """Errors beyond the bound: a warning, and logits by launches."""
         monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", -1)
         monkeypatch.setattr(PhasedStep, "kind", lambda self, rows: "of this test, without a verdict")
+        monkeypatch.setattr(phased.context.backend.runtime.verdicts._memory, "warned", set())
         sequence = phased.new_sequence()
         phased.forward(TEXT[:10], sequence=sequence)
         with pytest.warns(RuntimeWarning, match="a step by phases is not used: the relative error"):
