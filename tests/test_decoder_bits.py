@@ -17,7 +17,7 @@ pytest.importorskip("transformers", minversion="5.8", reason="transformers 5.8 i
 
 from language_models import CONFIGS, VOCABULARY, write_model  # noqa: E402
 
-CASES = int(os.environ.get("MARLIN_CY_BITS_CASES", "20"))
+CASES = int(os.environ.get("MARLIN_CY_BITS_CASES", "10"))
 THREADS = 1, 2, 3, 7
 CONTEXT = 640  # more than two chunks of the cache
 SETTINGS = list(itertools.product(AVAILABLE_ISAS, THREADS))

@@ -102,12 +102,19 @@ def test_undamaged(folders):
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("change", ["missing", "shorter", "turned", "int8"])
 def test_every_tensor_damaged(folders, tmp_path, model_type, change):
-    """A tensor that is missing, of another shape or of another dtype is refused, unless the model can do without."""
+    """A tensor that is missing, of another shape or of another dtype is refused, unless the model can do without.
+
+    Of a layer's experts, the first and the last are damaged.
+    """
     source = folders[model_type]
     tensors = load_file(source / "model.safetensors")
+    last = max([int(number) for name in tensors for number in re.findall(r"\.experts\.(\d+)\.", name)], default=0)
+    between = re.compile(rf"\.experts\.(?!0\.|{last}\.)\d+\.")
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     runs = []
     for name, array in tensors.items():
+        if between.search(name):
+            continue
         damaged = {**tensors}
         del damaged[name]
         if change == "shorter":

@@ -64,5 +64,5 @@ def test_products_of_equal_sizes(cpu_backend, rng):
 @pytest.mark.sweep
 @pytest.mark.parametrize("hosts", HOSTS)
 def test_bits_of_many_layers(cpu_backend, rng, hosts):
-    for _ in range(250):
+    for _ in range(100):
         check_bits(cpu_backend, rng, hosts)

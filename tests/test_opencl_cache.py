@@ -1,8 +1,11 @@
-"""The cache folder: a bound on its size, leftovers of killed processes, folders that cannot be written."""
+"""The cache folder: its size, leftovers of killed processes, sharing, damage, folders that cannot be written."""
 
 import os
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from marlin_cy.opencl import cache, program  # noqa: E402
 from marlin_cy.opencl import device as devices  # noqa: E402
 
 HOUR = 3600
+TESTS = Path(__file__).parent
 
 
 def file(folder, name, size, age):
@@ -147,3 +151,47 @@ class TestPrograms:
         file(folder, "gemm-of-a-killed-process.tmp", 100, 2 * HOUR)
         programs().kernel("write", "write", {"VALUE": 1})
         assert [path.suffix for path in folder.iterdir()] == [".bin"]
+
+
+SCRIPT = """
+import numpy as np
+from marlin_cy import get_backend
+from marlin_cy.opencl import program
+from problems import random_problem
+program.POCL = "none"  # so that binaries are kept with PoCL, too
+backend = get_backend("opencl")
+stack = random_problem(np.random.default_rng(0), 1, 64, 32, 32).stack(backend)
+x, out = (backend.from_host(np.ones((3, width), np.float32)) for width in (64, 32))
+stack.gemm_phase_batched(backend.new_context(), x, [(0, 0, 0, 3)], out, 64)
+print(backend.runtime.programs.compiled, out.get().tobytes().hex())
+"""
+
+
+@pytest.mark.sweep
+def test_two_processes_and_a_damaged_folder(tmp_path):
+    """Two processes fill one cold cache at once. Then its files are damaged, each in another way."""
+    folders = {"MARLIN_CY_CACHE_DIR": str(tmp_path / "ours"), "POCL_CACHE_DIR": str(tmp_path / "pocl")}
+    environment = {**os.environ, **folders, "POCL_EXTRA_BUILD_FLAGS": "-cl-opt-disable"}
+
+    def started():
+        command = [sys.executable, "-W", "error::RuntimeWarning", "-c", SCRIPT]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=TESTS)
+
+    def result(process):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        compiled, product = output.split()
+        return int(compiled), product
+
+    (_, first), (_, second) = [result(process) for process in [started(), started()]]
+    assert first == second
+    kept = sorted((tmp_path / "ours" / "opencl").iterdir())
+    assert {file.suffix for file in kept} == {".bin", ".checked"}
+    assert len(kept) >= 3
+    assert result(started()) == (0, first)
+    for number, file in enumerate(kept):
+        content = file.read_bytes()
+        file.write_bytes([b"", content[: len(content) // 2], os.urandom(len(content))][number % 3])
+    compiled, product = result(started())
+    assert compiled == sum(file.suffix == ".bin" for file in kept)
+    assert product == first

@@ -1,8 +1,5 @@
 """Whole models on OpenCL devices that fail: lost devices, short memory, programs that do not compile."""
 
-import os
-import subprocess
-import sys
 import threading
 from importlib.resources import files
 from pathlib import Path
@@ -163,43 +160,3 @@ def test_two_models_on_one_device(device_alone):
     for thread in threads:
         thread.join(120)
     assert tokens == alone
-
-
-SCRIPT = """
-import sys, numpy as np
-from marlin_cy import get_backend, load_model
-from marlin_cy.opencl import program
-program.POCL = "none"  # so that binaries are kept with PoCL, too
-backend = get_backend("opencl", device=int(sys.argv[2]))
-logits = load_model(sys.argv[1], backend, context_length=64).forward([100, 101, 102])
-print(backend.runtime.programs.compiled, logits.tobytes().hex())
-"""
-
-
-@pytest.mark.sweep
-def test_two_processes_and_a_damaged_cache(tmp_path):
-    """Two processes fill one cold cache at once. Then its files are damaged, each in another way."""
-    folders = {"MARLIN_CY_CACHE_DIR": str(tmp_path / "ours"), "POCL_CACHE_DIR": str(tmp_path / "pocl")}
-    environment = {**os.environ, **folders, "POCL_EXTRA_BUILD_FLAGS": "-cl-opt-disable"}
-
-    def started():
-        command = [sys.executable, "-W", "error::RuntimeWarning", "-c", SCRIPT, str(FOLDER), "0"]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    def result(process):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        compiled, logits = output.split()
-        return int(compiled), logits
-
-    (_, first), (_, second) = [result(process) for process in [started(), started()]]
-    assert first == second
-    kept = sorted((tmp_path / "ours" / "opencl").iterdir())
-    assert {file.suffix for file in kept} == {".bin", ".checked"}
-    assert result(started()) == (0, first)
-    for number, file in enumerate(kept):
-        content = file.read_bytes()
-        file.write_bytes([b"", content[: len(content) // 2], os.urandom(len(content))][number % 3])
-    compiled, logits = result(started())
-    assert compiled == sum(file.suffix == ".bin" for file in kept)
-    assert logits == first

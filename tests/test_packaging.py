@@ -53,15 +53,15 @@ def distributions(tmp_path_factory):
 def build(folder):
     """Build both from a copy of the sources; the folder that holds them.
 
-    The wheel is compiled with -O1, in half the time: these tests ask what is in it, and whether it runs. The build uses
-    the packages of this environment. That pip finds those that pyproject.toml names, each installation shows.
+    The wheel is compiled with -O0, in less time: these tests ask what is in it, and whether it runs. The build uses the
+    packages of this environment. That pip finds those that pyproject.toml names, each installation shows.
     """
     shutil.copytree(ROOT, folder / "source", ignore=NOT_IN_A_CLONE)
     sdists = ["--sdist", "--no-isolation", "--outdir", folder / "dist"]
     succeed(sys.executable, "-m", "build", *sdists, folder / "source")
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     wheels = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist"]
-    quick = {"CC": str(compiler_with(folder / "cc", "-O1"))} if os.name == "posix" else {}
+    quick = {"CC": str(compiler_with(folder / "cc", "-O0"))} if os.name == "posix" else {}
     succeed(sys.executable, "-m", "pip", "wheel", *wheels, sdist, env=os.environ | quick)
     return folder / "dist"
 

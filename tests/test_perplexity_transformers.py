@@ -120,9 +120,10 @@ def test_compare(run, monkeypatch):
     """All in one run; without OpenCL it says so."""
 
     monkeypatch.setattr("marlin_cy.opencl.availability", lambda: "no abacus")
+    monkeypatch.setattr("marlin_cy.commands.perplexity.WINDOWS", 8)
     code, out, err = run("--compare", "--window", 16)
     assert (code, err) == (0, "")
-    assert "32 windows of 16 tokens of validation.txt (16384 tokens), 480 scored" in out
+    assert "8 windows of 16 tokens of validation.txt (16384 tokens), 120 scored" in out
     rows = re.findall(r"^(\S.*?) {2,}(float32|bfloat16) +(\d+\.\d{5}) +(—|[-+]\S+%) +\d", out, re.MULTILINE)
     assert [row[:2] for row in rows] == [
         ("dequantised, float32", "float32"),

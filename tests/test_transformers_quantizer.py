@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", minversion="5.8", reason="tra
 from checkpoint_files import edit_json, edit_tensor  # noqa: E402
 from family_models import WITHOUT_A_ROW, write_family  # noqa: E402
 from language_models import WITH_QUANTISED_HEAD, write_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 
 from marlin_cy.integrations.modules import MarlinLinear  # noqa: E402
@@ -107,13 +107,13 @@ def test_continuous_batching():
     options = {"config": MarlinCyConfig.for_folder(FOLDER, num_threads=1), "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(FOLDER, **options)
     ends = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 256, "pad_token_id": 256}
-    blocks = {"num_blocks": 64, "block_size": 16, "max_batch_tokens": 64}
+    alone = transformers.GenerationConfig(**ends)
+    blocks = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)  # by default all of the memory
     prompts = [list(b"def f("), list(b"import numpy as")]
     batch = model.generate_batch(
-        inputs=prompts, generation_config=transformers.GenerationConfig(**ends, **blocks), progress_bar=False
+        inputs=prompts, generation_config=alone, continuous_batching_config=blocks, progress_bar=False
     )
     written = [list(one.generated_tokens) for one in batch.values()]
-    alone = transformers.GenerationConfig(**ends)
     expected = [model.generate(torch.tensor([one]), generation_config=alone)[0, len(one) :].tolist() for one in prompts]
     assert written == expected
 

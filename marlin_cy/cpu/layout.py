@@ -33,7 +33,8 @@ def pack_tiles(
     row, record = code_type(layout.codes), scale_record(layout.scales)
     q = unpack_words(weight.words, row.bits)
     packed = np.zeros((layout.tiles, layout.tile_stride), np.uint8)
-    rows = np.arange(order.packed_k) if order.rows is None else order.rows
+    rows = (np.arange(order.packed_k) if order.rows is None else order.rows).tolist()
+    block_bytes = layout.block_bytes
     for column in range(layout.n):
         tile, lane = packed[column // TILE_N], column % TILE_N
         for name in (*record.group_parts(row), *record.block_parts()):
@@ -45,11 +46,11 @@ def pack_tiles(
             for place, stored_row in zip(places, stored_rows, strict=False):
                 begin = place + dtype.itemsize * lane
                 tile[begin : begin + dtype.itemsize] = stored[stored_row, column : column + 1].view(np.uint8)
-        body = tile[layout.header_bytes :]
+        body, codes = tile[layout.header_bytes :], q[:, column].tolist()
         for position, k in enumerate(rows):
             if k >= 0:
                 block, value = divmod(position, LANE_K)
-                begin, code = block * layout.block_bytes + 4 * lane + value % 4, int(q[k, column])
+                begin, code = block * block_bytes + 4 * lane + value % 4, codes[k]
                 if row.bits == 8:
                     body[begin + LINE_BYTES * (value // 4)] = code
                 else:

@@ -66,13 +66,12 @@ static inline HalfBlock load_half_block(Lane at, int lane, uint strip, uint stag
     __global const HalfWords *words = (__global const HalfWords *)(at.words + (strip * k_blocks + stage / 2) * LANES);
     loaded.words = words[stage % 2];
 #endif
-    const uint first = strip * groups, last = groups - 1;
 #pragma unroll
     for (uint i = 0; i < PIECES; i++) {
-        const uint group = (first + min((stage * STAGE_K + i * (STAGE_K / PIECES)) >> group_shift, last)) * 8;
-        loaded.records[i] = at.records[group];
+        const uint place = record_place(strip, stage * STAGE_K + i * (STAGE_K / PIECES), groups, group_shift);
+        loaded.records[i] = at.records[place];
 #if !SYMMETRIC
-        loaded.zeros[i] = at.zeros[group];
+        loaded.zeros[i] = at.zeros[place];
 #endif
     }
 #if TWO_LEVELS

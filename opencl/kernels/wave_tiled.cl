@@ -184,19 +184,24 @@ typedef struct {
 #endif
 } Lane;
 
+// The place of the record of the group with row k, from the record of the lane's column in group 0 of strip 0.
+static inline uint record_place(uint strip, uint k, uint groups, uint group_shift)
+{
+    return (strip * groups + min(k >> group_shift, groups - 1)) * 8;
+}
+
 static inline Block load_block(Lane at, uint strip, uint block, uint k_blocks, uint groups, uint group_shift)
 {
     Block loaded;
-    uint first = strip * groups, last = groups - 1;
 #pragma unroll
     for (uint i = 0; i < BLOCK_QUADS; i++)
         loaded.words[i] = at.words[((strip * k_blocks + block) * BLOCK_QUADS + i) * LANES];
 #pragma unroll
     for (uint i = 0; i < 2 * PIECES; i++) {
-        const uint group = (first + min((block * BLOCK_K + i * (32 / PIECES)) >> group_shift, last)) * 8;
-        loaded.records[i] = at.records[group];
+        const uint place = record_place(strip, block * BLOCK_K + i * (32 / PIECES), groups, group_shift);
+        loaded.records[i] = at.records[place];
 #if !SYMMETRIC
-        loaded.zeros[i] = at.zeros[group];
+        loaded.zeros[i] = at.zeros[place];
 #endif
     }
 #if TWO_LEVELS

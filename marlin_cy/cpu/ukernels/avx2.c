@@ -125,13 +125,17 @@ TARGET static void gemm_e2m1_i8(const gemm_task *task) { gemm(task, 1, CODES_E2M
 
 TARGET static void gemm_e2m1_i16(const gemm_task *task) { gemm(task, 2, CODES_E2M1); }
 
-TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_IQ4_NL); }
+YMM_CALL void gemm_iq4(const gemm_task *task, int planes) { gemm_wide(task, planes, CODES_IQ4_NL); }
 
-TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_IQ4_NL); }
+YMM_CALL void gemm_u8(const gemm_task *task, int planes) { gemm_wide(task, planes, CODES_UINT8); }
 
-TARGET static void gemm_u8_i8(const gemm_task *task) { gemm_wide(task, 1, CODES_UINT8); }
+TARGET static void gemm_iq4_i8(const gemm_task *task) { gemm_iq4(task, 1); }
 
-TARGET static void gemm_u8_i16(const gemm_task *task) { gemm_wide(task, 2, CODES_UINT8); }
+TARGET static void gemm_iq4_i16(const gemm_task *task) { gemm_iq4(task, 2); }
+
+TARGET static void gemm_u8_i8(const gemm_task *task) { gemm_u8(task, 1); }
+
+TARGET static void gemm_u8_i16(const gemm_task *task) { gemm_u8(task, 2); }
 
 /* Store 32 values as bytes; each fits a byte. Two levels of saturating packs work within 128-bit halves, so one
  * permutation of 32-bit lanes then restores the order. */

@@ -5,9 +5,6 @@
  */
 enum { ROWS = 6 };
 
-/* What a driver knows of the scale record of a task of more than one row. */
-enum { MANY_ROWS = -3 };
-
 /* Kinds of zero points. */
 enum {
     ZERO_PAIRS,    /* group_header.minus_zero, in pairs of 16 bits */

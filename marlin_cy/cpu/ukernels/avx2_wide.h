@@ -41,8 +41,8 @@ KERNEL void join_16(int16_t *to, const int8_t *high, const int8_t *low, int plan
     _mm_store_si128((__m128i *)(to + ODD), odd);
 }
 
-/* Join the activations of a group, for `m` rows, all rows of the task. */
-KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int planes)
+/* `planes` is a constant. */
+KERNEL void join_planes(const gemm_task *task, const group_view *view, int m, int planes)
 {
     const int size = view->blocks * LANE_K;
     for (int r = 0; r < m; r++) {
@@ -51,6 +51,16 @@ KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int 
         for (int k = 0; k < size; k += 16)
             join_16(to + k / 2, a + k, a + size + k, planes);
     }
+}
+
+/* Join the activations of a group, for `m` rows, all rows of the task. Nothing else depends on `planes`, which is not a
+ * constant: products of both precisions share the code. */
+KERNEL void join_rows(const gemm_task *task, const group_view *view, int m, int planes)
+{
+    if (planes == 2)
+        join_planes(task, view, m, 2);
+    else
+        join_planes(task, view, m, 1);
 }
 
 /* A pair of joined activations, in every lane. */

@@ -107,26 +107,27 @@ YMM __m256 load_minima(group_record record, int scales, int half)
     return _mm256_mul_ps(minimum, _mm256_set1_ps(1.0f / SYMMETRIC_ZERO));
 }
 
-/* What a driver knows of a task's scale record while it is compiled: that it is one of the two plain ones, nothing, or,
- * for a task of one row, the record itself. A task of one row loads terms for each step of its micro-kernel, so there
- * constants count. */
-enum { PLAIN = -1, ANY = -2 };
+/* What a driver knows of a task's scale record while it is compiled. A task of one row loads terms for each step of its
+ * micro-kernel, so there constants count: the record itself is known, or that it is one of the two plain ones (PLAIN), or
+ * nothing (ANY). Tasks of more rows (MANY_ROWS) share one driver. */
+enum { PLAIN = -1, ANY = -2, MANY_ROWS = -3 };
 
 YMM_CALL void load_any(group_header *h, group_record record, int scales, int codes)
 {
     *h = load_terms(record, scales, codes);
 }
 
-/* `known` is a constant: PLAIN, ANY, or `scales` itself. */
+/* `known` is a constant: PLAIN, ANY, MANY_ROWS, or `scales` itself. */
 YMM group_header load_header(group_record record, int scales, int codes, int known)
 {
+    const int plain = scales == SCALES_F16 || scales == SCALES_BF16;
     group_header h;
-    if (known == ANY) {
+    if (known == ANY || (known == MANY_ROWS && !plain)) {
         load_any(&h, record, scales, codes);
         const group_header copy = h;
         return copy;
     }
-    if (known == PLAIN)
+    if (known == PLAIN || known == MANY_ROWS)
         return scales == SCALES_BF16 ? load_terms(record, SCALES_BF16, codes) : load_terms(record, SCALES_F16, codes);
     return load_terms(record, known, codes);
 }
@@ -221,7 +222,7 @@ YMM_CALL void add_minima(const gemm_task *task, float *sums, const act_meta *met
 /* The step with minima after a group of one tile, if the record has minima; `known` as for load_header. */
 YMM void finish_group(const gemm_task *task, const group_view *view, group_record record, int known)
 {
-    if (known == ANY && scale_records[task->scales].has_minimum)
+    if ((known == ANY || known == MANY_ROWS) && scale_records[task->scales].has_minimum)
         add_minima(task, view->sums, view->meta, record);
     if (known >= 0 && scale_records[known].has_minimum) {
         const __m256 minimum[2] = {load_minima(record, known, 0), load_minima(record, known, 1)};
@@ -229,20 +230,20 @@ YMM void finish_group(const gemm_task *task, const group_view *view, group_recor
     }
 }
 
-/* Call a driver with what is known of the task's record. */
-#define WITH_KNOWN_RECORD(driver, task, planes, codes)                               \
-    do {                                                                             \
-        const int minima = code_types[codes].has_zero_points;                        \
-        if ((task)->m == 1 && (task)->scales == SCALES_TWO_LEVEL)                    \
-            driver(task, planes, codes, SCALES_TWO_LEVEL);                           \
-        else if ((task)->m == 1 && minima && (task)->scales == SCALES_TWO_LEVEL_MIN) \
-            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);                       \
-        else if ((task)->m == 1 && minima && (task)->scales == SCALES_F16_MIN)       \
-            driver(task, planes, codes, SCALES_F16_MIN);                             \
-        else if ((task)->m == 1 && (task)->scales == SCALES_F32)                     \
-            driver(task, planes, codes, SCALES_F32);                                 \
-        else                                                                         \
-            driver(task, planes, codes, ANY);                                        \
+/* Call a driver of tasks of one row with what is known of the task's record. */
+#define WITH_KNOWN_RECORD(driver, task, planes, codes)             \
+    do {                                                           \
+        const int minima = code_types[codes].has_zero_points;      \
+        if ((task)->scales == SCALES_TWO_LEVEL)                    \
+            driver(task, planes, codes, SCALES_TWO_LEVEL);         \
+        else if (minima && (task)->scales == SCALES_TWO_LEVEL_MIN) \
+            driver(task, planes, codes, SCALES_TWO_LEVEL_MIN);     \
+        else if (minima && (task)->scales == SCALES_F16_MIN)       \
+            driver(task, planes, codes, SCALES_F16_MIN);           \
+        else if ((task)->scales == SCALES_F32)                     \
+            driver(task, planes, codes, SCALES_F32);               \
+        else                                                       \
+            driver(task, planes, codes, ANY);                      \
     } while (0)
 
 /* Write the sums of the groups to the output of a task, or add them to it. */

@@ -9,7 +9,10 @@ KERNEL void some_rows(const gemm_task *task, const group_view *view, const group
 {
     const int most = PLANE_ROWS / planes;
     switch (rows) {
-    case 1: micro_kernel(task, view, header, row, 1, planes, source, codes); break;
+    case 1:
+        if (source != UNPACK) /* a task of one row has a driver of its own */
+            micro_kernel(task, view, header, row, 1, planes, source, codes);
+        break;
     case 2: micro_kernel(task, view, header, row, 2, planes, source, codes); break;
     case 3:
         if (most >= 3)
@@ -30,6 +33,7 @@ KERNEL void some_rows(const gemm_task *task, const group_view *view, const group
     }
 }
 
+/* All rows of a task with more than one. */
 KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const group_header *header, int planes,
                           int codes)
 {
@@ -43,12 +47,11 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, const g
         some_rows(task, view, header, row, task->m - row < most ? task->m - row : most, planes, UNPACKED, codes);
 }
 
-/* `known` is a constant: what is known of the task's scale record. A constant record means one row. */
+/* `known` is a constant: what is known of the task's scale record, or MANY_ROWS. */
 KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known)
 {
-    const int num_tiles = task->header[1] ? 2 : 1, scales = known == PLAIN ? SCALES_F16
-                                                            : known == ANY ? task->scales
-                                                                           : known;
+    const int num_tiles = task->header[1] ? 2 : 1;
+    const int scales = known == PLAIN ? SCALES_F16 : known < 0 ? task->scales : known;
     const ptrdiff_t bytes = task_bytes(task, codes);
     const header_layout layout = layout_of_header(scales, codes, task->group_blocks * LANE_K);
     memset(task->scratch->sums, 0, (size_t)task->m * PAIR_N * sizeof(float));
@@ -67,10 +70,10 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
             const ptrdiff_t ahead = body - task->body[t] + PREFETCH_FAR;
             view.ahead = ahead < bytes ? task->body[t] + ahead : next + (ahead - bytes);
             view.packed = body;
-            if (known >= 0)
-                micro_kernel(task, &view, &header, 0, 1, planes, UNPACK, codes);
-            else
+            if (known == MANY_ROWS)
                 rows_of_group(task, &view, &header, planes, codes);
+            else
+                micro_kernel(task, &view, &header, 0, 1, planes, UNPACK, codes);
             finish_group(task, &view, record, known);
             body += view.blocks * block_bytes(codes);
             view.a += task->a_group_stride;
@@ -82,7 +85,9 @@ KERNEL void gemm_records(const gemm_task *task, int planes, int codes, int known
 
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
-    if (task->scales == SCALES_F16 || task->scales == SCALES_BF16)
+    if (task->m > 1)
+        gemm_records(task, planes, codes, MANY_ROWS);
+    else if (task->scales == SCALES_F16 || task->scales == SCALES_BF16)
         gemm_records(task, planes, codes, PLAIN);
     else
         WITH_KNOWN_RECORD(gemm_records, task, planes, codes);
