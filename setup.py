@@ -163,6 +163,7 @@ setup(
             extension("_exchange"),
             extension("_operations"),
             extension("_attention"),
+            extension("_block_attention"),
             extension("_layer"),
             extension("_attention", package="cpu.decoder"),
             extension("_cache", package="cpu.decoder"),

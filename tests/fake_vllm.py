@@ -59,6 +59,42 @@ class UnquantizedEmbeddingMethod(UnquantizedLinearMethod):
     pass
 
 
+class CPUAttentionBackend:
+    pass
+
+
+class CPUAttentionBackendImpl:
+    """vLLM's attention of one layer, as far as it is read here."""
+
+    def __init__(self, **attributes):
+        self.__dict__ |= {"scale": 0.25, "alibi_slopes": None, "sinks": None, "logits_soft_cap": 0} | attributes
+
+
+class Attention(Layer):
+    """An attention layer of vLLM."""
+
+    def __init__(self, **attributes):
+        plain = {
+            "attn_backend": CPUAttentionBackend,
+            "impl": CPUAttentionBackendImpl(),
+            "attn_type": "decoder",
+            "kv_sharing_target_layer_name": None,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_size": 16,
+            "head_size_v": 16,
+            "sliding_window": None,
+            "kv_cache_dtype": "auto",
+            "kv_cache_torch_dtype": torch.bfloat16,
+        }
+        super().__init__(**plain | attributes)
+
+
+class AttentionMetadataBuilder:
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        self.kv_cache_spec = kv_cache_spec
+
+
 class QuantizationConfig:
     def __init__(self):
         self.packed_modules_mapping = {}
@@ -68,10 +104,10 @@ class WeightsMapper:
     pass
 
 
-def install(monkeypatch, additional_config=None, load_format="auto", has_own_products=False):
+def install(monkeypatch, additional_config=None, load_format="auto", has_own_kernels=False):
     """Put the names into ``sys.modules``; returns the plugin's module ``config``, imported anew.
 
-    ``has_own_products``: as where vLLM has products of unquantised weights.
+    ``has_own_kernels``: as where vLLM has fast kernels of its own.
     """
     layers_by_name = {}
     current = types.SimpleNamespace(
@@ -79,6 +115,10 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
         load_config=types.SimpleNamespace(load_format=load_format),
         aux_output_config=types.SimpleNamespace(enable_return_routed_experts=False),
         compilation_config=types.SimpleNamespace(static_forward_context=layers_by_name),
+        cache_config=types.SimpleNamespace(block_size=128),
+        model_config=types.SimpleNamespace(is_hybrid=False, is_mm_prefix_lm=False),
+        speculative_config=None,
+        kv_transfer_config=None,
     )
     context = types.SimpleNamespace(no_compile_layers=layers_by_name)
     layers = "vllm.model_executor.layers"
@@ -88,6 +128,7 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
         "vllm.forward_context": {"get_forward_context": lambda: context},
         "vllm.model_executor": {},
         layers: {},
+        f"{layers}.attention": {"Attention": Attention},
         f"{layers}.fused_moe": {
             "FusedMoEMethodBase": FusedMoEMethodBase,
             "RoutedExperts": RoutedExperts,
@@ -108,6 +149,18 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
         "vllm.model_executor.models": {},
         "vllm.platforms": {"current_platform": types.SimpleNamespace(is_zen_cpu=lambda: False)},
         "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
+        "vllm.v1": {},
+        "vllm.v1.attention": {},
+        "vllm.v1.attention.backend": {
+            "AttentionImpl": object,
+            "AttentionMetadataBuilder": AttentionMetadataBuilder,
+            "AttentionType": types.SimpleNamespace(DECODER="decoder"),
+        },
+        "vllm.v1.attention.backends": {},
+        "vllm.v1.attention.backends.cpu_attn": {
+            "CPUAttentionBackend": CPUAttentionBackend,
+            "CPUAttentionBackendImpl": CPUAttentionBackendImpl,
+        },
         "vllm.transformers_utils": {},
         "vllm.transformers_utils.config": {"get_safetensors_params_metadata": lambda *args, **options: {}},
     }
@@ -115,10 +168,10 @@ def install(monkeypatch, additional_config=None, load_format="auto", has_own_pro
         module = types.ModuleType(name)
         module.__dict__.update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    parts = ("config", "dense", "linear", "experts", "tensors", "expert_weights", "packed_folder")
+    parts = ("attention", "config", "dense", "linear", "experts", "tensors", "expert_weights", "packed_folder")
     for part in parts:
         monkeypatch.delitem(sys.modules, f"{PLUGIN}.{part}", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_own_products)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_own_kernels)
     # A process can define operators only once.
     operators = importlib.import_module(f"{PLUGIN}.operators")
     monkeypatch.setattr(operators, "get_current_vllm_config", lambda: current)

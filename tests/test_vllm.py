@@ -16,6 +16,7 @@ from marlin_cy.commands.run import BUILT_IN
 pytestmark = pytest.mark.vllm
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 # The engine runs in this process, and leaves the threads where they are.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -29,6 +30,7 @@ NEW_TOKENS = 31
 """After :data:`TEXT`. Their two largest logits are 0.14 apart at least. Those of the next token are 0.001 apart, which
 bfloat16 cannot tell."""
 
+NEW_TOKENS_TOGETHER = 6
 TOLERANCE = 2e-3
 """Of log-probabilities in float32: both sides multiply with 16-bit activations, whose relative error is 2.5e-5."""
 
@@ -85,6 +87,27 @@ def test_packed_folder(tmp_path):
 def test_compiled():
     """``torch.compile`` passes over packed layers."""
     check(FOLDER, enforce_eager=False, compilation_config={"backend": "eager"})
+
+
+def attention_of(model):
+    """The class of the attention of each layer."""
+    return {type(layer.impl).__name__ for layer in model.modules() if hasattr(layer, "kv_cache")}
+
+
+def test_attention(tmp_path):
+    """Prompts of a part of a block and of several blocks: the same tokens together and alone. Together, one is read in
+    two steps."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS_TOGETHER, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [3 + (7 * i + i // 5) % 90 for i in range(length)]} for length in (5, 300, 130)]
+    sizes = {"max_model_len": 320, "max_num_seqs": 3, "max_num_batched_tokens": 320}
+    with engine(write_format(tmp_path, "gptq", max_position_embeddings=512), **sizes) as llm:
+        classes = llm.apply_model(attention_of)
+        together = llm.generate(prompts, wanted, use_tqdm=False)
+        alone = [llm.generate([prompt], wanted, use_tqdm=False)[0] for prompt in prompts]
+    assert classes == [{"CPUAttentionBackendImpl" if torch.cpu._is_avx512_supported() else "BlockAttention"}]
+    assert [found.outputs[0].token_ids for found in together] == [found.outputs[0].token_ids for found in alone]
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["columns", "experts"])

@@ -68,7 +68,7 @@ def test_which_layers(config):
 
 def test_unquantised_layers_that_vllm_multiplies_itself(monkeypatch):
     """They are left to vLLM."""
-    found = new_config(fake_vllm.install(monkeypatch, has_own_products=True), gptq_dtypes(f"{EXPERTS}.0.up_proj"))
+    found = new_config(fake_vllm.install(monkeypatch, has_own_kernels=True), gptq_dtypes(f"{EXPERTS}.0.up_proj"))
     method = found.get_quant_method(fake_vllm.LinearBase(), f"{ATTENTION}.o_proj")
     assert type(method) is fake_vllm.UnquantizedLinearMethod
     assert found.get_quant_method(fake_vllm.ParallelLMHead(), "lm_head") is None

@@ -83,19 +83,25 @@ cdef matrix float_matrix(object array, str name, int64_t width, bint writeable) 
     return m
 
 
-cdef matrix tensor_matrix(object tensor, str name, int64_t width) except *:
-    cdef matrix m
+cdef int tensor_dtype(object tensor, str name) except -1:
+    """The dtype of a host tensor of PyTorch."""
     dtype = tensor_dtypes.get(tensor.dtype)
     if dtype is None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, float16 or bfloat16")
-    if not tensor.ndim or tensor.size(-1) != width:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [..., {width}]")
     if not tensor.is_cpu or tensor.requires_grad:
         raise UnsupportedError(f"{name}: packed layers need host tensors without gradients")
+    return dtype
+
+
+cdef matrix tensor_matrix(object tensor, str name, int64_t width) except *:
+    cdef matrix m
+    m.dtype = tensor_dtype(tensor, name)
+    if not tensor.ndim or tensor.size(-1) != width:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [..., {width}]")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected "
                          "contiguous rows")
-    m.dtype, m.width, m.rows = dtype, width, <int64_t>tensor.numel() // width
+    m.width, m.rows = width, <int64_t>tensor.numel() // width
     m.nbytes = m.rows * width * element_bytes(m.dtype)
     m.data = <char *><uintptr_t>tensor.data_ptr()
     return m

@@ -5,7 +5,8 @@
     vLLM loads plugins ── register() ── config.py           the quantisation method "marlin_cy": which layers run packed
                                           ├── linear.py     linear layers
                                           ├── experts.py    routed experts; expert_weights.py packs them
-                                          └── dense.py      unquantised layers, on CPUs without AVX512
+                                          ├── dense.py      unquantised layers, on CPUs without AVX512
+                                          └── attention.py  attention, on CPUs without AVX512
     tensors.py  what vLLM's loader hands over               shares.py  this process's part of a weight
 
 vLLM calls :func:`register` in each of its processes, by the entry point ``vllm.general_plugins``.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -21,7 +22,8 @@ from marlin_cy.errors import CheckpointError, UnsupportedError
 from marlin_cy.formats.registry import FILES, scheme_of
 from marlin_cy.formats.scheme import Scheme
 from marlin_cy.integrations.modules import Contexts
-from marlin_cy.integrations.vllm.dense import dense_method
+from marlin_cy.integrations.vllm.attention import replace_attention
+from marlin_cy.integrations.vllm.dense import dense_method, has_own_kernels
 from marlin_cy.integrations.vllm.experts import PackedExpertsMethod
 from marlin_cy.integrations.vllm.linear import PackedLinearMethod
 from marlin_cy.integrations.vllm.packed_folder import (
@@ -164,6 +166,10 @@ class VllmConfig(QuantizationConfig):
         UnsupportedError
             The layer is quantised, and cannot run packed. The message has the layer's name.
         """
+        if isinstance(layer, Attention):
+            if not has_own_kernels():
+                replace_attention(layer, contexts(**options()))
+            return None
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         names = self._names(prefix)

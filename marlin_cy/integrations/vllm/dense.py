@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from marlin_cy.integrations.modules import Contexts, array_of
 from marlin_cy.integrations.vllm import operators
 
-__all__ = ["DenseHeadMethod", "DenseLinearMethod", "dense_method"]
+__all__ = ["DenseHeadMethod", "DenseLinearMethod", "dense_method", "has_own_kernels"]
 
 
 class DenseMethod:
@@ -77,11 +77,11 @@ class DenseHeadMethod(DenseMethod, UnquantizedEmbeddingMethod):
 def dense_method(layer: torch.nn.Module, name: str, contexts: Contexts) -> Any:
     """How vLLM runs an unquantised linear or output layer. None: vLLM decides."""
     is_linear = isinstance(layer, LinearBase)
-    if has_own_products():
+    if has_own_kernels():
         return UnquantizedLinearMethod() if is_linear else None
     return (DenseLinearMethod if is_linear else DenseHeadMethod)(name, contexts)
 
 
-def has_own_products() -> bool:
-    """Whether vLLM multiplies unquantised weights itself: by oneDNN, which it has for AVX512 only, or by ZenDNN."""
+def has_own_kernels() -> bool:
+    """Whether vLLM has fast kernels of its own: oneDNN and its attention want AVX512; ZenDNN brings its own."""
     return bool(torch.cpu._is_avx512_supported()) or current_platform.is_zen_cpu()
