@@ -76,22 +76,31 @@ def test_attention(tmp_path, device_alone, rng, monkeypatch, model_type, changes
 
 
 def assert_same_logits(model, new_steps, rng, monkeypatch, lengths):
-    """Of steps of one row, and of as many as there are lengths."""
-    program = model._program
+    """Of steps of one row, and of as many as there are lengths.
+
+    The median of three steps counts: where two experts' router logits are nearly equal, the ways may choose different
+    experts.
+    """
+    program, steps = model._program, new_steps()
     monkeypatch.setattr("marlin_cy.opencl.decoder.program.PHASED_ERROR", 0.1)
     sequences = [model.new_sequence() for _ in lengths]
     for sequence, length in zip(sequences, lengths, strict=True):
         model.forward(rng.integers(0, VOCABULARY, length), sequence=sequence)
     for rows in (1, 3):
-        tokens = rng.integers(0, VOCABULARY, rows)
-        pairs = [(model.fork(sequence), [token]) for sequence, token in zip(sequences[:rows], tokens, strict=True)]
-        again = [(model.fork(sequence), [token]) for sequence, token in zip(sequences[:rows], tokens, strict=True)]
-        program._phased = None
-        expected = np.array(model.forward_batch(pairs))
-        program._phased = steps = new_steps()
-        found = np.array(model.forward_batch(again))
-        assert program._phased is steps
-        assert 0 < relative_error(found, expected) < BOUND
+        errors = []
+        for _ in range(3):
+            tokens = rng.integers(0, VOCABULARY, rows)
+            forks = [
+                [(model.fork(s), [token]) for s, token in zip(sequences[:rows], tokens, strict=True)] for _ in "ab"
+            ]
+            program._phased = None
+            expected = np.array(model.forward_batch(forks[0]))
+            program._phased = steps
+            errors.append(relative_error(np.array(model.forward_batch(forks[1])), expected))
+            assert program._phased is steps
+            for sequence, _token in [*forks[0], *forks[1]]:
+                model.free(sequence)
+        assert 0 < np.median(errors) < BOUND
 
 
 @pytest.mark.sweep
