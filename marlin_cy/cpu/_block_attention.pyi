@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ _Indices = npt.NDArray[np.int32]
 
 def are_supported(head_dim: int, block_size: int) -> bool: ...
 
+@final
 class BlockBatch:
     def __init__(
         self, query_starts: _Indices, lengths: _Indices, block_table: _Indices, block_size: int, kv_heads: int
