@@ -127,7 +127,7 @@ cdef void begin_product(gemm_job *job, quantize_job *rows, const row_plan *plan)
 
 cdef void run_product(gemm_job *job, quantize_job *rows, const member *m) noexcept nogil:
     """Do a thread's part of a product. Outputs are complete when all threads have returned."""
-    quantize_rows(rows, m.thread)
+    quantize_rows(rows, m)
     do_items(job, m)
 
 

@@ -6,6 +6,7 @@ from marlin_cy.cpu._arena cimport arena
 from marlin_cy.cpu._dispatch cimport act_meta, ukernel_table
 from marlin_cy.cpu._exchange cimport section
 from marlin_cy.cpu._rows cimport row_plan
+from marlin_cy.cpu._team cimport member, queue
 
 cdef struct quantize_job:
     const ukernel_table *table
@@ -33,10 +34,10 @@ cdef struct quantize_job:
     int8_t *a                   # [groups][group_rows(num_rows)][group_size * planes]
     act_meta *meta              # [groups][group_rows(num_rows)]
     char[64] before_counters    # keeps the counters, which threads write, off the cache lines that they read
-    int64_t next_distinct       # the first distinct row that no thread has taken
+    queue distinct_rows
+    queue places                # to look at for copying
     int64_t num_quantised       # distinct rows
-    int64_t next_copy           # the first row that no thread has looked at for copying
-    int64_t num_copied          # rows that were looked at
+    int64_t num_copied          # places that were looked at
     char[64] after_counters
 
 cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
@@ -49,5 +50,5 @@ cdef inline int64_t group_rows(int64_t num_rows) noexcept nogil:
 
 cdef void carve_quantized(arena *memory, quantize_job *job, int64_t max_rows) noexcept nogil
 cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nogil
-cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil
+cdef void quantize_rows(quantize_job *job, const member *m) noexcept nogil
 cdef void quantize_one(const quantize_job *job, int64_t row, int thread) noexcept nogil

@@ -10,14 +10,11 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 
 from marlin_cy.cpu._arena cimport CACHE_LINE, arena, round_up, take, take_floats
-from marlin_cy.cpu._atomic cimport fetch_add, load, wait_until
+from marlin_cy.cpu._atomic cimport fetch_add, wait_until
 from marlin_cy.cpu._buffers cimport element_bytes
 from marlin_cy.cpu._dispatch cimport DTYPE_F32, act_meta
 from marlin_cy.cpu._exchange cimport load_row
-
-cdef enum:
-    TURNS_PER_THREAD = 8
-
+from marlin_cy.cpu._team cimport items_a_turn, member, take_items
 
 # ---------------------------------------------------------------------------------------------
 # Memory
@@ -64,42 +61,36 @@ cdef void begin_quantizing(quantize_job *job, const row_plan *plan) noexcept nog
     job.input_rows, job.row_orders = plan.input_rows, plan.row_orders
     job.distinct, job.copy_of = plan.distinct, plan.copy_of
     place_quantized(job)
-    job.next_distinct = job.num_quantised = job.next_copy = job.num_copied = 0
+    job.distinct_rows.next = job.places.next = job.num_quantised = job.num_copied = 0
 
 
-cdef void quantize_rows(quantize_job *job, int thread) noexcept nogil:
+cdef void quantize_rows(quantize_job *job, const member *m) noexcept nogil:
     """Quantise rows that no other thread has taken, a few at a time; return when all rows of the job are done.
 
     Threads have no fixed shares: on shared or unequal cores, one thread may need twice the time of another.
     """
-    cdef int64_t turn = rows_a_turn(job, job.num_distinct), index, begin, end
-    while load(&job.next_distinct) < job.num_distinct:
-        begin = fetch_add(&job.next_distinct, turn)
+    cdef int64_t turn = items_a_turn(job.num_distinct, m), index, end
+    cdef int64_t begin = take_items(&job.distinct_rows, job.num_distinct, turn, m)
+    while begin < job.num_distinct:
         end = min(begin + turn, job.num_distinct)
-        if begin >= end:
-            break
         for index in range(begin, end):
-            quantize_one(job, index if job.distinct is NULL else job.distinct[index], thread)
+            quantize_one(job, index if job.distinct is NULL else job.distinct[index], m.thread)
         fetch_add(&job.num_quantised, end - begin)
+        begin = take_items(&job.distinct_rows, job.num_distinct, turn, m)
     wait_until(&job.num_quantised, job.num_distinct)
     if job.num_distinct < job.num_rows:
-        copy_rows(job)
+        copy_rows(job, m)
 
 
-cdef inline int64_t rows_a_turn(const quantize_job *job, int64_t rows) noexcept nogil:
-    return max(<int64_t>1, rows // (TURNS_PER_THREAD * job.num_threads))
-
-
-cdef void copy_rows(quantize_job *job) noexcept nogil:
+cdef void copy_rows(quantize_job *job, const member *m) noexcept nogil:
     """Fill places that no other thread has taken; return when all places are filled."""
-    cdef int64_t turn = rows_a_turn(job, job.num_rows), begin, end
-    while load(&job.next_copy) < job.num_rows:
-        begin = fetch_add(&job.next_copy, turn)
+    cdef int64_t turn = items_a_turn(job.num_rows, m), end
+    cdef int64_t begin = take_items(&job.places, job.num_rows, turn, m)
+    while begin < job.num_rows:
         end = min(begin + turn, job.num_rows)
-        if begin >= end:
-            break
         copy_to_places(job, begin, end)
         fetch_add(&job.num_copied, end - begin)
+        begin = take_items(&job.places, job.num_rows, turn, m)
     wait_until(&job.num_copied, job.num_rows)
 
 

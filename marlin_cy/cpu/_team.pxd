@@ -44,6 +44,13 @@ cdef inline int64_t take_items(queue *items, int64_t count, int64_t turn, const 
         return count
     return fetch_add(&items.next, turn)
 
+cdef enum:
+    TURNS_PER_THREAD = 8        # a slow or busy thread takes fewer
+
+cdef inline int64_t items_a_turn(int64_t count, const member *m) noexcept nogil:
+    """Items that threads take at once where adjacent items write to adjacent memory."""
+    return max(<int64_t>1, count // (TURNS_PER_THREAD * m.num_threads))
+
 cdef inline int64_t take_item(queue *items, int64_t count, const member *m) noexcept nogil:
     """The number of an item that no thread has taken; ``count`` or more if there are none left."""
     return take_items(items, count, 1, m)

@@ -16,6 +16,7 @@ from marlin_cy.opencl.decoder.norm_router import MOST_FUSED_ROWS, Choice, NormRo
 from marlin_cy.opencl.decoder.projections import DenseMatrix, ProjectionGroup
 from marlin_cy.opencl.gemm.prepare import activation_number, has_one_order, needs_preparation
 from marlin_cy.opencl.layer.align import (
+    Aligned,
     aligns_as_it_routes,
     check_experts,
     enqueue_align,
@@ -153,17 +154,15 @@ class MoeFfn:
         else:
             residual.norm(maker, norm, eps, x, arrived=self._arrived)
             self.router.record(maker, x, logits, label="router")
-        prepared = None
+        aligned = None
         if choice is not None:
-            work = choice.work
-            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+            aligned = Aligned(choice.work, None)
         elif aligns:
-            work, prepared = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, early)
-            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+            aligned = enqueue_route_align(ctx, logits, layer.routing, chosen, gate_up, early)
         else:
             enqueue_route(ctx, logits, layer.routing, chosen, None)
-            routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
-            work, prepared = enqueue_align(ctx, chosen, gate_up, routed)
+        routed = enqueue_weigh(ctx, x, chosen) if weighed_before else x
+        work, prepared = aligned or enqueue_align(ctx, chosen, gate_up, routed)
         products = enqueue_products(ctx, layer, layer.activation, routed, work, FLOAT32, prepared=prepared)
         shared = None
         if layer.shared_expert is not None:

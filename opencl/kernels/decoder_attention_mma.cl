@@ -5,6 +5,7 @@
 
 #define LANES 32
 #define LOG2_E 1.44269504f
+#define BASE_EXP native_exp2 // of weights
 
 // mma of the cache's type, and two floats as a pair of that type.
 #if CACHE_TYPE == 2
@@ -35,18 +36,7 @@ static inline float capped(float x, float soft_cap)
 // The weight of sums whose maximum is `high` beside others. Sums of no positions have the maximum -INFINITY; a NaN stays.
 static inline float beside(float high, float highest) { return high == -INFINITY ? 0 : native_exp2(high - highest); }
 
-// The factor of a query's sums, which divides them by the sum of the weights.
-static inline float share_of(float high, float total, float sink)
-{
-    float factor = 1;
-    if (sink > high) {
-        factor = native_exp2(high - sink);
-        total = fma(total, factor, 1.0f);
-    } else if (sink > -INFINITY) {
-        total += native_exp2(sink - high);
-    }
-    return total == 0 ? 0 : factor / total;
-}
+#include "attention_share.cl"
 
 static inline float2 gated(float2 value, __global const float *gate)
 {

@@ -11,23 +11,11 @@
 
 #if TENSOR_ATTENTION
 #include "decoder_attention_pages_mma.cl"
-#define BASE_EXP native_exp2 // of weights
 #define SCORE_UNIT LOG2_E
 #else
 #define BASE_EXP exp
 #define SCORE_UNIT 1
-// The factor of a query's sums, which divides them by the sum of the weights.
-static inline float share_of(float high, float total, float sink)
-{
-    float factor = 1;
-    if (sink > high) {
-        factor = exp(high - sink);
-        total = fma(total, factor, 1.0f);
-    } else if (sink > -INFINITY) {
-        total += exp(sink - high);
-    }
-    return total == 0 ? 0 : factor / total;
-}
+#include "attention_share.cl"
 #endif
 #define ROTATES_IN_LANES (PAIRS_ROTATED && PAIRS_ROTATED % WAVE == 0 && !INTERLEAVED)
 

@@ -27,16 +27,12 @@ from marlin_cy.cpu._gemm cimport (
 from marlin_cy.cpu._quantize cimport begin_quantizing, carve_quantized, quantize_one
 from marlin_cy.cpu._rows cimport carve_blocks, cut_into_blocks
 from marlin_cy.cpu._store cimport CpuGptqStore
-from marlin_cy.cpu._team cimport barrier, member, queue, take_items
+from marlin_cy.cpu._team cimport barrier, items_a_turn, member, queue, take_items
 from marlin_cy.cpu._workspace cimport Workspace
 
 from marlin_cy.cpu.stack import CpuLinear
 from marlin_cy.decoder.plan import DenseLinear
 from marlin_cy.errors import UnsupportedError
-
-cdef enum:
-    TURNS_PER_THREAD = 8        # of rows: a slow or busy thread takes fewer
-
 
 # ---------------------------------------------------------------------------------------------
 # Setting up
@@ -218,7 +214,7 @@ cdef void run_rows(queue *items, int64_t rows, row_fn *prepare, void *job, membe
 
     Threads take adjacent rows, whose results may share cache lines.
     """
-    cdef int64_t turn = max(<int64_t>1, rows // (TURNS_PER_THREAD * m.num_threads)), row
+    cdef int64_t turn = items_a_turn(rows, m), row
     cdef int64_t begin = take_items(items, rows, turn, m)
     while begin < rows:
         for row in range(begin, min(begin + turn, rows)):
