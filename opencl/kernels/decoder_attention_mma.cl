@@ -36,8 +36,6 @@ static inline float capped(float x, float soft_cap)
 // The weight of sums whose maximum is `high` beside others. Sums of no positions have the maximum -INFINITY; a NaN stays.
 static inline float beside(float high, float highest) { return high == -INFINITY ? 0 : native_exp2(high - highest); }
 
-#include "attention_share.cl"
-
 static inline float2 gated(float2 value, __global const float *gate)
 {
     return value / (1 + (float2)(exp(-gate[0]), exp(-gate[1])));

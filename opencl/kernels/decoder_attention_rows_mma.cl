@@ -1,4 +1,5 @@
 #include "decoder_attention_pages_mma.cl"
+#include "attention_share.cl"
 
 // attend_rows: attention of single rows over the paged cache by tensor cores, at the speed of memory.
 //

@@ -1,4 +1,5 @@
 #include "decoder_attention_mma.cl"
+#include "attention_share.cl"
 
 // attend_tiles: attention of many rows over the paged cache by tensor cores, with a running maximum as in
 // decoder_attention.cl and the division of work of FlashAttention-2 (Dao, "FlashAttention-2", 2023): a wave has its own

@@ -15,8 +15,8 @@
 #else
 #define BASE_EXP exp
 #define SCORE_UNIT 1
-#include "attention_share.cl"
 #endif
+#include "attention_share.cl"
 #define ROTATES_IN_LANES (PAIRS_ROTATED && PAIRS_ROTATED % WAVE == 0 && !INTERLEAVED)
 
 // A head's sink, as a score; -INFINITY without one.
