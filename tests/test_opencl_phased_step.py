@@ -242,6 +242,136 @@ class TestAgainstLaunches:
         assert found == [Sampler(sampling, phased.vocab_size, []).pick(row, 7) for row in logits]
 
 
+def check_first(model, rows):
+    """Run a step, so that the kernel is no longer checked at its first use. Nothing is in the cache."""
+    model._program.greedy_step(row_batch(model, range(rows), range(rows)))
+
+
+class Counted:
+    """How often steps were launched and described."""
+
+    def __init__(self, steps, monkeypatch):
+        self.launched = self.described = 0
+        launch, describe = steps._launch, steps._describe
+
+        def count_launch(*arguments):
+            self.launched += 1
+            return launch(*arguments)
+
+        def count_description(batch):
+            self.described += 1
+            return describe(batch)
+
+        monkeypatch.setattr(steps, "_launch", count_launch)
+        monkeypatch.setattr(steps, "_describe", count_description)
+
+
+class TestFollowingSteps:
+    """Steps of a text that are enqueued before the tokens of the step before are read."""
+
+    @pytest.mark.parametrize("lengths", [[2], [15, 33, 6]], ids=str)
+    def test_text(self, phased, recorded, rng, lengths, monkeypatch):
+        """Several sequences, over the ends of their pages: the tokens are those of launches."""
+        samplers = [Sampler(SamplingParams(), phased.vocab_size, []) for _ in lengths]
+        texts = []
+        prompts = [rng.integers(0, phased.vocab_size, length) for length in lengths]
+        check_first(phased, len(lengths))
+        counted = None
+        for model in (phased, recorded):
+            pairs = [(model.new_sequence(), prompt) for prompt in prompts]
+            texts.append([])
+            for _ in range(40):
+                tokens = model.pick_batch(pairs, samplers)
+                texts[-1].append(tokens)
+                pairs = [(sequence, [token]) for (sequence, _), token in zip(pairs, tokens, strict=True)]
+                if counted is None:
+                    counted = Counted(phased._program._phased, monkeypatch)
+        assert texts[0] == texts[1]
+        # The first step of each page is described, and so is the first step of all. One step is ahead of the last one.
+        boundaries = {step for length in lengths for step in range(39) if (length + step) % 16 == 0}
+        assert counted.described == len(boundaries | {0})
+        assert 39 <= counted.launched <= 40
+
+    def test_another_course(self, phased, recorded, rng):
+        """A sequence goes on with other tokens, is cut, forked and joined by others: no step ahead has an effect."""
+        sampler = Sampler(SamplingParams(), phased.vocab_size, [])
+        prompt = rng.integers(0, phased.vocab_size, 18)
+        seen = []
+        for model in (phased, recorded):
+            sequence = model.new_sequence()
+            (token,) = model.pick_batch([(sequence, prompt)], [sampler])
+
+            def decode(count, sequence=sequence, model=model):
+                nonlocal token
+                for _ in range(count):
+                    (token,) = model.pick_batch([(sequence, [token])], [sampler])
+
+            decode(4)
+            fork = model.fork(sequence)
+            logits = [model.forward([5], sequence=sequence)]  # not the token that was chosen
+            decode(3)
+            model.truncate(sequence, 20)
+            logits.append(model.forward([7], sequence=sequence))
+            decode(3)
+            logits += model.forward_batch([(fork, [9]), (sequence, [token])])
+            decode(3)
+            logits.append(model.forward([token], sequence=sequence))
+            seen.append(np.array(logits))
+        assert 0 < relative_error(*seen) < BOUND
+
+    def test_end_of_the_context(self, device_alone, phased, monkeypatch):
+        """No step is ahead at a position that the model does not have."""
+        model = load_model(FOLDER, device_alone, cache_dtype="float16", context_length=40, cache_tokens=64)
+        program = model._program
+        program._phased = steps_of(program)
+        sampler = Sampler(SamplingParams(), model.vocab_size, [])
+        check_first(model, 1)
+        sequence = model.new_sequence()
+        (token,) = model.pick_batch([(sequence, TEXT[:36])], [sampler])
+        counted = Counted(program._phased, monkeypatch)
+        for _ in range(4):
+            (token,) = model.pick_batch([(sequence, [token])], [sampler])
+        assert counted.launched == 4
+
+    def test_a_step_ahead_that_is_given_up(self, phased, recorded, monkeypatch):
+        """The text goes on by launches. A step that gave up has not written its number."""
+        launch, steps = phased._program._phased._launch, phased._program._phased
+
+        def launch_fewer(*arguments):
+            launched = launch(*arguments)
+            return launched._replace(number=launched.number + 2) if launched.number == steps_left else launched
+
+        prompt = TEXT[:20]
+        texts = []
+        for model in (phased, recorded):
+            sampler, sequence = Sampler(SamplingParams(), model.vocab_size, []), model.new_sequence()
+            (token,) = model.pick_batch([(sequence, prompt)], [sampler])
+            texts.append([token])
+            if model is phased:
+                steps_left = steps._number + 5
+                monkeypatch.setattr(steps, "_launch", launch_fewer)
+            for _ in range(9):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    (token,) = model.pick_batch([(sequence, [token])], [sampler])
+                texts[-1].append(token)
+        assert phased._program._phased is None
+        assert texts[0] == texts[1]
+
+    def test_a_row_of_nan(self, phased):
+        """The step that follows has a token of the vocabulary all the same."""
+        program = phased._program
+        steps = program._phased
+        batch = row_batch(phased, [3, 4], [0, 5])
+        program.greedy_step(batch)
+        poisoned = np.full(phased.plan.hidden_size, np.nan, np.float32)
+        cl.enqueue_copy(phased.context.queue, program._final_norm, poisoned)
+        assert program.greedy_step(batch).tolist() == [0, 0]
+        described = np.empty(24, np.int32)
+        cl.enqueue_copy(phased.context.queue, described, steps._step.buffer)
+        assert described[16:24].reshape(2, 4)[:, :2].tolist() == [[0, 1], [0, 6]]
+
+
 def test_prompts_are_not_taken(phased):
     """Rows of one step cannot attend to each other."""
     steps = phased._program._phased

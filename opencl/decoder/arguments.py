@@ -186,6 +186,7 @@ DECODER_STEP = {
     "first": "uint",
     "last": "uint",
     "state": "global uint*",
+    "number": "uint",
     "target": "uint",
     "patience": "uint",
 }

@@ -92,7 +92,7 @@ __attribute__((always_inline)) static inline bool all_arrive(__global uint *stat
 #endif
 
 // Arguments
-//   batch               the step (decoder.cl)
+//   batch               the step (decoder.cl); when tokens have been chosen, the step that follows
 //   layers              Layer [LAYERS]
 //   embedding           its address
 //   x, heads, logits, inner              float [TOKENS][HIDDEN], [TOKENS][QKV], [TOKENS][EXPERTS], [TOKENS * TOP_K][INNER]
@@ -105,15 +105,15 @@ __attribute__((always_inline)) static inline bool all_arrive(__global uint *stat
 //   rows                of this step
 //   splits              runs into which the positions of each row are cut
 //   first, last         phases: first to last - 1
-//   state               of all_arrive, then the tokens of the largest logits, [TOKENS], and these logits, [TOKENS]
+//   state               of all_arrive, then two `found` of choose_tokens, of even and of odd steps
+//   number              of the step
 //   target, patience    of all_arrive: the first target; loads of the counter until a work-group gives up
 __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
-    __global const int *batch, __constant Layer *layers, const ulong embedding, __global float *x,
-    __global float *heads, __global half *attended, __global float *partial, __global float2 *stats,
-    __global float *logits, __global int *ids, __global float *weights, __global float *inner,
-    __global uint *inner_most, const ulong final_norm, const ulong head, __global float *vocabulary,
-    __global uint2 *best, const uint rows, const uint splits, const uint first, const uint last, __global uint *state,
-    const uint target, const uint patience)
+    __global int *batch, __constant Layer *layers, const ulong embedding, __global float *x, __global float *heads,
+    __global half *attended, __global float *partial, __global float2 *stats, __global float *logits, __global int *ids,
+    __global float *weights, __global float *inner, __global uint *inner_most, const ulong final_norm, const ulong head,
+    __global float *vocabulary, __global uint2 *best, const uint rows, const uint splits, const uint first,
+    const uint last, __global uint *state, const uint number, const uint target, const uint patience)
 {
     __local float4 memory[(LOCAL_FLOATS + 3) / 4];
     __local int chosen[TOKENS * TOP_K];
@@ -123,10 +123,10 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
     __local uint4 *kept = (__local uint4 *)(scratch + (SCRATCH + 3) / 4 * 4);
     uint arrived = target;
     for (uint phase = first; phase < last; phase++) {
-        const uint number = min(phase / PHASES, LAYERS - 1u), kind = phase - number * PHASES;
-        __constant Layer *layer = layers + number;
+        const uint depth = min(phase / PHASES, LAYERS - 1u), kind = phase - depth * PHASES;
+        __constant Layer *layer = layers + depth;
         if (kind == 0)
-            project_heads(layer, number == 0, rows, batch, embedding, x, heads, scratch, kept);
+            project_heads(layer, depth == 0, rows, batch, embedding, x, heads, scratch, kept);
         else if (kind == 1)
             attend_step(layer, rows, splits, batch, heads, attended, partial, stats, scratch);
         else if (kind == 2) {
@@ -148,7 +148,7 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
 #endif
         } else if (kind == 6) {
             if (!IS_DENSE(layer))
-                project_down(layer, number + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most,
+                project_down(layer, depth + 1 == LAYERS, rows, phase > first, x, ids, weights, inner, inner_most,
                              scratch, chosen, weighed);
 #if SHARED
             if (layer->shared_inner)
@@ -160,7 +160,7 @@ __attribute__((reqd_work_group_size(ITEMS, 1, 1))) __kernel void decoder_step(
             score_vocabulary(layers, rows, batch, x, final_norm, head, vocabulary, best, scratch,
                              (__local float *)kept);
         else
-            choose_tokens(rows, best, state + 2, scratch);
+            choose_tokens(rows, best, state + 2 + number % 2 * FOUND, number, batch, scratch);
 #endif
 #if RESIDENT
         if (phase + 1 < last) {

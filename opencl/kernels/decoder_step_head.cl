@@ -2,6 +2,7 @@
 
 // A token that may be the best: its logit, and its number; NONE if there is none yet.
 #define NONE 0xffffffffu
+#define FOUND (2 * TOKENS + 1)
 static inline void keep_better(float *best, uint *place, float value, uint number)
 {
     if (number != NONE && (*place == NONE || value > *best || (value == *best && number < *place))) {
@@ -71,9 +72,13 @@ __attribute__((always_inline)) static inline void score_vocabulary(__constant La
     barrier(CLK_LOCAL_MEM_FENCE);
 }
 
-// The first work-group takes the best token of all work-groups. A wave has a row.
+// The first work-group takes the best token of all work-groups, and makes `batch` the step that follows: each row has the
+// token that was chosen, and the next position. A wave has a row.
+//   found   uint [TOKENS][2] and one more: the token of a row, 0 if all its logits are NaN, and the bits of its logit; the
+//           number of the step
 __attribute__((always_inline)) static inline void choose_tokens(uint rows, __global const uint2 *best,
-                                                                __global uint *tokens, __local float *scratch)
+                                                                __global uint *found, uint number, __global int *batch,
+                                                                __local float *scratch)
 {
     __local uint *words = (__local uint *)scratch + TOKENS * WAVE;
     if (get_group_id(0))
@@ -96,8 +101,12 @@ __attribute__((always_inline)) static inline void choose_tokens(uint rows, __glo
         uint place = NONE;
         for (uint i = 0; i < WAVE; i++)
             keep_better(&value, &place, scratch[r * WAVE + i], words[r * WAVE + i]);
-        tokens[r] = place;
-        tokens[TOKENS + r] = as_uint(value);
+        vstore2((uint2)(place, as_uint(value)), r, found);
+        __global int *record = batch + STEP_ROWS + 4 * r;
+        record[0] = (int)place;
+        record[1]++;
+        if (r == 0)
+            found[2 * TOKENS] = number;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 }
