@@ -173,11 +173,11 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
         job.router.ids = <int32_t *>take(memory, job.routed_pairs * <int64_t>sizeof(int32_t))
         job.router.weights = take_floats(memory, job.routed_pairs)
         job.ids, job.weights = job.router.ids, job.router.weights
-    job.routed.down.output = <char *>take(memory, job.slice_tokens * job.combine.top_k * row_bytes)
+    take_outputs(memory, &job.routed, row_bytes)
     job.combine.products = <const float *>job.routed.down.output
     if job.has_shared:
         job.shared_ids = <int32_t *>take(memory, job.slice_tokens * <int64_t>sizeof(int32_t))
-        job.shared.down.output = <char *>take(memory, job.slice_tokens * row_bytes)
+        take_outputs(memory, &job.shared, row_bytes)
         job.combine.shared = <const float *>job.shared.down.output
     if job.divided:
         carve_exchange(memory, &job.inner)
@@ -195,6 +195,18 @@ cdef void carve_layer(arena *memory, void *layer) noexcept nogil:
     memory.used = max(end, memory.used)
 
 
+cdef void take_outputs(arena *memory, expert_pass *p, int64_t row_bytes) noexcept nogil:
+    """Take the results of both products. They share memory: the first ones are quantised before the second are written.
+
+    On several hosts, the results of the first product belong to an exchange.
+    """
+    cdef int64_t inner_bytes = p.gate_up.out_width * <int64_t>sizeof(float)
+    cdef bint gathered = p.quantize_inner.gathered is not NULL
+    p.down.output = <char *>take(memory, p.max_tokens * p.top_k * (row_bytes if gathered else max(row_bytes, inner_bytes)))
+    if not gathered:
+        p.gate_up.output = p.quantize_inner.input = p.down.output
+
+
 cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
     cdef int64_t tokens = p.max_tokens, pairs = tokens * p.top_k
     carve_blocks(memory, &p.gate_up_plan, p.gate_up.table, p.num_experts, pairs)
@@ -203,9 +215,6 @@ cdef void carve_pass(arena *memory, expert_pass *p) noexcept nogil:
     p.down_plan.in_rows = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
     p.down_plan.out_rows = <int64_t *>take(memory, pairs * <int64_t>sizeof(int64_t))
     p.down_plan.row_orders = <int32_t *>take(memory, pairs * <int64_t>sizeof(int32_t))
-    if p.quantize_inner.gathered is NULL:
-        p.gate_up.output = <char *>take(memory, pairs * p.gate_up.out_width * <int64_t>sizeof(float))
-        p.quantize_inner.input = p.gate_up.output
     carve_quantized(memory, &p.quantize_input,
                     tokens if p.gate_up_orders.all_equal and not p.gate_up.table.min_matrix_rows else pairs)
     carve_quantized(memory, &p.quantize_inner, pairs)
