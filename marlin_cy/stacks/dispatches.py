@@ -16,6 +16,8 @@ from marlin_cy.stacks._dispatches import check_disjoint, check_dispatches
 
 __all__ = ["as_dispatches", "check_dispatches", "check_disjoint"]
 
+INT64 = np.dtype(np.int64)
+
 
 def as_dispatches(dispatches: npt.NDArray[np.int64] | Iterable[Iterable[int]]) -> npt.NDArray[np.int64]:
     """A private int64 ``[D, 4]`` copy of dispatches.
@@ -31,12 +33,14 @@ def as_dispatches(dispatches: npt.NDArray[np.int64] | Iterable[Iterable[int]]) -
     """
     if isinstance(dispatches, np.ndarray):
         # Copy first and check the copy: another thread may write to the caller's array.
-        own = np.array(dispatches, order="C")
-        if own.dtype.kind not in "iu" or not np.can_cast(own.dtype, np.int64):
-            raise TypeError(f"dispatches: got dtype {own.dtype}, expected int64")
+        own = np.ndarray.copy(dispatches, "C")
+        if own.dtype != INT64:
+            if own.dtype.kind not in "iu" or not np.can_cast(own.dtype, INT64):
+                raise TypeError(f"dispatches: got dtype {own.dtype}, expected int64")
+            own = own.astype(INT64)
         if own.ndim != 2 or own.shape[1] != 4:
             raise ValueError(f"dispatches: got shape {own.shape}, expected [D, 4]")
-        return own.astype(np.int64, copy=False)
+        return own
     if not isinstance(dispatches, Iterable):
         raise TypeError(f"dispatches: got {type(dispatches).__name__}, expected a sequence of 4-tuples or int64 [D, 4]")
     rows = [as_dispatch(f"dispatches[{position}]", dispatch) for position, dispatch in enumerate(dispatches)]

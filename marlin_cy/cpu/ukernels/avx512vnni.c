@@ -196,9 +196,24 @@ KERNEL void rows_of_group(const gemm_task *task, const group_view *view, int pla
         some_rows(task, view, row, task->m - row < most ? task->m - row : most, planes, UNPACKED, codes);
 }
 
+/* Load the scales and zero points of group `g` of both tiles. `scales` and `layout` are constants for plain records. */
+KERNEL void read_records(group_view *view, const task_tiles *tiles, const header_layout *layout, ptrdiff_t g,
+                         int scales, int codes)
+{
+    __mmask16 asymmetric = 0;
+    for (int t = 0; t < 2; t++) {
+        const group_record record = record_of(tiles->header[t], layout, g);
+        const __m512i zeros = load_zeros(record, scales, codes);
+        const __m512i difference = _mm512_sub_epi32(_mm512_set1_epi32(code_types[codes].symmetric_zero), zeros);
+        view->scale[t] = load_scales(record, scales, codes);
+        view->zero_factor[t] = zero_factor(difference, codes);
+        asymmetric |= _mm512_test_epi32_mask(difference, difference);
+    }
+    view->symmetric = !code_types[codes].has_zero_points || !asymmetric;
+}
+
 KERNEL void gemm(const gemm_task *task, int planes, int codes)
 {
-    const int symmetric_zero = code_types[codes].symmetric_zero;
     const task_tiles tiles = tiles_of(task);
     group_view view = {
         .packed = {tiles.body[0], tiles.body[1]},
@@ -209,24 +224,22 @@ KERNEL void gemm(const gemm_task *task, int planes, int codes)
     };
     const int has_minimum = scale_records[task->scales].has_minimum;
     const header_layout layout = layout_of_header(task->scales, codes, task->group_blocks * LANE_K);
+    const header_layout plain = layout_of_header(SCALES_F16, codes, LANE_K); /* of SCALES_BF16 too */
     for (int r = 0; r < task->m; r++)
         for (int t = 0; t < 2; t++)
             _mm512_store_ps(view.sums + r * PAIR_N + t * TILE_N, _mm512_setzero_ps());
     const ptrdiff_t bytes = task_bytes(task, codes);
     for (int g = 0; g < task->num_groups; g++) {
-        __mmask16 asymmetric = 0;
         view.blocks = g < task->num_groups - 1 ? task->group_blocks : task->last_group_blocks;
         for (int t = 0; t < 2; t++) {
             const ptrdiff_t ahead = (ptrdiff_t)g * task->group_blocks * block_bytes(codes) + PREFETCH_FAR;
             view.ahead[t] = ahead < bytes ? tiles.body[t] + ahead : tiles.next[t] + (ahead - bytes);
-            const group_record record = record_of(tiles.header[t], &layout, g);
-            const __m512i zeros = load_zeros(record, task->scales, codes);
-            const __m512i difference = _mm512_sub_epi32(_mm512_set1_epi32(symmetric_zero), zeros);
-            view.scale[t] = load_scales(record, task->scales, codes);
-            view.zero_factor[t] = zero_factor(difference, codes);
-            asymmetric |= _mm512_test_epi32_mask(difference, difference);
         }
-        view.symmetric = !code_types[codes].has_zero_points || !asymmetric;
+        switch (task->scales) {
+        case SCALES_F16: read_records(&view, &tiles, &plain, g, SCALES_F16, codes); break;
+        case SCALES_BF16: read_records(&view, &tiles, &plain, g, SCALES_BF16, codes); break;
+        default: read_records(&view, &tiles, &layout, g, task->scales, codes);
+        }
         rows_of_group(task, &view, planes, codes);
         for (int t = 0; t < 2 && has_minimum; t++) {
             const __m512 minimum = load_minima(record_of(tiles.header[t], &layout, g), task->scales);
