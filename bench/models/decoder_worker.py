@@ -141,12 +141,15 @@ class DecoderWorker:
     def _sequences(self, compute_dtype: str, depth: int, count: int) -> list[Sequence]:
         """Sequences of ``depth`` tokens. They are forks of sequences that are filled once and kept for the next run."""
         model = self._models[compute_dtype]
-        if depth == 0:
-            return [model.new_sequence() for _ in range(count)]
         key, filled = self._filled.get(compute_dtype, ((0, 0), []))
         if key != (depth, count):
             for sequence in filled:
                 model.free(sequence)
+            self._filled.pop(compute_dtype, None)
+            filled = []
+        if depth == 0:
+            return [model.new_sequence() for _ in range(count)]
+        if not filled:
             filled = [model.new_sequence() for _ in range(count)]
             model.forward_batch(list(zip(filled, self._tokens(model, count, depth), strict=True)))
             self._filled[compute_dtype] = (depth, count), filled
