@@ -5,6 +5,7 @@ The kernel is for tensor cores. Here its products are the portable ones, and wor
 
 import dataclasses
 import warnings
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
 from asserts import relative_error  # noqa: E402
+from opencl_devices import KNOWN_WRONG  # noqa: E402
 from test_opencl_faults import broken  # noqa: E402
 
 from marlin_cy.decoder import build  # noqa: E402
@@ -48,6 +50,27 @@ def steps_of(program, **changes):
 def new_steps(ctx, plan, layers, ends, resident):
     """As on a device whose work-groups are not resident together: see ``new_phased_step``."""
     return None if resident else PhasedStep(ctx, plan, layers, ends, False)
+
+
+@pytest.fixture(autouse=True)
+def kernel_is_right(request):
+    """Skip a test if the check finds the kernel wrong, on a driver that is known to compile some kernels wrongly."""
+    if "device_alone" not in request.fixturenames:
+        return
+    backend = request.getfixturevalue("device_alone")
+    if backend.runtime.capabilities.platform in KNOWN_WRONG and is_left(backend):
+        pytest.skip("the driver's fault, which the check of the step by phases finds")
+
+
+@cache
+def is_left(backend):
+    """Whether a model leaves the way by phases at its first step."""
+    model = load_model(FOLDER, backend, cache_dtype="float16", context_length=512, cache_tokens=512)
+    model._program._phased = steps_of(model._program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        check_first(model, 1)
+    return model._program._phased is None
 
 
 @pytest.fixture

@@ -1,11 +1,19 @@
 """The choice of tokens on OpenCL devices: from equal logits exactly the tokens that the CPU chooses."""
 
+from importlib.resources import files
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
+from opencl_devices import KNOWN_WRONG  # noqa: E402
+
+from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
+from marlin_cy.opencl.checks.sampling import reason_wrong  # noqa: E402
+from marlin_cy.opencl.decoder import sample  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices  # noqa: E402
 from marlin_cy.opencl.decoder.step import StepLayout  # noqa: E402
@@ -13,6 +21,7 @@ from marlin_cy.opencl.recording import RecordingContext  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyopencl.CompilerWarning")
 
+FOLDER = Path(str(files("marlin_cy") / "data" / "tiny-qwen3-moe-gptq-int4"))
 OPTIONS = {
     "greedy": {},
     "all": {"temperature": 1.0},
@@ -126,8 +135,10 @@ def test_other_work_groups(device_alone, rng):
         assert_same_tokens(chooser, random_logits(rng, len(OPTIONS), 5000, kind), list(OPTIONS), rng)
 
 
-def test_a_large_vocabulary(chooser, rng):
+def test_a_large_vocabulary(device_alone, chooser, rng):
     """One case of the sweep: a model's vocabulary, and the options of a chat."""
+    if device_alone.runtime.capabilities.platform in KNOWN_WRONG and reason_wrong(device_alone, 151_936):
+        pytest.skip("the driver's fault, which the check finds")
     names = ["all of them", "all, with penalties"]
     assert_same_tokens(chooser, random_logits(rng, 2, 151_936, "smooth"), names, rng, 2)
 
@@ -154,3 +165,37 @@ def test_logits_that_are_not_finite(chooser, options):
     tokens, largest = chooser.choose(logits, [(sampler, 0)] * 4)
     assert tokens == logits.argmax(axis=1).tolist()
     np.testing.assert_array_equal(largest, logits.max(axis=1))
+
+
+class TestCheck:
+    """The check at the first use."""
+
+    @pytest.mark.parametrize("vocab_size", [264, 151_936])
+    def test_a_right_kernel(self, device_alone, vocab_size):
+        if device_alone.runtime.capabilities.platform in KNOWN_WRONG:
+            pytest.skip("the kernel may be wrong here")
+        assert reason_wrong(device_alone, vocab_size) is None
+
+    def test_a_wrong_kernel(self, device_alone, monkeypatch):
+        """Powers of two that are wrong: the message has both tokens of each row."""
+        monkeypatch.setattr("marlin_cy.opencl.decoder.sample.TABLES", np.zeros_like(sample.TABLES))
+        assert "are right" in reason_wrong(device_alone, 264)
+
+    def test_a_model_chooses_on_the_host(self, device_alone, monkeypatch):
+        """The tokens of a model whose device chooses wrongly are those that the host chooses from its logits."""
+        model = load_model(FOLDER, device_alone, context_length=64)
+        monkeypatch.setattr("marlin_cy.opencl.decoder.program.is_choosing_correct", lambda backend, size: False)
+        monkeypatch.setattr(model._program, "_run", only_logits(model._program._run))
+        for options in ({"temperature": 1.0}, {}):
+            sequence, other = model.new_sequence(), model.new_sequence()
+            (found,) = model.pick_batch([(sequence, [5, 6, 7])], [Sampler(SamplingParams(**options), 264, [])])
+            logits = model.forward([5, 6, 7], sequence=other)
+            assert found == Sampler(SamplingParams(**options), 264, []).pick(logits, 3)
+
+
+def only_logits(run):
+    def checked(batch, choices):
+        assert choices is None
+        return run(batch, choices)
+
+    return checked

@@ -27,6 +27,7 @@ from marlin_cy.decoder.sampling import check_largest
 from marlin_cy.errors import BuildError, MarlinError
 from marlin_cy.interface import Context
 from marlin_cy.opencl.buffers import TYPE_CODES
+from marlin_cy.opencl.checks.sampling import is_choosing_correct
 from marlin_cy.opencl.decoder.cache import KvPool, StatePool, check_memory, dense_bytes, new_pools, provide_pages
 from marlin_cy.opencl.decoder.delta import DeltaNet
 from marlin_cy.opencl.decoder.ffn import MoeFfn
@@ -35,7 +36,7 @@ from marlin_cy.opencl.decoder.maker import Maker, Residual, row_type
 from marlin_cy.opencl.decoder.merged import Merger
 from marlin_cy.opencl.decoder.phased_step import Ends, PhasedStep, new_phased_step
 from marlin_cy.opencl.decoder.projections import ProjectionGroup, Uploads
-from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices
+from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices, draws
 from marlin_cy.opencl.decoder.step import Cuts, Description, Known, StepLayout, describe_step, rows_recorded
 from marlin_cy.opencl.recording import Recording, RecordingContext
 from marlin_cy.opencl.stack import opencl_context
@@ -97,6 +98,7 @@ class OpenClDecoder(DecoderProgram):
         self.split_tokens, self.tile_split_tokens = SPLIT_TOKENS, TILE_SPLIT_TOKENS
         self._step = Description(runtime, LEAST_STEP_INTS, "description of a step")
         self._chooser = TokenChooser(runtime)
+        self._choice_is_correct: bool | None = None  # not checked yet
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
         self._phased = new_phased_step(self._ctx, plan, self._layers, self._ends(), True)
@@ -106,8 +108,12 @@ class OpenClDecoder(DecoderProgram):
         return self._run(batch, None)
 
     def pick(self, batch: Batch, choices: Sequence[tuple[Sampler, int]]) -> list[int | MarlinError]:
+        drawing = [choice if draws(choice[0]) else None for choice in choices]
+        # A step by phases that draws no token does not use the kernel that this checks.
+        if (any(drawing) or self._phased is None) and not self._chooses_correctly():
+            return super().pick(batch, choices)
         results: list[int | MarlinError] = []
-        found = self._run(batch, [choice if draws(choice[0]) else None for choice in choices])
+        found = self._run(batch, drawing)
         tokens, largest = found[:, 0].tolist(), found[:, 1].copy().view(np.float32).tolist()
         for (sampler, position), token, logit in zip(choices, tokens, largest, strict=True):
             try:
@@ -283,6 +289,11 @@ class OpenClDecoder(DecoderProgram):
         self._enqueue(found, known)
         cl.enqueue_copy(self._ctx.queue, results, found.result)
 
+    def _chooses_correctly(self) -> bool:
+        if self._choice_is_correct is None:
+            self._choice_is_correct = is_choosing_correct(self._ctx.backend, self._plan.vocab_size)
+        return self._choice_is_correct
+
     def _write_choices(self, choices: Choosing, rows: int) -> int:
         """Write what chooses the tokens of ``rows`` rows. Returns what their launches depend on."""
         described = describe_choices(choices, rows)
@@ -429,11 +440,6 @@ class OpenClDecoder(DecoderProgram):
         self._head.record(maker, normed, logits, "head")
         assert logits.data is not None
         return self._chooser.record(maker, logits.data, plan.vocab_size) if chooses else logits.data
-
-
-def draws(sampler: Sampler) -> bool:
-    """Whether a sampler does not just take the largest logit."""
-    return sampler.settings is not None or sampler.penalties is not None
 
 
 class Recorded(NamedTuple):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from marlin_cy.opencl.decoder.maker import Maker
     from marlin_cy.opencl.stack import Runtime
 
-__all__ = ["Choices", "TokenChooser", "describe_choices"]
+__all__ = ["Choices", "TokenChooser", "describe_choices", "draws"]
 
 ROW_INTS, ENTRY_INTS = 24, 3  # of decoder_sample.cl
 MOST_ITEMS, CPU_ITEMS = 1024, 16
@@ -148,3 +148,8 @@ class TokenChooser:
             tokens=tokens,
         )
         return tokens
+
+
+def draws(sampler: Sampler) -> bool:
+    """Whether a sampler does not just take the largest logit."""
+    return sampler.settings is not None or sampler.penalties is not None
