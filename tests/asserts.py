@@ -161,12 +161,12 @@ class GuardedBuffer:
             self._host.array.dtype,
             data=self._memory.base_data,
             offset=len(self._host._outside[0]),
+            events=self._memory.events,
         )
 
     def result(self):
         """The contents of the buffer, on the host; fails if anything outside it was written."""
         if self._memory is not None:
-            self._memory.events.extend(self.buffer.events)
             self._host._memory[:] = self._backend.to_host(self._memory)
         self._host.assert_guards()
         return self._host.array

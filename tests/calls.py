@@ -37,7 +37,8 @@ class Memory:
             self._copies[id(root)] = root, self._backend.from_host(raw_bytes(root))
         copy = self._copies[id(root)][1]
         offset = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
-        return Array(copy.queue, array.shape, array.dtype, data=copy.base_data, offset=offset, strides=array.strides)
+        place = {"data": copy.base_data, "offset": offset, "strides": array.strides}
+        return Array(copy.queue, array.shape, array.dtype, **place, events=copy.events)
 
     def fetch(self, ctx):
         """Copy the arrays on the device back to the arrays on the host."""

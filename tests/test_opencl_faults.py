@@ -57,12 +57,12 @@ def foreign(backend, x):
 
 def too_small(backend, x):
     copy = backend.from_host(x.reshape(-1)[:-1])
-    return Array(copy.queue, x.shape, x.dtype, data=copy.base_data)
+    return Array(copy.queue, x.shape, x.dtype, data=copy.base_data, events=copy.events)
 
 
 def too_far(backend, x):
     copy = backend.from_host(x)
-    return Array(copy.queue, x.shape, x.dtype, data=copy.base_data, offset=x.itemsize)
+    return Array(copy.queue, x.shape, x.dtype, data=copy.base_data, offset=x.itemsize, events=copy.events)
 
 
 def read_only(backend, x):

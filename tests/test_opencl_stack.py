@@ -80,7 +80,8 @@ def placed(backend, x, before):
     """``x`` on the device, ``before`` elements from the beginning of its buffer."""
     memory = np.concatenate([np.full(before, 7, x.dtype), x.reshape(-1)])
     whole = backend.from_host(memory)
-    return Array(whole.queue, x.shape, x.dtype, data=whole.base_data, offset=before * x.dtype.itemsize)
+    offset = before * x.dtype.itemsize
+    return Array(whole.queue, x.shape, x.dtype, data=whole.base_data, offset=offset, events=whole.events)
 
 
 class TestBuffers:
@@ -131,7 +132,7 @@ class TestRefused:
     @pytest.mark.parametrize("shared", [0, 1])
     def test_overlap(self, portable, rng, stack, by, shared):
         memory = portable.from_host(np.zeros(4 * ROWS * K, np.float32))
-        x = Array(memory.queue, (ROWS, K), np.float32, data=memory.base_data)
+        x = Array(memory.queue, (ROWS, K), np.float32, data=memory.base_data, events=memory.events)
         begin = 4 * (ROWS * K - shared * K)
         alignment = portable.runtime.capabilities.alignment
         if by == "sub-buffer":
@@ -223,7 +224,8 @@ class TestQueues:
         expected = None
         for _ in range(5):
             between = portable.from_host(np.zeros((200, N + 8), np.float32))
-            part = Array(between.queue, (200 * (N + 8) // N * N,), np.float32, data=between.base_data)
+            size = (200 * (N + 8) // N * N,)
+            part = Array(between.queue, size, np.float32, data=between.base_data, events=between.events)
             out = portable.empty((200, 16), np.float32)
             stack.gemm_phase_batched(first, x, [(1, 0, 0, 200)], part, K)
             between.events.extend(part.events)
