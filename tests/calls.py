@@ -18,8 +18,9 @@ EXTREMES = [0, 1, 2, ROWS, ROWS + 1, -1, INT32.max, INT32.max + 1, INT32.min, IN
 class Memory:
     """Arrays in a backend's memory. For a device, each array is copied with the memory around it.
 
-    A call waits for the events of an array, and leaves its own there. They are those of the copy: Mesa 22.3 returns from
-    clFinish before all commands have ended. Arrays that share memory on the host also share it on the device.
+    A call waits for the events of an array, and leaves its own there. They are those of the copy: on Mesa 22.3,
+    clFinish may return before all commands have ended. Arrays that share memory on the host also share it on the
+    device.
     """
 
     def __init__(self, backend):
