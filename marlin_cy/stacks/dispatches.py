@@ -33,7 +33,7 @@ def as_dispatches(dispatches: npt.NDArray[np.int64] | Iterable[Iterable[int]]) -
     """
     if isinstance(dispatches, np.ndarray):
         # Copy first and check the copy: another thread may write to the caller's array.
-        own = np.ndarray.copy(dispatches, "C")
+        own = np.array(dispatches, order="C")
         if own.dtype != INT64:
             if own.dtype.kind not in "iu" or not np.can_cast(own.dtype, INT64):
                 raise TypeError(f"dispatches: got dtype {own.dtype}, expected int64")
