@@ -353,7 +353,18 @@ def small_calls(backend, rng):
     if backend.name == "cpu":  # a device's arrays are not looked into
         again = routing[0] * 0, *routing[1:]
         calls["vllm, repeated"] = lambda: refused(stack.gemm_phase_vllm, ctx, x, *again, out, 2, 2, 1)
-    return calls
+        return calls
+    return {name: finished(ctx, function) for name, function in calls.items()}
+
+
+def finished(ctx, function):
+    """A call that ends when the device has: commands that wait take memory, and the host may enqueue them faster."""
+
+    def call():
+        function()
+        ctx.finish()
+
+    return call
 
 
 def of_all(backend, rng):
