@@ -225,7 +225,7 @@ class TestQueues:
         for _ in range(5):
             between = portable.from_host(np.zeros((200, N + 8), np.float32))
             size = (200 * (N + 8) // N * N,)
-            part = Array(between.queue, size, np.float32, data=between.base_data, events=between.events)
+            part = Array(between.queue, size, np.float32, data=between.base_data, events=list(between.events))
             out = portable.empty((200, 16), np.float32)
             stack.gemm_phase_batched(first, x, [(1, 0, 0, 200)], part, K)
             between.events.extend(part.events)

@@ -98,7 +98,6 @@ class OpenClDecoder(DecoderProgram):
         self.split_tokens, self.tile_split_tokens = SPLIT_TOKENS, TILE_SPLIT_TOKENS
         self._step = Description(runtime, LEAST_STEP_INTS, "description of a step")
         self._chooser = TokenChooser(runtime)
-        self._choice_is_correct: bool | None = None  # not checked yet
         self._state_lengths = np.zeros(num_states, np.int64)
         self._recordings: OrderedDict[tuple[str, int], Recorded] = OrderedDict()
         self._phased = new_phased_step(self._ctx, plan, self._layers, self._ends(), True)
@@ -110,7 +109,8 @@ class OpenClDecoder(DecoderProgram):
     def pick(self, batch: Batch, choices: Sequence[tuple[Sampler, int]]) -> list[int | MarlinError]:
         drawing = [choice if draws(choice[0]) else None for choice in choices]
         # A step by phases that draws no token does not use the kernel that this checks.
-        if (any(drawing) or self._phased is None) and not self._chooses_correctly():
+        checked = any(drawing) or self._phased is None
+        if checked and not is_choosing_correct(self._ctx.backend, self._plan.vocab_size):
             return super().pick(batch, choices)
         results: list[int | MarlinError] = []
         found = self._run(batch, drawing)
@@ -288,11 +288,6 @@ class OpenClDecoder(DecoderProgram):
         )
         self._enqueue(found, known)
         cl.enqueue_copy(self._ctx.queue, results, found.result)
-
-    def _chooses_correctly(self) -> bool:
-        if self._choice_is_correct is None:
-            self._choice_is_correct = is_choosing_correct(self._ctx.backend, self._plan.vocab_size)
-        return self._choice_is_correct
 
     def _write_choices(self, choices: Choosing, rows: int) -> int:
         """Write what chooses the tokens of ``rows`` rows. Returns what their launches depend on."""
