@@ -8,11 +8,13 @@ import pytest
 
 cl = pytest.importorskip("pyopencl", reason="PyOpenCL is not installed")
 
-from opencl_devices import KNOWN_WRONG  # noqa: E402
+from opencl_devices import is_known_wrong  # noqa: E402
+from test_opencl_faults import failing  # noqa: E402
 
 from marlin_cy.decoder.load import load_model  # noqa: E402
 from marlin_cy.decoder.sampling import Sampler, SamplingParams  # noqa: E402
-from marlin_cy.opencl.checks.sampling import reason_wrong  # noqa: E402
+from marlin_cy.errors import DeviceError  # noqa: E402
+from marlin_cy.opencl.checks.sampling import is_choosing_correct, reason_wrong  # noqa: E402
 from marlin_cy.opencl.decoder import sample  # noqa: E402
 from marlin_cy.opencl.decoder.maker import Maker  # noqa: E402
 from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices  # noqa: E402
@@ -137,7 +139,7 @@ def test_other_work_groups(device_alone, rng):
 
 def test_a_large_vocabulary(device_alone, chooser, rng):
     """One case of the sweep: a model's vocabulary, and the options of a chat."""
-    if device_alone.runtime.capabilities.platform in KNOWN_WRONG and reason_wrong(device_alone, 151_936):
+    if is_known_wrong(device_alone.device) and reason_wrong(device_alone, 151_936):
         pytest.skip("the driver's fault, which the check finds")
     names = ["all of them", "all, with penalties"]
     assert_same_tokens(chooser, random_logits(rng, 2, 151_936, "smooth"), names, rng, 2)
@@ -172,7 +174,7 @@ class TestCheck:
 
     @pytest.mark.parametrize("vocab_size", [264, 151_936])
     def test_a_right_kernel(self, device_alone, vocab_size):
-        if device_alone.runtime.capabilities.platform in KNOWN_WRONG:
+        if is_known_wrong(device_alone.device):
             pytest.skip("the kernel may be wrong here")
         assert reason_wrong(device_alone, vocab_size) is None
 
@@ -180,6 +182,12 @@ class TestCheck:
         """Powers of two that are wrong: the message has both tokens of each row."""
         monkeypatch.setattr("marlin_cy.opencl.decoder.sample.TABLES", np.zeros_like(sample.TABLES))
         assert "are right" in reason_wrong(device_alone, 264)
+
+    def test_a_device_that_fails(self, device_alone, monkeypatch):
+        """The error is that of the library, so that a model knows that its device is lost."""
+        monkeypatch.setattr("marlin_cy.opencl.checks.sampling.chosen", failing("DEVICE_NOT_AVAILABLE"))
+        with pytest.raises(DeviceError, match="DEVICE_NOT_AVAILABLE"):
+            is_choosing_correct(device_alone, 77)
 
     def test_a_model_chooses_on_the_host(self, device_alone, monkeypatch):
         """The tokens of a model whose device chooses wrongly are those that the host chooses from its logits."""

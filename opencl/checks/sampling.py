@@ -12,7 +12,7 @@ from marlin_cy.opencl.checks.verdicts import unchecked_backend
 from marlin_cy.opencl.decoder.maker import Maker
 from marlin_cy.opencl.decoder.sample import TokenChooser, describe_choices
 from marlin_cy.opencl.decoder.step import StepLayout
-from marlin_cy.opencl.memory import uploaded
+from marlin_cy.opencl.memory import driver_errors, uploaded
 from marlin_cy.opencl.recording import RecordingContext
 
 if TYPE_CHECKING:
@@ -34,11 +34,18 @@ POSITION = 7
 
 
 def is_choosing_correct(backend: OpenClBackend, vocab_size: int) -> bool:
-    """Whether the device chooses the tokens that the host chooses, from ``vocab_size`` logits."""
+    """Whether the device chooses the tokens that the host chooses, from ``vocab_size`` logits.
+
+    Raises
+    ------
+    DeviceError
+        The device fails.
+    """
     verdicts = backend.runtime.verdicts
     if verdicts is None:
         return True
-    reason = verdicts.reason_wrong(f"choice of {vocab_size} tokens", lambda: reason_wrong(backend, vocab_size))
+    with driver_errors(backend.runtime):
+        reason = verdicts.reason_wrong(f"choice of {vocab_size} tokens", lambda: reason_wrong(backend, vocab_size))
     if reason is not None:
         verdicts.warn(f"{backend.runtime.capabilities.name}: the choice of tokens", reason, stacklevel=6)
     return reason is None
